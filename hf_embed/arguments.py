@@ -1,0 +1,54 @@
+"""Settings. `ContrastiveTrainingArguments` is for every user of the trainer; the other dataclasses are what recipes add."""
+
+import json
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_embed.errors import InputError
+
+
+@dataclass
+class ContrastiveTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and what an embedding model needs besides.
+
+    Other defaults than there: `learning_rate` 5e-5 stays; `remove_unused_columns` has no effect (columns are found by
+    name); `ddp_find_unused_parameters` False (parameters without a use are frozen); with `load_best_model_at_end` the
+    metric is the mean STS Spearman.
+    """
+
+    pooling: str | None = field(
+        default=None, metadata={"help": "cls, cls_mlp, cls_mlp_train, mean, last, weighted_mean, first_last or top2. "
+                                        "Default: the model's own, else mean."}
+    )  # fmt: skip
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text; longer texts are cut. Default: the model's, at most 512."}
+    )
+    normalize: bool | None = field(default=None, metadata={"help": "Save a model that gives unit vectors."})
+    prompts: dict | str | None = field(
+        default=None, metadata={"help": 'Texts put before queries and documents: {"query": "...", "document": "..."}.'}
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Padded tokens that go through the model at once. Default: 16384 on a GPU, 2048 on a CPU."},
+    )
+    gradient_caching: bool = field(
+        default=False,
+        metadata={"help": "Recompute each chunk in the backward pass: any batch in the memory of one chunk."},
+    )
+    drop_empty_rows: bool = field(default=False, metadata={"help": "Drop rows with an empty text, and count them."})
+
+    def __post_init__(self):
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "spearman"
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("alignment", "uniformity")):
+            self.greater_is_better = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        super().__post_init__()
+        if isinstance(self.prompts, str):
+            self.prompts = json.loads(self.prompts)
+        if unknown := set(self.prompts or ()) - {"query", "document"}:
+            raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise InputError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")

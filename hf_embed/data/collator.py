@@ -1,0 +1,47 @@
+"""Rows to one flat ragged batch. No padding: that is decided per chunk, when the whole batch is known."""
+
+import torch
+
+
+class RaggedCollator:
+    """Concatenate the texts of B rows.
+
+    Two rows, the second without a negative; `views` = 3 texts a row at most:
+
+        >>> rows = [{"input_ids": [[1, 7, 2], [1, 8, 8, 2], [1, 9, 2]], "text_ids": [70, 80, 90]},
+        ...         {"input_ids": [[1, 5, 2], [1, 6, 2]], "text_ids": [50, 60]}]
+        >>> batch = RaggedCollator(views=3)(rows)
+        >>> batch["input_ids"]
+        tensor([1, 7, 2, 1, 8, 8, 2, 1, 9, 2, 1, 5, 2, 1, 6, 2])
+        >>> batch["lengths"]
+        [3, 4, 3, 3, 3]
+        >>> batch["slots"]  # where each text's embedding goes in the (B * views) grid
+        tensor([0, 1, 2, 3, 4])
+        >>> batch["text_ids"]
+        tensor([[70, 80, 90],
+                [50, 60,  0]])
+
+    A row of a single text (unsupervised) is given twice: dropout makes the second the positive of the first.
+    """
+
+    def __init__(self, views: int):
+        self.views = views
+
+    def __call__(self, rows: list[dict]) -> dict:
+        ids, lengths, slots = [], [], []
+        text_ids = torch.zeros(len(rows), self.views, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            texts, hashes = row["input_ids"], row["text_ids"]
+            if len(texts) == 1:
+                texts, hashes = texts * 2, hashes * 2
+            for view, text in enumerate(texts):
+                ids += text
+                lengths.append(len(text))
+                slots.append(i * self.views + view)
+            text_ids[i, : len(hashes)] = torch.tensor(hashes)
+        return {
+            "input_ids": torch.tensor(ids),
+            "lengths": lengths,
+            "slots": torch.tensor(slots),
+            "text_ids": text_ids,
+        }

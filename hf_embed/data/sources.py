@@ -1,0 +1,118 @@
+"""Files and Hub datasets to rows of text, checked before anything is computed.
+
+Accepted columns, first match wins (case does not matter):
+
+    text | sentence                       one text a row: unsupervised, the text is its own positive
+    sent0, sent1[, hard_neg]              SimCSE's own NLI files
+    anchor, positive[, negatives]         sentence-transformers
+    query, positive[, negatives]          retrieval
+
+where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, each a text or a list of texts.
+"""
+
+import csv
+import logging
+import re
+from pathlib import Path
+
+import pandas
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from hf_embed.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+ACCEPTED = "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]"
+LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
+NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
+
+
+def read_file(path: str, header: bool = True) -> Dataset:
+    """Rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
+
+    A tsv file is read without quoting, as most corpora are written. With `header=False` the columns of csv and tsv files
+    are named 0, 1, 2 ...  Raises InputError if the file is missing, empty or of another kind.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
+    if file.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    suffixes = [s.lower() for s in file.suffixes]
+    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
+    table = {"keep_default_na": False, "header": 0 if header else None}
+    tabs = table | {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    kinds = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if kind not in kinds:
+        raise InputError(f"{path}: cannot read '{kind}' files; accepted are {', '.join(kinds)}, also with .gz")
+    options = {".csv": table, ".tsv": tabs}.get(kind, {})
+    try:
+        if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
+            columns = pandas.read_csv(file, nrows=1, **options).columns
+            options["names"] = [str(c) for c in columns]
+            options["features"] = Features({name: Value("string") for name in options["names"]})
+        rows = load_dataset(kinds[kind], data_files=str(file), split="train", **options)
+    except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
+    if len(rows) == 0:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def read_hub(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """Rows of a Hub dataset (or a local folder that `datasets.load_dataset` reads)."""
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; "
+            "a local file goes into --train_file"
+        ) from error
+    if isinstance(rows, DatasetDict):
+        raise InputError(f"dataset '{name}' has the splits {', '.join(rows)}; choose one with --dataset_split")
+    return rows
+
+
+def text_columns(rows: Dataset, name: str, paired: bool | None = None) -> list[str]:
+    """The columns of `rows` that hold texts, in the order anchor, positive, negatives.
+
+    `paired` True asks for anchor and positive, False for single texts, None takes what is there. Raises InputError naming
+    what was found and what is accepted.
+    """
+    found = {column.lower(): column for column in rows.column_names}
+    single = next((found[c] for c in ("text", "sentence") if c in found), None)
+    if single is None and len(rows.column_names) == 1:
+        single = rows.column_names[0]
+    pair = next((pair for pair in LAYOUTS if all(c in found for c in pair)), None)
+    if paired is not True and single is not None and (pair is None or paired is False):
+        columns = [single]
+    elif paired is not False and pair is not None:
+        columns = [found[c] for c in pair]
+        negatives = [c for c in rows.column_names if NEGATIVE.fullmatch(c)]
+        columns += sorted(negatives, key=lambda c: [int(n) for n in re.findall(r"\d+", c)])
+    else:
+        wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
+        raise InputError(f"{name}: found the columns {', '.join(rows.column_names)}; accepted are {wanted}; rename them")
+    if ignored := [c for c in rows.column_names if c not in columns]:
+        logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
+    return columns
+
+
+def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
+    """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text."""
+    texts = []
+    for column in columns:
+        cell = row[column]
+        is_list = isinstance(cell, list)
+        for text in cell if is_list else [cell]:
+            if not isinstance(text, str) or not text.strip():
+                kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
+                raise InputError(
+                    f"{where}, column '{column}': the text is {kind}; fill it in or delete the row "
+                    "(--drop_empty_rows drops such rows and counts them)"
+                )
+            texts.append(text)
+    return texts

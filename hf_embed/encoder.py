@@ -1,0 +1,202 @@
+"""Encoder: a backbone, a pooling and a tokenizer; texts in, vectors out.
+
+Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the width of an embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_embed import export
+from hf_embed.chunking import encode_in_chunks
+from hf_embed.errors import InputError
+from hf_embed.pooling import MULTI_LAYER, check_pooling, pool
+
+# Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
+DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
+# Texts longer than this are cut unless the user asks for more: attention over them is what costs.
+DEFAULT_MAX_LENGTH = 512
+
+
+class Encoder(nn.Module):
+    """A text encoder with its pooling.
+
+    Args:
+        backbone: any `PreTrainedModel` (or a PEFT model around one) whose first output is the token states.
+        tokenizer: its tokenizer.
+        pooling: one of `hf_embed.pooling.POOLINGS`.
+        max_length: tokens a text may have; default: what the model has positions for, at most 512.
+        normalize: give unit vectors from `encode` (and from every loader of the saved folder).
+        prompts: {"query": ..., "document": ...}: text put before queries and documents.
+
+    Raises:
+        InputError: unknown pooling; a pooling the architecture cannot compute; `max_length` above the model's positions.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: str = "mean",
+        max_length: int | None = None,
+        normalize: bool = False,
+        prompts: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        check_pooling(pooling)
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.max_length = check_max_length(max_length, backbone, tokenizer)
+        self.normalize = normalize
+        self.prompts = dict(prompts or {})
+        self.config.use_cache = False
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id does
+        if pooling == "cls_mlp" and not hasattr(getattr(self.base, "pooler", None), "dense"):
+            raise InputError(
+                f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
+                "take pooling cls_mlp_train (head while training only) or cls"
+            )
+        self.train_head = None
+        if pooling == "cls_mlp_train":
+            self.train_head = new_head(self.config)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The backbone without PEFT's wrapping."""
+        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
+
+    @property
+    def config(self):
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dimension(self) -> int:
+        return self.config.hidden_size
+
+    def embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings (b, D) of padded token ids and their mask, both (b, T)."""
+        everything = self.pooling in MULTI_LAYER
+        output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything)
+        states = output.hidden_states if everything else (output[0],)
+        if self.pooling == "cls_mlp":
+            return self.base.pooler(states[-1])
+        embeddings = pool(self.pooling, states, mask)
+        if self.train_head is not None and self.training:
+            embeddings = self.train_head(embeddings)
+        return embeddings
+
+    def forward(
+        self, input_ids: Tensor, lengths: list[int], chunk_tokens: int | None = None, gradient_caching: bool = False
+    ) -> Tensor:
+        """Embeddings (N, D), not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S."""
+        chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
+        pad_id = self.tokenizer.pad_token_id
+        return encode_in_chunks(self.embed, input_ids, lengths, pad_id, chunk_tokens, gradient_caching)
+
+    def encode(
+        self,
+        texts: str | list[str],
+        prompt_name: str | None = None,
+        batch_size: int = 512,
+        convert_to_tensor: bool = False,
+        show_progress_bar: bool = False,
+        chunk_tokens: int | None = None,
+    ):
+        """Vectors of texts, as trained: (N, D) float32 NumPy array, or (D,) for a single string.
+
+        Args:
+            prompt_name: "query" or "document": put that prompt, if the model has one, before each text.
+            batch_size: texts tokenized and sorted by length at a time; memory depends on `chunk_tokens`, not on this.
+            convert_to_tensor: give a tensor on the model's device instead.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], prompt_name, 1, convert_to_tensor, False, chunk_tokens)[0]
+        prompt = self.prompts.get(prompt_name, "") if prompt_name else ""
+        was_training = self.training
+        self.eval()
+        parts = []
+        with torch.inference_mode():
+            for start in tqdm(range(0, len(texts), batch_size), desc="Encoding", disable=not show_progress_bar):
+                part = [prompt + text for text in texts[start : start + batch_size]]
+                parts.append(embed_texts(self, self, part, chunk_tokens).float())
+        self.train(was_training)
+        vectors = torch.cat(parts) if parts else torch.zeros(0, self.dimension)
+        if self.normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        return vectors if convert_to_tensor else vectors.cpu().numpy()
+
+    def save_pretrained(self, folder: str, verify: bool = True) -> None:
+        """Write a plain checkpoint; see `hf_embed.export`."""
+        export.save_encoder(self, folder, verify=verify)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        pooling: str | None = None,
+        max_length: int | None = None,
+        normalize: bool | None = None,
+        **model_kwargs,
+    ) -> "Encoder":
+        """Load a folder or Hub model: ours, sentence-transformers', or any `AutoModel` (then mean pooling, unless told).
+
+        Pooling, normalisation, max length and prompts come from the sentence-transformers files beside the weights;
+        arguments given here override them. `model_kwargs` go to `AutoModel.from_pretrained`.
+        """
+        return export.load_encoder(
+            cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs
+        )
+
+
+def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None) -> Tensor:
+    """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
+    rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
+    flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
+    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens)
+
+
+def default_chunk_tokens(device: torch.device) -> int:
+    return DEFAULT_CHUNK_TOKENS.get(device.type, DEFAULT_CHUNK_TOKENS["default"])
+
+
+def new_head(config) -> nn.Sequential:
+    """SimCSE's MLP head, (D,) -> (D,): a dense layer started like the model's own, and tanh."""
+    dense = nn.Linear(config.hidden_size, config.hidden_size)
+    reset_dense(dense, config)
+    return nn.Sequential(dense, nn.Tanh())
+
+
+def reset_dense(dense: nn.Linear, config) -> None:
+    nn.init.normal_(dense.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.zeros_(dense.bias)
+
+
+def positions(backbone: PreTrainedModel) -> int | None:
+    """How many tokens the model has positions for; None if it does not say (relative positions)."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and MPNet number positions from padding_idx + 1.
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - reserved
+    return getattr(backbone.config, "max_position_embeddings", None)
+
+
+def check_max_length(max_length: int | None, backbone: PreTrainedModel, tokenizer) -> int:
+    limit = positions(backbone)
+    if max_length is None:
+        return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set at most {limit}")
+    if max_length < tokenizer.num_special_tokens_to_add() + 1:
+        raise InputError(f"max_length {max_length} leaves no room for a token of text")
+    return max_length

@@ -1,0 +1,93 @@
+"""Alignment and uniformity (Wang and Isola, https://arxiv.org/abs/2005.10242), as SimCSE's section 4.3 uses them.
+
+Both are of unit vectors, and lower is better:
+
+    alignment  = E || f(x) - f(x+) ||^2                 over positive pairs
+    uniformity = log E exp(-2 || f(x) - f(y) ||^2)      over pairs of different texts
+
+Shapes: N texts, P pairs, D wide.
+"""
+
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+
+VECTORS = datasets.Features(
+    {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Sequence(datasets.Value("float32"))}
+)  # fmt: skip
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, dtype=np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def alignment(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean squared distance of positive pairs, (P, D) and (P, D). NaN without a pair."""
+    if len(first) == 0:
+        return float("nan")
+    return float(((unit(first) - unit(second)) ** 2).sum(-1).mean())
+
+
+def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
+    """log of the mean Gaussian potential over all pairs i < j of (N, D); NaN for fewer than two texts. O(block * N) memory."""
+    vectors, total = unit(vectors), 0.0
+    n = len(vectors)
+    if n < 2:
+        return float("nan")
+    for start in range(0, n, block):
+        rows = vectors[start : start + block]
+        potential = np.exp(-2 * (2 - 2 * rows @ vectors[start:].T))  # ||x - y||^2 = 2 - 2 x.y
+        total += np.triu(potential, k=1).sum()
+    return float(np.log(total / (n * (n - 1) / 2)))
+
+
+class Alignment(evaluate.Metric):
+    """`Alignment().compute(predictions=f_x, references=f_x_plus)` -> {"alignment": ...}; loads offline."""
+
+    def _info(self):
+        return evaluate.MetricInfo(description=__doc__, citation="", features=VECTORS)
+
+    def _compute(self, predictions, references):
+        return {"alignment": alignment(np.array(predictions), np.array(references))}
+
+
+class Uniformity(evaluate.Metric):
+    """`Uniformity().compute(predictions=vectors)` -> {"uniformity": ...}; loads offline."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=__doc__, citation="", features=datasets.Features({"predictions": VECTORS["predictions"]})
+        )
+
+    def _compute(self, predictions):
+        return {"uniformity": uniformity(np.array(predictions))}
+
+
+def plot_trajectory(history: list[dict], path: str | Path) -> None:
+    """Alignment against uniformity along a run, a point per evaluation, coloured by STS. `history` as in `log_history`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [h for h in history if np.isfinite(h.get("eval_alignment", np.nan) + h.get("eval_uniformity", np.nan))]
+    if not points:
+        return
+    x = [h["eval_uniformity"] for h in points]
+    y = [h["eval_alignment"] for h in points]
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    axes.plot(x, y, color="0.7", linewidth=1, zorder=1)
+    dots = axes.scatter(x, y, c=[h["eval_spearman"] for h in points], cmap="viridis", s=36, zorder=2)
+    offset = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 9}
+    axes.annotate(f"step {points[0].get('step', 0)}", (x[0], y[0]), **offset)
+    if len(points) > 1:
+        axes.annotate(f"step {points[-1]['step']}", (x[-1], y[-1]), **offset)
+    axes.set_xlabel("uniformity (lower is better)")
+    axes.set_ylabel("alignment (lower is better)")
+    axes.set_title("The embeddings along the run")
+    figure.colorbar(dots, label="STS, Spearman x 100")
+    figure.savefig(path, dpi=125)
+    plt.close(figure)

@@ -1,0 +1,147 @@
+"""Semantic textual similarity: do cosines rank sentence pairs as people do?
+
+Spearman x 100 over all pairs of a set at once, which is the "all" aggregation of the SimCSE paper (appendix B). Beside it
+alignment over the set's positives, the pairs in the top fifth of its scale, and uniformity over all its sentences.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+from datasets import Dataset
+from scipy.stats import spearmanr
+
+from hf_embed.data.sources import read_file, read_hub
+from hf_embed.distributed import gather_objects, world
+from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import Alignment, Uniformity, unit
+
+COLUMNS = ["sentence1", "sentence2", "score"]
+# The paper's seven tasks as they stand on the Hub (mteb's copies; split "test").
+SEVEN_TASKS = {
+    "STS12": "mteb/sts12-sts",
+    "STS13": "mteb/sts13-sts",
+    "STS14": "mteb/sts14-sts",
+    "STS15": "mteb/sts15-sts",
+    "STS16": "mteb/sts16-sts",
+    "STSB": "mteb/stsbenchmark-sts",
+    "SICKR": "mteb/sickr-sts",
+}
+
+
+class SpearmanCosine(evaluate.Metric):
+    """`SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": x 100}; loads offline."""
+
+    def _info(self):
+        number = datasets.Value("float64")
+        features = datasets.Features({"predictions": number, "references": number})
+        return evaluate.MetricInfo(description=__doc__, citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"spearman": 100 * float(spearmanr(predictions, references).statistic)}
+
+
+def read_sts(path: str) -> Dataset:
+    """An STS file: columns score, sentence1, sentence2 by name where there is a header, else by position."""
+    rows = read_file(path)
+    names = {str(c).lower(): c for c in rows.column_names}
+    if all(c in names for c in COLUMNS):
+        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns(
+            {names[c]: c for c in COLUMNS if names[c] != c}
+        )
+    elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")):
+        rows = read_file(path, header=False)
+        if len(rows.column_names) < 3:
+            raise InputError(
+                f"{path}: found {len(rows.column_names)} column(s); an STS file has score, sentence1, sentence2, "
+                "by position or named in a header"
+            )
+        score, first, second = rows.column_names[:3]
+        rows = Dataset.from_dict({"sentence1": rows[first], "sentence2": rows[second], "score": rows[score]})
+    return check_sts(rows, path)
+
+
+def check_sts(rows: Dataset, name: str) -> Dataset:
+    """`rows` with float scores; InputError for a missing column, a score that is no finite number, or an empty sentence."""
+    if missing := [c for c in COLUMNS if c not in rows.column_names]:
+        raise InputError(
+            f"{name}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
+            "an STS set has sentence1, sentence2 and score"
+        )
+    scores = []
+    for i, (first, second, score) in enumerate(zip(rows["sentence1"], rows["sentence2"], rows["score"]), 1):
+        try:
+            scores.append(float(score))
+        except (TypeError, ValueError):
+            scores.append(math.nan)
+        if not math.isfinite(scores[-1]):
+            raise InputError(f"{name}, row {i}: the score is {score!r}, not a number; correct it or delete the row")
+        for column, text in (("sentence1", first), ("sentence2", second)):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{name}, row {i}, column '{column}': the text is empty; fill it in or delete the row")
+    if len(scores) < 2:
+        raise InputError(f"{name}: {len(scores)} row(s); a rank correlation needs at least 2")
+    return Dataset.from_dict({"sentence1": list(rows["sentence1"]), "sentence2": list(rows["sentence2"]), "score": scores})
+
+
+def read_named(items: list[str], flag: str = "--eval_sts_file") -> dict[str, Dataset]:
+    """Sets from NAME=PATH items."""
+    sets = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise InputError(f"{flag} {item}: give NAME=PATH, for example stsb=stsb-dev.tsv")
+        if name in sets:
+            raise InputError(f"{flag}: two sets are named '{name}'; names must differ")
+        sets[name] = read_sts(path)
+    return sets
+
+
+def seven_tasks() -> dict[str, Dataset]:
+    return {name: check_sts(read_hub(hub, split="test"), hub) for name, hub in SEVEN_TASKS.items()}
+
+
+def score_sets(sets: dict[str, Dataset], embed: Callable) -> dict[str, float]:
+    """Metrics of all sets: NAME_spearman, NAME_alignment, NAME_uniformity, and the means spearman, alignment, uniformity.
+
+    `embed` maps a list of texts to vectors (N, D), a tensor. Each rank encodes its share of the texts; all get the result.
+    """
+    metrics = {}
+    for name, rows in sets.items():
+        for key, value in score_set(rows, embed).items():
+            metrics[f"{name}_{key}"] = value
+    for key in ("spearman", "alignment", "uniformity"):
+        values = [metrics[f"{name}_{key}"] for name in sets]
+        metrics[key] = float(np.mean([v for v in values if math.isfinite(v)] or [math.nan]))
+    return metrics
+
+
+def score_set(rows: Dataset, embed: Callable) -> dict[str, float]:
+    texts = list(dict.fromkeys([*rows["sentence1"], *rows["sentence2"]]))  # each once, in order
+    vectors = unit(embed_on_all_ranks(texts, embed))
+    place = {text: i for i, text in enumerate(texts)}
+    first = vectors[[place[text] for text in rows["sentence1"]]]
+    second = vectors[[place[text] for text in rows["sentence2"]]]
+    scores = np.array(rows["score"])
+    positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
+    metrics = SpearmanCosine().compute(predictions=(first * second).sum(-1), references=scores)
+    metrics |= Alignment().compute(predictions=first[positive], references=second[positive])
+    metrics |= Uniformity().compute(predictions=vectors)
+    return metrics
+
+
+def embed_on_all_ranks(texts: list[str], embed: Callable, batch: int = 1024) -> np.ndarray:
+    """Vectors (N, D) of all texts, on every rank; rank r encodes texts r, r + ranks, ..."""
+    rank, ranks = world()
+    own = texts[rank::ranks]
+    # Every rank makes the same number of calls: under FSDP a call is a collective.
+    calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
+    parts = [embed(own[i * batch : (i + 1) * batch] or texts[:1]) for i in range(calls)]
+    vectors = np.concatenate([part.cpu().numpy() for part in parts])[: len(own)]
+    everyone = np.empty((len(texts), vectors.shape[1]), vectors.dtype)
+    for r, part in enumerate(gather_objects(vectors)):
+        everyone[r::ranks] = part
+    return everyone

@@ -1,0 +1,3 @@
+from hf_embed.objectives.simcse import SimCSE
+
+__all__ = ["SimCSE"]
