@@ -62,9 +62,8 @@ class Encoder(nn.Module):
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
                 "take pooling cls_mlp_train (head while training only) or cls"
             )
-        self.train_head = None
-        if pooling == "cls_mlp_train":
-            self.train_head = new_head(self.config)
+        self.train_head = new_head(self.config) if pooling == "cls_mlp_train" else None
+        self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
 
     @property
     def base(self) -> PreTrainedModel:
@@ -96,12 +95,33 @@ class Encoder(nn.Module):
         return embeddings
 
     def forward(
-        self, input_ids: Tensor, lengths: list[int], chunk_tokens: int | None = None, gradient_caching: bool = False
-    ) -> Tensor:
-        """Embeddings (N, D), not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S."""
+        self,
+        input_ids: Tensor,
+        lengths: list[int],
+        chunk_tokens: int | None = None,
+        gradient_caching: bool = False,
+        mlm: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embeddings (N, D), not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S.
+
+        With `mlm`, masked token ids and labels, both (S,), also the summed cross-entropy of the masked tokens: both come
+        out of one forward, as DDP needs.
+        """
         chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
         pad_id = self.tokenizer.pad_token_id
-        return encode_in_chunks(self.embed, input_ids, lengths, pad_id, chunk_tokens, gradient_caching)
+        embeddings = encode_in_chunks(self.embed, input_ids, lengths, pad_id, chunk_tokens, gradient_caching)
+        if mlm is None:
+            return embeddings
+        masked_ids, labels = mlm
+
+        def losses(places: Tensor, mask: Tensor) -> Tensor:  # places in the flat batch, (b, T) -> (b, 1)
+            ids = masked_ids[places].masked_fill(mask == 0, pad_id)
+            logits = self.mlm_head(self.backbone(input_ids=ids, attention_mask=mask)[0])
+            wanted = labels[places].masked_fill(mask == 0, -100)
+            return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
+
+        places = torch.arange(len(input_ids), device=input_ids.device)
+        return embeddings, encode_in_chunks(losses, places, lengths, 0, chunk_tokens, gradient_caching).sum()
 
     def encode(
         self,

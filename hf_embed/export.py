@@ -130,14 +130,14 @@ def write_sentence_transformers_files(encoder, folder: str) -> None:
     flag = ST_POOLING.get("cls" if pooling == "cls_mlp" else pooling, "mean_tokens")
     add("Pooling", {"word_embedding_dimension": dimension} | {f"pooling_mode_{f}": f == flag for f in ST_FLAGS})
     if pooling == "cls_mlp":
-        dense = encoder.base.pooler.dense
-        # A PEFT copy (modules_to_save) answers with the weights in use, so merged and unmerged agree.
-        tensors = {"linear.weight": dense.weight, "linear.bias": dense.bias}
+        saved = {}
+        for shard in Path(folder).glob("model*.safetensors"):
+            saved |= load_file(shard)
         add(
             "Dense",
             {"in_features": dimension, "out_features": dimension, "bias": True,
              "activation_function": "torch.nn.modules.activation.Tanh"},
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {f"linear.{name}": saved[f"pooler.dense.{name}"] for name in ("weight", "bias")},
         )  # fmt: skip
     if encoder.normalize:
         add("Normalize", {})
@@ -222,21 +222,25 @@ def quiet():
 
 def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, **model_kwargs):
     """See Encoder.from_pretrained. Raises InputError if the model cannot be reached or has a module unknown here."""
+    model_kwargs = {"dtype": "auto"} | model_kwargs
     try:
-        model_kwargs = {"dtype": "auto"} | model_kwargs
         backbone = AutoModel.from_pretrained(name, **model_kwargs)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model '{name}' cannot be loaded: {reason} -- give a local folder that holds config.json, weights and "
-            "tokenizer; a recipe without arguments runs offline on the built-in quickstart encoder"
-        ) from error
+        raise unreachable(name, error) from error
     settings = read_settings(name, backbone)
     for key, value in {"pooling": pooling, "max_length": max_length, "normalize": normalize}.items():
         if value is not None:
             settings[key] = value
     return cls(backbone, tokenizer, **settings).eval()
+
+
+def unreachable(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return InputError(
+        f"model '{name}' cannot be loaded: {reason}. Give a local folder that holds config.json, weights and tokenizer; "
+        "a recipe without arguments runs offline on the built-in quickstart encoder"
+    )
 
 
 def read_settings(name: str, backbone) -> dict:

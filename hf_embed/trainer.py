@@ -27,6 +27,7 @@ from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation import sts
+from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,13 @@ class ContrastiveTrainer(Trainer):
         paired: bool | None = None,
     ):
         args = args or ContrastiveTrainingArguments("tmp_trainer")
-        self.encoder = make_encoder(model, processing_class, args)
         self.objective = objective or SimCSE()
+        mlm_head = None
+        if getattr(self.objective, "mlm_weight", 0):
+            model, mlm_head = split_masked_lm(model)
+        self.encoder = make_encoder(model, processing_class, args)
+        if mlm_head is not None:
+            self.encoder.mlm_head = mlm_head
         freeze_unused(self.encoder)
         if isinstance(eval_dataset, Dataset):
             eval_dataset = {"sts": eval_dataset}
@@ -130,16 +136,21 @@ class ContrastiveTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # `model` is the wrapped one: gradients synchronise only through its forward.
-        embeddings = model(
-            inputs["input_ids"], inputs["lengths"], self.args.chunk_tokens, self.args.gradient_caching
-        )  # (texts, D)
+        args, input_ids = self.args, inputs["input_ids"]
+        mlm = masked = None
+        if self.encoder.mlm_head is not None:
+            mlm = mask_tokens(input_ids, self.encoder.tokenizer)
+            masked = (mlm[1] != -100).sum().view(1)
+        embeddings = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm)
+        if mlm is not None:
+            embeddings, mlm_sum = embeddings
         if embeddings.dtype in (torch.float16, torch.bfloat16):
             embeddings = embeddings.float()
         text_ids = inputs["text_ids"]
         grid = to_grid(embeddings, inputs["slots"], text_ids.shape)  # (B, V, D)
-        loss = self.objective(
-            grid, text_ids, gather_rows(grid), gather_rows(text_ids), self.args.process_index * len(grid)
-        )
+        loss = self.objective(grid, text_ids, gather_rows(grid), gather_rows(text_ids), args.process_index * len(grid))
+        if mlm is not None:  # the mean over the masked tokens of all ranks, before ranks are averaged
+            loss = loss + self.objective.mlm_weight * mlm_sum * args.world_size / gather_rows(masked).sum().clamp(min=1)
         return (loss, {"embeddings": grid}) if return_outputs else loss
 
     # ---- evaluation ----

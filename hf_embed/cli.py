@@ -1,0 +1,97 @@
+"""What recipes share on the command line: flags from dataclasses, `--config FILE.yaml`, and errors in one line."""
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_embed.errors import InputError
+
+
+def parse(dataclasses_: list[type], preset: Callable[[list[str]], str | None] | None = None, argv: list[str] | None = None):
+    """Instances of the dataclasses from the command line.
+
+    `--config FILE.yaml` gives values for flags; a flag on the command line overrides the file. `preset` names the file to
+    take where the user gives none, from the flags given. Raises InputError for an unknown flag or key.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config, argv = take_option(argv, "--config")
+    parser = Parser(dataclasses_)
+    if config is None and preset is not None:
+        config = preset(given_flags(argv))
+    if config is not None:
+        argv = from_yaml(config, parser, given_flags(argv)) + argv
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+class Parser(HfArgumentParser):
+    def __init__(self, dataclasses_: list[type]):
+        super().__init__(dataclasses_, allow_abbrev=False)
+        for action in self._actions:
+            if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint
+                action.nargs, action.const = "?", "latest"
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of `option` (`--x V` or `--x=V`), and the arguments without it."""
+    for i, word in enumerate(argv):
+        if word == option:
+            if i + 1 == len(argv):
+                raise InputError(f"{option} needs a file")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith(option + "="):
+            return word.removeprefix(option + "="), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def given_flags(argv: list[str]) -> list[str]:
+    return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+
+
+def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str]:
+    """The file's settings as command-line words, those left out that the user gave as flags."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path}: expected 'flag: value' lines")
+    known = {field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init}
+    words = []
+    for key, value in settings.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            raise InputError(f"--config {path}: unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        if key in given or f"no_{key}" in given or value is None:
+            continue
+        words.append(f"--{key}")
+        words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe; what the user gave wrong ends in one line and exit code 2."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        main()
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
+        raise SystemExit(2) from None

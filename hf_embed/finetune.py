@@ -1,0 +1,263 @@
+"""What the fine-tuning recipes share, from flags to the table a run ends with."""
+
+import json
+import logging
+import platform
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_embed
+from hf_embed import cli, export
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.data.sources import read_file, read_hub
+from hf_embed.encoder import Encoder, reset_dense
+from hf_embed.errors import InputError
+from hf_embed.evaluation import sts
+from hf_embed.evaluation.geometry import plot_trajectory
+from hf_embed.objectives import SimCSE
+from hf_embed.trainer import ContrastiveTrainer
+
+logger = logging.getLogger(__name__)
+
+QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
+            "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
+    )
+    dropout: float | None = field(default=None, metadata={"help": "All of the model's dropout rates. Default: its own."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
+    lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank, merged at export. 0: all weights."})
+    lora_alpha: int = field(default=32)
+    lora_dropout: float = field(default=0.05)
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. Default: every linear layer."}
+    )
+
+
+@dataclass
+class DataArguments:
+    train_file: str | None = field(
+        default=None, metadata={"help": "txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
+    dataset_config: str | None = field(default=None)
+    dataset_split: str = field(default="train")
+    eval_sts_file: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
+    )
+
+
+@dataclass
+class RunArguments:
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
+
+
+@dataclass
+class SimCSEArguments:
+    temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
+    hard_negative_weight: float = field(default=0.0, metadata={"help": "Logit added to a row's own hard negatives."})
+    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modelling auxiliary."})
+
+
+def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file: str, argv: list[str] | None = None):
+    """Fine-tune with SimCSE: read and check, score, train, export, score again. Returns what `results.json` holds."""
+    kinds = [ModelArguments, DataArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
+    config = lambda given: None if "model_name_or_path" in given else str(quickstart_config)  # noqa: E731
+    model_args, data, run, simcse, args = cli.parse(kinds, config, argv)
+    quickstart = not (data.train_file or data.dataset_name)
+    if quickstart and model_args.model_name_or_path:
+        raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
+    settle_output_dir(args, run, "quickstart" if quickstart else name, quickstart)
+
+    rows, source = read_train_rows(data, QUICKSTART / quickstart_file)
+    eval_sets = sts.read_named(data.eval_sts_file)
+    if quickstart and not eval_sets:
+        eval_sets = {"quickstart": sts.read_sts(str(QUICKSTART / "sts.tsv"))}
+    if not eval_sets:
+        no_evaluation(args)
+    model, tokenizer = load_model(model_args, args, simcse.mlm_weight > 0)
+    trainer = ContrastiveTrainer(
+        model=model, processing_class=tokenizer, args=args, objective=SimCSE(**vars(simcse)),
+        train_dataset=rows, eval_dataset=eval_sets, train_name=source, paired=paired,
+    )  # fmt: skip
+
+    before = trainer.evaluate(metric_key_prefix="eval") if eval_sets else {}
+    if run.overwrite_output_dir or quickstart:
+        clear_run(trainer)
+    trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    after = {}
+    if eval_sets:  # of the saved folder, loaded anew, as a user will
+        with export.quiet():
+            saved = Encoder.from_pretrained(args.output_dir, dtype=torch.float32).to(args.device)
+        after = score_encoder(saved, eval_sets)
+    about = {
+        "model": model_args.model_name_or_path or "quickstart", "data": source, "rows": len(trainer.train_dataset),
+        "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length, "objective": vars(simcse),
+        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
+        "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
+        "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
+                     "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+    return finish(trainer, before, after, about, list(eval_sets))
+
+
+def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, name: str, quickstart: bool) -> None:
+    """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from."""
+    if args.output_dir in (None, "trainer_output"):
+        args.output_dir = f"outputs/{name}"
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: this is a file; name a folder")
+    if args.resume_from_checkpoint in ("latest", "true", "True"):
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
+        if args.resume_from_checkpoint is None:
+            raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
+    elif args.resume_from_checkpoint and not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no trainer_state.json there")
+    fresh = quickstart or run.overwrite_output_dir or args.resume_from_checkpoint
+    if folder.is_dir() and any(folder.iterdir()) and not fresh:
+        raise InputError(
+            f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
+            "--overwrite_output_dir, or name another folder"
+        )
+
+
+def read_train_rows(data: DataArguments, quickstart_file: Path) -> tuple[Dataset, str]:
+    """The rows to train on and their name in messages."""
+    if data.train_file and data.dataset_name:
+        raise InputError("--train_file and --dataset_name are both given; give one")
+    if data.dataset_name:
+        return read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
+    if data.train_file:
+        return read_file(data.train_file), data.train_file
+    return read_file(str(quickstart_file)), f"quickstart/{quickstart_file.name}"
+
+
+def no_evaluation(args: ContrastiveTrainingArguments) -> None:
+    if args.eval_strategy != "no" or args.load_best_model_at_end:
+        logger.warning("no --eval_sts_file NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
+    args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
+    args.load_best_model_at_end = False
+
+
+def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, masked_lm: bool):
+    """(model, tokenizer), in float32, with dropout, LoRA and a new MLP head as asked. The model is an Encoder where the
+    folder says how it pools, so that its settings stay."""
+    name = model_args.model_name_or_path or str(QUICKSTART / "encoder")
+    set_seed(args.seed)
+    kwargs = {"dtype": torch.float32}
+    if model_args.attn_implementation:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    if model_args.dropout is not None:
+        kwargs["config"] = with_dropout(name, model_args.dropout)
+    settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize")}
+    if masked_lm:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
+        if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
+            model.base_model.pooler = type(model.base_model)(model.config).pooler
+        return model, tokenizer
+    encoder = Encoder.from_pretrained(name, **settings, **kwargs)
+    if encoder.pooling == "cls_mlp" and export.read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
+        reset_dense(encoder.backbone.pooler.dense, encoder.config)  # a new head, as in the paper's code
+    if model_args.lora_r:
+        encoder.backbone = get_peft_model(
+            encoder.backbone,
+            LoraConfig(
+                task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
+                lora_dropout=model_args.lora_dropout, target_modules=model_args.lora_target_modules or "all-linear",
+                modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
+            ),
+        )  # fmt: skip
+    return encoder, encoder.tokenizer
+
+
+def with_dropout(name: str, rate: float):
+    if not 0 <= rate < 1:
+        raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise export.unreachable(name, error) from error
+    known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]
+    if not known:
+        raise InputError(f"--dropout: {type(config).__name__} has no dropout rate to set")
+    for key in known:
+        setattr(config, key, rate)
+    return config
+
+
+def clear_run(trainer: ContrastiveTrainer) -> None:
+    """Remove what an earlier run left in the output folder, and nothing else."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.resume_from_checkpoint:
+        return
+    if trainer.is_world_process_zero() and folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_dir() and (re.fullmatch(r"checkpoint-\d+|\d_[A-Z]\w+", path.name) or path.name == "runs"):
+                shutil.rmtree(path)
+            elif path.name in ("results.json", "geometry.png", "README.md", "trainer_state.json"):
+                path.unlink()
+    trainer.accelerator.wait_for_everyone()
+
+
+def score_encoder(encoder: Encoder, sets: dict[str, Dataset]) -> dict[str, float]:
+    scores = sts.score_sets(sets, lambda texts: encoder.encode(texts, convert_to_tensor=True))
+    return {f"eval_{key}": value for key, value in scores.items()}
+
+
+def summary(metrics: dict[str, float], sets: list[str]) -> dict:
+    """{"sts": {NAME: score}, "alignment": x, "uniformity": y}"""
+    if not metrics:
+        return {}
+    scores = {name: round(metrics[f"eval_{name}_spearman"], 2) for name in sets}
+    geometry = {key: round(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}
+    return {"sts": scores} | geometry
+
+
+def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, sets: list[str]) -> dict:
+    """Write results.json, the picture and the card's table; print the table."""
+    results = {"before": summary(before, sets), "after": summary(after, sets), "train": about}
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        lines = table(results) if sets else []
+        if sets:
+            evaluations = [h for h in trainer.state.log_history if "eval_spearman" in h]
+            plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
+        card = "\n".join(["## Results", "", *(f"    {line}" for line in lines)]) if lines else ""
+        (folder / "README.md").write_text(export.model_card(trainer.encoder, card), encoding="utf-8")
+        print("\n" + "\n".join(lines))
+        print(f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool")
+    return results
+
+
+def table(results: dict) -> list[str]:
+    """before -> after, a line per STS set, then alignment and uniformity."""
+    before, after = results["before"], results["after"]
+    rows = [(f"STS {name} (Spearman x 100)", before["sts"][name], after["sts"][name], 2) for name in before["sts"]]
+    rows += [(f"{key} (lower is better)", before[key], after[key], 3) for key in ("alignment", "uniformity")]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
+    for label, a, b, digits in rows:
+        lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
+    return lines
+
+

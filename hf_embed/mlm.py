@@ -1,0 +1,37 @@
+"""Masked language modelling as an auxiliary of the contrastive loss (SimCSE, section 3.3; Devlin et al., 2019)."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+
+
+def split_masked_lm(model: PreTrainedModel | Encoder) -> tuple[PreTrainedModel | Encoder, nn.Module]:
+    """The backbone of an `AutoModelForMaskedLM` and its head, which maps token states (b, T, D) to logits (b, T, words).
+
+    An Encoder that has its head already is given back with it.
+    """
+    if isinstance(model, Encoder) and model.mlm_head is not None:
+        return model, model.mlm_head
+    head = getattr(model, "cls", None) or getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Linear) or not hasattr(model, "base_model"):
+        raise InputError(
+            f"mlm_weight needs a model with a masked-language-modelling head of the BERT or RoBERTa kind; "
+            f"{type(model).__name__} has none: load AutoModelForMaskedLM, or set mlm_weight to 0"
+        )
+    return model.base_model, head
+
+
+def mask_tokens(input_ids: Tensor, tokenizer, share: float = 0.15) -> tuple[Tensor, Tensor]:
+    """Masked ids and labels, both (S,): of the chosen `share` 80% become [MASK], 10% a random token, 10% stay; label -100
+    elsewhere. Special tokens are never chosen."""
+    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
+    chosen = (torch.rand(input_ids.shape, device=input_ids.device) < share) & ~special
+    labels = input_ids.masked_fill(~chosen, -100)
+    fate = torch.rand(input_ids.shape, device=input_ids.device)
+    masked = input_ids.masked_fill(chosen & (fate < 0.8), tokenizer.mask_token_id)
+    replaced = chosen & (fate >= 0.9)
+    random_ids = torch.randint_like(input_ids, len(tokenizer))
+    return torch.where(replaced, random_ids, masked), labels

@@ -1,0 +1,27 @@
+"""Supervised SimCSE: sentences, sentences they entail, and sentences that contradict them.
+
+    accelerate launch recipes/sup_simcse.py                      # offline, on a laptop CPU, in a few minutes
+    accelerate launch recipes/sup_simcse.py --config recipes/configs/sup_simcse_bert_base.yaml --learning_rate 3e-5
+    accelerate launch recipes/sup_simcse.py --train_file nli.csv --eval_sts_file stsb=stsb-dev.tsv --output_dir outputs/nli
+
+Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or query, positive[,
+negative ...]. Every flag of `transformers.TrainingArguments` works; `--help` lists them all.
+"""
+
+from pathlib import Path
+
+from hf_embed.cli import run
+from hf_embed.finetune import run_simcse
+
+
+def main() -> None:
+    run_simcse(
+        "sup_simcse",
+        paired=True,
+        quickstart_config=Path(__file__).with_name("configs") / "sup_simcse_quickstart.yaml",
+        quickstart_file="triplets.csv",
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""Tiny random models of every architecture, over the quickstart encoder's tokenizer."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from hf_embed import Encoder
+from hf_embed.finetune import QUICKSTART
+
+SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+BERT = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0}
+ROPE = SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2,
+                "eos_token_id": 3}  # fmt: skip
+TINY = {
+    "bert": (BertModel, BertConfig, BERT),
+    "roberta": (RobertaModel, RobertaConfig, BERT),
+    "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig, BERT),
+    "distilbert": (
+        DistilBertModel,
+        DistilBertConfig,
+        {"vocab_size": 12000, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 66},
+    ),
+    "mpnet": (MPNetModel, MPNetConfig, BERT | {"pad_token_id": 0}),
+    "modernbert": (
+        ModernBertModel,
+        ModernBertConfig,
+        SMALL | {"max_position_embeddings": 64, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3},
+    ),
+    "qwen2": (Qwen2Model, Qwen2Config, ROPE),
+    "qwen3": (Qwen3Model, Qwen3Config, ROPE | {"head_dim": 8}),
+}
+DECODERS = {"qwen2", "qwen3"}
+
+
+def tiny_model(name: str = "bert", seed: int = 0, **config):
+    """A random model with large enough weights that texts differ. Dropout as the architecture's default."""
+    model_class, config_class, settings = TINY[name]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(settings | config)))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def quickstart_tokenizer():
+    return AutoTokenizer.from_pretrained(QUICKSTART / "encoder")
+
+
+def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, **settings) -> Encoder:
+    return Encoder(tiny_model(name, seed), quickstart_tokenizer(), pooling, **settings).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return quickstart_tokenizer()
