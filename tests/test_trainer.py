@@ -1,0 +1,265 @@
+"""ContrastiveTrainer: the step against a plain reference, evaluation, checkpoints, and what it refuses."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModel, BertForMaskedLM, TrainerCallback
+from worker import STS, WORDS
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
+
+ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}", "negative": f"no {b} " * (1 + i % 4)}
+        for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1]))]  # fmt: skip
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def arguments(folder, **settings) -> ContrastiveTrainingArguments:
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 3, "report_to": [], "disable_tqdm": True,
+                "use_cpu": True, "save_strategy": "no", "learning_rate": 1e-3}  # fmt: skip
+    return ContrastiveTrainingArguments(str(folder), **(defaults | settings))
+
+
+def trainer(folder, model=None, rows=ROWS, objective=None, eval_dataset=None, callbacks=None, **settings):
+    return ContrastiveTrainer(
+        model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **settings),
+        objective=objective, train_dataset=Dataset.from_list(rows), eval_dataset=eval_dataset, callbacks=callbacks,
+    )  # fmt: skip
+
+
+class FirstGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def reference_gradients(rows: list[dict], temperature: float) -> dict:
+    """Every text on its own, equation 5 of the paper in a loop, plain autograd."""
+    encoder = tiny_encoder().double()
+    encoder.backbone.load_state_dict(tiny_model(**NO_DROPOUT).double().state_dict())
+
+    def embed(text):
+        ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+        return encoder.backbone(ids).last_hidden_state[0].mean(0)
+
+    views = {key: [embed(row[key]) for row in rows] for key in rows[0]}
+    loss = 0
+    for i in range(len(rows)):
+        candidates = [*views["positive"], *views.get("negative", [])]
+        logits = torch.stack([F.cosine_similarity(views["anchor"][i], c, dim=0) for c in candidates]) / temperature
+        loss = loss - torch.log_softmax(logits, 0)[i] / len(rows)
+    loss.backward()
+    return {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+
+
+def error(got: dict, expected: dict) -> float:
+    assert got.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    return max(((got[n] - expected[n]).abs().max() / scale).item() for n in expected)
+
+
+@pytest.mark.parametrize("rows", [ROWS, [{k: r[k] for k in ("anchor", "positive")} for r in ROWS]])
+def test_step_equals_a_plain_reference(tmp_path, rows):
+    watch = FirstGradients()
+    model = tiny_model(**NO_DROPOUT).double()
+    objective = SimCSE(temperature=0.1)
+    trainer(tmp_path, model, rows, objective, callbacks=[watch], per_device_train_batch_size=len(rows), max_steps=1,
+            max_grad_norm=0, chunk_tokens=24).train()  # fmt: skip
+    assert error(watch.gradients, reference_gradients(rows, 0.1)) < 1e-9
+    assert error(watch.gradients, reference_gradients(rows, 0.11)) > 1e-3  # control
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    """Two accumulated batches of 6 give the mean of their two gradients."""
+
+    class Each(TrainerCallback):
+        seen = []
+
+        def on_substep_end(self, args, state, control, model=None, **kwargs):
+            self.seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.on_substep_end(args, state, control, model)
+
+    settings = {"per_device_train_batch_size": 6, "max_grad_norm": 0, "learning_rate": 0.0}
+    model = tiny_model(**NO_DROPOUT).double()
+    whole = Each()
+    whole.seen = []
+    trainer(tmp_path, model, callbacks=[whole], max_steps=1, gradient_accumulation_steps=2, **settings).train()
+    single = Each()
+    single.seen = []
+    trainer(tmp_path, model, callbacks=[single], max_steps=2, **settings).train()
+    mean = {name: (single.seen[0][name] + single.seen[1][name]) / 2 for name in single.seen[0]}
+    assert error(whole.seen[1], mean) < 1e-9
+
+
+def test_unsupervised_views_differ_by_dropout_alone(tmp_path):
+    rows = [{"text": f"the {word}"} for word in WORDS]
+    with_dropout = trainer(tmp_path, tiny_encoder(), rows)
+    without = trainer(tmp_path, Encoder(tiny_model(**NO_DROPOUT), quickstart_tokenizer()), rows)
+    for run, same in ((with_dropout, False), (without, True)):
+        run.model.train()
+        batch = next(iter(run.get_train_dataloader()))
+        _, outputs = run.compute_loss(run.model, batch, return_outputs=True)
+        grid = outputs["embeddings"]
+        assert grid.shape == (4, 2, 32)
+        assert torch.allclose(grid[:, 0], grid[:, 1], atol=1e-5) is same
+
+
+def test_training_lowers_the_loss_and_keeps_a_plain_folder(tmp_path):
+    run = trainer(tmp_path, max_steps=20, per_device_train_batch_size=12, logging_steps=1, learning_rate=5e-3)
+    run.train()
+    losses = [h["loss"] for h in run.state.log_history if "loss" in h]
+    assert losses[-1] < 0.7 * losses[0]
+    run.save_model()
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "BertModel"
+
+
+def test_evaluation_keys_and_best_model(tmp_path):
+    sets = {"a": Dataset.from_list(STS), "b": Dataset.from_list(STS[:9])}
+    run = trainer(tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+                  load_best_model_at_end=True, learning_rate=1e-2)  # fmt: skip
+    assert run.args.metric_for_best_model == "spearman"
+    run.train()
+    scores = [h["eval_spearman"] for h in run.state.log_history if "eval_spearman" in h]
+    assert run.state.best_metric == max(scores)
+    final = run.evaluate()
+    assert final["eval_spearman"] == pytest.approx(max(scores))
+    assert final["eval_spearman"] == pytest.approx((final["eval_a_spearman"] + final["eval_b_spearman"]) / 2)
+    assert {"eval_a_alignment", "eval_b_uniformity", "eval_alignment", "eval_uniformity"} <= final.keys()
+
+
+def test_lower_alignment_is_better():
+    args = ContrastiveTrainingArguments("x", metric_for_best_model="alignment", use_cpu=True)
+    assert args.greater_is_better is False
+
+
+def lora_model():
+    return get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
+
+
+@pytest.mark.parametrize(
+    "make, settings",
+    [(tiny_model, {}), (tiny_model, {"pooling": "cls_mlp_train"}), (tiny_model, {"pooling": "cls_mlp"}), (lora_model, {})],
+    ids=["plain", "train_head", "pooler", "lora"],
+)
+def test_checkpoint_resumes_bit_for_bit(tmp_path, make, settings):
+    """Stop after 2 of 5 steps, mid-epoch, resume in a new trainer: the same weights as without a stop."""
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "seed": 3}
+
+    def weights(folder, resume=None):
+        torch.manual_seed(0)  # a new training head starts from the global state
+        run = trainer(folder, make(), **settings)
+        run.train(resume_from_checkpoint=resume)
+        return {n: p.detach().clone() for n, p in run.encoder.named_parameters()}
+
+    whole = weights(tmp_path / "whole")
+    resumed = weights(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other_seed = settings | {"seed": 4}
+    run = trainer(tmp_path / "other", make(), **other_seed)
+    run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert not all(torch.equal(whole[n], p) for n, p in run.encoder.named_parameters())  # control: order matters
+
+
+def test_checkpoints_load_with_automodel(tmp_path):
+    trainer(tmp_path, lora_model(), save_strategy="steps", save_steps=3).train()
+    model = AutoModel.from_pretrained(tmp_path / "checkpoint-3")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_lora_trains_adapters_alone_and_merges(tmp_path):
+    run = trainer(tmp_path, lora_model(), learning_rate=1e-2)
+    before = {n: p.detach().clone() for n, p in run.encoder.named_parameters()}
+    run.train()
+    changed = {n for n, p in run.encoder.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("lora_" in name for name in changed)
+    run.save_model()
+    np.testing.assert_allclose(
+        Encoder.from_pretrained(tmp_path).encode(["a cat"]), run.encoder.encode(["a cat"]), atol=1e-5
+    )
+
+
+def test_mlm_auxiliary_adds_its_weighted_mean(tmp_path, monkeypatch):
+    from worker import mask_some
+
+    monkeypatch.setattr("hf_embed.trainer.mask_tokens", mask_some)
+    torch.manual_seed(1)
+    masked_lm = BertForMaskedLM(tiny_model(**NO_DROPOUT).config).eval()
+    losses = {}
+    for weight in (1e-12, 0.5):
+        run = trainer(tmp_path, masked_lm, objective=SimCSE(mlm_weight=weight))
+        batch = next(iter(run.get_train_dataloader()))
+        losses[weight] = run.compute_loss(run.model, batch).item()
+    tokenizer, total, count = quickstart_tokenizer(), 0.0, 0
+    for text in torch.split(batch["input_ids"], batch["lengths"]):
+        ids, labels = mask_some(text, tokenizer)
+        logits = masked_lm(ids.unsqueeze(0)).logits[0]
+        total, count = total + F.cross_entropy(logits, labels, reduction="sum"), count + (labels != -100).sum()
+    assert losses[0.5] - losses[1e-12] == pytest.approx((0.5 * total / count).item(), rel=1e-5)
+
+
+def test_mlm_needs_a_head(tmp_path):
+    with pytest.raises(InputError, match="AutoModelForMaskedLM"):
+        trainer(tmp_path, objective=SimCSE(mlm_weight=0.1))
+
+
+def test_bf16_trains_float32_weights(tmp_path):
+    run = trainer(tmp_path, bf16=True)
+    run.train()
+    assert {p.dtype for p in run.encoder.parameters()} == {torch.float32}
+    assert np.isfinite(run.state.log_history[-1]["train_loss"])
+
+
+def test_half_precision_weights_are_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, tiny_model().bfloat16())
+    assert "half precision" in caplog.text
+
+
+def test_dataloader_workers_change_nothing(tmp_path):
+    weights = []
+    for workers in (0, 2):
+        run = trainer(tmp_path, tiny_model(**NO_DROPOUT), dataloader_num_workers=workers)
+        run.train()
+        weights.append(run.encoder.backbone.embeddings.word_embeddings.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "settings, rows, message",
+    [
+        ({"per_device_train_batch_size": 1}, ROWS, "no negatives"),
+        ({}, ROWS[:1], "at least 2"),
+        ({"pooling": "median"}, ROWS, "unknown pooling 'median'"),
+        ({"max_length": 67}, ROWS, "66 positions"),
+        ({"prompts": '{"passage": "x"}'}, ROWS, "unknown key passage"),
+        ({"chunk_tokens": 0}, ROWS, "at least 1"),
+        ({}, [{"premise": "a", "hypothesis": "b"}] * 4, "found the columns premise, hypothesis"),
+        ({}, [ROWS[0], {"anchor": "a", "positive": " ", "negative": "c"}], "row 2, column 'positive'"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(tmp_path, settings, rows, message):
+    with pytest.raises(InputError, match=message) as caught:
+        trainer(tmp_path / "out", rows=rows, **settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_dataset_without_scores_is_refused(tmp_path):
+    with pytest.raises(InputError, match="sentence1, sentence2 and score"):
+        trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS))
+
+
+def test_saved_arguments_are_readable(tmp_path):
+    run = trainer(tmp_path, prompts={"query": "query: "})
+    run.save_model()
+    stored = json.loads(Path(tmp_path, "config_sentence_transformers.json").read_text())
+    assert stored["prompts"] == {"query": "query: "}
