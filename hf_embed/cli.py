@@ -28,11 +28,14 @@ def parse(dataclasses_: list[type], preset: Callable[[list[str]], str | None] | 
     if config is not None:
         argv = from_yaml(config, parser, given_flags(argv)) + argv
     try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     except InputError:
         raise
-    except ValueError as error:
+    except ValueError as error:  # transformers' own checks of its arguments
         raise InputError(" ".join(str(error).split())) from error
+    if rest:
+        raise InputError(f"unknown flag {rest[0]}{suggestion(rest[0].lstrip('-'), parser)}; --help lists the flags")
+    return parsed
 
 
 class Parser(HfArgumentParser):
@@ -62,6 +65,15 @@ def given_flags(argv: list[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
+def known(parser: HfArgumentParser) -> set[str]:
+    return {field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init}
+
+
+def suggestion(word: str, parser: HfArgumentParser) -> str:
+    close = difflib.get_close_matches(word, known(parser), 1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
 def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str]:
     """The file's settings as command-line words, those left out that the user gave as flags."""
     try:
@@ -72,12 +84,10 @@ def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str
         raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected 'flag: value' lines")
-    known = {field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init}
     words = []
     for key, value in settings.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            raise InputError(f"--config {path}: unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        if key not in known(parser):
+            raise InputError(f"--config {path}: unknown key '{key}'{suggestion(str(key), parser)}")
         if key in given or f"no_{key}" in given or value is None:
             continue
         words.append(f"--{key}")

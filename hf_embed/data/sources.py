@@ -35,10 +35,11 @@ def read_file(path: str, header: bool = True) -> Dataset:
     are named 0, 1, 2 ...  Raises InputError if the file is missing, empty or of another kind.
     """
     file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
-    if file.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
+    if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
+        if not file.is_file():
+            raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
+        if file.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty")
     suffixes = [s.lower() for s in file.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
     table = {"keep_default_na": False, "header": 0 if header else None}
@@ -49,11 +50,11 @@ def read_file(path: str, header: bool = True) -> Dataset:
     options = {".csv": table, ".tsv": tabs}.get(kind, {})
     try:
         if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
-            columns = pandas.read_csv(file, nrows=1, **options).columns
+            columns = pandas.read_csv(path, nrows=1, **options).columns
             options["names"] = [str(c) for c in columns]
             options["features"] = Features({name: Value("string") for name in options["names"]})
-        rows = load_dataset(kinds[kind], data_files=str(file), split="train", **options)
-    except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
+        rows = load_dataset(kinds[kind], data_files=path, split="train", **options)
+    except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
     if len(rows) == 0:

@@ -5,6 +5,7 @@ alignment over the set's positives, the pairs in the top fifth of its scale, and
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
 
 
 def read_named(items: list[str], flag: str = "--eval_sts_file") -> dict[str, Dataset]:
-    """Sets from NAME=PATH items."""
+    """Sets from NAME=PATH items; PATH is a file, or OWNER/DATASET:SPLIT on the Hub."""
     sets = {}
     for item in items:
         name, equals, path = item.partition("=")
@@ -96,7 +97,11 @@ def read_named(items: list[str], flag: str = "--eval_sts_file") -> dict[str, Dat
             raise InputError(f"{flag} {item}: give NAME=PATH, for example stsb=stsb-dev.tsv")
         if name in sets:
             raise InputError(f"{flag}: two sets are named '{name}'; names must differ")
-        sets[name] = read_sts(path)
+        hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(\w+)", path)
+        if hub and not Path(path).exists():
+            sets[name] = check_sts(read_hub(hub[1], split=hub[2]), path)
+        else:
+            sets[name] = read_sts(path)
     return sets
 
 

@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint venv
+
+# Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
+demo: venv
+	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/sup_simcse.py
+	$(BIN)/python -c "from transformers import AutoModel; print('AutoModel loads it:', type(AutoModel.from_pretrained('outputs/quickstart')).__name__)"
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-slow: venv
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Makes the environment, or installs what is missing in it. A PyTorch that is there already stays.
+venv:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[dev]"

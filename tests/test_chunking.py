@@ -1,0 +1,222 @@
+"""Chunks: how texts are cut, and that neither chunking nor gradient caching changes a gradient."""
+
+import weakref
+
+import pytest
+import torch
+from conftest import quickstart_tokenizer, tiny_model
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_embed import Encoder
+from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks
+
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small make threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the cut ----
+
+
+def random_lengths(seed, n=200):
+    return torch.randint(1, 60, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(params=[(0, 100, 10), (1, 500, 100), (2, 30, 30), (3, 100_000, 2000), (4, 100_000, 100_000)])
+def cut(request):
+    seed, chunk_tokens, min_tokens = request.param
+    lengths = random_lengths(seed)
+    return lengths, chunk_tokens, min_tokens, plan_chunks(lengths, chunk_tokens, min_tokens)
+
+
+def test_every_text_once(cut):
+    lengths, _, _, chunks = cut
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
+
+
+def test_budget(cut):
+    """At most chunk_tokens padded tokens; a text longer than that is alone."""
+    lengths, chunk_tokens, _, chunks = cut
+    assert all(len(chunk) == 1 or len(chunk) * lengths[chunk[0]] <= chunk_tokens for chunk in chunks)
+
+
+def test_longest_first(cut):
+    lengths, _, _, chunks = cut
+    order = [lengths[i] for chunk in chunks for i in chunk]
+    assert order == sorted(order, reverse=True)
+
+
+def test_little_padding_beyond_a_small_chunk(cut):
+    lengths, _, min_tokens, chunks = cut
+    for chunk in chunks:
+        longest = lengths[chunk[0]]
+        late = [i for place, i in enumerate(chunk) if place * longest >= min_tokens]
+        assert all(lengths[i] >= (1 - MAX_PADDING) * longest for i in late)
+
+
+def test_no_needless_cut(cut):
+    """A chunk ends only where the next text would not fit or would be mostly padding."""
+    lengths, chunk_tokens, min_tokens, chunks = cut
+    for chunk, following in zip(chunks, chunks[1:]):
+        longest, padded = lengths[chunk[0]], len(chunk) * lengths[chunk[0]]
+        full = padded + longest > chunk_tokens
+        assert full or (padded >= min_tokens and lengths[following[0]] < (1 - MAX_PADDING) * longest)
+
+
+def test_no_texts():
+    assert plan_chunks([], 10, 10) == []
+
+
+def test_pad_chunk():
+    ids, mask = pad_chunk(torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([3, 0]), torch.tensor([3, 1]), pad_id=9)
+    assert ids.tolist() == [[4, 5, 6], [1, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# ---- the gradients ----
+
+LENGTHS = [3, 17, 9, 5, 40, 2, 12, 9, 30, 6, 7, 25, 4, 8, 21, 3]
+CONFIGS = {"bert": {}, "qwen3": {"attention_dropout": 0.1}}  # dropout: BERT's own is 0.1, qwen3 has none unless asked
+
+
+def make_encoder(name):
+    return Encoder(tiny_model(name, vocab_size=200, **CONFIGS[name]), quickstart_tokenizer())
+
+
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 200, (n,), generator=generator) for n in LENGTHS]
+
+
+def loss_of(embeddings):
+    """Another weight for every number, so that no two texts may be exchanged."""
+    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (embeddings.sin() * weights.to(embeddings.dtype)).sum()
+
+
+def gradient(encoder, embeddings):
+    """All parameters' gradients in one row."""
+    encoder.zero_grad()
+    loss_of(embeddings).backward()
+    return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+
+def chunked(encoder, chunk_tokens, gradient_caching=False):
+    return encoder(torch.cat(texts()), LENGTHS, chunk_tokens, gradient_caching)
+
+
+def unchunked(encoder, mask_padding=True):
+    ids = torch.nn.utils.rnn.pad_sequence(texts(), batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)
+    return encoder.embed(ids, (mask if mask_padding else torch.ones_like(mask)).long())
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 50, 300, 10_000])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_equal_one_padded_batch(name, chunk_tokens, caching):
+    encoder = make_encoder(name).double().eval()
+    one, many = unchunked(encoder), chunked(encoder, chunk_tokens, caching)
+    assert_close(many, one, rtol=1e-9, atol=1e-12)
+    assert relative(gradient(encoder, many), gradient(encoder, one)) < 1e-9
+
+
+@pytest.mark.parametrize("spoil", ["padding attended to", "two texts exchanged", "a text dropped"])
+def test_control_comparison_notices(spoil):
+    encoder = make_encoder("bert").double().eval()
+    wrong = unchunked(encoder, mask_padding=spoil != "padding attended to")
+    if spoil == "two texts exchanged":
+        wrong = wrong[[1, 0, *range(2, len(LENGTHS))]]
+    elif spoil == "a text dropped":
+        wrong = torch.cat([wrong[:-1], wrong[-1:].detach()])
+    right = unchunked(encoder)
+    assert relative(gradient(encoder, wrong), gradient(encoder, right)) > 1e-3
+
+
+def with_dropout(encoder, caching, seed=0):
+    torch.manual_seed(seed)
+    return gradient(encoder.train(), chunked(encoder, 100, caching))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_caching_is_bit_identical_under_dropout(name):
+    encoder = make_encoder(name)
+    assert torch.equal(with_dropout(encoder, True), with_dropout(encoder, False))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_control_another_seed_is_another_gradient(name):
+    """Dropout is really on, and the comparison above would notice other masks."""
+    encoder = make_encoder(name)
+    assert relative(with_dropout(encoder, True, seed=1), with_dropout(encoder, False, seed=0)) > 1e-3
+
+
+# ---- the memory ----
+
+
+def saved_bytes(caching):
+    """Activations that wait for the backward pass."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    encoder = make_encoder("bert").train()
+    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        embeddings = chunked(encoder, 100, caching)
+    assert embeddings.requires_grad
+    return sum(size for place, size in saved.items() if place not in weights)
+
+
+def test_caching_saves_hardly_anything():
+    assert 0 < 20 * saved_bytes(caching=True) < saved_bytes(caching=False)
+
+
+class LivePeak(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, size):
+        self.now -= size
+
+
+def peak_of_a_step(caching):
+    encoder = make_encoder("bert").train()
+    for p in encoder.parameters():
+        p.grad = torch.zeros_like(p)
+    with LivePeak() as live:
+        loss_of(chunked(encoder, 100, caching)).backward()
+    return live.peak
+
+
+def test_caching_lowers_the_peak_of_the_whole_step():
+    """Also with what the backward pass computes again."""
+    assert 2 * peak_of_a_step(caching=True) < peak_of_a_step(caching=False)

@@ -1,0 +1,137 @@
+"""SimCSE against the paper's definition in plain loops, float64."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hf_embed import SimCSE
+
+ROWS, DIM = 6, 5
+
+
+def embeddings(views, rows=ROWS):
+    z = torch.randn(rows, views, DIM, generator=torch.Generator().manual_seed(views), dtype=torch.float64)
+    return 3 * z  # not unit vectors
+
+
+def distinct(views, rows=ROWS):
+    return torch.arange(1, rows * views + 1).view(rows, views)
+
+
+def official(z, temperature=0.05, weight=0.0, masked=()):
+    """Equation 5 with the weight as a logit, as `cl_forward` of SimCSE's models.py; `masked` has (i, j, view): row i's
+    loss leaves out text `view` of row j."""
+
+    def logit(i, j, view):
+        a, b = z[i, 0].tolist(), z[j, view].tolist()
+        cosine = sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
+        return cosine / temperature + (weight if view >= 2 and i == j else 0)
+
+    rows, views, _ = z.shape
+    losses = []
+    for i in range(rows):
+        terms = [
+            math.exp(logit(i, j, view)) for j in range(rows) for view in range(1, views) if (i, j, view) not in masked
+        ]
+        losses.append(-math.log(math.exp(logit(i, i, 1)) / sum(terms)))
+    return torch.tensor(sum(losses) / rows, dtype=torch.float64)
+
+
+CASES = [(views, temperature, weight) for views in (2, 3, 5) for temperature in (0.05, 0.7) for weight in (0.0, 1.5)]
+
+
+@pytest.mark.parametrize(("views", "temperature", "weight"), CASES)
+def test_equals_definition(views, temperature, weight):
+    z = embeddings(views)
+    loss = SimCSE(temperature, weight)(z, distinct(views))
+    assert_close(loss, official(z, temperature, weight), rtol=1e-12, atol=0)
+
+
+def test_by_hand():
+    """Two rows, anchor and positive the same axis: e^(1/t) against e^0."""
+    z = torch.eye(2, dtype=torch.float64).unsqueeze(1).repeat(1, 2, 1)
+    assert_close(float(SimCSE(0.5)(z, distinct(2, 2))), math.log(1 + math.exp(-2)))
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.06}, {"weight": 1.0}, {"masked": {(0, 1, 2)}}])
+def test_control_comparison_notices(change):
+    z = embeddings(3)
+    loss = SimCSE(0.05, 1.5)(z, distinct(3))
+    assert abs(loss - official(z, **({"temperature": 0.05, "weight": 1.5} | change))) > 1e-3
+
+
+MASKS = {
+    "no two texts equal": ([[1, 2], [3, 4], [5, 6]], set()),
+    "a positive is another row's anchor": ([[1, 2], [3, 1], [5, 6]], {(0, 1, 1)}),
+    "two positives are equal": ([[1, 2], [3, 2], [5, 6]], {(0, 1, 1), (1, 0, 1)}),
+    "unsupervised duplicate": ([[1, 1], [2, 2], [1, 1]], {(0, 2, 1), (2, 0, 1)}),
+    "two anchors are equal": ([[1, 2], [1, 3], [5, 6]], set()),
+    "a row has no negative": ([[1, 2, 3], [4, 5, 0], [6, 7, 8]], {(i, 1, 2) for i in range(3)}),
+    "no row has its second negative": ([[1, 2, 3, 0], [4, 5, 6, 0]], {(i, j, 3) for i in range(2) for j in range(2)}),
+    "a negative is another row's anchor": ([[1, 2, 3], [4, 5, 1], [6, 7, 8]], {(0, 1, 2)}),
+    "a negative is another row's positive": ([[1, 2, 3], [4, 5, 2], [6, 7, 8]], {(0, 1, 2)}),
+    "the own negative is the own positive": ([[1, 2, 2], [4, 5, 6], [7, 8, 9]], {(0, 0, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_texts_that_are_no_negatives(case):
+    ids, masked = MASKS[case]
+    ids = torch.tensor(ids)
+    z = embeddings(ids.shape[1], len(ids))
+    loss = SimCSE(0.5, 0.7)(z, ids)
+    assert_close(loss, official(z, 0.5, 0.7, masked), rtol=1e-12, atol=0)
+    if masked:  # control: the mask matters
+        assert abs(loss - official(z, 0.5, 0.7)) > 1e-3
+
+
+def test_absent_negatives_get_no_gradient():
+    z = embeddings(3)
+    z[1, 2] = 0  # as the trainer leaves them
+    ids = distinct(3)
+    ids[1, 2] = 0
+    z.requires_grad_()
+    (gradient,) = torch.autograd.grad(SimCSE()(z, ids), z)
+    assert gradient.isfinite().all() and not gradient[1, 2].any() and gradient[0, 2].any()
+
+
+def halves(z, ids, first_rows=(0, ROWS // 2)):
+    """Two ranks: each its own rows against all rows; the mean of their losses."""
+    loss = SimCSE(0.5, 0.7)
+    parts = zip(z.chunk(2), ids.chunk(2), first_rows)
+    return sum(loss(part, part_ids, z, ids, first_row) for part, part_ids, first_row in parts) / 2
+
+
+@pytest.mark.parametrize("views", [2, 4])
+def test_halves_average_to_the_whole(views):
+    """In value and gradient, with a masked pair across the halves."""
+    z, ids = embeddings(views).requires_grad_(), distinct(views)
+    ids[-1, 1] = ids[0, 0]
+    whole = SimCSE(0.5, 0.7)(z, ids)
+    assert_close(halves(z, ids), whole, rtol=1e-12, atol=0)
+    assert_close(*(torch.autograd.grad(loss, z) for loss in (halves(z, ids), whole)), rtol=1e-9, atol=1e-12)
+
+
+def test_control_halves_need_first_row():
+    z, ids = embeddings(3), distinct(3)
+    assert abs(halves(z, ids, first_rows=(0, 0)) - SimCSE(0.5, 0.7)(z, ids)) > 1e-3
+
+
+def gradcheck(detach):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 7, 1]])
+    loss = SimCSE(0.5, 0.7)
+
+    def function(z):
+        return loss(z, ids, z.detach() if detach else z, ids)
+
+    return torch.autograd.gradcheck(function, embeddings(3, 3).requires_grad_(), raise_exception=False)
+
+
+def test_gradient():
+    assert gradcheck(detach=False)
+
+
+def test_control_gradcheck_notices_candidates_without_gradient():
+    assert not gradcheck(detach=True)

@@ -1,0 +1,185 @@
+"""The recipes as a user runs them: files, tables, refusals, a kill and a resume; and every YAML file that ships."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import tiny_encoder
+from safetensors.torch import load_file
+from worker import WORDS
+
+from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, cli
+from hf_embed.finetune import (
+    QUICKSTART,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    SimCSEArguments,
+    run_simcse,
+)
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+QUIET = "--use_cpu --report_to none --disable_tqdm true".split()
+SUP = {"paired": True, "quickstart_config": RECIPES / "configs/sup_simcse_quickstart.yaml",
+       "quickstart_file": "triplets.csv"}  # fmt: skip
+UNSUP = {"paired": False, "quickstart_config": RECIPES / "configs/unsup_simcse_quickstart.yaml",
+         "quickstart_file": "sentences.txt"}  # fmt: skip
+
+
+def sup(*argv) -> dict:
+    return run_simcse("sup_simcse", argv=[*QUIET, *map(str, argv)], **SUP)
+
+
+def recipe(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(RECIPES / name), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    """A training file, an STS file and a tiny model's folder."""
+    with open(tmp_path / "nli.csv", "w", newline="") as file:
+        rows = [[f"the {a}", f"a {a}, here", f"no {b}"] for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
+        csv.writer(file).writerows([["sent0", "sent1", "hard_neg"], *rows])
+    sts = "".join(f"{i % 6}\tthe {a}\tsome {a} and {b}\n" for i, (a, b) in enumerate(zip(WORDS, WORDS[::-1])))
+    (tmp_path / "sts.tsv").write_text(sts)
+    tiny_encoder().save_pretrained(tmp_path / "model", verify=False)
+    return {"nli": tmp_path / "nli.csv", "sts": tmp_path / "sts.tsv", "model": tmp_path / "model"}
+
+
+def flags(files, *more) -> list:
+    return ["--train_file", files["nli"], "--eval_sts_file", f"s={files['sts']}", "--model_name_or_path", files["model"],
+            "--per_device_train_batch_size", 4, *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("setup", [SUP, UNSUP], ids=["sup", "unsup"])
+def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
+    monkeypatch.chdir(tmp_path)
+    results = run_simcse("x", argv=[*QUIET, "--max_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false"], **setup)  # fmt: skip
+    folder = tmp_path / "outputs" / "quickstart"
+    assert json.loads((folder / "results.json").read_text()) == results
+    for part in ("before", "after"):
+        assert set(results[part]) == {"sts", "alignment", "uniformity"}
+        assert set(results[part]["sts"]) == {"quickstart"}
+    assert results["train"]["steps"] == 2
+    assert (folder / "geometry.png").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert "before" in out and "STS quickstart" in out
+    assert "## Results" in (folder / "README.md").read_text()
+    run_simcse("x", argv=[*QUIET, "--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"], **setup)  # made anew
+
+
+def test_after_is_what_the_saved_folder_scores(tmp_path, files):
+    out = tmp_path / "out"
+    results = sup(*flags(files, "--output_dir", out, "--max_steps", 3, "--learning_rate", 1e-3))
+    done = recipe("evaluate.py", "--model_name_or_path", out, "--eval_sts_file", f"s={files['sts']}", "--output_dir", tmp_path / "e")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scored = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert scored["sts"]["s"] == pytest.approx(results["after"]["sts"]["s"], abs=0.01)
+    assert "spearman x 100" in done.stdout
+
+
+def test_lora_and_mlp_head_export(tmp_path, files):
+    sup(*flags(files, "--output_dir", tmp_path / "out", "--max_steps", 2, "--lora_r", 4, "--pooling", "cls_mlp"))
+    assert Encoder.from_pretrained(tmp_path / "out").pooling == "cls_mlp"
+
+
+def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
+    """Killed in the middle of an epoch by a signal no process can catch."""
+    settings = [*QUIET, *flags(files), "--num_train_epochs", "5", "--save_steps", "4", "--logging_steps", "1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, str(RECIPES / "sup_simcse.py"), *map(str, settings), "--output_dir"]
+    assert subprocess.run([*command, str(whole)], capture_output=True, timeout=300).returncode == 0
+
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (killed / "checkpoint-4" / "trainer_state.json").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    for later in killed.glob("checkpoint-*"):  # what the process still wrote before the signal came
+        if later.name != "checkpoint-4":
+            for file in sorted(later.rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+            later.rmdir()
+    assert not (killed / "model.safetensors").exists()
+    done = subprocess.run([*command, str(killed), "--resume_from_checkpoint"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    start = load_file(files["model"] / "model.safetensors")
+    assert not all(np.array_equal(a[name], start[name]) for name in a)  # it did train
+
+
+BAD = {
+    "missing file": (["--train_file", "absent.csv"], "absent.csv: no such file"),
+    "wrong kind": (["--train_file", "{model}/config.toml"], "no such file"),
+    "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
+    "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE or --dataset_name NAME"),
+    "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
+    "unreachable dataset": (["--dataset_name", "no/such-data"], "a local file goes into --train_file"),
+    "unknown pooling": (["--train_file", "{nli}", "--pooling", "max"], "unknown pooling 'max'; take one of cls"),
+    "too long": (["--train_file", "{nli}", "--max_length", "513"], "512 positions"),
+    "batch of one": (["--train_file", "{nli}", "--per_device_train_batch_size", "1"], "no negatives"),
+    "sts without name": (["--train_file", "{nli}", "--eval_sts_file", "{sts}"], "give NAME=PATH"),
+    "not sts": (["--train_file", "{nli}", "--eval_sts_file", "x={nli}"], "nli.csv, row 1: the score is 'sent0'"),
+    "unknown flag": (["--learning_rat", "1"], "--help lists the flags"),
+    "dropout": (["--train_file", "{nli}", "--dropout", "1.5"], "below 1"),
+    "occupied folder": (["--train_file", "{nli}", "--output_dir", "{model}"], "--resume_from_checkpoint.*--overwrite_output_dir"),
+    "nothing to resume": (["--train_file", "{nli}", "--output_dir", "new", "--resume_from_checkpoint"], "no checkpoint-N folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, files, case):
+    argv, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match=message) as caught:
+        sup(*(word.format(**files) for word in argv))
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
+    done = recipe("sup_simcse.py", "--train_file", "absent.csv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: absent.csv: no such file")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_parse(path):
+    kinds = [ModelArguments, DataArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
+    *_, simcse, args = cli.parse(kinds, argv=["--config", str(path), "--use_cpu"])
+    assert simcse.temperature == 0.05
+    stored = yaml.safe_load(path.read_text())
+    assert args.learning_rate == stored["learning_rate"]
+    assert args.pooling == stored["pooling"]
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_files_parse(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"single": 1, "cpu_2": 2}.get(path.stem, 8)
+
+
+def test_quickstart_texts_do_not_overlap():
+    triplets = list(csv.reader(open(QUICKSTART / "triplets.csv", encoding="utf-8", newline="")))[1:]
+    pairs = [line.split("\t") for line in (QUICKSTART / "sts.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    trained = {text.lower() for row in triplets for text in row}
+    scored = {text.lower() for _, *texts in pairs for text in texts}
+    assert len(triplets) >= 1000 and len(pairs) >= 300
+    assert not trained & scored
+    assert len(trained) == 3 * len(triplets)  # none twice
+    assert {round(float(score)) for score, *_ in pairs} == {0, 1, 2, 3, 4, 5}
