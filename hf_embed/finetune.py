@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
@@ -259,5 +259,3 @@ def table(results: dict) -> list[str]:
     for label, a, b, digits in rows:
         lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
     return lines
-
-

@@ -206,7 +206,8 @@ class ContrastiveTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         folder = Path(resume_from_checkpoint)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: no checkpoint there (no config.json); give a checkpoint-N folder")
@@ -217,7 +218,8 @@ class ContrastiveTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_best_model()
+            super()._load_best_model()
+            return
         logger.info(f"taking the best model, {self.state.best_model_checkpoint} ({self.state.best_metric:.2f})")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 

@@ -1,6 +1,6 @@
 """Score any checkpoint on semantic textual similarity: ours, a Hub model, a sentence-transformers folder.
 
-    python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir outputs/eval
+    python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
     python recipes/evaluate.py --model_name_or_path princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
 
 Spearman x 100 over all pairs of a set, alignment and uniformity; printed, and in OUTPUT_DIR/results.json.

@@ -148,9 +148,7 @@ def main() -> None:
     to_teacher.to(device)
     parameters = [*student.parameters(), *to_teacher.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=len(steps) + 1, pct_start=0.05
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=len(steps) + 1, pct_start=0.05)
     started, seen, shown = time.time(), 0, []
     for step, batch in enumerate(steps, 1):
         rows = [torch.tensor([cls, *ids, sep]) for ids in batch]

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/unsup_simcse.py                    # offline, on a laptop CPU, in a few minutes
     accelerate launch recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
-    accelerate launch recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv --output_dir outputs/u
+    accelerate launch recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
 
 A training file is a txt with one sentence a line, or a table with a column text or sentence. Every flag of
 `transformers.TrainingArguments` works; `--help` lists them all.

@@ -12,7 +12,6 @@ from hf_embed import Encoder
 from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tensors this small make threads wait for each other."""

@@ -8,9 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hf_embed import Encoder, InputError
 
-LONG = (
-    "the committee postponed the vote once more and went home " * 12
-)  # more tokens than any tiny model has positions for
+LONG = "the committee postponed the vote once more and went home " * 12  # longer than any tiny model takes
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "rain", "Two dogs ran across the field, barking."]
 
 

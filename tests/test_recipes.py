@@ -29,7 +29,7 @@ from hf_embed.finetune import (
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-QUIET = "--use_cpu --report_to none --disable_tqdm true".split()
+QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
 SUP = {"paired": True, "quickstart_config": RECIPES / "configs/sup_simcse_quickstart.yaml",
        "quickstart_file": "triplets.csv"}  # fmt: skip
 UNSUP = {"paired": False, "quickstart_config": RECIPES / "configs/unsup_simcse_quickstart.yaml",
@@ -76,7 +76,9 @@ def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     out = capsys.readouterr().out
     assert "before" in out and "STS quickstart" in out
     assert "## Results" in (folder / "README.md").read_text()
-    run_simcse("x", argv=[*QUIET, "--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"], **setup)  # made anew
+    run_simcse(
+        "x", argv=[*QUIET, "--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"], **setup
+    )  # made anew
 
 
 def test_after_is_what_the_saved_folder_scores(tmp_path, files):

@@ -182,9 +182,7 @@ def test_lora_trains_adapters_alone_and_merges(tmp_path):
     changed = {n for n, p in run.encoder.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all("lora_" in name for name in changed)
     run.save_model()
-    np.testing.assert_allclose(
-        Encoder.from_pretrained(tmp_path).encode(["a cat"]), run.encoder.encode(["a cat"]), atol=1e-5
-    )
+    np.testing.assert_allclose(Encoder.from_pretrained(tmp_path).encode(["a cat"]), run.encoder.encode(["a cat"]), atol=1e-5)
 
 
 def test_mlm_auxiliary_adds_its_weighted_mean(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Trains a tiny model on however many ranks it is launched on; rank 0 leaves what it saw in FOLDER/RANKS.pt.
 
-    accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker.py FOLDER
+accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker.py FOLDER
 """
 
 import os
@@ -19,7 +19,7 @@ import hf_embed.trainer
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
 from hf_embed.distributed import world
 
-WORDS = "cat dog rain house river bread table music winter garden train letter".split()
+WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 ROWS = [
     {"anchor": f"the {a} and the {b}", "positive": f"a {a} near some {b} " * (1 + i % 3), "negative": f"no {b} at all {a}"}
     for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1]))
@@ -75,7 +75,9 @@ def train(folder: str, mlm_weight: float = 0.0, **settings) -> dict:
     if ranks > 1:
 
         def counted(parts, rows, *a, **k):
-            gathers.append(rows.dim() == 3 and rows.is_floating_point())  # embeddings (B, V, D); Trainer gathers its logged loss too
+            gathers.append(
+                rows.dim() == 3 and rows.is_floating_point()
+            )  # embeddings (B, V, D); Trainer gathers its logged loss too
             return plain_gather(parts, rows, *a, **k)
 
         dist.all_gather = counted

@@ -69,8 +69,7 @@ def read_hub(name: str, config: str | None = None, split: str = "train") -> Data
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; "
-            "a local file goes into --train_file"
+            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; a local file goes into --train_file"
         ) from error
     if isinstance(rows, DatasetDict):
         raise InputError(f"dataset '{name}' has the splits {', '.join(rows)}; choose one with --dataset_split")

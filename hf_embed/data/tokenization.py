@@ -67,9 +67,7 @@ def tokenize_rows(
             start = stop
         return out
 
-    tokens = rows.map(
-        convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}"
-    )
+    tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
     if len(tokens) < len(rows):
         logger.warning(f"{name}: {len(rows) - len(tokens):,} of {len(rows):,} rows had an empty text and were dropped")
     if len(tokens) < 2:
@@ -78,4 +76,3 @@ def tokenize_rows(
     if (share := sum(tokens["cut"]) / texts) > TRUNCATION_WARNING:
         logger.warning(f"{name}: {share:.0%} of the texts were cut to max_length={max_length} tokens")
     return tokens
-

@@ -50,9 +50,7 @@ def read_sts(path: str) -> Dataset:
     rows = read_file(path)
     names = {str(c).lower(): c for c in rows.column_names}
     if all(c in names for c in COLUMNS):
-        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns(
-            {names[c]: c for c in COLUMNS if names[c] != c}
-        )
+        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
     elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")):
         rows = read_file(path, header=False)
         if len(rows.column_names) < 3:

