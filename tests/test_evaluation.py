@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import zlib
 
 import datasets
 import evaluate
@@ -120,7 +121,7 @@ def make_set(scores, repeated=False):
 
 
 def embed(texts):
-    return torch.tensor(np.stack([vectors(1, seed=sum(map(ord, text)))[0] for text in texts]))
+    return torch.tensor(np.stack([vectors(1, seed=zlib.crc32(text.encode()))[0] for text in texts]))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,7 @@ def test_score_sets():
         assert metrics[key] == pytest.approx((metrics[f"one_{key}"] + metrics[f"two_{key}"]) / 2)
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_a_set_without_a_spearman_does_not_spoil_the_mean():
     metrics = score_sets({"flat": make_set([3.0, 3.0]), "good": make_set([0.0, 2.0, 5.0])}, embed)
     assert math.isnan(metrics["flat_spearman"]) and metrics["spearman"] == metrics["good_spearman"]
@@ -164,17 +166,17 @@ def write(path, table, sep="\t"):
 
 
 @pytest.mark.parametrize(
-    ("name", "header", "order"),
+    ("header", "order"),
     [
-        ("a.tsv", ["score", "sentence1", "sentence2"], (0, 1, 2)),
-        ("a.tsv", ["sentence1", "sentence2", "score"], (1, 2, 0)),
-        ("a.tsv", ["Sentence2", "SCORE", "Sentence1"], (2, 0, 1)),
-        ("a.tsv", None, (0, 1, 2)),
+        (["score", "sentence1", "sentence2"], (0, 1, 2)),
+        (["sentence1", "sentence2", "score"], (1, 2, 0)),
+        (["Sentence2", "SCORE", "Sentence1"], (2, 0, 1)),
+        (None, (0, 1, 2)),
     ],
 )
-def test_read_sts_by_name_else_by_position(name, header, order, tmp_path):
+def test_read_sts_by_name_else_by_position(header, order, tmp_path):
     table = [[row[i] for i in order] for row in ROWS]
-    rows = read_sts(write(tmp_path / name, [header, *table] if header else table))
+    rows = read_sts(write(tmp_path / "a.tsv", [header, *table] if header else table))
     assert rows.to_dict() == {"sentence1": [ROWS[0][1], "NA"], "sentence2": ["a cat", "007"], "score": [4.5, 0.0]}
 
 

@@ -65,7 +65,8 @@ def flags(files, *more) -> list:
 @pytest.mark.parametrize("setup", [SUP, UNSUP], ids=["sup", "unsup"])
 def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     monkeypatch.chdir(tmp_path)
-    results = run_simcse("x", argv=[*QUIET, "--max_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false"], **setup)  # fmt: skip
+    argv = [*QUIET, "--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps"]
+    results = run_simcse("x", argv=[*argv, "2"], **setup)
     folder = tmp_path / "outputs" / "quickstart"
     assert json.loads((folder / "results.json").read_text()) == results
     for part in ("before", "after"):
@@ -76,15 +77,14 @@ def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     out = capsys.readouterr().out
     assert "before" in out and "STS quickstart" in out
     assert "## Results" in (folder / "README.md").read_text()
-    run_simcse(
-        "x", argv=[*QUIET, "--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"], **setup
-    )  # made anew
+    run_simcse("x", argv=[*argv, "1"], **setup)  # made anew
 
 
 def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     out = tmp_path / "out"
     results = sup(*flags(files, "--output_dir", out, "--max_steps", 3, "--learning_rate", 1e-3))
-    done = recipe("evaluate.py", "--model_name_or_path", out, "--eval_sts_file", f"s={files['sts']}", "--output_dir", tmp_path / "e")  # fmt: skip
+    sts = f"s={files['sts']}"
+    done = recipe("evaluate.py", "--model_name_or_path", out, "--eval_sts_file", sts, "--output_dir", tmp_path / "e")
     assert done.returncode == 0, done.stderr
     scored = json.loads((tmp_path / "e" / "results.json").read_text())
     assert scored["sts"]["s"] == pytest.approx(results["after"]["sts"]["s"], abs=0.01)
@@ -137,8 +137,8 @@ BAD = {
     "not sts": (["--train_file", "{nli}", "--eval_sts_file", "x={nli}"], "nli.csv, row 1: the score is 'sent0'"),
     "unknown flag": (["--learning_rat", "1"], "--help lists the flags"),
     "dropout": (["--train_file", "{nli}", "--dropout", "1.5"], "below 1"),
-    "occupied folder": (["--train_file", "{nli}", "--output_dir", "{model}"], "--resume_from_checkpoint.*--overwrite_output_dir"),
-    "nothing to resume": (["--train_file", "{nli}", "--output_dir", "new", "--resume_from_checkpoint"], "no checkpoint-N folder"),
+    "occupied folder": (["--train_file", "{nli}", "--output_dir", "{model}"], "--resume_from_c.*--overwrite_o"),
+    "nothing to resume": (["--train_file", "{nli}", "--output_dir", "new", "--resume_from_checkpoint"], "no checkpoint-N"),
 }  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_accelerate_files_parse(path):
 
 
 def test_quickstart_texts_do_not_overlap():
-    triplets = list(csv.reader(open(QUICKSTART / "triplets.csv", encoding="utf-8", newline="")))[1:]
+    triplets = list(csv.reader((QUICKSTART / "triplets.csv").read_text(encoding="utf-8").splitlines()))[1:]
     pairs = [line.split("\t") for line in (QUICKSTART / "sts.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     trained = {text.lower() for row in triplets for text in row}
     scored = {text.lower() for _, *texts in pairs for text in texts}

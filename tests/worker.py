@@ -24,9 +24,9 @@ ROWS = [
     {"anchor": f"the {a} and the {b}", "positive": f"a {a} near some {b} " * (1 + i % 3), "negative": f"no {b} at all {a}"}
     for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1]))
 ] * 2  # every text twice: false negatives, on whichever rank they fall
-STS = [{"sentence1": f"the {a}", "sentence2": f"a {b}", "score": i % 6} for i, (a, b) in enumerate(zip(WORDS * 3, WORDS[::-1] * 3 + ["x"]))] + [
-    {"sentence1": "one more", "sentence2": "to be odd", "score": 3.0}
-]  # fmt: skip
+PAIRS = [(a, b) for a, b in zip(WORDS * 3, WORDS[::-1] * 3)]
+STS = [{"sentence1": f"the {a}", "sentence2": f"a {b}", "score": i % 6} for i, (a, b) in enumerate(PAIRS)]
+STS.append({"sentence1": "one more", "sentence2": "to be odd", "score": 3})  # 37 rows do not divide among 2 ranks
 
 
 class Watch(TrainerCallback):
@@ -75,9 +75,8 @@ def train(folder: str, mlm_weight: float = 0.0, **settings) -> dict:
     if ranks > 1:
 
         def counted(parts, rows, *a, **k):
-            gathers.append(
-                rows.dim() == 3 and rows.is_floating_point()
-            )  # embeddings (B, V, D); Trainer gathers its logged loss too
+            # Embeddings are (B, V, D); text ids are integers, and Trainer gathers the loss it logs.
+            gathers.append(rows.dim() == 3 and rows.is_floating_point())
             return plain_gather(parts, rows, *a, **k)
 
         dist.all_gather = counted
