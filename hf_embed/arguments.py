@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from hf_embed.errors import InputError
 
@@ -12,9 +13,9 @@ from hf_embed.errors import InputError
 class ContrastiveTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and what an embedding model needs besides.
 
-    Other defaults than there: `learning_rate` 5e-5 stays; `remove_unused_columns` has no effect (columns are found by
-    name); `ddp_find_unused_parameters` False (parameters without a use are frozen); with `load_best_model_at_end` the
-    metric is the mean STS Spearman.
+    Other defaults than there: `report_to` is TensorBoard where it is installed; `ddp_find_unused_parameters` is False
+    (parameters without a use are frozen); with `load_best_model_at_end` the metric is the mean STS Spearman.
+    `remove_unused_columns` has no effect: columns are found by name.
     """
 
     pooling: str | None = field(
@@ -36,6 +37,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Recompute each chunk in the backward pass: any batch in the memory of one chunk."},
     )
+    report_to: None | str | list[str] = field(
+        default=None, metadata={"help": "Where to log. Default: TensorBoard if it is installed. 'none', 'wandb', 'all' ..."}
+    )
     drop_empty_rows: bool = field(default=False, metadata={"help": "Drop rows with an empty text, and count them."})
 
     def __post_init__(self):
@@ -45,6 +49,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
         if isinstance(self.prompts, str):
             self.prompts = json.loads(self.prompts)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import platform
 import re
 import shutil
@@ -99,7 +100,7 @@ def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file
     if run.overwrite_output_dir or quickstart:
         clear_run(trainer)
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, with its results
     trainer.accelerator.wait_for_everyone()
     after = {}
     if eval_sets:  # of the saved folder, loaded anew, as a user will
@@ -115,7 +116,10 @@ def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
-    return finish(trainer, before, after, about, list(eval_sets))
+    results = finish(trainer, before, after, about, list(eval_sets))
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
 
 
 def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, name: str, quickstart: bool) -> None:
@@ -227,9 +231,14 @@ def summary(metrics: dict[str, float], sets: list[str]) -> dict:
     """{"sts": {NAME: score}, "alignment": x, "uniformity": y}"""
     if not metrics:
         return {}
-    scores = {name: round(metrics[f"eval_{name}_spearman"], 2) for name in sets}
-    geometry = {key: round(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}
+    scores = {name: number(metrics[f"eval_{name}_spearman"], 2) for name in sets}
+    geometry = {key: number(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}
     return {"sts": scores} | geometry
+
+
+def number(value: float, digits: int) -> float | None:
+    """Rounded for results.json, which knows no NaN."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, sets: list[str]) -> dict:
@@ -257,5 +266,6 @@ def table(results: dict) -> list[str]:
     width = max(len(row[0]) for row in rows)
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
     for label, a, b, digits in rows:
+        a, b = (math.nan if x is None else x for x in (a, b))
         lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
     return lines

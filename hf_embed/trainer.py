@@ -223,6 +223,12 @@ class ContrastiveTrainer(Trainer):
         logger.info(f"taking the best model, {self.state.best_model_checkpoint} ({self.state.best_metric:.2f})")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer copies weights and config to the folder it uploads; the files that say how to pool belong with them."""
+        if self.is_world_process_zero():
+            export.copy_settings(checkpoint_folder, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `save_model` wrote; Trainer's own would replace it."""
 

@@ -102,7 +102,7 @@ def test_resume_from_checkpoint(flags, value, parse):
 @pytest.mark.parametrize(
     ("yaml", "expected"),
     [
-        ("learnin_rate: 1", "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
+        ("learnin_rate: 1", "did you mean 'learning_rate'?"),
         ("temperatur: 1", "did you mean 'temperature'?"),
         ("xyzzy: 1", "unknown key 'xyzzy'"),
         ("1: 2", "unknown key '1'"),
@@ -141,12 +141,15 @@ def test_bad_prompts_say_what_is_wanted(value, parse):
     assert "prompts" in message and '{"query"' in message
 
 
-@pytest.mark.parametrize(("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: No such file"), ([], "needs a file")])
+@pytest.mark.parametrize(("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: No such"), ([], "needs a file")])
 def test_bad_config_flag(flags, expected):
     assert expected in error_of(cli.parse, [SimCSEArguments], argv=["--config", *flags])
 
 
-@pytest.mark.parametrize(("flags", "temperature"), [([], 0.3), (["--config", "OTHER"], 0.4), (["--mlm_weight=1"], 0.05)])
+@pytest.mark.parametrize(
+    ("flags", "temperature"),
+    [([], 0.3), (["--config", "OTHER"], 0.4), (["--mlm_weight=1"], 0.05)],
+)
 def test_preset_is_taken_where_no_config_is_given(flags, temperature, tmp_path):
     preset, other = tmp_path / "preset.yaml", tmp_path / "other.yaml"
     preset.write_text("temperature: 0.3")

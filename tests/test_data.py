@@ -198,7 +198,8 @@ def test_wrong_columns(found, paired, accepted):
     [("", "is empty"), (" \t", "is empty"), (None, "is missing"), (7, "is not a text (7)"), (["a", ""], "is empty")],
 )
 def test_bad_cell(cell, complaint):
-    message = error_of(row_texts, {"anchor": "a", "negatives": cell}, ["anchor", "negatives"], "file, row 3")
+    row = {"anchor": "a", "positive": "b", "negatives": cell}
+    message = error_of(row_texts, row, list(row), "file, row 3")
     assert message.startswith("file, row 3, column 'negatives': the text " + complaint)
     assert "--drop_empty_rows" in message
 
@@ -281,9 +282,8 @@ def test_drop_empty_rows_counts_them(tokenizer, caplog):
 
 @pytest.mark.parametrize("texts", [["a"], ["a", ""], ["", " "]])
 def test_fewer_than_two_rows(texts, tokenizer):
-    message = error_of(
-        tokenize_rows, Dataset.from_dict({"text": texts}), tokenizer, 16, "file.txt", drop_empty_rows=True
-    )
+    rows = Dataset.from_dict({"text": texts})
+    message = error_of(tokenize_rows, rows, tokenizer, 16, "file.txt", drop_empty_rows=True)
     kept = sum(bool(text.strip()) for text in texts)
     assert message.startswith(f"file.txt: {kept} row(s); ") and "at least 2" in message
 

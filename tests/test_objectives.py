@@ -32,10 +32,8 @@ def official(z, temperature=0.05, weight=0.0, masked=()):
     rows, views, _ = z.shape
     losses = []
     for i in range(rows):
-        terms = [
-            math.exp(logit(i, j, view)) for j in range(rows) for view in range(1, views) if (i, j, view) not in masked
-        ]
-        losses.append(-math.log(math.exp(logit(i, i, 1)) / sum(terms)))
+        texts = [(i, j, view) for j in range(rows) for view in range(1, views) if (i, j, view) not in masked]
+        losses.append(-math.log(math.exp(logit(i, i, 1)) / sum(math.exp(logit(*text)) for text in texts)))
     return torch.tensor(sum(losses) / rows, dtype=torch.float64)
 
 

@@ -16,9 +16,8 @@ CLS = {"cls", "cls_mlp", "cls_mlp_train"}  # the heads are the encoder's
 
 def layers_and_mask(width=9, layers=4, dim=5):
     generator = torch.Generator().manual_seed(0)
-    states = tuple(
-        torch.randn(len(LENGTHS), width, dim, generator=generator, dtype=torch.float64) for _ in range(layers)
-    )
+    shape = (layers, len(LENGTHS), width, dim)
+    states = tuple(torch.randn(shape, generator=generator, dtype=torch.float64))
     return states, torch.tensor([[int(t < n) for t in range(width)] for n in LENGTHS])
 
 

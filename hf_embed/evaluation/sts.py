@@ -83,6 +83,8 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
                 raise InputError(f"{name}, row {i}, column '{column}': the text is empty; fill it in or delete the row")
     if len(scores) < 2:
         raise InputError(f"{name}: {len(scores)} row(s); a rank correlation needs at least 2")
+    if min(scores) == max(scores):
+        raise InputError(f"{name}: every score is {scores[0]:g}; there is no order to compare with")
     return Dataset.from_dict({"sentence1": list(rows["sentence1"]), "sentence2": list(rows["sentence2"]), "score": scores})
 
 

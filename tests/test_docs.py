@@ -1,0 +1,60 @@
+"""The README's snippets run, with local files in place of the Hub's; and what it names exists."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_encoder
+from worker import WORDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOCAL = {
+    '"bert-base-uncased"': '"model"',
+    '"sentence-transformers/all-nli", "triplet", split="train"': '"csv", data_files="nli.csv", split="train"',
+    '"sentence-transformers/stsb", split="validation"': '"csv", data_files="sts.csv", split="train"',
+    "eval_steps=100, save_steps=100": "eval_steps=1, save_steps=1, max_steps=2, use_cpu=True",
+}
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_training_and_loading_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_encoder().save_pretrained("model", verify=False)
+    pairs = list(zip(WORDS, WORDS[1:] + WORDS[:1]))
+    write_csv("nli.csv", [["anchor", "positive", "negative"], *([f"the {a}", f"a {a}", f"no {b}"] for a, b in pairs)])
+    write_csv("sts.csv", [["sentence1", "sentence2", "score"], *([a, b, i] for i, (a, b) in enumerate(pairs))])
+    train, load = SNIPPETS
+    for there, here in LOCAL.items():
+        assert there in train
+        train = train.replace(there, here)
+    exec(compile(train, "README.md", "exec"), {})
+    names = {}
+    last = load.strip().splitlines()
+    for line in last:  # keep what the two encode() lines give
+        if ".encode(" in line:
+            line = f"vectors_{len(names)} = {line}"
+        exec(line, names)
+    vectors = [value for name, value in names.items() if name.startswith("vectors_")]
+    assert [v.shape for v in vectors] == [(2, 32)] * 2
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+
+
+def test_files_and_recipes_named_in_the_readme_exist():
+    for path in re.findall(r"(?:recipes|docs|benchmarks)/[\w./]+\.(?:py|yaml|md)", README):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file"}))
+def test_flags_named_in_the_readme_exist(flag):
+    from hf_embed import ContrastiveTrainingArguments, finetune
+
+    kinds = [finetune.ModelArguments, finetune.DataArguments, finetune.RunArguments, ContrastiveTrainingArguments]
+    assert flag in {name for kind in kinds for name in kind.__dataclass_fields__} | {"seven_sts", "config", "help"}
