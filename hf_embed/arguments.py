@@ -1,6 +1,7 @@
 """Settings. `ContrastiveTrainingArguments` is for every user of the trainer; the other dataclasses are what recipes add."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -53,7 +54,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
         if isinstance(self.prompts, str):
-            self.prompts = json.loads(self.prompts)
+            with suppress(json.JSONDecodeError):
+                self.prompts = json.loads(self.prompts)
+        if not isinstance(self.prompts, dict | None):
+            raise InputError(f'prompts is {self.prompts!r}; give {{"query": "...", "document": "..."}}')
         if unknown := set(self.prompts or ()) - {"query", "document"}:
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:

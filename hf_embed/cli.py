@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from hf_embed.errors import InputError
 
@@ -80,18 +82,27 @@ def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path}: not UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected 'flag: value' lines")
+    actions = {action.dest: action for action in parser._actions}
     words = []
     for key, value in settings.items():
         if key not in known(parser):
             raise InputError(f"--config {path}: unknown key '{key}'{suggestion(str(key), parser)}")
         if key in given or f"no_{key}" in given or value is None:
             continue
-        words.append(f"--{key}")
-        words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        if value is False and actions[key].type is not string_to_bool:  # YAML reads a bare `no` as False
+            value = "no" if "no" in (actions[key].choices or ()) else None
+        if value is None or value == []:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
 
 

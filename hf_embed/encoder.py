@@ -145,11 +145,13 @@ class Encoder(nn.Module):
         was_training = self.training
         self.eval()
         parts = []
-        with torch.inference_mode():
-            for start in tqdm(range(0, len(texts), batch_size), desc="Encoding", disable=not show_progress_bar):
-                part = [prompt + text for text in texts[start : start + batch_size]]
-                parts.append(embed_texts(self, self, part, chunk_tokens).float())
-        self.train(was_training)
+        try:
+            with torch.inference_mode():
+                for start in tqdm(range(0, len(texts), batch_size), desc="Encoding", disable=not show_progress_bar):
+                    part = [prompt + text for text in texts[start : start + batch_size]]
+                    parts.append(embed_texts(self, self, part, chunk_tokens).float())
+        finally:
+            self.train(was_training)
         vectors = torch.cat(parts) if parts else torch.zeros(0, self.dimension)
         if self.normalize:
             vectors = F.normalize(vectors, dim=-1)
@@ -181,6 +183,7 @@ class Encoder(nn.Module):
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None) -> Tensor:
     """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
+    rows = [row or [encoder.tokenizer.pad_token_id] for row in rows]  # "" is no token at all to most decoders
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
     return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens)
 

@@ -42,6 +42,11 @@ ST_POOLING = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken", "w
 ST_FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
 
 
+# What an earlier save may have left that loaders would take before, or put on top of, the new weights.
+STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin*", "pytorch_model-*.bin", "adapter_*"]
+OUR_CARD = "\n- hf_embed\n"  # a tag of model_card.md
+
+
 class ExportError(RuntimeError):
     """The saved folder would not give the encoder's own vectors."""
 
@@ -57,19 +62,30 @@ def save_encoder(encoder, folder: str, verify: bool = True, state_dict: dict[str
     `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
     AutoModel or sentence-transformers (when installed) give other vectors, by more than 1e-5 of the largest component.
     """
+    made = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-        write_checkpoint(encoder, new, state_dict)
-        write_sentence_transformers_files(encoder, new)
-        if not Path(folder, "README.md").exists():
-            Path(new, "README.md").write_text(model_card(encoder), encoding="utf-8")
-        if verify:
-            verify_folder(encoder, new)
-        for name in os.listdir(new):
-            target = Path(folder, name)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(Path(new, name), target)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            write_checkpoint(encoder, new, state_dict)
+            write_sentence_transformers_files(encoder, new)
+            card = Path(folder, "README.md")
+            if not card.exists() or OUR_CARD in card.read_text(encoding="utf-8"):  # a card of the user's own stays
+                Path(new, "README.md").write_text(model_card(encoder), encoding="utf-8")
+            if verify:
+                verify_folder(encoder, new)
+            names = set(os.listdir(new))
+            for name in names:
+                target = Path(folder, name)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(Path(new, name), target)
+            for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
+                path.unlink()
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: someone else writes there
+                os.rmdir(folder)
+        raise
 
 
 def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -86,6 +102,7 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
         backbone.save_pretrained(folder, state_dict=state_dict)
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.max_length
+    tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
     tokenizer.save_pretrained(folder)
 
 
@@ -170,14 +187,11 @@ def write_json(folder: str, name: str, content: object) -> None:
 
 def verify_folder(encoder, folder: str) -> None:
     """Raise ExportError unless AutoModel and sentence-transformers give the encoder's vectors from `folder`."""
-    was_training = encoder.training
-    encoder.eval()
     expected = encoder.encode(PROBES, convert_to_tensor=True).cpu()
     dtype = next(encoder.backbone.parameters()).dtype
     loaded = {"AutoModel": through_automodel(encoder, folder, dtype)}
     if importlib.util.find_spec("sentence_transformers"):
         loaded["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
-    encoder.train(was_training)
     # Half precision rounds differently for every padding; the weights are what is checked then.
     tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else 2e-2
     for loader, vectors in loaded.items():
@@ -273,16 +287,23 @@ def read_settings(name: str, backbone) -> dict:
             raise InputError(f"model '{name}': the module {kind} ('{path}') cannot be represented here")
     if layers:
         settings["pooling"] = layers
-    length = (read_json(name, "sentence_bert_config.json") or {}).get("max_seq_length")
-    if length:
-        settings["max_length"] = length
-    prompts = (read_json(name, "config_sentence_transformers.json") or {}).get("prompts") or {}
+    transformer = read_json(name, "sentence_bert_config.json") or {}
+    if transformer.get("do_lower_case"):
+        raise InputError(f"model '{name}': do_lower_case of sentence_bert_config.json cannot be represented here")
+    if transformer.get("max_seq_length"):
+        settings["max_length"] = transformer["max_seq_length"]
+    config = read_json(name, "config_sentence_transformers.json") or {}
+    prompts = config.get("prompts") or {}
+    if prompts.get(config.get("default_prompt_name")):
+        raise InputError(f"model '{name}': a default_prompt_name cannot be represented here")
     settings["prompts"] = {key: text for key, text in prompts.items() if text}
     return settings
 
 
 def read_pooling(name: str, path: str) -> str:
     config = read_json(name, f"{path}/config.json")
+    if not config.get("include_prompt", True):
+        raise InputError(f"model '{name}': pooling without the prompt (include_prompt false) cannot be represented here")
     modes = [flag for flag in ST_FLAGS if config.get(f"pooling_mode_{flag}")]
     if mode := config.get("pooling_mode"):  # sentence-transformers >= 6
         modes = [mode] if isinstance(mode, str) else list(mode)
@@ -311,6 +332,8 @@ def is_pooler(name: str, path: str, backbone) -> bool:
     dense = getattr(getattr(backbone, "pooler", None), "dense", None)
     weights = cached_file(name, f"{path}/model.safetensors", _raise_exceptions_for_missing_entries=False)
     if dense is None or weights is None:
+        return False
+    if not read_json(name, f"{path}/config.json").get("activation_function", "").endswith(".Tanh"):
         return False
     tensors = load_file(weights)
     return torch.equal(tensors["linear.weight"].to(dense.weight), dense.weight)

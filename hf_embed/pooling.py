@@ -44,5 +44,5 @@ def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tenso
         states = (hidden_states[1] + states) / 2
     elif pooling == "top2":
         states = (hidden_states[-2] + states) / 2
-    weights = mask.to(states.dtype).unsqueeze(-1)  # (B, T, 1)
-    return (states * weights).sum(1) / weights.sum(1)
+    weights = mask.unsqueeze(-1).to(torch.promote_types(states.dtype, torch.float32))  # (B, T, 1); half would overflow
+    return ((states * weights).sum(1) / weights.sum(1)).to(states.dtype)

@@ -97,7 +97,7 @@ class ContrastiveTrainer(Trainer):
                     train_dataset, self.encoder.tokenizer, self.encoder.max_length, train_name, paired,
                     self.encoder.prompts, args.drop_empty_rows,
                 )  # fmt: skip
-            views = max(2, max(map(len, train_dataset["text_ids"])))
+            views = max(2, max(map(len, train_dataset.select_columns("text_ids")[:]["text_ids"])))
             check_batch(args, len(train_dataset), train_name)
         super().__init__(
             model=self.encoder,

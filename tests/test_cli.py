@@ -75,9 +75,10 @@ def test_flag_turns_a_yaml_switch_off(parse):
     assert parse("gradient_caching: true", "--gradient_caching", "false")["gradient_caching"] is False
 
 
+@pytest.mark.parametrize("flag", ["--eval_sts_file", "--eval-sts-file"])
 @pytest.mark.parametrize("yaml", ["", "eval_sts_file: [x=x.tsv, y=y.tsv]"])
-def test_repeated_list_flag_accumulates_and_replaces_the_yaml(yaml, parse):
-    settings = parse(yaml, "--eval_sts_file", "a=1.tsv", "--eval_sts_file", "b=2.tsv")
+def test_repeated_list_flag_accumulates_and_replaces_the_yaml(yaml, flag, parse):
+    settings = parse(yaml, flag, "a=1.tsv", flag, "b=2.tsv")
     assert settings["eval_sts_file"] == ["a=1.tsv", "b=2.tsv"]
 
 

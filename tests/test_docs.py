@@ -16,7 +16,8 @@ LOCAL = {
     '"bert-base-uncased"': '"model"',
     '"sentence-transformers/all-nli", "triplet", split="train"': '"csv", data_files="nli.csv", split="train"',
     '"sentence-transformers/stsb", split="validation"': '"csv", data_files="sts.csv", split="train"',
-    "eval_steps=100, save_steps=100": "eval_steps=1, save_steps=1, max_steps=2, use_cpu=True",
+    "eval_steps=100": "eval_steps=1, max_steps=2, use_cpu=True",
+    "save_steps=100": "save_steps=1",
 }
 
 

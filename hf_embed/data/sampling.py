@@ -13,7 +13,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     batch of one row, without negatives, is left out of that epoch.
 
         >>> list(GlobalBatchSampler(rows=5, batch_size=2, rank=0, ranks=1, seed=1))
-        [[1, 3], [4, 0]]
+        [[4, 2], [1, 0]]
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int, ranks: int, seed: int, drop_last: bool = False):

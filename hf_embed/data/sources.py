@@ -11,11 +11,15 @@ where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, 
 """
 
 import csv
+import glob
+import gzip
 import logging
 import re
+import zlib
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -50,11 +54,24 @@ def read_file(path: str, header: bool = True) -> Dataset:
     options = {".csv": table, ".tsv": tabs}.get(kind, {})
     try:
         if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
-            columns = pandas.read_csv(path, nrows=1, **options).columns
-            options["names"] = [str(c) for c in columns]
+            head = pandas.read_csv(path, nrows=1, **options)
+            if head.empty:
+                raise InputError(f"{path}: no rows")
+            if not isinstance(head.index, pandas.RangeIndex):
+                raise InputError(f"{path}: the rows have more columns than the header; name every column")
+            options["names"] = [str(c) for c in head.columns]
             options["features"] = Features({name: Value("string") for name in options["names"]})
-        rows = load_dataset(kinds[kind], data_files=path, split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
+        if kind == ".txt":
+            options["encoding"] = "utf-8-sig"  # without the byte-order mark
+        files = path if "://" in path else glob.escape(path)
+        if kind == ".parquet" and suffixes[-1] == ".gz":  # datasets does not unpack these
+            with gzip.open(path) as unpacked:
+                rows = Dataset(pyarrow.parquet.read_table(unpacked))
+        else:
+            rows = load_dataset(kinds[kind], data_files=files, split="train", **options)
+    except InputError:
+        raise
+    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
     if len(rows) == 0:
@@ -104,9 +121,9 @@ def text_columns(rows: Dataset, name: str, paired: bool | None = None) -> list[s
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text."""
     texts = []
-    for column in columns:
+    for i, column in enumerate(columns):
         cell = row[column]
-        is_list = isinstance(cell, list)
+        is_list = isinstance(cell, list) and i >= 2  # only negatives may be several
         for text in cell if is_list else [cell]:
             if not isinstance(text, str) or not text.strip():
                 kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"

@@ -72,7 +72,8 @@ def tokenize_rows(
         logger.warning(f"{name}: {len(rows) - len(tokens):,} of {len(rows):,} rows had an empty text and were dropped")
     if len(tokens) < 2:
         raise InputError(f"{name}: {len(tokens)} row(s); contrastive training needs at least 2, others are the negatives")
-    texts = sum(map(len, tokens["text_ids"]))
-    if (share := sum(tokens["cut"]) / texts) > TRUNCATION_WARNING:
+    columns = tokens.select_columns(["text_ids", "cut"])[:]
+    share = sum(columns["cut"]) / sum(map(len, columns["text_ids"]))
+    if share > TRUNCATION_WARNING:
         logger.warning(f"{name}: {share:.0%} of the texts were cut to max_length={max_length} tokens")
     return tokens

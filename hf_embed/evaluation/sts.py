@@ -51,7 +51,7 @@ def read_sts(path: str) -> Dataset:
     names = {str(c).lower(): c for c in rows.column_names}
     if all(c in names for c in COLUMNS):
         rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
-    elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")):
+    elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")) and not names.keys() & set(COLUMNS):
         rows = read_file(path, header=False)
         if len(rows.column_names) < 3:
             raise InputError(
@@ -59,7 +59,9 @@ def read_sts(path: str) -> Dataset:
                 "by position or named in a header"
             )
         score, first, second = rows.column_names[:3]
-        rows = Dataset.from_dict({"sentence1": rows[first], "sentence2": rows[second], "score": rows[score]})
+        rows = rows.select_columns([first, second, score]).rename_columns(
+            {first: "sentence1", second: "sentence2", score: "score"}
+        )
     return check_sts(rows, path)
 
 
@@ -70,6 +72,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
             f"{name}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
             "an STS set has sentence1, sentence2 and score"
         )
+    rows = rows[:]
     scores = []
     for i, (first, second, score) in enumerate(zip(rows["sentence1"], rows["sentence2"], rows["score"]), 1):
         try:
@@ -85,7 +88,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
         raise InputError(f"{name}: {len(scores)} row(s); a rank correlation needs at least 2")
     if min(scores) == max(scores):
         raise InputError(f"{name}: every score is {scores[0]:g}; there is no order to compare with")
-    return Dataset.from_dict({"sentence1": list(rows["sentence1"]), "sentence2": list(rows["sentence2"]), "score": scores})
+    return Dataset.from_dict({"sentence1": rows["sentence1"], "sentence2": rows["sentence2"], "score": scores})
 
 
 def read_named(items: list[str], flag: str = "--eval_sts_file") -> dict[str, Dataset]:
@@ -125,7 +128,8 @@ def score_sets(sets: dict[str, Dataset], embed: Callable) -> dict[str, float]:
 
 
 def score_set(rows: Dataset, embed: Callable) -> dict[str, float]:
-    texts = list(dict.fromkeys([*rows["sentence1"], *rows["sentence2"]]))  # each once, in order
+    rows = rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
+    texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
     vectors = unit(embed_on_all_ranks(texts, embed))
     place = {text: i for i, text in enumerate(texts)}
     first = vectors[[place[text] for text in rows["sentence1"]]]
