@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
@@ -50,6 +51,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # bf16 works there too, but transformers wants to be told
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()

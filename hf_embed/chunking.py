@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_embed.distributed import gather_objects
+
 # A chunk is closed early when the next text is this much shorter than its longest one ...
 MAX_PADDING = 0.15
 # ... unless the chunk is still smaller than this: tiny chunks leave the hardware idle.
@@ -48,9 +50,23 @@ def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[
     return chunks
 
 
+def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
+    """Exactly `count` chunks, by halving the largest; where all are single texts, the last is encoded again."""
+    chunks = list(chunks)
+    while len(chunks) < count:
+        i = max(range(len(chunks)), key=lambda i: len(chunks[i]))
+        half = len(chunks[i]) // 2
+        chunks[i : i + 1] = [chunks[i][:half], chunks[i][half:]] if half else [chunks[i], chunks[i]]
+    return chunks
+
+
 def pad_chunk(flat: Tensor, starts: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Cut b texts out of `flat` (S,): token ids (b, T), padded with `pad_id`, and their mask (b, T)."""
+    """Cut b texts out of `flat` (S,): token ids (b, T), padded with `pad_id`, and their mask (b, T).
+
+    `starts` and `lengths` (b,) are on the CPU, so that no GPU is waited for.
+    """
     offsets = torch.arange(int(lengths.max()), device=flat.device)
+    starts, lengths = starts.to(flat.device), lengths.to(flat.device)
     mask = offsets < lengths.unsqueeze(1)
     places = (starts.unsqueeze(1) + offsets).masked_fill(~mask, 0)
     return flat[places].masked_fill(~mask, pad_id), mask.long()
@@ -63,22 +79,31 @@ def encode_in_chunks(
     pad_id: int,
     chunk_tokens: int,
     gradient_caching: bool = False,
+    equal_chunks: bool = False,
 ) -> Tensor:
     """Encode the texts of a flat batch, `input_ids` (S,) with `lengths` summing to S, to (N, D) in the batch's order.
 
-    `encode` maps token ids and mask, both (b, T), to (b, D).
+    `encode` maps token ids and mask, both (b, T), to (b, D). With `equal_chunks` every rank encodes equally many chunks,
+    which sharded models need: there each layer of each chunk is a collective.
     """
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
     chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
+    if equal_chunks:
+        chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     encoded = []
     for chunk in chunks:
         chunk = torch.tensor(chunk)
-        ids, mask = pad_chunk(input_ids, starts[chunk].to(input_ids.device), sizes[chunk].to(input_ids.device), pad_id)
+        ids, mask = pad_chunk(input_ids, starts[chunk], sizes[chunk], pad_id)
         if gradient_caching and torch.is_grad_enabled():
             encoded.append(checkpoint(encode, ids, mask, use_reentrant=False, preserve_rng_state=True))
         else:
             encoded.append(encode(ids, mask))
     order = torch.tensor([i for chunk in chunks for i in chunk])
-    return torch.cat(encoded)[order.argsort().to(input_ids.device)]
+    first = torch.empty(len(lengths), dtype=torch.long)
+    first[order] = torch.arange(len(order))  # where each text stands among the encoded
+    embeddings = torch.cat(encoded)
+    together = embeddings[first.to(input_ids.device)]
+    # A text encoded once more has its backward pass too, with nothing in it.
+    return together if len(order) == len(lengths) else together + 0 * embeddings.sum()

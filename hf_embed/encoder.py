@@ -75,6 +75,10 @@ class Encoder(nn.Module):
         return self.base.config
 
     @property
+    def _no_split_modules(self) -> list[str]:  # FSDP asks which layers to wrap
+        return self.base._no_split_modules
+
+    @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
@@ -101,15 +105,17 @@ class Encoder(nn.Module):
         chunk_tokens: int | None = None,
         gradient_caching: bool = False,
         mlm: tuple[Tensor, Tensor] | None = None,
+        equal_chunks: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Embeddings (N, D), not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S.
 
         With `mlm`, masked token ids and labels, both (S,), also the summed cross-entropy of the masked tokens: both come
-        out of one forward, as DDP needs.
+        out of one forward, as DDP needs. `equal_chunks`: see `encode_in_chunks`.
         """
         chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
         pad_id = self.tokenizer.pad_token_id
-        embeddings = encode_in_chunks(self.embed, input_ids, lengths, pad_id, chunk_tokens, gradient_caching)
+        settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": equal_chunks}
+        embeddings = encode_in_chunks(self.embed, input_ids, lengths, pad_id, **settings)
         if mlm is None:
             return embeddings
         masked_ids, labels = mlm
@@ -121,7 +127,7 @@ class Encoder(nn.Module):
             return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
 
         places = torch.arange(len(input_ids), device=input_ids.device)
-        return embeddings, encode_in_chunks(losses, places, lengths, 0, chunk_tokens, gradient_caching).sum()
+        return embeddings, encode_in_chunks(losses, places, lengths, 0, **settings).sum()
 
     def encode(
         self,
@@ -141,7 +147,9 @@ class Encoder(nn.Module):
         """
         if isinstance(texts, str):
             return self.encode([texts], prompt_name, 1, convert_to_tensor, False, chunk_tokens)[0]
-        prompt = self.prompts.get(prompt_name, "") if prompt_name else ""
+        if prompt_name not in (None, "query", "document", *self.prompts):
+            raise InputError(f"unknown prompt_name '{prompt_name}'; there are query, document and the model's own")
+        prompt = self.prompts.get(prompt_name, "")
         was_training = self.training
         self.eval()
         parts = []
@@ -180,12 +188,12 @@ class Encoder(nn.Module):
         )
 
 
-def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None) -> Tensor:
+def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:
     """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
     rows = [row or [encoder.tokenizer.pad_token_id] for row in rows]  # "" is no token at all to most decoders
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
-    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens)
+    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, **kwargs)
 
 
 def default_chunk_tokens(device: torch.device) -> int:

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -70,7 +71,7 @@ def save_encoder(encoder, folder: str, verify: bool = True, state_dict: dict[str
             write_sentence_transformers_files(encoder, new)
             card = Path(folder, "README.md")
             if not card.exists() or OUR_CARD in card.read_text(encoding="utf-8"):  # a card of the user's own stays
-                Path(new, "README.md").write_text(model_card(encoder), encoding="utf-8")
+                Path(new, "README.md").write_text(model_card(encoder, stored_results(folder)), encoding="utf-8")
             if verify:
                 verify_folder(encoder, new)
             names = set(os.listdir(new))
@@ -344,8 +345,14 @@ def read_json(name: str, file: str):
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 
-def model_card(encoder, results: str = "") -> str:
-    """README.md of a saved folder: what it is, which pooling to take, how to load it."""
+def stored_results(folder: str) -> dict | None:
+    path = Path(folder, "results.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def model_card(encoder, results: dict | None = None) -> str:
+    """README.md of a saved folder: what it is, which pooling to take, how to load it; and `results` as in results.json."""
+    lines = table(results) if results and results["after"] else []
     pooling = saved_pooling(encoder.pooling)
     take = {
         "cls": "model(**batch).last_hidden_state[:, 0]",
@@ -364,6 +371,19 @@ def model_card(encoder, results: str = "") -> str:
         "pooling": pooling,
         "take": take,
         "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
-        "results": results,
+        "results": "\n".join(["## Results", "", *(f"    {line}" for line in lines)]) if lines else "",
     }
     return template.format(**fill).rstrip() + "\n"
+
+
+def table(results: dict) -> list[str]:
+    """before -> after, a line per STS set, then alignment and uniformity."""
+    before, after = results["before"], results["after"]
+    rows = [(f"STS {name} (Spearman x 100)", before["sts"][name], after["sts"][name], 2) for name in before["sts"]]
+    rows += [(f"{key} (lower is better)", before[key], after[key], 3) for key in ("alignment", "uniformity")]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
+    for label, a, b, digits in rows:
+        a, b = (math.nan if x is None else x for x in (a, b))
+        lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
+    return lines

@@ -97,7 +97,7 @@ def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file
     )  # fmt: skip
 
     before = trainer.evaluate(metric_key_prefix="eval") if eval_sets else {}
-    if run.overwrite_output_dir or quickstart:
+    if run.overwrite_output_dir:
         clear_run(trainer)
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
@@ -126,6 +126,7 @@ def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, nam
     """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from."""
     if args.output_dir in (None, "trainer_output"):
         args.output_dir = f"outputs/{name}"
+        run.overwrite_output_dir |= quickstart  # outputs/quickstart is made anew each time
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
@@ -135,8 +136,7 @@ def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, nam
             raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
     elif args.resume_from_checkpoint and not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no trainer_state.json there")
-    fresh = quickstart or run.overwrite_output_dir or args.resume_from_checkpoint
-    if folder.is_dir() and any(folder.iterdir()) and not fresh:
+    if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or args.resume_from_checkpoint):
         raise InputError(
             f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
             "--overwrite_output_dir, or name another folder"
@@ -247,25 +247,10 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        lines = table(results) if sets else []
+        (folder / "README.md").write_text(export.model_card(trainer.encoder, results), encoding="utf-8")
         if sets:
             evaluations = [h for h in trainer.state.log_history if "eval_spearman" in h]
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
-        card = "\n".join(["## Results", "", *(f"    {line}" for line in lines)]) if lines else ""
-        (folder / "README.md").write_text(export.model_card(trainer.encoder, card), encoding="utf-8")
-        print("\n" + "\n".join(lines))
+            print("\n" + "\n".join(export.table(results)))
         print(f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool")
     return results
-
-
-def table(results: dict) -> list[str]:
-    """before -> after, a line per STS set, then alignment and uniformity."""
-    before, after = results["before"], results["after"]
-    rows = [(f"STS {name} (Spearman x 100)", before["sts"][name], after["sts"][name], 2) for name in before["sts"]]
-    rows += [(f"{key} (lower is better)", before[key], after[key], 3) for key in ("alignment", "uniformity")]
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
-    for label, a, b, digits in rows:
-        a, b = (math.nan if x is None else x for x in (a, b))
-        lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
-    return lines

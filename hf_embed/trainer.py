@@ -112,6 +112,11 @@ class ContrastiveTrainer(Trainer):
 
     # ---- the step ----
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a layer's forward is a collective (FSDP, ZeRO-3), so that ranks must make equally many."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
@@ -141,7 +146,7 @@ class ContrastiveTrainer(Trainer):
         if self.encoder.mlm_head is not None:
             mlm = mask_tokens(input_ids, self.encoder.tokenizer)
             masked = (mlm[1] != -100).sum().view(1)
-        embeddings = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm)
+        embeddings = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm, self.sharded)
         if mlm is not None:
             embeddings, mlm_sum = embeddings
         if embeddings.dtype in (torch.float16, torch.bfloat16):
@@ -176,7 +181,7 @@ class ContrastiveTrainer(Trainer):
 
     def _embed(self, texts: list[str]) -> Tensor:
         """(N, D) through the model as it is placed now: under FSDP only the wrapped one has its weights together."""
-        return embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens).float()
+        return embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, equal_chunks=self.sharded).float()
 
     # ---- saving and loading ----
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_embed import Encoder
-from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks
+from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -219,3 +219,26 @@ def peak_of_a_step(caching):
 def test_caching_lowers_the_peak_of_the_whole_step():
     """Also with what the backward pass computes again."""
     assert 2 * peak_of_a_step(caching=True) < peak_of_a_step(caching=False)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_split_chunks_gives_every_rank_the_same_count(count):
+    chunks = split_chunks([[3, 1, 0], [2, 4]], count)
+    assert len(chunks) == count
+    assert all(chunks)
+    assert {i for chunk in chunks for i in chunk} == set(range(5))
+
+
+def test_a_text_encoded_twice_changes_no_gradient(monkeypatch):
+    """A rank with fewer texts than another has chunks encodes one again, for the sake of the collectives."""
+    encoder = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double(), quickstart_tokenizer())
+    ids, lengths = torch.arange(5, 17), [5, 4, 3]
+    gradients = []
+    for others in (1, 6):
+        monkeypatch.setattr("hf_embed.chunking.gather_objects", lambda own, others=others: [own, others])
+        encoder.zero_grad()
+        embeddings = encoder(ids, lengths, chunk_tokens=100, equal_chunks=True)
+        (embeddings**3).sum().backward()
+        gradients.append(encoder.backbone.embeddings.word_embeddings.weight.grad.clone())
+    assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    assert gradients[0].abs().max() > 0

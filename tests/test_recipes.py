@@ -138,6 +138,7 @@ BAD = {
     "unknown flag": (["--learning_rat", "1"], "--help lists the flags"),
     "dropout": (["--train_file", "{nli}", "--dropout", "1.5"], "below 1"),
     "occupied folder": (["--train_file", "{nli}", "--output_dir", "{model}"], "--resume_from_c.*--overwrite_o"),
+    "occupied folder, quickstart": (["--output_dir", "{model}"], "--overwrite_o"),
     "nothing to resume": (["--train_file", "{nli}", "--output_dir", "new", "--resume_from_checkpoint"], "no checkpoint-N"),
 }  # fmt: skip
 
