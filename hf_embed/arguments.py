@@ -51,8 +51,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # bf16 works there too, but transformers wants to be told
+        if not torch.accelerator.is_available():
+            # Said aloud, else transformers refuses bf16, and takes several CPU processes for several single ones.
+            self.use_cpu = True
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()

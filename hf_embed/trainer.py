@@ -23,7 +23,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.sampling import GlobalBatchSampler
 from hf_embed.data.tokenization import tokenize_rows
-from hf_embed.distributed import gather_rows
+from hf_embed.distributed import gather_rows, world
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation import sts
@@ -79,6 +79,7 @@ class ContrastiveTrainer(Trainer):
         paired: bool | None = None,
     ):
         args = args or ContrastiveTrainingArguments("tmp_trainer")
+        check_world(args)
         self.objective = objective or SimCSE()
         mlm_head = None
         if getattr(self.objective, "mlm_weight", 0):
@@ -267,6 +268,15 @@ def freeze_unused(encoder: Encoder) -> None:
     pooler = getattr(encoder.base, "pooler", None)
     if isinstance(pooler, nn.Module) and encoder.pooling != "cls_mlp":
         pooler.requires_grad_(False)
+
+
+def check_world(args: ContrastiveTrainingArguments) -> None:
+    """Ranks that do not know of each other would train apart without a word."""
+    if world()[1] != args.world_size:
+        raise InputError(
+            f"launched on {world()[1]} processes, but the training arguments count {args.world_size}; on a machine with a "
+            "GPU, CPU processes need --use_cpu"
+        )
 
 
 def check_batch(args: ContrastiveTrainingArguments, rows: int, name: str) -> None:

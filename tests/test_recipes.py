@@ -91,6 +91,20 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     assert "spearman x 100" in done.stdout
 
 
+def test_two_processes_train_evaluate_and_save(tmp_path, files):
+    settings = [*QUIET, *flags(files), "--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2,
+                "--load_best_model_at_end", "true", "--output_dir", tmp_path / "out"]  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "cpu_2.yaml"]
+    command = [sys.executable, *launch, RECIPES / "sup_simcse.py", *(s for s in settings if s != "--use_cpu")]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["train"]["processes"] == 2
+    assert results["train"]["batch_size"] == 8
+    assert done.stdout.count("saved to") == 1
+    assert set(results["after"]["sts"]) == {"s"}
+
+
 def test_lora_and_mlp_head_export(tmp_path, files):
     sup(*flags(files, "--output_dir", tmp_path / "out", "--max_steps", 2, "--lora_r", 4, "--pooling", "cls_mlp"))
     assert Encoder.from_pretrained(tmp_path / "out").pooling == "cls_mlp"
