@@ -78,6 +78,9 @@ class Encoder(nn.Module):
     def _no_split_modules(self) -> list[str]:  # FSDP asks which layers to wrap
         return self.base._no_split_modules
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:  # Trainer's --activation_checkpointing, layer by layer
+        self.backbone.activation_checkpointing_enable(**kwargs)
+
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device

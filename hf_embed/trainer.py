@@ -80,6 +80,9 @@ class ContrastiveTrainer(Trainer):
     ):
         args = args or ContrastiveTrainingArguments("tmp_trainer")
         check_world(args)
+        if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
+            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch` uses them all")
+            args._n_gpu = 1
         self.objective = objective or SimCSE()
         mlm_head = None
         if getattr(self.objective, "mlm_weight", 0):
@@ -88,9 +91,6 @@ class ContrastiveTrainer(Trainer):
         if mlm_head is not None:
             self.encoder.mlm_head = mlm_head
         freeze_unused(self.encoder)
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = {"sts": eval_dataset}
-        eval_dataset = {name: sts.check_sts(rows, name) for name, rows in (eval_dataset or {}).items()}
         views = 2
         if train_dataset is not None:
             with args.main_process_first(desc="tokenizing"):
@@ -105,7 +105,7 @@ class ContrastiveTrainer(Trainer):
             args=args,
             data_collator=RaggedCollator(views),
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset or None,
+            eval_dataset=named_sets(eval_dataset) or None,
             processing_class=self.encoder.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -166,8 +166,8 @@ class ContrastiveTrainer(Trainer):
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(sets, str):
             sets = {sets: self.eval_dataset[sets]}
-        if isinstance(sets, Dataset):
-            sets = {"sts": sets}
+        elif eval_dataset is not None:
+            sets = named_sets(sets)
         if not sets:
             raise InputError("evaluation needs an eval_dataset with the columns sentence1, sentence2 and score")
         self._memory_tracker.start()
@@ -261,6 +261,12 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
             "dtype=torch.float32 and set bf16=True for speed"
         )
     return Encoder(model, tokenizer, **given)
+
+
+def named_sets(sets: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
+    """STS sets by name, checked; a single one is named "sts"."""
+    sets = {"sts": sets} if isinstance(sets, Dataset) else sets or {}
+    return {name: sts.check_sts(rows, name) for name, rows in sets.items()}
 
 
 def freeze_unused(encoder: Encoder) -> None:

@@ -30,6 +30,8 @@ from transformers import (
 from hf_embed import Encoder
 from hf_embed.finetune import QUICKSTART
 
+torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
+
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0}
 ROPE = SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2,

@@ -11,16 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_embed import Encoder
 from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- the cut ----
 
 

@@ -12,14 +12,6 @@ LONG = "the committee postponed the vote once more and went home " * 12  # longe
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "rain", "Two dogs ran across the field, barking."]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
-    yield
-    torch.set_num_threads(before)
-
-
 def decoder_tokenizer():
     """A tokenizer as decoders have: an end-of-text token, none for padding, and no special tokens around a text."""
     tokenizer = quickstart_tokenizer()

@@ -26,14 +26,6 @@ TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "Two dogs ran acr
 WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def qwen_tokenizer():
     """AutoTokenizer loads every Qwen folder with this class, so the tiny ones need a tokenizer of it."""

@@ -216,6 +216,22 @@ def test_bf16_trains_float32_weights(tmp_path):
     assert np.isfinite(run.state.log_history[-1]["train_loss"])
 
 
+def test_activation_checkpointing_changes_no_weight(tmp_path):
+    weights = []
+    for on in (False, True):
+        run = trainer(tmp_path, tiny_model(**NO_DROPOUT), activation_checkpointing=on)
+        run.train()
+        weights.append(run.encoder.backbone.embeddings.word_embeddings.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_evaluation_checks_a_set_given_later(tmp_path):
+    run = trainer(tmp_path)
+    assert "eval_sts_spearman" in run.evaluate(Dataset.from_list(STS))
+    with pytest.raises(InputError, match="row 1"):
+        run.evaluate(Dataset.from_list([STS[0] | {"score": float("nan")}, *STS]))
+
+
 def test_half_precision_weights_are_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, tiny_model().bfloat16())
