@@ -85,6 +85,7 @@ def plot_trajectory(history: list[dict], path: str | Path) -> None:
     axes.annotate(f"step {points[0].get('step', 0)}", (x[0], y[0]), **offset)
     if len(points) > 1:
         axes.annotate(f"step {points[-1]['step']}", (x[-1], y[-1]), **offset)
+    axes.margins(0.12)  # room for the labels
     axes.set_xlabel("uniformity (lower is better)")
     axes.set_ylabel("alignment (lower is better)")
     axes.set_title("The embeddings along the run")
