@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_embed.distributed import gather_objects
@@ -24,7 +25,7 @@ from hf_embed.distributed import gather_objects
 # A chunk is closed early when the next text is this much shorter than its longest one ...
 MAX_PADDING = 0.15
 # ... unless the chunk is still smaller than this: tiny chunks leave the hardware idle.
-MIN_CHUNK_TOKENS = {"cpu": 256, "default": 2048}
+MIN_CHUNK_TOKENS = {"cpu": 512, "default": 2048}
 
 
 def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[list[int]]:
@@ -60,50 +61,59 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
     return chunks
 
 
-def pad_chunk(flat: Tensor, starts: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Cut b texts out of `flat` (S,): token ids (b, T), padded with `pad_id`, and their mask (b, T).
+def pad_chunk(ids: Tensor, embeds: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One chunk's tokens, a row of S ids and their embeddings (S, width), to b padded texts.
 
-    `starts` and `lengths` (b,) are on the CPU, so that no GPU is waited for.
+    `lengths` (b,) is on the CPU, so that no GPU is waited for. -> token ids (b, T), padded with `pad_id`; mask (b, T);
+    embeddings (b, T, width), where padding repeats some token, which the mask hides.
     """
-    offsets = torch.arange(int(lengths.max()), device=flat.device)
-    starts, lengths = starts.to(flat.device), lengths.to(flat.device)
-    mask = offsets < lengths.unsqueeze(1)
-    places = (starts.unsqueeze(1) + offsets).masked_fill(~mask, 0)
-    return flat[places].masked_fill(~mask, pad_id), mask.long()
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    places = (mask.flatten().cumsum(0) - 1).view_as(mask).to(ids.device)
+    mask = mask.to(ids.device)
+    padded = ids[places].masked_fill(~mask, pad_id)
+    return padded, mask.long(), None if embeds is None else F.embedding(places, embeds)
 
 
 def encode_in_chunks(
-    encode: Callable[[Tensor, Tensor], Tensor],
+    encode: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     input_ids: Tensor,
     lengths: list[int],
     pad_id: int,
     chunk_tokens: int,
     gradient_caching: bool = False,
     equal_chunks: bool = False,
+    embed_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Encode the texts of a flat batch, `input_ids` (S,) with `lengths` summing to S, to (N, D) in the batch's order.
 
-    `encode` maps token ids and mask, both (b, T), to (b, D). With `equal_chunks` every rank encodes equally many chunks,
-    which sharded models need: there each layer of each chunk is a collective.
+    `encode` maps token ids and mask, both (b, T), and token embeddings (b, T, width) or None, to (b, D). With
+    `equal_chunks` every rank encodes equally many chunks, which sharded models need: there each layer of each chunk is a
+    collective. With `embed_tokens`, (S,) -> (S, width), the word table is read once for all chunks: its gradient is as large
+    as the table, and one for each chunk would cost more than the chunk.
     """
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
     chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
     if equal_chunks:
         chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
-    sizes = torch.tensor(lengths)
-    starts = sizes.cumsum(0) - sizes
-    encoded = []
-    for chunk in chunks:
-        chunk = torch.tensor(chunk)
-        ids, mask = pad_chunk(input_ids, starts[chunk], sizes[chunk], pad_id)
-        if gradient_caching and torch.is_grad_enabled():
-            encoded.append(checkpoint(encode, ids, mask, use_reentrant=False, preserve_rng_state=True))
-        else:
-            encoded.append(encode(ids, mask))
     order = torch.tensor([i for chunk in chunks for i in chunk])
-    first = torch.empty(len(lengths), dtype=torch.long)
-    first[order] = torch.arange(len(order))  # where each text stands among the encoded
+    sizes = torch.tensor(lengths)
+    # The tokens in the order of the chunks, so that each chunk is a slice.
+    starts, places = sizes.cumsum(0) - sizes, torch.arange(int(sizes[order].sum()))
+    moved = torch.repeat_interleave(starts[order] - (sizes[order].cumsum(0) - sizes[order]), sizes[order])
+    input_ids = input_ids[(places + moved).to(input_ids.device)]
+    counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
+    embeds = [None] * len(chunks) if embed_tokens is None else embed_tokens(input_ids).split(counts)
+
+    encoded = []
+    for chunk, ids, embed in zip(chunks, input_ids.split(counts), embeds):
+        ids, mask, embed = pad_chunk(ids, embed, sizes[chunk], pad_id)
+        if gradient_caching and torch.is_grad_enabled():
+            encoded.append(checkpoint(encode, ids, mask, embed, use_reentrant=False, preserve_rng_state=True))
+        else:
+            encoded.append(encode(ids, mask, embed))
+    back = torch.empty(len(lengths), dtype=torch.long)
+    back[order] = torch.arange(len(order))  # where each text stands among the encoded
     embeddings = torch.cat(encoded)
-    together = embeddings[first.to(input_ids.device)]
+    together = embeddings[back.to(input_ids.device)]
     # A text encoded once more has its backward pass too, with nothing in it.
     return together if len(order) == len(lengths) else together + 0 * embeddings.sum()

@@ -3,6 +3,8 @@
 Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the width of an embedding.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,6 +65,7 @@ class Encoder(nn.Module):
                 "take pooling cls_mlp_train (head while training only) or cls"
             )
         self.train_head = new_head(self.config) if pooling == "cls_mlp_train" else None
+        self.takes_embeddings = "inputs_embeds" in inspect.signature(self.base.forward).parameters
         self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
 
     @property
@@ -89,10 +92,11 @@ class Encoder(nn.Module):
     def dimension(self) -> int:
         return self.config.hidden_size
 
-    def embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings (b, D) of padded token ids and their mask, both (b, T)."""
+    def embed(self, input_ids: Tensor, mask: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Embeddings (b, D) of padded token ids and their mask, both (b, T); or of the tokens' word embeddings."""
         everything = self.pooling in MULTI_LAYER
-        output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything)
+        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        output = self.backbone(**tokens, attention_mask=mask, output_hidden_states=everything)
         states = output.hidden_states if everything else (output[0],)
         if self.pooling == "cls_mlp":
             return self.base.pooler(states[-1])
@@ -118,12 +122,13 @@ class Encoder(nn.Module):
         chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
         pad_id = self.tokenizer.pad_token_id
         settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": equal_chunks}
-        embeddings = encode_in_chunks(self.embed, input_ids, lengths, pad_id, **settings)
+        words = self.base.get_input_embeddings() if torch.is_grad_enabled() and self.takes_embeddings else None
+        embeddings = encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)
         if mlm is None:
             return embeddings
         masked_ids, labels = mlm
 
-        def losses(places: Tensor, mask: Tensor) -> Tensor:  # places in the flat batch, (b, T) -> (b, 1)
+        def losses(places: Tensor, mask: Tensor, _) -> Tensor:  # places in the flat batch, (b, T) -> (b, 1)
             ids = masked_ids[places].masked_fill(mask == 0, pad_id)
             logits = self.mlm_head(self.backbone(input_ids=ids, attention_mask=mask)[0])
             wanted = labels[places].masked_fill(mask == 0, -100)

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import TINY, quickstart_tokenizer, tiny_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,9 +64,22 @@ def test_no_texts():
 
 
 def test_pad_chunk():
-    ids, mask = pad_chunk(torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([3, 0]), torch.tensor([3, 1]), pad_id=9)
+    embeds = torch.arange(8.0).view(4, 2)
+    ids, mask, padded = pad_chunk(torch.tensor([4, 5, 6, 1]), embeds, torch.tensor([3, 1]), pad_id=9)
     assert ids.tolist() == [[4, 5, 6], [1, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert torch.equal(padded[mask.bool()], embeds)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_word_embeddings_read_once_change_nothing(architecture):
+    """Training reads the word table once for all chunks, encoding does not: the same vectors."""
+    encoder = Encoder(tiny_model(architecture), quickstart_tokenizer()).eval()
+    ids, lengths = torch.arange(5, 25), [5, 9, 2, 4]
+    with torch.no_grad():
+        expected = encoder(ids, lengths, chunk_tokens=12)
+    assert encoder.takes_embeddings
+    assert_close(encoder(ids, lengths, chunk_tokens=12).detach(), expected, rtol=1e-6, atol=1e-6)
 
 
 # ---- the gradients ----
