@@ -1,15 +1,18 @@
 """The same rows, the same model: training throughput and peak memory here and under sentence-transformers.
 
-    python benchmarks/train.py --model MODEL --nli nli_triplets.csv --sts stsb-train.tsv [--cases nli128 sts128] [--rounds 3]
+    python benchmarks/train.py --model MODEL --nli nli_triplets.csv --sts stsb-train.tsv [--cases nli128] [--rounds 3]
 
 Each trial is a process of its own: a real trainer (ContrastiveTrainer or SentenceTransformerTrainer with
 MultipleNegativesRankingLoss), triplets of the same rows, dropout on, the default optimizer. Trials alternate, so that a
 slow spell of the machine hits both. Throughput is over the timed steps; memory is the process's peak resident set.
-Rows: `nli` premise, entailment, contradiction; `sts` sentence1, sentence2 and the next row's sentence2.
+Rows: `nli` premise, entailment, contradiction; `sts` sentence1, sentence2 and the next row's sentence2; `text`, for
+lengths that vary most, three lines of a text file.
 """
 
 import argparse
 import csv
+import gzip
+import itertools
 import json
 import random
 import resource
@@ -20,15 +23,19 @@ import tempfile
 import time
 from pathlib import Path
 
-CASES = {"nli128": ("nli", 128), "nli32": ("nli", 32), "sts128": ("sts", 128)}
+CASES = {"nli128": ("nli", 128), "nli32": ("nli", 32), "sts128": ("sts", 128), "text128": ("text", 128)}
 WARM_UP = 2
 
 
 def read_triplets(path: str, kind: str, count: int) -> list[dict]:
     """`count` triplets of a file, in an order that only the count decides."""
-    with open(path, encoding="utf-8", newline="") as file:
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
         if kind == "nli":
             rows = [row[:3] for row in csv.reader(file)][1:]
+        elif kind == "text":
+            lines = [line.strip() for line in itertools.islice(file, 3 * count)]
+            rows = [lines[i : i + 3] for i in range(0, len(lines), 3)]
         else:
             pairs = [line.rstrip("\n").split("\t")[1:3] for line in file]
             rows = [[a, b, pairs[(i + 1) % len(pairs)][1]] for i, (a, b) in enumerate(pairs)]
@@ -95,6 +102,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--nli", help="csv of sent0, sent1, hard_neg")
     parser.add_argument("--sts", help="tsv of score, sentence1, sentence2")
+    parser.add_argument("--text", help="plain text, a sentence a line; .gz is fine")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--batch_size", type=int, default=64)
