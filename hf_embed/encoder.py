@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         output = self.backbone(**tokens, attention_mask=mask, output_hidden_states=everything)
         states = output.hidden_states if everything else (output[0],)
         if self.pooling == "cls_mlp":
-            return self.base.pooler(states[-1])
+            return output.pooler_output
         embeddings = pool(self.pooling, states, mask)
         if self.train_head is not None and self.training:
             embeddings = self.train_head(embeddings)

@@ -77,8 +77,11 @@ class SimCSEArguments:
 def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file: str, argv: list[str] | None = None):
     """Fine-tune with SimCSE: read and check, score, train, export, score again. Returns what `results.json` holds."""
     kinds = [ModelArguments, DataArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
-    config = lambda given: None if "model_name_or_path" in given else str(quickstart_config)  # noqa: E731
-    model_args, data, run, simcse, args = cli.parse(kinds, config, argv)
+
+    def preset(given: list[str]) -> str | None:  # the built-in encoder brings its settings
+        return None if "model_name_or_path" in given else str(quickstart_config)
+
+    model_args, data, run, simcse, args = cli.parse(kinds, preset, argv)
     quickstart = not (data.train_file or data.dataset_name)
     if quickstart and model_args.model_name_or_path:
         raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
@@ -96,7 +99,7 @@ def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file
         train_dataset=rows, eval_dataset=eval_sets, train_name=source, paired=paired,
     )  # fmt: skip
 
-    before = trainer.evaluate(metric_key_prefix="eval") if eval_sets else {}
+    before = trainer.evaluate() if eval_sets else {}
     if run.overwrite_output_dir:
         clear_run(trainer)
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
