@@ -205,7 +205,9 @@ class ContrastiveTrainer(Trainer):
         trained = {name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad}
         peft = self.encoder.base is not self.encoder.backbone
         return {
-            name: tensor.detach().cpu().contiguous()
+            name: tensor.detach()
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)  # tied tensors apart: safetensors wants each its own
             for name, tensor in state_dict.items()
             if not name.startswith("backbone.") or (peft and name in trained)
         }

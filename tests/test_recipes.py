@@ -110,6 +110,13 @@ def test_lora_and_mlp_head_export(tmp_path, files):
     assert Encoder.from_pretrained(tmp_path / "out").pooling == "cls_mlp"
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls_mlp"])
+def test_mlm_auxiliary_from_the_command_line(tmp_path, files, pooling):
+    results = sup(*flags(files, "--output_dir", tmp_path / "out", "--max_steps", 2, "--mlm_weight", 0.1, "--pooling", pooling))
+    assert results["train"]["objective"]["mlm_weight"] == 0.1
+    assert Encoder.from_pretrained(tmp_path / "out").pooling == pooling
+
+
 def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
     """Killed in the middle of an epoch by a signal no process can catch."""
     settings = [*QUIET, *flags(files), "--num_train_epochs", "5", "--save_steps", "4", "--logging_steps", "1"]
