@@ -27,7 +27,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from hf_embed import Encoder
+from hf_embed import Encoder, InputError
 from hf_embed.finetune import QUICKSTART
 
 torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
@@ -79,3 +79,12 @@ def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, **set
 @pytest.fixture(scope="session")
 def tokenizer():
     return quickstart_tokenizer()
+
+
+def error_of(function, *args, **kwargs):
+    """The message of the InputError that the call raises, checked to be one line."""
+    with pytest.raises(InputError) as error:
+        function(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message
+    return message

@@ -1,6 +1,7 @@
 """Flags and YAML: who wins, what values mean, and what is refused in one line."""
 
 import pytest
+from conftest import error_of
 
 from hf_embed import ContrastiveTrainingArguments, InputError, cli
 from hf_embed.finetune import DataArguments, SimCSEArguments
@@ -17,14 +18,6 @@ def parse(tmp_path):
         return {k: v for part in cli.parse(kinds, argv=["--config", str(path), *flags]) for k, v in vars(part).items()}
 
     return function
-
-
-def error_of(function, *args, **kwargs):
-    with pytest.raises(InputError) as error:
-        function(*args, **kwargs)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(

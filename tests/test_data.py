@@ -12,9 +12,9 @@ import datasets
 import pandas
 import pytest
 import torch
+from conftest import error_of
 from datasets import Dataset
 
-from hf_embed import InputError
 from hf_embed.chunking import plan_chunks
 from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
@@ -26,15 +26,6 @@ from hf_embed.data.tokenization import text_id, tokenize_rows
 @pytest.fixture(autouse=True)
 def datasets_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def error_of(function, *args, **kwargs):
-    """The message of the InputError that the call raises, checked to be one line."""
-    with pytest.raises(InputError) as error:
-        function(*args, **kwargs)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def written(path, content):
