@@ -16,7 +16,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and what an embedding model needs besides.
 
     Other defaults than there: `report_to` is TensorBoard where it is installed; `ddp_find_unused_parameters` is False
-    (parameters without a use are frozen); with `load_best_model_at_end` the metric is the mean STS Spearman.
+    (parameters without a use are frozen); with `load_best_model_at_end` the metric is the mean STS Spearman, or the first
+    evaluation set's chief metric (nDCG@10, accuracy) where there is no STS set.
     `remove_unused_columns` has no effect: columns are found by name.
     """
 
@@ -43,10 +44,19 @@ class ContrastiveTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Where to log. Default: TensorBoard if it is installed. 'none', 'wandb', 'all' ..."}
     )
     drop_empty_rows: bool = field(default=False, metadata={"help": "Drop rows with an empty text, and count them."})
+    source_alpha: float = field(
+        default=0.5, metadata={"help": "Of several sources, one of n rows is drawn in proportion to n^alpha."}
+    )
+    small_sources: str = field(
+        default="repeat",
+        metadata={"help": "A source with fewer rows than a global batch: repeat its rows in the batch, or refuse.",
+                  "choices": ["repeat", "refuse"]},
+    )  # fmt: skip
+    shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Rows of a stream that are shuffled at a time."})
 
     def __post_init__(self):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "spearman"
+            self.metric_for_best_model = "auto"  # the trainer knows the sets
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("alignment", "uniformity")):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
@@ -64,5 +74,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f'prompts is {self.prompts!r}; give {{"query": "...", "document": "..."}}')
         if unknown := set(self.prompts or ()) - {"query", "document"}:
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
+        if not 0 <= self.source_alpha <= 1:
+            raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise InputError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")

@@ -4,6 +4,7 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 """
 
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from hf_embed.pooling import MULTI_LAYER, check_pooling, pool
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
 # Texts longer than this are cut unless the user asks for more: attention over them is what costs.
 DEFAULT_MAX_LENGTH = 512
+# A learned temperature stops here: below, a step of training is a step of noise (CLIP stops at 0.01).
+MIN_TEMPERATURE = 0.001
 
 
 class Encoder(nn.Module):
@@ -67,6 +70,7 @@ class Encoder(nn.Module):
         self.train_head = new_head(self.config) if pooling == "cls_mlp_train" else None
         self.takes_embeddings = "inputs_embeds" in inspect.signature(self.base.forward).parameters
         self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
+        self.log_temperature: nn.Parameter | None = None  # (1,), set where the objective learns its temperature
 
     @property
     def base(self) -> PreTrainedModel:
@@ -113,19 +117,22 @@ class Encoder(nn.Module):
         gradient_caching: bool = False,
         mlm: tuple[Tensor, Tensor] | None = None,
         equal_chunks: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Embeddings (N, D), not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S.
+    ) -> dict[str, Tensor]:
+        """{"embeddings": (N, D)}, not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S.
 
-        With `mlm`, masked token ids and labels, both (S,), also the summed cross-entropy of the masked tokens: both come
-        out of one forward, as DDP needs. `equal_chunks`: see `encode_in_chunks`.
+        With `mlm`, masked token ids and labels, both (S,), also "mlm", the summed cross-entropy of the masked tokens; with a
+        learned temperature "temperature", a scalar. All come out of one forward, as DDP and FSDP need. `equal_chunks`: see
+        `encode_in_chunks`.
         """
         chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
         pad_id = self.tokenizer.pad_token_id
         settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": equal_chunks}
         words = self.base.get_input_embeddings() if torch.is_grad_enabled() and self.takes_embeddings else None
-        embeddings = encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)
+        outputs = {"embeddings": encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)}
+        if self.log_temperature is not None:
+            outputs["temperature"] = self.log_temperature.clamp(min=math.log(MIN_TEMPERATURE)).exp().squeeze(0)
         if mlm is None:
-            return embeddings
+            return outputs
         masked_ids, labels = mlm
 
         def losses(places: Tensor, mask: Tensor, _) -> Tensor:  # places in the flat batch, (b, T) -> (b, 1)
@@ -135,7 +142,13 @@ class Encoder(nn.Module):
             return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
 
         places = torch.arange(len(input_ids), device=input_ids.device)
-        return embeddings, encode_in_chunks(losses, places, lengths, 0, **settings).sum()
+        outputs["mlm"] = encode_in_chunks(losses, places, lengths, 0, **settings).sum()
+        return outputs
+
+    def learn_temperature(self, start: float) -> None:
+        """Make the temperature of the loss a parameter of the model in training; it is not part of the exported checkpoint."""
+        dtype = torch.promote_types(next(self.backbone.parameters()).dtype, torch.float32)
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(start)], dtype=dtype, device=self.device))
 
     def encode(
         self,
@@ -201,7 +214,7 @@ def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | N
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
     rows = [row or [encoder.tokenizer.pad_token_id] for row in rows]  # "" is no token at all to most decoders
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
-    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, **kwargs)
+    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, **kwargs)["embeddings"]
 
 
 def default_chunk_tokens(device: torch.device) -> int:

@@ -377,10 +377,13 @@ def model_card(encoder, results: dict | None = None) -> str:
 
 
 def table(results: dict) -> list[str]:
-    """before -> after, a line per STS set, then alignment and uniformity."""
+    """before -> after, a line for each evaluation set, then alignment and uniformity."""
     before, after = results["before"], results["after"]
-    rows = [(f"STS {name} (Spearman x 100)", before["sts"][name], after["sts"][name], 2) for name in before["sts"]]
-    rows += [(f"{key} (lower is better)", before[key], after[key], 3) for key in ("alignment", "uniformity")]
+    rows = [(f"STS {name} (Spearman x 100)", score, after["sts"][name], 2) for name, score in before.get("sts", {}).items()]
+    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
+        for name, scores in before.get(kind, {}).items():
+            rows.append((f"{name} ({label} x 100)", scores[metric], after[kind][name][metric], 2))
+    rows += [(f"{key} (lower is better)", before[key], after[key], 3) for key in ("alignment", "uniformity") if key in before]
     width = max(len(row[0]) for row in rows)
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
     for label, a, b, digits in rows:

@@ -1,11 +1,14 @@
 """What the fine-tuning recipes share, from flags to the table a run ends with."""
 
+import dataclasses
 import json
 import logging
 import math
 import platform
 import re
 import shutil
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +22,18 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_embed
 from hf_embed import cli, export
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.data.mixture import Mixture, Source, read_sources
 from hf_embed.data.sources import read_file, read_hub
+from hf_embed.distributed import world
 from hf_embed.encoder import Encoder, reset_dense
 from hf_embed.errors import InputError
-from hf_embed.evaluation import sts
+from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.geometry import plot_trajectory
-from hf_embed.objectives import SimCSE
+from hf_embed.evaluation.retrieval import Retrieval
+from hf_embed.evaluation.sts import STS, read_sts
+from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
+from hf_embed.objectives.gte import DIRECTIONS
 from hf_embed.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,14 +66,18 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
     dataset_config: str | None = field(default=None)
     dataset_split: str = field(default="train")
-    eval_sts_file: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
+    sources: str | None = field(
+        default=None, metadata={"help": "A YAML file of many sources in place of one; hf_embed/data/mixture.py shows it."}
     )
+
+
+DATA_FLAGS = ("train_file", "dataset_name", "sources")
 
 
 @dataclass
 class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
+    show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
 
 
 @dataclass
@@ -74,52 +87,117 @@ class SimCSEArguments:
     mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modelling auxiliary."})
 
 
+@dataclass
+class GTEArguments:
+    temperature: float = field(default=0.01, metadata={"help": "Softmax temperature of the loss."})
+    directions: list[str] = field(
+        default_factory=lambda: list(DIRECTIONS),
+        metadata={"help": "The sums in the loss: query_to_doc query_to_query doc_to_query doc_to_doc. query_to_doc alone is "
+                          "the vanilla in-batch loss."},
+    )  # fmt: skip
+    partition_mode: str = field(
+        default="joint",
+        metadata={"help": "One softmax over all directions, or one per direction.", "choices": ["joint", "per_direction"]},
+    )
+    positive_once: bool = field(default=False, metadata={"help": "Count the positive once in the joint softmax."})
+    margin: float | None = field(
+        default=None, metadata={"help": "Leave out candidates that score above the positive's score less this margin."}
+    )
+    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature too."})
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Train these widths of the embedding too, e.g. 384 256 128 64."}
+    )
+
+
 def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file: str, argv: list[str] | None = None):
     """Fine-tune with SimCSE: read and check, score, train, export, score again. Returns what `results.json` holds."""
-    kinds = [ModelArguments, DataArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
+    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
 
     def preset(given: list[str]) -> str | None:  # the built-in encoder brings its settings
         return None if "model_name_or_path" in given else str(quickstart_config)
 
-    model_args, data, run, simcse, args = cli.parse(kinds, preset, argv)
-    quickstart = not (data.train_file or data.dataset_name)
+    model_args, data, evaluation, run, simcse, args = cli.parse(kinds, preset, argv)
+    quickstart = not any(getattr(data, flag) for flag in DATA_FLAGS)
     if quickstart and model_args.model_name_or_path:
         raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
     settle_output_dir(args, run, "quickstart" if quickstart else name, quickstart)
 
-    rows, source = read_train_rows(data, QUICKSTART / quickstart_file)
-    eval_sets = sts.read_named(data.eval_sts_file)
-    if quickstart and not eval_sets:
-        eval_sets = {"quickstart": sts.read_sts(str(QUICKSTART / "sts.tsv"))}
-    if not eval_sets:
-        no_evaluation(args)
-    model, tokenizer = load_model(model_args, args, simcse.mlm_weight > 0)
-    trainer = ContrastiveTrainer(
-        model=model, processing_class=tokenizer, args=args, objective=SimCSE(**vars(simcse)),
-        train_dataset=rows, eval_dataset=eval_sets, train_name=source, paired=paired,
-    )  # fmt: skip
+    if quickstart:
+        rows, source = read_file(str(QUICKSTART / quickstart_file)), f"quickstart/{quickstart_file}"
+    else:
+        rows, source = read_train_rows(data)
+    tasks = read_tasks(evaluation)
+    if quickstart and not tasks:
+        tasks = {"quickstart": STS(read_sts(str(QUICKSTART / "sts.tsv")))}
+    return fine_tune(model_args, run, args, SimCSE(**vars(simcse)), rows, source, tasks, paired)
 
-    before = trainer.evaluate() if eval_sets else {}
+
+def run_gte(name: str, offline_config: Path, offline_data: Callable, offline_model: str | None = None, argv=None) -> dict:
+    """Fine-tune with the improved contrastive loss. Returns what `results.json` holds.
+
+    Without data of the user's, settings come from `offline_config`, the model is `offline_model`, and `offline_data()` makes
+    the data: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them.
+    """
+    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
+
+    def preset(given: list[str]) -> str | None:
+        return None if {"model_name_or_path", *DATA_FLAGS} & set(given) else str(offline_config)
+
+    model_args, data, evaluation, run, gte, args = cli.parse(kinds, preset, argv)
+    offline = not any(getattr(data, flag) for flag in DATA_FLAGS)
+    if offline and model_args.model_name_or_path:
+        raise InputError("nothing to train on; give --sources FILE.yaml, --train_file FILE or --dataset_name NAME")
+    settle_output_dir(args, run, name, offline)
+    if offline:
+        model_args.model_name_or_path = offline_model
+        with args.main_process_first(desc="preparing the offline data"):
+            data.sources, sets = offline_data()
+        evaluation.eval_retrieval_dir = sets + evaluation.eval_retrieval_dir
+    rows, source = read_train_rows(data)
+    settings = dict(vars(gte))
+    dims = settings.pop("matryoshka_dims")
+    objective = ImprovedContrastive(**settings)
+    objective = Matryoshka(objective, dims) if dims else objective
+    return fine_tune(model_args, run, args, objective, rows, source, read_tasks(evaluation))
+
+
+def fine_tune(model_args, run, args, objective, rows, source: str, tasks: dict[str, Task], paired: bool | None = None) -> dict:
+    """Score, train, export, score again. Returns what `results.json` holds."""
+    if not tasks:
+        no_evaluation(args)
+    model, tokenizer = load_model(model_args, args, getattr(objective, "mlm_weight", 0) > 0)
+    trainer = ContrastiveTrainer(
+        model=model, processing_class=tokenizer, args=args, objective=objective,
+        train_dataset=rows, eval_dataset=tasks, train_name=source, paired=paired,
+    )  # fmt: skip
+    if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
+        print(trainer.train_dataset)
+
+    before = trainer.evaluate() if tasks else {}
     if run.overwrite_output_dir:
         clear_run(trainer)
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
     trainer.accelerator.wait_for_everyone()
     after = {}
-    if eval_sets:  # of the saved folder, loaded anew, as a user will
+    if tasks:  # of the saved folder, loaded anew, as a user will
         with export.quiet():
             saved = Encoder.from_pretrained(args.output_dir, dtype=torch.float32).to(args.device)
-        after = score_encoder(saved, eval_sets)
+        after = score_encoder(saved, tasks)
     about = {
         "model": model_args.model_name_or_path or "quickstart", "data": source, "rows": len(trainer.train_dataset),
-        "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length, "objective": vars(simcse),
+        "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
+        "objective": {"name": type(objective).__name__} | dataclasses.asdict(objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
         "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
-    results = finish(trainer, before, after, about, list(eval_sets))
+    results = finish(trainer, before, after, about, tasks)
+    if run.show_searches and tasks:
+        for name, task in tasks.items():
+            show_searches(name, task, saved, run.show_searches)
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
@@ -146,20 +224,21 @@ def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, nam
         )
 
 
-def read_train_rows(data: DataArguments, quickstart_file: Path) -> tuple[Dataset, str]:
-    """The rows to train on and their name in messages."""
-    if data.train_file and data.dataset_name:
-        raise InputError("--train_file and --dataset_name are both given; give one")
+def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
+    """The rows to train on, of one set or of several sources, and their name in messages."""
+    given = [flag for flag in DATA_FLAGS if getattr(data, flag)]
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
     if data.dataset_name:
         return read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
-    if data.train_file:
-        return read_file(data.train_file), data.train_file
-    return read_file(str(quickstart_file)), f"quickstart/{quickstart_file.name}"
+    if data.sources:
+        return read_sources(data.sources), data.sources
+    return read_file(data.train_file), data.train_file
 
 
 def no_evaluation(args: ContrastiveTrainingArguments) -> None:
     if args.eval_strategy != "no" or args.load_best_model_at_end:
-        logger.warning("no --eval_sts_file NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
+        logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
     args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
     args.load_best_model_at_end = False
 
@@ -225,18 +304,27 @@ def clear_run(trainer: ContrastiveTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def score_encoder(encoder: Encoder, sets: dict[str, Dataset]) -> dict[str, float]:
-    scores = sts.score_sets(sets, lambda texts: encoder.encode(texts, convert_to_tensor=True))
-    return {f"eval_{key}": value for key, value in scores.items()}
+def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
+    return {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(encoder)).items()}
 
 
-def summary(metrics: dict[str, float], sets: list[str]) -> dict:
-    """{"sts": {NAME: score}, "alignment": x, "uniformity": y}"""
+def embed_with(encoder: Encoder) -> Callable:
+    """The encoder as evaluation tasks call it."""
+    return lambda texts, prompt_name=None: encoder.encode(texts, prompt_name, convert_to_tensor=True)
+
+
+def summary(metrics: dict[str, float], tasks: dict[str, Task]) -> dict:
+    """{"sts": {NAME: Spearman}, "alignment": x, "uniformity": y, "retrieval": {NAME: {METRIC: value}}, "zero_shot": ...}, of
+    the kinds that there are."""
     if not metrics:
         return {}
-    scores = {name: number(metrics[f"eval_{name}_spearman"], 2) for name in sets}
-    geometry = {key: number(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}
-    return {"sts": scores} | geometry
+    scores = {}
+    for name, task in tasks.items():
+        reported = {key: number(metrics[f"eval_{name}_{key}"], 2) for key in task.reported}
+        scores.setdefault(task.kind, {})[name] = reported["spearman"] if task.kind == "sts" else reported
+    if "sts" in scores:
+        scores |= {key: number(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}
+    return scores
 
 
 def number(value: float, digits: int) -> float | None:
@@ -244,16 +332,32 @@ def number(value: float, digits: int) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
-def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, sets: list[str]) -> dict:
+def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, tasks: dict[str, Task]) -> dict:
     """Write results.json, the picture and the card's table; print the table."""
-    results = {"before": summary(before, sets), "after": summary(after, sets), "train": about}
+    results = {"before": summary(before, tasks), "after": summary(after, tasks), "train": about}
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(export.model_card(trainer.encoder, results), encoding="utf-8")
-        if sets:
+        if tasks:
             evaluations = [h for h in trainer.state.log_history if "eval_spearman" in h]
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
             print("\n" + "\n".join(export.table(results)))
         print(f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool")
     return results
+
+
+def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:
+    """Print some queries of a retrieval set with the three nearest documents; the right ones are starred."""
+    if not isinstance(task, Retrieval):
+        return
+    chosen = list(task.qrels)[:: max(1, len(task.qrels) // count)][:count]
+    some = dataclasses.replace(task, qrels={query: task.qrels[query] for query in chosen})
+    _, found = some.rank(embed_with(encoder), 3)
+    if world()[0] == 0:
+        print(f"\nsearches in {name} ({len(task.corpus):,} documents; * is the one looked for):")
+        for query, documents in found.items():
+            print(f"\n  {textwrap.shorten(task.queries[query], 100)}")
+            for document in documents:
+                star = "*" if document in task.qrels[query] else " "
+                print(f"  {star} {textwrap.shorten(task.corpus[document], 90)}")

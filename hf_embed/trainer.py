@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,12 +21,14 @@ from transformers.trainer_utils import seed_worker
 from hf_embed import export
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.sampling import GlobalBatchSampler
-from hf_embed.data.tokenization import tokenize_rows
+from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
+from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.data.tokenization import count_texts, tokenize_rows
 from hf_embed.distributed import gather_rows, world
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError
-from hf_embed.evaluation import sts
+from hf_embed.evaluation.sts import STS, check_sts
+from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
 
@@ -51,13 +53,16 @@ class ContrastiveTrainer(Trainer):
         args: `ContrastiveTrainingArguments`; pooling, max_length, normalize and prompts given there go to the encoder.
         objective: e.g. `SimCSE(temperature=0.05)`, the default.
         train_dataset: a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or text alone
-            (`hf_embed.data.sources` lists what is accepted). It is tokenized here, once.
-        eval_dataset: an STS set, a `datasets.Dataset` with sentence1, sentence2 and score, or a dict of such sets.
+            (`hf_embed.data.sources` lists what is accepted), tokenized here, once; or many sources, each batch of one of
+            them: a dict of datasets by name, or a list of `Source`. An `IterableDataset` is streamed.
+        eval_dataset: an STS set, a `datasets.Dataset` with sentence1, sentence2 and score; another task, e.g. a `Retrieval`
+            (`hf_embed.evaluation.tasks`); or a dict of these by name.
         processing_class: the tokenizer (an `Encoder` brings its own).
         callbacks, optimizers: as for `Trainer`.
 
-    Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each set, and their means
-    `eval_spearman`, `eval_alignment`, `eval_uniformity`, which `metric_for_best_model` can name.
+    Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each STS set (`eval_NAME_ndcg@10`
+    and so on for retrieval), and their means `eval_spearman` and so on, which `metric_for_best_model` can name. With several
+    sources the log has `loss_NAME` for those drawn, with a learned temperature `temperature`.
 
     Raises:
         InputError: what is wrong with the data or the settings, before the first step.
@@ -70,8 +75,8 @@ class ContrastiveTrainer(Trainer):
         model: PreTrainedModel | Encoder | None = None,
         args: ContrastiveTrainingArguments | None = None,
         objective=None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source] | None = None,
+        eval_dataset: Dataset | Task | dict[str, Dataset | Task] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -91,21 +96,25 @@ class ContrastiveTrainer(Trainer):
         if mlm_head is not None:
             self.encoder.mlm_head = mlm_head
         freeze_unused(self.encoder)
-        views = 2
+        check_widths(self.objective, self.encoder)
+        if getattr(self.objective, "learn_temperature", False):
+            self.encoder.learn_temperature(self.objective.temperature)
+        self.temperature, self.source_losses = None, {}  # the learned one at the last step; losses since the last log
+        views = [2]
         if train_dataset is not None:
+            check_batch(args)
+            check_prompts(self.encoder.prompts, self.encoder.tokenizer, self.encoder.max_length, "prompts")
             with args.main_process_first(desc="tokenizing"):
-                train_dataset = tokenize_rows(
-                    train_dataset, self.encoder.tokenizer, self.encoder.max_length, train_name, paired,
-                    self.encoder.prompts, args.drop_empty_rows,
-                )  # fmt: skip
-            views = max(2, max(map(len, train_dataset.select_columns("text_ids")[:]["text_ids"])))
-            check_batch(args, len(train_dataset), train_name)
+                train_dataset, views = tokenize_all(train_dataset, self.encoder, args, train_name, paired)
+        tasks = named_tasks(eval_dataset)
+        if args.metric_for_best_model == "auto" and tasks:
+            args.metric_for_best_model = main_metric(tasks)
         super().__init__(
             model=self.encoder,
             args=args,
             data_collator=RaggedCollator(views),
             train_dataset=train_dataset,
-            eval_dataset=named_sets(eval_dataset) or None,
+            eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -121,14 +130,15 @@ class ContrastiveTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
-        args = self.args
+        args, rows = self.args, self.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = GlobalBatchSampler(
-            len(self.train_dataset), self._train_batch_size, args.process_index, args.world_size, seed,
-            args.dataloader_drop_last,
-        )  # fmt: skip
-        if sampler.left_out:
-            logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
+        share = {"batch_size": self._train_batch_size, "rank": args.process_index, "ranks": args.world_size, "seed": seed}
+        if isinstance(rows, Mixture):
+            sampler = SourceBatchSampler(rows.sizes, rows.probabilities, streams=rows.streams, **share)
+        else:
+            sampler = GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **share)
+            if sampler.left_out:
+                logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
         return EpochDataLoader(
             self.train_dataset,
             batch_sampler=sampler,
@@ -147,41 +157,60 @@ class ContrastiveTrainer(Trainer):
         if self.encoder.mlm_head is not None:
             mlm = mask_tokens(input_ids, self.encoder.tokenizer)
             masked = (mlm[1] != -100).sum().view(1)
-        embeddings = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm, self.sharded)
-        if mlm is not None:
-            embeddings, mlm_sum = embeddings
+        outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm, self.sharded)
+        embeddings = outputs["embeddings"]
         if embeddings.dtype in (torch.float16, torch.bfloat16):
             embeddings = embeddings.float()
         text_ids = inputs["text_ids"]
         grid = to_grid(embeddings, inputs["slots"], text_ids.shape)  # (B, V, D)
-        loss = self.objective(grid, text_ids, gather_rows(grid), gather_rows(text_ids), args.process_index * len(grid))
+        learned, first_row = {}, args.process_index * len(grid)
+        if "temperature" in outputs:
+            learned["temperature"], self.temperature = outputs["temperature"], outputs["temperature"].detach()
+        loss = self.objective(grid, text_ids, gather_rows(grid), gather_rows(text_ids), first_row, **learned)
         if mlm is not None:  # the mean over the masked tokens of all ranks, before ranks are averaged
-            loss = loss + self.objective.mlm_weight * mlm_sum * args.world_size / gather_rows(masked).sum().clamp(min=1)
+            tokens = gather_rows(masked).sum().clamp(min=1)
+            loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / tokens
+        if isinstance(self.train_dataset, Mixture) and model.training:
+            self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
         return (loss, {"embeddings": grid}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a log of training, on every rank
+            for source, losses in sorted(self.source_losses.items()):
+                mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+                logs[f"loss_{self.train_dataset.names[source]}"] = round(mean.item(), 4)
+            self.source_losses.clear()
+            if self.temperature is not None:
+                logs["temperature"] = self.temperature.item()
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     # ---- evaluation ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Spearman x 100, alignment and uniformity on STS sets; every row counts once on any number of ranks."""
-        sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(sets, str):
-            sets = {sets: self.eval_dataset[sets]}
+        """The metrics of every set, and their means; every text counts once on any number of ranks."""
+        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(tasks, str):
+            tasks = {tasks: self.eval_dataset[tasks]}
         elif eval_dataset is not None:
-            sets = named_sets(sets)
-        if not sets:
+            tasks = named_tasks(tasks)
+        if not tasks:
             raise InputError("evaluation needs an eval_dataset with the columns sentence1, sentence2 and score")
         self._memory_tracker.start()
         self.model.eval()
         with torch.inference_mode():
-            scores = sts.score_sets(sets, self._embed)
+            scores = score_tasks(tasks, self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """(N, D) through the model as it is placed now: under FSDP only the wrapped one has its weights together."""
+        texts = [self.encoder.prompts.get(prompt_name, "") + text for text in texts]
         return embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, equal_chunks=self.sharded).float()
 
     # ---- saving and loading ----
@@ -265,10 +294,29 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
     return Encoder(model, tokenizer, **given)
 
 
-def named_sets(sets: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
-    """STS sets by name, checked; a single one is named "sts"."""
-    sets = {"sts": sets} if isinstance(sets, Dataset) else sets or {}
-    return {name: sts.check_sts(rows, name) for name, rows in sets.items()}
+def named_tasks(sets: Dataset | Task | dict[str, Dataset | Task] | None) -> dict[str, Task]:
+    """Tasks by name; a `Dataset` is an STS set, and is checked. A single one is named by its kind."""
+    if sets is not None and not isinstance(sets, dict):
+        sets = {getattr(sets, "kind", "sts"): sets}
+    return {name: STS(check_sts(task, name)) if isinstance(task, Dataset) else task for name, task in (sets or {}).items()}
+
+
+def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -> tuple[Dataset | Mixture, list[int]]:
+    """What `train_dataset` may be to rows of tokens, and the number of texts in a row of each source."""
+    if isinstance(rows, Dataset):
+        tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
+        if len(tokens) < args.world_size:
+            raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
+        return tokens, [max(2, count_texts(tokens, "max"))]
+    if isinstance(rows, IterableDataset):
+        known = args.max_steps * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
+        rows = [Source(name, rows, size=known)]
+    elif isinstance(rows, dict):
+        if splits := {"train", "validation", "test"} & set(rows):
+            raise InputError(f"{name}: a dict is of sources by name, and '{min(splits)}' looks like a split; choose one split")
+        rows = [Source(key, table) for key, table in rows.items()]
+    mixture = make_mixture(rows, encoder, args)
+    return mixture, mixture.views
 
 
 def freeze_unused(encoder: Encoder) -> None:
@@ -287,14 +335,17 @@ def check_world(args: ContrastiveTrainingArguments) -> None:
         )
 
 
-def check_batch(args: ContrastiveTrainingArguments, rows: int, name: str) -> None:
+def check_widths(objective, encoder: Encoder) -> None:
+    if max(getattr(objective, "dims", ()), default=0) > encoder.dimension:
+        raise InputError(f"Matryoshka dims {max(objective.dims)}: the embedding is {encoder.dimension} wide")
+
+
+def check_batch(args: ContrastiveTrainingArguments) -> None:
     if args.per_device_train_batch_size * args.world_size < 2:
         raise InputError(
             "per_device_train_batch_size is 1: a batch of one row has no negatives; set at least 2 "
             "(gradient accumulation does not add negatives, gradient_caching makes large batches fit)"
         )
-    if rows < args.world_size:
-        raise InputError(f"{name}: {rows} rows for {args.world_size} processes; every process needs at least one")
 
 
 def to_grid(embeddings: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,9 +1,12 @@
-"""Score any checkpoint on semantic textual similarity: ours, a Hub model, a sentence-transformers folder.
+"""Score any checkpoint: ours, a Hub model, a sentence-transformers folder.
 
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
     python recipes/evaluate.py --model_name_or_path princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
+    python recipes/evaluate.py --model_name_or_path outputs/gte_pretrain --eval_retrieval_dir scifact=beir/scifact:test \
+        --eval_zero_shot intents=banking77.tsv --eval_code_search numpy=numpy
 
-Spearman x 100 over all pairs of a set, alignment and uniformity; printed, and in OUTPUT_DIR/results.json.
+STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code search: nDCG, MAP, recall and MRR x 100.
+Zero-shot classification: accuracy and F1 x 100. Printed, and in OUTPUT_DIR/results.json.
 """
 
 import json
@@ -15,15 +18,15 @@ import torch
 from hf_embed import Encoder
 from hf_embed.cli import parse, run
 from hf_embed.errors import InputError
-from hf_embed.evaluation import sts
+from hf_embed.evaluation.flags import EvalArguments, read_tasks
+from hf_embed.evaluation.sts import seven_tasks
+from hf_embed.evaluation.tasks import score_tasks
+from hf_embed.finetune import embed_with, summary
 
 
 @dataclass
 class Arguments:
     model_name_or_path: str
-    eval_sts_file: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
-    )
     seven_sts: bool = field(default=False, metadata={"help": "The paper's seven STS tasks, from the Hub."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
@@ -31,33 +34,30 @@ class Arguments:
 
 
 def main() -> None:
-    (args,) = parse([Arguments])
-    if not args.eval_sts_file and not args.seven_sts:
-        raise InputError("nothing to score on; give --eval_sts_file NAME=PATH or --seven_sts")
-    sets = sts.read_named(args.eval_sts_file)
+    args, evaluation = parse([Arguments, EvalArguments])
+    tasks = read_tasks(evaluation)
     if args.seven_sts:
-        sets |= sts.seven_tasks()
+        tasks |= seven_tasks()
+    if not tasks:
+        raise InputError("nothing to score on; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
     encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    scores = sts.score_sets(sets, lambda texts: encoder.encode(texts, convert_to_tensor=True))
+    scores = score_tasks(tasks, embed_with(encoder))
 
-    print(f"{args.model_name_or_path}: pooling {encoder.pooling}, at most {encoder.max_length} tokens\n")
-    width = max(map(len, [*sets, "average"]))
-    print(f"{'':{width}}  spearman x 100  alignment  uniformity")
-    for name in sets:
-        row = (scores[f"{name}_{key}"] for key in ("spearman", "alignment", "uniformity"))
-        print("{:{}}  {:14.2f}  {:9.3f}  {:10.3f}".format(name, width, *row))
-    if len(sets) > 1:
-        print(f"{'average':{width}}  {scores['spearman']:14.2f}")
+    print(f"{args.model_name_or_path}: pooling {encoder.pooling}, at most {encoder.max_length} tokens; scores x 100")
+    kinds = {}
+    for name, task in tasks.items():
+        kinds.setdefault(task.reported, []).append(name)
+    for metrics, names in kinds.items():
+        width = max(map(len, [*names, "average"]))
+        print(f"\n{'':{width}}" + "".join(f"  {metric:>10}" for metric in metrics))
+        for name in names:
+            print(f"{name:{width}}" + "".join(f"  {scores[f'{name}_{metric}']:10.3f}" for metric in metrics))
+        if len(names) > 1:
+            print(f"{'average':{width}}" + "".join(f"  {scores[metric]:10.3f}" for metric in metrics))
     if args.output_dir:
-        results = {
-            "model": args.model_name_or_path,
-            "pooling": encoder.pooling,
-            "max_length": encoder.max_length,
-            "sts": {name: scores[f"{name}_spearman"] for name in sets},
-            "alignment": scores["alignment"],
-            "uniformity": scores["uniformity"],
-        }
+        about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
+        results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         path = Path(args.output_dir, "results.json")
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -77,9 +77,9 @@ def test_word_embeddings_read_once_change_nothing(architecture):
     encoder = Encoder(tiny_model(architecture), quickstart_tokenizer()).eval()
     ids, lengths = torch.arange(5, 25), [5, 9, 2, 4]
     with torch.no_grad():
-        expected = encoder(ids, lengths, chunk_tokens=12)
+        expected = encoder(ids, lengths, chunk_tokens=12)["embeddings"]
     assert encoder.takes_embeddings
-    assert_close(encoder(ids, lengths, chunk_tokens=12).detach(), expected, rtol=1e-6, atol=1e-6)
+    assert_close(encoder(ids, lengths, chunk_tokens=12)["embeddings"].detach(), expected, rtol=1e-6, atol=1e-6)
 
 
 # ---- the gradients ----
@@ -111,7 +111,7 @@ def gradient(encoder, embeddings):
 
 
 def chunked(encoder, chunk_tokens, gradient_caching=False):
-    return encoder(torch.cat(texts()), LENGTHS, chunk_tokens, gradient_caching)
+    return encoder(torch.cat(texts()), LENGTHS, chunk_tokens, gradient_caching)["embeddings"]
 
 
 def unchunked(encoder, mask_padding=True):
@@ -240,7 +240,7 @@ def test_a_text_encoded_twice_changes_no_gradient(monkeypatch):
     for others in (1, 6):
         monkeypatch.setattr("hf_embed.chunking.gather_objects", lambda own, others=others: [own, others])
         encoder.zero_grad()
-        embeddings = encoder(ids, lengths, chunk_tokens=100, equal_chunks=True)
+        embeddings = encoder(ids, lengths, chunk_tokens=100, equal_chunks=True)["embeddings"]
         (embeddings**3).sum().backward()
         gradients.append(encoder.backbone.embeddings.word_embeddings.weight.grad.clone())
     assert_close(*gradients, rtol=1e-9, atol=1e-12)

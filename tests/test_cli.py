@@ -4,7 +4,7 @@ import pytest
 from conftest import error_of
 
 from hf_embed import ContrastiveTrainingArguments, InputError, cli
-from hf_embed.finetune import DataArguments, SimCSEArguments
+from hf_embed.finetune import DataArguments, EvalArguments, SimCSEArguments
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def parse(tmp_path):
     def function(yaml, *flags):
         path = tmp_path / "run.yaml"
         path.write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
-        kinds = [DataArguments, SimCSEArguments, ContrastiveTrainingArguments]
+        kinds = [DataArguments, EvalArguments, SimCSEArguments, ContrastiveTrainingArguments]
         return {k: v for part in cli.parse(kinds, argv=["--config", str(path), *flags]) for k, v in vars(part).items()}
 
     return function

@@ -18,7 +18,7 @@ from datasets import Dataset
 from hf_embed.chunking import plan_chunks
 from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.sampling import GlobalBatchSampler
+from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.sources import ACCEPTED, read_file, row_texts, text_columns
 from hf_embed.data.tokenization import text_id, tokenize_rows
 
@@ -34,7 +34,7 @@ def written(path, content):
 
 
 # BUG: GlobalBatchSampler's example gives [[4, 2], [1, 0]].
-@pytest.mark.parametrize("thing", [RaggedCollator, plan_chunks, GlobalBatchSampler])
+@pytest.mark.parametrize("thing", [RaggedCollator, plan_chunks, GlobalBatchSampler, SourceBatchSampler])
 def test_docstring_examples(thing):
     (example,) = doctest.DocTestFinder(recurse=False).find(thing)
     report = []
@@ -138,10 +138,6 @@ def test_name_with_brackets_is_no_pattern(tmp_path):
 # ---- columns ----
 
 
-def rows_with(columns, n=2):
-    return Dataset.from_dict({c: [f"{c} {i}" for i in range(n)] for c in columns})
-
-
 LAYOUTS = [
     # found, paired, taken
     (["text"], None, ["text"]),
@@ -165,7 +161,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("found", "paired", "taken"), LAYOUTS)
 def test_columns(found, paired, taken, caplog):
-    assert text_columns(rows_with(found), "rows", paired) == taken
+    assert text_columns(found, "rows", paired) == taken
     unused = [c for c in found if c not in taken]
     assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
 
@@ -180,13 +176,13 @@ def test_columns(found, paired, taken, caplog):
     ],
 )
 def test_wrong_columns(found, paired, accepted):
-    message = error_of(text_columns, rows_with(found), "file.csv", paired)
+    message = error_of(text_columns, found, "file.csv", paired)
     assert message.startswith(f"file.csv: found the columns {', '.join(found)}; ") and accepted in message
 
 
 @pytest.mark.parametrize(
     ("cell", "complaint"),
-    [("", "is empty"), (" \t", "is empty"), (None, "is missing"), (7, "is not a text (7)"), (["a", ""], "is empty")],
+    [("", "is empty"), (" \t", "is empty"), ([None], "is missing"), (7, "is not a text (7)"), (["a", ""], "is empty")],
 )
 def test_bad_cell(cell, complaint):
     row = {"anchor": "a", "positive": "b", "negatives": cell}
@@ -288,7 +284,7 @@ def test_collator_puts_every_text_into_its_slot():
         {"input_ids": [[7], [8, 9]], "text_ids": [40, 50]},
         {"input_ids": [[11, 12]], "text_ids": [60]},  # a single text: its own positive
     ]
-    batch = RaggedCollator(views=4)(rows)
+    batch = RaggedCollator(views=[4])(rows)
     texts = [t.tolist() for t in batch["input_ids"].split(batch["lengths"])]
     grid = dict(zip(batch["slots"].tolist(), texts))
     assert grid == {0: [1, 2], 1: [3], 2: [4, 5, 6], 4: [7], 5: [8, 9], 8: [11, 12], 9: [11, 12]}

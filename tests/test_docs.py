@@ -57,5 +57,6 @@ def test_files_and_recipes_named_in_the_readme_exist():
 def test_flags_named_in_the_readme_exist(flag):
     from hf_embed import ContrastiveTrainingArguments, finetune
 
-    kinds = [finetune.ModelArguments, finetune.DataArguments, finetune.RunArguments, ContrastiveTrainingArguments]
+    kinds = [finetune.ModelArguments, finetune.DataArguments, finetune.EvalArguments, finetune.RunArguments,
+             finetune.GTEArguments, ContrastiveTrainingArguments]  # fmt: skip
     assert flag in {name for kind in kinds for name in kind.__dataclass_fields__} | {"seven_sts", "config", "help"}

@@ -16,8 +16,10 @@ from datasets import Dataset
 from scipy import stats
 
 from hf_embed import InputError
+from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.geometry import Alignment, Uniformity, alignment, plot_trajectory, uniformity
-from hf_embed.evaluation.sts import SpearmanCosine, check_sts, read_named, read_sts, score_sets
+from hf_embed.evaluation.sts import STS, SpearmanCosine, check_sts, read_sts
+from hf_embed.evaluation.tasks import score_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def make_set(scores, repeated=False):
     return Dataset.from_dict({"sentence1": [f"a{i}" for i in range(len(scores))], "sentence2": second, "score": scores})
 
 
-def embed(texts):
+def embed(texts, prompt_name=None):
     return torch.tensor(np.stack([vectors(1, seed=zlib.crc32(text.encode()))[0] for text in texts]))
 
 
@@ -133,13 +135,13 @@ def test_positives_are_the_top_fifth_of_the_scale(scores, positives):
     rows = make_set(scores)
     first, second = embed(rows["sentence1"]), embed(rows["sentence2"])
     expected = alignment_by_loop(first[positives].tolist(), second[positives].tolist())
-    assert score_sets({"x": rows}, embed)["x_alignment"] == pytest.approx(expected, rel=1e-5)
+    assert score_tasks({"x": STS(rows)}, embed)["x_alignment"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_score_sets():
+def test_score_tasks():
     """All pairs at once; uniformity counts a repeated text once; the means are over sets."""
     sets = {"one": make_set([0.0, 2.0, 5.0, 3.5]), "two": make_set([5.0, 1.0, 2.0], repeated=True)}
-    metrics = score_sets(sets, embed)
+    metrics = score_tasks({name: STS(rows) for name, rows in sets.items()}, embed)
     for name, rows in sets.items():
         first, second = embed(rows["sentence1"]).tolist(), embed(rows["sentence2"]).tolist()
         cosines = [cosine(x, y) for x, y in zip(first, second)]
@@ -152,7 +154,7 @@ def test_score_sets():
 
 @pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_a_set_without_a_spearman_does_not_spoil_the_mean():
-    metrics = score_sets({"flat": make_set([3.0, 3.0]), "good": make_set([0.0, 2.0, 5.0])}, embed)
+    metrics = score_tasks({"flat": STS(make_set([3.0, 3.0])), "good": STS(make_set([0.0, 2.0, 5.0]))}, embed)
     assert math.isnan(metrics["flat_spearman"]) and metrics["spearman"] == metrics["good_spearman"]
 
 
@@ -235,13 +237,13 @@ def test_missing_column(missing):
 )
 def test_bad_named_sets(items, expected, tmp_path):
     path = write(tmp_path / "sts.tsv", ROWS)
-    assert expected in error_of(read_named, [item.replace("FILE", path) for item in items])
+    assert expected in error_of(read_tasks, EvalArguments(eval_sts_file=[item.replace("FILE", path) for item in items]))
 
 
 def test_named_sets_keep_name_and_order(tmp_path):
     path = write(tmp_path / "x=y.tsv", ROWS)
-    sets = read_named([f"b={path}", f"a={path}"])
-    assert list(sets) == ["b", "a"] and all(len(rows) == 2 for rows in sets.values())
+    tasks = read_tasks(EvalArguments(eval_sts_file=[f"b={path}", f"a={path}"]))
+    assert list(tasks) == ["b", "a"] and all(len(task.rows) == 2 for task in tasks.values())
 
 
 # ---- the picture ----

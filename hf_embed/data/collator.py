@@ -6,11 +6,11 @@ import torch
 class RaggedCollator:
     """Concatenate the texts of B rows.
 
-    Two rows, the second without a negative; `views` = 3 texts a row at most:
+    Two rows, the second without a negative; `views` = 3 texts a row at most (a list: of each source of a `Mixture`):
 
         >>> rows = [{"input_ids": [[1, 7, 2], [1, 8, 8, 2], [1, 9, 2]], "text_ids": [70, 80, 90]},
         ...         {"input_ids": [[1, 5, 2], [1, 6, 2]], "text_ids": [50, 60]}]
-        >>> batch = RaggedCollator(views=3)(rows)
+        >>> batch = RaggedCollator(views=[3])(rows)
         >>> batch["input_ids"]
         tensor([1, 7, 2, 1, 8, 8, 2, 1, 9, 2, 1, 5, 2, 1, 6, 2])
         >>> batch["lengths"]
@@ -24,12 +24,14 @@ class RaggedCollator:
     A row of a single text (unsupervised) is given twice: dropout makes the second the positive of the first.
     """
 
-    def __init__(self, views: int):
+    def __init__(self, views: list[int]):
         self.views = views
 
     def __call__(self, rows: list[dict]) -> dict:
         ids, lengths, slots = [], [], []
-        text_ids = torch.zeros(len(rows), self.views, dtype=torch.int64)
+        source = rows[0].get("source", 0)
+        views = self.views[source]  # the same on every rank, whatever texts its rows have
+        text_ids = torch.zeros(len(rows), views, dtype=torch.int64)
         for i, row in enumerate(rows):
             texts, hashes = row["input_ids"], row["text_ids"]
             if len(texts) == 1:
@@ -37,11 +39,12 @@ class RaggedCollator:
             for view, text in enumerate(texts):
                 ids += text
                 lengths.append(len(text))
-                slots.append(i * self.views + view)
+                slots.append(i * views + view)
             text_ids[i, : len(hashes)] = torch.tensor(hashes)
         return {
             "input_ids": torch.tensor(ids),
             "lengths": lengths,
             "slots": torch.tensor(slots),
             "text_ids": text_ids,
+            "source": source,
         }

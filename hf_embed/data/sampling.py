@@ -1,7 +1,17 @@
 """Which rows a rank sees at which step: a function of (seed, epoch, step) and nothing else."""
 
+from collections import Counter
+
 import torch
 from torch.utils.data import Sampler
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers that depend on all the given ones, and on their order."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**63
+    return torch.Generator().manual_seed(seed)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -37,11 +47,71 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self.rows - self.ranks * sum(self.sizes)
 
     def __iter__(self):
-        # One 64-bit seed from both numbers, so that (1, 2) and (2, 1) differ.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.rows, generator=generator).tolist()
+        order = torch.randperm(self.rows, generator=generator(self.seed, self.epoch)).tolist()
         first = 0
         for size in self.sizes:
             start = first + self.rank * size
             yield order[start : start + size]
             first += self.ranks * size
+
+
+class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
+    """One rank's rows of each global batch, where a batch is of one source: pairs (source, row).
+
+    The source of every step is drawn with the given probabilities from (seed, epoch), alike on all ranks. The rows of a source
+    are one endless sequence, cut into global batches in the order in which they are drawn, over all epochs: a permutation
+    of its rows, then another, and so on. An epoch is as many steps as it takes to see as many rows as there are.
+
+        >>> list(SourceBatchSampler([4, 2], [0.5, 0.5], batch_size=2, rank=0, ranks=1, seed=3))
+        [[(0, 2), (0, 3)], [(1, 0), (1, 1)], [(1, 1), (1, 0)]]
+
+    A source in `streams` has no random access: its rows are numbered as this rank will read them.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        probabilities: list[float],
+        batch_size: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+        streams: frozenset[int] = frozenset(),
+    ):
+        self.sizes, self.streams = sizes, streams
+        self.probabilities = torch.tensor(probabilities, dtype=torch.float64)
+        self.batch_size, self.rank, self.ranks, self.seed, self.epoch = batch_size, rank, ranks, seed, 0
+        self.steps = max(1, sum(sizes) // (batch_size * ranks))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def draws(self, epoch: int) -> list[int]:
+        """The source of each step of an epoch."""
+        return torch.multinomial(
+            self.probabilities, self.steps, replacement=True, generator=generator(self.seed, epoch)
+        ).tolist()  # fmt: skip
+
+    def __iter__(self):
+        drawn = Counter(source for epoch in range(self.epoch) for source in self.draws(epoch))
+        orders = {}  # of each source, the permutation in use and its number
+        for source in self.draws(self.epoch):
+            first = drawn[source] * self.batch_size
+            drawn[source] += 1
+            if source in self.streams:
+                numbers = range(first, first + self.batch_size)
+            else:
+                first = first * self.ranks + self.rank * self.batch_size
+                numbers = [self.row(source, n, orders) for n in range(first, first + self.batch_size)]
+            yield [(source, number) for number in numbers]
+
+    def row(self, source: int, n: int, orders: dict) -> int:
+        """The n-th row of a source's endless sequence."""
+        turn, place = divmod(n, self.sizes[source])
+        if orders.get(source, (None,))[0] != turn:
+            seeded = generator(self.seed, source + 1, turn)
+            orders[source] = turn, torch.randperm(self.sizes[source], generator=seeded)
+        return orders[source][1][place].item()

@@ -7,7 +7,8 @@ Accepted columns, first match wins (case does not matter):
     anchor, positive[, negatives]         sentence-transformers
     query, positive[, negatives]          retrieval
 
-where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, each a text or a list of texts.
+where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, each a text, a list of texts, or null (a row
+may have fewer negatives than others).
 """
 
 import csv
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pandas
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.errors import InputError
@@ -32,25 +33,19 @@ LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 
 
-def read_file(path: str, header: bool = True) -> Dataset:
+def read_file(path: str | list[str], header: bool = True, streaming: bool = False) -> Dataset | IterableDataset:
     """Rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
 
-    A tsv file is read without quoting, as most corpora are written. With `header=False` the columns of csv and tsv files
-    are named 0, 1, 2 ...  Raises InputError if the file is missing, empty or of another kind.
+    Several files, of one kind and with the same columns, follow each other. A tsv file is read without quoting, as most
+    corpora are written. With `header=False` the columns of csv and tsv files are named 0, 1, 2 ... With `streaming` nothing is
+    stored: the rows are read anew in every pass. Raises InputError if a file is missing, empty or of another kind.
     """
-    file = Path(path)
-    if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
-        if not file.is_file():
-            raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
-        if file.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty")
-    suffixes = [s.lower() for s in file.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
+    paths = [path] if isinstance(path, str) else path
+    kinds = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kind = check_files(paths, kinds)
+    path = paths[0]
     table = {"keep_default_na": False, "header": 0 if header else None}
     tabs = table | {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    kinds = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if kind not in kinds:
-        raise InputError(f"{path}: cannot read '{kind}' files; accepted are {', '.join(kinds)}, also with .gz")
     options = {".csv": table, ".tsv": tabs}.get(kind, {})
     try:
         if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
@@ -63,26 +58,49 @@ def read_file(path: str, header: bool = True) -> Dataset:
             options["features"] = Features({name: Value("string") for name in options["names"]})
         if kind == ".txt":
             options["encoding"] = "utf-8-sig"  # without the byte-order mark
-        files = path if "://" in path else glob.escape(path)
-        if kind == ".parquet" and suffixes[-1] == ".gz":  # datasets does not unpack these
+        if kind == ".parquet" and path.endswith(".gz"):  # datasets does not unpack these
+            if len(paths) > 1 or streaming:
+                raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
             with gzip.open(path) as unpacked:
                 rows = Dataset(pyarrow.parquet.read_table(unpacked))
         else:
-            rows = load_dataset(kinds[kind], data_files=files, split="train", **options)
+            files = [p if "://" in p else glob.escape(p) for p in paths]
+            rows = load_dataset(kinds[kind], data_files=files, split="train", streaming=streaming, **options)
+        empty = len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None
     except InputError:
         raise
     except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
-    if len(rows) == 0:
+    if empty:
         raise InputError(f"{path}: no rows")
     return rows
 
 
-def read_hub(name: str, config: str | None = None, split: str = "train") -> Dataset:
+def check_files(paths: list[str], kinds: dict[str, str]) -> str:
+    """The one ending that all the files have, without .gz."""
+    endings = set()
+    for path in paths:
+        file = Path(path)
+        if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
+            if not file.is_file():
+                raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
+            if file.stat().st_size == 0:
+                raise InputError(f"{path}: the file is empty")
+        suffixes = [s.lower() for s in file.suffixes]
+        kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
+        if kind not in kinds:
+            raise InputError(f"{path}: cannot read '{kind}' files; accepted are {', '.join(kinds)}, also with .gz")
+        endings.add(kind)
+    if len(endings) > 1:
+        raise InputError(f"{paths[0]} and others: files of one kind belong together; found {', '.join(sorted(endings))}")
+    return endings.pop()
+
+
+def read_hub(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
     """Rows of a Hub dataset (or a local folder that `datasets.load_dataset` reads)."""
     try:
-        rows = load_dataset(name, config, split=split)
+        rows = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -93,27 +111,27 @@ def read_hub(name: str, config: str | None = None, split: str = "train") -> Data
     return rows
 
 
-def text_columns(rows: Dataset, name: str, paired: bool | None = None) -> list[str]:
-    """The columns of `rows` that hold texts, in the order anchor, positive, negatives.
+def text_columns(names: list[str], name: str, paired: bool | None = None) -> list[str]:
+    """Which of the columns `names` hold texts, in the order anchor, positive, negatives.
 
     `paired` True asks for anchor and positive, False for single texts, None takes what is there. Raises InputError naming
     what was found and what is accepted.
     """
-    found = {column.lower(): column for column in rows.column_names}
+    found = {column.lower(): column for column in names}
     single = next((found[c] for c in ("text", "sentence") if c in found), None)
-    if single is None and len(rows.column_names) == 1:
-        single = rows.column_names[0]
+    if single is None and len(names) == 1:
+        single = names[0]
     pair = next((pair for pair in LAYOUTS if all(c in found for c in pair)), None)
     if paired is not True and single is not None and (pair is None or paired is False):
         columns = [single]
     elif paired is not False and pair is not None:
         columns = [found[c] for c in pair]
-        negatives = [c for c in rows.column_names if NEGATIVE.fullmatch(c)]
+        negatives = [c for c in names if NEGATIVE.fullmatch(c)]
         columns += sorted(negatives, key=lambda c: [int(n) for n in re.findall(r"\d+", c)])
     else:
         wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
-        raise InputError(f"{name}: found the columns {', '.join(rows.column_names)}; accepted are {wanted}; rename them")
-    if ignored := [c for c in rows.column_names if c not in columns]:
+        raise InputError(f"{name}: found the columns {', '.join(names)}; accepted are {wanted}; rename them")
+    if ignored := [c for c in names if c not in columns]:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
 
@@ -122,9 +140,10 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text."""
     texts = []
     for i, column in enumerate(columns):
-        cell = row[column]
-        is_list = isinstance(cell, list) and i >= 2  # only negatives may be several
-        for text in cell if is_list else [cell]:
+        cell, is_negative = row[column], i >= 2
+        if cell is None and is_negative:
+            continue
+        for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
             if not isinstance(text, str) or not text.strip():
                 kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
                 raise InputError(

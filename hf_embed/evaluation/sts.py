@@ -7,6 +7,7 @@ alignment over the set's positives, the pairs in the top fifth of its scale, and
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -16,9 +17,9 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 
 from hf_embed.data.sources import read_file, read_hub
-from hf_embed.distributed import gather_objects, world
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import Alignment, Uniformity, unit
+from hf_embed.evaluation.tasks import embed_on_all_ranks
 
 COLUMNS = ["sentence1", "sentence2", "score"]
 # The paper's seven tasks as they stand on the Hub (mteb's copies; split "test").
@@ -91,66 +92,39 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
     return Dataset.from_dict({"sentence1": rows["sentence1"], "sentence2": rows["sentence2"], "score": scores})
 
 
-def read_named(items: list[str], flag: str = "--eval_sts_file") -> dict[str, Dataset]:
-    """Sets from NAME=PATH items; PATH is a file, or OWNER/DATASET:SPLIT on the Hub."""
-    sets = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise InputError(f"{flag} {item}: give NAME=PATH, for example stsb=stsb-dev.tsv")
-        if name in sets:
-            raise InputError(f"{flag}: two sets are named '{name}'; names must differ")
-        hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(\w+)", path)
-        if hub and not Path(path).exists():
-            sets[name] = check_sts(read_hub(hub[1], split=hub[2]), path)
-        else:
-            sets[name] = read_sts(path)
-    return sets
+def read_named_sts(path: str) -> Dataset:
+    """An STS file, or OWNER/DATASET:SPLIT on the Hub."""
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(\w+)", path)
+    if hub and not Path(path).exists():
+        return check_sts(read_hub(hub[1], split=hub[2]), path)
+    return read_sts(path)
 
 
-def seven_tasks() -> dict[str, Dataset]:
-    return {name: check_sts(read_hub(hub, split="test"), hub) for name, hub in SEVEN_TASKS.items()}
+def seven_tasks() -> dict[str, "STS"]:
+    return {name: STS(check_sts(read_hub(hub, split="test"), hub)) for name, hub in SEVEN_TASKS.items()}
 
 
-def score_sets(sets: dict[str, Dataset], embed: Callable) -> dict[str, float]:
-    """Metrics of all sets: NAME_spearman, NAME_alignment, NAME_uniformity, and the means spearman, alignment, uniformity.
+@dataclass
+class STS:
+    """Sentence pairs with scores: `rows` as `check_sts` gives them."""
 
-    `embed` maps a list of texts to vectors (N, D), a tensor. Each rank encodes its share of the texts; all get the result.
-    """
-    metrics = {}
-    for name, rows in sets.items():
-        for key, value in score_set(rows, embed).items():
-            metrics[f"{name}_{key}"] = value
-    for key in ("spearman", "alignment", "uniformity"):
-        values = [metrics[f"{name}_{key}"] for name in sets]
-        metrics[key] = float(np.mean([v for v in values if math.isfinite(v)] or [math.nan]))
-    return metrics
+    rows: Dataset
 
+    kind = "sts"
+    main = "spearman"
+    reported = ("spearman", "alignment", "uniformity")
 
-def score_set(rows: Dataset, embed: Callable) -> dict[str, float]:
-    rows = rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
-    texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
-    vectors = unit(embed_on_all_ranks(texts, embed))
-    place = {text: i for i, text in enumerate(texts)}
-    first = vectors[[place[text] for text in rows["sentence1"]]]
-    second = vectors[[place[text] for text in rows["sentence2"]]]
-    scores = np.array(rows["score"])
-    positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
-    metrics = SpearmanCosine().compute(predictions=(first * second).sum(-1), references=scores)
-    metrics |= Alignment().compute(predictions=first[positive], references=second[positive])
-    metrics |= Uniformity().compute(predictions=vectors)
-    return metrics
-
-
-def embed_on_all_ranks(texts: list[str], embed: Callable, batch: int = 1024) -> np.ndarray:
-    """Vectors (N, D) of all texts, on every rank; rank r encodes texts r, r + ranks, ..."""
-    rank, ranks = world()
-    own = texts[rank::ranks]
-    # Every rank makes the same number of calls: under FSDP a call is a collective.
-    calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
-    parts = [embed(own[i * batch : (i + 1) * batch] or texts[:1]) for i in range(calls)]
-    vectors = np.concatenate([part.cpu().numpy() for part in parts])[: len(own)]
-    everyone = np.empty((len(texts), vectors.shape[1]), vectors.dtype)
-    for r, part in enumerate(gather_objects(vectors)):
-        everyone[r::ranks] = part
-    return everyone
+    def score(self, embed: Callable) -> dict[str, float]:
+        """spearman x 100, alignment, uniformity."""
+        rows = self.rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
+        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
+        vectors = unit(embed_on_all_ranks(texts, embed))
+        place = {text: i for i, text in enumerate(texts)}
+        first = vectors[[place[text] for text in rows["sentence1"]]]
+        second = vectors[[place[text] for text in rows["sentence2"]]]
+        scores = np.array(rows["score"])
+        positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
+        metrics = SpearmanCosine().compute(predictions=(first * second).sum(-1), references=scores)
+        metrics |= Alignment().compute(predictions=first[positive], references=second[positive])
+        metrics |= Uniformity().compute(predictions=vectors)
+        return metrics

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_embed.objectives.masking import false_negatives
+
 
 @dataclass
 class SimCSE:
@@ -64,11 +66,3 @@ class SimCSE:
         candidate_ids = all_text_ids[:, 1:].T.flatten()
         logits = logits.masked_fill(false_negatives(text_ids, candidate_ids, labels), float("-inf"))
         return F.cross_entropy(logits, labels)
-
-
-def false_negatives(text_ids: Tensor, candidate_ids: Tensor, labels: Tensor) -> Tensor:
-    """Which candidates (C,) are no negatives of which rows (B, V): absent ones, and those whose text is the row's anchor
-    or positive. The row's own positive, `labels` (B,), is always kept. -> (B, C) bool"""
-    same = (candidate_ids == text_ids[:, :1]) | (candidate_ids == text_ids[:, 1:2])
-    masked = same | (candidate_ids == 0)
-    return masked.scatter(1, labels.unsqueeze(1), False)

@@ -1,0 +1,188 @@
+"""Pairs to train and test on that every machine has: the docstrings of the Python packages installed on it.
+
+    def norm(x, ord=None):
+        '''Matrix or vector norm.
+
+        This function is able to return one of eight different matrix norms ...
+        '''
+        x = asarray(x)
+        ...
+
+gives three pairs: the summary and the body of the docstring; the qualified name and the summary; the summary and the code
+without its docstring. Files are parsed, never imported.
+"""
+
+import ast
+import importlib.util
+import inspect
+import json
+import random
+import sysconfig
+import textwrap
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from hf_embed.errors import InputError
+
+# "python" is the standard library. What hf_embed needs brings the others along.
+PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
+            "huggingface_hub", "accelerate", "peft")  # fmt: skip
+SKIPPED_FOLDERS = {"site-packages", "__pycache__", "tests", "test", "testing", "_vendor", "vendored"}
+MAX_FILES = 200  # of a package, chosen at random: parsing all of torch and transformers takes a minute
+# Texts are cut to this many characters (a token is about four), and shorter ones than the least say too little.
+LONGEST = {"summary": 300, "body": 1000, "code": 1000}
+SHORTEST = {"summary": 20, "body": 60, "code": 80}
+# kind of pair -> query and document
+KINDS = {"body": ("summary", "body"), "name": ("name", "summary"), "code": ("summary", "code")}
+
+
+@dataclass
+class Definition:
+    """A function or class with a docstring; `body` and `code` are empty where there is not enough of them."""
+
+    name: str  # numpy.linalg.norm
+    summary: str  # the docstring's first paragraph, in one line
+    body: str  # the rest of the docstring
+    code: str  # the source without the docstring
+
+
+def read_definitions(package: str, max_files: int | None = None) -> list[Definition]:
+    """The definitions of a package (by name; "python": the standard library) or a folder of Python files; each summary once.
+
+    Raises InputError if there is no such package or folder.
+    """
+    root = package_folder(package)
+    files = sorted(
+        path for path in root.rglob("*.py")
+        if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) and path.stat().st_size < 1_000_000
+    )  # fmt: skip
+    if max_files is not None and len(files) > max_files:
+        files = sorted(random.Random(0).sample(files, max_files))
+    prefix = "" if package == "python" else f"{root.name}."
+    by_summary = {}
+    for path in files:
+        module = prefix + ".".join(path.relative_to(root).with_suffix("").parts)
+        for definition in parse_file(path, module.removesuffix(".__init__")):
+            by_summary.setdefault(definition.summary, definition)
+    return list(by_summary.values())
+
+
+def package_folder(package: str) -> Path:
+    if package == "python":
+        return Path(sysconfig.get_paths()["stdlib"])
+    if Path(package).is_dir():
+        return Path(package).resolve()
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{package}: no such file, folder or installed package")
+    return Path(list(spec.submodule_search_locations)[0])
+
+
+def parse_file(path: Path, module: str) -> Iterator[Definition]:
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strange escapes in other people's code
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        return  # templates and files for other Pythons
+    lines = source.splitlines()
+
+    def definitions(node: ast.AST, name: str) -> Iterator[Definition]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                qualified = f"{name}.{child.name}"
+                if (docstring := ast.get_docstring(child, clean=False)) and not child.name.startswith("__"):
+                    yield from describe(child, qualified, inspect.cleandoc(docstring), lines)
+                yield from definitions(child, qualified)
+            elif not isinstance(child, ast.expr):
+                yield from definitions(child, name)  # within if and try
+
+    yield from definitions(tree, module)
+
+
+def describe(node, name: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
+    summary, _, body = docstring.partition("\n\n")
+    summary = " ".join(summary.split())
+    if not SHORTEST["summary"] <= len(summary) <= LONGEST["summary"] or " " not in summary:
+        return
+    written = node.body[0]  # the docstring's statement
+    code = lines[node.lineno - 1 : written.lineno - 1] + lines[written.end_lineno : node.end_lineno]
+    code = textwrap.dedent("\n".join(code)).strip() if len(node.body) > 1 else ""
+    body = body.strip()
+    yield Definition(
+        name, summary,
+        body=body[: LONGEST["body"]] if len(body) >= SHORTEST["body"] else "",
+        code=code[: LONGEST["code"]] if len(code) >= SHORTEST["code"] and not isinstance(node, ast.ClassDef) else "",
+    )  # fmt: skip
+
+
+def held_out(definition: Definition) -> bool:
+    """Whether a definition is for testing: one module in eight, by its name, so that every run agrees."""
+    module = definition.name.rsplit(".", 1)[0]
+    return zlib.crc32(module.encode()) % 8 == 0
+
+
+def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES) -> dict[str, int]:
+    """Write what a run on docstrings needs into `folder`, in the formats that a run on any other data needs:
+
+        PACKAGE.KIND.jsonl ...   a source for each package and kind of pair: {"query": ..., "positive": ...}
+        sources.yaml             which lists them
+        doc_search/  code_search/   BEIR folders of the held-out modules: summary -> body, summary -> code
+
+    Packages that are not installed are left out. -> what was collected, for printing: {"packages": 13, ...}
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, tests, seen = {}, {"body": [], "code": []}, set()
+    for package in packages:
+        try:
+            found = read_definitions(package, max_files)
+        except InputError:
+            continue
+        for definition in found:
+            if not held_out(definition):
+                seen.update((definition.summary, definition.body, definition.code))
+                for kind in KINDS:
+                    if pair := pair_of(definition, kind):
+                        pairs.setdefault(f"{package}.{kind}", []).append(pair)
+        for kind in tests:
+            tests[kind] += [pair for d in found if held_out(d) and (pair := pair_of(d, kind))]
+    entries = []
+    for name, rows in pairs.items():
+        if len(rows) < 2:
+            continue
+        lines = (json.dumps({"query": query, "positive": positive}) for query, positive in rows)
+        Path(folder, f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        entries.append({"name": name, "file": f"{name}.jsonl"})
+    Path(folder, "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    for name, kind in {"doc_search": "body", "code_search": "code"}.items():
+        fresh = [pair for pair in tests[kind] if not seen.intersection(pair)]  # texts copied from module to module are no test
+        write_beir(folder / name, list(dict(fresh).items()))
+    return {
+        "packages": len({name.rsplit(".", 1)[0] for name in pairs}), "sources": len(entries),
+        "pairs": sum(map(len, pairs.values())), "test pairs": sum(map(len, tests.values())),
+    }  # fmt: skip
+
+
+def pair_of(definition: Definition, kind: str) -> tuple[str, str] | None:
+    query, document = (getattr(definition, part) for part in KINDS[kind])
+    return (query, document) if query and document else None
+
+
+def write_beir(folder: Path, pairs: list[tuple[str, str]]) -> None:
+    """A BEIR folder in which every query has one relevant document, the one it stands with."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, prefix, texts in (("queries", "q", [q for q, _ in pairs]), ("corpus", "d", [d for _, d in pairs])):
+        lines = (json.dumps({"_id": f"{prefix}{i}", "text": text}) for i, text in enumerate(texts))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    qrels = [f"q{i}\td{i}\t1" for i in range(len(pairs))]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *qrels]) + "\n", encoding="utf-8")

@@ -1,0 +1,327 @@
+"""Training on many sources: which they are, how often each is drawn, and their rows by number.
+
+A batch is of one source (GTE, section 3.2): the negatives of a row are then of its own kind, and cannot be told apart by
+what kind of text they are. Source i of n_i rows is drawn with p_i = w_i n_i^alpha / sum_j w_j n_j^alpha. A YAML file lists the
+sources; paths in it are relative to the file:
+
+    - name: questions
+      file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
+      columns: {query: title, positive: body}
+      query_prompt: "query: "
+    - name: nli
+      dataset: sentence-transformers/all-nli    # on the Hub, in place of a file
+      config: triplet
+      split: train
+      negatives: 1                     # how many of each row's negatives to take; default: all
+      max_length: 128                  # default: the run's
+      weight: 2.0                      # drawn twice as often as its size says; default: 1
+    - name: web
+      file: web-*.jsonl.gz
+      streaming: true                  # read from where it lies, nothing stored; shuffled in a buffer
+      rows: 80000000                   # about; a stream does not know its size
+"""
+
+import contextlib
+import difflib
+import glob
+import logging
+import math
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm.auto import tqdm
+
+from hf_embed.data.sources import NEGATIVE, read_file, read_hub, row_texts, text_columns
+from hf_embed.data.tokenization import RowTokenizer, count_texts, tokenize_rows, warn_of_cut_texts
+from hf_embed.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {"text": "text", "anchor": "anchor", "query": "anchor", "positive": "positive", "negative": "negative",
+           "negatives": "negative"}  # fmt: skip
+# A stream's first rows, which are checked before training.
+PROBED_ROWS = 100
+
+
+@dataclass
+class Source:
+    """Rows of one kind to train on.
+
+    Args:
+        name: for messages and logs (`loss_NAME`).
+        rows: a `Dataset`, or an `IterableDataset`, with the columns that `hf_embed.data.sources` accepts.
+        query_prompt, document_prompt: text before queries and documents; default: the model's own.
+        max_length: tokens of a text; default: the run's.
+        negatives: how many of each row's hard negatives to take; default: all. A stream that has negatives must say.
+        weight: factor on how often it is drawn.
+        size: number of rows, where `rows` does not know it.
+        origin: where the rows are from, for messages.
+
+    Raises:
+        InputError: a weight that is not above 0, negatives or max_length below what makes sense, a stream without a size.
+    """
+
+    name: str
+    rows: Dataset | IterableDataset
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    max_length: int | None = None
+    negatives: int | None = None
+    weight: float = 1.0
+    size: int | None = None
+    origin: str | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight > 0):
+            raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (else leave it out)")
+        for key, least in (("negatives", 0), ("max_length", 1), ("size", 1)):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < least):
+                key = "rows" if key == "size" else key
+                raise InputError(f"{self.label}: {key} is {value!r}; it must be a whole number of at least {least}")
+        if isinstance(self.rows, Dataset):
+            self.size = len(self.rows)
+        elif self.size is None:
+            splits = self.rows.info.splits or {}
+            self.size = getattr(splits.get(str(self.rows.split)), "num_examples", None)
+            if not self.size:
+                raise InputError(f"{self.label}: how many rows a stream has is not known; give about how many (rows: 100000)")
+        if self.size == 0:
+            raise InputError(f"{self.label}: no rows")
+
+    @property
+    def label(self) -> str:
+        return f"source '{self.name}'" + (f" ({self.origin})" if self.origin else "")
+
+
+def check_sources(sources: list[Source]) -> None:
+    names = [source.name for source in sources]
+    if not names:
+        raise InputError("no source to train on; list at least one")
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"two sources are named '{twice[0]}'; names must differ")
+
+
+# ---- the YAML file ----
+
+SETTINGS = ("query_prompt", "document_prompt", "max_length", "negatives", "weight")
+KEYS = {"name", "file", "dataset", "config", "split", "columns", "streaming", "rows", *SETTINGS}
+
+
+def read_sources(path: str) -> list[Source]:
+    """The sources that a YAML file lists. Raises InputError naming the file, the source and the key."""
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path}: expected a list of sources, each '- name: ...' with file: or dataset:")
+    with quiet_bars():
+        sources = [read_source(entry, i, path) for i, entry in enumerate(entries, 1)]
+    check_sources(sources)
+    return sources
+
+
+@contextlib.contextmanager
+def quiet_bars():
+    """Dozens of sources need no progress bar each."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def read_source(entry: dict, number: int, path: str) -> Source:
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: source {number} has no name; give it one")
+    where = f"{path}, source '{name}'"
+    for key in entry:
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, 1)
+            raise InputError(f"{where}: unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+    if ("file" in entry) == ("dataset" in entry):
+        raise InputError(f"{where}: give file: or dataset:, one of them")
+    streaming = bool(entry.get("streaming"))
+    try:
+        if "file" in entry:
+            files = expand(entry["file"], Path(path).parent)
+            rows = read_file(files, streaming=streaming)
+            origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        else:
+            origin = entry["dataset"]
+            rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)
+        if "columns" in entry:
+            rows = take_columns(rows, entry["columns"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    settings = {key: entry[key] for key in SETTINGS if key in entry}
+    return Source(name, rows, **settings, size=entry.get("rows"), origin=origin)
+
+
+def expand(files: str | list[str], folder: Path) -> list[str]:
+    """Files named by path, pattern or URL; paths are relative to `folder`."""
+    found = []
+    for file in [files] if isinstance(files, str) else files:
+        full = file if "://" in file else str(folder / file)
+        found += sorted(glob.glob(full)) or [full]
+    return found
+
+
+def take_columns(rows: Dataset | IterableDataset, columns: dict):
+    """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), text."""
+    if not isinstance(columns, dict) or not set(columns) <= set(COLUMNS):
+        raise InputError(f"columns: expected a mapping from {', '.join(COLUMNS)} to the file's columns")
+    names = {}
+    for key, taken in columns.items():
+        taken = taken if isinstance(taken, list) else [taken]
+        for i, column in enumerate(taken, 1):
+            names[column] = COLUMNS[key] if len(taken) == 1 else f"{COLUMNS[key]}_{i}"
+    found = column_names(rows)
+    if missing := [column for column in names if column not in found]:
+        raise InputError(f"no column '{missing[0]}'; found {', '.join(found)}")
+    rows = rows.select_columns(list(names))
+    return rows.rename_columns({old: new for old, new in names.items() if old != new})
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    return rows.column_names or list(next(iter(rows)))
+
+
+# ---- rows by number ----
+
+
+class Stream:
+    """The rows of an iterable dataset by number: this rank's share of it, shuffled in a buffer, over and over.
+
+    Each pass is shuffled anew, from (seed, pass). Rows can be read forwards only; a number further on reads up to there.
+    """
+
+    def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
+        self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
+        self.columns = text_columns(column_names(source.rows), source.label)
+        shuffled = source.rows.shuffle(seed=seed, buffer_size=buffer_size)
+        self.rows = split_dataset_by_node(shuffled, rank, ranks)
+        self.size, self.read, self.endless = source.size, 0, None
+        self.views = 2 + (source.negatives or 0)
+        if len(self.columns) > 2 and source.negatives is None:
+            raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
+        probe = [self.texts(row) for row in islice(source.rows, PROBED_ROWS)]
+        probe = [texts for texts in probe if texts]
+        cut = sum(tokenizer(probe)["cut"])
+        warn_of_cut_texts(cut, max(1, sum(map(len, probe))), tokenizer.max_length, f"{source.label}, first rows")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitems__(self, numbers: list[int]) -> list[dict]:
+        if self.endless is None or numbers[0] < self.read:
+            self.endless, self.read = self.passes(), 0
+        texts = list(islice(self.endless, numbers[0] - self.read, numbers[-1] + 1 - self.read))
+        self.read = numbers[-1] + 1
+        columns = self.tokenizer(texts)
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+    def passes(self):
+        turn = 0
+        while True:
+            self.rows.set_epoch(turn)
+            empty = True
+            # Not iter(): in a worker process that would give a part of the rows; here each worker skips what others take.
+            for batch in self.rows.iter(batch_size=256):
+                for i in range(len(batch[self.columns[0]])):
+                    if texts := self.texts({column: batch[column][i] for column in self.columns}):
+                        empty = False
+                        yield texts
+            if empty:
+                raise InputError(f"{self.label}: no rows for this process; give it more rows or files than processes")
+            turn += 1
+
+    def texts(self, row: dict) -> list[str] | None:
+        try:
+            texts = row_texts(row, self.columns, f"{self.label}, the row {str(row)[:60]}...")
+        except InputError:
+            if self.drop:
+                return None
+            raise
+        return texts[: self.views] if len(texts) > 1 else texts
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Rows of several sources, read by (source, row) pairs; see `SourceBatchSampler`. The rows of a batch say their source."""
+
+    def __init__(self, sources: list[Source], tables: list[Dataset | Stream], alpha: float):
+        self.names = [source.name for source in sources]
+        self.tables, self.sizes = tables, [len(table) for table in tables]
+        self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
+        self.views = [table.views if isinstance(table, Stream) else max(2, count_texts(table, "max")) for table in tables]
+        shares = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
+        self.probabilities = [share / sum(shares) for share in shares]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> list[dict]:
+        source = pairs[0][0]
+        return [row | {"source": source} for row in self.tables[source].__getitems__([number for _, number in pairs])]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.names))
+        rows = zip(self.names, self.sizes, self.probabilities)
+        return "\n".join(f"{name:{width}}  {size:12,} rows  {p:7.2%} of the batches" for name, size, p in rows)
+
+
+def make_mixture(sources: list[Source], encoder, args) -> Mixture:
+    """Tokenize the sources' tables and open their streams, as `args` (ContrastiveTrainingArguments) say.
+
+    Raises InputError for whatever is wrong with a source, naming it.
+    """
+    check_sources(sources)
+    global_batch = args.per_device_train_batch_size * args.world_size
+    seed = args.seed if args.data_seed is None else args.data_seed
+    tables = []
+    for source in tqdm(sources, desc="Tokenizing sources", disable=args.disable_tqdm or args.process_index > 0):
+        max_length = min(source.max_length or encoder.max_length, encoder.max_length)
+        if source.max_length and source.max_length > encoder.max_length:
+            raise InputError(f"{source.label}: max_length {source.max_length} is above the run's {encoder.max_length}")
+        own = {"query": source.query_prompt, "document": source.document_prompt}
+        prompts = {key: encoder.prompts.get(key, "") if own[key] is None else own[key] for key in own}
+        check_prompts(prompts, encoder.tokenizer, max_length, source.label)
+        if source.negatives and not any(NEGATIVE.fullmatch(column) for column in column_names(source.rows)):
+            raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
+        if isinstance(source.rows, Dataset):
+            with quiet_bars():
+                table = tokenize_rows(
+                    source.rows, encoder.tokenizer, max_length, source.label, None, prompts, args.drop_empty_rows,
+                    source.negatives,
+                )  # fmt: skip
+        else:
+            tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
+            table = Stream(
+                source, tokenizer, args.process_index, args.world_size, seed, args.shuffle_buffer_size, args.drop_empty_rows
+            )
+        if len(table) < global_batch:
+            short = f"{source.label}: {len(table)} rows, fewer than the {global_batch} of a global batch"
+            if args.small_sources == "refuse":
+                raise InputError(f"{short}; set small_sources to repeat, or take a smaller batch")
+            logger.warning(f"{short}; rows stand several times in its batches (never as negatives of themselves)")
+        tables.append(table)
+    return Mixture(sources, tables, args.source_alpha)
+
+
+def check_prompts(prompts: dict[str, str], tokenizer, max_length: int, where: str) -> None:
+    for key, prompt in prompts.items():
+        tokens = len(tokenizer(prompt)["input_ids"])
+        if prompt and tokens >= max_length:
+            raise InputError(f"{where}: the {key} prompt has {tokens} tokens, which leaves no room for text in {max_length}")

@@ -1,0 +1,67 @@
+"""Evaluation sets from the command line, for every recipe alike."""
+
+from dataclasses import dataclass, field
+
+from hf_embed.errors import InputError
+from hf_embed.evaluation.retrieval import read_code_search, read_retrieval
+from hf_embed.evaluation.sts import STS, read_named_sts
+from hf_embed.evaluation.zero_shot import read_zero_shot
+
+
+@dataclass
+class EvalArguments:
+    eval_sts_file: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
+    )
+    eval_retrieval_dir: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on "
+                          "the Hub; may be repeated.", "action": "extend"},
+    )  # fmt: skip
+    eval_zero_shot: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=PATH of a file with label and text, to classify by label texts.", "action": "extend"},
+    )
+    zero_shot_template: str = field(default="this is an example of {label}", metadata={"help": "How a label becomes a text."})
+    zero_shot_labels: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=PATH of a JSON file {label: text} in place of the labels' own names.", "action": "extend"},
+    )
+    eval_code_search: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=PATH of a jsonl with docstring and code, or of a Python package: find the function that a "
+                          "docstring describes.", "action": "extend"},
+    )  # fmt: skip
+
+
+def read_tasks(args: EvalArguments) -> dict[str, object]:
+    """The tasks that the flags name. Raises InputError for bad files and for names given twice."""
+    labels = named_paths(args.zero_shot_labels, "--zero_shot_labels")
+    if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
+        raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")
+    readers = {
+        "eval_sts_file": lambda name, path: STS(read_named_sts(path)),
+        "eval_retrieval_dir": lambda name, path: read_retrieval(path),
+        "eval_zero_shot": lambda name, path: read_zero_shot(path, args.zero_shot_template, labels.get(name)),
+        "eval_code_search": lambda name, path: read_code_search(path),
+    }
+    tasks = {}
+    for flag, read in readers.items():
+        for name, path in named_paths(getattr(args, flag), f"--{flag}").items():
+            if name in tasks:
+                raise InputError(f"--{flag}: two sets are named '{name}'; names must differ")
+            tasks[name] = read(name, path)
+    return tasks
+
+
+def named_paths(items: list[str], flag: str) -> dict[str, str]:
+    """{NAME: PATH} of NAME=PATH items."""
+    paths = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise InputError(f"{flag} {item}: give NAME=PATH, for example {flag} dev=data/dev")
+        if name in paths:
+            raise InputError(f"{flag}: two sets are named '{name}'; names must differ")
+        paths[name] = path
+    return paths

@@ -1,0 +1,197 @@
+"""Retrieval: does the corpus' nearest document to a query answer it? nDCG, MAP, recall and MRR as BEIR counts them.
+
+A BEIR folder has corpus.jsonl ({"_id", "title", "text"}), queries.jsonl ({"_id", "text"}) and qrels/SPLIT.tsv (query-id,
+corpus-id, score). Code search is the same with docstrings for queries and functions for documents.
+
+Shapes: Q queries, k retrieved documents, D wide.
+"""
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_embed.data.docstrings import read_definitions
+from hf_embed.data.sources import read_file, read_hub
+from hf_embed.distributed import gather_objects, world
+from hf_embed.errors import InputError
+from hf_embed.evaluation.tasks import embed_on_all_ranks, embed_own_share
+from hf_embed.search import merge, search
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("test", "dev", "validation", "train")
+# Columns of code search files: CodeSearchNet's own, and its copies'.
+DOCSTRINGS = ("docstring", "func_documentation_string", "query")
+CODES = ("code", "func_code_string")
+
+
+@dataclass
+class Retrieval:
+    """Queries, documents and which belong together.
+
+    Args:
+        queries, corpus: texts by id.
+        qrels: relevant documents of each query, {query id: {document id: grade}}; grades above 0 count.
+        cutoffs: the k of the metrics.
+    """
+
+    queries: dict[str, str]
+    corpus: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    cutoffs: tuple[int, ...] = (10, 100)
+
+    kind = "retrieval"
+    main = "ndcg@10"
+    reported = ("ndcg@10", "mrr@10", "recall@100", "map@100")
+
+    def score(self, embed: Callable) -> dict[str, float]:
+        """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document."""
+        _, found = self.rank(embed, max(self.cutoffs))
+        per_query = [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
+        return {key: 100 * float(np.mean([m[key] for m in per_query])) for key in per_query[0]}
+
+    def rank(self, embed: Callable, k: int) -> tuple[Tensor, dict[str, list[str]]]:
+        """Cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first.
+
+        Each rank encodes and searches its share of the corpus, a block at a time; vectors are not kept. A document with the
+        query's own id is not counted, as in BEIR: there the query is taken from the corpus.
+        """
+        rank, ranks = world()
+        ids, texts = list(self.corpus), list(self.corpus.values())
+        queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
+        blocks = embed_own_share(texts, embed, "document")
+        blocks = (F.normalize(block.float(), dim=-1).cpu() for block in blocks)
+        scores, numbers = search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
+        parts = gather_objects((scores, numbers * ranks + rank))
+        scores, numbers = merge([s for s, _ in parts], [n for _, n in parts], k + 1)
+        found = {q: [ids[n] for n in row if ids[n] != q][:k] for q, row in zip(self.qrels, numbers.tolist())}
+        return scores, found
+
+
+def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[int, ...]) -> dict[str, float]:
+    """Metrics of one query, 0 to 1, defined as in trec_eval.
+
+    ndcg@k: sum of grade / log2(1 + rank) over the first k, divided by the best that could be had.
+    map@k: precision at each relevant rank up to k, summed, divided by the number of relevant documents.
+    """
+    grades = np.array([max(0, relevant.get(document, 0)) for document in found], dtype=float)
+    best = np.sort([grade for grade in relevant.values() if grade > 0])[::-1].astype(float)
+    hits = grades > 0
+    discounts = np.log2(np.arange(2, max(len(grades), len(best)) + 2))
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    metrics = {}
+    for k in cutoffs:
+        metrics[f"ndcg@{k}"] = (grades[:k] / discounts[: len(grades[:k])]).sum() / (best[:k] / discounts[: len(best[:k])]).sum()
+        metrics[f"map@{k}"] = (precision * hits)[:k].sum() / len(best)
+        metrics[f"recall@{k}"] = hits[:k].sum() / len(best)
+        metrics[f"mrr@{k}"] = 1 / (hits[:k].argmax() + 1) if hits[:k].any() else 0.0
+    return metrics
+
+
+# ---- reading ----
+
+
+def read_retrieval(path: str) -> Retrieval:
+    """A BEIR folder or Hub dataset, `PATH` or `PATH:SPLIT`; without a split the first of test, dev, validation, train.
+
+    Judgements of documents or queries that are not there are left out and counted in a warning.
+    """
+    folder, _, split = path.rpartition(":") if not Path(path).exists() and ":" in path else (path, "", None)
+    if Path(folder).is_dir():
+        corpus, queries = read_jsonl(Path(folder, "corpus.jsonl")), read_jsonl(Path(folder, "queries.jsonl"))
+        return make_retrieval(queries, corpus, read_qrels(Path(folder, "qrels"), split), folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+        raise InputError(f"{path}: no such folder; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+    corpus, queries = read_hub(folder, "corpus", "corpus"), read_hub(folder, "queries", "queries")
+    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in read_hub(folder, "default", split or "test")]
+    return make_retrieval(queries, corpus, judged, folder)
+
+
+def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list[tuple], name: str) -> Retrieval:
+    """From rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
+    queries = {str(row["_id"]): row["text"] for row in queries}
+    corpus = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
+    qrels, absent = {}, {"documents": set(), "queries": set()}
+    for query, document, grade in judged:
+        query, document = str(query), str(document)
+        if document not in corpus:
+            absent["documents"].add(document)
+        elif query not in queries:
+            absent["queries"].add(query)
+        elif int(grade) > 0:
+            qrels.setdefault(query, {})[document] = int(grade)
+    for kind, ids in absent.items():
+        if ids:
+            logger.warning(f"{name}: the qrels name {len(ids)} {kind} that are not there, {min(ids)} for one; left out")
+    if not qrels:
+        raise InputError(f"{name}: no query has a relevant document that is there; check the ids in qrels and corpus")
+    return Retrieval(queries, corpus, qrels)
+
+
+def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
+    there = [name for name in ([split] if split else SPLITS) if (folder / f"{name}.tsv").is_file()]
+    if not there:
+        found = ", ".join(sorted(path.stem for path in folder.glob("*.tsv"))) or "none"
+        raise InputError(f"{folder / f'{split or SPLITS[0]}.tsv'}: no such file; the splits there: {found}")
+    path = folder / f"{there[0]}.tsv"
+    judged = []
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+            try:
+                judged.append((row[0], row[1], int(row[2])))
+            except (IndexError, ValueError) as error:
+                if number > 1:  # the first line is a header
+                    raise InputError(f"{path}, line {number}: expected query-id, corpus-id and a whole number") from error
+    return judged
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows with "_id" and "text", read line by line: in corpora other fields vary from row to row."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row["text"], str) or not str(row["_id"]):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: expected a JSON object with _id and text") from error
+            rows.append(row)
+    return rows
+
+
+def read_code_search(path: str) -> Retrieval:
+    """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
+    as in CodeSearchNet, or of a Python package, by folder or name."""
+    if not Path(path).is_file():
+        pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
+    else:
+        rows = read_file(path)
+        columns = [next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES)]
+        if None in columns:
+            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
+        pairs = list(zip(*(rows[column][:] for column in columns)))
+    if not pairs:
+        raise InputError(f"{path}: no function with a docstring")
+    return pairs_to_retrieval(pairs)
+
+
+def pairs_to_retrieval(pairs: list[tuple[str, str]]) -> Retrieval:
+    """Each query has the documents it stands with; equal texts are one query, or one document."""
+    queries = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
+    corpus = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(document for _, document in pairs))}
+    qrels = {}
+    for query, document in pairs:
+        qrels.setdefault(queries[query], {})[corpus[document]] = 1
+    return Retrieval({i: text for text, i in queries.items()}, {i: text for text, i in corpus.items()}, qrels)

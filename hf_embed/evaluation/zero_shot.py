@@ -1,0 +1,69 @@
+"""Zero-shot text classification: a text belongs to the label whose text is nearest (GTE, section 4.2).
+
+A label becomes a text by a template, "this is an example of {label}"; nothing is trained on the labels.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hf_embed.data.sources import read_file
+from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import unit
+from hf_embed.evaluation.tasks import embed_on_all_ranks
+
+
+@dataclass
+class ZeroShot:
+    """Texts, the number of each one's label, and the labels' texts."""
+
+    texts: list[str]
+    labels: list[int]
+    label_texts: list[str]
+
+    kind = "zero_shot"
+    main = "accuracy"
+    reported = ("accuracy", "f1")
+
+    def score(self, embed: Callable) -> dict[str, float]:
+        """accuracy and f1 (the mean over labels), x 100."""
+        texts, labels = (unit(embed_on_all_ranks(part, embed)) for part in (self.texts, self.label_texts))
+        predicted, wanted = (texts @ labels.T).argmax(1), np.array(self.labels)
+        f1 = []
+        for label in range(len(self.label_texts)):
+            hits = ((predicted == label) & (wanted == label)).sum()
+            f1.append(2 * hits / max(1, (predicted == label).sum() + (wanted == label).sum()))
+        return {"accuracy": 100 * float((predicted == wanted).mean()), "f1": 100 * float(np.mean(f1))}
+
+
+def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> ZeroShot:
+    """A file with the columns label and text, by name where there is a header, else by position.
+
+    `labels_file` is a JSON object {label: its name}; else a label's name is the label with spaces for underscores.
+    Raises InputError for a template without {label}, missing columns, fewer than two labels, or a label without a name.
+    """
+    if "{label}" not in template:
+        raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
+    rows = read_file(path)
+    if not {"label", "text"} <= set(rows.column_names):
+        rows = read_file(path, header=False) if Path(path).suffix in (".tsv", ".csv") else rows
+        if len(rows.column_names) != 2:
+            raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
+        rows = rows.rename_columns(dict(zip(rows.column_names, ("label", "text"))))
+    labels = sorted(set(map(str, rows["label"])))
+    if len(labels) < 2:
+        raise InputError(f"{path}: every label is {labels[0]}; classification needs at least two")
+    names = {label: label.replace("_", " ") for label in labels}
+    if labels_file:
+        try:
+            names = json.loads(Path(labels_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--zero_shot_labels {labels_file}: cannot be read as JSON: {error}") from error
+        if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
+            raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
+    number = {label: i for i, label in enumerate(labels)}
+    texts = [template.replace("{label}", names[label]) for label in labels]
+    return ZeroShot(rows["text"][:], [number[str(label)] for label in rows["label"]], texts)

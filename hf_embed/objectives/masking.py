@@ -1,0 +1,27 @@
+"""Candidates that are no negatives: texts that are absent, equal to the anchor or its positive, or suspiciously close.
+
+Shapes: B rows of V texts (anchor, positive, negatives), C candidates.
+"""
+
+from torch import Tensor
+
+
+def false_negatives(
+    text_ids: Tensor,
+    candidate_ids: Tensor,
+    positives: Tensor | None = None,
+    scores: Tensor | None = None,
+    limit: Tensor | None = None,
+) -> Tensor:
+    """Which candidates to leave out of which rows' denominators. -> (B, C) bool, True means leave out.
+
+    Args:
+        text_ids: (B, V) hash of each text of the rows.
+        candidate_ids: (C,) hash of each candidate; 0 for one that is absent.
+        positives: (B,) number of each row's own positive among the candidates: always kept. None: it is not among them.
+        scores, limit: (B, C) and (B,): also leave out what scores above the row's limit. No gradient flows here.
+    """
+    dropped = (candidate_ids == text_ids[:, :1]) | (candidate_ids == text_ids[:, 1:2]) | (candidate_ids == 0)
+    if limit is not None:
+        dropped |= scores.detach() > limit.detach().unsqueeze(1)
+    return dropped if positives is None else dropped.scatter(1, positives.unsqueeze(1), False)

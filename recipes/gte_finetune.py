@@ -1,0 +1,58 @@
+"""GTE, stage 2: labelled pairs with hard negatives, the improved contrastive loss, from the model of stage 1.
+
+    accelerate launch recipes/gte_finetune.py                    # offline, after recipes/gte_pretrain.py, in a few minutes
+    accelerate launch --config_file recipes/accelerate/ddp_8gpu.yaml recipes/gte_finetune.py \
+        --config recipes/configs/gte_finetune_base.yaml --sources sources.yaml
+    accelerate launch recipes/gte_finetune.py --model_name_or_path outputs/gte_pretrain --train_file mined.jsonl \
+        --eval_retrieval_dir scifact=beir/scifact
+
+recipes/mine_hard_negatives.py makes a file like mined.jsonl. Without arguments, negatives are mined with the model of
+outputs/gte_pretrain for the docstrings that it was trained on, and a few searches are shown at the end.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from hf_embed import Encoder, InputError
+from hf_embed.cli import run
+from hf_embed.data.mixture import read_sources
+from hf_embed.finetune import embed_with, run_gte
+from hf_embed.mining import MiningArguments, mine_hard_negatives
+
+DATA = Path("outputs/docstrings")
+PRETRAINED = Path("outputs/gte_pretrain")
+
+
+def mined_docstrings() -> tuple[str, list[str]]:
+    """Mine negatives for the docstring and code sources; -> the file of sources and the evaluation sets."""
+    if not (PRETRAINED / "config.json").is_file() or not (DATA / "sources.yaml").is_file():
+        raise InputError(f"no model in {PRETRAINED} or no data in {DATA}: run recipes/gte_pretrain.py first")
+    state = PartialState()
+    folder = DATA / "mined"
+    if state.is_main_process:
+        for old in folder.glob("*.jsonl"):
+            old.unlink()
+    state.wait_for_everyone()
+    embed = embed_with(Encoder.from_pretrained(PRETRAINED, dtype=torch.float32).to(state.device))
+    entries = []
+    for source in read_sources(DATA / "sources.yaml"):
+        if not source.name.endswith(".name"):
+            pairs = list(zip(source.rows["query"][:], source.rows["positive"][:]))
+            mine_hard_negatives(pairs, [], embed, folder / f"{source.name}.jsonl", MiningArguments(num_negatives=2))
+            entries.append({"name": source.name, "file": f"{source.name}.jsonl"})
+    if state.is_main_process:
+        (folder / "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    state.wait_for_everyone()
+    return str(folder / "sources.yaml"), [f"doc_search={DATA}/doc_search", f"code_search={DATA}/code_search"]
+
+
+def main() -> None:
+    config = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"
+    run_gte("gte_finetune", config, mined_docstrings, offline_model=str(PRETRAINED))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Find hard negatives for pairs of queries and documents, with any encoder.
+
+    python recipes/mine_hard_negatives.py --model_name_or_path outputs/gte_pretrain --train_file pairs.jsonl \
+        --output_file mined.jsonl
+    python recipes/mine_hard_negatives.py --model_name_or_path BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
+        --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
+
+Pairs are the columns anchor and positive of a file (or sent0 and sent1, or query and positive), or the judged pairs of a BEIR
+folder, whose corpus is searched too. The output, a jsonl with query, positive and negatives, is read by every recipe. What was
+done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on. `accelerate launch` shares the work.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+
+from hf_embed import Encoder
+from hf_embed.cli import parse, run
+from hf_embed.data.sources import read_file, row_texts, text_columns
+from hf_embed.errors import InputError
+from hf_embed.evaluation.retrieval import read_retrieval
+from hf_embed.finetune import embed_with
+from hf_embed.mining import MiningArguments, mine_hard_negatives
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str
+    output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
+    train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
+    retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, in place of a file."})
+    corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
+    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
+    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+
+
+def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
+    """(query, document) pairs, and the texts to choose negatives from besides their documents."""
+    if (args.train_file is None) == (args.retrieval_dir is None):
+        raise InputError("give --train_file FILE or --retrieval_dir DIR, one of them")
+    if args.retrieval_dir:
+        task = read_retrieval(args.retrieval_dir)
+        pairs = [(task.queries[q], task.corpus[d]) for q, documents in task.qrels.items() for d in documents]
+        corpus = list(task.corpus.values())
+    else:
+        rows = read_file(args.train_file)
+        columns = text_columns(rows.column_names, args.train_file, paired=True)[:2]
+        pairs = [tuple(row_texts(row, columns, f"{args.train_file}, row {i}")) for i, row in enumerate(rows, 1)]
+        corpus = []
+    if args.corpus_file:
+        rows = read_file(args.corpus_file)
+        corpus += rows[text_columns(rows.column_names, args.corpus_file, paired=False)[0]][:]
+    return pairs, corpus
+
+
+def main() -> None:
+    args, mining = parse([Arguments, MiningArguments])
+    state = PartialState(cpu=not torch.cuda.is_available())
+    pairs, corpus = read_pairs(args)
+    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length).to(state.device)
+    identity = f"{args.model_name_or_path} {encoder.pooling} {encoder.max_length} {encoder.prompts}"
+    counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)
+    if state.is_main_process:
+        print(
+            f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for"
+        )
+        for rule in ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score"):
+            if counts[rule]:
+                print(f"left out by {rule}: {counts[rule]:,} candidates")
+        print(f"wrote {args.output_file}")
+
+
+if __name__ == "__main__":
+    run(main)
