@@ -116,18 +116,19 @@ class Encoder(nn.Module):
         chunk_tokens: int | None = None,
         gradient_caching: bool = False,
         mlm: tuple[Tensor, Tensor] | None = None,
-        equal_chunks: bool = False,
+        sharded: bool = False,
     ) -> dict[str, Tensor]:
         """{"embeddings": (N, D)}, not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S.
 
         With `mlm`, masked token ids and labels, both (S,), also "mlm", the summed cross-entropy of the masked tokens; with a
-        learned temperature "temperature", a scalar. All come out of one forward, as DDP and FSDP need. `equal_chunks`: see
-        `encode_in_chunks`.
+        learned temperature "temperature", a scalar. All come out of one forward, as DDP and FSDP need. `sharded`: layers are
+        collectives (FSDP, ZeRO), so ranks make equally many chunks, and each reads the word table inside the model.
         """
         chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
         pad_id = self.tokenizer.pad_token_id
-        settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": equal_chunks}
-        words = self.base.get_input_embeddings() if torch.is_grad_enabled() and self.takes_embeddings else None
+        settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": sharded}
+        once = torch.is_grad_enabled() and self.takes_embeddings and not sharded
+        words = self.base.get_input_embeddings() if once else None
         outputs = {"embeddings": encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)}
         if self.log_temperature is not None:
             outputs["temperature"] = self.log_temperature.clamp(min=math.log(MIN_TEMPERATURE)).exp().squeeze(0)

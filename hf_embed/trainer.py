@@ -211,7 +211,7 @@ class ContrastiveTrainer(Trainer):
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """(N, D) through the model as it is placed now: under FSDP only the wrapped one has its weights together."""
         texts = [self.encoder.prompts.get(prompt_name, "") + text for text in texts]
-        return embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, equal_chunks=self.sharded).float()
+        return embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, sharded=self.sharded).float()
 
     # ---- saving and loading ----
 

@@ -240,7 +240,7 @@ def test_a_text_encoded_twice_changes_no_gradient(monkeypatch):
     for others in (1, 6):
         monkeypatch.setattr("hf_embed.chunking.gather_objects", lambda own, others=others: [own, others])
         encoder.zero_grad()
-        embeddings = encoder(ids, lengths, chunk_tokens=100, equal_chunks=True)["embeddings"]
+        embeddings = encoder(ids, lengths, chunk_tokens=100, sharded=True)["embeddings"]
         (embeddings**3).sum().backward()
         gradients.append(encoder.backbone.embeddings.word_embeddings.weight.grad.clone())
     assert_close(*gradients, rtol=1e-9, atol=1e-12)

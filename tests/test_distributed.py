@@ -1,14 +1,44 @@
-"""Two gloo ranks give the gradients, weights and scores of one process, with one reduction and one gather a step."""
+"""Two and three gloo ranks give the gradients, weights and scores of one process, with one reduction and one gather a step;
+sharded ranks too; and a rank that is killed takes the others with it."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from safetensors.torch import load_file
+from test_gte import formula
+from transformers import AutoModel
+from worker import BATCH, NO_DROPOUT, rows_with
+
+from hf_embed import Encoder
+from hf_embed.data.sampling import GlobalBatchSampler
 
 HERE = Path(__file__).parent
 CPU_2 = HERE.parent / "recipes" / "accelerate" / "cpu_2.yaml"
+GTE = [
+    ("gte", negatives, tile_rows, caching) for negatives in (0, 1, 3) for tile_rows in (None, 2) for caching in (False, True)
+]
+KINDS = ["plain", "cached", "mlm", "learned temperature", *GTE]
+
+
+def launch(ranks: int, *words) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, *map(str, words)]
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", CPU_2, "--num_processes", ranks]
+    return [sys.executable, *map(str, accelerate), *map(str, words)]
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def relative_error(got: dict, expected: dict) -> float:
@@ -18,49 +48,127 @@ def relative_error(got: dict, expected: dict) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[dict, dict]:
-    """(one process, two processes): what tests/worker.py saw."""
+def runs(tmp_path_factory) -> dict[int, dict]:
+    """What tests/worker.py saw on one, two and three processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    worker = str(HERE / "worker.py")
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_2)]
-    for command in ([sys.executable, worker], [*accelerate, worker]):
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "1.pt"), torch.load(folder / "2.pt")
+    for ranks in (1, 2, 3):
+        run(launch(ranks, HERE / "worker.py", folder))
+    return {ranks: torch.load(folder / f"{ranks}.pt") for ranks in (1, 2, 3)}
 
 
-def test_two_ranks_are_two(runs):
-    one, two = runs
-    assert one["plain"]["ranks"] == 1
-    assert two["plain"]["ranks"] == 2
+def test_ranks_are_as_many_as_launched(runs):
+    assert {ranks: runs[ranks]["plain"]["ranks"] for ranks in runs} == {1: 1, 2: 2, 3: 3}
 
 
-@pytest.mark.parametrize("kind", ["plain", "cached", "mlm"])
-def test_gradients_and_weights_equal_one_process(runs, kind):
-    one, two = runs
-    assert relative_error(two[kind]["gradients"], one[kind]["gradients"]) < 1e-9
-    assert relative_error(two[kind]["weights"], one[kind]["weights"]) < 1e-9
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_and_weights_equal_one_process(runs, ranks, kind):
+    one, several = runs[1][kind], runs[ranks][kind]
+    assert relative_error(several["gradients"], one["gradients"]) < 1e-9
+    assert relative_error(several["weights"], one["weights"]) < 1e-9
 
 
-def test_control_a_gather_without_gradient_is_found(runs):
-    one, two = runs
-    broken = two["no_gradient_through_gather"]["gradients"]
-    assert relative_error(broken, one["plain"]["gradients"]) > 1e-2
+@pytest.mark.parametrize("negatives", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gte_gradients_equal_the_formula(runs, ranks, negatives):
+    """Every text on its own through the model, the paper's formula in loops, autograd."""
+    rows = rows_with(negatives)
+    order = next(iter(GlobalBatchSampler(len(rows), BATCH, 0, 1, seed=42)))
+    texts = [[row["anchor"], row["positive"], *row.get("negatives", [])] for row in (rows[i] for i in order)]
+    encoder = Encoder(tiny_model(**NO_DROPOUT).double(), quickstart_tokenizer())
+
+    def embed(text):
+        return encoder.backbone(torch.tensor([encoder.tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+
+    absent = torch.ones(32, dtype=torch.float64)  # whatever it is: it is left out
+    views = 2 + negatives
+    z = torch.stack([torch.stack([embed(t) for t in row] + [absent] * (views - len(row))) for row in texts])
+    dropped = set()
+    for i in range(BATCH):
+        for j in range(BATCH):
+            for k in range(views):
+                gone = k >= len(texts[j]) or texts[j][k] in texts[i][:2]
+                dropped |= {(i, kind, j, k) for kind in "qd" if gone and (kind, j, k) not in {("q", i, 1), ("d", i, 0)}}
+    formula(z, 0.2, dropped=dropped).backward()
+    expected = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+    for tile_rows in (None, 2):
+        for caching in (False, True):
+            assert relative_error(runs[ranks]["gte", negatives, tile_rows, caching]["gradients"], expected) < 1e-9
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_control_wrong_gathers_are_found(runs, ranks):
+    for broken, right in (("no_gradient_through_gather", "plain"), ("own_gradient_only", ("gte", 1, None, False))):
+        assert relative_error(runs[ranks][broken]["gradients"], runs[1][right]["gradients"]) > 1e-2
+    assert relative_error(runs[1]["own_gradient_only"]["gradients"], runs[1]["gte", 1, None, False]["gradients"]) == 0
 
 
 def test_caching_changes_nothing_on_two_ranks(runs):
-    _, two = runs
-    assert relative_error(two["cached"]["gradients"], two["plain"]["gradients"]) == 0
+    assert relative_error(runs[2]["cached"]["gradients"], runs[2]["plain"]["gradients"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "cached"])
-def test_one_reduction_and_one_embedding_gather_a_step(runs, kind):
-    _, two = runs
-    assert two[kind]["reductions"] == 2  # two steps; the tiny model is one bucket
-    assert two[kind]["embedding_gathers"] == 2
+@pytest.mark.parametrize("kind", ["plain", "cached", ("gte", 3, 2, True)], ids=str)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_one_reduction_and_one_embedding_gather_a_step(runs, ranks, kind):
+    assert runs[ranks][kind]["reductions"] == 2  # two steps; the tiny model is one bucket
+    assert runs[ranks][kind]["embedding_gathers"] == 2
 
 
-def test_every_row_is_scored_once(runs):
-    one, two = runs
-    for key, value in one["plain"]["scores"].items():
-        assert two["plain"]["scores"][key] == pytest.approx(value, abs=1e-9), key
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_everything_is_scored_once(runs, ranks):
+    """STS pairs, queries and documents that do not divide evenly."""
+    one, several = runs[1]["plain"]["scores"], runs[ranks]["plain"]["scores"]
+    assert {"eval_s_spearman", "eval_r_ndcg@10", "eval_ndcg@100"} <= one.keys()
+    for key, value in one.items():
+        assert several[key] == pytest.approx(value, abs=1e-5), key
+    assert 0 < one["eval_r_ndcg@10"] < 100
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_train_on_the_same_source_at_every_step(runs, ranks):
+    (whole,), shares = runs[1]["sources"], runs[ranks]["sources"]
+    assert len(shares) == ranks and all(len(share) == len(whole) == 20 for share in shares)
+    for step, (source, queries) in enumerate(whole):
+        assert {share[step][0] for share in shares} == {source}
+        assert [query for share in shares for query in share[step][1]] == queries
+    assert len({source for source, _ in whole}) == 4
+
+
+@pytest.mark.parametrize("caching", ["plain", "cached"])
+def test_sharded_ranks_end_where_one_process_ends(tmp_path, caching):
+    """FSDP 2 on two CPU ranks: the same weights, the same scores, and a folder that loads."""
+    for ranks in (1, 2):
+        run(launch(ranks, HERE / "worker_fsdp.py", tmp_path / str(ranks), caching))
+    one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+    assert relative_error(two, one) < 1e-9
+    start = tiny_encoder().backbone.state_dict()
+    assert relative_error({name: start[name].double() for name in one}, one) > 1e-4  # control: it did train
+    assert type(AutoModel.from_pretrained(tmp_path / "2")).__name__ == "BertModel"
+    logs = [json.loads((tmp_path / ranks / "checkpoint-2" / "trainer_state.json").read_text())["log_history"] for ranks in "12"]
+    for mine, theirs in zip(*logs, strict=True):
+        assert all(mine[key] == pytest.approx(theirs[key], abs=1e-5) for key in mine if key.startswith("eval"))
+
+
+def test_a_killed_rank_ends_the_run(tmp_path):
+    """With an error, in bounded time: the other rank waits for nobody."""
+    rows = [json.dumps(row) for row in rows_with(1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    tiny_encoder().save_pretrained(tmp_path / "model", verify=False)
+    recipe = HERE.parent / "recipes" / "gte_finetune.py"
+    command = launch(2, recipe, "--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "rows.jsonl",
+                     "--output_dir", tmp_path / "out", "--max_steps", 1_000_000, "--save_steps", 5, "--save_total_limit", 1,
+                     "--per_device_train_batch_size", 4, "--report_to", "none", "--disable_tqdm", "true")  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("out/checkpoint-*/trainer_state.json")) and time.time() < deadline:
+            time.sleep(0.05)
+        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if str(recipe) in child.cmdline()]
+        assert len(ranks) == 2, (tmp_path / "log").read_text()[-2000:]
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+        assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    finally:
+        process.kill()
+    assert list(tmp_path.glob("out/checkpoint-*/model.safetensors"))  # what was saved stays

@@ -16,8 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import BertForMaskedLM, TrainerCallback
 
 import hf_embed.trainer
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
-from hf_embed.distributed import world
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Retrieval, SimCSE
+from hf_embed.distributed import gather_objects, gather_rows, world
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 ROWS = [
@@ -26,7 +26,25 @@ ROWS = [
 ] * 2  # every text twice: false negatives, on whichever rank they fall
 PAIRS = [(a, b) for a, b in zip(WORDS * 3, WORDS[::-1] * 3)]
 STS = [{"sentence1": f"the {a}", "sentence2": f"a {b}", "score": i % 6} for i, (a, b) in enumerate(PAIRS)]
-STS.append({"sentence1": "one more", "sentence2": "to be odd", "score": 3})  # 37 rows do not divide among 2 ranks
+STS.append({"sentence1": "one more", "sentence2": "to be odd", "score": 3})  # 37 rows do not divide among 2 or 3 ranks
+SEARCH = Retrieval(
+    queries={f"q{i}": f"the {a}" for i, a in enumerate(WORDS[:7])},
+    corpus={f"d{i}": f"{a} {b}" for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:5])},
+    qrels={f"q{i}": {f"d{5 * i + j}": 1 + j for j in range(3)} for i in range(7)},
+)
+BATCH = 12  # rows of a global batch
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SETTINGS = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "report_to": [], "save_strategy": "no",
+            "disable_tqdm": True, "use_cpu": True, "chunk_tokens": 64}  # fmt: skip
+
+
+def rows_with(negatives: int) -> list[dict]:
+    """The rows with so many negatives; every third row has one less."""
+    rows = []
+    for i, row in enumerate(ROWS):
+        texts = [f"{row['negative']} {k}" for k in range(negatives - (i % 3 == 2 and negatives > 1))]
+        rows.append({"anchor": row["anchor"], "positive": row["positive"]} | ({"negatives": texts} if negatives else {}))
+    return rows
 
 
 class Watch(TrainerCallback):
@@ -49,12 +67,12 @@ class Watch(TrainerCallback):
             self.gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
-def train(folder: str, mlm_weight: float = 0.0, **settings) -> dict:
-    """Gradients of the first of two steps on 16 rows a step, and what was counted."""
+def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> dict:
+    """Gradients of the first of two steps on 12 rows a step, and what was counted."""
+    objective = objective or SimCSE()
     ranks = world()[1]
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = tiny_model(**no_dropout).double()
-    if mlm_weight:
+    model = tiny_model(**NO_DROPOUT).double()
+    if getattr(objective, "mlm_weight", 0):
         torch.manual_seed(1)
         masked_lm = BertForMaskedLM(model.config).double()
         masked_lm.bert = model
@@ -62,12 +80,11 @@ def train(folder: str, mlm_weight: float = 0.0, **settings) -> dict:
         model = masked_lm.eval()
     watch = Watch()
     args = ContrastiveTrainingArguments(
-        folder, per_device_train_batch_size=16 // ranks, max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0,
-        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, chunk_tokens=64, **settings,
+        folder, per_device_train_batch_size=BATCH // ranks, max_steps=2, **(SETTINGS | settings)
     )  # fmt: skip
     trainer = watch.trainer = ContrastiveTrainer(
-        model=model, processing_class=quickstart_tokenizer(), args=args, objective=SimCSE(mlm_weight=mlm_weight),
-        train_dataset=Dataset.from_list(ROWS), eval_dataset={"s": Dataset.from_list(STS)}, callbacks=[watch],
+        model=model, processing_class=quickstart_tokenizer(), args=args, objective=objective,
+        train_dataset=Dataset.from_list(rows), eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH}, callbacks=[watch],
     )  # fmt: skip
     scores = trainer.evaluate()
     gathers = []
@@ -90,10 +107,41 @@ def train(folder: str, mlm_weight: float = 0.0, **settings) -> dict:
     }  # fmt: skip
 
 
+class NoteSources(ContrastiveTrainer):
+    """Keeps the source and the first text ids of every batch of this rank."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.__dict__.setdefault("noted", []).append((inputs["source"], inputs["text_ids"][:, 0].tolist()))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def sources_of_each_rank(folder: str) -> list[list]:
+    """Per rank, the source and queries of every batch of a run on three sources of unequal size and shape."""
+    sizes = {"large": 60, "middle": 20, "small": 5}
+    rows = {
+        name: Dataset.from_list([{"anchor": f"{name} {i}", "positive": f"a {name} {i}"} for i in range(size)])
+        for name, size in sizes.items()
+    }
+    rows["negatives"] = Dataset.from_list(rows_with(3))
+    args = ContrastiveTrainingArguments(folder, per_device_train_batch_size=BATCH // world()[1], max_steps=20, **SETTINGS)
+    trainer = NoteSources(
+        model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, train_dataset=rows,
+        objective=ImprovedContrastive(0.2, learn_temperature=True),
+    )  # fmt: skip
+    trainer.train()
+    return gather_objects(trainer.noted)
+
+
 def mask_some(input_ids, tokenizer):
     """A mask that depends on the token alone, so that it is the same however rows are shared out."""
     chosen = input_ids % 3 == 0
     return input_ids.masked_fill(chosen, tokenizer.mask_token_id), input_ids.masked_fill(~chosen, -100)
+
+
+def own_gradient_only(rows):
+    """Another common mistake: other ranks' rows without gradient, the own ones with it."""
+    first, everyone = world()[0] * len(rows), gather_rows(rows.detach())
+    return torch.cat([everyone[:first], rows, everyone[first + len(rows) :]])
 
 
 def main(folder: str) -> None:
@@ -102,11 +150,21 @@ def main(folder: str) -> None:
     result = {
         "plain": train(folder),
         "cached": train(folder, gradient_caching=True),
-        "mlm": train(folder, mlm_weight=0.5),
+        "mlm": train(folder, SimCSE(mlm_weight=0.5)),
+        "sources": sources_of_each_rank(folder),
+        "learned temperature": train(folder, ImprovedContrastive(0.2, learn_temperature=True), rows_with(1)),
     }
+    for negatives in (0, 1, 3):
+        for tile_rows in (None, 2):
+            for caching in (False, True):
+                objective = ImprovedContrastive(0.2, tile_rows=tile_rows)
+                key = "gte", negatives, tile_rows, caching
+                result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
     gather = hf_embed.trainer.gather_rows
     hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # the mistake of many: no gradient through it
     result["no_gradient_through_gather"] = train(folder)
+    hf_embed.trainer.gather_rows = own_gradient_only
+    result["own_gradient_only"] = train(folder, ImprovedContrastive(0.2), rows_with(1))
     if world()[0] == 0:
         torch.save(result, os.path.join(folder, f"{world()[1]}.pt"))
 

@@ -1,0 +1,434 @@
+"""Many sources: how often each is drawn, which rows a batch has, streams, the YAML file, and what is refused."""
+
+import json
+import logging
+import re
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset, DatasetDict, load_dataset
+from torch.utils.data import DataLoader
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, Source
+from hf_embed.data.collator import RaggedCollator
+from hf_embed.data.mixture import Mixture, Stream, make_mixture, read_sources
+from hf_embed.data.sampling import SourceBatchSampler
+from hf_embed.data.tokenization import RowTokenizer, text_id
+
+
+def pairs(name, count, negatives=0):
+    rows = [{"query": f"{name} question {i}", "positive": f"{name} answer {i}"} for i in range(count)]
+    return [row | {"negatives": [f"{name} wrong {i} {k}" for k in range(i % (negatives + 1))]} if negatives else row
+            for i, row in enumerate(rows)]  # fmt: skip
+
+
+def arguments(folder, **settings):
+    defaults = {"per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
+                "learning_rate": 1e-3}  # fmt: skip
+    return ContrastiveTrainingArguments(str(folder), **(defaults | settings))
+
+
+def trainer(folder, rows, model=None, **settings):
+    return ContrastiveTrainer(
+        model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **settings),
+        objective=ImprovedContrastive(0.1), train_dataset=rows,
+    )  # fmt: skip
+
+
+# ---- the draw ----
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_sources_are_drawn_by_the_formula(alpha):
+    """p_i = w_i n_i^alpha / sum_j w_j n_j^alpha over 100,000 steps."""
+    sizes, weights = [400_000, 10_000, 100], [1.0, 1.0, 3.0]
+    tables = [SizeOnly(size) for size in sizes]
+    sources = [Source(f"s{i}", Dataset.from_list(pairs("x", 2)), weight=w) for i, w in enumerate(weights)]
+    mixture = Mixture(sources, tables, alpha)
+    sampler = SourceBatchSampler(mixture.sizes, mixture.probabilities, batch_size=1, rank=0, ranks=1, seed=5)
+    sampler.steps = 100_000
+    drawn = Counter(sampler.draws(0))
+    shares = [w * n**alpha for w, n in zip(weights, sizes)]
+    for i, share in enumerate(shares):
+        p = share / sum(shares)
+        assert mixture.probabilities[i] == pytest.approx(p)
+        assert abs(drawn[i] - 100_000 * p) < 4.5 * (100_000 * p * (1 - p)) ** 0.5
+    if alpha == 0.5:  # control: another alpha would be noticed
+        other = [w * n for w, n in zip(weights, sizes)]
+        assert abs(drawn[2] - 100_000 * other[2] / sum(other)) > 1000
+
+
+class SizeOnly(Stream):
+    """A table that only knows its size."""
+
+    def __init__(self, size):
+        self.size, self.views = size, 2
+
+
+def batches(sizes, batch_size, ranks=1, epochs=1, seed=0, streams=frozenset(), first_epoch=0, probabilities=None):
+    """Per rank, all batches of the epochs."""
+    probabilities = probabilities or [1 / len(sizes)] * len(sizes)
+    out = []
+    for rank in range(ranks):
+        sampler = SourceBatchSampler(sizes, probabilities, batch_size, rank, ranks, seed, streams)
+        out.append([])
+        for epoch in range(first_epoch, first_epoch + epochs):
+            sampler.set_epoch(epoch)
+            out[-1] += list(sampler)
+    return out
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_each_batch_of_one_source(ranks):
+    sizes = [30, 13, 50]
+    (whole,) = batches(sizes, 6, epochs=3)
+    shares = batches(sizes, 6 // ranks, ranks, epochs=3)
+    for step, batch in enumerate(whole):
+        together = [pair for share in shares for pair in share[step]]
+        assert together == batch
+        assert len({source for source, _ in batch}) == 1
+    assert len({batch[0][0] for batch in whole}) == 3  # all sources come
+
+
+def test_a_source_is_used_up_then_starts_over_reshuffled():
+    (rows,) = batches([10], 4, epochs=10)
+    sequence = [row for batch in rows for _, row in batch]
+    passes = [sequence[i : i + 10] for i in range(0, 80, 10)]
+    assert all(sorted(part) == list(range(10)) for part in passes)
+    assert len({tuple(part) for part in passes}) == 8
+
+
+def test_batches_are_a_function_of_seed_epoch_and_step():
+    sizes = [30, 13, 50]
+    (straight,) = batches(sizes, 4, epochs=4)
+    (later,) = batches(sizes, 4, epochs=2, first_epoch=2)
+    assert straight[len(straight) // 2 :] == later
+    assert batches(sizes, 4, seed=1)[0] != straight[: len(straight) // 4]
+    assert straight[: len(straight) // 4] != straight[len(straight) // 4 : len(straight) // 2]
+
+
+def test_an_epoch_sees_as_many_rows_as_there_are():
+    assert len(SourceBatchSampler([30, 13, 57], [0.5, 0.3, 0.2], 5, 0, 2, 0)) == 10
+    assert len(SourceBatchSampler([3], [1.0], 5, 0, 2, 0)) == 1
+
+
+def test_a_small_source_repeats_within_its_batch():
+    (rows,) = batches([3], 8)
+    assert sorted(Counter(row for _, row in rows[0]).values()) == [2, 3, 3]
+
+
+# ---- rows ----
+
+
+def texts_of(batch, tokenizer):
+    """The texts of a collated batch, row by row."""
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"].split(batch["lengths"])]
+    rows, views = batch["text_ids"].shape
+    grid = [[None] * views for _ in range(rows)]
+    for slot, text in zip(batch["slots"].tolist(), texts):
+        grid[slot // views][slot % views] = text
+    return grid
+
+
+def test_batches_have_their_own_sources_rows(tmp_path, tokenizer):
+    """Prompts, number of negatives and maximum length are each source's own; the width of the grid is too."""
+    sources = [
+        Source("a", Dataset.from_list(pairs("a", 8)), query_prompt="find: ", document_prompt="doc: "),
+        Source("b", Dataset.from_list(pairs("b", 8, negatives=3)), negatives=2),
+        Source("c", Dataset.from_list([{"text": f"one long c sentence {i}"} for i in range(8)]), query_prompt="", max_length=4),
+    ]
+    run = trainer(tmp_path, sources, num_train_epochs=3, prompts={"query": "q: "})
+    seen = {}
+    loader = run.get_train_dataloader()
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            seen.setdefault(batch["source"], []).append(batch)
+    assert set(seen) == {0, 1, 2}
+    for batch in seen[0]:
+        for query, document in texts_of(batch, tokenizer):
+            assert query.startswith("find : a question") and document.startswith("doc : a answer")
+            assert query.split()[-1] == document.split()[-1]
+    for batch in seen[1]:
+        assert batch["text_ids"].shape == (4, 4)
+        for row in texts_of(batch, tokenizer):
+            number = int(row[0].split()[-1])
+            assert row[0] == f"q : b question {number}"  # the run's prompt, where the source has none
+            assert [text is not None for text in row[2:]] == [k < number % 4 for k in range(2)]
+    assert all(length == 4 for batch in seen[2] for length in batch["lengths"])
+    assert seen[2][0]["text_ids"].shape == (4, 2)
+    ids = {number for batch in seen[0] for number in batch["text_ids"].flatten().tolist()}
+    assert ids == {text_id(text) for row in pairs("a", 8) for text in row.values()}  # identity is without prompt
+
+
+def test_trainer_takes_a_dict_and_logs_each_source(tmp_path):
+    rows = {"first": Dataset.from_list(pairs("a", 40)), "second": Dataset.from_list(pairs("b", 12))}
+    run = trainer(tmp_path, rows, logging_steps=13, num_train_epochs=1)
+    run.train()
+    (log,) = (log for log in run.state.log_history if "loss" in log)
+    assert log["step"] == 13
+    drawn = Counter(SourceBatchSampler([40, 12], run.train_dataset.probabilities, 4, 0, 1, 42).draws(0))
+    mean = sum(log[f"loss_{name}"] * drawn[i] for i, name in enumerate(rows)) / 13
+    assert mean == pytest.approx(log["loss"], abs=1e-3)
+
+
+def test_resume_is_exact(tmp_path):
+    rows = {"first": Dataset.from_list(pairs("a", 14)), "second": Dataset.from_list(pairs("b", 9, negatives=2))}
+
+    def weights(folder, resume=None, seed=1):
+        run = trainer(folder, rows, save_strategy="steps", save_steps=7, max_steps=11, seed=seed)
+        run.train(resume_from_checkpoint=resume)
+        return {name: p.detach().clone() for name, p in run.encoder.named_parameters()}
+
+    whole = weights(tmp_path / "whole")  # 5 steps an epoch: the checkpoint is within the second
+    resumed = weights(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-7"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other = weights(tmp_path / "other", str(tmp_path / "whole" / "checkpoint-7"), seed=2)
+    assert not all(torch.equal(whole[name], other[name]) for name in whole)  # control: the order matters
+
+
+def test_learned_temperature_trains_and_resumes(tmp_path):
+    def run(folder, resume=None):
+        trained = ContrastiveTrainer(
+            model=tiny_model(), processing_class=quickstart_tokenizer(),
+            args=arguments(folder, max_steps=6, save_strategy="steps", save_steps=3, logging_steps=1, weight_decay=0.1),
+            objective=ImprovedContrastive(0.1, learn_temperature=True), train_dataset=Dataset.from_list(pairs("a", 12)),
+        )  # fmt: skip
+        trained.train(resume_from_checkpoint=resume)
+        return trained
+
+    whole = run(tmp_path / "whole")
+    temperatures = [log["temperature"] for log in whole.state.log_history if "loss" in log]
+    assert temperatures[0] == pytest.approx(0.1) and len(set(temperatures)) == 6
+    assert "log_temperature" not in whole.get_decay_parameter_names(whole.encoder)
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.encoder.log_temperature.item() == whole.encoder.log_temperature.item()
+    whole.save_model()  # a plain folder, verified, without it
+
+
+# ---- streams ----
+
+
+def stream_files(folder, count=3, rows=7):
+    for i in range(count):
+        lines = [json.dumps(row) for row in pairs(f"f{i}", rows)]
+        (folder / f"part-{i}.jsonl").write_text("\n".join(lines) + "\n")
+    return [str(folder / f"part-{i}.jsonl") for i in range(count)]
+
+
+def stream(files, rank=0, ranks=1, seed=0, buffer_size=5, drop=False, **settings):
+    rows = load_dataset("json", data_files=files, split="train", streaming=True)
+    source = Source("web", rows, size=21, origin="part-*.jsonl", **settings)
+    return Stream(source, RowTokenizer(quickstart_tokenizer(), 16), rank, ranks, seed, buffer_size, drop)
+
+
+def ids_of(rows):
+    return [row["text_ids"][0] for row in rows]
+
+
+@pytest.mark.parametrize(("files", "ranks"), [(1, 1), (1, 2), (3, 3), (2, 2)])
+def test_ranks_stream_disjoint_shares_that_cover_all(tmp_path, files, ranks):
+    paths, count = stream_files(tmp_path, files), 7 * files
+    shares = [ids_of(stream(paths, rank, ranks).__getitems__(list(range(count // ranks)))) for rank in range(ranks)]
+    together = [i for share in shares for i in share]
+    assert len(set(together)) == len(together) == count // ranks * ranks
+    assert set(together) <= {text_id(row["query"]) for i in range(files) for row in pairs(f"f{i}", 7)}
+
+
+def test_passes_are_reshuffled(tmp_path):
+    rows = ids_of(stream(stream_files(tmp_path)).__getitems__(list(range(63))))
+    passes = [rows[:21], rows[21:42], rows[42:]]
+    assert all(sorted(part) == sorted(passes[0]) for part in passes)
+    assert len({tuple(part) for part in passes}) == 3
+    assert rows[:21] != ids_of(stream(stream_files(tmp_path), seed=1).__getitems__(list(range(21))))
+
+
+def test_a_row_of_a_stream_depends_on_its_number_only(tmp_path):
+    """Read on, skip ahead, go back."""
+    files = stream_files(tmp_path)
+    every = ids_of(stream(files).__getitems__(list(range(40))))
+    one = stream(files)
+    assert ids_of(one.__getitems__([0, 1])) == every[:2]
+    assert ids_of(one.__getitems__([30, 31, 32])) == every[30:33]
+    assert ids_of(one.__getitems__([4, 5])) == every[4:6]
+
+
+def test_streams_and_tables_train_together_and_resume_exactly(tmp_path):
+    files = stream_files(tmp_path)
+
+    def weights(folder, resume=None, workers=0):
+        rows = load_dataset("json", data_files=files, split="train", streaming=True)
+        sources = [Source("web", rows, size=21, query_prompt="q: "), Source("table", Dataset.from_list(pairs("t", 9)))]
+        run = trainer(folder, sources, save_strategy="steps", save_steps=5, max_steps=9, shuffle_buffer_size=4,
+                      dataloader_num_workers=workers)  # fmt: skip
+        run.train(resume_from_checkpoint=resume)
+        return {name: p.detach().clone() for name, p in run.encoder.named_parameters()}
+
+    whole = weights(tmp_path / "whole")
+    resumed = weights(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    workers = weights(tmp_path / "workers", workers=2)
+    assert all(torch.equal(whole[name], workers[name]) for name in whole)
+
+
+def test_an_iterable_dataset_alone_trains(tmp_path):
+    rows = load_dataset("json", data_files=stream_files(tmp_path), split="train", streaming=True)
+    run = trainer(tmp_path / "out", rows, max_steps=3)
+    run.train()
+    assert run.state.global_step == 3
+    with pytest.raises(InputError, match="how many rows"):
+        trainer(tmp_path / "out", rows)
+
+
+def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path):
+    lines = [json.dumps(row) for row in [*pairs("a", 3), {"query": "b", "positive": " "}, *pairs("c", 3)]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    rows = stream([str(tmp_path / "a.jsonl")], drop=True).__getitems__(list(range(6)))
+    assert len(set(ids_of(rows))) == 6
+    message = error_of(stream, [str(tmp_path / "a.jsonl")])
+    assert message.startswith("source 'web' (part-*.jsonl), the row {'query': 'b'") and "column 'positive'" in message
+
+
+# ---- the YAML file ----
+
+
+@pytest.fixture
+def files(tmp_path):
+    stream_files(tmp_path)
+    (tmp_path / "nli.csv").write_text("premise,entailed,contradicted\n" + "".join(f"p{i},e{i},c{i}\n" for i in range(5)))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "one.txt").write_text("a\nb\n")
+    return tmp_path
+
+
+def listed(folder, *entries):
+    path = folder / "sources.yaml"
+    path.write_text(yaml.safe_dump(list(entries)))
+    return str(path)
+
+
+NLI = {"name": "nli", "file": "nli.csv", "columns": {"query": "premise", "positive": "entailed", "negative": "contradicted"}}
+
+
+def test_yaml_sources(files):
+    web = {"name": "web", "file": "part-*.jsonl", "streaming": True, "rows": 21, "weight": 2, "query_prompt": "q: "}
+    nli, web, table = read_sources(listed(files, NLI, web, {"name": "table", "file": ["part-0.jsonl", "part-1.jsonl"]}))
+    assert nli.rows[0] == {"anchor": "p0", "positive": "e0", "negative": "c0"}
+    assert (web.size, web.weight, web.query_prompt) == (21, 2, "q: ") and len(list(web.rows)) == 21
+    assert len(table.rows) == 14
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"anchor": "premise", "positive": "entailed"}, {"anchor": "p0", "positive": "e0"}),
+        ({"text": "entailed"}, {"text": "e0"}),
+        (
+            {"query": "premise", "positive": "entailed", "negatives": ["contradicted", "entailed2"]},
+            {"anchor": "p0", "positive": "e0", "negative_1": "c0", "negative_2": "x0"},
+        ),
+    ],
+)
+def test_columns_are_mapped(files, columns, row):
+    lines = "".join(f"p{i},e{i},c{i},x{i}\n" for i in range(3))
+    (files / "four.csv").write_text("premise,entailed,contradicted,entailed2\n" + lines)
+    (source,) = read_sources(listed(files, {"name": "a", "file": "four.csv", "columns": columns}))
+    assert source.rows[0] == row
+
+
+BAD_YAML = {
+    "not YAML": ("- name: [", "not YAML"),
+    "no list": ("name: a", "expected a list of sources"),
+    "list of words": ("- a\n- b", "expected a list of sources"),
+    "empty": ("[]", "no source to train on"),
+    "no name": ("- file: one.txt", "source 1 has no name"),
+    "unknown key": ("- name: a\n  file: one.txt\n  wieght: 2", "source 'a': unknown key 'wieght' (did you mean 'weight'?)"),
+    "neither file nor dataset": ("- name: a", "give file: or dataset:"),
+    "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give file: or dataset:"),
+    "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: no such file"),
+    "no rows": ("- name: a\n  file: empty.jsonl", "source 'a': {folder}/empty.jsonl: the file is empty"),
+    "missing column": (
+        "- name: a\n  file: nli.csv\n  columns: {query: question}",
+        "source 'a': no column 'question'; found premise",
+    ),
+    "unknown role": ("- name: a\n  file: nli.csv\n  columns: {title: premise}", "columns: expected a mapping from text"),
+    "one name twice": ("- name: a\n  file: one.txt\n- name: a\n  file: one.txt", "two sources are named 'a'"),
+    "negative weight": ("- name: a\n  file: one.txt\n  weight: -1", "source 'a' ({folder}/one.txt): the weight is -1"),
+    "weight NaN": ("- name: a\n  file: one.txt\n  weight: .nan", "the weight is nan"),
+    "weight zero": ("- name: a\n  file: one.txt\n  weight: 0", "the weight is 0"),
+    "weight a word": ("- name: a\n  file: one.txt\n  weight: much", "the weight is much"),
+    "negatives": ("- name: a\n  file: one.txt\n  negatives: -2", "negatives is -2"),
+    "max_length": ("- name: a\n  file: one.txt\n  max_length: long", "max_length is 'long'"),
+    "stream without size": ("- name: a\n  file: one.txt\n  streaming: true", "how many rows a stream has is not known"),
+    "two kinds of file": ("- name: a\n  file: [one.txt, nli.csv]", "files of one kind belong together"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_YAML)
+def test_bad_yaml(files, case):
+    content, expected = BAD_YAML[case]
+    path = files / "sources.yaml"
+    path.write_text(content)
+    assert expected.format(folder=files) in error_of(read_sources, str(path))
+
+
+def test_missing_yaml(tmp_path):
+    assert "No such file" in error_of(read_sources, str(tmp_path / "absent.yaml"))
+
+
+def mixture_of(tmp_path, sources, **settings):
+    return make_mixture(sources, tiny_encoder(prompts=settings.pop("prompts", None)), arguments(tmp_path, **settings))
+
+
+BAD_SOURCES = {
+    "empty text": (lambda: [Source("a", Dataset.from_list([*pairs("a", 5), {"query": "", "positive": "p"}]), origin="a")], {},
+                   "source 'a' (a), row 6, column 'query': the text is empty"),
+    "wrong columns": (lambda: [Source("a", Dataset.from_list([{"x": "a", "y": "b"}] * 4))], {}, "'a': found the columns x, y"),
+    "too few rows": (lambda: [Source("a", Dataset.from_list(pairs("a", 3)))], {"small_sources": "refuse"},
+                     "source 'a': 3 rows, fewer than the 4 of a global batch; set small_sources to repeat"),
+    "no negatives there": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), negatives=1)], {}, "no column of negatives"),
+    "long prompt": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), query_prompt="word " * 20, max_length=16)], {},
+                    "source 'a': the query prompt has 22 tokens, which leaves no room for text in 16"),
+    "long prompt of the run": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)))], {"prompts": {"document": "word " * 80}},
+                               "the document prompt has 82 tokens"),
+    "longer than the run": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), max_length=67)], {}, "above the run's 66"),
+    "one row": (lambda: [Source("a", Dataset.from_list(pairs("a", 1)))], {}, "at least 2"),
+    "two of one name": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)))] * 2, {}, "two sources are named 'a'"),
+    "none": (list, {}, "no source to train on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_bad_sources(tmp_path, case):
+    make, settings, expected = BAD_SOURCES[case]
+    assert expected in error_of(mixture_of, tmp_path, make(), **settings)
+
+
+def test_empty_dataset_is_refused():
+    assert "source 'a': no rows" in error_of(Source, "a", Dataset.from_list(pairs("a", 2)).select([]))
+
+
+def test_small_source_is_said_and_repeated(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        mixture = mixture_of(
+            tmp_path, [Source("a", Dataset.from_list(pairs("a", 3))), Source("b", Dataset.from_list(pairs("b", 9)))]
+        )
+    assert re.findall("source 'a': 3 rows, fewer than the 4", caplog.text) and "source 'b'" not in caplog.text
+    loader = DataLoader(mixture, batch_sampler=SourceBatchSampler(mixture.sizes, [1.0, 0.0], 4, 0, 1, 0),
+                        collate_fn=RaggedCollator(mixture.views))  # fmt: skip
+    ids = next(iter(loader))["text_ids"]
+    assert len(ids) == 4 and len(set(ids[:, 0].tolist())) == 3
+
+
+def test_splits_are_no_sources(tmp_path):
+    rows = Dataset.from_list(pairs("a", 8))
+    with pytest.raises(InputError, match="'test' looks like a split"):
+        trainer(tmp_path, DatasetDict({"test": rows, "train": rows}))
+
+
+def test_alpha_is_checked(tmp_path):
+    with pytest.raises(InputError, match="source_alpha is -1"):
+        arguments(tmp_path, source_alpha=-1)

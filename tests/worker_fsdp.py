@@ -1,0 +1,48 @@
+"""Trains, evaluates and saves a tiny model sharded over the ranks (FSDP 2) in FOLDER; see worker.py."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(__file__))
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from conftest import quickstart_tokenizer, tiny_model
+from datasets import Dataset
+from worker import BATCH, NO_DROPOUT, SEARCH, SETTINGS, STS, rows_with
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive
+from hf_embed.distributed import world
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def main(folder: str, caching: bool) -> None:
+    PartialState(cpu=True)
+    ranks = world()[1]
+    args = ContrastiveTrainingArguments(
+        folder, per_device_train_batch_size=BATCH // ranks, max_steps=2, gradient_caching=caching,
+        **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}),
+    )  # fmt: skip
+    if ranks > 1:
+        # accelerate shards on accelerators only; behind that one switch everything works on gloo too.
+        assert args.world_size == ranks
+        os.environ.update(FSDP)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = ContrastiveTrainer(
+        model=tiny_model(**NO_DROPOUT).double(), processing_class=quickstart_tokenizer(), args=args,
+        objective=ImprovedContrastive(0.2, learn_temperature=True), train_dataset=Dataset.from_list(rows_with(3)),
+        eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH},
+    )  # fmt: skip
+    assert trainer.is_fsdp_enabled == (ranks > 1)
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] == "cached")
