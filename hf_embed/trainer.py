@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer_utils import seed_worker
 
 from hf_embed import export
@@ -23,7 +23,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
-from hf_embed.data.tokenization import count_texts, tokenize_rows
+from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.distributed import gather_rows, world
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError
@@ -36,6 +36,14 @@ logger = logging.getLogger(__name__)
 
 # In a checkpoint: the tensors of the training model that the plain checkpoint beside it does not hold.
 TRAINING_TENSORS = "training.safetensors"
+
+
+class Progress(ProgressCallback):
+    """The console shows the mean loss; loggers and `log_history` have that of each source besides."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {key: value for key, value in (logs or {}).items() if not key.startswith("loss_")}
+        super().on_log(args, state, control, logs=shown, **kwargs)
 
 
 class EpochDataLoader(DataLoader):
@@ -119,6 +127,8 @@ class ContrastiveTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress)
 
     # ---- the step ----
 
@@ -307,7 +317,8 @@ def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -
         tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
         if len(tokens) < args.world_size:
             raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
-        return tokens, [max(2, count_texts(tokens, "max"))]
+        warn_of_cut_texts({name: share_cut(tokens)})
+        return tokens, [max(2, most_texts(tokens))]
     if isinstance(rows, IterableDataset):
         known = args.max_steps * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
         rows = [Source(name, rows, size=known)]

@@ -62,9 +62,7 @@ def main() -> None:
     identity = f"{args.model_name_or_path} {encoder.pooling} {encoder.max_length} {encoder.prompts}"
     counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)
     if state.is_main_process:
-        print(
-            f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for"
-        )
+        print(f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for")
         for rule in ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score"):
             if counts[rule]:
                 print(f"left out by {rule}: {counts[rule]:,} candidates")

@@ -20,7 +20,7 @@ from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.sources import ACCEPTED, read_file, row_texts, text_columns
-from hf_embed.data.tokenization import text_id, tokenize_rows
+from hf_embed.data.tokenization import share_cut, text_id, tokenize_rows, warn_of_cut_texts
 
 
 @pytest.fixture(autouse=True)
@@ -256,8 +256,16 @@ def test_long_texts_are_cut_where_the_tokenizer_cuts(tokenizer):
 @pytest.mark.parametrize(("long", "warned"), [(5, False), (6, True)])
 def test_truncation_warning_above_five_percent(long, warned, tokenizer, caplog):
     texts = ["one two three four five six"] * long + ["short"] * (100 - long)
-    tokenize_rows(Dataset.from_dict({"text": texts}), tokenizer, 4, "file.txt")
-    assert caplog.messages == ["file.txt: 6% of the texts were cut to max_length=4 tokens"] * warned
+    tokens = tokenize_rows(Dataset.from_dict({"text": texts}), tokenizer, 4, "file.txt")
+    warn_of_cut_texts({"file.txt": share_cut(tokens), "other.txt": 0.01})
+    assert caplog.messages == ["texts cut to max_length tokens: 6% in file.txt"] * warned
+
+
+def test_truncation_of_many_sets_is_one_line(caplog):
+    warn_of_cut_texts({f"s{i}": i / 100 for i in range(20)})
+    assert caplog.messages == [
+        "texts cut to max_length tokens: 19% in s19, 18% in s18, 17% in s17, 16% in s16, 15% in s15 and less in 9 more"
+    ]
 
 
 def test_drop_empty_rows_counts_them(tokenizer, caplog):

@@ -33,9 +33,9 @@ from hf_embed.errors import InputError
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
             "huggingface_hub", "accelerate", "peft")  # fmt: skip
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "tests", "test", "testing", "_vendor", "vendored"}
-MAX_FILES = 200  # of a package, chosen at random: parsing all of torch and transformers takes a minute
+MAX_FILES = 150  # of a package, chosen at random: parsing all of torch and transformers takes a minute
 # Texts are cut to this many characters (a token is about four), and shorter ones than the least say too little.
-LONGEST = {"summary": 300, "body": 1000, "code": 1000}
+LONGEST = {"summary": 300, "body": 500, "code": 500}
 SHORTEST = {"summary": 20, "body": 60, "code": 80}
 # kind of pair -> query and document
 KINDS = {"body": ("summary", "body"), "name": ("name", "summary"), "code": ("summary", "code")}

@@ -38,7 +38,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from tqdm.auto import tqdm
 
 from hf_embed.data.sources import NEGATIVE, read_file, read_hub, row_texts, text_columns
-from hf_embed.data.tokenization import RowTokenizer, count_texts, tokenize_rows, warn_of_cut_texts
+from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -217,10 +217,8 @@ class Stream:
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
             raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
-        probe = [self.texts(row) for row in islice(source.rows, PROBED_ROWS)]
-        probe = [texts for texts in probe if texts]
-        cut = sum(tokenizer(probe)["cut"])
-        warn_of_cut_texts(cut, max(1, sum(map(len, probe))), tokenizer.max_length, f"{source.label}, first rows")
+        probe = [texts for row in islice(source.rows, PROBED_ROWS) if (texts := self.texts(row))]
+        self.share_cut = sum(tokenizer(probe)["cut"]) / max(1, sum(map(len, probe)))
 
     def __len__(self) -> int:
         return self.size
@@ -265,7 +263,7 @@ class Mixture(torch.utils.data.Dataset):
         self.names = [source.name for source in sources]
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
-        self.views = [table.views if isinstance(table, Stream) else max(2, count_texts(table, "max")) for table in tables]
+        self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
         shares = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
         self.probabilities = [share / sum(shares) for share in shares]
 
@@ -290,7 +288,7 @@ def make_mixture(sources: list[Source], encoder, args) -> Mixture:
     check_sources(sources)
     global_batch = args.per_device_train_batch_size * args.world_size
     seed = args.seed if args.data_seed is None else args.data_seed
-    tables = []
+    tables, cut = [], {}
     for source in tqdm(sources, desc="Tokenizing sources", disable=args.disable_tqdm or args.process_index > 0):
         max_length = min(source.max_length or encoder.max_length, encoder.max_length)
         if source.max_length and source.max_length > encoder.max_length:
@@ -317,6 +315,8 @@ def make_mixture(sources: list[Source], encoder, args) -> Mixture:
                 raise InputError(f"{short}; set small_sources to repeat, or take a smaller batch")
             logger.warning(f"{short}; rows stand several times in its batches (never as negatives of themselves)")
         tables.append(table)
+        cut[source.name] = table.share_cut if isinstance(table, Stream) else share_cut(table)
+    warn_of_cut_texts(cut)
     return Mixture(sources, tables, args.source_alpha)
 
 

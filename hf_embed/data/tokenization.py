@@ -92,15 +92,24 @@ def tokenize_rows(
         logger.warning(f"{name}: {len(rows) - len(tokens):,} of {len(rows):,} rows had an empty text and were dropped")
     if len(tokens) < 2:
         raise InputError(f"{name}: {len(tokens)} row(s); contrastive training needs at least 2, others are the negatives")
-    warn_of_cut_texts(pyarrow.compute.sum(tokens.data["cut"]).as_py(), count_texts(tokens, "sum"), max_length, name)
     return tokens
 
 
-def count_texts(tokens: Dataset, how: str) -> int:
-    """The "sum" over all rows, or the "max", of the number of texts in a row."""
-    return getattr(pyarrow.compute, how)(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
+def most_texts(tokens: Dataset) -> int:
+    """The largest number of texts in a row."""
+    return pyarrow.compute.max(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
 
 
-def warn_of_cut_texts(cut: int, texts: int, max_length: int, name: str) -> None:
-    if cut > TRUNCATION_WARNING * texts:
-        logger.warning(f"{name}: {cut / texts:.0%} of the texts were cut to max_length={max_length} tokens")
+def share_cut(tokens: Dataset) -> float:
+    """The share of texts that were longer than allowed."""
+    texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
+    return pyarrow.compute.sum(tokens.data["cut"]).as_py() / texts
+
+
+def warn_of_cut_texts(shares: dict[str, float]) -> None:
+    """One line for all sets of texts, {name: share that was cut}, the worst first."""
+    worst = sorted(((share, name) for name, share in shares.items() if share > TRUNCATION_WARNING), reverse=True)
+    if worst:
+        named = ", ".join(f"{share:.0%} in {name}" for share, name in worst[:5])
+        more = f" and less in {len(worst) - 5} more" if len(worst) > 5 else ""
+        logger.warning(f"texts cut to max_length tokens: {named}{more}")

@@ -1,0 +1,125 @@
+"""Pairs from the docstrings of Python files: what is taken, what is not, and what is kept for testing."""
+
+import json
+
+import pytest
+from conftest import error_of
+
+from hf_embed.data.docstrings import Definition, held_out, read_definitions, write_sources
+from hf_embed.data.mixture import read_sources
+from hf_embed.evaluation.retrieval import read_retrieval
+
+MODULE = '''
+"""The module's own docstring is not taken, whatever it says."""
+
+def norm(x, ord=None):
+    """Matrix or vector
+    norm of an array.
+
+    This function is able to return one of eight different matrix norms,
+    or one of an infinite number of vector norms.
+    """
+    x = asarray(x)
+    if ord is None:
+        return sqrt((x * x).sum())
+    raise ValueError(ord)
+
+
+if True:
+    class Shape(object):
+        """A shape that has an area and a perimeter."""
+
+        def area(self):
+            """The area of the shape in square metres."""
+            return self.width * self.height * self.scale ** 2  # long enough to count as code
+
+        def __len__(self):
+            """The number of corners that the shape has."""
+            return 4
+
+        async def wait(self):
+            """Wait until somebody has drawn the shape."""
+
+
+def short():
+    """Too short."""
+
+
+def undocumented():
+    return 1
+'''
+
+
+@pytest.fixture
+def package(tmp_path):
+    folder = tmp_path / "shapes"
+    (folder / "sub" / "tests").mkdir(parents=True)
+    (folder / "__init__.py").write_text('def first():\n    """The first function of the package."""\n')
+    (folder / "sub" / "module.py").write_text(MODULE)
+    (folder / "sub" / "tests" / "test_module.py").write_text(MODULE.replace("Matrix", "Tested"))
+    (folder / "broken.py").write_text("def f(:\n")
+    (folder / "latin.py").write_bytes(b"# caf\xe9\n")
+    (folder / "copy.py").write_text(MODULE)  # the same summaries again
+    return folder
+
+
+def test_definitions(package):
+    found = {d.name: d for d in read_definitions(str(package))}
+    assert set(found) == {
+        "shapes.first", "shapes.copy.norm", "shapes.copy.Shape", "shapes.copy.Shape.area", "shapes.copy.Shape.wait"
+    }  # fmt: skip
+    norm = found["shapes.copy.norm"]
+    assert norm.summary == "Matrix or vector norm of an array."
+    assert norm.body.startswith("This function is able") and norm.body.endswith("vector norms.")
+    assert norm.code.startswith("def norm(x, ord=None):\n    x = asarray(x)") and norm.code.endswith("raise ValueError(ord)")
+    assert norm.summary not in norm.code
+    area = found["shapes.copy.Shape.area"]
+    assert area.code.startswith("def area(self):\n    return") and area.body == ""
+    assert found["shapes.copy.Shape"].code == found["shapes.copy.Shape.wait"].code == ""  # a class; nothing but a docstring
+
+
+def test_long_texts_are_cut(tmp_path):
+    body = "word " * 1000
+    (tmp_path / "a.py").write_text(
+        f'def f():\n    """What this function does.\n\n    {body}\n    """\n    return {"1 + " * 900}1\n'
+    )
+    (definition,) = read_definitions(str(tmp_path))
+    assert len(definition.body) == len(definition.code) == 500
+
+
+def test_installed_packages_are_found_by_name():
+    names = {d.name for d in read_definitions("hf_embed")}
+    assert "hf_embed.data.docstrings.write_sources" in names
+    assert len(read_definitions("python", max_files=30)) > 50
+    assert error_of(read_definitions, "no_such_package_anywhere") == (
+        "no_such_package_anywhere: no such file, folder or installed package"
+    )  # fmt: skip
+
+
+def test_max_files_takes_the_same_files_each_time(package):
+    assert read_definitions(str(package), max_files=2) == read_definitions(str(package), max_files=2)
+    assert len(read_definitions(str(package), max_files=1)) < 5
+
+
+def test_held_out_is_by_module():
+    one, two = (Definition(f"a.module.{name}", "", "", "") for name in ("f", "g"))
+    assert held_out(one) == held_out(two)
+    share = sum(held_out(Definition(f"package.module{i}.f", "", "", "")) for i in range(4000)) / 4000
+    assert 0.1 < share < 0.15
+
+
+def test_sources_are_read_by_the_recipes(tmp_path):
+    counts = write_sources(tmp_path / "data", ("hf_embed", "accelerate", "absent_package"))
+    assert counts["packages"] == 2 and counts["sources"] == 6
+    sources = read_sources(str(tmp_path / "data" / "sources.yaml"))
+    assert [source.name for source in sources] == [
+        f"{p}.{kind}" for p in ("hf_embed", "accelerate") for kind in ("body", "name", "code")
+    ]
+    assert sum(source.size for source in sources) == counts["pairs"]
+    trained = {text for source in sources for row in source.rows for text in row.values()}
+    for name in ("doc_search", "code_search"):
+        task = read_retrieval(str(tmp_path / "data" / name))
+        assert len(task.qrels) == len(task.corpus) > 5
+        # nothing that is tested was trained on
+        assert not trained & (set(task.queries.values()) | set(task.corpus.values()))
+        assert json.dumps(task.qrels).count("1}") == len(task.qrels)
