@@ -9,13 +9,14 @@ from torch import Tensor
 def search(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k rows with the largest dot product for each query, best first.
 
-    `queries` is (Q, D); `blocks` are runs of rows, (C, D) each, which count on from one another. -> scores and row numbers,
-    both (Q, k), or fewer columns if there are fewer rows.
+    `queries` is (Q, D); `blocks` are runs of rows, (C, D) each, which count on from one another and say the device. -> scores
+    and row numbers, both (Q, k), or fewer columns if there are fewer rows.
     """
     best = queries.new_empty(len(queries), 0)
     numbers = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     first = 0
     for block in blocks:
+        queries, best, numbers = (t.to(block.device) for t in (queries, best, numbers))
         scores, places = top(queries @ block.T, k)
         best, numbers = merge([best, scores], [numbers, places + first], k)
         first += len(block)

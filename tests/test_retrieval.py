@@ -136,7 +136,7 @@ def beir(tmp_path):
     (folder / "qrels").mkdir()
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\na\t1\t1\n")
     (folder / "qrels" / "dev.tsv").write_text(
-        "query-id\tcorpus-id\tscore\na\t1\t2\na\t2\t0\nb\t2\t1\nb\t9\t1\nz\t1\t1\nc\t3\t0\n"
+        "query-id\tcorpus-id\tscore\na\t1\t2\na\t2\t0\nb\t2\t1\nb\t9\t1\nz\t1\t1\nc\t3\t0\n\n"
     )
     return folder
 

@@ -69,9 +69,9 @@ class Retrieval:
         ids, texts = list(self.corpus), list(self.corpus.values())
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
         blocks = embed_own_share(texts, embed, "document")
-        blocks = (F.normalize(block.float(), dim=-1).cpu() for block in blocks)
+        blocks = (F.normalize(block.float(), dim=-1) for block in blocks)  # searched where they were encoded
         scores, numbers = search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
-        parts = gather_objects((scores, numbers * ranks + rank))
+        parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank))
         scores, numbers = merge([s for s, _ in parts], [n for _, n in parts], k + 1)
         found = {q: [ids[n] for n in row if ids[n] != q][:k] for q, row in zip(self.qrels, numbers.tolist())}
         return scores, found
@@ -146,6 +146,8 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
     judged = []
     with open(path, encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+            if not row:
+                continue
             try:
                 judged.append((row[0], row[1], int(row[2])))
             except (IndexError, ValueError) as error:
