@@ -109,13 +109,17 @@ def test_perfect_loss_is_ln_2_or_0():
     assert_close(ImprovedContrastive(0.01, positive_once=True)(z, distinct(0, 4)).item(), 0.0)
 
 
+def pairs_of(*rows):
+    """For rows i and j: neither query nor document of j is a candidate of i."""
+    return {(i, kind, j, view) for i, j in rows for kind in "qd" for view in (0, 1)}
+
+
 MASKS = {
-    "two documents are equal": ([[1, 2], [3, 2], [5, 6]], {(0, "q", 1, 1), (0, "d", 1, 1), (1, "q", 0, 1), (1, "d", 0, 1)}),
-    "two queries are equal": ([[1, 2], [1, 4], [5, 6]], {(0, "q", 1, 0), (0, "d", 1, 0), (1, "q", 0, 0), (1, "d", 0, 0)}),
-    "a document is another row's query": (
-        [[1, 2], [3, 1], [5, 6]],
-        {(0, "q", 1, 1), (0, "d", 1, 1), (1, "q", 0, 0), (1, "d", 0, 0)},
-    ),
+    # A document that answers two queries, a query with two documents: neither query nor document is a negative.
+    "two documents are equal": ([[1, 2], [3, 2], [5, 6]], pairs_of((0, 1), (1, 0))),
+    "two queries are equal": ([[1, 2], [1, 4], [5, 6]], pairs_of((0, 1), (1, 0))),
+    "a document is another row's query": ([[1, 2], [3, 1], [5, 6]], pairs_of((0, 1), (1, 0))),
+    "but the other row's negatives are": ([[1, 2, 3], [1, 4, 5], [6, 7, 8]], pairs_of((0, 1), (1, 0))),
     "absent negatives": (
         [[1, 2, 0], [3, 4, 5], [6, 7, 0]],
         {(i, kind, j, 2) for i in range(3) for j in (0, 2) for kind in "qd"},

@@ -36,7 +36,8 @@ class ImprovedContrastive:
 
     as the paper prints it (section 3.3). The own positive stands in both cross terms, so a perfect model's loss is ln 2.
     Hard negatives are documents: those of all rows join the sums over d_j, in query_to_doc and in doc_to_doc. Left out are
-    absent negatives and texts equal to the row's query or document.
+    absent negatives, texts equal to the row's query or document, and texts that stand in a pair with one of these: other
+    documents of the same query, other queries of the same document.
 
     Args:
         temperature: t, 0.01 in the paper.
@@ -136,6 +137,9 @@ def tile_loss(queries, documents, temperature, ids, rows: range, objective, grad
     per_row = len(documents) // len(queries)
     candidates = {"query": queries, "doc": documents}
     candidate_ids = {"query": ids[:, 0], "doc": ids[:, 1:].flatten()}
+    answered = torch.zeros_like(ids[:, 1:])  # by each document: the row's positive answers its query, its negatives none
+    answered[:, 0] = ids[:, 0]
+    partner_ids = {"query": ids[:, 1], "doc": answered.flatten()}
     own = {"query": slice(rows.start, rows.stop), "doc": slice(rows.start * per_row, rows.stop * per_row, per_row)}
     texts = {side: candidates[side][own[side]] for side in own}  # (T, D)
     number = torch.arange(rows.start, rows.stop, device=ids.device)
@@ -148,7 +152,9 @@ def tile_loss(queries, documents, temperature, ids, rows: range, objective, grad
         left, right = direction.split("_to_")
         scores = texts[left] @ candidates[right].T  # (T, C)
         # j != i needs no rule of its own: a text's id equals its own.
-        dropped = false_negatives(ids[own["query"]], candidate_ids[right], positives.get(direction), scores, limit)
+        dropped = false_negatives(
+            ids[own["query"]], candidate_ids[right], positives.get(direction), partner_ids[right], scores, limit
+        )
         blocks.append((left, right, scores.div_(temperature).masked_fill_(dropped, float("-inf"))))
     log_z = torch.stack([logits.logsumexp(1) for *_, logits in blocks], dim=1)  # (T, directions)
     share = 1 / len(blocks)
