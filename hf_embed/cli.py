@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, RankError
 
 
 def parse(dataclasses_: list[type], preset: Callable[[list[str]], str | None] | None = None, argv: list[str] | None = None):
@@ -124,7 +124,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
+            # From a dataloader's worker an error comes with a traceback, whose last line is the error.
+            message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
+            print(f"error: {message}", file=sys.stderr)
         # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
         raise SystemExit(2) from None

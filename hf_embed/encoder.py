@@ -131,7 +131,8 @@ class Encoder(nn.Module):
         words = self.base.get_input_embeddings() if once else None
         outputs = {"embeddings": encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)}
         if self.log_temperature is not None:
-            outputs["temperature"] = self.log_temperature.clamp(min=math.log(MIN_TEMPERATURE)).exp().squeeze(0)
+            below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)  # a floor that lets gradients by
+            outputs["temperature"] = (self.log_temperature + below).exp().squeeze(0)
         if mlm is None:
             return outputs
         masked_ids, labels = mlm

@@ -252,6 +252,10 @@ def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, 
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from error
+    if getattr(backbone, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"{name}: holds an adapter, not a model; merge it first (PEFT's merge_and_unload, then save_pretrained)"
+        )
     settings = read_settings(name, backbone)
     for key, value in {"pooling": pooling, "max_length": max_length, "normalize": normalize}.items():
         if value is not None:

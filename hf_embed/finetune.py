@@ -136,7 +136,7 @@ def run_gte(name: str, offline_config: Path, offline_data: Callable, offline_mod
     """Fine-tune with the improved contrastive loss. Returns what `results.json` holds.
 
     Without data of the user's, settings come from `offline_config`, the model is `offline_model`, and `offline_data()` makes
-    the data: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them.
+    the data, on every rank: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them.
     """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
 
@@ -150,8 +150,7 @@ def run_gte(name: str, offline_config: Path, offline_data: Callable, offline_mod
     settle_output_dir(args, run, name, offline)
     if offline:
         model_args.model_name_or_path = offline_model
-        with args.main_process_first(desc="preparing the offline data"):
-            data.sources, sets = offline_data()
+        data.sources, sets = offline_data()
         evaluation.eval_retrieval_dir = sets + evaluation.eval_retrieval_dir
     rows, source = read_train_rows(data)
     settings = dict(vars(gte))

@@ -88,7 +88,8 @@ def mine_hard_negatives(
     if args.use_faiss:
         import_faiss()
     queries = list(dict.fromkeys(query for query, _ in pairs))
-    documents = list(dict.fromkeys([document for _, document in pairs] + list(corpus)))
+    corpus = [text for text in corpus if text and text.strip()]  # an empty text is nobody's negative
+    documents = list(dict.fromkeys([document for _, document in pairs] + corpus))
     if len(documents) < 2:
         raise InputError(f"{output}: {len(documents)} document(s); there is nothing to choose negatives from")
     work = output.with_name(output.name + ".work")

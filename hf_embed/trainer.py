@@ -101,8 +101,7 @@ class ContrastiveTrainer(Trainer):
         if getattr(self.objective, "mlm_weight", 0):
             model, mlm_head = split_masked_lm(model)
         self.encoder = make_encoder(model, processing_class, args)
-        if mlm_head is not None:
-            self.encoder.mlm_head = mlm_head
+        self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
         freeze_unused(self.encoder)
         check_widths(self.objective, self.encoder)
         if getattr(self.objective, "learn_temperature", False):

@@ -10,6 +10,7 @@ recipes/mine_hard_negatives.py makes a file like mined.jsonl. Without arguments,
 outputs/gte_pretrain for the docstrings that it was trained on, and a few searches are shown at the end.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -33,8 +34,7 @@ def mined_docstrings() -> tuple[str, list[str]]:
     state = PartialState()
     folder = DATA / "mined"
     if state.is_main_process:
-        for old in folder.glob("*.jsonl"):
-            old.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
     embed = embed_with(Encoder.from_pretrained(PRETRAINED, dtype=torch.float32).to(state.device))
     entries = []

@@ -11,6 +11,7 @@ done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -41,7 +42,7 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
         raise InputError("give --train_file FILE or --retrieval_dir DIR, one of them")
     if args.retrieval_dir:
         task = read_retrieval(args.retrieval_dir)
-        pairs = [(task.queries[q], task.corpus[d]) for q, documents in task.qrels.items() for d in documents]
+        pairs = [(task.queries[q], task.corpus[d]) for q, documents in task.qrels.items() for d in documents if task.corpus[d]]
         corpus = list(task.corpus.values())
     else:
         rows = read_file(args.train_file)
@@ -59,7 +60,8 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
     encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length).to(state.device)
-    identity = f"{args.model_name_or_path} {encoder.pooling} {encoder.max_length} {encoder.prompts}"
+    weights = [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
+    identity = f"{args.model_name_or_path} {weights} {encoder.pooling} {encoder.max_length} {encoder.prompts}"
     counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)
     if state.is_main_process:
         print(f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for")

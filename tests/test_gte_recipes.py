@@ -1,5 +1,6 @@
 """The GTE recipes as a user runs them: offline, on sources, stage after stage, with LoRA, on two ranks; what they refuse."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -57,6 +58,12 @@ def gte(*argv):
     return run_gte("gte", Path("no.yaml"), offline, argv=[*map(str, argv)])
 
 
+@contextlib.contextmanager
+def only_for_tokenizing(args, local=True, desc=""):
+    assert desc == "tokenizing"
+    yield
+
+
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """Runs a recipe's main() in an empty folder, on the docstrings of two packages."""
@@ -75,7 +82,9 @@ def offline(tmp_path, monkeypatch):
     return run
 
 
-def test_offline_pretrain_then_finetune(tmp_path, offline, capsys):
+def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
+    # BUG: the ranks took turns in making the data, while that has barriers of its own.
+    monkeypatch.setattr(ContrastiveTrainingArguments, "main_process_first", only_for_tokenizing)
     assert "run recipes/gte_pretrain.py first" in error_of(offline, "gte_finetune")
     offline("gte_pretrain", "--max_steps", 3, "--learning_rate", 1e-3)
     first = json.loads((tmp_path / "outputs/gte_pretrain/results.json").read_text())
@@ -167,6 +176,20 @@ def test_two_processes(files):
     results = json.loads((files / "out" / "results.json").read_text())
     assert results["train"]["processes"] == 2 and results["train"]["batch_size"] == 8
     assert done.stdout.count("saved to") == 1
+
+
+def test_a_bad_row_that_one_rank_meets_is_said(files):
+    """BUG: only the first rank's errors were printed. Rows of a stream are checked as they come."""
+    rows = [{"query": f"q {i}", "positive": "" if i == 151 else f"p {i}"} for i in range(160)]  # rank 1 of 2 has the odd ones
+    write_jsonl(files / "web.jsonl", rows)
+    (files / "sources.yaml").write_text(yaml.safe_dump([{"name": "web", "file": "web.jsonl", "streaming": True, "rows": 160}]))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "cpu_2.yaml"]
+    words = [word for word in flags(files, "out", "--num_train_epochs", 2, "--max_steps", -1) if word != "--use_cpu"]
+    command = [sys.executable, *launch, RECIPES / "gte_pretrain.py", *words]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(errors) == 1, done.stderr[-3000:]
+    assert "source 'web'" in errors[0] and "q 151" in errors[0] and "the text is empty" in errors[0]
 
 
 BAD = {

@@ -155,6 +155,13 @@ def test_work_of_another_model_or_other_texts_is_not_taken(tmp_path, monkeypatch
     assert rows[0]["negatives"] == candidates("query 0")[5:8]
 
 
+def test_an_empty_text_is_no_negative(tmp_path):
+    """BUG: it was mined, and the recipes refused the file."""
+    _, plain = mined(tmp_path / "plain.jsonl")
+    _, rows = mined(tmp_path / "out.jsonl", corpus=[*CORPUS, "", " ", None])
+    assert rows == plain
+
+
 def test_output_is_read_by_the_recipes(tmp_path, tokenizer):
     _, rows = mined(tmp_path / "out.jsonl", MiningArguments(max_score=0.45, range_max=6, relative_margin=None))
     assert len({len(row["negatives"]) for row in rows}) > 1  # rows with few negatives are no hindrance
@@ -205,6 +212,19 @@ def run(words):
 
 
 SMALL_FILES = "import runpy, sys; from hf_embed import mining; mining.SHARD, mining.BLOCK = 32, 8; del sys.argv[0]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"  # noqa: E501
+
+
+def test_recipe_does_not_take_vectors_of_a_model_that_has_changed(files, monkeypatch):
+    """BUG: the identity was the folder's name."""
+    monkeypatch.syspath_prepend(RECIPE.parent)
+    recipe = __import__("mine_hard_negatives")
+    monkeypatch.setattr(sys, "argv", command(files, "out.jsonl")[1:])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mining, "searcher", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        recipe.main()
+    torch.manual_seed(1)
+    tiny_encoder(normalize=True).save_pretrained(files / "model", verify=False)
+    assert "left by a run with another model" in error_of(recipe.main)
 
 
 def test_recipe_on_one_and_two_ranks_and_after_a_kill(files):

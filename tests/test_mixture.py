@@ -17,6 +17,7 @@ from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Stream, make_mixture, read_sources
 from hf_embed.data.sampling import SourceBatchSampler
 from hf_embed.data.tokenization import RowTokenizer, text_id
+from hf_embed.encoder import MIN_TEMPERATURE
 
 
 def pairs(name, count, negatives=0):
@@ -207,6 +208,22 @@ def test_learned_temperature_trains_and_resumes(tmp_path):
     resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.encoder.log_temperature.item() == whole.encoder.log_temperature.item()
     whole.save_model()  # a plain folder, verified, without it
+    # BUG: the next training of the same encoder went on with it.
+    again = ContrastiveTrainer(
+        model=whole.encoder, args=arguments(tmp_path / "again", max_steps=1), objective=ImprovedContrastive(0.05),
+        train_dataset=Dataset.from_list(pairs("a", 12)),
+    )  # fmt: skip
+    assert again.encoder.log_temperature is None
+    again.train()
+
+
+def test_learned_temperature_comes_back_from_its_floor():
+    """BUG: below the floor the gradient was 0, for ever."""
+    encoder = tiny_encoder()
+    encoder.learn_temperature(1e-5)
+    temperature = encoder(torch.tensor([5, 6]), [2])["temperature"]
+    assert temperature.item() == pytest.approx(MIN_TEMPERATURE)
+    assert torch.autograd.grad(temperature, encoder.log_temperature)[0].item() == pytest.approx(MIN_TEMPERATURE)
 
 
 # ---- streams ----
@@ -254,6 +271,30 @@ def test_a_row_of_a_stream_depends_on_its_number_only(tmp_path):
     assert ids_of(one.__getitems__([0, 1])) == every[:2]
     assert ids_of(one.__getitems__([30, 31, 32])) == every[30:33]
     assert ids_of(one.__getitems__([4, 5])) == every[4:6]
+
+
+def test_passes_do_not_depend_on_the_number_of_workers(tmp_path):
+    """BUG: a worker's `set_epoch` reached into the passes of the others."""
+    (path,) = stream_files(tmp_path, count=1, rows=3)
+
+    def batches(workers):
+        rows = load_dataset("json", data_files=path, split="train", streaming=True)
+        mixture = make_mixture([Source("web", rows, size=3)], tiny_encoder(), arguments(tmp_path))
+        sampler = SourceBatchSampler([3], [1.0], 4, 0, 1, 0, streams=mixture.streams)
+        sampler.steps = 150
+        loader = DataLoader(mixture, batch_sampler=sampler, collate_fn=RaggedCollator(mixture.views), num_workers=workers)
+        return [batch["text_ids"].tolist() for batch in loader]
+
+    assert batches(4) == batches(0)
+
+
+def test_a_stream_may_swap_two_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("positive,query\nq,p\n" * 1 + "q2,p2\n")
+    entry = {"name": "a", "file": "a.csv", "columns": {"query": "positive", "positive": "query"}}
+    for more in ({}, {"streaming": True, "rows": 2}):
+        (tmp_path / "sources.yaml").write_text(yaml.safe_dump([entry | more]))
+        (source,) = read_sources(str(tmp_path / "sources.yaml"))
+        assert next(iter(source.rows)) == {"anchor": "q", "positive": "p"}
 
 
 def test_streams_and_tables_train_together_and_resume_exactly(tmp_path):
@@ -362,7 +403,10 @@ BAD_YAML = {
     "weight a word": ("- name: a\n  file: one.txt\n  weight: much", "the weight is much"),
     "negatives": ("- name: a\n  file: one.txt\n  negatives: -2", "negatives is -2"),
     "max_length": ("- name: a\n  file: one.txt\n  max_length: long", "max_length is 'long'"),
-    "stream without size": ("- name: a\n  file: one.txt\n  streaming: true", "how many rows a stream has is not known"),
+    "stream without size": ("- name: a\n  file: one.txt\n  streaming: true", "does not know how many rows it has"),
+    "file left blank": ("- name: a\n  file:", "source 'a': file is None; give a path"),
+    "column twice": ("- name: a\n  file: nli.csv\n  columns: {query: premise, positive: premise}", "'premise' is named twice"),
+    "role twice": ("- name: a\n  file: nli.csv\n  columns: {query: premise, anchor: right}", "two names of one thing"),
     "two kinds of file": ("- name: a\n  file: [one.txt, nli.csv]", "files of one kind belong together"),
 }
 
@@ -424,6 +468,8 @@ def test_small_source_is_said_and_repeated(tmp_path, caplog):
 
 
 def test_splits_are_no_sources(tmp_path):
+    splits = DatasetDict({"test": Dataset.from_list(pairs("a", 8))})
+    assert "source 'a': has the splits test" in error_of(Source, "a", splits)
     rows = Dataset.from_list(pairs("a", 8))
     with pytest.raises(InputError, match="'test' looks like a split"):
         trainer(tmp_path, DatasetDict({"test": rows, "train": rows}))

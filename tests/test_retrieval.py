@@ -1,5 +1,6 @@
 """Retrieval against pytrec_eval, zero-shot classification against scikit-learn; exact search; files, and what is refused."""
 
+import gzip
 import json
 import logging
 import random
@@ -83,6 +84,13 @@ def test_fewer_documents_than_the_cutoff():
 def test_a_perfect_order_scores_100():
     same = Retrieval({"q": "a text"}, {"d1": "another", "d2": "a text", "d3": "more"}, {"q": {"d2": 1}})
     assert set(same.score(embed).values()) == {100.0}
+
+
+def test_queries_without_an_answer_do_not_count():
+    texts = {"a": "text 1", "b": "text 2"}
+    whole = Retrieval(texts, texts | {"c": "text 1"}, {"a": {"c": 1}, "b": {"c": 0}})
+    assert whole.score(embed) == Retrieval(texts, whole.corpus, {"a": {"c": 1}}).score(embed)
+    assert "no query has a relevant document" in error_of(Retrieval, texts, texts, {"b": {"a": 0}})
 
 
 def test_a_query_does_not_find_itself():
@@ -221,6 +229,7 @@ def test_code_search_of_a_package():
     [
         (None, "no such file, folder or installed package"),
         ('{"doc": "a", "code": "b"}\n', "code search has docstring and code"),
+        ('{"docstring": "a", "code": "b"}\n{"docstring": "c", "code": null}\n', "row 2, column 'code': the text is missing"),
     ],
 )
 def test_bad_code_search(tmp_path, content, expected):
@@ -248,11 +257,13 @@ def test_zero_shot_is_the_nearest_label():
     [
         ("a.tsv", "card_arrival\tWhere is my card?\nlost_card\tIt is gone.\n"),
         ("a.tsv", "text\tlabel\nWhere is my card?\tcard_arrival\nIt is gone.\tlost_card\n"),
+        ("a.tsv.gz", "card_arrival\tWhere is my card?\nlost_card\tIt is gone.\n"),
         ("a.jsonl", '{"label": "card_arrival", "text": "Where is my card?"}\n{"label": "lost_card", "text": "It is gone."}\n'),
     ],
 )
 def test_zero_shot_files(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
+    packed = gzip.compress(content.encode()) if name.endswith(".gz") else content.encode()
+    (tmp_path / name).write_bytes(packed)
     read = read_zero_shot(str(tmp_path / name), "this is about {label}.")
     assert read == ZeroShot(
         ["Where is my card?", "It is gone."], [0, 1], ["this is about card arrival.", "this is about lost card."]
@@ -271,6 +282,9 @@ def test_zero_shot_files(tmp_path, name, content):
         ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "no text for label 'b'"),
         ("a\tx\nb\ty\n", "{label}", "[", "cannot be read as JSON"),
         ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "no text for label 'a'"),
+        ("text\tcategory\nx\ta\ny\tb\n", "{label}", None, "found the columns text, category; expected label and text"),
+        ("".join(f"text {i}\ta\n" for i in range(30)), "{label}", None, "hardly a label stands twice"),
+        ("label\ttext\na\tx\nb\t\n", "{label}", None, "row 2, column 'text': the text is empty"),
     ],
 )
 def test_bad_zero_shot(tmp_path, content, template, names, expected):

@@ -46,6 +46,7 @@ class Definition:
     """A function or class with a docstring; `body` and `code` are empty where there is not enough of them."""
 
     name: str  # numpy.linalg.norm
+    module: str  # numpy.linalg._linalg
     summary: str  # the docstring's first paragraph, in one line
     body: str  # the rest of the docstring
     code: str  # the source without the docstring
@@ -101,7 +102,7 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 qualified = f"{name}.{child.name}"
                 if (docstring := ast.get_docstring(child, clean=False)) and not child.name.startswith("__"):
-                    yield from describe(child, qualified, inspect.cleandoc(docstring), lines)
+                    yield from describe(child, qualified, module, inspect.cleandoc(docstring), lines)
                 yield from definitions(child, qualified)
             elif not isinstance(child, ast.expr):
                 yield from definitions(child, name)  # within if and try
@@ -109,7 +110,7 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
     yield from definitions(tree, module)
 
 
-def describe(node, name: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
+def describe(node, name: str, module: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
     summary, _, body = docstring.partition("\n\n")
     summary = " ".join(summary.split())
     if not SHORTEST["summary"] <= len(summary) <= LONGEST["summary"] or " " not in summary:
@@ -119,7 +120,7 @@ def describe(node, name: str, docstring: str, lines: list[str]) -> Iterator[Defi
     code = textwrap.dedent("\n".join(code)).strip() if len(node.body) > 1 else ""
     body = body.strip()
     yield Definition(
-        name, summary,
+        name, module, summary,
         body=body[: LONGEST["body"]] if len(body) >= SHORTEST["body"] else "",
         code=code[: LONGEST["code"]] if len(code) >= SHORTEST["code"] and not isinstance(node, ast.ClassDef) else "",
     )  # fmt: skip
@@ -127,8 +128,7 @@ def describe(node, name: str, docstring: str, lines: list[str]) -> Iterator[Defi
 
 def held_out(definition: Definition) -> bool:
     """Whether a definition is for testing: one module in eight, by its name, so that every run agrees."""
-    module = definition.name.rsplit(".", 1)[0]
-    return zlib.crc32(module.encode()) % 8 == 0
+    return zlib.crc32(definition.module.encode()) % 8 == 0
 
 
 def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES) -> dict[str, int]:

@@ -37,9 +37,10 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
-from hf_embed.data.sources import NEGATIVE, read_file, read_hub, row_texts, text_columns
+from hf_embed.data.sampling import generator
+from hf_embed.data.sources import DROP_ADVICE, NEGATIVE, read_file, read_hub, row_texts, text_columns
 from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, RankError
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +86,17 @@ class Source:
             if value is not None and (not isinstance(value, int) or value < least):
                 key = "rows" if key == "size" else key
                 raise InputError(f"{self.label}: {key} is {value!r}; it must be a whole number of at least {least}")
+        if isinstance(self.rows, dict):
+            raise InputError(f"{self.label}: has the splits {', '.join(self.rows)}; take one of them")
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
         elif self.size is None:
             splits = self.rows.info.splits or {}
             self.size = getattr(splits.get(str(self.rows.split)), "num_examples", None)
             if not self.size:
-                raise InputError(f"{self.label}: how many rows a stream has is not known; give about how many (rows: 100000)")
+                raise InputError(
+                    f"{self.label}: a stream does not know how many rows it has; say about how many (rows: or size=)"
+                )
         if self.size == 0:
             raise InputError(f"{self.label}: no rows")
 
@@ -156,6 +161,8 @@ def read_source(entry: dict, number: int, path: str) -> Source:
     streaming = bool(entry.get("streaming"))
     try:
         if "file" in entry:
+            if not entry["file"] or not isinstance(entry["file"], str | list):
+                raise InputError(f"file is {entry['file']!r}; give a path, a pattern, or a list of these")
             files = expand(entry["file"], Path(path).parent)
             rows = read_file(files, streaming=streaming)
             origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
@@ -187,12 +194,20 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict):
     for key, taken in columns.items():
         taken = taken if isinstance(taken, list) else [taken]
         for i, column in enumerate(taken, 1):
+            if column in names:
+                raise InputError(f"columns: '{column}' is named twice")
             names[column] = COLUMNS[key] if len(taken) == 1 else f"{COLUMNS[key]}_{i}"
+    if len(set(names.values())) < len(names):
+        raise InputError(
+            "columns: query and anchor are two names of one thing, as are negative and negatives; give one of them"
+        )
     found = column_names(rows)
     if missing := [column for column in names if column not in found]:
         raise InputError(f"no column '{missing[0]}'; found {', '.join(found)}")
     rows = rows.select_columns(list(names))
-    return rows.rename_columns({old: new for old, new in names.items() if old != new})
+    # In two steps, for a stream cannot swap two names in one.
+    rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
+    return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})
 
 
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
@@ -211,8 +226,10 @@ class Stream:
     def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
-        shuffled = source.rows.shuffle(seed=seed, buffer_size=buffer_size)
-        self.rows = split_dataset_by_node(shuffled, rank, ranks)
+        # A pass has a dataset of its own: `set_epoch` would reach into the passes of other worker processes.
+        self.shuffled = lambda turn: split_dataset_by_node(
+            source.rows.shuffle(seed=generator(seed, turn).initial_seed(), buffer_size=buffer_size), rank, ranks
+        )
         self.size, self.read, self.endless = source.size, 0, None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
@@ -234,25 +251,32 @@ class Stream:
     def passes(self):
         turn = 0
         while True:
-            self.rows.set_epoch(turn)
-            empty = True
+            taken = dropped = 0
             # Not iter(): in a worker process that would give a part of the rows; here each worker skips what others take.
-            for batch in self.rows.iter(batch_size=256):
+            for batch in self.shuffled(turn).iter(batch_size=256):
                 for i in range(len(batch[self.columns[0]])):
-                    if texts := self.texts({column: batch[column][i] for column in self.columns}):
-                        empty = False
+                    try:
+                        texts = self.texts({column: batch[column][i] for column in self.columns})
+                    except InputError as error:
+                        raise RankError(str(error)) from error
+                    if texts:
+                        taken += 1
                         yield texts
-            if empty:
-                raise InputError(f"{self.label}: no rows for this process; give it more rows or files than processes")
+                    else:
+                        dropped += 1
+            if not taken:
+                raise RankError(f"{self.label}: no rows for this process; give it more rows or files than processes")
+            if dropped and turn == 0:
+                logger.warning(f"{self.label}: {dropped:,} of {taken + dropped:,} rows had an empty text and were dropped")
             turn += 1
 
     def texts(self, row: dict) -> list[str] | None:
         try:
             texts = row_texts(row, self.columns, f"{self.label}, the row {str(row)[:60]}...")
-        except InputError:
+        except InputError as error:
             if self.drop:
                 return None
-            raise
+            raise InputError(f"{error} ({DROP_ADVICE})") from error
         return texts[: self.views] if len(texts) > 1 else texts
 
 

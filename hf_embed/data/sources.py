@@ -29,6 +29,7 @@ from hf_embed.errors import InputError
 logger = logging.getLogger(__name__)
 
 ACCEPTED = "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]"
+DROP_ADVICE = "--drop_empty_rows drops such rows and counts them"
 LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 
@@ -54,6 +55,13 @@ def read_file(path: str | list[str], header: bool = True, streaming: bool = Fals
                 raise InputError(f"{path}: no rows")
             if not isinstance(head.index, pandas.RangeIndex):
                 raise InputError(f"{path}: the rows have more columns than the header; name every column")
+            for other in paths[1:]:
+                columns = pandas.read_csv(other, nrows=1, **options).columns
+                if list(columns) != list(head.columns):
+                    raise InputError(
+                        f"{other}: its columns are {', '.join(map(str, columns))}, those of {path} "
+                        f"{', '.join(map(str, head.columns))}; the files of a set need the same, in the same order"
+                    )
             options["names"] = [str(c) for c in head.columns]
             options["features"] = Features({name: Value("string") for name in options["names"]})
         if kind == ".txt":
@@ -104,10 +112,10 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; a local file goes into --train_file"
+            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; or give a local file"
         ) from error
     if isinstance(rows, DatasetDict):
-        raise InputError(f"dataset '{name}' has the splits {', '.join(rows)}; choose one with --dataset_split")
+        raise InputError(f"dataset '{name}' has the splits {', '.join(rows)}; choose a split")
     return rows
 
 
@@ -146,9 +154,6 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
         for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
             if not isinstance(text, str) or not text.strip():
                 kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
-                raise InputError(
-                    f"{where}, column '{column}': the text is {kind}; fill it in or delete the row "
-                    "(--drop_empty_rows drops such rows and counts them)"
-                )
+                raise InputError(f"{where}, column '{column}': the text is {kind}; fill it in or delete the row")
             texts.append(text)
     return texts

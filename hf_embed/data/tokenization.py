@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow.compute
 from datasets import Dataset
 
-from hf_embed.data.sources import row_texts, text_columns
+from hf_embed.data.sources import DROP_ADVICE, row_texts, text_columns
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ def tokenize_rows(
         for i, number in enumerate(numbers):
             try:
                 row = row_texts({c: batch[c][i] for c in columns}, columns, f"{name}, row {number + 1}")
-            except InputError:
+            except InputError as error:
                 if not drop_empty_rows:
-                    raise
+                    raise InputError(f"{error} ({DROP_ADVICE})") from error
             else:
                 texts.append(row if negatives is None else row[: 2 + negatives])
         return convert_texts(texts)

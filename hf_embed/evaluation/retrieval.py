@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.docstrings import read_definitions
-from hf_embed.data.sources import read_file, read_hub
+from hf_embed.data.sources import read_file, read_hub, row_texts
 from hf_embed.distributed import gather_objects, world
 from hf_embed.errors import InputError
 from hf_embed.evaluation.tasks import embed_on_all_ranks, embed_own_share
@@ -52,6 +52,11 @@ class Retrieval:
     kind = "retrieval"
     main = "ndcg@10"
     reported = ("ndcg@10", "mrr@10", "recall@100", "map@100")
+
+    def __post_init__(self):
+        self.qrels = {query: found for query, found in self.qrels.items() if max(found.values(), default=0) > 0}
+        if not self.qrels:
+            raise InputError("no query has a relevant document")
 
     def score(self, embed: Callable) -> dict[str, float]:
         """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document."""
@@ -101,7 +106,8 @@ def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[i
 
 
 def read_retrieval(path: str) -> Retrieval:
-    """A BEIR folder or Hub dataset, `PATH` or `PATH:SPLIT`; without a split the first of test, dev, validation, train.
+    """A BEIR folder or Hub dataset, `PATH` or `PATH:SPLIT`; without a split the first of test, dev, validation, train (on the
+    Hub, test).
 
     Judgements of documents or queries that are not there are left out and counted in a warning.
     """
@@ -112,14 +118,17 @@ def read_retrieval(path: str) -> Retrieval:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
         raise InputError(f"{path}: no such folder; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     corpus, queries = read_hub(folder, "corpus", "corpus"), read_hub(folder, "queries", "queries")
+    for part, rows in (("corpus", corpus), ("queries", queries)):
+        if not {"_id", "text"} <= set(rows.column_names):
+            raise InputError(f"{folder}, {part}: found the columns {', '.join(rows.column_names)}; expected _id and text")
     judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in read_hub(folder, "default", split or "test")]
     return make_retrieval(queries, corpus, judged, folder)
 
 
 def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list[tuple], name: str) -> Retrieval:
     """From rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
-    queries = {str(row["_id"]): row["text"] for row in queries}
-    corpus = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
+    queries = {str(row["_id"]): row["text"] or "" for row in queries}
+    corpus = {str(row["_id"]): f"{row.get('title') or ''} {row['text'] or ''}".strip() for row in corpus}
     qrels, absent = {}, {"documents": set(), "queries": set()}
     for query, document, grade in judged:
         query, document = str(query), str(document)
@@ -183,7 +192,7 @@ def read_code_search(path: str) -> Retrieval:
         columns = [next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES)]
         if None in columns:
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
-        pairs = list(zip(*(rows[column][:] for column in columns)))
+        pairs = [tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)]
     if not pairs:
         raise InputError(f"{path}: no function with a docstring")
     return pairs_to_retrieval(pairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_embed.data.sources import read_file
+from hf_embed.data.sources import read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import unit
 from hf_embed.evaluation.tasks import embed_on_all_ranks
@@ -49,10 +49,16 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
     rows = read_file(path)
     if not {"label", "text"} <= set(rows.column_names):
-        rows = read_file(path, header=False) if Path(path).suffix in (".tsv", ".csv") else rows
+        if {"label", "text"} & set(rows.column_names):
+            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
+        rows = read_file(path, header=False) if path.removesuffix(".gz").endswith((".tsv", ".csv")) else rows
         if len(rows.column_names) != 2:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
         rows = rows.rename_columns(dict(zip(rows.column_names, ("label", "text"))))
+        if len(rows) > 20 and len(set(rows["label"])) > len(rows) / 2:
+            raise InputError(f"{path}: hardly a label stands twice; the first column is the label, the second the text")
+    for i, row in enumerate(rows, 1):
+        row_texts(row, ["text"], f"{path}, row {i}")
     labels = sorted(set(map(str, rows["label"])))
     if len(labels) < 2:
         raise InputError(f"{path}: every label is {labels[0]}; classification needs at least two")

@@ -1,4 +1,4 @@
-"""Candidates that are no negatives: absent, equal to the anchor or its positive, paired with one of them, or suspiciously close.
+"""Candidates that are no negatives: absent, equal to the anchor or its positive, paired with one of them, or too close.
 
 Shapes: B rows of V texts (anchor, positive, negatives), C candidates.
 """
