@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+QUIETLY = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--overwrite_output_dir"]
 
 
 def run_recipe(name: str, output: Path, *flags) -> dict:
     """What `results.json` holds after `recipes/NAME FLAGS --output_dir OUTPUT`; a run that is there is not run again."""
     results = output / "results.json"
     if not results.is_file():
-        command = [sys.executable, RECIPES / name, *flags, "--output_dir", output, "--overwrite_output_dir"]
-        command += ["--report_to", "none", "--disable_tqdm", "true"]
+        command = [sys.executable, RECIPES / name, *flags, "--output_dir", output]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr[-2000:]}")

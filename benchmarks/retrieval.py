@@ -2,9 +2,9 @@
 
     python benchmarks/retrieval.py --model MODEL --beir beir/scifact --split train --output_dir outputs/scifact
 
-The judged queries are split in two, a third held out. Queries that share a relevant document stay on one side: claims of
-SciFact come in variants of one another. Negatives are mined with the model as it is, for the training side alone. Then a run
-for each loss and seed; what is there is not run again.
+The judged queries are split in two, a third held out: new queries to the same corpus. With `--disjoint` queries that share a
+relevant document stay on one side, so that no held-out query's answer was in a training pair. Negatives are mined with the
+model as it is, for the training side alone. Then a run for each loss and seed; what is there is not run again.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import random
 import statistics
 from pathlib import Path
 
-from recipe import run_recipe, write_jsonl
+from recipe import QUIETLY, run_recipe, write_jsonl
 
 from hf_embed import Encoder
 from hf_embed.evaluation.retrieval import read_retrieval
@@ -25,7 +25,7 @@ LOSSES = {
 }
 
 
-def groups(qrels: dict[str, dict[str, int]]) -> list[list[str]]:
+def related(qrels: dict[str, dict[str, int]]) -> list[list[str]]:
     """Queries that share documents, directly or by way of others."""
     group_of_document, members = {}, {}
     for query, documents in qrels.items():
@@ -38,11 +38,11 @@ def groups(qrels: dict[str, dict[str, int]]) -> list[list[str]]:
     return list(members.values())
 
 
-def write_split(task, folder: Path) -> None:
+def write_split(task, folder: Path, disjoint: bool) -> None:
     """`task` as a BEIR folder whose qrels are train.tsv and test.tsv."""
     write_jsonl(folder / "corpus.jsonl", [{"_id": i, "text": text} for i, text in task.corpus.items()])
     write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": text} for i, text in task.queries.items()])
-    shuffled = groups(task.qrels)
+    shuffled = related(task.qrels) if disjoint else [[query] for query in task.qrels]
     random.Random(0).shuffle(shuffled)
     parts, test_queries = {"train": [], "test": []}, 0
     for group in shuffled:
@@ -62,12 +62,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
-    parser.add_argument("--num_negatives", type=int, default=3)
+    parser.add_argument("--num_negatives", type=int, default=1)
+    parser.add_argument("--disjoint", action="store_true", help="no relevant document in common")
+    parser.add_argument("--eval_max_length", type=int, default=256)
     args, training = parser.parse_known_args()  # further flags are the recipe's
 
     folder, mined = args.output_dir / "beir", args.output_dir / "mined.jsonl"
     if not folder.is_dir():
-        write_split(read_retrieval(f"{args.beir}:{args.split}"), folder)
+        write_split(read_retrieval(f"{args.beir}:{args.split}"), folder, args.disjoint)
     train = read_retrieval(f"{folder}:train")
     print(f"{len(train.qrels)} queries to train on, {len(read_retrieval(f'{folder}:test').qrels)} held out")
     if not mined.is_file():
@@ -76,16 +78,29 @@ def main() -> None:
         print(
             mine_hard_negatives(pairs, train.corpus.values(), embed_with(Encoder.from_pretrained(args.model)), mined, settings)
         )
+
+    def score(model, output: Path) -> float:
+        flags = [
+            "--model_name_or_path",
+            model,
+            "--max_length",
+            args.eval_max_length,
+            "--eval_retrieval_dir",
+            f"test={folder}:test",
+        ]
+        return run_recipe("evaluate.py", output, *flags)["retrieval"]["test"]["ndcg@10"]
+
+    before = score(args.model, args.output_dir / "before")
     print(f"{'':10} {'seed':>4}  {'before':>7}  {'after':>7}  {'change':>7}")
     for loss in args.losses:
         changes = []
         for seed in args.seeds:
-            results = run_recipe(
-                "gte_finetune.py", args.output_dir / f"{loss}_{seed}", "--model_name_or_path", args.model,
-                "--train_file", mined, "--eval_retrieval_dir", f"test={folder}:test", "--directions", *LOSSES[loss],
-                "--seed", seed, "--save_strategy", "no", *training,
+            output = args.output_dir / f"{loss}_{seed}"
+            run_recipe(
+                "gte_finetune.py", output, "--model_name_or_path", args.model, "--train_file", mined,
+                "--directions", *LOSSES[loss], "--seed", seed, *QUIETLY, *training,
             )  # fmt: skip
-            before, after = (results[part]["retrieval"]["test"]["ndcg@10"] for part in ("before", "after"))
+            after = score(output, output / "score")
             changes.append(after - before)
             print(f"{loss:10} {seed:4}  {before:7.2f}  {after:7.2f}  {after - before:+7.2f}", flush=True)
         print(f"{loss:10} mean of {len(changes)}: {statistics.mean(changes):+.2f}, {min(changes):+.2f} to {max(changes):+.2f}")

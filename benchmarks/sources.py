@@ -15,13 +15,13 @@ import statistics
 from pathlib import Path
 
 import yaml
-from recipe import run_recipe, write_jsonl
+from recipe import QUIETLY, run_recipe, write_jsonl
 
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.finetune import QUICKSTART
 
 TRAINING = {"per_device_train_batch_size": 128, "max_steps": 300, "learning_rate": 5e-4, "warmup_steps": 0.1, "max_length": 64,
-            "dropout": 0, "temperature": 0.05, "save_strategy": "no"}  # fmt: skip
+            "dropout": 0, "temperature": 0.05}  # fmt: skip
 
 
 def lines(path: Path) -> list[str]:
@@ -75,7 +75,7 @@ def main() -> None:
     print(", ".join(f"{name} {len(rows):,}" for name, rows in sorted(sources.items(), key=lambda item: len(item[1]))))
 
     common = [word for key, value in TRAINING.items() for word in (f"--{key}", value)]
-    common += ["--model_name_or_path", QUICKSTART / "encoder"]
+    common += ["--model_name_or_path", QUICKSTART / "encoder", *QUIETLY]
     for name, path in {"stsb": "stsb-dev", "sick": "sickr-dev"}.items():
         common += ["--eval_sts_file", f"{name}={args.data}/sts/{path}.tsv"]
     for name in ("cranfield", "medline"):
