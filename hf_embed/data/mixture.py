@@ -226,10 +226,7 @@ class Stream:
     def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
-        # A pass has a dataset of its own: `set_epoch` would reach into the passes of other worker processes.
-        self.shuffled = lambda turn: split_dataset_by_node(
-            source.rows.shuffle(seed=generator(seed, turn).initial_seed(), buffer_size=buffer_size), rank, ranks
-        )
+        self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
         self.size, self.read, self.endless = source.size, 0, None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
@@ -248,12 +245,17 @@ class Stream:
         columns = self.tokenizer(texts)
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
+    def one_pass(self, turn: int) -> IterableDataset:
+        """A dataset of its own: `set_epoch` on a common one would reach into the passes of other worker processes."""
+        shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
+        return split_dataset_by_node(shuffled, self.rank, self.ranks)
+
     def passes(self):
         turn = 0
         while True:
             taken = dropped = 0
             # Not iter(): in a worker process that would give a part of the rows; here each worker skips what others take.
-            for batch in self.shuffled(turn).iter(batch_size=256):
+            for batch in self.one_pass(turn).iter(batch_size=256):
                 for i in range(len(batch[self.columns[0]])):
                     try:
                         texts = self.texts({column: batch[column][i] for column in self.columns})
