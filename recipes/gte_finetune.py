@@ -39,10 +39,13 @@ def mined_docstrings() -> tuple[str, list[str]]:
     embed = embed_with(Encoder.from_pretrained(PRETRAINED, dtype=torch.float32).to(state.device))
     entries = []
     for source in read_sources(DATA / "sources.yaml"):
-        if not source.name.endswith(".name"):
+        file = f"{source.name}.jsonl"
+        if source.name.endswith(".name"):  # names are too short to have hard negatives
+            file = f"../{file}"
+        else:
             pairs = list(zip(source.rows["query"][:], source.rows["positive"][:]))
-            mine_hard_negatives(pairs, [], embed, folder / f"{source.name}.jsonl", MiningArguments(num_negatives=2))
-            entries.append({"name": source.name, "file": f"{source.name}.jsonl"})
+            mine_hard_negatives(pairs, [], embed, folder / file, MiningArguments(num_negatives=1))
+        entries.append({"name": source.name, "file": file})
     if state.is_main_process:
         (folder / "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
     state.wait_for_everyone()

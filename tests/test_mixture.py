@@ -273,6 +273,7 @@ def test_a_row_of_a_stream_depends_on_its_number_only(tmp_path):
     assert ids_of(one.__getitems__([4, 5])) == every[4:6]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_passes_do_not_depend_on_the_number_of_workers(tmp_path):
     """BUG: a worker's `set_epoch` reached into the passes of the others."""
     (path,) = stream_files(tmp_path, count=1, rows=3)
