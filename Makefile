@@ -9,11 +9,14 @@ demo: venv
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/sup_simcse.py
 	$(BIN)/python -c "from transformers import AutoModel; print('AutoModel loads it:', type(AutoModel.from_pretrained('outputs/quickstart')).__name__)"
 
+# Two processes: much of the time goes into starting others. A file's tests stay together, for they share fixtures.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: venv
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: venv
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: venv
 	$(BIN)/ruff check .

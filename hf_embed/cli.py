@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -123,6 +124,8 @@ def run(main: Callable[[], None]) -> None:
     use_all_cores()
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
             # From a dataloader's worker an error comes with a traceback, whose last line is the error.
