@@ -7,6 +7,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.zero_shot import ZeroShot
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
+from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
 from hf_embed.trainer import ContrastiveTrainer
 
 __version__ = "0.1.0"
@@ -21,5 +22,10 @@ __all__ = [
     "Retrieval",
     "SimCSE",
     "Source",
+    "TempScaleConfig",
     "ZeroShot",
+    "apply_tempscale",
+    "fold_tempscale",
+    "register_tempscale",
+    "remove_tempscale",
 ]

@@ -40,6 +40,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Recompute each chunk in the backward pass: any batch in the memory of one chunk."},
     )
+    temp_scale: float | None = field(
+        default=None, metadata={"help": "TempScale: train at this temperature of attention, 0.9 for example; export folds it."}
+    )
     report_to: None | str | list[str] = field(
         default=None, metadata={"help": "Where to log. Default: TensorBoard if it is installed. 'none', 'wandb', 'all' ..."}
     )

@@ -188,9 +188,9 @@ class Encoder(nn.Module):
             vectors = F.normalize(vectors, dim=-1)
         return vectors if convert_to_tensor else vectors.cpu().numpy()
 
-    def save_pretrained(self, folder: str, verify: bool = True) -> None:
+    def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
         """Write a plain checkpoint; see `hf_embed.export`."""
-        export.save_encoder(self, folder, verify=verify)
+        export.save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
 
     @classmethod
     def from_pretrained(

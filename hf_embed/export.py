@@ -31,6 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER, pool
+from hf_embed.tempscale import TempScaleConfig, applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale.fold import check_foldable, folded
 
 TOLERANCE = 1e-5
 PROBES = [
@@ -57,22 +59,27 @@ def saved_pooling(pooling: str) -> str:
     return "cls" if pooling == "cls_mlp_train" else pooling
 
 
-def save_encoder(encoder, folder: str, verify: bool = True, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write `encoder` to `folder` as a plain checkpoint; LoRA weights are merged into a copy first.
+def save_encoder(
+    encoder, folder: str, verify: bool = True, state_dict: dict[str, Tensor] | None = None, allow_runtime: bool = False
+) -> None:
+    """Write `encoder` to `folder` as a plain checkpoint; LoRA weights are merged into a copy first, TempScale is folded.
 
     `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
-    AutoModel or sentence-transformers (when installed) give other vectors, by more than 1e-5 of the largest component.
+    AutoModel or sentence-transformers (when installed) give other vectors, by more than 1e-5 of the largest component; and
+    InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's loader
+    applies it, others do not, and the card says so.
     """
+    runtime = needs_runtime(encoder, allow_runtime)
     made = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-            write_checkpoint(encoder, new, state_dict)
+            write_checkpoint(encoder, new, state_dict, fold=not runtime)
             write_sentence_transformers_files(encoder, new)
             card = Path(folder, "README.md")
             if not card.exists() or OUR_CARD in card.read_text(encoding="utf-8"):  # a card of the user's own stays
                 Path(new, "README.md").write_text(model_card(encoder, stored_results(folder)), encoding="utf-8")
-            if verify:
+            if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new)
             names = set(os.listdir(new))
             for name in names:
@@ -89,17 +96,27 @@ def save_encoder(encoder, folder: str, verify: bool = True, state_dict: dict[str
         raise
 
 
-def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    backbone = encoder.backbone
+def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> None:
+    backbone, settings = encoder.backbone, {}
+    scaling = applied_tempscale(backbone)
     if encoder.base is not backbone:  # PEFT: merge a copy, the one in training goes on as it is
         backbone = copy.deepcopy(backbone)
         if state_dict is not None:
             backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
             state_dict = None
+        if scaling:
+            remove_tempscale(backbone)
         backbone = backbone.merge_and_unload()
-    elif state_dict is not None:
-        state_dict = strip_prefix(state_dict, "backbone.")
-    with config_for_saving(backbone.config, encoder.pooling):
+        if scaling and fold:
+            fold_tempscale(backbone, scaling)
+        elif scaling:
+            backbone.config.temp_scale = scaling.to_dict()
+    else:
+        state_dict = state_dict and strip_prefix(state_dict, "backbone.")
+        if scaling and fold:
+            tensors, settings = folded(backbone, state_dict)
+            state_dict = (state_dict or backbone.state_dict()) | tensors
+    with config_for_saving(backbone.config, encoder.pooling, settings):
         backbone.save_pretrained(folder, state_dict=state_dict)
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.max_length
@@ -108,14 +125,30 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
 
 
 @contextlib.contextmanager
-def config_for_saving(config, pooling: str):
-    """Poolings over several layers need the model to hand them out, in every loader."""
-    before = config.output_hidden_states
-    config.output_hidden_states = before or pooling in MULTI_LAYER
+def config_for_saving(config, pooling: str, settings: dict):
+    """The config with `settings`. Poolings over several layers need the model to hand them out, in every loader."""
+    settings = {"output_hidden_states": config.output_hidden_states or pooling in MULTI_LAYER} | settings
+    before = {key: getattr(config, key) for key in settings}
     try:
+        for key, value in settings.items():
+            setattr(config, key, value)
         yield
     finally:
-        config.output_hidden_states = before
+        for key, value in before.items():
+            setattr(config, key, value)
+
+
+def needs_runtime(encoder, allowed: bool) -> bool:
+    """Whether TempScale has to stay out of the weights. Raises InputError if that is not allowed."""
+    if applied_tempscale(encoder.backbone) is None:
+        return False
+    try:
+        check_foldable(encoder.backbone)
+    except InputError as error:
+        if not allowed:
+            raise InputError(f"{error}; save_pretrained(allow_runtime=True) saves it for loaders of hf_embed alone") from error
+        return True
+    return False
 
 
 def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -256,6 +289,10 @@ def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, 
         raise InputError(
             f"{name}: holds an adapter, not a model; merge it first (PEFT's merge_and_unload, then save_pretrained)"
         )
+    entry = getattr(backbone.config, "temp_scale", None)
+    if entry and not entry.get("folded"):
+        del backbone.config.temp_scale
+        apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
     settings = read_settings(name, backbone)
     for key, value in {"pooling": pooling, "max_length": max_length, "normalize": normalize}.items():
         if value is not None:
@@ -374,10 +411,28 @@ def model_card(encoder, results: dict | None = None) -> str:
         "max_length": encoder.max_length,
         "pooling": pooling,
         "take": take,
+        "tempscale": tempscale_note(encoder),
         "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
         "results": "\n".join(["## Results", "", *(f"    {line}" for line in lines)]) if lines else "",
     }
     return template.format(**fill).rstrip() + "\n"
+
+
+def tempscale_note(encoder) -> str:
+    """What the card says of attention's temperature."""
+    entry = getattr(encoder.base.config, "temp_scale", None)
+    if not entry:
+        return ""
+    config = TempScaleConfig.from_dict({key: value for key, value in entry.items() if key != "folded"})
+    if entry.get("folded") or not needs_runtime(encoder, allowed=True):
+        return (
+            f"\n\nAttention is sharpened by [TempScale](https://arxiv.org/abs/2410.24200), {config}, folded into the weights."
+        )
+    return (
+        f"\n\n**Attention is to be sharpened by [TempScale](https://arxiv.org/abs/2410.24200), {config}, which is not in the "
+        "weights.** `hf_embed.Encoder` applies it; with other loaders call `hf_embed.apply_tempscale(model, "
+        "TempScaleConfig(...))` first."
+    )
 
 
 def table(results: dict) -> list[str]:

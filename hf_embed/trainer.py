@@ -31,6 +31,8 @@ from hf_embed.evaluation.sts import STS, check_sts
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
+from hf_embed.tempscale import applied_tempscale, apply_tempscale
+from hf_embed.tempscale.fold import folded
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,9 @@ class ContrastiveTrainer(Trainer):
         if getattr(self.objective, "mlm_weight", 0):
             model, mlm_head = split_masked_lm(model)
         self.encoder = make_encoder(model, processing_class, args)
+        if args.temp_scale is not None:
+            apply_tempscale(self.encoder.backbone, args.temp_scale)
+        export.needs_runtime(self.encoder, allowed=False)  # said now, not after the training
         self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
         freeze_unused(self.encoder)
         check_widths(self.objective, self.encoder)
@@ -239,15 +244,18 @@ class ContrastiveTrainer(Trainer):
         torch.save(self.args, Path(output_dir, "training_args.bin"))
 
     def _training_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Heads used while training; with LoRA, whose plain checkpoint is merged, all that is trained."""
+        """Heads used while training; with LoRA, whose plain checkpoint is merged, all that is trained; with TempScale the
+        weights that it is folded into there."""
         trained = {name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad}
         peft = self.encoder.base is not self.encoder.backbone
+        scaled = applied_tempscale(self.encoder.backbone) and not peft  # the plain checkpoint has these folded
+        scaled = {f"backbone.{name}" for name in folded(self.encoder.backbone)[0]} if scaled else set()
         return {
             name: tensor.detach()
             .cpu()
             .clone(memory_format=torch.contiguous_format)  # tied tensors apart: safetensors wants each its own
             for name, tensor in state_dict.items()
-            if not name.startswith("backbone.") or (peft and name in trained)
+            if not name.startswith("backbone.") or (peft and name in trained) or name in scaled
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -148,8 +148,15 @@ def lora_model():
 
 @pytest.mark.parametrize(
     "make, settings",
-    [(tiny_model, {}), (tiny_model, {"pooling": "cls_mlp_train"}), (tiny_model, {"pooling": "cls_mlp"}), (lora_model, {})],
-    ids=["plain", "train_head", "pooler", "lora"],
+    [
+        (tiny_model, {}),
+        (tiny_model, {"pooling": "cls_mlp_train"}),
+        (tiny_model, {"pooling": "cls_mlp"}),
+        (lora_model, {}),
+        (tiny_model, {"temp_scale": 0.7}),
+        (lora_model, {"temp_scale": 0.7}),
+    ],
+    ids=["plain", "train_head", "pooler", "lora", "temp_scale", "lora_temp_scale"],
 )
 def test_checkpoint_resumes_bit_for_bit(tmp_path, make, settings):
     """Stop after 2 of 5 steps, mid-epoch, resume in a new trainer: the same weights as without a stop."""

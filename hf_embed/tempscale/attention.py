@@ -1,0 +1,190 @@
+"""TempScale on a live model: applied, taken back, or folded into the weights.
+
+Applied, the outputs that the registry names are divided by t as they come out of their submodule: the model's own attention
+code, on whatever backend, does the rest. Folded, the weights that make these outputs are divided, and the model is an ordinary
+one again.
+"""
+
+import contextlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hf_embed.errors import InputError
+from hf_embed.tempscale.config import TempScaleConfig
+from hf_embed.tempscale.registry import Handler, attentions, is_cross
+
+logger = logging.getLogger(__name__)
+
+
+class Applied:
+    """What `apply_tempscale` did to a model: kept on it, to be undone or folded."""
+
+    def __init__(self, config: TempScaleConfig, temperatures: dict[str, float]):
+        self.config, self.temperatures = config, temperatures  # of each attention module, by name
+        self.handles = []
+        self.numbers: list[tuple[nn.Module, str, float]] = []  # attributes that were divided, and what they were
+
+
+class Divide:
+    """Forward hook: divides a submodule's output, or a part of its last dimension, by the temperature."""
+
+    def __init__(self, temperature: float, part: Callable | None = None, lengths: "Lengths | None" = None):
+        self.temperature, self.part, self.lengths = temperature, part, lengths
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        divisor = self.temperature
+        if self.lengths is not None:
+            divisor = divisor * self.lengths.factor(output)
+        if self.part is None:
+            return output / divisor
+        return torch.where(self.part(output.shape[-1], output.device), output / divisor, output)
+
+
+class Lengths:
+    """Forward pre-hook of the model: keeps the number of tokens of each text of the batch while its layers run."""
+
+    def __init__(self, config: TempScaleConfig):
+        self.config, self.tokens = config, None
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if getattr(model, "is_activation_checkpointing", False) and model.training:
+            raise RuntimeError("TempScale with growth cannot be trained under activation checkpointing; use gradient_caching")
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise InputError("TempScale with growth needs an attention_mask of one number a token, (texts, tokens)")
+        if mask is None:
+            inputs = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+            mask = torch.ones(inputs.shape[:2], device=inputs.device)
+        self.tokens = mask.sum(1)  # (B,)
+
+    def factor(self, output: Tensor) -> Tensor:
+        """What the temperature of each text is multiplied by, (B, 1, ...), for an output (B, ...)."""
+        reference = self.config.reference_length
+        tokens = self.tokens.clamp(min=reference).float()
+        if self.config.growth == "log":
+            factor = math.log(reference) / tokens.log()
+        else:
+            factor = (reference / tokens) ** self.config.exponent
+        if len(factor) != output.shape[0]:
+            raise RuntimeError(f"TempScale with growth: {len(factor)} texts, but queries of shape {tuple(output.shape)}")
+        return factor.view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model within a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def applied_tempscale(model: nn.Module) -> TempScaleConfig | None:
+    """What is applied to `model`, not folded into it."""
+    applied = getattr(base_of(model), "_tempscale", None)
+    return applied and applied.config
+
+
+def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
+    """Let `model` attend at the given temperature, until `remove_tempscale` or `fold_tempscale`. Returns the model.
+
+    The model may be trained, compiled, wrapped in DDP or carry PEFT adapters afterwards, and runs on the attention backend it
+    had. `model.config.temp_scale` says what was done. Attention of a decoder to another text is left alone.
+
+    Raises:
+        InputError: an attention class that is not registered, by name; layers that there are not; a model that is scaled
+            already; temperatures that differ between layers with one table of position biases; growth with such a table.
+    """
+    config = config if isinstance(config, TempScaleConfig) else TempScaleConfig(config)
+    whole, model = model, base_of(model)
+    check_unscaled(model)
+    found = attentions(model)
+    applied = Applied(config, dict(zip(found, config.of_layers(len(found)))))
+    tables = bias_tables(model, found, applied.temperatures)
+    caps = score_caps(found)
+    if config.growth and (tables or caps or any(len(handler.query) > 1 for _, handler in found.values())):
+        raise InputError(f"TempScale with growth: {type(model).__name__} adds to or caps its scores, alike for all texts")
+    lengths = Lengths(config) if config.growth else None
+    hooks = [(model.get_submodule(name), Divide(temperature)) for name, temperature in tables.items()]
+    for name, (attention, handler) in found.items():
+        for projection in projections(attention, handler).values():
+            part = partial(handler.part, attention) if handler.part else None
+            hooks.append((projection, Divide(applied.temperatures[name], part, lengths)))
+    # All is known to be right; only now the model is touched.
+    applied.handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    if lengths:
+        applied.handles.append(model.register_forward_pre_hook(lengths, with_kwargs=True))
+    for name, cap in caps.items():
+        attention, handler = found[name]
+        applied.numbers.append((attention, handler.attribute, cap))
+        setattr(attention, handler.attribute, cap / applied.temperatures[name])
+    if any(is_cross(name) for name, _ in model.named_modules()):
+        logger.warning(f"TempScale leaves the attention of {type(model).__name__} to other texts (cross-attention) as it is")
+    model._tempscale = applied
+    model.config.temp_scale = config.to_dict()
+    return whole
+
+
+def check_unscaled(model: nn.Module) -> None:
+    entry = getattr(model.config, "temp_scale", None)
+    if getattr(model, "_tempscale", None) is not None:
+        raise InputError(f"the model is scaled already ({model._tempscale.config}); remove_tempscale first")
+    if entry and entry.get("folded"):
+        raise InputError(f"TempScale is folded into this model's weights already ({entry}); unfold_tempscale first")
+
+
+def projections(attention: nn.Module, handler: Handler) -> dict[str, nn.Module]:
+    """The submodules whose outputs are divided. The first has to be there; others belong to options of the model."""
+    found = {name: getattr(attention, name, None) for name in handler.query}
+    if found[handler.query[0]] is None:
+        raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{handler.query[0]}'")
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def bias_tables(model: nn.Module, found: dict, temperatures: dict[str, float]) -> dict[str, float]:
+    """The tables of position biases by name, and the temperature of each."""
+    names = {handler.bias_table for _, handler in found.values() if handler.bias_table}
+    tables = [name for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    own = {table: table.rpartition(".")[0] for table in tables}
+    if len(tables) == len(found):  # a table for each layer
+        return {table: temperatures[attention] for table, attention in own.items()}
+    if tables and len(set(temperatures.values())) > 1:
+        raise InputError(
+            f"TempScale: the layers of {type(model).__name__} share a table of position biases; give one temperature"
+        )
+    return {table: next(iter(temperatures.values())) for table in tables}
+
+
+def score_caps(found: dict) -> dict[str, float]:
+    """The number that caps the scores of an attention module, by its name, where there is one."""
+    caps = {
+        name: getattr(attention, handler.attribute, None) for name, (attention, handler) in found.items() if handler.attribute
+    }
+    return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+def remove_tempscale(model: nn.Module) -> nn.Module:
+    """Undo `apply_tempscale`: the model is what it was, bit for bit. Raises InputError if it is not scaled."""
+    whole, model = model, base_of(model)
+    applied = getattr(model, "_tempscale", None)
+    if applied is None:
+        raise InputError("there is no TempScale to remove: it was not applied, or is folded")
+    for handle in applied.handles:
+        handle.remove()
+    for attention, attribute, value in applied.numbers:
+        setattr(attention, attribute, value)
+    del model._tempscale, model.config.temp_scale
+    return whole
+
+
+@contextlib.contextmanager
+def tempscale(model: nn.Module, config: TempScaleConfig | float) -> Iterator[nn.Module]:
+    """`with tempscale(model, 0.9):` the model is scaled within, and as before afterwards."""
+    apply_tempscale(model, config)
+    try:
+        yield model
+    finally:
+        remove_tempscale(model)

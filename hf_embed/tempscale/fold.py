@@ -1,0 +1,128 @@
+"""TempScale into the weights: the model is an ordinary checkpoint again, as fast as it was, and nobody needs this package.
+
+    softmax(Q K' / (t sqrt d)) = softmax((Q / t) K' / sqrt d),    Q / t = x (W / t)' + b / t
+
+Rotary position embeddings turn queries and commute with it; a norm behind the projection is divided in its place.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hf_embed.errors import InputError
+from hf_embed.tempscale.attention import apply_tempscale, base_of, bias_tables, projections, remove_tempscale
+from hf_embed.tempscale.config import TempScaleConfig
+from hf_embed.tempscale.registry import attentions
+
+
+def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = None) -> nn.Module:
+    """Put the temperature that is applied to `model`, or the one of `config`, into its weights. Returns the model.
+
+    `model.config.temp_scale` keeps what was folded, marked so; it is never applied again.
+
+    Raises:
+        InputError: nothing is applied and no config given; a temperature that grows with length; PEFT adapters that are not
+            merged; quantised weights; score caps of one number for layers of several temperatures. The model is then as it was.
+    """
+    if config is not None:
+        apply_tempscale(model, config)
+        try:
+            return fold_tempscale(model)
+        except InputError:
+            remove_tempscale(model)
+            raise
+    if getattr(base_of(model), "_tempscale", None) is None:
+        raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
+    tensors, settings = folded(model)
+    remove_tempscale(model)
+    write(model, tensors, settings)
+    return model
+
+
+def unfold_tempscale(model: nn.Module) -> nn.Module:
+    """Undo `fold_tempscale`: the weights are what they were, to within one more rounding. Returns the model.
+
+    Raises InputError if nothing is folded.
+    """
+    entry = dict(getattr(model.config, "temp_scale", None) or {})
+    if not entry.pop("folded", False):
+        raise InputError("no TempScale is folded into this model")
+    found = attentions(model)
+    temperatures = TempScaleConfig.from_dict(entry).of_layers(len(found))
+    write(model, *scaled(model, {name: 1 / t for name, t in zip(found, temperatures)}))
+    del model.config.temp_scale
+    return model
+
+
+def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
+    """Of a scaled model: what a folded one has in place of its tensors, by name, and in its config. Raises as `fold_tempscale`.
+
+    `state_dict` is taken for the model's own (FSDP gathers it).
+    """
+    if model is not base_of(model):
+        raise InputError("TempScale cannot be folded into a model with PEFT adapters; merge_and_unload first")
+    check_foldable(model)
+    applied = model._tempscale
+    tensors, settings = scaled(model, applied.temperatures, state_dict)
+    return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
+
+
+def check_foldable(model: nn.Module) -> None:
+    """Raises InputError if weights cannot hold what is applied to `model`."""
+    applied = base_of(model)._tempscale
+    if applied.config.growth:
+        raise InputError("TempScale that grows with length cannot be folded: weights do not know how long the text is")
+    caps = {handler.attribute for _, handler in attentions(base_of(model)).values() if handler.attribute}
+    caps = [cap for cap in caps if getattr(model.config, cap, None) is not None]
+    if caps and len(set(applied.temperatures.values())) > 1:
+        raise InputError(f"TempScale: {type(model).__name__} has one {caps[0]} for all layers; fold one temperature")
+
+
+def scaled(model: nn.Module, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None):
+    """({tensor's name: tensor}, {config key: number}) that divide the scores of each attention by its temperature."""
+    state_dict = dict(model.named_parameters()) if state_dict is None else state_dict
+    found = attentions(model)
+    tensors, caps = {}, {}
+    for name, (attention, handler) in found.items():
+        for child in projections(attention, handler):
+            part = partial(handler.part, attention) if handler.part else None
+            tensors |= divided(model, f"{name}.{child}", temperatures[name], state_dict, part, handler.norm_offset)
+        cap = getattr(model.config, handler.attribute, None) if handler.attribute else None
+        if cap is not None:
+            caps[handler.attribute] = cap / temperatures[name]
+    for name, temperature in bias_tables(model, found, temperatures).items():
+        tensors |= divided(model, name, temperature, state_dict)
+    return tensors, caps
+
+
+@torch.no_grad()
+def divided(model, name: str, temperature: float, state_dict, part=None, norm_offset: float = 0.0) -> dict[str, Tensor]:
+    """New parameters of a linear layer, a norm or an embedding, with which its output is divided."""
+    module, tensors = model.get_submodule(name), {}
+    keys = dict(module.named_parameters())
+    if "weight" not in keys or not set(keys) <= {"weight", "bias"}:
+        raise InputError(f"{name} is a {type(module).__name__} and cannot be folded; merge adapters (merge_and_unload) first")
+    for key in keys:
+        tensor = state_dict[f"{name}.{key}"]
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} holds quantised weights ({tensor.dtype}) and cannot be folded; load it in floating point")
+        offset = norm_offset if key == "weight" else 0.0
+        new = (tensor + offset) / temperature - offset
+        if part is not None:
+            chosen = part(len(tensor), tensor.device)
+            new = torch.where(chosen.view(-1, *[1] * (tensor.dim() - 1)), new, tensor)
+        tensors[f"{name}.{key}"] = new
+    return tensors
+
+
+@torch.no_grad()
+def write(model: nn.Module, tensors: dict[str, Tensor], settings: dict) -> None:
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)
+    for key, value in settings.items():
+        setattr(model.config, key, value)
+    for attention, handler in attentions(model).values():
+        if handler.attribute in settings:
+            setattr(attention, handler.attribute, settings[handler.attribute])

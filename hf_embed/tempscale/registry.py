@@ -1,0 +1,130 @@
+"""Which numbers of which attention, divided by t, divide all its scores by t.
+
+In most models that is the output of one submodule, the query projection, or of the norm behind it: scores are its products
+with the keys. What else enters the scores has to be divided too: a table of position biases (T5, MPNet), the queries of
+positions (DeBERTa), the cap that tanh puts on scores (Gemma 2; c tanh(s / c) / t = (c / t) tanh((s / t) / (c / t))).
+
+A class is one line here, and a user's own is one line in the user's script:
+
+    register_tempscale("MyAttention", query="q_proj")
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_embed.errors import InputError
+
+# Parts of a submodule's name by which attention to another text is known.
+CROSS = ("crossattention", "cross_attn", "encoder_attn", "encdecattention")
+
+
+@dataclass(frozen=True)
+class Handler:
+    """What of an attention module is divided by the temperature; see `register_tempscale`."""
+
+    query: tuple[str, ...]
+    part: Callable | None = None
+    norm_offset: float = 0.0
+    bias_table: str | None = None
+    attribute: str | None = None
+
+
+HANDLERS: dict[str, Handler] = {}
+
+
+def register_tempscale(
+    attention: type | str,
+    *,
+    query: str | tuple[str, ...],
+    part: Callable[[nn.Module, int, torch.device], Tensor] | None = None,
+    norm_offset: float = 0.0,
+    bias_table: str | None = None,
+    attribute: str | None = None,
+) -> None:
+    """Let TempScale know an attention class.
+
+    Args:
+        attention: the class, or its name; "modeling_deberta.Name" where models share a name.
+        query: submodules whose outputs are divided: the query projection, or the norm that follows it.
+        part: of a projection that makes queries, keys and values at once: `part(attention, width, device)` -> (width,) bool,
+            True where the output is divided.
+        norm_offset: a norm multiplies by norm_offset + weight (1 in Gemma's).
+        bias_table: an embedding of position biases that are added to the scores, in the attention or once for all layers.
+        attribute: a number of the attention module that is divided besides, and named alike in the model's config.
+    """
+    name = attention if isinstance(attention, str) else f"{attention.__module__.rpartition('.')[2]}.{attention.__name__}"
+    HANDLERS[name] = Handler((query,) if isinstance(query, str) else tuple(query), part, norm_offset, bias_table, attribute)
+
+
+def is_cross(name: str) -> bool:
+    return any(word in name.lower() for word in CROSS)
+
+
+def handler_of(module: nn.Module) -> Handler | None:
+    name = type(module).__name__
+    return HANDLERS.get(f"{type(module).__module__.rpartition('.')[2]}.{name}") or HANDLERS.get(name)
+
+
+def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Handler]]:
+    """The self-attention modules of a model by name, in the order of its layers, each once however often it is used.
+
+    Raises InputError naming the class of an attention that is not known: half a model scaled would be a silent mistake.
+    """
+    found, others = {}, {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if is_cross(name) or "cross" in kind.lower():
+            continue
+        if handler := handler_of(module):
+            found[name] = module, handler
+        elif "attention" in kind.lower() and any(True for _ in module.parameters()):
+            others[name] = kind
+    for name, kind in others.items():  # what holds an attention, or is held by one, is only its frame or a part of it
+        inner = any(other.startswith(f"{name}.") for other in [*found, *others])
+        if not inner and not any(name.startswith(f"{known}.") for known in found):
+            raise InputError(unsupported(model, kind))
+    if not found:
+        raise InputError(unsupported(model, None))
+    return found
+
+
+def unsupported(model: nn.Module, kind: str | None) -> str:
+    what = f"its attention is a {kind}" if kind else "no attention was found in it"
+    return (
+        f"TempScale does not know {type(model).__name__}: {what}; if its queries come out of a submodule, say so: "
+        f"register_tempscale('{kind or 'ITS_ATTENTION_CLASS'}', query='q_proj')"
+    )
+
+
+def first_third(attention: nn.Module, width: int, device: torch.device) -> Tensor:
+    """Of queries, keys and values one after the other, the queries."""
+    return torch.arange(width, device=device) < width // 3
+
+
+def keys_of_heads(attention: nn.Module, width: int, device: torch.device) -> Tensor:
+    """Of queries, keys and values head by head, the keys; all of a projection that makes keys alone."""
+    if width == attention.all_head_size:
+        return torch.ones(width, dtype=torch.bool, device=device)
+    return torch.arange(width, device=device) // attention.attention_head_size % 3 == 1
+
+
+for name in ("Bert", "Roberta", "RobertaPreLayerNorm", "XLMRoberta", "XLMRobertaXL", "Camembert", "Electra"):
+    register_tempscale(f"{name}SelfAttention", query="query")
+register_tempscale("AlbertAttention", query="query")
+register_tempscale("DistilBertSelfAttention", query="q_lin")
+for name in ("NomicBert", "Gte", "EuroBert", "JinaEmbeddingsV3", "Llama", "Mistral", "Qwen2", "Gemma"):
+    register_tempscale(f"{name}Attention", query="q_proj")
+register_tempscale("Gemma2Attention", query="q_proj", attribute="attn_logit_softcapping")
+# A norm behind the projection would undo what is done before it.
+register_tempscale("Qwen3Attention", query="q_norm")
+register_tempscale("Gemma3Attention", query="q_norm", norm_offset=1.0, attribute="attn_logit_softcapping")
+register_tempscale("ModernBertAttention", query="Wqkv", part=first_third)
+for name in ("T5", "MT5", "UMT5"):
+    register_tempscale(f"{name}Attention", query="q", bias_table="relative_attention_bias")
+register_tempscale("MPNetSelfAttention", query="q", bias_table="relative_attention_bias")
+register_tempscale("modeling_deberta_v2.DisentangledSelfAttention", query=("query_proj", "pos_query_proj"))
+# DeBERTa's queries have a bias of their own behind the projection: there it is the keys that are divided.
+register_tempscale("modeling_deberta.DisentangledSelfAttention", query=("in_proj", "pos_proj"), part=keys_of_heads)

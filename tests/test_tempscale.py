@@ -1,0 +1,469 @@
+"""TempScale on every architecture: patched = softmax(scores / t), folded = patched, removed = the original."""
+
+import contextlib
+import copy
+import json
+
+import pytest
+import torch
+from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from transformers import AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
+
+from hf_embed import Encoder, InputError
+from hf_embed.tempscale import (
+    TempScaleConfig,
+    apply_tempscale,
+    fold_tempscale,
+    register_tempscale,
+    remove_tempscale,
+    tempscale,
+    unfold_tempscale,
+)
+from hf_embed.tempscale.registry import HANDLERS, attentions
+
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+         "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+ROPE = SMALL | {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3, "head_dim": 8}
+T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
+DEBERTA = SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
+MODERN = SMALL | {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+GEMMA_TWO = ROPE | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 32}
+MODELS = {
+    "bert": SMALL, "roberta": SMALL, "roberta-prelayernorm": SMALL, "xlm-roberta": SMALL, "xlm-roberta-xl": SMALL,
+    "camembert": SMALL, "electra": SMALL | {"embedding_size": 16}, "albert": SMALL | {"embedding_size": 16},
+    "distilbert": {"vocab_size": 100, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
+    "mpnet": SMALL, "modernbert": MODERN, "nomic_bert": SMALL, "gte": SMALL, "eurobert": ROPE, "jina_embeddings_v3": SMALL,
+    "t5": T5, "mt5": T5, "umt5": T5, "deberta": DEBERTA, "deberta-v2": DEBERTA,
+    "deberta-v2 shared": DEBERTA | {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"},
+    "deberta plain": SMALL, "llama": ROPE, "mistral": ROPE, "qwen2": ROPE, "qwen3": ROPE, "gemma": ROPE, "gemma2": GEMMA_TWO,
+    "gemma3_text": ROPE | {"sliding_window": 32},
+    "gemma3_text capped": ROPE | {"sliding_window": 32, "attn_logit_softcapping": 2.0},
+}  # fmt: skip
+ENCODERS = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+T = 0.7
+
+
+def make(name: str, attention: str = "eager", **more):
+    torch.manual_seed(0)
+    kind = name.split()[0]
+    config = AutoConfig.for_model(kind, **(MODELS[name] | more))
+    config._attn_implementation = attention
+    model = ENCODERS[kind](config) if kind in ENCODERS else AutoModel.from_config(config, attn_implementation=attention)
+    for parameter in model.parameters():  # large enough that attention is far from uniform; biases too
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+IDS = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, 7:] = 0
+
+
+@torch.no_grad()
+def states(model) -> torch.Tensor:
+    """Of the real tokens, (19, D)."""
+    return model(input_ids=IDS, attention_mask=MASK).last_hidden_state[MASK.bool()]
+
+
+@contextlib.contextmanager
+def every_softmax_at(temperature: float):
+    """The reference: whatever goes into a softmax is divided first. Eager attention has one, behind all that enters scores."""
+    plain = torch.nn.functional.softmax
+    calls = []
+
+    def softmax(scores, *args, **kwargs):
+        calls.append(scores.shape)
+        return plain((scores / temperature).clamp(min=torch.finfo(scores.dtype).min), *args, **kwargs)  # masks stay finite
+
+    torch.nn.functional.softmax = softmax
+    try:
+        yield calls
+    finally:
+        torch.nn.functional.softmax = plain
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+NO_SDPA = ("mpnet", "deberta", "gemma2")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, "eager") for name in MODELS] + [(name, "sdpa") for name in MODELS if not name.startswith(NO_SDPA)],
+)
+def test_patched_folded_and_removed(name, attention):
+    model = make(name, attention)
+    before = states(model)
+    with every_softmax_at(T) as calls:
+        expected = states(make(name, "eager"))
+    assert len(calls) == 2
+    apply_tempscale(model, T)
+    patched = states(model)
+    assert apart(patched, expected) < 1e-5
+    assert apart(patched, before) > 1e-3  # the reference is another one than the model itself
+    remove_tempscale(model)
+    assert torch.equal(states(model), before)
+    folded = fold_tempscale(copy.deepcopy(model), T)
+    assert apart(states(folded), patched) < 1e-5
+    assert torch.equal(states(model), before)
+    assert apart(states(unfold_tempscale(folded)), before) < 1e-5
+
+
+def test_every_registered_class_is_tested():
+    """A new line in the registry comes with a model here."""
+    tested = set()
+    for name in MODELS:
+        for module, _ in attentions(make(name)).values():
+            kind = type(module)
+            tested |= {kind.__name__, f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"}
+    assert set(HANDLERS) <= tested
+
+
+# ---- temperatures by layer and by length ----
+
+
+@pytest.mark.parametrize("temperature", [[0.7, 0.4], {"0": 0.7, "1": 0.4}])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gemma2", "umt5"])
+def test_layers_of_their_own(name, temperature):
+    model = make(name)
+    plain, calls = torch.nn.functional.softmax, []
+
+    def softmax(scores, *args, **kwargs):
+        calls.append(0)
+        return plain(scores / [0.7, 0.4][len(calls) - 1], *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", softmax)
+        expected = states(model)
+    with tempscale(model, TempScaleConfig(temperature)):
+        assert apart(states(model), expected) < 1e-5
+    if name == "gemma2":
+        with pytest.raises(InputError, match="one attn_logit_softcapping for all layers"):
+            fold_tempscale(model, TempScaleConfig(temperature))
+        assert not hasattr(model, "_tempscale")
+    else:
+        assert apart(states(fold_tempscale(model, TempScaleConfig(temperature))), expected) < 1e-5
+
+
+def test_layers_that_are_not_named_stay():
+    assert TempScaleConfig({"1-2": 0.5, 4: 0.8}).of_layers(6) == [1, 0.5, 0.5, 1, 0.8, 1]
+
+
+@pytest.mark.parametrize("growth", ["log", "power"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["bert", "qwen3", "modernbert"])
+def test_growth_with_length(name, attention, growth):
+    """Texts of 12 and 7 tokens, from 8 tokens on."""
+    config = TempScaleConfig(T, growth=growth, reference_length=8, exponent=0.5)
+    factor = {"log": torch.log(torch.tensor(8.0)) / torch.log(torch.tensor(12.0)), "power": (8 / 12) ** 0.5}[growth]
+    temperatures = torch.tensor([T * float(factor), T]).view(2, 1, 1, 1)
+    with every_softmax_at(temperatures):
+        expected = states(make(name))
+    model = make(name, attention)
+    before = states(model)
+    with tempscale(model, config):
+        got = states(model)
+        with pytest.raises(InputError, match="weights do not know how long"):
+            fold_tempscale(model)
+    assert apart(got, expected) < 1e-5 < 1e-3 < apart(got, before)
+    assert torch.equal(states(model), before)
+    with tempscale(model, config):  # without a mask every token counts
+        both = model(input_ids=IDS).last_hidden_state
+        assert torch.equal(model(IDS).last_hidden_state, both)
+        assert apart(both, model(IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state) < 1e-5
+
+
+def test_growth_is_refused_where_texts_share_positions():
+    for name in ("t5", "mpnet", "deberta-v2", "gemma2"):
+        model = make(name)
+        before = states(model)
+        with pytest.raises(InputError, match="alike for all texts"):
+            apply_tempscale(model, TempScaleConfig(T, growth="log"))
+        assert torch.equal(states(model), before)
+
+
+# ---- on a live model ----
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3"])
+def test_compiled(name):
+    model = make(name, "sdpa")
+    before = states(model)
+    expected = states(apply_tempscale(model, T))
+    assert apart(states(torch.compile(model, backend="aot_eager")), expected) < 1e-5 < apart(expected, before)
+
+
+def test_gradients_are_those_of_the_reference():
+    grads = []
+    for scaled in (False, True):
+        model = make("bert").double()
+        with tempscale(model, T) if scaled else every_softmax_at(T):
+            model(input_ids=IDS, attention_mask=MASK).last_hidden_state[MASK.bool()].square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
+    largest = max(grad.abs().max().item() for grad in grads[0].values())
+    assert all((grads[0][name] - grads[1][name]).abs().max() < 1e-9 * largest for name in grads[0])
+
+
+def test_autocast_and_half_precision():
+    model = apply_tempscale(make("bert"), T)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apart(states(model).float(), states(make("bert")).float()) > 1e-3
+    assert states(model.bfloat16()).dtype == torch.bfloat16
+
+
+def test_peft():
+    from peft import LoraConfig, get_peft_model
+
+    model = make("bert")
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
+    with every_softmax_at(T):
+        expected = states(wrapped)
+    before = states(wrapped)
+    assert apply_tempscale(wrapped, T) is wrapped
+    assert apart(states(wrapped), expected) < 1e-5 < 1e-3 < apart(expected, before)
+    with pytest.raises(InputError, match="merge_and_unload first"):
+        fold_tempscale(wrapped)
+    assert torch.equal(states(remove_tempscale(wrapped)), before)
+    assert apart(states(fold_tempscale(wrapped.merge_and_unload(), T)), expected) < 1e-5
+
+
+def test_a_copy_is_scaled_by_itself():
+    model = apply_tempscale(make("bert"), T)
+    scaled = states(model)
+    copied = copy.deepcopy(model)
+    remove_tempscale(model)
+    assert torch.equal(states(copied), scaled) and not torch.equal(states(model), scaled)
+    assert torch.equal(states(remove_tempscale(copied)), states(model))
+
+
+def test_context_ends_with_an_error_too():
+    model = make("bert")
+    before = states(model)
+    with pytest.raises(KeyError), tempscale(model, T):
+        raise KeyError
+    assert torch.equal(states(model), before)
+    with pytest.raises(InputError, match="no TempScale to remove"):
+        remove_tempscale(model)
+
+
+def test_decoders_attention_to_the_encoder_is_left_alone(caplog):
+    from transformers import T5Model
+
+    torch.manual_seed(0)
+    model = T5Model(AutoConfig.for_model("t5", **T5, decoder_start_token_id=0)).eval()
+    apply_tempscale(model, T)
+    assert "cross-attention" in caplog.text
+    scaled = {name for name, module in model.named_modules() if module._forward_hooks}
+    assert {
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    } <= scaled
+    assert not any("EncDec" in name for name in scaled)
+
+
+# ---- never twice, and refusals ----
+
+
+def test_never_twice(tmp_path):
+    model = make("bert")
+    with tempscale(model, T), pytest.raises(InputError, match="scaled already"):
+        apply_tempscale(model, T)
+    folded = fold_tempscale(model, T)
+    expected = states(folded)
+    folded.save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["temp_scale"]
+    assert entry["temperature"] == T and entry["folded"] is True
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert apart(states(again), expected) < 1e-5
+    expected = states(again)
+    with pytest.raises(InputError, match="folded into this model's weights already"):
+        apply_tempscale(again, T)
+    with pytest.raises(InputError, match="folded into this model's weights already"):
+        fold_tempscale(again, T)
+    assert torch.equal(states(again), expected)
+    assert not hasattr(unfold_tempscale(again).config, "temp_scale")
+    with pytest.raises(InputError, match="no TempScale is folded"):
+        unfold_tempscale(again)
+
+
+def test_config_round_trip():
+    for config in (TempScaleConfig(), TempScaleConfig([1, 0.5]), TempScaleConfig({"0-3": 0.8}, growth="log")):
+        assert TempScaleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(InputError, match="unknown key 'tau'; there are exponent"):
+        TempScaleConfig.from_dict({"tau": 1})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        (0, "is 0; give a number above 0"), (-1, "above 0"), (float("nan"), "is nan"), (float("inf"), "is inf"),
+        ("0.9", "is '0.9'"), (True, "is True"), ([], "no temperature"), ({"2-1": 0.9}, "the range is empty"),
+        ({"first": 0.9}, "give a number or a range"), ({"0-2": 0.9, "1": 0.8}, "names layer 1 twice"),
+    ],
+)  # fmt: skip
+def test_bad_temperatures(temperature, message):
+    with pytest.raises(InputError, match=message):
+        TempScaleConfig(temperature)
+
+
+def test_other_bad_settings():
+    for settings, message in (
+        ({"growth": "linear"}, "unknown TempScale growth 'linear'; there are log and power"),
+        ({"reference_length": 1}, "a whole number above 1"),
+        ({"exponent": 0}, "exponent is 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TempScaleConfig(**settings)
+
+
+def test_one_hot_is_allowed_and_said(caplog):
+    apply_tempscale(make("bert"), 0.01)
+    assert "all but one-hot" in caplog.text
+
+
+def test_layers_out_of_range():
+    for temperature, message in (([0.9] * 3, "has 3 temperatures; the model has 2"), ({"2": 0.9}, "layers 0 to 1")):
+        model = make("bert")
+        with pytest.raises(InputError, match=message):
+            apply_tempscale(model, TempScaleConfig(temperature))
+        assert not hasattr(model.config, "temp_scale")
+    with pytest.raises(InputError, match="share a table of position biases; give one temperature"):
+        apply_tempscale(make("t5"), TempScaleConfig([0.9, 0.8]))
+
+
+def test_quantised_weights_are_not_folded():
+    model = make("bert")
+    query = model.encoder.layer[1].attention.self.query
+    before = states(model)
+    weight = query.weight
+    query.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"layer.1.attention.self.query holds quantised weights \(torch.int8\)"):
+        fold_tempscale(model, T)
+    query.weight = weight
+    assert torch.equal(states(model), before)
+
+
+def test_unknown_attention_is_named_and_can_be_registered(monkeypatch):
+    from transformers import FNetConfig, FNetModel, SqueezeBertConfig, SqueezeBertModel
+
+    model = SqueezeBertModel(SqueezeBertConfig(**SMALL | {"embedding_size": 32}))
+    with pytest.raises(ValueError, match="SqueezeBertModel: its attention is a SqueezeBertSelfAttention; .*register_tempscale"):
+        apply_tempscale(model, T)
+    with pytest.raises(ValueError, match="FNetModel"):
+        apply_tempscale(FNetModel(FNetConfig(**SMALL)), T)
+
+    class MyAttention(type(make("bert").encoder.layer[0].attention.self)):
+        pass
+
+    model = make("bert")
+    for layer in model.encoder.layer:
+        layer.attention.self.__class__ = MyAttention
+    with pytest.raises(ValueError, match="its attention is a MyAttention"):
+        apply_tempscale(model, T)
+    monkeypatch.setattr("hf_embed.tempscale.registry.HANDLERS", dict(HANDLERS))
+    register_tempscale(MyAttention, query="query")
+    with every_softmax_at(T):
+        expected = states(model)
+    assert apart(states(apply_tempscale(model, T)), expected) < 1e-5
+
+
+# ---- export and training ----
+
+TEXTS = ["the cat and the dog", "rain", "a house by the river where nobody has lived for years"]
+
+
+def large_encoder():
+    """Attention far from uniform, so that a temperature shows."""
+    encoder = tiny_encoder()
+    for layer in encoder.base.encoder.layer:
+        torch.nn.init.normal_(layer.attention.self.query.weight)
+        torch.nn.init.normal_(layer.attention.self.key.weight)
+    return encoder
+
+
+def vectors(encoder) -> torch.Tensor:
+    return encoder.encode(TEXTS, convert_to_tensor=True)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_export_folds(tmp_path, lora):
+    """Saving checks that AutoModel and sentence-transformers give the same vectors, and leaves the model as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    encoder = large_encoder()
+    if lora:
+        settings = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        encoder = Encoder(get_peft_model(encoder.backbone, settings).eval(), encoder.tokenizer)
+    before = vectors(encoder)
+    apply_tempscale(encoder.backbone, T)
+    scaled = vectors(encoder)
+    assert apart(scaled, before) > 1e-3
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(vectors(encoder), scaled)
+    loaded = Encoder.from_pretrained(tmp_path)
+    assert apart(vectors(loaded), scaled) < 1e-5
+    assert loaded.base.config.temp_scale["folded"] is True and not hasattr(loaded.base, "_tempscale")
+    assert "folded into the weights" in (tmp_path / "README.md").read_text()
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))
+    assert torch.equal(vectors(remove_and_return(encoder)), before)
+
+
+def remove_and_return(encoder):
+    remove_tempscale(encoder.backbone)
+    return encoder
+
+
+def test_what_cannot_be_folded_is_saved_only_on_demand(tmp_path):
+    encoder = large_encoder()
+    before = vectors(encoder)
+    apply_tempscale(encoder.backbone, TempScaleConfig(T, growth="log", reference_length=4))
+    with pytest.raises(InputError, match=r"cannot be folded: .*; save_pretrained\(allow_runtime=True\)"):
+        encoder.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    encoder.save_pretrained(tmp_path / "runtime", allow_runtime=True)
+    assert "**Attention is to be sharpened" in (tmp_path / "runtime" / "README.md").read_text()
+    loaded = Encoder.from_pretrained(tmp_path / "runtime")
+    assert apart(vectors(loaded), vectors(encoder)) < 1e-5 < 1e-3 < apart(vectors(loaded), before)
+
+
+def test_training_at_a_temperature(tmp_path):
+    from datasets import Dataset
+
+    from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments
+
+    rows = Dataset.from_list([{"anchor": f"the {a}", "positive": f"a {a}"} for a in ("cat", "dog", "rain", "house")])
+
+    def train(folder, model, **settings):
+        args = ContrastiveTrainingArguments(
+            str(tmp_path / folder), max_steps=2, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no", **settings,
+        )  # fmt: skip
+        trainer = ContrastiveTrainer(model=model, processing_class=quickstart_tokenizer(), args=args, train_dataset=rows)
+        trainer.train()
+        trainer.save_model()
+        return trainer.encoder
+
+    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    start = copy.deepcopy(model)
+    encoder = train("scaled", model, temp_scale=0.5)
+    saved = Encoder.from_pretrained(tmp_path / "scaled")
+    assert apart(vectors(saved), vectors(encoder)) < 1e-5
+    plain = train("plain", copy.deepcopy(start))
+    assert apart(vectors(plain), vectors(encoder)) > 1e-4
+    applied = train("applied", apply_tempscale(copy.deepcopy(start), 0.5))  # the same by hand
+    assert torch.equal(vectors(applied), vectors(encoder))
+    with pytest.raises(InputError, match="weights do not know how long"):
+        train("growth", apply_tempscale(copy.deepcopy(start), TempScaleConfig(0.5, growth="log")))
+    with pytest.raises(InputError, match="temperature is 0"):
+        train("zero", copy.deepcopy(start), temp_scale=0)
+
+
+def test_growth_is_not_trained_under_activation_checkpointing():
+    model = apply_tempscale(make("bert"), TempScaleConfig(T, growth="log")).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        model(IDS)
