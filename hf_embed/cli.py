@@ -43,6 +43,11 @@ def parse(dataclasses_: list[type], preset: Callable[[list[str]], str | None] | 
     return parsed
 
 
+def model_first(argv: list[str]) -> list[str]:
+    """Arguments whose first may be the model, without its flag."""
+    return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
+
+
 class Parser(HfArgumentParser):
     def __init__(self, dataclasses_: list[type]):
         super().__init__(dataclasses_, allow_abbrev=False)

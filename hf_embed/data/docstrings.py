@@ -126,6 +126,22 @@ def describe(node, name: str, module: str, docstring: str, lines: list[str]) -> 
     )  # fmt: skip
 
 
+def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES, least: int = 500) -> list[str]:
+    """Long texts that every machine has: of each module of the installed packages, all its docstrings' texts, one after the
+    other, where they are at least so many characters."""
+    pages = {}
+    for package in packages:
+        try:
+            definitions = read_definitions(package, max_files)
+        except InputError:
+            continue
+        for definition in definitions:
+            pages.setdefault(definition.module, []).append(f"{definition.summary} {definition.body}")
+    texts = [text for parts in pages.values() if len(text := " ".join(" ".join(parts).split())) >= least]
+    random.Random(0).shuffle(texts)  # packages mixed: whoever takes the first takes of all
+    return texts
+
+
 def held_out(definition: Definition) -> bool:
     """Whether a definition is for testing: one module in eight, by its name, so that every run agrees."""
     return zlib.crc32(definition.module.encode()) % 8 == 0

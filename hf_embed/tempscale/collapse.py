@@ -1,0 +1,156 @@
+"""Length collapse: do the embeddings of long texts draw together? (https://arxiv.org/abs/2410.24200)
+
+The same texts, cut to 16, 32, 64 ... tokens: what differs is the length alone. And the texts as they are, in bins of length.
+Of each group of N texts:
+
+    mean_cosine      mean over pairs; rises where embeddings draw together
+    uniformity       log E exp(-2 ||x - y||^2) over pairs; rises with it
+    effective_rank   exp of the entropy of the singular values' shares (Roy and Vetterli, 2007): how many directions are used
+    to_mean          mean cosine to the mean direction
+    high_frequency   after each layer: the energy of the token states outside their mean over the text, as a share of all;
+                     what a low-pass filter takes away. The first is that of the word embeddings
+
+Shapes: N texts, T tokens, D wide.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import uniformity, unit
+
+LENGTHS = (16, 32, 64, 128, 256, 512)
+LAYER_SAMPLE = 64  # texts whose token states are looked at, layer by layer
+
+
+def length_report(encoder: Encoder, texts: list[str], lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[dict]]:
+    """{"cut": [...], "natural": [...]}, in each a dict for a group: tokens, texts, and the measures above.
+
+    "cut" takes the texts that fill the largest length that half of them, or 100 of them, fill; "tokens" is the length. In
+    "natural" it is the upper end of the bin.
+
+    Raises:
+        InputError: fewer than two texts, or none of the shortest length.
+    """
+    lengths = sorted({min(length, encoder.max_length) for length in lengths})
+    if len(texts) < 2:
+        raise InputError(f"{len(texts)} text(s): embeddings can only draw together where there are two")
+    tokens = np.array([len(ids) for ids in encoder.tokenizer(texts, verbose=False)["input_ids"]])
+    enough = min(100, max(2, len(texts) // 2))
+    filled = [length for length in lengths if (tokens >= length).sum() >= enough]
+    if not filled:
+        raise InputError(
+            f"of {len(texts)} texts {(tokens >= lengths[0]).sum()} have {lengths[0]} tokens or more; give longer texts"
+        )
+    long = [text for text, n in zip(texts, tokens) if n >= filled[-1]]
+    report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in filled], "natural": []}
+    for lower, upper in zip([0, *lengths], lengths):
+        last = upper == lengths[-1]  # whatever is longer is cut
+        inside = [text for text, n in zip(texts, tokens) if lower < n and (n <= upper or last)]
+        if len(inside) > 1:
+            report["natural"].append({"tokens": upper} | measure(encoder, inside, upper))
+    return report
+
+
+def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict:
+    before = encoder.max_length
+    encoder.max_length = max_length
+    try:
+        vectors = unit(encoder.encode(texts))
+        layers = high_frequency(encoder, texts[:LAYER_SAMPLE])
+    finally:
+        encoder.max_length = before
+    return {"texts": len(texts)} | geometry(vectors) | {"high_frequency": layers}
+
+
+def geometry(vectors: np.ndarray) -> dict[str, float]:
+    """Of unit vectors (N, D)."""
+    n, total = len(vectors), vectors.sum(0)
+    values = np.linalg.svd(vectors, compute_uv=False)
+    shares = values[values > 1e-12] / values.sum()
+    return {
+        "mean_cosine": float((total @ total - n) / (n * (n - 1))),
+        "uniformity": uniformity(vectors),
+        "effective_rank": float(np.exp(-(shares * np.log(shares)).sum())),
+        "to_mean": float((vectors @ total).mean() / max(np.linalg.norm(total), 1e-12)),
+    }
+
+
+@torch.inference_mode()
+def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[float]:
+    """The share of the token states' energy outside their mean over the text, for the word embeddings and each layer, means
+    over the texts."""
+    shares = []
+    for start in range(0, len(texts), batch):
+        inputs = encoder.tokenizer(
+            texts[start : start + batch], truncation=True, max_length=encoder.max_length, padding=True, return_tensors="pt"
+        ).to(encoder.device)
+        mask = inputs["attention_mask"].unsqueeze(-1)  # (B, T, 1)
+        states = encoder.backbone(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=True
+        ).hidden_states
+        for_text = []
+        for state in states:  # (B, T, D)
+            state = state.float() * mask
+            mean = state.sum(1) / mask.sum(1)
+            energy = state.square().sum((1, 2))
+            for_text.append(1 - mask.sum((1, 2)) * mean.square().sum(1) / energy)
+        shares.append(torch.stack(for_text).cpu())
+    return torch.cat(shares, dim=1).mean(1).tolist()
+
+
+def collapse(report: dict) -> float:
+    """By how much the mean cosine of the same texts rises from their shortest cut to the longest."""
+    return report["cut"][-1]["mean_cosine"] - report["cut"][0]["mean_cosine"]
+
+
+def lines(report: dict) -> list[str]:
+    """A table for people."""
+    out = []
+    for kind, title in (("cut", "the same texts, cut to"), ("natural", "texts as they are, up to")):
+        if not report[kind]:
+            continue
+        columns = f"{'mean cosine':>11}  {'uniformity':>10}  {'rank':>6}  {'to mean':>7}  {'high freq.':>10}"
+        out.append(f"{title:>24}  {'texts':>6}  {columns}")
+        for row in report[kind]:
+            out.append(
+                f"{row['tokens']:>17} tokens  {row['texts']:>6,}  {row['mean_cosine']:>11.3f}  {row['uniformity']:>10.3f}  "
+                f"{row['effective_rank']:>6.1f}  {row['to_mean']:>7.3f}  {row['high_frequency'][-1]:>10.3f}"
+            )
+        out.append("")
+    return out[:-1]
+
+
+def plot_collapse(reports: dict[str, dict], path: str | Path) -> None:
+    """Mean cosine and uniformity against length, and the high-frequency share along the layers, of the cut texts; a line
+    for each report, by its name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # told apart without colour too
+    for (name, report), colour, style in zip(reports.items(), colours, styles):
+        cut = report["cut"]
+        tokens = [row["tokens"] for row in cut]
+        look = {"color": colour, "linestyle": style, "marker": "o", "label": name}
+        left.plot(tokens, [row["mean_cosine"] for row in cut], **look)
+        middle.plot(tokens, [row["uniformity"] for row in cut], **look)
+        for row, width in ((cut[0], 1), (cut[-1], 2.5)) if len(cut) > 1 else ((cut[0], 2.5),):
+            label = f"{name}, {row['tokens']} tokens"
+            right.plot(row["high_frequency"], color=colour, linestyle=style, linewidth=width, label=label)
+    for axes, title in ((left, "mean cosine"), (middle, "uniformity")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [str(n) for n in tokens])
+        axes.set_xlabel("tokens of the same texts")
+        axes.set_title(f"{title} (lower: more apart)")
+        axes.legend()
+    right.set_xlabel("layer")
+    right.set_title("token energy outside the mean")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""Do a model's embeddings of long texts draw together, and does TempScale help?
+
+    python recipes/length_collapse.py                                        # the built-in encoder on installed packages' docs
+    python recipes/length_collapse.py BAAI/bge-base-en-v1.5 --texts articles.txt --temperature 0.9 0.8
+
+Texts are cut to 16, 32, 64 ... tokens, and taken as they are in bins of length. Printed, and in OUTPUT_DIR as collapse.json and
+collapse.png; hf_embed/tempscale/collapse.py says what the columns are.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hf_embed import Encoder
+from hf_embed.cli import model_first, parse, run
+from hf_embed.data.docstrings import read_pages
+from hf_embed.data.sources import read_file, text_columns
+from hf_embed.errors import InputError
+from hf_embed.finetune import QUICKSTART
+from hf_embed.tempscale import TempScaleConfig, tempscale
+from hf_embed.tempscale.collapse import LENGTHS, collapse, length_report, lines, plot_collapse
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(
+        default=str(QUICKSTART / "encoder"), metadata={"help": "May stand first, without its flag."}
+    )
+    texts: str | None = field(default=None, metadata={"help": "A txt with a text a line, or a file with a column text."})
+    max_texts: int = field(default=200, metadata={"help": "Take the first so many."})
+    lengths: list[int] = field(default_factory=lambda: list(LENGTHS), metadata={"help": "Tokens to cut to."})
+    temperature: list[float] = field(default_factory=lambda: [0.9], metadata={"help": "TempScale's, to compare with."})
+    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
+    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    output_dir: str = field(default="outputs/length_collapse")
+
+
+def read_texts(args: Arguments) -> list[str]:
+    if args.texts is None:
+        return read_pages()[: args.max_texts]
+    rows = read_file(args.texts)
+    column = text_columns(rows.column_names, args.texts, paired=False)[0]
+    return [text for text in rows[column][: args.max_texts] if isinstance(text, str) and text.strip()]
+
+
+def main() -> None:
+    (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
+    configs = [TempScaleConfig(temperature) for temperature in args.temperature]
+    texts = read_texts(args)
+    if min(args.lengths) < 4:
+        raise InputError(f"--lengths {min(args.lengths)}: give lengths of at least 4 tokens")
+    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    reports = {"as it is": length_report(encoder, texts, tuple(args.lengths))}
+    for config in configs:
+        with tempscale(encoder.backbone, config):
+            reports[f"TempScale {config.temperature:g}"] = length_report(encoder, texts, tuple(args.lengths))
+    for name, report in reports.items():
+        print(f"\n{name}\n")
+        print("\n".join(lines(report)))
+    print("\nmean cosine of the same texts, from the shortest cut to the longest:")
+    for name, report in reports.items():
+        cut = report["cut"]
+        print(f"  {name:16} {cut[0]['mean_cosine']:.3f} -> {cut[-1]['mean_cosine']:.3f}, {collapse(report):+.3f}")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"model": args.model_name_or_path, "texts": args.texts or "docstrings", "reports": reports}
+    (folder / "collapse.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    plot_collapse(reports, folder / "collapse.png")
+    print(f"\nwrote {folder}/collapse.json and collapse.png")
+
+
+if __name__ == "__main__":
+    run(main)

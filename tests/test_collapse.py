@@ -1,0 +1,104 @@
+"""The measures of length collapse against plain ones, and the recipe."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, tiny_encoder
+
+from hf_embed import InputError
+from hf_embed.data.docstrings import read_pages
+from hf_embed.tempscale import tempscale
+from hf_embed.tempscale.collapse import collapse, geometry, high_frequency, length_report, lines, plot_collapse
+
+WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
+TEXTS = [" ".join(WORDS[(i * 7 + j * (i + 1)) % 10] for j in range(5 + 6 * i)) for i in range(10)]
+
+
+def test_geometry_against_pairs():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(7, 4)) + 1
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    got = geometry(vectors)
+    pairs = [vectors[i] @ vectors[j] for i in range(7) for j in range(7) if i != j]
+    assert got["mean_cosine"] == pytest.approx(np.mean(pairs))
+    mean = vectors.mean(0) / np.linalg.norm(vectors.mean(0))
+    assert got["to_mean"] == pytest.approx((vectors @ mean).mean())
+    assert geometry(np.eye(5))["effective_rank"] == pytest.approx(5)
+    assert geometry(np.ones((5, 4)) / 2)["effective_rank"] == pytest.approx(1)
+    assert geometry(np.ones((5, 4)) / 2)["mean_cosine"] == pytest.approx(1)
+
+
+def test_high_frequency_against_one_text_at_a_time():
+    encoder = tiny_encoder()
+    expected = []
+    for text in TEXTS[:3]:
+        ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+        states = encoder.backbone(ids, output_hidden_states=True).hidden_states
+        shares = [((s[0] - s[0].mean(0)).square().sum() / s[0].square().sum()).item() for s in states]
+        expected.append(shares)
+    got = high_frequency(encoder, TEXTS[:3], batch=2)
+    assert len(got) == encoder.config.num_hidden_layers + 1
+    np.testing.assert_allclose(got, np.mean(expected, axis=0), rtol=1e-5)
+
+
+def test_report(tmp_path):
+    encoder = tiny_encoder(max_length=48)
+    report = length_report(encoder, TEXTS, (8, 16, 32, 512))
+    tokens = [len(encoder.tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert [row["tokens"] for row in report["cut"]] == [8, 16, 32]  # five of ten texts fill 32, not 48
+    assert {row["texts"] for row in report["cut"]} == {sum(n >= 32 for n in tokens)}
+    inside = {row["tokens"]: row["texts"] for row in report["natural"]}
+    assert inside == {32: sum(16 < n <= 32 for n in tokens), 48: sum(n > 32 for n in tokens)}  # one text is no bin
+    cut = [encoder.tokenizer.decode(encoder.tokenizer(t)["input_ids"][1:7]) for t, n in zip(TEXTS, tokens) if n >= 32]
+    vectors = encoder.encode(cut)  # 6 tokens and two special ones
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert report["cut"][0]["mean_cosine"] == pytest.approx(geometry(vectors)["mean_cosine"], abs=1e-5)
+    assert encoder.max_length == 48
+    assert collapse(report) == report["cut"][2]["mean_cosine"] - report["cut"][0]["mean_cosine"]
+    assert sum(line.startswith("   ") for line in lines(report)) >= 6
+    with tempscale(encoder.backbone, 0.5):
+        other = length_report(encoder, TEXTS, (8, 16, 32, 512))
+    assert other["cut"][0]["mean_cosine"] != report["cut"][0]["mean_cosine"]
+    plot_collapse({"as it is": report, "0.5": other}, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_too_little_text():
+    encoder = tiny_encoder()
+    with pytest.raises(InputError, match=r"1 text\(s\)"):
+        length_report(encoder, ["the cat"])
+    with pytest.raises(InputError, match="of 2 texts 0 have 16 tokens or more; give longer texts"):
+        length_report(encoder, ["the cat", "a dog"])
+
+
+def test_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+    recipe = __import__("length_collapse")
+    tiny_encoder().save_pretrained("model", verify=False)
+    Path("texts.txt").write_text("\n".join(TEXTS) + "\n")
+    argv = ["length_collapse.py", "model", "--texts", "texts.txt", "--lengths", "8", "16", "--temperature", "0.9", "0.5"]
+    monkeypatch.setattr(sys, "argv", argv)
+    recipe.main()
+    out = capsys.readouterr().out
+    assert "TempScale 0.5" in out and out.count("the same texts, cut to") == 3
+    reports = json.loads(Path("outputs/length_collapse/collapse.json").read_text())["reports"]
+    assert set(reports) == {"as it is", "TempScale 0.9", "TempScale 0.5"}
+    assert Path("outputs/length_collapse/collapse.png").exists()
+    monkeypatch.setattr(sys, "argv", [*argv, "--temperature", "0"])
+    assert "temperature is 0" in error_of(recipe.main)
+
+
+def test_recipe_without_arguments(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+    recipe = __import__("length_collapse")
+    monkeypatch.setattr(recipe, "read_pages", partial(read_pages, ("accelerate",), 40))  # all packages take a while
+    monkeypatch.setattr(sys, "argv", ["length_collapse.py", "--max_texts", "12", "--lengths", "16", "32"])
+    recipe.main()
+    assert "as it is" in capsys.readouterr().out
