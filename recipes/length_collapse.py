@@ -17,7 +17,7 @@ import torch
 from hf_embed import Encoder
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
-from hf_embed.data.sources import read_file, text_columns
+from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
 from hf_embed.finetune import QUICKSTART
 from hf_embed.tempscale import TempScaleConfig, tempscale
@@ -38,18 +38,10 @@ class Arguments:
     output_dir: str = field(default="outputs/length_collapse")
 
 
-def read_texts(args: Arguments) -> list[str]:
-    if args.texts is None:
-        return read_pages()[: args.max_texts]
-    rows = read_file(args.texts)
-    column = text_columns(rows.column_names, args.texts, paired=False)[0]
-    return [text for text in rows[column][: args.max_texts] if isinstance(text, str) and text.strip()]
-
-
 def main() -> None:
     (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]
-    texts = read_texts(args)
+    texts = (read_texts(args.texts) if args.texts else read_pages())[: args.max_texts]
     if min(args.lengths) < 4:
         raise InputError(f"--lengths {min(args.lengths)}: give lengths of at least 4 tokens")
     encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)

@@ -144,6 +144,13 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     return columns
 
 
+def read_texts(path: str) -> list[str]:
+    """The texts of a txt, a line each, or of a file's column text (or sentence); empty ones left out."""
+    rows = read_file(path)
+    column = text_columns(rows.column_names, path, paired=False)[0]
+    return [text for text in rows[column][:] if isinstance(text, str) and text.strip()]
+
+
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text."""
     texts = []

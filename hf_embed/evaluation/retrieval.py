@@ -60,9 +60,13 @@ class Retrieval:
 
     def score(self, embed: Callable) -> dict[str, float]:
         """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document."""
-        _, found = self.rank(embed, max(self.cutoffs))
-        per_query = [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
+        per_query = self.per_query(embed)
         return {key: 100 * float(np.mean([m[key] for m in per_query])) for key in per_query[0]}
+
+    def per_query(self, embed: Callable) -> list[dict[str, float]]:
+        """The metrics, 0 to 1, of each query of `qrels`."""
+        _, found = self.rank(embed, max(self.cutoffs))
+        return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
     def rank(self, embed: Callable, k: int) -> tuple[Tensor, dict[str, list[str]]]:
         """Cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first.

@@ -116,15 +116,24 @@ class STS:
 
     def score(self, embed: Callable) -> dict[str, float]:
         """spearman x 100, alignment, uniformity."""
-        rows = self.rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
-        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
-        vectors = unit(embed_on_all_ranks(texts, embed))
-        place = {text: i for i, text in enumerate(texts)}
-        first = vectors[[place[text] for text in rows["sentence1"]]]
-        second = vectors[[place[text] for text in rows["sentence2"]]]
-        scores = np.array(rows["score"])
+        vectors, first, second = self.vectors(embed)
+        scores = np.array(self.rows["score"][:])
         positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
         metrics = SpearmanCosine().compute(predictions=(first * second).sum(-1), references=scores)
         metrics |= Alignment().compute(predictions=first[positive], references=second[positive])
         metrics |= Uniformity().compute(predictions=vectors)
         return metrics
+
+    def cosines(self, embed: Callable) -> np.ndarray:
+        """Of the pairs, (P,)."""
+        _, first, second = self.vectors(embed)
+        return (first * second).sum(-1)
+
+    def vectors(self, embed: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Unit vectors of the different sentences, (N, D), and of the pairs' first and second ones, (P, D) each."""
+        rows = self.rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
+        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
+        vectors = unit(embed_on_all_ranks(texts, embed))
+        place = {text: i for i, text in enumerate(texts)}
+        first, second = ([place[text] for text in rows[column]] for column in ("sentence1", "sentence2"))
+        return vectors, vectors[first], vectors[second]

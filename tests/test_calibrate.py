@@ -1,0 +1,144 @@
+"""The sweep of temperatures against scores taken one by one, and the recipe."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, tiny_encoder
+from datasets import Dataset
+from test_collapse import TEXTS
+from transformers import AutoModel
+
+from hf_embed import Encoder, InputError, Retrieval, ZeroShot
+from hf_embed.evaluation.sts import STS
+from hf_embed.finetune import embed_with
+from hf_embed.tempscale import tempscale
+from hf_embed.tempscale.calibrate import fold_scores, halves, lines, plot_sweep, sweep
+
+WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
+
+
+@pytest.fixture
+def encoder():
+    """Attention far from uniform, so that a temperature shows."""
+    encoder = tiny_encoder()
+    torch.manual_seed(1)
+    for layer in encoder.base.encoder.layer:
+        torch.nn.init.normal_(layer.attention.self.query.weight)
+        torch.nn.init.normal_(layer.attention.self.key.weight)
+    return encoder
+
+
+@pytest.fixture
+def search():
+    corpus = {f"d{i}": f"{a} and {b} or {WORDS[i % 7]}" for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:4])}
+    queries = {f"q{i}": f"{a} {WORDS[i]}" for i, a in enumerate(WORDS[::-1])}
+    return Retrieval(queries, corpus, {f"q{i}": {f"d{3 * i}": 1, f"d{4 * i}": 1} for i in range(12)})
+
+
+@pytest.fixture
+def sts():
+    pairs = zip(WORDS, WORDS[3:] + WORDS[:3])
+    rows = [{"sentence1": f"the {a}", "sentence2": f"a {b} {a}", "score": i % 5} for i, (a, b) in enumerate(pairs)]
+    return STS(Dataset.from_list(rows))
+
+
+def test_scores_of_folds(encoder, search, sts):
+    embed = embed_with(encoder)
+    fold = np.random.default_rng(0).permutation(12) % 3
+    got = fold_scores(search, embed, 3)
+    assert got[0] == pytest.approx(search.score(embed)["ndcg@10"])
+    for f in range(3):
+        for place, chosen in ((1 + f, fold != f), (4 + f, fold == f)):
+            part = dataclasses.replace(search, qrels={q: d for c, (q, d) in zip(chosen, search.qrels.items()) if c})
+            assert got[place] == pytest.approx(part.score(embed)["ndcg@10"])
+    got = fold_scores(sts, embed, 3)
+    assert got[0] == pytest.approx(sts.score(embed)["spearman"])
+    assert got[4] == pytest.approx(STS(sts.rows.select(np.flatnonzero(fold == 0))).score(embed)["spearman"])
+    with pytest.raises(InputError, match="12 queries are too few for 7 folds"):
+        fold_scores(search, embed, 7)
+    with pytest.raises(InputError, match="not on zero_shot"):
+        fold_scores(ZeroShot(["a", "b"], [0, 1], ["a", "b"]), embed, 2)
+
+
+def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path):
+    embed, tasks = embed_with(encoder), {"r": search, "s": sts}
+    before = encoder.encode(TEXTS)
+    grid, expected = [0.3, 0.6, 1.0, 1.5], {}
+    result = sweep(encoder.backbone, embed, tasks, grid, folds=3)
+    assert np.array_equal(encoder.encode(TEXTS), before)  # and the model is as it was
+    for t in result["curve"]:
+        with tempscale(encoder.backbone, t):
+            expected[t] = np.mean([fold_scores(task, embed, 3) for task in tasks.values()], axis=0)
+    assert {t: scores["mean"] for t, scores in result["curve"].items()} == pytest.approx({t: s[0] for t, s in expected.items()})
+    best_of_grid = max(grid, key=lambda t: (expected[t][0], -abs(t - 1)))
+    assert set(result["curve"]) == {*grid, round(best_of_grid - 0.05, 4), round(best_of_grid + 0.05, 4)}
+    best = max(expected, key=lambda t: (expected[t][0], -abs(t - 1)))
+    assert result["temperature"] == best and result["gain"] == pytest.approx(expected[best][0] - expected[1.0][0])
+    held_out = []
+    for f in range(3):
+        chosen = max(expected, key=lambda t: (expected[t][1 + f], -abs(t - 1)))
+        assert result["fold_temperatures"][f] == chosen
+        held_out.append(expected[chosen][4 + f] - expected[1.0][4 + f])
+    assert result["cross_validated_gain"] == pytest.approx(np.mean(held_out))
+    assert result["gain"] != pytest.approx(result["cross_validated_gain"])  # else the test could not tell them apart
+    assert sum("*" in line for line in lines(result)) == 1
+    plot_sweep(result, tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_halves():
+    task = halves(["a b c d e", "one two three four", "one two three four", "short"], least=4)
+    assert task.queries == {"q0": "a b", "q1": "one two"} and task.corpus == {"d0": "c d e", "d1": "three four"}
+    assert task.qrels == {"q0": {"d0": 1}, "q1": {"d1": 1}}
+    with pytest.raises(InputError, match=r"1 text\(s\) of 20 words or more"):
+        halves(["word " * 30, "short"])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, encoder):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+    encoder.save_pretrained("model", verify=False)
+    Path("texts.txt").write_text("\n".join(TEXTS * 2) + "\n")
+    recipe = __import__("tempscale")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["tempscale.py", *words])
+        return recipe.main()
+
+    return run
+
+
+def test_recipe_searches_and_folds(run, capsys, encoder):
+    run("model", "--texts", "texts.txt", "--grid", "0.3", "0.6", "--folds", "2")
+    out = capsys.readouterr().out
+    assert "halves" in out and "on queries that did not (2 folds)" in out and "saved to outputs/tempscale" in out
+    folder = Path("outputs/tempscale")
+    result = json.loads((folder / "tempscale.json").read_text())
+    assert {"0.3", "0.6", "1.0"} < set(result["curve"])
+    assert (folder / "tempscale.png").exists()
+    loaded = Encoder.from_pretrained(folder)
+    with tempscale(encoder.backbone, result["temperature"]):
+        expected = encoder.encode(TEXTS)
+    assert np.abs(loaded.encode(TEXTS) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert "holds files" in error_of(run, "model", "--texts", "texts.txt")
+
+
+def test_recipe_with_a_temperature_of_the_users(run, encoder):
+    run("model", "--temperature", "0.5", "--output_dir", "out")
+    assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
+    assert "already" in error_of(run, "out", "--temperature", "0.9", "--output_dir", "twice")
+    assert not Path("twice").exists()
+
+
+def test_recipe_says_what_is_wrong(run):
+    for words, message in (
+        (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
+        (["--folds", "1"], "at least 2"), (["--texts", "absent.txt"], "absent.txt: no such file"),
+    ):  # fmt: skip
+        assert message in error_of(run, "model", *words)
