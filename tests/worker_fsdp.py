@@ -42,6 +42,7 @@ def main(folder: str, caching: bool) -> None:
     assert trainer.is_fsdp_enabled == (ranks > 1)
     trainer.train()
     trainer.save_model()
+    trainer.end()
 
 
 if __name__ == "__main__":
