@@ -3,8 +3,8 @@
 Whoever takes the best of eight temperatures takes the luckiest too. So the gain is cross-validated: queries are dealt into
 folds, each fold is scored at the temperature that is best on the others, and compared with itself at temperature 1.
 
-Without labels the second half of a text is what its first half looks for. (Geometry alone chooses nothing: the lower the
-temperature, the further apart the embeddings.)
+Without labels the second half of a text is what its first half looks for. (Geometry alone is no
+guide: docs/results.md has a model whose retrieval gains two points while its embeddings draw a little closer together.)
 
 Shapes: F folds, Q queries or pairs of a task.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
+from tqdm.auto import tqdm
 
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval
@@ -67,7 +68,7 @@ def sweep(model, embed: Callable, tasks: dict[str, Task], grid: Iterable[float] 
     scores: dict[float, np.ndarray] = {}
 
     def visit(temperatures: Iterable[float]) -> None:
-        for temperature in sorted({round(t, 4) for t in temperatures} - scores.keys()):
+        for temperature in tqdm(sorted({round(t, 4) for t in temperatures} - scores.keys()), desc="Temperatures"):
             with tempscale(model, temperature):
                 scores[temperature] = np.stack([fold_scores(task, embed, folds) for task in tasks.values()])
 

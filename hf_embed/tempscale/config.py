@@ -16,8 +16,8 @@ ONE_HOT = 0.1  # below, a token attends to hardly anything but its best match
 class TempScaleConfig:
     """Attention becomes softmax(scores / t): TempScale (https://arxiv.org/abs/2410.24200, equation 6), t < 1.
 
-    Self-attention is a low-pass filter, and the longer a text the more it takes away, so that embeddings of long texts draw
-    together. A temperature below 1 makes attention sharper and the filter weaker; nothing is trained.
+    The paper's argument: self-attention is a low-pass filter, and the longer a text the more it takes away, so that embeddings
+    of long texts draw together; a temperature below 1 makes attention sharper and the filter weaker. Nothing is trained.
 
         TempScaleConfig(0.9)                         all layers
         TempScaleConfig([1, 1, 0.9, 0.9])            each of four layers
