@@ -424,14 +424,12 @@ def tempscale_note(encoder) -> str:
     if not entry:
         return ""
     config = TempScaleConfig.from_dict({key: value for key, value in entry.items() if key != "folded"})
+    title = "[TempScale](https://arxiv.org/abs/2410.24200)"
     if entry.get("folded") or not needs_runtime(encoder, allowed=True):
-        return (
-            f"\n\nAttention is sharpened by [TempScale](https://arxiv.org/abs/2410.24200), {config}, folded into the weights."
-        )
+        return f"\n\n{title} at temperature {config.temperature} is folded into the attention weights."
     return (
-        f"\n\n**Attention is to be sharpened by [TempScale](https://arxiv.org/abs/2410.24200), {config}, which is not in the "
-        "weights.** `hf_embed.Encoder` applies it; with other loaders call `hf_embed.apply_tempscale(model, "
-        "TempScaleConfig(...))` first."
+        f"\n\n**{title} is part of this model, but not of its weights.** `hf_embed.Encoder` applies it; after any other loader "
+        f"call `hf_embed.apply_tempscale(model, hf_embed.{config})`."
     )
 
 

@@ -26,7 +26,7 @@ CPU_2 = HERE.parent / "recipes" / "accelerate" / "cpu_2.yaml"
 GTE = [
     ("gte", negatives, tile_rows, caching) for negatives in (0, 1, 3) for tile_rows in (None, 2) for caching in (False, True)
 ]
-KINDS = ["plain", "cached", "mlm", "learned temperature", *GTE]
+KINDS = ["plain", "cached", "mlm", "learned temperature", "temp_scale", *GTE]
 
 
 def launch(ranks: int, *words) -> list[str]:
@@ -101,6 +101,10 @@ def test_control_wrong_gathers_are_found(runs, ranks):
     for broken, right in (("no_gradient_through_gather", "plain"), ("own_gradient_only", ("gte", 1, None, False))):
         assert relative_error(runs[ranks][broken]["gradients"], runs[1][right]["gradients"]) > 1e-2
     assert relative_error(runs[1]["own_gradient_only"]["gradients"], runs[1]["gte", 1, None, False]["gradients"]) == 0
+
+
+def test_attention_is_scaled_on_every_rank(runs):
+    assert relative_error(runs[2]["temp_scale"]["gradients"], runs[2]["plain"]["gradients"]) > 1e-6
 
 
 def test_caching_changes_nothing_on_two_ranks(runs):

@@ -406,7 +406,7 @@ def test_export_folds(tmp_path, lora):
     loaded = Encoder.from_pretrained(tmp_path)
     assert apart(vectors(loaded), scaled) < 1e-5
     assert loaded.base.config.temp_scale["folded"] is True and not hasattr(loaded.base, "_tempscale")
-    assert "folded into the weights" in (tmp_path / "README.md").read_text()
+    assert "at temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))
     assert torch.equal(vectors(remove_and_return(encoder)), before)
@@ -425,7 +425,8 @@ def test_what_cannot_be_folded_is_saved_only_on_demand(tmp_path):
         encoder.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     encoder.save_pretrained(tmp_path / "runtime", allow_runtime=True)
-    assert "**Attention is to be sharpened" in (tmp_path / "runtime" / "README.md").read_text()
+    card = (tmp_path / "runtime" / "README.md").read_text()
+    assert "apply_tempscale(model, hf_embed.TempScaleConfig(temperature=0.7, growth='log', reference_length=4" in card
     loaded = Encoder.from_pretrained(tmp_path / "runtime")
     assert apart(vectors(loaded), vectors(encoder)) < 1e-5 < 1e-3 < apart(vectors(loaded), before)
 

@@ -151,6 +151,7 @@ def main(folder: str) -> None:
         "plain": train(folder),
         "cached": train(folder, gradient_caching=True),
         "mlm": train(folder, SimCSE(mlm_weight=0.5)),
+        "temp_scale": train(folder, temp_scale=0.5),
         "sources": sources_of_each_rank(folder),
         "learned temperature": train(folder, ImprovedContrastive(0.2, learn_temperature=True), rows_with(1)),
     }
