@@ -393,7 +393,8 @@ def stored_results(folder: str) -> dict | None:
 
 def model_card(encoder, results: dict | None = None) -> str:
     """README.md of a saved folder: what it is, which pooling to take, how to load it; and `results` as in results.json."""
-    lines = table(results) if results and results["after"] else []
+    results = results or {}
+    lines = table(results) if results.get("after") else []
     pooling = saved_pooling(encoder.pooling)
     take = {
         "cls": "model(**batch).last_hidden_state[:, 0]",
@@ -412,6 +413,7 @@ def model_card(encoder, results: dict | None = None) -> str:
         "pooling": pooling,
         "take": take,
         "tempscale": tempscale_note(encoder),
+        "sweep": sweep_section(encoder, results.get("tempscale")),
         "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
         "results": "\n".join(["## Results", "", *(f"    {line}" for line in lines)]) if lines else "",
     }
@@ -431,6 +433,35 @@ def tempscale_note(encoder) -> str:
         f"\n\n**{title} is part of this model, but not of its weights.** `hf_embed.Encoder` applies it; after any other loader "
         f"call `hf_embed.apply_tempscale(model, hf_embed.{config})`."
     )
+
+
+def sweep_section(encoder, sweep: dict | None) -> str:
+    """What the card says of the search for the temperature that this model has; nothing of a search for another."""
+    entry = getattr(encoder.base.config, "temp_scale", None) or {"temperature": 1}
+    if not sweep or entry["temperature"] != sweep["temperature"]:
+        return ""
+    return "\n".join(["## The temperature", "", *(f"    {line}".rstrip() for line in sweep_table(sweep)), "", ""])
+
+
+def swept_columns(sweep: dict) -> list[str]:
+    """The tasks, and their mean if there are several."""
+    names = [name for name in sweep["curve"][0] if name != "temperature"]
+    return names if len(names) > 2 else names[:1]
+
+
+def sweep_table(sweep: dict) -> list[str]:
+    """A line for each temperature, the chosen one starred; then what it gained."""
+    names = swept_columns(sweep)
+    lines = ["temperature" + "".join(f"  {name:>12}" for name in names)]
+    for row in sweep["curve"]:
+        star = "*" if row["temperature"] == sweep["temperature"] else " "
+        lines.append(f"{row['temperature']:>10g}{star}" + "".join(f"  {row[name]:>12.2f}" for name in names))
+    return [
+        *lines,
+        "",
+        f"best: {sweep['temperature']:g}, {sweep['gain']:+.2f} against 1 on the queries that chose it, "
+        f"{sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
+    ]
 
 
 def table(results: dict) -> list[str]:

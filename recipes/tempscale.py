@@ -1,13 +1,13 @@
 """Find the temperature of attention that suits a model and your data, and save the model with it in its weights.
 
     python recipes/tempscale.py BAAI/bge-base-en-v1.5 --eval_retrieval_dir mine=beir/mine:dev --output_dir bge-tempscale
+    python recipes/tempscale.py BAAI/bge-base-en-v1.5 --pairs clicks.jsonl       # anchor, positive: each looks for its own
     python recipes/tempscale.py BAAI/bge-base-en-v1.5 --texts articles.txt       # without labels: halves of texts
     python recipes/tempscale.py BAAI/bge-base-en-v1.5 --temperature 0.9          # no search
     python recipes/tempscale.py                              # the built-in encoder, on the documentation of installed packages
 
-OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load it, at the speed of the original. Beside it stand
-tempscale.json and tempscale.png, the curve; what the table says was gained on the queries that chose the temperature, the
-line below it on queries that did not.
+OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load it, at the speed of the original. README.md,
+results.json and tempscale.png in it have the scores of all temperatures, and what was gained on queries that did not choose.
 """
 
 import json
@@ -23,9 +23,12 @@ from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
+from hf_embed.evaluation.retrieval import read_pairs
+from hf_embed.export import sweep_table
 from hf_embed.finetune import QUICKSTART, embed_with
-from hf_embed.tempscale import TempScaleConfig, fold_tempscale
-from hf_embed.tempscale.calibrate import GRID, halves, lines, plot_sweep, sweep
+from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
+from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
+from hf_embed.tempscale.fold import folded
 
 
 @dataclass
@@ -36,19 +39,26 @@ class Arguments:
     temperature: float | None = field(default=None, metadata={"help": "Take this one, without a search."})
     grid: list[float] = field(default_factory=lambda: list(GRID), metadata={"help": "To search; then around the best."})
     folds: int = field(default=5, metadata={"help": "Of the cross-validation."})
+    pairs: str | None = field(
+        default=None, metadata={"help": "A file with anchor and positive: each anchor looks for its own."}
+    )
     texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt with one a line, or a column text."})
-    max_texts: int = field(default=1000, metadata={"help": "Take the first so many."})
+    max_texts: int = field(default=1000, metadata={"help": "Of --texts, take the first so many."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     output_dir: str = field(default="outputs/tempscale")
     overwrite_output_dir: bool = False
 
 
-def check(args: Arguments) -> None:
+def check(args: Arguments, tasks: dict) -> None:
     for temperature in args.grid if args.temperature is None else [args.temperature]:
         TempScaleConfig(temperature)
     if args.folds < 2:
         raise InputError(f"--folds {args.folds}: cross-validation needs at least 2")
+    if args.temperature is not None and tasks:
+        raise InputError(
+            f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"
+        )
     folder = Path(args.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
         raise InputError(f"--output_dir {folder} holds files; name another folder, or replace them by --overwrite_output_dir")
@@ -56,28 +66,29 @@ def check(args: Arguments) -> None:
 
 def main() -> None:
     args, evaluation = parse([Arguments, EvalArguments], argv=model_first(sys.argv[1:]))
-    check(args)
     tasks = read_tasks(evaluation)
-    if args.texts or (not tasks and args.temperature is None):
-        texts = read_texts(args.texts) if args.texts else read_pages()
-        tasks["halves"] = halves(texts[: args.max_texts])
+    if args.pairs:
+        tasks["pairs"] = read_pairs(args.pairs)
+    if args.texts:
+        tasks["halves"] = halves(read_texts(args.texts)[: args.max_texts])
+    check(args, tasks)
+    if not tasks and args.temperature is None:
+        tasks["halves"] = halves(read_pages()[: args.max_texts])
     encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"temperature": args.temperature}
-    if args.temperature is None:
+    with tempscale(encoder.backbone, args.temperature or args.grid[0]):
+        folded(encoder.backbone)  # whatever stands in the way of saving is said before the search, not after
+    folder, temperature = Path(args.output_dir), args.temperature
+    if temperature is None:
         result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
-        print("\n".join(["", *lines(result)]))
-        print(
-            f"\nbest: {result['temperature']:g}, {result['gain']:+.2f} against 1 on the queries that chose it, "
-            f"{result['cross_validated_gain']:+.2f} on queries that did not ({args.folds} folds)"
-        )
-    folder = Path(args.output_dir)
-    if result["temperature"] != 1:
-        fold_tempscale(encoder.backbone, result["temperature"])
-    encoder.save_pretrained(str(folder))
-    (folder / "tempscale.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if "curve" in result:
+        print("\n".join(["", *sweep_table(result)]))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps({"tempscale": result}, indent=2) + "\n", encoding="utf-8")
         plot_sweep(result, folder / "tempscale.png")
+        temperature = result["temperature"]
+    if temperature != 1:
+        fold_tempscale(encoder.backbone, temperature)
+    encoder.save_pretrained(str(folder))  # the card has the table of results.json
     print(f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool")
 
 

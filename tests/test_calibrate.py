@@ -11,13 +11,15 @@ import torch
 from conftest import error_of, tiny_encoder
 from datasets import Dataset
 from test_collapse import TEXTS
+from test_tempscale import SMALL
 from transformers import AutoModel
 
 from hf_embed import Encoder, InputError, Retrieval, ZeroShot
 from hf_embed.evaluation.sts import STS
+from hf_embed.export import sweep_table
 from hf_embed.finetune import embed_with
 from hf_embed.tempscale import tempscale
-from hf_embed.tempscale.calibrate import fold_scores, halves, lines, plot_sweep, sweep
+from hf_embed.tempscale.calibrate import fold_scores, halves, plot_sweep, sweep
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 
@@ -71,12 +73,13 @@ def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path)
     grid, expected = [0.3, 0.6, 1.0, 1.5], {}
     result = sweep(encoder.backbone, embed, tasks, grid, folds=3)
     assert np.array_equal(encoder.encode(TEXTS), before)  # and the model is as it was
-    for t in result["curve"]:
+    curve = {row["temperature"]: row["mean"] for row in result["curve"]}
+    for t in curve:
         with tempscale(encoder.backbone, t):
             expected[t] = np.mean([fold_scores(task, embed, 3) for task in tasks.values()], axis=0)
-    assert {t: scores["mean"] for t, scores in result["curve"].items()} == pytest.approx({t: s[0] for t, s in expected.items()})
+    assert curve == pytest.approx({t: s[0] for t, s in expected.items()})
     best_of_grid = max(grid, key=lambda t: (expected[t][0], -abs(t - 1)))
-    assert set(result["curve"]) == {*grid, round(best_of_grid - 0.05, 4), round(best_of_grid + 0.05, 4)}
+    assert set(curve) == {*grid, round(best_of_grid - 0.05, 4), round(best_of_grid + 0.05, 4)}
     best = max(expected, key=lambda t: (expected[t][0], -abs(t - 1)))
     assert result["temperature"] == best and result["gain"] == pytest.approx(expected[best][0] - expected[1.0][0])
     held_out = []
@@ -86,7 +89,7 @@ def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path)
         held_out.append(expected[chosen][4 + f] - expected[1.0][4 + f])
     assert result["cross_validated_gain"] == pytest.approx(np.mean(held_out))
     assert result["gain"] != pytest.approx(result["cross_validated_gain"])  # else the test could not tell them apart
-    assert sum("*" in line for line in lines(result)) == 1
+    assert sum("*" in line for line in sweep_table(result)) == 1
     plot_sweep(result, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -119,8 +122,12 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
     out = capsys.readouterr().out
     assert "halves" in out and "on queries that did not (2 folds)" in out and "saved to outputs/tempscale" in out
     folder = Path("outputs/tempscale")
-    result = json.loads((folder / "tempscale.json").read_text())
-    assert {"0.3", "0.6", "1.0"} < set(result["curve"])
+    result = json.loads((folder / "results.json").read_text())["tempscale"]
+    assert {0.3, 0.6, 1.0} < {row["temperature"] for row in result["curve"]}
+    card = (folder / "README.md").read_text()
+    assert "## The temperature" in card
+    for line in sweep_table(result):
+        assert line in out and line in card
     assert (folder / "tempscale.png").exists()
     loaded = Encoder.from_pretrained(folder)
     with tempscale(encoder.backbone, result["temperature"]):
@@ -132,13 +139,33 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
 def test_recipe_with_a_temperature_of_the_users(run, encoder):
     run("model", "--temperature", "0.5", "--output_dir", "out")
     assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
+    assert "The temperature" not in Path("out", "README.md").read_text()
     assert "already" in error_of(run, "out", "--temperature", "0.9", "--output_dir", "twice")
     assert not Path("twice").exists()
+
+
+def test_recipe_searches_on_pairs(run, capsys):
+    rows = [{"anchor": text, "positive": f"{text} {text}"} for text in TEXTS[:8]] + [{"anchor": TEXTS[0], "positive": "again"}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("model", "--pairs", "pairs.jsonl", "--grid", "0.5", "--folds", "2")
+    curve = json.loads(Path("outputs/tempscale/results.json").read_text())["tempscale"]["curve"]
+    assert [row["temperature"] for row in curve] == [0.5, 1.0] and 0 < curve[0]["pairs"] <= 100
+
+
+def test_a_model_that_cannot_be_folded_is_not_searched_for(run):
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    config = AutoConfig.for_model("ernie", **SMALL | {"vocab_size": 12000})
+    AutoModel.from_config(config).save_pretrained("ernie")
+    AutoTokenizer.from_pretrained("model").save_pretrained("ernie")
+    error = error_of(run, "ernie", "--texts", "texts.txt")
+    assert "which weights make the queries of ErnieSelfAttention is not known" in error and not Path("outputs").exists()
 
 
 def test_recipe_says_what_is_wrong(run):
     for words, message in (
         (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
-        (["--folds", "1"], "at least 2"), (["--texts", "absent.txt"], "absent.txt: no such file"),
+        (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "leave one of them out"),
+        (["--texts", "absent.txt"], "absent.txt: no such file"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

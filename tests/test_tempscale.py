@@ -19,7 +19,7 @@ from hf_embed.tempscale import (
     tempscale,
     unfold_tempscale,
 )
-from hf_embed.tempscale.registry import HANDLERS, attentions
+from hf_embed.tempscale.registry import HANDLERS, attentions, hands_over_scaling
 
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
          "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
@@ -28,6 +28,7 @@ T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, 
 DEBERTA = SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
 MODERN = SMALL | {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
 GEMMA_TWO = ROPE | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 32}
+GEMMA_EMBEDDING = ROPE | {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "embedding_dim": 16}
 MODELS = {
     "bert": SMALL, "roberta": SMALL, "roberta-prelayernorm": SMALL, "xlm-roberta": SMALL, "xlm-roberta-xl": SMALL,
     "camembert": SMALL, "electra": SMALL | {"embedding_size": 16}, "albert": SMALL | {"embedding_size": 16},
@@ -36,9 +37,12 @@ MODELS = {
     "t5": T5, "mt5": T5, "umt5": T5, "deberta": DEBERTA, "deberta-v2": DEBERTA,
     "deberta-v2 shared": DEBERTA | {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"},
     "deberta plain": SMALL, "llama": ROPE, "mistral": ROPE, "qwen2": ROPE, "qwen3": ROPE, "gemma": ROPE, "gemma2": GEMMA_TWO,
-    "gemma3_text": ROPE | {"sliding_window": 32},
+    "gemma3_text": ROPE | {"sliding_window": 32}, "embedding_gemma2_text": GEMMA_EMBEDDING,
     "gemma3_text capped": ROPE | {"sliding_window": 32, "attn_logit_softcapping": 2.0},
 }  # fmt: skip
+# Without lines of their own: attention that goes through transformers' interface.
+INTERFACE = {"ernie": SMALL, "data2vec-text": SMALL, "phi3": ROPE, "granite": ROPE | {"attention_multiplier": 0.1},
+             "olmo2": ROPE, "smollm3": ROPE, "gpt2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}}  # fmt: skip
 ENCODERS = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 T = 0.7
 
@@ -46,7 +50,7 @@ T = 0.7
 def make(name: str, attention: str = "eager", **more):
     torch.manual_seed(0)
     kind = name.split()[0]
-    config = AutoConfig.for_model(kind, **(MODELS[name] | more))
+    config = AutoConfig.for_model(kind, **((MODELS | INTERFACE)[name] | more))
     config._attn_implementation = attention
     model = ENCODERS[kind](config) if kind in ENCODERS else AutoModel.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():  # large enough that attention is far from uniform; biases too
@@ -111,6 +115,23 @@ def test_patched_folded_and_removed(name, attention):
     assert apart(states(unfold_tempscale(folded)), before) < 1e-5
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", INTERFACE)
+def test_whatever_goes_through_the_attention_interface(name, attention):
+    model = make(name, attention)
+    before = states(model)
+    with every_softmax_at(T) as calls:
+        expected = states(make(name, "eager"))
+    assert len(calls) == 2
+    with tempscale(model, T):
+        assert apart(states(model), expected) < 1e-5 < 1e-3 < apart(expected, before)
+        with pytest.raises(InputError, match="cannot be folded: which weights make the queries of .*Attention"):
+            fold_tempscale(model)
+    assert torch.equal(states(model), before)
+    with pytest.raises(InputError, match="cannot be divided text by text"):
+        apply_tempscale(model, TempScaleConfig(T, growth="log"))
+
+
 def test_every_registered_class_is_tested():
     """A new line in the registry comes with a model here."""
     tested = set()
@@ -125,9 +146,10 @@ def test_every_registered_class_is_tested():
 
 
 @pytest.mark.parametrize("temperature", [[0.7, 0.4], {"0": 0.7, "1": 0.4}])
-@pytest.mark.parametrize("name", ["bert", "modernbert", "gemma2", "umt5"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gemma2", "umt5", "t5", "mpnet"])
 def test_layers_of_their_own(name, temperature):
     model = make(name)
+    before = states(model)
     plain, calls = torch.nn.functional.softmax, []
 
     def softmax(scores, *args, **kwargs):
@@ -139,8 +161,10 @@ def test_layers_of_their_own(name, temperature):
         expected = states(model)
     with tempscale(model, TempScaleConfig(temperature)):
         assert apart(states(model), expected) < 1e-5
-    if name == "gemma2":
-        with pytest.raises(InputError, match="one attn_logit_softcapping for all layers"):
+    assert torch.equal(states(model), before)
+    shared = {"gemma2": "attn_logit_softcapping", "t5": "relative_attention_bias", "mpnet": "relative_attention_bias"}
+    if name in shared:
+        with pytest.raises(InputError, match=f"one {shared[name]} for several layers"):
             fold_tempscale(model, TempScaleConfig(temperature))
         assert not hasattr(model, "_tempscale")
     else:
@@ -179,7 +203,7 @@ def test_growth_is_refused_where_texts_share_positions():
     for name in ("t5", "mpnet", "deberta-v2", "gemma2"):
         model = make(name)
         before = states(model)
-        with pytest.raises(InputError, match="alike for all texts"):
+        with pytest.raises(InputError, match="cannot be divided text by text"):
             apply_tempscale(model, TempScaleConfig(T, growth="log"))
         assert torch.equal(states(model), before)
 
@@ -330,8 +354,6 @@ def test_layers_out_of_range():
         with pytest.raises(InputError, match=message):
             apply_tempscale(model, TempScaleConfig(temperature))
         assert not hasattr(model.config, "temp_scale")
-    with pytest.raises(InputError, match="share a table of position biases; give one temperature"):
-        apply_tempscale(make("t5"), TempScaleConfig([0.9, 0.8]))
 
 
 def test_quantised_weights_are_not_folded():
@@ -355,19 +377,29 @@ def test_unknown_attention_is_named_and_can_be_registered(monkeypatch):
     with pytest.raises(ValueError, match="FNetModel"):
         apply_tempscale(FNetModel(FNetConfig(**SMALL)), T)
 
-    class MyAttention(type(make("bert").encoder.layer[0].attention.self)):
+    class MyAttention(type(make("mpnet").encoder.layer[0].attention.attn)):
         pass
 
-    model = make("bert")
+    model = make("mpnet")
     for layer in model.encoder.layer:
-        layer.attention.self.__class__ = MyAttention
+        layer.attention.attn.__class__ = MyAttention
     with pytest.raises(ValueError, match="its attention is a MyAttention"):
         apply_tempscale(model, T)
     monkeypatch.setattr("hf_embed.tempscale.registry.HANDLERS", dict(HANDLERS))
-    register_tempscale(MyAttention, query="query")
+    register_tempscale(MyAttention, query="q", bias_table="relative_attention_bias")
     with every_softmax_at(T):
         expected = states(model)
-    assert apart(states(apply_tempscale(model, T)), expected) < 1e-5
+    assert apart(states(fold_tempscale(model, T)), expected) < 1e-5
+
+
+def test_position_biases_and_caps_are_not_taken_for_the_interface_alone():
+    """T5 and Gemma 2 hand more over than their scaling; GPT-OSS learned sinks."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+
+    for name, path in (("t5", "encoder.block.0.layer.0.SelfAttention"), ("gemma2", "layers.0.self_attn")):
+        assert not hands_over_scaling(type(make(name).get_submodule(path)))
+    assert not hands_over_scaling(GptOssAttention)
+    assert hands_over_scaling(type(make("llama").layers[0].self_attn))
 
 
 # ---- export and training ----

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.docstrings import read_definitions
-from hf_embed.data.sources import read_file, read_hub, row_texts
+from hf_embed.data.sources import read_file, read_hub, row_texts, text_columns
 from hf_embed.distributed import gather_objects, world
 from hf_embed.errors import InputError
 from hf_embed.evaluation.tasks import embed_on_all_ranks, embed_own_share
@@ -200,6 +200,13 @@ def read_code_search(path: str) -> Retrieval:
     if not pairs:
         raise InputError(f"{path}: no function with a docstring")
     return pairs_to_retrieval(pairs)
+
+
+def read_pairs(path: str) -> Retrieval:
+    """Rows to train on (anchor, positive) as a search: each anchor looks for its positive among all positives."""
+    rows = read_file(path)
+    columns = text_columns(rows.column_names, path, paired=True)[:2]
+    return pairs_to_retrieval([tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)])
 
 
 def pairs_to_retrieval(pairs: list[tuple[str, str]]) -> Retrieval:

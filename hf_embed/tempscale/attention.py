@@ -46,6 +46,18 @@ class Divide:
         return torch.where(self.part(output.shape[-1], output.device), output / divisor, output)
 
 
+class ScaleBias:
+    """Forward pre-hook of an attention: multiplies the position biases that it is handed."""
+
+    def __init__(self, attention: nn.Module, factor: float):
+        self.place, self.factor = list(inspect.signature(attention.forward).parameters).index("position_bias"), factor
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if len(args) > self.place:
+            return (*args[: self.place], args[self.place] * self.factor, *args[self.place + 1 :]), kwargs
+        return args, kwargs | {"position_bias": kwargs["position_bias"] * self.factor}
+
+
 class Lengths:
     """Forward pre-hook of the model: keeps the number of tokens of each text of the batch while its layers run."""
 
@@ -95,8 +107,8 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     had. `model.config.temp_scale` says what was done. Attention of a decoder to another text is left alone.
 
     Raises:
-        InputError: an attention class that is not registered, by name; layers that there are not; a model that is scaled
-            already; temperatures that differ between layers with one table of position biases; growth with such a table.
+        InputError: an attention class that is not known, by name; layers that there are not; a model that is scaled already;
+            growth where the scores are more than queries times keys, or the queries not to be had.
     """
     config = config if isinstance(config, TempScaleConfig) else TempScaleConfig(config)
     whole, model = model, base_of(model)
@@ -104,9 +116,9 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     found = attentions(model)
     applied = Applied(config, dict(zip(found, config.of_layers(len(found)))))
     tables = bias_tables(model, found, applied.temperatures)
-    caps = score_caps(found)
-    if config.growth and (tables or caps or any(len(handler.query) > 1 for _, handler in found.values())):
-        raise InputError(f"TempScale with growth: {type(model).__name__} adds to or caps its scores, alike for all texts")
+    numbers = divided_numbers(found)
+    if config.growth and (tables or numbers or any(len(handler.query) > 1 for _, handler in found.values())):
+        raise InputError(f"TempScale with growth: the scores of {type(model).__name__} cannot be divided text by text")
     lengths = Lengths(config) if config.growth else None
     hooks = [(model.get_submodule(name), Divide(temperature)) for name, temperature in tables.items()]
     for name, (attention, handler) in found.items():
@@ -117,10 +129,12 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     applied.handles = [module.register_forward_hook(hook) for module, hook in hooks]
     if lengths:
         applied.handles.append(model.register_forward_pre_hook(lengths, with_kwargs=True))
-    for name, cap in caps.items():
+    for attention, factor in handed_biases(found, tables, applied.temperatures):
+        applied.handles.append(attention.register_forward_pre_hook(ScaleBias(attention, factor), with_kwargs=True))
+    for name, number in numbers.items():
         attention, handler = found[name]
-        applied.numbers.append((attention, handler.attribute, cap))
-        setattr(attention, handler.attribute, cap / applied.temperatures[name])
+        applied.numbers.append((attention, handler.attribute, number))
+        setattr(attention, handler.attribute, number / applied.temperatures[name])
     if any(is_cross(name) for name, _ in model.named_modules()):
         logger.warning(f"TempScale leaves the attention of {type(model).__name__} to other texts (cross-attention) as it is")
     model._tempscale = applied
@@ -139,31 +153,40 @@ def check_unscaled(model: nn.Module) -> None:
 def projections(attention: nn.Module, handler: Handler) -> dict[str, nn.Module]:
     """The submodules whose outputs are divided. The first has to be there; others belong to options of the model."""
     found = {name: getattr(attention, name, None) for name in handler.query}
-    if found[handler.query[0]] is None:
+    if handler.query and found[handler.query[0]] is None:
         raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{handler.query[0]}'")
     return {name: module for name, module in found.items() if module is not None}
 
 
 def bias_tables(model: nn.Module, found: dict, temperatures: dict[str, float]) -> dict[str, float]:
-    """The tables of position biases by name, and the temperature of each."""
+    """The tables of position biases by name, and the temperature of each: of its own layer, or of the first."""
     names = {handler.bias_table for _, handler in found.values() if handler.bias_table}
     tables = [name for name, module in model.named_modules() if name.rpartition(".")[2] in names]
-    own = {table: table.rpartition(".")[0] for table in tables}
-    if len(tables) == len(found):  # a table for each layer
-        return {table: temperatures[attention] for table, attention in own.items()}
-    if tables and len(set(temperatures.values())) > 1:
-        raise InputError(
-            f"TempScale: the layers of {type(model).__name__} share a table of position biases; give one temperature"
-        )
-    return {table: next(iter(temperatures.values())) for table in tables}
+    first = next(iter(temperatures.values()))
+    return {table: temperatures.get(table.rpartition(".")[0], first) for table in tables}
 
 
-def score_caps(found: dict) -> dict[str, float]:
-    """The number that caps the scores of an attention module, by its name, where there is one."""
-    caps = {
+def handed_biases(found: dict, tables: dict[str, float], temperatures: dict[str, float]) -> list[tuple[nn.Module, float]]:
+    """The attentions that are handed position biases divided by another temperature than theirs, and what these lack.
+
+    T5 hands them on from layer to layer, MPNet from the table to each.
+    """
+    owners = {table.rpartition(".")[0] for table in tables}
+    lacking, given = [], next(iter(tables.values()), None)
+    for name, (attention, handler) in found.items():
+        if tables and handler.bias_table and name not in owners and given != temperatures[name]:
+            lacking.append((attention, given / temperatures[name]))
+        if owners & found.keys():
+            given = temperatures[name]
+    return lacking
+
+
+def divided_numbers(found: dict) -> dict[str, float]:
+    """The number of an attention module that is divided, by the module's name, where there is one."""
+    numbers = {
         name: getattr(attention, handler.attribute, None) for name, (attention, handler) in found.items() if handler.attribute
     }
-    return {name: cap for name, cap in caps.items() if cap is not None}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def remove_tempscale(model: nn.Module) -> nn.Module:

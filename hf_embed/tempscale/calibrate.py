@@ -17,9 +17,10 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from hf_embed.errors import InputError
-from hf_embed.evaluation.retrieval import Retrieval
+from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task
+from hf_embed.export import swept_columns
 from hf_embed.tempscale.attention import tempscale
 
 GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
@@ -32,10 +33,7 @@ def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
     words = [text for text in words if len(text) >= least]
     if len(words) < 2:
         raise InputError(f"{len(words)} text(s) of {least} words or more; their halves are to be told apart: give more texts")
-    names = [str(i) for i in range(len(words))]
-    first = {f"q{name}": " ".join(text[: len(text) // 2]) for name, text in zip(names, words)}
-    second = {f"d{name}": " ".join(text[len(text) // 2 :]) for name, text in zip(names, words)}
-    return Retrieval(first, second, {f"q{name}": {f"d{name}": 1} for name in names})
+    return pairs_to_retrieval([(" ".join(text[: len(text) // 2]), " ".join(text[len(text) // 2 :])) for text in words])
 
 
 def fold_scores(task: Task, embed: Callable, folds: int) -> np.ndarray:
@@ -61,9 +59,12 @@ def fold_scores(task: Task, embed: Callable, folds: int) -> np.ndarray:
 def sweep(model, embed: Callable, tasks: dict[str, Task], grid: Iterable[float] = GRID, folds: int = 5) -> dict:
     """Score `tasks` at the temperatures of `grid`, at 1, and, if there is more than one, at two more around the best.
 
-    `model` is what `embed` embeds with. Every temperature costs one encoding of the texts. -> {"temperature": the best on all
-    queries, "curve": {temperature: {task: score, "mean": score}}, "gain": mean over tasks, against temperature 1, of the best
-    on the queries that chose it, "cross_validated_gain": on queries that did not, "fold_temperatures": [...]}
+    `model` is what `embed` embeds with. Every temperature costs one encoding of the texts.
+
+        {"temperature": 0.8, "curve": [{"temperature": 0.6, "mine": 39.0, "mean": 39.0}, ...],
+         "gain": 1.3,                    of the best temperature against 1, mean over tasks, on the queries that chose it
+         "cross_validated_gain": 1.2,    on queries that did not
+         "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8]}
     """
     scores: dict[float, np.ndarray] = {}
 
@@ -81,10 +82,12 @@ def sweep(model, embed: Callable, tasks: dict[str, Task], grid: Iterable[float] 
     mean = {t: s.mean(0) for t, s in scores.items()}  # (1 + 2F,)
     chosen = [best_of({t: s[1 + f] for t, s in mean.items()}) for f in range(folds)]
     held_out = [mean[t][1 + folds + f] - mean[1.0][1 + folds + f] for f, t in enumerate(chosen)]
-    curve = {t: {name: float(s[0]) for name, s in zip(tasks, scores[t])} | {"mean": float(mean[t][0])} for t in sorted(scores)}
     return {
         "temperature": best,
-        "curve": curve,
+        "curve": [
+            {"temperature": t} | {name: float(s[0]) for name, s in zip(tasks, scores[t])} | {"mean": float(mean[t][0])}
+            for t in sorted(scores)
+        ],
         "gain": float(mean[best][0] - mean[1.0][0]),
         "cross_validated_gain": float(np.mean(held_out)),
         "fold_temperatures": chosen,
@@ -96,17 +99,6 @@ def best_of(scores: dict[float, float]) -> float:
     return max(scores, key=lambda t: (round(scores[t], 6), -abs(t - 1)))
 
 
-def lines(result: dict) -> list[str]:
-    """A table for people, the chosen temperature starred."""
-    names = list(next(iter(result["curve"].values())))
-    names = names if len(names) > 2 else names[:1]  # the mean of one is that one
-    out = ["temperature" + "".join(f"  {name:>12}" for name in names)]
-    for temperature, scores in result["curve"].items():
-        star = "*" if temperature == result["temperature"] else " "
-        out.append(f"{temperature:>10g}{star}" + "".join(f"  {scores[name]:>12.2f}" for name in names))
-    return out
-
-
 def plot_sweep(result: dict, path: str | Path) -> None:
     """Change against temperature 1, a line for each task."""
     import matplotlib
@@ -114,12 +106,13 @@ def plot_sweep(result: dict, path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curve = result["curve"]
+    temperatures = [row["temperature"] for row in result["curve"]]
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    names = [name for name in curve[1.0] if name != "mean" or len(curve[1.0]) > 2]
+    names = swept_columns(result)
     for name, style in zip(names, ["-", "--", ":", "-."] * len(names)):
-        change = [scores[name] - curve[1.0][name] for scores in curve.values()]
-        axes.plot(list(curve), change, marker="o", linestyle=style, linewidth=2.5 if name == "mean" else 1.2, label=name)
+        scores = [row[name] for row in result["curve"]]
+        change = np.array(scores) - scores[temperatures.index(1.0)]
+        axes.plot(temperatures, change, marker="o", linestyle=style, linewidth=2.5 if name == "mean" else 1.2, label=name)
     axes.axhline(0, color="0.7", linewidth=1)
     axes.axvline(result["temperature"], color="0.7", linewidth=1)
     axes.set_xlabel("temperature")

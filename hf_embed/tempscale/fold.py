@@ -23,8 +23,9 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
     `model.config.temp_scale` keeps what was folded, marked so; it is never applied again.
 
     Raises:
-        InputError: nothing is applied and no config given; a temperature that grows with length; PEFT adapters that are not
-            merged; quantised weights; score caps of one number for layers of several temperatures. The model is then as it was.
+        InputError: nothing is applied and no config given; a temperature that grows with length; several temperatures for
+            layers that share a table of position biases or a cap of the scores; an attention without a line in the registry;
+            PEFT adapters that are not merged; quantised weights. The model is then as it was.
     """
     if config is not None:
         apply_tempscale(model, config)
@@ -71,13 +72,25 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
 
 def check_foldable(model: nn.Module) -> None:
     """Raises InputError if weights cannot hold what is applied to `model`."""
-    applied = base_of(model)._tempscale
+    model = base_of(model)
+    applied, found = model._tempscale, attentions(model)
     if applied.config.growth:
         raise InputError("TempScale that grows with length cannot be folded: weights do not know how long the text is")
-    caps = {handler.attribute for _, handler in attentions(base_of(model)).values() if handler.attribute}
-    caps = [cap for cap in caps if getattr(model.config, cap, None) is not None]
-    if caps and len(set(applied.temperatures.values())) > 1:
-        raise InputError(f"TempScale: {type(model).__name__} has one {caps[0]} for all layers; fold one temperature")
+    for attention, handler in found.values():
+        if not handler.query:
+            kind = type(attention).__name__
+            raise InputError(
+                f"TempScale cannot be folded: which weights make the queries of {kind} is not known; if a submodule does, "
+                f"say so: register_tempscale('{kind}', query='q_proj')"
+            )
+    if len(set(applied.temperatures.values())) == 1:
+        return
+    shared = {handler.attribute for _, handler in found.values() if getattr(model.config, handler.attribute or "", None)}
+    tables = bias_tables(model, found, applied.temperatures)
+    if 0 < len(tables) < len(found):
+        shared |= {next(iter(tables)).rpartition(".")[2]}
+    if shared:
+        raise InputError(f"TempScale: {type(model).__name__} has one {min(shared)} for several layers; fold one temperature")
 
 
 def scaled(model: nn.Module, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None):

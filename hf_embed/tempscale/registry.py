@@ -7,8 +7,14 @@ positions (DeBERTa), the cap that tanh puts on scores (Gemma 2; c tanh(s / c) / 
 A class is one line here, and a user's own is one line in the user's script:
 
     register_tempscale("MyAttention", query="q_proj")
+
+A class without a line can still be scaled, though not folded, if it leaves its scores to transformers' attention interface: the
+`scaling` that it hands over is divided, whatever the backend.
 """
 
+import functools
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,13 +65,33 @@ def register_tempscale(
     HANDLERS[name] = Handler((query,) if isinstance(query, str) else tuple(query), part, norm_offset, bias_table, attribute)
 
 
+# Of an attention class without a line of its own.
+INTERFACE = Handler(query=(), attribute="scaling")
+
+
+@functools.cache
+def hands_over_scaling(kind: type) -> bool:
+    """Whether the scores of an attention class are queries times keys times its `scaling`, and nothing besides.
+
+    So it is where the class calls transformers' attention interface with `scaling=self.scaling`, says `self.scaling` nowhere
+    else, and hands over neither position biases nor caps nor sinks.
+    """
+    try:
+        forward = inspect.getsource(inspect.unwrap(kind.forward))
+    except (OSError, TypeError):  # no source to read
+        return False
+    calls = "ALL_ATTENTION_FUNCTIONS" in forward and forward.count("self.scaling") == forward.count("scaling=self.scaling") == 1
+    return calls and not re.search("position_bias|softcap|sinks|s_aux", forward)
+
+
 def is_cross(name: str) -> bool:
     return any(word in name.lower() for word in CROSS)
 
 
 def handler_of(module: nn.Module) -> Handler | None:
     name = type(module).__name__
-    return HANDLERS.get(f"{type(module).__module__.rpartition('.')[2]}.{name}") or HANDLERS.get(name)
+    known = HANDLERS.get(f"{type(module).__module__.rpartition('.')[2]}.{name}") or HANDLERS.get(name)
+    return known or (INTERFACE if "attention" in name.lower() and hands_over_scaling(type(module)) else None)
 
 
 def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Handler]]:
@@ -120,6 +146,7 @@ for name in ("NomicBert", "Gte", "EuroBert", "JinaEmbeddingsV3", "Llama", "Mistr
 register_tempscale("Gemma2Attention", query="q_proj", attribute="attn_logit_softcapping")
 # A norm behind the projection would undo what is done before it.
 register_tempscale("Qwen3Attention", query="q_norm")
+register_tempscale("EmbeddingGemma2Attention", query="q_norm")
 register_tempscale("Gemma3Attention", query="q_norm", norm_offset=1.0, attribute="attn_logit_softcapping")
 register_tempscale("ModernBertAttention", query="Wqkv", part=first_third)
 for name in ("T5", "MT5", "UMT5"):
