@@ -49,7 +49,9 @@ def main() -> None:
         rounds = [{name: seconds(encoder.encode, sample) for name, encoder in sides.items()} for _ in range(args.rounds)]
         for name in ("applied", "folded"):
             ratios = sorted(times["original"] / times[name] for times in rounds)
-            print(f"{name}: {statistics.median(ratios):.3f} times the speed of the original ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+            print(
+                f"{name}: {statistics.median(ratios):.3f} times the speed of the original ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            )
     if documents := texts[: args.documents]:
         corpus = {f"d{i}": text for i, text in enumerate(documents)}
         task = Retrieval({f"q{i}": documents[i][:60] for i in range(50)}, corpus, {f"q{i}": {f"d{i}": 1} for i in range(50)})

@@ -40,6 +40,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Recompute each chunk in the backward pass: any batch in the memory of one chunk."},
     )
+    same_dropout_mask: bool = field(
+        default=False,
+        metadata={"help": "Rows of a single text: both views under one dropout mask, as an ablation. SimCSE needs two."},
+    )
     temp_scale: float | None = field(
         default=None, metadata={"help": "TempScale: train at this temperature of attention, 0.9 for example; export folds it."}
     )

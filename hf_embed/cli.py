@@ -107,6 +107,14 @@ def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str
             value = "no" if "no" in (actions[key].choices or ()) else None
         if value is None or value == []:
             continue
+        words += as_flags({key: value})
+    return words
+
+
+def as_flags(settings: dict) -> list[str]:
+    """{"learning_rate": 1e-3, "dims": [64, 32]} -> ["--learning_rate=0.001", "--dims", "64", "32"]."""
+    words = []
+    for key, value in settings.items():
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         else:

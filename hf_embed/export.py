@@ -395,6 +395,7 @@ def model_card(encoder, results: dict | None = None) -> str:
     """README.md of a saved folder: what it is, which pooling to take, how to load it; and `results` as in results.json."""
     results = results or {}
     lines = table(results) if results.get("after") else []
+    lines += ["", *seeds_table(results)] if results.get("seeds") else []
     pooling = saved_pooling(encoder.pooling)
     take = {
         "cls": "model(**batch).last_hidden_state[:, 0]",
@@ -466,15 +467,36 @@ def sweep_table(sweep: dict) -> list[str]:
 
 def table(results: dict) -> list[str]:
     """before -> after, a line for each evaluation set, then alignment and uniformity."""
-    before, after = results["before"], results["after"]
-    rows = [(f"STS {name} (Spearman x 100)", score, after["sts"][name], 2) for name, score in before.get("sts", {}).items()]
-    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
-        for name, scores in before.get(kind, {}).items():
-            rows.append((f"{name} ({label} x 100)", scores[metric], after[kind][name][metric], 2))
-    rows += [(f"{key} (lower is better)", before[key], after[key], 3) for key in ("alignment", "uniformity") if key in before]
-    width = max(len(row[0]) for row in rows)
+    before, after = labelled(results["before"]), labelled(results["after"])
+    width = max(map(len, before))
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
-    for label, a, b, digits in rows:
-        a, b = (math.nan if x is None else x for x in (a, b))
+    for label, a in before.items():
+        b, digits = after[label], digits_of(label)
         lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
     return lines
+
+
+def seeds_table(results: dict) -> list[str]:
+    """Mean, smallest and largest over the seeds of a run, a line for each measure, and the seed that this model is of."""
+    seeds = {seed: labelled(scores) for seed, scores in results["seeds"].items()}
+    kept = seeds[str(results["seed"])]
+    width = max(map(len, kept))
+    lines = [f"{f'{len(seeds)} seeds':{width}}  {'mean':>8}  {'min':>8}  {'max':>8}  {'seed ' + str(results['seed']):>8}"]
+    for label, value in kept.items():
+        values, digits = [scores[label] for scores in seeds.values()], digits_of(label)
+        numbers = (sum(values) / len(values), min(values), max(values), value)
+        lines.append(f"{label:{width}}  " + "  ".join(f"{n:8.{digits}f}" for n in numbers))
+    return lines
+
+
+def labelled(scores: dict) -> dict[str, float]:
+    """A model's scores as results.json has them, each under the name that tables give it."""
+    found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
+    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
+        found |= {f"{name} ({label} x 100)": of[metric] for name, of in scores.get(kind, {}).items()}
+    found |= {f"{key} (lower is better)": scores[key] for key in ("alignment", "uniformity") if key in scores}
+    return {label: math.nan if value is None else value for label, value in found.items()}
+
+
+def digits_of(label: str) -> int:
+    return 3 if "lower is better" in label else 2

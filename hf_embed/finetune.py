@@ -1,15 +1,18 @@
 """What the fine-tuning recipes share, from flags to the table a run ends with."""
 
 import dataclasses
+import gc
 import json
 import logging
 import math
 import platform
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ import hf_embed
 from hf_embed import cli, export
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, Source, read_sources
+from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.data.sources import read_file, read_hub
 from hf_embed.distributed import world
 from hf_embed.encoder import Encoder, reset_dense
@@ -31,7 +35,7 @@ from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.sts import STS, read_sts
-from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.objectives.gte import DIRECTIONS
 from hf_embed.trainer import ContrastiveTrainer
@@ -77,6 +81,9 @@ DATA_FLAGS = ("train_file", "dataset_name", "sources")
 @dataclass
 class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
+    seeds: str | None = field(
+        default=None, metadata={"help": "1,2,3: train with each, keep the best by the evaluation sets, and report all."}
+    )
     show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
 
 
@@ -109,18 +116,58 @@ class GTEArguments:
     )
 
 
-def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file: str, argv: list[str] | None = None):
+@dataclass
+class PositiveArguments:
+    positive: str = field(default="dropout", metadata={"help": f"What a sentence is paired with: {', '.join(KNOWN)}."})
+    synonyms: str | None = field(default=None, metadata={"help": "Of synonym: lines of a word, a tab, its synonyms."})
+    fill_model: str | None = field(default=None, metadata={"help": "Of mask_fill: a masked LM. Default: the model itself."})
+
+
+@dataclass
+class Plan:
+    """What a run is of: all that flags and files say, read and checked."""
+
+    model_args: ModelArguments
+    run: RunArguments
+    args: ContrastiveTrainingArguments
+    objective: object
+    rows: Dataset | list[Source]
+    source: str  # the rows' name
+    tasks: dict[str, Task]
+    paired: bool | None = None
+    more: list = field(default_factory=list)  # flags of the recipe besides
+
+
+def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file: str, argv: list[str] | None = None) -> dict:
     """Fine-tune with SimCSE: read and check, score, train, export, score again. Returns what `results.json` holds."""
+    return run_seeds(partial(plan_simcse, name, paired, quickstart_config, quickstart_file), argv)
+
+
+def plan_simcse(
+    name: str | None,
+    paired: bool,
+    quickstart_config: Path,
+    quickstart_file: str,
+    argv: list[str] | None = None,
+    more: tuple = (),
+) -> Plan:
+    """Read and check flags and files.
+
+    `name` is of the default output folder, None: the caller sees to the folder. `more`: other dataclasses of flags.
+    """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
 
     def preset(given: list[str]) -> str | None:  # the built-in encoder brings its settings
         return None if "model_name_or_path" in given else str(quickstart_config)
 
-    model_args, data, evaluation, run, simcse, args = cli.parse(kinds, preset, argv)
+    kinds += [*([] if paired else [PositiveArguments]), *more]
+    model_args, data, evaluation, run, simcse, args, *others = cli.parse(kinds, preset, argv)
+    positive = None if paired else others[0]
     quickstart = not any(getattr(data, flag) for flag in DATA_FLAGS)
     if quickstart and model_args.model_name_or_path:
         raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
-    settle_output_dir(args, run, "quickstart" if quickstart else name, quickstart)
+    if name:
+        settle_output_dir(args, run, "quickstart" if quickstart else name, quickstart)
 
     if quickstart:
         rows, source = read_file(str(QUICKSTART / quickstart_file)), f"quickstart/{quickstart_file}"
@@ -129,11 +176,28 @@ def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file
     tasks = read_tasks(evaluation)
     if quickstart and not tasks:
         tasks = {"quickstart": STS(read_sts(str(QUICKSTART / "sts.tsv")))}
-    return fine_tune(model_args, run, args, SimCSE(**vars(simcse)), rows, source, tasks, paired)
+    if positive:
+        rows, paired = pair_up(rows, positive, model_args, args, source)
+    return Plan(model_args, run, args, SimCSE(**vars(simcse)), rows, source, tasks, paired, others)
+
+
+def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArguments, args, name: str) -> tuple[Dataset, bool]:
+    """The rows to train on, and whether they are pairs."""
+    kind, _ = parse_positive(positive.positive)
+    args.same_dropout_mask |= kind == "same_mask"
+    model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
+    with args.main_process_first(desc="positives"):
+        rows = add_positives(rows, positive.positive, args.seed, name, positive.synonyms, model, args.device)
+    return rows, kind not in WITHOUT_ROWS
 
 
 def run_gte(name: str, offline_config: Path, offline_data: Callable, offline_model: str | None = None, argv=None) -> dict:
-    """Fine-tune with the improved contrastive loss. Returns what `results.json` holds.
+    """Fine-tune with the improved contrastive loss. Returns what `results.json` holds."""
+    return run_seeds(partial(plan_gte, name, offline_config, offline_data, offline_model), argv)
+
+
+def plan_gte(name: str, offline_config: Path, offline_data: Callable, offline_model: str | None = None, argv=None) -> Plan:
+    """Read and check flags and files.
 
     Without data of the user's, settings come from `offline_config`, the model is `offline_model`, and `offline_data()` makes
     the data, on every rank: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them.
@@ -157,24 +221,88 @@ def run_gte(name: str, offline_config: Path, offline_data: Callable, offline_mod
     dims = settings.pop("matryoshka_dims")
     objective = ImprovedContrastive(**settings)
     objective = Matryoshka(objective, dims) if dims else objective
-    return fine_tune(model_args, run, args, objective, rows, source, read_tasks(evaluation))
+    return Plan(model_args, run, args, objective, rows, source, read_tasks(evaluation))
 
 
-def fine_tune(model_args, run, args, objective, rows, source: str, tasks: dict[str, Task], paired: bool | None = None) -> dict:
-    """Score, train, export, score again. Returns what `results.json` holds."""
-    if not tasks:
-        no_evaluation(args)
-    model, tokenizer = load_model(model_args, args, getattr(objective, "mlm_weight", 0) > 0)
-    trainer = ContrastiveTrainer(
-        model=model, processing_class=tokenizer, args=args, objective=objective,
-        train_dataset=rows, eval_dataset=tasks, train_name=source, paired=paired,
+def read_seeds(given: str) -> list[int]:
+    """ "1,2,3" -> [1, 2, 3]."""
+    words = [word.strip() for word in given.split(",") if word.strip()]
+    if not words or not all(word.isdigit() for word in words) or len(set(words)) < len(words):
+        raise InputError(f"--seeds '{given}': give different whole numbers, 1,2,3 for example")
+    return [int(word) for word in words]
+
+
+def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) -> dict:
+    """Train what the flags say, once or with each of `--seeds`; of several, the best by the evaluation sets is what OUTPUT_DIR
+    is then, with all seeds' scores in its card. Returns what its `results.json` holds.
+
+    `read` makes a plan of flags. A seed's run is OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay.
+    """
+    plan = read(argv)
+    if not plan.run.seeds:
+        return fine_tune(plan)
+    seeds, folder, resume = read_seeds(plan.run.seeds), Path(plan.args.output_dir), plan.args.resume_from_checkpoint
+    if not plan.tasks:
+        raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
+    if plan.args.push_to_hub:
+        raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
+    clear_run(plan.args)
+    runs = {}
+    for seed in seeds:
+        own = folder / f"seed-{seed}"
+        if resume and (own / "results.json").is_file():
+            runs[seed] = json.loads((own / "results.json").read_text(encoding="utf-8"))
+            continue
+        if world()[0] == 0:
+            print(f"\nseed {seed}")
+        last = get_last_checkpoint(str(own)) if resume and own.is_dir() else None
+        flags = {"seeds": "", "seed": seed, "output_dir": str(own), "overwrite_output_dir": True,
+                 "resume_from_checkpoint": last or ""}  # fmt: skip
+        runs[seed] = fine_tune(read([*(sys.argv[1:] if argv is None else argv), *cli.as_flags(flags)]))
+        gc.collect()  # a trainer and its model hold each other
+    with plan.args.main_process_first():
+        return keep_best(folder, runs)
+
+
+def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
+    """The best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
+    scores = {seed: results["train"]["chosen_by"] for seed, results in runs.items()}
+    sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
+    best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])
+    results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
+    if world()[0] == 0:
+        ours = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
+        shutil.copytree(folder / f"seed-{best}", folder, ignore=ours, dirs_exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with export.quiet():
+            encoder = Encoder.from_pretrained(str(folder))
+        (folder / "README.md").write_text(export.model_card(encoder, results), encoding="utf-8")
+        print("\n" + "\n".join(export.seeds_table(results)))
+        print(saved_to(folder))
+    return results
+
+
+def make_trainer(plan: Plan) -> ContrastiveTrainer:
+    if not plan.tasks:
+        no_evaluation(plan.args)
+    model, tokenizer = load_model(plan.model_args, plan.args, getattr(plan.objective, "mlm_weight", 0) > 0)
+    return ContrastiveTrainer(
+        model=model, processing_class=tokenizer, args=plan.args, objective=plan.objective,
+        train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
     )  # fmt: skip
+
+
+def fine_tune(plan: Plan) -> dict:
+    """Score, train, export, score again. Returns what `results.json` holds."""
+    run, args, tasks = plan.run, plan.args, plan.tasks
+    trainer = make_trainer(plan)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
         print(trainer.train_dataset)
 
     before = trainer.evaluate() if tasks else {}
     if run.overwrite_output_dir:
-        clear_run(trainer)
+        clear_run(args)
+        trainer.accelerator.wait_for_everyone()
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
     trainer.accelerator.wait_for_everyone()
@@ -183,12 +311,15 @@ def fine_tune(model_args, run, args, objective, rows, source: str, tasks: dict[s
         with export.quiet():
             saved = Encoder.from_pretrained(args.output_dir, dtype=torch.float32).to(args.device)
         after = score_encoder(saved, tasks)
+    metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     about = {
-        "model": model_args.model_name_or_path or "quickstart", "data": source, "rows": len(trainer.train_dataset),
+        "model": plan.model_args.model_name_or_path or "quickstart", "data": plan.source, "rows": len(trainer.train_dataset),
         "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
-        "objective": {"name": type(objective).__name__} | dataclasses.asdict(objective),
+        "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
+        "chosen_by": {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
+                      "greater_is_better": args.greater_is_better is not False},
         "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
@@ -210,7 +341,10 @@ def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, nam
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
-    if args.resume_from_checkpoint in ("latest", "true", "True"):
+    args.resume_from_checkpoint = args.resume_from_checkpoint or None
+    if run.seeds:
+        pass  # each seed has its own folder and checkpoint
+    elif args.resume_from_checkpoint in ("latest", "true", "True"):
         args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
         if args.resume_from_checkpoint is None:
             raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
@@ -289,18 +423,17 @@ def with_dropout(name: str, rate: float):
     return config
 
 
-def clear_run(trainer: ContrastiveTrainer) -> None:
+def clear_run(args: ContrastiveTrainingArguments) -> None:
     """Remove what an earlier run left in the output folder, and nothing else."""
-    folder = Path(trainer.args.output_dir)
-    if trainer.args.resume_from_checkpoint:
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint:
         return
-    if trainer.is_world_process_zero() and folder.is_dir():
+    if args.process_index == 0 and folder.is_dir():
         for path in folder.iterdir():
-            if path.is_dir() and (re.fullmatch(r"checkpoint-\d+|\d_[A-Z]\w+", path.name) or path.name == "runs"):
+            if path.is_dir() and (re.fullmatch(r"checkpoint-\d+|seed-\d+|\d_[A-Z]\w+", path.name) or path.name == "runs"):
                 shutil.rmtree(path)
             elif path.name in ("results.json", "geometry.png", "README.md", "trainer_state.json"):
                 path.unlink()
-    trainer.accelerator.wait_for_everyone()
 
 
 def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
@@ -342,8 +475,12 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
             evaluations = [h for h in trainer.state.log_history if "eval_spearman" in h]
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
             print("\n" + "\n".join(export.table(results)))
-        print(f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool")
+        print(saved_to(folder))
     return results
+
+
+def saved_to(folder: Path) -> str:
+    return f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool"
 
 
 def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:

@@ -33,6 +33,7 @@ from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
 from hf_embed.tempscale import applied_tempscale, apply_tempscale
 from hf_embed.tempscale.fold import folded
+from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,10 @@ TRAINING_TENSORS = "training.safetensors"
 
 
 class Progress(ProgressCallback):
-    """The console shows the mean loss; loggers and `log_history` have that of each source besides."""
+    """The console shows the mean loss, alignment and uniformity; loggers and `log_history` have the rest."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {key: value for key, value in (logs or {}).items() if not key.startswith("loss_")}
+        shown = {key: value for key, value in (logs or {}).items() if not key.startswith(("loss_", "norm_", "masked_"))}
         super().on_log(args, state, control, logs=shown, **kwargs)
 
 
@@ -72,7 +73,8 @@ class ContrastiveTrainer(Trainer):
 
     Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each STS set (`eval_NAME_ndcg@10`
     and so on for retrieval), and their means `eval_spearman` and so on, which `metric_for_best_model` can name. With several
-    sources the log has `loss_NAME` for those drawn, with a learned temperature `temperature`.
+    sources the log has `loss_NAME` for those drawn, with a learned temperature `temperature`; every log has the numbers of
+    `hf_embed.watch`, which warns of a collapse and stops at NaN.
 
     Raises:
         InputError: what is wrong with the data or the settings, before the first step.
@@ -112,23 +114,26 @@ class ContrastiveTrainer(Trainer):
         if getattr(self.objective, "learn_temperature", False):
             self.encoder.learn_temperature(self.objective.temperature)
         self.temperature, self.source_losses = None, {}  # the learned one at the last step; losses since the last log
+        self.watch = Watch()
         views = [2]
         if train_dataset is not None:
             check_batch(args)
             check_prompts(self.encoder.prompts, self.encoder.tokenizer, self.encoder.max_length, "prompts")
             with args.main_process_first(desc="tokenizing"):
                 train_dataset, views = tokenize_all(train_dataset, self.encoder, args, train_name, paired)
+            if args.same_dropout_mask and (isinstance(train_dataset, Mixture) or most_texts(train_dataset) > 1):
+                raise InputError(f"{train_name}: same_dropout_mask needs rows of a single text, which is both views")
         tasks = named_tasks(eval_dataset)
         if args.metric_for_best_model == "auto" and tasks:
             args.metric_for_best_model = main_metric(tasks)
         super().__init__(
             model=self.encoder,
             args=args,
-            data_collator=RaggedCollator(views),
+            data_collator=RaggedCollator(views, args.same_dropout_mask),
             train_dataset=train_dataset,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
-            callbacks=callbacks,
+            callbacks=[self.watch, *(callbacks or [])],
             optimizers=optimizers,
         )
         if self.pop_callback(ProgressCallback):
@@ -176,6 +181,8 @@ class ContrastiveTrainer(Trainer):
         if embeddings.dtype in (torch.float16, torch.bfloat16):
             embeddings = embeddings.float()
         text_ids = inputs["text_ids"]
+        if args.same_dropout_mask:  # one pass is both views
+            embeddings = embeddings.repeat_interleave(2, 0)
         grid = to_grid(embeddings, inputs["slots"], text_ids.shape)  # (B, V, D)
         learned, first_row = {}, args.process_index * len(grid)
         if "temperature" in outputs:
@@ -184,6 +191,8 @@ class ContrastiveTrainer(Trainer):
         if mlm is not None:  # the mean over the masked tokens of all ranks, before ranks are averaged
             tokens = gather_rows(masked).sum().clamp(min=1)
             loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / tokens
+        if model.training:
+            self.watch.see(loss, grid, text_ids)
         if isinstance(self.train_dataset, Mixture) and model.training:
             self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
         return (loss, {"embeddings": grid}) if return_outputs else loss
@@ -196,6 +205,8 @@ class ContrastiveTrainer(Trainer):
             self.source_losses.clear()
             if self.temperature is not None:
                 logs["temperature"] = self.temperature.item()
+            if self.is_world_process_zero():
+                logs |= self.watch.numbers()
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model) -> list[str]:

@@ -68,6 +68,12 @@ def test_gradients_and_weights_equal_one_process(runs, ranks, kind):
     assert relative_error(several["weights"], one["weights"]) < 1e-9
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_same_mask_means_the_same(runs, ranks):
+    assert runs[ranks]["same mask"] == runs[ranks]["same mask, cached"] == [[True, True]] * ranks
+    assert runs[ranks]["two masks"] == [[False, False]] * ranks
+
+
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_gte_gradients_equal_the_formula(runs, ranks, negatives):

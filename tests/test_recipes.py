@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, cli
+from hf_embed.ablation import VARIANTS, AblationArguments, read_variants
 from hf_embed.finetune import (
     QUICKSTART,
     DataArguments,
@@ -185,12 +186,13 @@ def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*simcse*.yaml")), ids=lambda p: p.stem)
 def test_presets_parse(path):
-    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
-    *_, simcse, args = cli.parse(kinds, argv=["--config", str(path), "--use_cpu"])
+    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, AblationArguments, SimCSEArguments]
+    *_, ablation, simcse, args = cli.parse([*kinds, ContrastiveTrainingArguments], argv=["--config", str(path), "--use_cpu"])
     assert simcse.temperature == 0.05
     stored = yaml.safe_load(path.read_text())
     assert args.learning_rate == stored["learning_rate"]
-    assert args.pooling == stored["pooling"]
+    assert args.pooling == stored.get("pooling")
+    assert list(read_variants(ablation.variants)) == list(stored.get("variants", list(VARIANTS)[:4]))
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").rglob("*.yaml")), ids=lambda p: p.stem)

@@ -114,6 +114,43 @@ def test_unsupervised_views_differ_by_dropout_alone(tmp_path):
         assert torch.allclose(grid[:, 0], grid[:, 1], atol=1e-5) is same
 
 
+@pytest.mark.parametrize("caching", [False, True])
+def test_same_mask_is_one_pass_for_both_views(tmp_path, caching):
+    """Views bit for bit equal, and the gradient that of two passes under the same random state."""
+    rows = [{"text": f"the {word} and nothing else"} for word in WORDS]  # of one length: one chunk, in the batch's order
+    run = trainer(tmp_path, tiny_model().double(), rows, SimCSE(0.1), same_dropout_mask=True, gradient_caching=caching)
+    batch = next(iter(run.get_train_dataloader()))
+    run.model.train()
+    torch.manual_seed(5)
+    _, outputs = run.compute_loss(run.model, batch, return_outputs=True)
+    views = outputs["embeddings"]
+    assert views.shape == (4, 2, 32) and torch.equal(views[:, 0], views[:, 1])
+    torch.manual_seed(5)
+    loss = run.compute_loss(run.model, batch)
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+    run.model.zero_grad()
+    ids = torch.stack(batch["input_ids"].split(batch["lengths"]))
+    passes = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        passes.append(run.encoder.embed(ids, torch.ones_like(ids)))
+    reference = SimCSE(0.1)(torch.stack(passes, dim=1), batch["text_ids"])
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-9)
+    expected = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+    assert error(got, expected) < 1e-9
+    run.model.zero_grad()
+    torch.manual_seed(6)  # control: another mask, another gradient
+    run.compute_loss(run.model, batch).backward()
+    assert error({n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}, expected) > 1e-3
+
+
+def test_same_mask_needs_rows_of_one_text(tmp_path):
+    with pytest.raises(InputError, match="same_dropout_mask needs rows of a single text"):
+        trainer(tmp_path, same_dropout_mask=True)
+
+
 def test_training_lowers_the_loss_and_keeps_a_plain_folder(tmp_path):
     run = trainer(tmp_path, max_steps=20, per_device_train_batch_size=12, logging_steps=1, learning_rate=5e-3)
     run.train()

@@ -132,6 +132,24 @@ def sources_of_each_rank(folder: str) -> list[list]:
     return gather_objects(trainer.noted)
 
 
+def views_of_each_rank(folder: str, **settings) -> list[list[bool]]:
+    """Per rank, whether the two views of each text were bit for bit the same, in each batch; dropout is on."""
+    noted = []
+
+    class NoteViews(ContrastiveTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            noted.append(torch.equal(outputs["embeddings"][:, 0], outputs["embeddings"][:, 1]))
+            return loss
+
+    args = ContrastiveTrainingArguments(
+        folder, per_device_train_batch_size=BATCH // world()[1], max_steps=2, **(SETTINGS | settings)
+    )  # fmt: skip
+    rows = Dataset.from_list([{"text": row["anchor"]} for row in ROWS])
+    NoteViews(model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, train_dataset=rows).train()
+    return gather_objects(noted)
+
+
 def mask_some(input_ids, tokenizer):
     """A mask that depends on the token alone, so that it is the same however rows are shared out."""
     chosen = input_ids % 3 == 0
@@ -153,6 +171,9 @@ def main(folder: str) -> None:
         "mlm": train(folder, SimCSE(mlm_weight=0.5)),
         "temp_scale": train(folder, temp_scale=0.5),
         "sources": sources_of_each_rank(folder),
+        "two masks": views_of_each_rank(folder),
+        "same mask": views_of_each_rank(folder, same_dropout_mask=True),
+        "same mask, cached": views_of_each_rank(folder, same_dropout_mask=True, gradient_caching=True),
         "learned temperature": train(folder, ImprovedContrastive(0.2, learn_temperature=True), rows_with(1)),
     }
     for negatives in (0, 1, 3):

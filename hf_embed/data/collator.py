@@ -21,11 +21,12 @@ class RaggedCollator:
         tensor([[70, 80, 90],
                 [50, 60,  0]])
 
-    A row of a single text (unsupervised) is given twice: dropout makes the second the positive of the first.
+    A row of a single text (unsupervised) is given twice: dropout makes the second the positive of the first. With `once` it is
+    given once and has two slots: one embedding, under one dropout mask, is both views.
     """
 
-    def __init__(self, views: list[int]):
-        self.views = views
+    def __init__(self, views: list[int], once: bool = False):
+        self.views, self.once = views, once
 
     def __call__(self, rows: list[dict]) -> dict:
         ids, lengths, slots = [], [], []
@@ -35,7 +36,11 @@ class RaggedCollator:
         for i, row in enumerate(rows):
             texts, hashes = row["input_ids"], row["text_ids"]
             if len(texts) == 1:
-                texts, hashes = texts * 2, hashes * 2
+                hashes = hashes * 2
+                if self.once:
+                    slots.append(i * views + 1)
+                else:
+                    texts = texts * 2
             for view, text in enumerate(texts):
                 ids += text
                 lengths.append(len(text))

@@ -1,0 +1,206 @@
+"""Variants of unsupervised SimCSE side by side: the table, and the picture of the paper's figure 3.
+
+A variant is a name and the flags in which it differs from the others. Rows are tokenized once (`datasets` keeps the table), and
+runs of one seed see the same batches, so what differs is the variant alone. Every finished run is a file; what is there is not
+run again.
+"""
+
+import gc
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import PrinterCallback
+
+from hf_embed.cli import as_flags
+from hf_embed.errors import InputError
+from hf_embed.finetune import Plan, make_trainer, number, read_seeds
+
+VARIANTS = {
+    "dropout": {},
+    "no dropout": {"dropout": 0.0},
+    "same mask": {"positive": "same_mask"},
+    "delete one word": {"positive": "delete_one_word"},
+    "delete one word, no dropout": {"positive": "delete_one_word", "dropout": 0.0},
+    "delete 10%": {"positive": "delete:0.1"},
+    "crop 10%": {"positive": "crop:0.1"},
+    "repeat 10%": {"positive": "repeat:0.1"},
+    "fill 15%": {"positive": "mask_fill:0.15"},
+    "next sentence": {"positive": "next_sentence"},
+}
+# Of every run: no model is kept, and the path is what counts.
+FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
+
+
+@dataclass
+class AblationArguments:
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS)[:4],
+        metadata={"help": f"Of {', '.join(VARIANTS)}; in a YAML file also a name and its flags each, as in "
+                          "recipes/configs/simcse_poolers.yaml."},
+    )  # fmt: skip
+
+
+def read_variants(given: list[str]) -> dict[str, dict]:
+    """{name: flags}, of names that are known, or of a JSON dict in one word. Raises InputError for an unknown name."""
+    if len(given) == 1 and given[0].startswith("{"):
+        variants = json.loads(given[0])
+        if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
+            raise InputError(f"variant '{wrong[0]}': give the flags in which it differs, {{}} for none")
+        return variants
+    if unknown := [name for name in given if name not in VARIANTS]:
+        raise InputError(f"unknown variant '{unknown[0]}'; there are {', '.join(VARIANTS)}")
+    return {name: VARIANTS[name] for name in given}
+
+
+def run_ablation(plan: Callable[[list[str]], Plan], argv: list[str]) -> dict:
+    """Run what is missing of the variants and seeds that the flags name; write results.json and ablation.png, print the table.
+
+    `plan` reads the flags of a run: `hf_embed.finetune.plan_simcse` with `AblationArguments`. Raises InputError, before the
+    first step of the first run, if one of the runs cannot be.
+    """
+    base = plan(argv)
+    *_, given = base.more
+    variants, seeds = read_variants(given.variants), read_seeds(base.run.seeds or "1")
+    if not any(task.kind == "sts" for task in base.tasks.values()):
+        raise InputError("an ablation is told by an STS set; give --eval_sts_file NAME=PATH")
+    folder = Path("outputs/simcse_ablation" if base.args.output_dir in (None, "trainer_output") else base.args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: this is a file; name a folder")
+    with base.args.main_process_first():
+        if base.run.overwrite_output_dir and base.args.process_index == 0:
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+    for flags in variants.values():
+        plan([*argv, *as_flags(flags)])
+    results = run_variants(plan, argv, variants, seeds, folder)
+    if base.args.process_index == 0:
+        (folder / "results.json").write_text(json.dumps({"variants": results}, indent=1) + "\n", encoding="utf-8")
+        plot_variants(results, folder / "ablation.png")
+        print("\n" + "\n".join(table(results)))
+        print(f"\nwrote {folder}/results.json and ablation.png")
+    return results
+
+
+def run_variants(
+    plan: Callable[[list[str]], Plan], argv: list[str], variants: dict[str, dict], seeds: list[int], folder: Path
+) -> dict:
+    """Train each variant with each seed; `plan` reads a run's flags. Returns what results.json holds:
+
+        {"dropout": {"flags": {},
+                     "seeds": {"1": [{"step": 0, "spearman": 42.6, "alignment": 0.44, "uniformity": -1.7}, ...]},
+                     "before": 42.6, "spearman": [43.1, 43.0, 43.3],     mean, smallest and largest of the last step,
+                     "best": [44.9, 44.8, 45.0], ...}}                    and of each run's best
+
+    Raises InputError if the folder holds runs with other flags.
+    """
+    results = {}
+    for name, flags in variants.items():
+        paths = {}
+        for seed in seeds:
+            output = folder / "runs" / f"{slug(name)}-seed-{seed}"
+            words = [*argv, *as_flags(FIXED | flags | {"seed": seed, "output_dir": str(output)})]
+            paths[str(seed)] = one_run(plan, words, f"{name}, seed {seed}", output / "path.json")
+        results[name] = {"flags": flags, "seeds": paths} | summary(list(paths.values()))
+    return results
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.replace("%", "-percent")).strip("-")
+
+
+def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, file: Path) -> list[dict]:
+    """The path of a run: its scores before the first step and at each evaluation."""
+    this = plan(words)
+    if file.is_file():
+        done = json.loads(file.read_text(encoding="utf-8"))
+        if changed := [key for key, value in settings(this).items() if done["settings"].get(key) != value]:
+            raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
+        return done["path"]
+    trainer = make_trainer(this)
+    main = trainer.is_world_process_zero()
+    if main:
+        print(f"{title} ...", flush=True)
+    trainer.remove_callback(PrinterCallback)  # the line below says it all
+    before = trainer.evaluate()
+    trainer.train()
+    evaluated = [before | {"step": 0}, *(entry for entry in trainer.state.log_history if "eval_spearman" in entry)]
+    keys = ("spearman", "alignment", "uniformity")
+    path = [{"step": entry["step"]} | {key: number(entry[f"eval_{key}"], 4) for key in keys} for entry in evaluated]
+    if main:
+        scores = [point["spearman"] for point in path]
+        print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps({"settings": settings(this), "path": path}, indent=1) + "\n", encoding="utf-8")
+        new.replace(file)  # there as a whole, or not at all
+    trainer.accelerator.wait_for_everyone()
+    del trainer
+    gc.collect()  # a trainer and its model hold each other
+    return path
+
+
+def settings(plan: Plan) -> dict:
+    """What a run's path depends on, as JSON has it."""
+    training = plan.args.to_dict()
+    for key in ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "overwrite_output_dir"):
+        training.pop(key, None)
+    positive, _ = plan.more
+    parts = [vars(plan.model_args), vars(plan.objective), vars(positive), training, {"data": plan.source}]
+    return json.loads(json.dumps({key: value for part in parts for key, value in part.items()}, default=str))
+
+
+def summary(paths: list[list[dict]]) -> dict:
+    """Of the runs of a variant: mean, smallest and largest."""
+
+    def band(values: list[float]) -> list[float]:
+        return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
+
+    last = {key: band([path[-1][key] for path in paths]) for key in ("spearman", "alignment", "uniformity")}
+    best = band([max(point["spearman"] for point in path) for path in paths])
+    return {"before": paths[0][0]["spearman"], "best": best} | last
+
+
+def table(results: dict) -> list[str]:
+    """A line for each variant: the last step's scores, and the best STS on the way."""
+    width = max(len(name) for name in [*results, "variant"])
+    heads = f"{'STS, last step':>22}  {'STS, best step':>22}  {'alignment':>9}  {'uniformity':>10}"
+    lines = [f"{'variant':{width}}  {'before':>6}  {heads}"]
+    for name, result in results.items():
+        spans = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in (result["spearman"], result["best"])]
+        lines.append(
+            f"{name:{width}}  {result['before']:6.2f}  {spans[0]:>22}  {spans[1]:>22}  {result['alignment'][0]:9.3f}  "
+            f"{result['uniformity'][0]:10.3f}"
+        )
+    return lines
+
+
+def plot_variants(results: dict, path: str | Path) -> None:
+    """Alignment against uniformity, a line for each variant, a point at each evaluation (means over the seeds), arrows along
+    time. Told apart by colour, and by marker too."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe and Ito's
+    for i, (name, result) in enumerate(results.items()):
+        paths = result["seeds"].values()
+        y, x = (np.mean([[point[key] for point in path] for path in paths], axis=0) for key in ("alignment", "uniformity"))
+        look = {"color": colours[i % len(colours)], "marker": "os^DvPX*"[i // len(colours) + i % 8 - 8], "markersize": 6}
+        label = f"{name}: STS {result['spearman'][0]:.1f}, best {result['best'][0]:.1f}"
+        axes.plot(x, y, linewidth=1, label=label, **look)
+        for k in range(len(x) - 1):
+            middle = (x[k] + x[k + 1]) / 2, (y[k] + y[k + 1]) / 2
+            arrow = {"arrowstyle": "-|>", "color": look["color"], "mutation_scale": 12}
+            axes.annotate("", xy=middle, xytext=(x[k], y[k]), arrowprops=arrow)
+    axes.set_xlabel("uniformity (lower is better)")
+    axes.set_ylabel("alignment (lower is better)")
+    axes.set_title("The embeddings along training: arrows follow time, both axes are better when lower")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

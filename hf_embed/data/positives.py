@@ -1,0 +1,187 @@
+"""Positives for training on plain sentences: what a sentence is paired with (SimCSE, section 3.1, tables 1 and 2).
+
+    dropout            itself, under another dropout mask; SimCSE's own way
+    same_mask          itself, under the same dropout mask: nothing to learn from but the other sentences
+    delete_one_word    the quick brown fox jumps  ->  the quick fox jumps
+    delete:0.3         as many of its words deleted
+    crop:0.3           as many of its words cut off at the ends
+    repeat:0.3         as many of its words said twice (ESimCSE, https://arxiv.org/abs/2109.04380)
+    synonym:0.3        as many of its words replaced from a table
+    mask_fill:0.3      as many of its words masked and filled in by a masked language model
+    next_sentence      the sentence of the next row
+
+The first two leave the rows as they are: `ContrastiveTrainer` makes both views of a row with a single text. The others make
+rows of anchor and positive, and have the model's dropout on top (`--dropout 0` turns it off). What is drawn depends on the seed
+and the row's number alone, so workers, ranks and batches do not matter.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from hf_embed.data.sources import text_columns
+from hf_embed.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def delete(words: list[str], share: float, draw: random.Random) -> list[str]:
+    gone = places(words, share, draw)
+    return [word for i, word in enumerate(words) if i not in gone]
+
+
+def delete_one_word(words: list[str], share: float, draw: random.Random) -> list[str]:
+    gone = draw.randrange(len(words))
+    return words[:gone] + words[gone + 1 :]
+
+
+def crop(words: list[str], share: float, draw: random.Random) -> list[str]:
+    kept = len(words) - len(places(words, share, draw))
+    start = draw.randint(0, len(words) - kept)
+    return words[start : start + kept]
+
+
+def repeat(words: list[str], share: float, draw: random.Random) -> list[str]:
+    twice = places(words, share, draw)
+    return [word for i, word in enumerate(words) for _ in range(1 + (i in twice))]
+
+
+def places(words: list[str], share: float, draw: random.Random) -> set[int]:
+    """A share of the words, but one at least and never all."""
+    return set(draw.sample(range(len(words)), min(max(1, round(share * len(words))), len(words) - 1)))
+
+
+OF_WORDS: dict[str, Callable] = {"delete_one_word": delete_one_word, "delete": delete, "crop": crop, "repeat": repeat}
+WITHOUT_ROWS = ("dropout", "same_mask")
+SHARED = ("delete", "crop", "repeat", "synonym", "mask_fill")  # take a share
+KNOWN = (*WITHOUT_ROWS, "delete_one_word", *(f"{kind}:SHARE" for kind in SHARED), "next_sentence")
+
+
+def parse_positive(positive: str) -> tuple[str, float]:
+    """ "crop:0.3" -> ("crop", 0.3). Raises InputError for an unknown kind and for a share that is not between 0 and 1."""
+    kind, colon, share = positive.partition(":")
+    if kind not in (*WITHOUT_ROWS, *OF_WORDS, *SHARED, "next_sentence") or bool(colon) != (kind in SHARED):
+        raise InputError(f"positive '{positive}'; there are {', '.join(KNOWN)}")
+    try:
+        share = float(share or 0)
+    except ValueError:
+        share = -1.0
+    if colon and not 0 < share < 1:
+        raise InputError(f"positive '{positive}': the share is of a sentence's words, above 0 and below 1, e.g. {kind}:0.1")
+    return kind, share
+
+
+def add_positives(
+    rows: Dataset, positive: str, seed: int = 0, name: str = "train_dataset", synonyms: str | None = None,
+    model: str | None = None, device: str | torch.device = "cpu",
+) -> Dataset:  # fmt: skip
+    """Rows of a single text to rows of anchor and positive; for "dropout" and "same_mask" the rows as they are.
+
+    A sentence too short to be changed is its own positive; such rows are counted in a warning.
+
+    Args:
+        positive: one of the kinds above.
+        synonyms: for "synonym", a file with a word, a tab, and its synonyms separated by commas, in each line.
+        model: for "mask_fill", the masked language model, on `device`.
+
+    Raises:
+        InputError: an unknown kind or a bad share; a table or a model that is missing or of no use.
+    """
+    kind, share = parse_positive(positive)
+    if kind in WITHOUT_ROWS:
+        return rows
+    column = text_columns(rows.column_names, name, paired=False)[0]
+    texts = rows.select_columns([column])
+    if kind == "next_sentence":
+        following = texts.select(range(1, len(texts))).rename_column(column, "positive")
+        anchors = texts.select(range(len(texts) - 1)).rename_column(column, "anchor")
+        return Dataset.from_dict({"anchor": anchors["anchor"][:], "positive": following["positive"][:]})
+    if kind == "mask_fill":
+        change_all = partial(MaskFill(model, device), share=share)
+    else:
+        change = partial(replace, table=read_synonyms(synonyms)) if kind == "synonym" else OF_WORDS[kind]
+        change_all = partial(one_by_one, change, share=share)
+
+    def make(batch: dict, numbers: list[int]) -> dict:
+        anchors = batch[column]
+        words = {i: text.split() for i, text in enumerate(anchors) if isinstance(text, str)}
+        long = [i for i, split in words.items() if len(split) > 1]
+        draws = [random.Random(f"{seed} {numbers[i]}") for i in long]
+        positives = list(anchors)
+        for i, changed in zip(long, change_all([words[i] for i in long], draws=draws)):
+            positives[i] = " ".join(changed)
+        return {"anchor": anchors, "positive": positives}
+
+    pairs = texts.map(make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
+    same = sum(a == b for batch in pairs.iter(10_000) for a, b in zip(batch["anchor"], batch["positive"]))
+    if same:
+        logger.warning(f"{name}: {same:,} of {len(pairs):,} rows could not be changed by {positive}; each is its own positive")
+    return pairs
+
+
+def one_by_one(change: Callable, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
+    return [change(words, share=share, draw=draw) for words, draw in zip(texts, draws)]
+
+
+def read_synonyms(path: str | None) -> dict[str, list[str]]:
+    if path is None:
+        raise InputError("positive synonym needs --synonyms FILE, lines of a word, a tab, and synonyms separated by commas")
+    if not Path(path).is_file():
+        raise InputError(f"--synonyms {path}: no such file")
+    table = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        word, _, others = line.partition("\t")
+        others = [other.strip() for other in others.split(",") if other.strip()]
+        if line.strip() and not (word.strip() and others):
+            raise InputError(f"--synonyms {path}, line {number}: expected a word, a tab, and synonyms separated by commas")
+        if others:
+            table[word.strip().lower()] = others
+    if not table:
+        raise InputError(f"--synonyms {path}: the file has no words")
+    return table
+
+
+def replace(words: list[str], share: float, draw: random.Random, table: dict[str, list[str]]) -> list[str]:
+    """Of the words that the table knows, as many as `share` of all."""
+    known = [i for i, word in enumerate(words) if word.lower() in table]
+    chosen = draw.sample(known, min(max(1, round(share * len(words))), len(known)))
+    return [draw.choice(table[word.lower()]) if i in chosen else word for i, word in enumerate(words)]
+
+
+class MaskFill:
+    """Masked words, each replaced by the model's best guess."""
+
+    def __init__(self, name: str | None, device: str | torch.device):
+        if name is None:
+            raise InputError("positive mask_fill needs a masked language model")
+        try:
+            model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"positive mask_fill: '{name}' is no masked language model ({str(error).splitlines()[0]})"
+            ) from error
+        if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
+            raise InputError(f"positive mask_fill: '{name}' has no masked-language-modelling head (no {missing[0]})")
+        self.model, self.tokenizer = model.eval().to(device), AutoTokenizer.from_pretrained(name)
+
+    @torch.inference_mode()
+    def __call__(self, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
+        texts, mask = [list(words) for words in texts], self.tokenizer.mask_token
+        chosen = [sorted(places(words, share, draw)) for words, draw in zip(texts, draws)]
+        for start in range(0, len(texts), 64):
+            part = range(start, min(start + 64, len(texts)))
+            masked = [" ".join(mask if i in chosen[n] else word for i, word in enumerate(texts[n])) for n in part]
+            inputs = self.tokenizer(masked, truncation=True, padding=True, return_tensors="pt").to(self.model.device)
+            guesses = self.model(**inputs).logits.argmax(-1)
+            for n, ids, best in zip(part, inputs["input_ids"], guesses):
+                found = best[ids == self.tokenizer.mask_token_id]  # those behind the cut keep their words
+                for i, guess in zip(chosen[n], self.tokenizer.convert_ids_to_tokens(found.tolist())):
+                    if word := self.tokenizer.convert_tokens_to_string([guess]).replace("##", "").strip():
+                        texts[n][i] = word
+        return texts

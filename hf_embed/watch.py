@@ -1,0 +1,106 @@
+"""Is a run learning, or collapsing? Numbers of the batch in every log, one warning, and an end to what cannot be mended.
+
+In every log, of the first rows of the last batch on the main process (B rows, V texts each, D wide):
+
+    alignment      mean squared distance of anchors and positives, on the unit sphere; lower is better
+    uniformity     log of the mean Gaussian potential of the anchors; lower is better
+    norm_spread    standard deviation of the anchors' lengths, over their mean
+    masked_share   share of the other rows' positives that are no negatives, being equal texts
+
+A warning, once, where the loss falls but the embeddings get worse: by the evaluation sets if there are any, else by the
+batches. A loss or a weight that is no number any more ends the run before anything of it is saved.
+"""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_embed.distributed import gather_objects
+from hf_embed.errors import InputError
+from hf_embed.objectives.masking import false_negatives
+
+logger = logging.getLogger(__name__)
+
+ROWS = 512  # of a batch that are looked at
+RISE = 0.25  # of what uniformity had gained, given back
+
+
+@torch.no_grad()
+def batch_geometry(grid: Tensor, text_ids: Tensor) -> dict[str, float]:
+    """The numbers above, of embeddings (B, V, D) and text hashes (B, V). Needs two rows at least."""
+    grid, text_ids = grid[:ROWS].float(), text_ids[:ROWS]
+    anchors, positives = F.normalize(grid[:, 0], dim=-1), F.normalize(grid[:, 1], dim=-1)
+    norms = grid[:, 0].norm(dim=-1)
+    others = ~torch.eye(len(grid), dtype=torch.bool, device=grid.device)
+    return {
+        "alignment": (anchors - positives).square().sum(-1).mean().item(),
+        "uniformity": F.pdist(anchors).square().mul(-2).exp().mean().log().item(),
+        "norm_spread": (norms.std() / norms.mean()).item(),
+        "masked_share": false_negatives(text_ids, text_ids[:, 1])[others].float().mean().item(),
+    }
+
+
+def warning_of(history: list[dict]) -> str | None:
+    """What is wrong with a run whose `log_history` this is, or None.
+
+    It is while the loss falls that uniformity gives back a quarter of what it had gained.
+    """
+    prefix = "eval_" if any("eval_uniformity" in entry for entry in history) else ""
+    points, loss = [], math.nan
+    for entry in history:
+        loss = entry.get("loss", loss)
+        if math.isfinite(entry.get(f"{prefix}uniformity", math.nan) + entry.get(f"{prefix}alignment", math.nan)):
+            points.append((entry[f"{prefix}alignment"], entry[f"{prefix}uniformity"], loss, entry.get("step", 0)))
+    if len(points) < 3:
+        return None
+    start, best, now = points[0], min(points, key=lambda point: point[1]), points[-1]
+    falls = not now[2] > best[2]
+    gained, given_back = start[1] - best[1], now[1] - best[1]
+    if falls and given_back > max(0.1, RISE * gained):
+        return f"uniformity rises again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: embeddings draw together"
+    return None
+
+
+class Watch(TrainerCallback):
+    """Added to every `ContrastiveTrainer`."""
+
+    def __init__(self):
+        self.last = None  # embeddings and text hashes of the last batch
+        self.finite = None  # of the losses since the last look: a tensor, so that no step waits for the device
+        self.warned = False
+
+    def see(self, loss: Tensor, grid: Tensor, text_ids: Tensor) -> None:
+        self.last = grid.detach()[:ROWS], text_ids[:ROWS]
+        finite = loss.detach().isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+
+    def numbers(self) -> dict[str, float]:
+        if self.last is None or len(self.last[0]) < 2:
+            return {}
+        return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
+            return
+        finite = [self.finite is None or self.finite.item()]
+        if control.should_save:  # the step after a good loss may have spoilt the weights
+            finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
+        if not all(gather_objects(all(finite))):
+            last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+            raise InputError(
+                f"the loss or a weight is not a number any more, at step {state.global_step} or shortly before; "
+                f"{f'the last good checkpoint is {last}' if last else 'no checkpoint was saved before'}; go on with a lower "
+                "learning_rate, a higher temperature, or bf16 in place of fp16"
+            )
+        self.finite = None
+
+    def on_log(self, args, state, control, **kwargs):
+        if not self.warned and state.is_world_process_zero and (message := warning_of(state.log_history)):
+            self.warned = True
+            logger.warning(f"step {state.global_step}: {message}")

@@ -1,0 +1,189 @@
+"""Variants side by side, and one run with several seeds."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of
+from test_recipes import QUIET, RECIPES, UNSUP, files, flags, sup  # noqa: F401
+from worker import WORDS
+
+from hf_embed import Encoder, ablation
+from hf_embed.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, table
+from hf_embed.finetune import plan_simcse, read_seeds, run_simcse
+
+SMALL = ["--eval_steps", 1, "--max_steps", 2, "--learning_rate", "1e-3"]
+
+
+@pytest.fixture
+def sentences(files, tmp_path):  # noqa: F811
+    texts = [f"the {word} of the day is not here" for word in WORDS]
+    (tmp_path / "sentences.txt").write_text("\n".join(texts) + "\n")
+    return files | {"nli": tmp_path / "sentences.txt"}
+
+
+def run(sentences, folder, *more) -> dict:
+    plan = partial(plan_simcse, None, False, UNSUP["quickstart_config"], "sentences.txt", more=(AblationArguments,))
+    argv = [*QUIET, *flags(sentences), *SMALL, "--output_dir", folder, *more]
+    return run_ablation(plan, [str(word) for word in argv])
+
+
+def test_variants_and_seeds(sentences, tmp_path, capsys):
+    folder = tmp_path / "out"
+    results = run(sentences, folder, "--seeds", "1,2")
+    assert list(results) == ["dropout", "no dropout", "same mask", "delete one word"]
+    assert json.loads((folder / "results.json").read_text()) == {"variants": results}
+    for result in results.values():
+        assert set(result["seeds"]) == {"1", "2"}
+        for path in result["seeds"].values():
+            assert [point["step"] for point in path] == [0, 1, 2]
+        last = [path[-1]["spearman"] for path in result["seeds"].values()]
+        assert result["spearman"] == pytest.approx([np.mean(last), min(last), max(last)], abs=1e-3)
+        best = [max(point["spearman"] for point in path) for path in result["seeds"].values()]
+        assert result["best"][0] == pytest.approx(np.mean(best), abs=1e-3)
+    starts = {json.dumps(path[0]) for result in results.values() for path in result["seeds"].values()}
+    assert len(starts) == 1  # of one model
+    ends = {json.dumps(path[-1]) for result in results.values() for path in result["seeds"].values()}
+    assert len(ends) == 8  # and all ended elsewhere
+    out = capsys.readouterr().out
+    assert all(line in out for line in table(results)) and "ablation.png" in out
+    assert (folder / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(folder.rglob("*.safetensors"))  # no models are kept
+
+
+def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
+    """What the ablation says of a variant is what unsup_simcse.py with the same flags comes to."""
+    path = run(sentences, tmp_path / "out", "--variants", "delete one word")["delete one word"]["seeds"]["1"]
+    argv = [*QUIET, *flags(sentences), *SMALL, "--positive", "delete_one_word", "--seed", 1, "--output_dir", tmp_path / "one"]
+    alone = run_simcse("x", argv=[str(word) for word in argv], **UNSUP)
+    assert alone["before"]["sts"]["s"] == pytest.approx(path[0]["spearman"], abs=0.01)
+    assert alone["after"]["sts"]["s"] == pytest.approx(path[-1]["spearman"], abs=0.01)
+
+
+def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    first = run(sentences, folder, "--variants", "dropout", "same mask")
+    made = []
+    monkeypatch.setattr(ablation, "make_trainer", lambda plan, make=ablation.make_trainer: made.append(plan) or make(plan))
+    assert run(sentences, folder, "--variants", "dropout", "same mask") == first and not made
+    (folder / "runs" / "same-mask-seed-1" / "path.json").unlink()
+    assert run(sentences, folder, "--variants", "dropout", "same mask") == first and len(made) == 1
+    run(sentences, folder, "--variants", "dropout", "crop 10%")
+    assert len(made) == 2
+    message = error_of(run, sentences, folder, "--variants", "dropout", "--temperature", "0.1")
+    assert "dropout-seed-1 holds a run with another temperature" in message and len(made) == 2
+    run(sentences, folder, "--variants", "dropout", "--temperature", "0.1", "--overwrite_output_dir")
+    assert len(made) == 3 and not (folder / "runs" / "same-mask-seed-1").exists()
+
+
+def test_killed_and_started_again(sentences, tmp_path):
+    """A real process, killed after its first run; the same command goes on."""
+    folder = tmp_path / "out"
+    argv = [*QUIET, *flags(sentences), *SMALL, "--output_dir", folder, "--variants", "dropout", "no dropout"]
+    command = [sys.executable, *map(str, [RECIPES / "simcse_ablation.py", *argv])]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = folder / "runs" / "dropout-seed-1" / "path.json"
+    deadline = time.time() + 120
+    while not done.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = done.read_text()
+    assert not (folder / "results.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert done.read_text() == kept and "no dropout, seed 1" in again.stdout
+    assert set(json.loads((folder / "results.json").read_text())["variants"]) == {"dropout", "no dropout"}
+
+
+def test_variants_of_a_yaml_file(sentences, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("variants: {warm: {temperature: 0.1}, CLS: {pooling: cls}}\nseeds: 3\n")
+    results = run(sentences, tmp_path / "out", "--config", config)
+    assert results["warm"]["flags"] == {"temperature": 0.1} and set(results["CLS"]["seeds"]) == {"3"}
+    assert results["warm"]["before"] != results["CLS"]["before"]
+
+
+def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "make_trainer", lambda plan: pytest.fail("a run was started"))
+    config = tmp_path / "bad.yaml"
+    for variants, message in (
+        ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a': give the flags"),
+        ("{a: {}, b: {positive: 'crop:1'}}", "positive 'crop:1': the share"),
+        ("{a: {}, b: {positive: 'mask_fill:0.1'}}", "has no masked-language-modelling head"),
+    ):  # fmt: skip
+        config.write_text(f"variants: {variants}\n")
+        assert message in error_of(run, sentences, tmp_path / "out", "--config", config)
+    for words, message in (
+        (["--variants", "nothing"], f"unknown variant 'nothing'; there are {', '.join(VARIANTS)}"),
+        (["--seeds", "0,x"], "--seeds '0,x': give different whole numbers"), (["--seeds", ","], "give different whole"),
+        (["--seeds", "1,1"], "give different whole numbers"),
+    ):  # fmt: skip
+        assert message in error_of(run, sentences, tmp_path / "out", *words)
+    assert read_seeds("1, 2") == [1, 2] and read_variants(["dropout"]) == {"dropout": {}}
+
+
+def test_an_sts_set_is_needed(sentences, tmp_path):
+    plan = partial(plan_simcse, None, False, UNSUP["quickstart_config"], "sentences.txt", more=(AblationArguments,))
+    argv = ["--train_file", sentences["nli"], "--model_name_or_path", sentences["model"], "--output_dir", tmp_path / "o"]
+    assert "give --eval_sts_file NAME=PATH" in error_of(run_ablation, plan, [str(word) for word in [*QUIET, *argv, *SMALL]])
+
+
+def test_picture_of_many_variants(tmp_path):
+    path = [{"step": i, "spearman": 50 + i, "alignment": 0.3 + i / 10, "uniformity": -1 - i} for i in range(4)]
+    result = {"seeds": {"1": path}, "spearman": [53, 53, 53], "best": [53, 53, 53]}
+    plot_variants({f"variant {i}": result for i in range(12)}, tmp_path / "p.png")
+    from PIL import Image
+
+    assert Image.open(tmp_path / "p.png").size == (800, 600)
+
+
+# ---- --seeds of a recipe ----
+
+
+def test_seeds_of_a_recipe(files, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "out"
+    argv = [*flags(files), "--max_steps", 2, "--learning_rate", "1e-2", "--output_dir", folder]
+    results = sup(*argv, "--seeds", "1,2,3")
+    runs = {seed: json.loads((folder / f"seed-{seed}" / "results.json").read_text()) for seed in (1, 2, 3)}
+    scores = {seed: run["after"]["sts"]["s"] for seed, run in runs.items()}
+    assert len(set(scores.values())) > 1
+    best = max(scores, key=scores.get)
+    assert results["seed"] == best and results["after"] == runs[best]["after"]
+    assert results["seeds"] == {str(seed): run["after"] for seed, run in runs.items()}
+    assert json.loads((folder / "results.json").read_text()) == results
+    texts = ["the cat", "a house by the river"]
+    kept = Encoder.from_pretrained(folder).encode(texts)
+    assert np.array_equal(kept, Encoder.from_pretrained(folder / f"seed-{best}").encode(texts))
+    line = f"{np.mean(list(scores.values())):8.2f}  {min(scores.values()):8.2f}  {max(scores.values()):8.2f}"
+    assert line in (folder / "README.md").read_text() and line in capsys.readouterr().out
+    assert not list(folder.glob("checkpoint-*"))
+    assert "holds another run" in error_of(sup, *argv, "--seeds", "1,2")
+
+
+def test_seeds_go_on_with_what_is_missing(files, tmp_path):  # noqa: F811
+    folder = tmp_path / "out"
+    argv = [*flags(files), "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--output_dir", folder]
+    whole = sup(*argv, "--seeds", "1,2")
+    weights = torch.load(folder / "seed-2" / "checkpoint-4" / "optimizer.pt")
+    (folder / "seed-2" / "results.json").unlink()
+    shutil.rmtree(folder / "seed-2" / "checkpoint-4")
+    first = (folder / "seed-1" / "model.safetensors").stat().st_mtime_ns
+    again = sup(*argv, "--seeds", "1,2", "--resume_from_checkpoint")
+    assert again["seeds"] == whole["seeds"] and (folder / "seed-1" / "model.safetensors").stat().st_mtime_ns == first
+    resumed = torch.load(folder / "seed-2" / "checkpoint-4" / "optimizer.pt")
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(weights["state"].values(), resumed["state"].values()))
+
+
+def test_seeds_need_something_to_choose_by(files, tmp_path):  # noqa: F811
+    argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], "--output_dir", tmp_path / "o"]
+    assert "--seeds keeps the best by an evaluation set" in error_of(sup, *argv, "--seeds", "1,2")
+    argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
+    assert "leave the push away" in error_of(sup, *argv)

@@ -1,0 +1,101 @@
+"""The numbers in the logs, the warning of a collapse, and the end of a run that is no number any more."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import trainer
+from transformers import TrainerCallback
+
+from hf_embed import InputError, SimCSE
+from hf_embed.evaluation.geometry import alignment, uniformity
+from hf_embed.watch import batch_geometry, warning_of
+
+
+def test_numbers_of_a_batch():
+    torch.manual_seed(0)
+    grid = torch.randn(6, 3, 8)
+    ids = torch.arange(1, 19).view(6, 3)
+    ids[3, 1] = ids[0, 1]  # two rows with the same positive
+    found = batch_geometry(grid, ids)
+    assert found["alignment"] == pytest.approx(alignment(grid[:, 0].numpy(), grid[:, 1].numpy()), rel=1e-5)
+    assert found["uniformity"] == pytest.approx(uniformity(grid[:, 0].numpy()), rel=1e-5)
+    norms = grid[:, 0].norm(dim=1)
+    assert found["norm_spread"] == pytest.approx((norms.std() / norms.mean()).item())
+    assert found["masked_share"] == pytest.approx(2 / 30)
+
+
+def test_every_log_has_them(tmp_path, capsys):
+    run = trainer(tmp_path, max_steps=4, logging_steps=2)
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for log in logs:
+        assert {"alignment", "uniformity", "norm_spread", "masked_share"} <= set(log)
+        assert 0 < log["alignment"] < 4 and -4 < log["uniformity"] < 0
+
+
+def history(*points: tuple[float, float, float], prefix: str = "eval_") -> list[dict]:
+    """Alignment, uniformity and loss along a run."""
+    entries = []
+    for step, (a, u, loss) in enumerate(points):
+        entries += [{"step": step, "loss": loss}, {"step": step, f"{prefix}alignment": a, f"{prefix}uniformity": u}]
+    return entries
+
+
+@pytest.mark.parametrize("prefix", ["eval_", ""])
+def test_warning_of_uniformity_that_rises_back(prefix):
+    learning = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.3, -2.5, 1.0), (0.3, -2.45, 0.9), prefix=prefix)
+    assert warning_of(learning) is None
+    collapsing = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0), prefix=prefix)
+    assert "uniformity rises again, from -2.00 at step 1 to -1.20" in warning_of(collapsing)
+    diverging = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 4.0), prefix=prefix)  # the loss says so itself
+    assert warning_of(diverging) is None
+    assert warning_of([]) is None and warning_of(history((0.3, math.nan, 1.0))) is None
+
+
+def test_a_collapse_is_warned_of_once(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    run.state.log_history = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0))
+    run.log({"loss": 0.9})
+    run.log({"loss": 0.8})
+    assert caplog.text.count("uniformity rises again") == 1
+
+
+class Spoil(SimCSE):
+    """A loss that is no number from a step on."""
+
+    def __call__(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        loss = super().__call__(*args, **kwargs)
+        return loss * math.nan if self.calls > 5 else loss
+
+
+def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    run = trainer(tmp_path, objective=Spoil(), max_steps=20, save_strategy="steps", save_steps=2, logging_steps=1)
+    with pytest.raises(
+        InputError, match=r"not a number any more, at step 6 .*the last good checkpoint is .*checkpoint-4; go on"
+    ):
+        run.train()
+    folders = sorted(path.name for path in Path(tmp_path).glob("checkpoint-*"))
+    assert folders == ["checkpoint-2", "checkpoint-4"]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert all(np.isfinite(log["loss"]) for log in state["log_history"])
+
+
+def test_spoilt_weights_are_not_saved(tmp_path):
+    class SpoilWeights(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:  # the second step's
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
+
+    run = trainer(tmp_path, callbacks=[SpoilWeights()], max_steps=4, save_strategy="steps", save_steps=2, logging_steps=50)
+    with pytest.raises(InputError, match="no checkpoint was saved before"):
+        run.train()
+    assert not list(Path(tmp_path).glob("checkpoint-*"))
