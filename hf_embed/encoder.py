@@ -9,12 +9,14 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed import export
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
 from hf_embed.pooling import MULTI_LAYER, check_pooling, pool
 
 # Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
@@ -160,6 +162,8 @@ class Encoder(nn.Module):
         convert_to_tensor: bool = False,
         show_progress_bar: bool = False,
         chunk_tokens: int | None = None,
+        prompt_type=None,
+        **mteb,
     ):
         """Vectors of texts, as trained: (N, D) float32 NumPy array, or (D,) for a single string.
 
@@ -167,7 +171,12 @@ class Encoder(nn.Module):
             prompt_name: "query" or "document": put that prompt, if the model has one, before each text.
             batch_size: texts tokenized and sorted by length at a time; memory depends on `chunk_tokens`, not on this.
             convert_to_tensor: give a tensor on the model's device instead.
+            prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name; what else it says has no effect.
         """
+        if isinstance(texts, DataLoader):
+            texts, prompt_name = texts_and_prompt(texts, prompt_type)
+        elif mteb:
+            raise TypeError(f"encode() has no argument '{next(iter(mteb))}'")
         if isinstance(texts, str):
             return self.encode([texts], prompt_name, 1, convert_to_tensor, False, chunk_tokens)[0]
         if prompt_name not in (None, "query", "document", *self.prompts):
@@ -187,6 +196,19 @@ class Encoder(nn.Module):
         if self.normalize:
             vectors = F.normalize(vectors, dim=-1)
         return vectors if convert_to_tensor else vectors.cpu().numpy()
+
+    def similarity(self, a, b) -> Tensor:
+        """Cosines of all vectors of `a`, (N, D), with all of `b`, (M, D): (N, M)."""
+        return cosines(torch.as_tensor(a), torch.as_tensor(b))
+
+    def similarity_pairwise(self, a, b) -> Tensor:
+        """Cosines of the vectors of `a` and `b`, both (N, D), row by row: (N,)."""
+        return F.cosine_similarity(torch.as_tensor(a).float(), torch.as_tensor(b).float(), dim=-1)
+
+    @property
+    def mteb_model_meta(self):
+        """What mteb wants to know of a model; see `hf_embed.evaluation.mteb`."""
+        return model_meta(self)
 
     def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
         """Write a plain checkpoint; see `hf_embed.export`."""

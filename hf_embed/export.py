@@ -15,7 +15,6 @@ import contextlib
 import copy
 import importlib.util
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -29,8 +28,9 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from hf_embed.card import write_card
 from hf_embed.errors import InputError
-from hf_embed.pooling import MULTI_LAYER, pool
+from hf_embed.pooling import MULTI_LAYER, pool, saved_pooling
 from hf_embed.tempscale import TempScaleConfig, applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 
@@ -47,16 +47,10 @@ ST_FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "w
 
 # What an earlier save may have left that loaders would take before, or put on top of, the new weights.
 STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin*", "pytorch_model-*.bin", "adapter_*"]
-OUR_CARD = "\n- hf_embed\n"  # a tag of model_card.md
 
 
 class ExportError(RuntimeError):
     """The saved folder would not give the encoder's own vectors."""
-
-
-def saved_pooling(pooling: str) -> str:
-    """The pooling of a saved encoder: a head that is for training only stays behind."""
-    return "cls" if pooling == "cls_mlp_train" else pooling
 
 
 def save_encoder(
@@ -76,9 +70,6 @@ def save_encoder(
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
             write_checkpoint(encoder, new, state_dict, fold=not runtime)
             write_sentence_transformers_files(encoder, new)
-            card = Path(folder, "README.md")
-            if not card.exists() or OUR_CARD in card.read_text(encoding="utf-8"):  # a card of the user's own stays
-                Path(new, "README.md").write_text(model_card(encoder, stored_results(folder)), encoding="utf-8")
             if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new)
             names = set(os.listdir(new))
@@ -89,6 +80,7 @@ def save_encoder(
                 os.replace(Path(new, name), target)
             for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
                 path.unlink()
+        write_card(encoder, folder)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # not empty: someone else writes there
@@ -384,119 +376,3 @@ def is_pooler(name: str, path: str, backbone) -> bool:
 def read_json(name: str, file: str):
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-
-
-def stored_results(folder: str) -> dict | None:
-    path = Path(folder, "results.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def model_card(encoder, results: dict | None = None) -> str:
-    """README.md of a saved folder: what it is, which pooling to take, how to load it; and `results` as in results.json."""
-    results = results or {}
-    lines = table(results) if results.get("after") else []
-    lines += ["", *seeds_table(results)] if results.get("seeds") else []
-    pooling = saved_pooling(encoder.pooling)
-    take = {
-        "cls": "model(**batch).last_hidden_state[:, 0]",
-        "cls_mlp": "model(**batch).pooler_output",
-        "mean": "(states * mask).sum(1) / mask.sum(1)",
-        "last": "states[range(len(states)), batch['attention_mask'].sum(1) - 1]  # padding on the right",
-        "weighted_mean": "(states * mask * n).sum(1) / (mask * n).sum(1)  # n: 1, 2, 3 ... along the tokens",
-        "first_last": "the mean over the tokens of (hidden_states[1] + hidden_states[-1]) / 2",
-        "top2": "the mean over the tokens of (hidden_states[-2] + hidden_states[-1]) / 2",
-    }[pooling]
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    fill = {
-        "architecture": type(encoder.base).__name__,
-        "dimension": encoder.dimension,
-        "max_length": encoder.max_length,
-        "pooling": pooling,
-        "take": take,
-        "tempscale": tempscale_note(encoder),
-        "sweep": sweep_section(encoder, results.get("tempscale")),
-        "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
-        "results": "\n".join(["## Results", "", *(f"    {line}" for line in lines)]) if lines else "",
-    }
-    return template.format(**fill).rstrip() + "\n"
-
-
-def tempscale_note(encoder) -> str:
-    """What the card says of attention's temperature."""
-    entry = getattr(encoder.base.config, "temp_scale", None)
-    if not entry:
-        return ""
-    config = TempScaleConfig.from_dict({key: value for key, value in entry.items() if key != "folded"})
-    title = "[TempScale](https://arxiv.org/abs/2410.24200)"
-    if entry.get("folded") or not needs_runtime(encoder, allowed=True):
-        return f"\n\n{title} at temperature {config.temperature} is folded into the attention weights."
-    return (
-        f"\n\n**{title} is part of this model, but not of its weights.** `hf_embed.Encoder` applies it; after any other loader "
-        f"call `hf_embed.apply_tempscale(model, hf_embed.{config})`."
-    )
-
-
-def sweep_section(encoder, sweep: dict | None) -> str:
-    """What the card says of the search for the temperature that this model has; nothing of a search for another."""
-    entry = getattr(encoder.base.config, "temp_scale", None) or {"temperature": 1}
-    if not sweep or entry["temperature"] != sweep["temperature"]:
-        return ""
-    return "\n".join(["## The temperature", "", *(f"    {line}".rstrip() for line in sweep_table(sweep)), "", ""])
-
-
-def swept_columns(sweep: dict) -> list[str]:
-    """The tasks, and their mean if there are several."""
-    names = [name for name in sweep["curve"][0] if name != "temperature"]
-    return names if len(names) > 2 else names[:1]
-
-
-def sweep_table(sweep: dict) -> list[str]:
-    """A line for each temperature, the chosen one starred; then what it gained."""
-    names = swept_columns(sweep)
-    lines = ["temperature" + "".join(f"  {name:>12}" for name in names)]
-    for row in sweep["curve"]:
-        star = "*" if row["temperature"] == sweep["temperature"] else " "
-        lines.append(f"{row['temperature']:>10g}{star}" + "".join(f"  {row[name]:>12.2f}" for name in names))
-    return [
-        *lines,
-        "",
-        f"best: {sweep['temperature']:g}, {sweep['gain']:+.2f} against 1 on the queries that chose it, "
-        f"{sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
-    ]
-
-
-def table(results: dict) -> list[str]:
-    """before -> after, a line for each evaluation set, then alignment and uniformity."""
-    before, after = labelled(results["before"]), labelled(results["after"])
-    width = max(map(len, before))
-    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
-    for label, a in before.items():
-        b, digits = after[label], digits_of(label)
-        lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
-    return lines
-
-
-def seeds_table(results: dict) -> list[str]:
-    """Mean, smallest and largest over the seeds of a run, a line for each measure, and the seed that this model is of."""
-    seeds = {seed: labelled(scores) for seed, scores in results["seeds"].items()}
-    kept = seeds[str(results["seed"])]
-    width = max(map(len, kept))
-    lines = [f"{f'{len(seeds)} seeds':{width}}  {'mean':>8}  {'min':>8}  {'max':>8}  {'seed ' + str(results['seed']):>8}"]
-    for label, value in kept.items():
-        values, digits = [scores[label] for scores in seeds.values()], digits_of(label)
-        numbers = (sum(values) / len(values), min(values), max(values), value)
-        lines.append(f"{label:{width}}  " + "  ".join(f"{n:8.{digits}f}" for n in numbers))
-    return lines
-
-
-def labelled(scores: dict) -> dict[str, float]:
-    """A model's scores as results.json has them, each under the name that tables give it."""
-    found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
-    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
-        found |= {f"{name} ({label} x 100)": of[metric] for name, of in scores.get(kind, {}).items()}
-    found |= {f"{key} (lower is better)": scores[key] for key in ("alignment", "uniformity") if key in scores}
-    return {label: math.nan if value is None else value for label, value in found.items()}
-
-
-def digits_of(label: str) -> int:
-    return 3 if "lower is better" in label else 2

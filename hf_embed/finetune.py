@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import math
+import os
 import platform
 import re
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from datasets import Dataset
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_se
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
-from hf_embed import cli, export
+from hf_embed import card, cli, export
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, Source, read_sources
 from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
@@ -84,6 +86,8 @@ class RunArguments:
     seeds: str | None = field(
         default=None, metadata={"help": "1,2,3: train with each, keep the best by the evaluation sets, and report all."}
     )
+    language: list[str] | None = field(default=None, metadata={"help": "For the card: of the texts, e.g. en de."})
+    license: str | None = field(default=None, metadata={"help": "For the card, as the Hub writes it, e.g. apache-2.0."})
     show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
 
 
@@ -136,6 +140,7 @@ class Plan:
     tasks: dict[str, Task]
     paired: bool | None = None
     more: list = field(default_factory=list)  # flags of the recipe besides
+    datasets: list[str] = field(default_factory=list)  # on the Hub
 
 
 def run_simcse(name: str, paired: bool, quickstart_config: Path, quickstart_file: str, argv: list[str] | None = None) -> dict:
@@ -178,7 +183,7 @@ def plan_simcse(
         tasks = {"quickstart": STS(read_sts(str(QUICKSTART / "sts.tsv")))}
     if positive:
         rows, paired = pair_up(rows, positive, model_args, args, source)
-    return Plan(model_args, run, args, SimCSE(**vars(simcse)), rows, source, tasks, paired, others)
+    return Plan(model_args, run, args, SimCSE(**vars(simcse)), rows, source, tasks, paired, others, hub_datasets(data, rows))
 
 
 def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArguments, args, name: str) -> tuple[Dataset, bool]:
@@ -221,7 +226,7 @@ def plan_gte(name: str, offline_config: Path, offline_data: Callable, offline_mo
     dims = settings.pop("matryoshka_dims")
     objective = ImprovedContrastive(**settings)
     objective = Matryoshka(objective, dims) if dims else objective
-    return Plan(model_args, run, args, objective, rows, source, read_tasks(evaluation))
+    return Plan(model_args, run, args, objective, rows, source, read_tasks(evaluation), datasets=hub_datasets(data, rows))
 
 
 def read_seeds(given: str) -> list[int]:
@@ -276,8 +281,8 @@ def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         with export.quiet():
             encoder = Encoder.from_pretrained(str(folder))
-        (folder / "README.md").write_text(export.model_card(encoder, results), encoding="utf-8")
-        print("\n" + "\n".join(export.seeds_table(results)))
+        card.write_card(encoder, folder, results)
+        print("\n" + "\n".join(card.seeds_table(results)))
         print(saved_to(folder))
     return results
 
@@ -313,7 +318,8 @@ def fine_tune(plan: Plan) -> dict:
         after = score_encoder(saved, tasks)
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     about = {
-        "model": plan.model_args.model_name_or_path or "quickstart", "data": plan.source, "rows": len(trainer.train_dataset),
+        "model": shown(plan.model_args.model_name_or_path or "quickstart"), "data": shown(plan.source),
+        "rows": len(trainer.train_dataset), "datasets": plan.datasets, "language": run.language, "license": run.license,
         "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
         "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
@@ -321,6 +327,7 @@ def fine_tune(plan: Plan) -> dict:
         "chosen_by": {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
                       "greater_is_better": args.greater_is_better is not False},
         "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
+        "hardware": hardware(args), "settings": changed(plan.model_args) | changed(args),
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
@@ -331,6 +338,34 @@ def fine_tune(plan: Plan) -> dict:
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def shown(name: str) -> str:
+    """Of a file or folder named by its full path, its own name: where it lies is nobody's business."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def hardware(args: ContrastiveTrainingArguments) -> str:
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    return f"{psutil.cpu_count(logical=False) or os.cpu_count()} {args.device.type.upper()} cores"
+
+
+NOT_SCIENCE = ("output_dir", "run_name", "log", "report_to", "eval_", "do_", "save_", "push_", "hub_", "disable_tqdm",
+               "dataloader_", "use_cpu", "seed", "resume_", "per_device_", "metric_", "greater_", "load_best_", "ddp_",
+               "model_name_or_path", "deepspeed", "fsdp", "accelerator_config", "chunk_tokens", "local_rank", "project",
+               "trackio")  # fmt: skip
+
+
+def changed(settings) -> dict:
+    """The settings that are not as their dataclass has them and that a result depends on."""
+    found = {}
+    for field_ in dataclasses.fields(settings):
+        default = field_.default_factory() if field_.default_factory is not dataclasses.MISSING else field_.default
+        value = getattr(settings, field_.name, default)
+        if value != default and not field_.name.startswith((*NOT_SCIENCE, "_")):
+            found[field_.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
+    return found
 
 
 def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, name: str, quickstart: bool) -> None:
@@ -367,6 +402,13 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     if data.sources:
         return read_sources(data.sources), data.sources
     return read_file(data.train_file), data.train_file
+
+
+def hub_datasets(data: DataArguments, rows) -> list[str]:
+    """The names, OWNER/NAME, of what comes from the Hub."""
+    names = [data.dataset_name] if data.dataset_name else [source.origin or "" for source in rows] if data.sources else []
+    files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
+    return sorted({n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not n.endswith(files) and not Path(n).exists()})
 
 
 def no_evaluation(args: ContrastiveTrainingArguments) -> None:
@@ -470,11 +512,11 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(export.model_card(trainer.encoder, results), encoding="utf-8")
         if tasks:
             evaluations = [h for h in trainer.state.log_history if "eval_spearman" in h]
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
-            print("\n" + "\n".join(export.table(results)))
+            print("\n" + "\n".join(card.table(results)))
+        card.write_card(trainer.encoder, folder, results)
         print(saved_to(folder))
     return results
 

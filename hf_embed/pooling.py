@@ -46,3 +46,8 @@ def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tenso
         states = (hidden_states[-2] + states) / 2
     weights = mask.unsqueeze(-1).to(torch.promote_types(states.dtype, torch.float32))  # (B, T, 1); half would overflow
     return ((states * weights).sum(1) / weights.sum(1)).to(states.dtype)
+
+
+def saved_pooling(pooling: str) -> str:
+    """The pooling of a saved encoder: a head that is for training only stays behind."""
+    return "cls" if pooling == "cls_mlp_train" else pooling

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
+from hf_embed.card import sweep_table
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.retrieval import read_pairs
-from hf_embed.export import sweep_table
 from hf_embed.finetune import QUICKSTART, embed_with
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep

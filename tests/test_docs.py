@@ -55,8 +55,9 @@ def test_files_and_recipes_named_in_the_readme_exist():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file"}))
 def test_flags_named_in_the_readme_exist(flag):
-    from hf_embed import ContrastiveTrainingArguments, finetune
+    from hf_embed import ContrastiveTrainingArguments, ablation, finetune
 
     kinds = [finetune.ModelArguments, finetune.DataArguments, finetune.EvalArguments, finetune.RunArguments,
-             finetune.GTEArguments, ContrastiveTrainingArguments]  # fmt: skip
+             finetune.GTEArguments, finetune.PositiveArguments, ablation.AblationArguments,
+             ContrastiveTrainingArguments]  # fmt: skip
     assert flag in {name for kind in kinds for name in kind.__dataclass_fields__} | {"seven_sts", "config", "help"}

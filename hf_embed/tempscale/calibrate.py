@@ -16,11 +16,11 @@ import numpy as np
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
+from hf_embed.card import swept_columns
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task
-from hf_embed.export import swept_columns
 from hf_embed.tempscale.attention import tempscale
 
 GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)

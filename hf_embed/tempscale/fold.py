@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_embed.errors import InputError
-from hf_embed.tempscale.attention import apply_tempscale, base_of, bias_tables, projections, remove_tempscale
+from hf_embed.tempscale.attention import applied_tempscale, apply_tempscale, base_of, bias_tables, projections, remove_tempscale
 from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.registry import attentions
 
@@ -91,6 +91,16 @@ def check_foldable(model: nn.Module) -> None:
         shared |= {next(iter(tables)).rpartition(".")[2]}
     if shared:
         raise InputError(f"TempScale: {type(model).__name__} has one {min(shared)} for several layers; fold one temperature")
+
+
+def is_foldable(model: nn.Module) -> bool:
+    """Whether weights can hold what is applied to `model`, if anything is."""
+    try:
+        if applied_tempscale(model) is not None:
+            check_foldable(model)
+    except InputError:
+        return False
+    return True
 
 
 def scaled(model: nn.Module, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None):

@@ -1,0 +1,93 @@
+"""MTEB (https://arxiv.org/abs/2210.07316) on an `Encoder`, as mteb 2 runs it: the encoder goes to `mteb.evaluate` as it is.
+
+`Encoder.encode` takes mteb's batches, `prompt_type` chooses the encoder's own prompt "query" or "document", and
+`mteb_model_meta` says what the model is: without it mteb would not keep the object.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_embed.errors import InputError
+
+
+def texts_and_prompt(batches, prompt_type) -> tuple[list[str], str | None]:
+    """All texts of mteb's batches, and the name of the prompt to put before them.
+
+    >>> texts_and_prompt([{"text": ["a cat", "a dog"]}, {"text": ["rain"]}], None)
+    (['a cat', 'a dog', 'rain'], None)
+    """
+    return [text for batch in batches for text in batch["text"]], getattr(prompt_type, "value", prompt_type)
+
+
+def model_meta(encoder):
+    """mteb's ModelMeta of an encoder: its results are filed under this name and revision."""
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    name = encoder.config._name_or_path or type(encoder.base).__name__
+    if Path(name).exists() or name.count("/") != 1:  # mteb wants OWNER/NAME
+        name = f"local/{Path(name).resolve().name if Path(name).exists() else name.replace('/', '-')}"
+    about = {
+        "name": name,
+        "revision": getattr(encoder.config, "_commit_hash", None) or "local",
+        "n_parameters": sum(parameter.numel() for parameter in encoder.base.parameters()),
+        "max_tokens": encoder.max_length,
+        "embed_dim": encoder.dimension,
+        "framework": ["PyTorch"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "use_instructions": bool(encoder.prompts),
+    }
+    return ModelMeta.create_empty(about)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """(N, D) and (M, D) -> (N, M)."""
+    return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+
+
+def find_tasks(names: list[str], benchmarks: list[str]) -> list:
+    """mteb's tasks by name, and those of benchmarks. Raises InputError for a name that mteb does not know."""
+    import mteb
+
+    tasks = []
+    for name in names:
+        try:
+            tasks.append(mteb.get_task(name))
+        except KeyError as error:
+            raise InputError(f"--tasks {name}: {' '.join(str(error.args[0]).split())}") from error
+    for name in benchmarks:
+        try:
+            tasks += list(mteb.get_benchmark(name).tasks)
+        except KeyError as error:
+            raise InputError(f'--benchmark {name}: mteb has no such benchmark; "MTEB(eng, v2)" is one') from error
+    if not tasks:
+        raise InputError("nothing to evaluate; give --tasks NAME ... or --benchmark NAME")
+    return tasks
+
+
+def run_mteb(encoder, tasks: list, folder: str | Path, batch_size: int = 512) -> list[dict]:
+    """Evaluate on `tasks`; what `folder` has results of is not run again. A dict for each task and split:
+
+        {"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}
+
+    `score` is mteb's main score x 100, the mean over a task's subsets.
+    """
+    import mteb
+
+    cache = mteb.ResultCache(Path(folder))
+    results = mteb.evaluate(encoder, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+    rows = []
+    for task, result in zip(tasks, results.task_results):
+        for split, scores in result.scores.items():
+            mean = sum(score["main_score"] for score in scores) / len(scores)
+            about = {"task": result.task_name, "type": task.metadata.type, "split": split}
+            rows.append(about | {"metric": task.metadata.main_score, "score": round(100 * mean, 2)})
+    return rows
+
+
+def lines(rows: list[dict]) -> list[str]:
+    """A table for people, and the mean over the tasks."""
+    width = max(len(row["task"]) for row in rows)
+    out = [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
+    return [*out, f"{'mean':{width}}  {'':>10}  {sum(row['score'] for row in rows) / len(rows):>6.2f}"]

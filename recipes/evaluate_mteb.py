@@ -1,0 +1,57 @@
+"""Score a model on MTEB.
+
+    python recipes/evaluate_mteb.py outputs/sup_simcse_bert_base --tasks STSBenchmark SciFact
+    python recipes/evaluate_mteb.py BAAI/bge-base-en-v1.5 --benchmark "MTEB(eng, v2)" --output_dir results/bge
+
+Needs `pip install mteb`; mteb fetches the tasks' data. Printed: a table. In OUTPUT_DIR (default: the model's folder, if it is
+one): mteb's own files under mteb/, of which a second run does only what is missing, and the scores in results.json, with which
+the card's table and metadata are made anew.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hf_embed import Encoder
+from hf_embed.card import stored_results, write_card
+from hf_embed.cli import model_first, parse, run
+from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(metadata={"help": "May stand first, without its flag."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "mteb's names, e.g. STSBenchmark SciFact."})
+    benchmark: list[str] = field(default_factory=list, metadata={"help": "mteb's benchmarks, e.g. 'MTEB(eng, v2)'."})
+    batch_size: int = field(default=512)
+    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
+    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    output_dir: str | None = field(default=None)
+
+
+def main() -> None:
+    (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
+    model = Path(args.model_name_or_path)
+    if args.output_dir is None and not model.is_dir():
+        raise InputError(f"{model} is not a folder; say where the results go: --output_dir FOLDER")
+    folder = Path(args.output_dir or model)
+    tasks = find_tasks(args.tasks, args.benchmark)
+    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)
+    print("\n" + "\n".join(lines(rows)))
+    results = stored_results(folder)
+    known = {(row["task"], row["split"]): row for row in [*results.get("mteb", []), *rows]}
+    results["mteb"] = list(known.values())
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if (folder / "config.json").is_file():
+        write_card(encoder, folder)
+    print(f"\nwrote {folder}/results.json")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""The card: its snippets run, its metadata is what the Hub reads, and no name in it becomes Markdown, HTML or YAML."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny_encoder
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from hf_embed.card import duration, is_ours, model_card, write_card
+from hf_embed.pooling import POOLINGS
+
+TRAIN = {
+    "model": "google-bert/bert-base-uncased", "data": "nli.csv", "rows": 1200, "datasets": ["owner/nli"], "language": ["en"],
+    "license": "mit", "objective": {"name": "SimCSE", "temperature": 0.05}, "batch_size": 64, "steps": 30,
+    "loss": 0.1, "seconds": 75.2, "seed": 1, "settings": {"learning_rate": 0.001}, "hardware": "2 CPU cores",
+    "versions": {"torch": "2.13"}, "chosen_by": {"metric": "spearman", "score": 45.0, "greater_is_better": True},
+}  # fmt: skip
+SCORES = {"sts": {"dev": 40.0}, "alignment": 0.4, "uniformity": -1.0, "retrieval": {"faq": {"ndcg@10": 30.0, "mrr@10": 28.0}},
+          "zero_shot": {"topics": {"accuracy": 50.0}}}  # fmt: skip
+MTEB = [{"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}]
+RESULTS = {"before": SCORES, "after": SCORES, "train": TRAIN, "mteb": MTEB}
+BAD = "a`b **c** <script>x</script>\n---\nlicense: [gpl\n# title | d: {e}"
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+def test_every_snippet_gives_the_encoders_vectors(tmp_path, pooling, normalize):
+    encoder = tiny_encoder(pooling=pooling, normalize=normalize)
+    encoder.save_pretrained(tmp_path)
+    expected = encoder.encode(["a cat", "a dog sleeping by the fire"])
+    found = snippets((tmp_path / "README.md").read_text())
+    assert len(found) == 3
+    for loader, code in zip(("AutoModel", "SentenceTransformer", "Encoder"), found):
+        assert loader in code
+        names = {}
+        exec(code.replace('"FOLDER"', repr(str(tmp_path))), names)
+        np.testing.assert_allclose(np.asarray(names["vectors"]), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_it_says():
+    card = model_card(tiny_encoder(prompts={"query": "look: "}), RESULTS, picture=True)
+    for part in (
+        "## Results", "dev (Spearman x 100)", "(geometry.png)", "## MTEB", "82.03  cosine_spearman", "nli.csv, 1,200 rows",
+        "SimCSE: temperature 0.05", "-log e^(cos", "learning_rate 0.001", "1 min 15 s on 2 CPU cores", "torch 2.13",
+        "query     'look: '", "flatter it", "arxiv.org/abs/2104.08821",
+    ):  # fmt: skip
+        assert part in card
+    bare = model_card(tiny_encoder())
+    assert "It was not evaluated" in bare and "## Results" not in bare and "## Training" not in bare and "Prompts" not in bare
+    assert (duration(59.6), duration(3700), duration(None)) == ("1 min 0 s", "1 h 1 min", "some time")
+
+
+def test_metadata():
+    data = ModelCard(model_card(tiny_encoder(), RESULTS)).data
+    assert (data.base_model, data.datasets, data.language, data.license) == (
+        "google-bert/bert-base-uncased", ["owner/nli"], ["en"], "mit",
+    )  # fmt: skip
+    assert data.library_name == "sentence-transformers" and "hf_embed" in data.tags
+    scores = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
+    assert scores == {
+        ("dev", "spearman_cosine"): 40.0, ("faq", "ndcg_at_10"): 30.0, ("faq", "mrr_at_10"): 28.0, ("topics", "accuracy"): 50.0,
+        ("MTEB STSBenchmark", "cosine_spearman"): 82.03,
+    }  # fmt: skip
+    bare = ModelCard(model_card(tiny_encoder())).data
+    assert bare.base_model is None and bare.eval_results is None
+    local = ModelCard(model_card(tiny_encoder(), {"train": TRAIN | {"model": "quickstart"}})).data
+    assert local.base_model is None  # a folder of the user's is nothing on the Hub
+
+
+def test_names_stay_text():
+    train = TRAIN | {"model": BAD, "data": BAD, "settings": {BAD: BAD}}
+    scores = {"sts": {BAD: 40.0}, "retrieval": {BAD: {"ndcg@10": 1.0}}}
+    results = {"before": scores, "after": scores, "train": train, "mteb": [MTEB[0] | {"task": BAD}]}
+    card = model_card(tiny_encoder(prompts={BAD: BAD}), results)
+    front = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
+    assert "license" not in {key for key, value in front.items() if value != "mit"}
+    _, found = model_index_to_eval_results(front["model-index"])
+    assert found[0].dataset_name == BAD
+    body = card.split("\n---\n", 1)[1]
+    for line in body.splitlines():
+        if "script" in line:
+            assert line.startswith("    ")  # code: nothing in it is Markdown or HTML
+    assert "\n# title" not in body and "\nlicense:" not in body
+
+
+def test_a_card_of_the_users_stays_unless_asked(tmp_path):
+    encoder, path = tiny_encoder(), tmp_path / "README.md"
+    write_card(encoder, tmp_path)
+    assert is_ours(path.read_text())
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    write_card(encoder, tmp_path)  # made anew from the folder
+    made = path.read_text()
+    assert "82.03" in made
+    path.write_text(made.replace("# Text embeddings", "# My embeddings"))
+    write_card(encoder, tmp_path)
+    assert "# My embeddings" in path.read_text()
+    path.write_text("mine")
+    write_card(encoder, tmp_path)
+    assert path.read_text() == "mine"
+    write_card(encoder, tmp_path, overwrite=True)
+    assert path.read_text() == made

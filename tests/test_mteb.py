@@ -1,0 +1,124 @@
+"""An `Encoder` in mteb's own hands: the same scores as sentence-transformers there, and as our own evaluation."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, tiny_encoder
+from datasets import Dataset, DatasetDict
+from worker import SEARCH, STS
+
+from hf_embed import Encoder
+from hf_embed.evaluation.mteb import find_tasks, lines, model_meta, run_mteb
+from hf_embed.evaluation.sts import STS as OurSTS
+from hf_embed.finetune import embed_with
+
+mteb = pytest.importorskip("mteb")
+from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
+
+
+def metadata(name: str, kind: str, metric: str):
+    return mteb.TaskMetadata(
+        name=name, description="local", dataset={"path": "local/none", "revision": "1"}, type=kind, eval_splits=["test"],
+        eval_langs=["eng-Latn"], main_score=metric, modalities=["text"], category="t2t", prompt=None, reference=None,
+        date=None, domains=None, task_subtypes=None, license=None, annotations_creators=None, dialect=None,
+        sample_creation=None, bibtex_citation="",
+    )  # fmt: skip
+
+
+class LocalSTS(AbsTaskSTS):
+    metadata = metadata("LocalSTS", "STS", "cosine_spearman")
+    min_score, max_score = 0, 5
+
+    def load_data(self, **kwargs):
+        self.dataset, self.data_loaded = DatasetDict({"test": Dataset.from_list(STS)}), True
+
+
+class LocalSearch(AbsTaskRetrieval):
+    metadata = metadata("LocalSearch", "Retrieval", "ndcg_at_10")
+
+    def load_data(self, **kwargs):
+        corpus = Dataset.from_list([{"id": i, "text": text, "title": ""} for i, text in SEARCH.corpus.items()])
+        queries = Dataset.from_list([{"id": i, "text": text} for i, text in SEARCH.queries.items()])
+        split = {"corpus": corpus, "queries": queries, "relevant_docs": SEARCH.qrels, "top_ranked": None}
+        self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+
+PROMPTS = {"query": "look for: ", "document": "this is: "}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mteb") / "model"
+    tiny_encoder(prompts=PROMPTS).save_pretrained(folder)
+    return folder
+
+
+def test_scores_are_those_of_sentence_transformers_and_our_own(folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = Encoder.from_pretrained(folder)
+    ours = run_mteb(encoder, [LocalSTS(), LocalSearch()], tmp_path / "ours")
+    theirs = run_mteb(SentenceTransformer(str(folder)), [LocalSTS(), LocalSearch()], tmp_path / "theirs")
+    assert ours == theirs
+    sts, search = ours
+    assert sts | {"score": 0} == {"task": "LocalSTS", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 0}
+    assert sts["score"] == pytest.approx(OurSTS(Dataset.from_list(STS)).score(embed_with(encoder))["spearman"], abs=0.006)
+    assert search["score"] == pytest.approx(SEARCH.score(embed_with(encoder))["ndcg@10"], abs=0.006)
+    bare = Encoder(encoder.backbone, encoder.tokenizer)  # control: the prompts count, in the search alone
+    without = run_mteb(bare, [LocalSTS(), LocalSearch()], tmp_path / "bare")
+    assert without[0] == sts and without[1]["score"] != search["score"]
+
+
+def test_finished_tasks_are_not_run_again(folder, tmp_path, monkeypatch):
+    encoder = Encoder.from_pretrained(folder)
+    first = run_mteb(encoder, [LocalSTS()], tmp_path)
+    monkeypatch.setattr(LocalSTS, "evaluate", lambda *a, **k: pytest.fail("run again"))
+    assert run_mteb(encoder, [LocalSTS()], tmp_path) == first
+    assert len(run_mteb(encoder, [LocalSTS(), LocalSearch()], tmp_path)) == 2
+
+
+def test_the_protocol(folder):
+    from mteb.models.models_protocols import EncoderProtocol
+
+    encoder = Encoder.from_pretrained(folder)
+    assert isinstance(encoder, EncoderProtocol)
+    meta = encoder.mteb_model_meta
+    assert (meta.name, meta.max_tokens, meta.embed_dim) == ("local/model", encoder.max_length, 32)
+    encoder.config._name_or_path = "owner/name"
+    assert model_meta(encoder).name == "owner/name"
+    a, b = torch.randn(3, 8), np.random.default_rng(0).normal(size=(4, 8))
+    expected = torch.nn.functional.cosine_similarity(a[:, None], torch.tensor(b)[None].float(), dim=-1)
+    assert torch.allclose(encoder.similarity(a, b), expected, atol=1e-6)
+    assert torch.allclose(encoder.similarity_pairwise(a, b[:3]), expected.diagonal(), atol=1e-6)
+    with pytest.raises(TypeError, match="no argument 'batchsize'"):
+        encoder.encode(["a"], batchsize=3)
+
+
+def test_recipe(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    recipe = __import__("evaluate_mteb")
+    monkeypatch.setattr(recipe, "find_tasks", lambda names, benchmarks: [{"LocalSTS": LocalSTS}[name]() for name in names])
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate_mteb.py", *map(str, words)])
+        recipe.main()
+
+    run(folder, "--tasks", "LocalSTS")
+    (row,) = json.loads((folder / "results.json").read_text())["mteb"]
+    assert all(line in capsys.readouterr().out for line in lines([row])[:1])
+    card = (folder / "README.md").read_text()
+    assert f"{row['score']:.2f}  cosine_spearman" in card and f"value: {row['score']}" in card  # the table and the metadata
+    run(folder, "--tasks", "LocalSTS", "--output_dir", tmp_path / "elsewhere")
+    assert json.loads((tmp_path / "elsewhere" / "results.json").read_text())["mteb"] == [row]
+    assert "say where the results go" in error_of(run, "owner/name", "--tasks", "LocalSTS")
+
+
+def test_names_that_mteb_does_not_know():
+    assert error_of(find_tasks, ["STSBenchmrk"], []).startswith("--tasks STSBenchmrk: ")
+    assert "mteb has no such benchmark" in error_of(find_tasks, [], ["MTEB(nothing)"])
+    assert "give --tasks NAME" in error_of(find_tasks, [], [])
+    assert [task.metadata.name for task in find_tasks(["STSBenchmark"], [])] == ["STSBenchmark"]
