@@ -198,15 +198,6 @@ def write_sentence_transformers_files(encoder, folder: str) -> None:
     )
 
 
-def copy_settings(source: str, target: str) -> None:
-    """Copy what says how to pool, from one saved folder to another."""
-    modules = json.loads(Path(source, "modules.json").read_text(encoding="utf-8"))
-    for module in modules[1:]:
-        shutil.copytree(Path(source, module["path"]), Path(target, module["path"]), dirs_exist_ok=True)
-    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "README.md"):
-        shutil.copy(Path(source, name), Path(target, name))
-
-
 def write_json(folder: str, name: str, content: object) -> None:
     Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

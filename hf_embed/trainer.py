@@ -7,18 +7,21 @@ Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 """
 
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import HubStrategy, seed_worker
+from transformers.utils import PushInProgress
 
-from hf_embed import export
+from hf_embed import export, hub
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
@@ -288,11 +291,65 @@ class ContrastiveTrainer(Trainer):
         logger.info(f"taking the best model, {self.state.best_model_checkpoint} ({self.state.best_metric:.2f})")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    # ---- the Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
+        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        hub.persist(partial(super().init_hf_repo, token, private), repo, hub.command(self.args.output_dir, repo))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ):
+        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.hub`. Returns the commit's address, a
+        Future of it unless `blocking`, or None on other ranks than the first."""
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        push = partial(
+            hub.push_folder, args.output_dir, self.hub_model_id, bool(private or args.hub_private_repo),
+            revision or args.hub_revision, commit_message=commit_message, token=token or args.hub_token,
+        )  # fmt: skip
+        return push() if blocking else HfApi().run_as_future(push)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer copies weights and config to the folder it uploads; the files that say how to pool belong with them."""
-        if self.is_world_process_zero():
-            export.copy_settings(checkpoint_folder, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
+        args, copy = self.args, Path(self.args.output_dir, "_pushing")
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None:
+            if not self.push_in_progress.is_done() and not args.hub_always_push:
+                return
+            self._finish_current_push()
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(checkpoint_folder, copy)
+        message = f"Training in progress, step {self.state.global_step}"
+        api = HfApi(token=args.hub_token)
+        where = {"repo_id": self.hub_model_id, "folder_path": copy, "revision": args.hub_revision, "run_as_future": True}
+        jobs = [api.upload_folder(**where, commit_message=message, allow_patterns=hub.FILES)]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(api.upload_folder(**where, commit_message=f"{message}, checkpoint", path_in_repo=name))
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        for job in self.push_in_progress.jobs if getattr(self, "push_in_progress", None) else []:
+            if error := job.exception():
+                logger.warning(f"a checkpoint did not reach the Hub: {(hub.reason(error) or (error, False))[0]}")
+        self.push_in_progress = None
+        shutil.rmtree(Path(self.args.output_dir, "_pushing"), ignore_errors=True)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `save_model` wrote; Trainer's own would replace it."""

@@ -3,7 +3,6 @@
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,28 +314,6 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, settings, rows, me
 def test_eval_dataset_without_scores_is_refused(tmp_path):
     with pytest.raises(InputError, match="sentence1, sentence2 and score"):
         trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS))
-
-
-def test_push_uploads_the_whole_plain_folder(tmp_path, monkeypatch):
-    """Trainer's own way to the Hub; the Hub itself is played by two functions."""
-    uploads = []
-
-    class Hub:
-        def create_repo(self, name, **kwargs):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            uploads.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
-            return SimpleNamespace(done=lambda: True, is_done=lambda: True, exception=lambda: None, result=lambda: None)
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    run = trainer(tmp_path / "model", save_strategy="steps", save_steps=3, push_to_hub=True)
-    run.train()  # pushes the checkpoint, which must say how to pool
-    run.push_to_hub()
-    assert len(uploads) >= 2
-    for repository, names in uploads:
-        assert repository == "someone/model"
-        assert {"model.safetensors", "config.json", "tokenizer.json", "modules.json", "1_Pooling", "README.md"} <= names
 
 
 def test_saved_arguments_are_readable(tmp_path):

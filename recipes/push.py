@@ -1,0 +1,40 @@
+"""Upload a finished model to the Hub.
+
+    python recipes/push.py outputs/sup_simcse_bert_base my-embeddings
+    python recipes/push.py outputs/mine my-company/embeddings --private --revision v2 --commit_message "Trained on May's clicks"
+    python recipes/push.py outputs/mine my-company/embeddings --create_pr
+
+Run `hf auth login` once before. Uploaded are the weights, the tokenizer, the card and results.json; a broken push is finished
+by the same command.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from hf_embed.cli import parse, run
+from hf_embed.errors import InputError
+from hf_embed.hub import push_folder
+
+
+@dataclass
+class Arguments:
+    private: bool = field(default=False, metadata={"help": "Of a repository that is made."})
+    revision: str | None = field(default=None, metadata={"help": "A branch; made if it is not there."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
+    commit_message: str = field(default="Upload the model")
+    everything: bool = field(default=False, metadata={"help": "Checkpoints, optimizer state and logs too."})
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        if "--help" not in words:
+            raise InputError("say what goes where: python recipes/push.py FOLDER REPO")
+        words = ["", "", *words]
+    folder, repo, *words = words
+    (args,) = parse([Arguments], argv=words)
+    print(push_folder(folder, repo, **vars(args)))
+
+
+if __name__ == "__main__":
+    run(main)

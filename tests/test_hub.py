@@ -1,0 +1,254 @@
+"""Finished folders to a Hub on loopback, through the real client: complete, once, nothing else, whatever breaks on the way."""
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from conftest import error_of, tiny_encoder
+from hub_server import LoopbackHub
+from test_trainer import trainer
+
+from hf_embed import Encoder, InputError, hub
+from hf_embed.hub import push_folder
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with LoopbackHub() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(hub, "get_token", lambda: server.token)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    tiny_encoder(pooling="cls", normalize=True).save_pretrained(folder)
+    (folder / "results.json").write_text("{}")
+    (folder / "training_args.bin").write_bytes(b"secret")
+    (folder / "run.log").write_text("log")
+    (folder / "train.jsonl").write_text("data")
+    for inner in ("checkpoint-2", "runs", "seed-1"):
+        (folder / inner).mkdir()
+        (folder / inner / "optimizer.pt").write_bytes(b"state")
+        (folder / inner / "model.safetensors").write_bytes(b"other weights")
+    return folder
+
+
+OF_THE_MODEL = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json",
+                "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
+                "2_Normalize/config.json", "results.json"}  # fmt: skip
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def is_complete(server: LoopbackHub, model: Path) -> bool:
+    stored = server.files("user/mine")
+    return set(stored) == OF_THE_MODEL and all(stored[name] == (model / name).read_bytes() for name in OF_THE_MODEL)
+
+
+def test_push_is_the_model_and_nothing_else(server, model):
+    address = push_folder(model, "mine")
+    assert address == f"{server.url}/user/mine/commit/{server.commits('user/mine')[0]['oid']}"
+    assert is_complete(server, model) and not server.repos["user/mine"]["private"]
+    push_folder(model, "user/mine")  # again: nothing to commit
+    assert len(server.commits("user/mine")) == 1
+
+
+def test_branch_pull_request_and_private(server, model):
+    push_folder(model, "mine", private=True, revision="v2", commit_message="May's clicks")
+    stored = server.repos["user/mine"]
+    assert stored["private"] and stored["branches"]["main"] == []
+    assert [commit["message"] for commit in stored["branches"]["v2"]] == ["May's clicks"]
+    assert "/discussions/1" in push_folder(model, "mine", create_pr=True) and len(stored["pulls"]) == 1
+    assert stored["branches"]["main"] == []
+
+
+def test_everything_on_demand(server, model):
+    push_folder(model, "mine", everything=True)
+    assert {"training_args.bin", "train.jsonl", "checkpoint-2/optimizer.pt"} < set(server.files("user/mine"))
+
+
+def requests_of_a_push(model) -> list[str]:
+    with LoopbackHub() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        push_folder(model, "mine", token=server.token)
+        return server.requests
+
+
+@pytest.mark.parametrize("how", [500, 429, 503, "cut"])
+def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
+    """One failure: the push mends itself. The folder and the repository come out as if nothing had been."""
+    before, count = digest(model), len(requests_of_a_push(model))
+    assert count >= 6
+    for number in range(count):
+        server.repos.clear()
+        server.objects.clear()
+        server.fail(number, how)
+        push_folder(model, "mine")
+        assert is_complete(server, model) and len(server.commits("user/mine")) == 1, server.requests[-count:]
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize("how", [500, "cut"])
+def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, monkeypatch, caplog):
+    """The Hub stays broken from each request on; then it is well again."""
+    monkeypatch.setattr(hub, "TRIES", 1)
+    before, count = digest(model), len(requests_of_a_push(model))
+    for number in range(count):
+        server.repos.clear()
+        server.objects.clear()
+        server.fail(number, how, times=50)
+        message = error_of(push_folder, model, "mine")
+        assert f"the folder is whole, finish by: python recipes/push.py {model} mine" in message
+        assert not server.repos.get("user/mine", {}).get("branches", {}).get("main")  # nothing half-done to see
+        server.faults.clear()
+        push_folder(model, "mine")
+        assert is_complete(server, model) and len(server.commits("user/mine")) == 1
+    assert digest(model) == before
+
+
+def test_a_large_file_is_not_sent_twice(server, model, monkeypatch):
+    monkeypatch.setattr(hub, "TRIES", 1)
+    commit = next(i for i, request in enumerate(requests_of_a_push(model)) if "/commit/" in request)
+    server.fail(commit, 500, times=50)
+    error_of(push_folder, model, "mine")
+    server.faults.clear()
+    server.requests.clear()
+    push_folder(model, "mine")
+    assert not any(request.startswith("PUT") for request in server.requests) and is_complete(server, model)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "does not know this token"), (403, "may not write there"), (404, "no such")]
+)
+def test_refusals_are_not_tried_again(server, model, status, message):
+    server.fail(0, status, times=50)
+    assert message in error_of(push_folder, model, "mine")
+    assert len(server.requests) <= 2  # refused to make it, the client looks whether it is there
+
+
+def test_wrong_token_and_foreign_namespace(server, model):
+    assert "does not know this token (401)" in error_of(push_folder, model, "mine", token="hf_bad")
+    assert "may not write there (403)" in error_of(push_folder, model, "someone/mine")
+
+
+def test_a_conflict_is_tried_again(server, model, caplog):
+    caplog.set_level(logging.WARNING)
+    commit = next(i for i, request in enumerate(requests_of_a_push(model)) if "/commit/" in request)
+    server.fail(commit, 409)
+    push_folder(model, "mine")
+    assert "the Hub answered 409" in caplog.text and is_complete(server, model)
+
+
+def test_bad_input(server, model, tmp_path, monkeypatch):
+    assert "no model there" in error_of(push_folder, tmp_path, "mine")
+    assert "no model there" in error_of(push_folder, tmp_path / "absent", "mine")
+    for name in ("a/b/c", "-x", "a b", "x" * 200, "a--b"):
+        assert f"'{name}' is no name for a repository" in error_of(push_folder, model, name)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    assert "no Hub token; run `hf auth login`" in error_of(push_folder, model, "mine")
+    assert server.requests == []
+
+
+def test_no_network(model, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_good")
+    assert "the connection failed (ConnectError" in error_of(push_folder, model, "mine")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert (
+        "push to mine: " in error_of(push_folder, model, "mine") and "offline" in error_of(push_folder, model, "mine").lower()
+    )
+
+
+# ---- from training ----
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
+def test_training_pushes(server, tmp_path, strategy):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3, "hub_always_push": True}
+    run = trainer(tmp_path / "model", tiny_encoder(pooling="cls"), push_to_hub=True, hub_model_id="user/mine",
+                  hub_token=server.token, hub_private_repo=True, hub_strategy=strategy, **settings)  # fmt: skip
+    assert server.repos["user/mine"]["private"]  # made before the first step
+    run.train()
+    address = run.push_to_hub(commit_message="Finished")
+    commits = server.commits("user/mine")
+    assert address.endswith(commits[-1]["oid"])  # of a checkpoint's, if nothing has changed since
+    assert strategy != "end" or commits[-1]["message"] == "Finished"
+    steps = [f"Training in progress, step {i}" for i in (1, 2, 3)]
+    started = {"every_save": steps, "checkpoint": steps, "end": []}[strategy]
+    assert [c["message"] for c in commits if c["message"] in steps] == started
+    for commit in commits:
+        plain = {name for name in commit["files"] if not name.startswith("last-checkpoint/")}
+        assert plain <= OF_THE_MODEL | {"results.json"} and {"1_Pooling/config.json", "model.safetensors"} <= plain
+    resumable = {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= set(commits[-1]["files"])
+    assert resumable is (strategy == "checkpoint")
+    assert commits[-1]["files"]["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "model" / "_pushing").exists()
+
+
+def test_a_name_or_token_that_the_hub_refuses_is_known_before_the_first_step(server, tmp_path):
+    for settings, message in (
+        ({"hub_token": "hf_bad"}, "does not know this token"),
+        ({"hub_token": server.token, "hub_model_id": "someone/mine"}, "may not write there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            trainer(tmp_path / "model", push_to_hub=True, **settings)
+
+
+def test_a_checkpoint_that_does_not_arrive_does_not_end_the_training(server, tmp_path, caplog):
+    run = trainer(tmp_path / "model", push_to_hub=True, hub_model_id="mine", hub_token=server.token, save_strategy="steps",
+                  save_steps=2, max_steps=4, hub_always_push=True)  # fmt: skip
+    server.fail(0, 403, times=1000)
+    run.train()
+    server.faults.clear()
+    run.push_to_hub()
+    assert "a checkpoint did not reach the Hub: this token may not write there" in caplog.text
+    assert set(server.files("user/mine")) == OF_THE_MODEL - {"results.json", "2_Normalize/config.json"}
+
+
+def test_recipe_and_download_in_processes_of_their_own(server, model, tmp_path):
+    """push.py, then AutoModel and Encoder load OWNER/NAME from the Hub: the vectors of the folder."""
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                        "HF_HOME": str(tmp_path / "home")}  # fmt: skip
+    push = [sys.executable, str(RECIPES / "push.py"), str(model), "mine", "--private"]
+    done = subprocess.run(push, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(f"{server.url}/user/mine/commit/") and server.repos["user/mine"]["private"]
+    code = f"""
+import numpy, torch
+from transformers import AutoModel, AutoTokenizer
+from hf_embed import Encoder
+texts = ["a cat", "a dog sleeping by the fire"]
+numpy.save({str(tmp_path / "encoder.npy")!r}, Encoder.from_pretrained("user/mine").encode(texts))
+batch = AutoTokenizer.from_pretrained("user/mine")(texts, padding=True, return_tensors="pt")
+states = AutoModel.from_pretrained("user/mine")(**batch).last_hidden_state[:, 0]
+numpy.save({str(tmp_path / "auto.npy")!r}, torch.nn.functional.normalize(states, dim=-1).detach().numpy())
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = Encoder.from_pretrained(model).encode(["a cat", "a dog sleeping by the fire"])
+    for name in ("encoder", "auto"):
+        np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-6)
+    wrong = subprocess.run(push, env=env | {"HF_TOKEN": "hf_bad"}, capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and wrong.stderr.strip().splitlines()[-1].startswith(
+        "error: push to mine: the Hub does not know"
+    )
