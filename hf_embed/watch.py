@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ROWS = 512  # of a batch that are looked at
 RISE = 0.25  # of what uniformity had gained, given back
+DRIFT = 1.5  # times the alignment of the start
 
 
 @torch.no_grad()
@@ -47,23 +48,31 @@ def batch_geometry(grid: Tensor, text_ids: Tensor) -> dict[str, float]:
 
 
 def warning_of(history: list[dict]) -> str | None:
-    """What is wrong with a run whose `log_history` this is, or None.
+    """What is wrong with a run that has logged `history`, from before its first step on; None if nothing is.
 
-    It is while the loss falls that uniformity gives back a quarter of what it had gained.
+    Two signs, which count only while the loss falls: uniformity gives back a quarter of what it had gained (or half of what the
+    model came with, if it never gained); or alignment, of evaluation pairs, is worse than at the start by half.
     """
-    prefix = "eval_" if any("eval_uniformity" in entry for entry in history) else ""
-    points, loss = [], math.nan
+    evaluated = any("eval_uniformity" in entry for entry in history)
+    prefix, points, loss = "eval_" if evaluated else "", [], math.inf
     for entry in history:
         loss = entry.get("loss", loss)
-        if math.isfinite(entry.get(f"{prefix}uniformity", math.nan) + entry.get(f"{prefix}alignment", math.nan)):
-            points.append((entry[f"{prefix}alignment"], entry[f"{prefix}uniformity"], loss, entry.get("step", 0)))
-    if len(points) < 3:
+        alignment, uniformity = (entry.get(f"{prefix}{key}", math.nan) for key in ("alignment", "uniformity"))
+        if math.isfinite(alignment + uniformity):
+            points.append((alignment, uniformity, loss, entry["step"]))
+    if len(points) < 2:
         return None
-    start, best, now = points[0], min(points, key=lambda point: point[1]), points[-1]
-    falls = not now[2] > best[2]
-    gained, given_back = start[1] - best[1], now[1] - best[1]
-    if falls and given_back > max(0.1, RISE * gained):
-        return f"uniformity rises again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: embeddings draw together"
+    start, now, best = points[0], points[-1], min(points, key=lambda point: point[1])
+    if now[2] > min(start[2], best[2]):
+        return None  # the loss itself says that something is wrong
+    gained = start[1] - best[1]
+    if now[1] - best[1] > (max(0.1, RISE * gained) if gained > 0.1 else -start[1] / 2):
+        return f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: embeddings draw together"
+    if evaluated and now[0] > DRIFT * start[0]:
+        return (
+            f"alignment has risen from {start[0]:.2f} to {now[0]:.2f}: sentences that mean the same drift apart, though the "
+            "loss falls; look at the STS score, and try fewer steps or a lower learning_rate"
+        )
     return None
 
 
@@ -73,7 +82,7 @@ class Watch(TrainerCallback):
     def __init__(self):
         self.last = None  # embeddings and text hashes of the last batch
         self.finite = None  # of the losses since the last look: a tensor, so that no step waits for the device
-        self.warned = False
+        self.history, self.warned = [], False  # everything logged, from before the first step on
 
     def see(self, loss: Tensor, grid: Tensor, text_ids: Tensor) -> None:
         self.last = grid.detach()[:ROWS], text_ids[:ROWS]
@@ -100,7 +109,8 @@ class Watch(TrainerCallback):
             )
         self.finite = None
 
-    def on_log(self, args, state, control, **kwargs):
-        if not self.warned and state.is_world_process_zero and (message := warning_of(state.log_history)):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.history.append({"step": state.global_step} | (logs or {}))
+        if not self.warned and state.is_world_process_zero and (message := warning_of(self.history)):
             self.warned = True
             logger.warning(f"step {state.global_step}: {message}")

@@ -52,20 +52,31 @@ def test_warning_of_uniformity_that_rises_back(prefix):
     learning = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.3, -2.5, 1.0), (0.3, -2.45, 0.9), prefix=prefix)
     assert warning_of(learning) is None
     collapsing = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0), prefix=prefix)
-    assert "uniformity rises again, from -2.00 at step 1 to -1.20" in warning_of(collapsing)
+    assert "uniformity has risen again, from -2.00 at step 1 to -1.20" in warning_of(collapsing)
     diverging = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 4.0), prefix=prefix)  # the loss says so itself
     assert warning_of(diverging) is None
+    aligning = history((0.4, -1.7, 3.0), (0.35, -1.4, 2.0), (0.37, -1.6, 1.5), prefix=prefix)  # supervised, in its first steps
+    assert all(warning_of(aligning[:n]) is None for n in range(7))
+    assert "from -1.70 at step 0 to -0.80" in warning_of(history((0.4, -1.7, 3.0), (0.1, -0.8, 2.0), prefix=prefix))
     assert warning_of([]) is None and warning_of(history((0.3, math.nan, 1.0))) is None
+
+
+def test_warning_of_positives_that_drift_apart():
+    start = {"step": 0, "eval_alignment": 0.2, "eval_uniformity": -1.0}  # before the first step there is no loss
+    assert "alignment has risen from 0.20 to 0.31" in warning_of([start, *history((0.31, -2.5, 0.1))])
+    assert warning_of([start, *history((0.29, -2.5, 0.1))]) is None
+    assert warning_of([start, *history((0.25, -2.5, 0.1), (0.31, -2.5, 0.2))]) is None  # the loss rises
+    batches = history((0.2, -1.0, 1.0), (0.4, -2.0, 0.5), prefix="")  # two dropout masks are no evaluation pairs
+    assert warning_of(batches) is None
 
 
 def test_a_collapse_is_warned_of_once(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     run = trainer(tmp_path, max_steps=1)
     run.train()
-    run.state.log_history = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0))
-    run.log({"loss": 0.9})
-    run.log({"loss": 0.8})
-    assert caplog.text.count("uniformity rises again") == 1
+    for entry in history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0), (0.2, -1.1, 0.9)):
+        run.log(entry)
+    assert caplog.text.count("uniformity has risen again") == 1
 
 
 class Spoil(SimCSE):

@@ -1,0 +1,77 @@
+"""Architecture x pooling and head x LoRA x TempScale x normalisation: trained two steps, saved, alike in every loader.
+
+By default so many cases that every pair of two settings occurs in one; under -m slow all of them.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODERS, TINY, quickstart_tokenizer, tiny_model
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
+from test_card import snippets
+from worker import WORDS
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
+from hf_embed.pooling import POOLINGS
+
+AXES = {
+    "architecture": [name for name in TINY if name != "qwen2"], "pooling": sorted(POOLINGS), "lora": [False, True],
+    "temp_scale": [None, 0.6], "normalize": [False, True],
+}  # fmt: skip
+WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet"}
+TEXTS = ["a cat", "a dog sleeping by the fire"]  # the card's
+
+
+def makes_sense(case: dict) -> bool:
+    if case["pooling"] == "cls_mlp" and case["architecture"] not in WITH_POOLER:
+        return False
+    return not (case["architecture"] in DECODERS and case["pooling"].startswith("cls"))
+
+
+def pairs(case: dict) -> set:
+    return set(itertools.combinations(case.items(), 2))
+
+
+def cases() -> list:
+    """All that make sense; those that bring a pair which none before has brought are not slow."""
+    every = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
+    every = [case for case in every if makes_sense(case)]
+    wanted, chosen = set().union(*(pairs(case) for case in every)), []
+    while wanted:
+        best = max(every, key=lambda case: len(pairs(case) & wanted))
+        chosen.append(best)
+        wanted -= pairs(best)
+    name = lambda case: "-".join(str(value) for value in case.values())  # noqa: E731
+    return [pytest.param(c, id=name(c), marks=[] if c in chosen else pytest.mark.slow) for c in every]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_trained_saved_and_loaded_everywhere(tmp_path, case):
+    model = tiny_model(case["architecture"])
+    before = Encoder(model, quickstart_tokenizer(), case["pooling"], normalize=case["normalize"]).encode(TEXTS)
+    if case["lora"]:
+        settings = LoraConfig(target_modules="all-linear", modules_to_save=["pooler"] if case["pooling"] == "cls_mlp" else None)
+        model = get_peft_model(model, settings)
+    args = ContrastiveTrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=5e-2, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", **{key: case[key] for key in ("pooling", "normalize", "temp_scale")},
+    )  # fmt: skip
+    rows = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} here"} for word in WORDS])
+    trainer = ContrastiveTrainer(model=model, processing_class=quickstart_tokenizer(), args=args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    expected = trainer.encoder.encode(TEXTS)
+    assert np.abs(expected - before).max() > 1e-3 * np.abs(expected).max()  # it did learn something
+    found = {"Encoder": Encoder.from_pretrained(tmp_path).encode(TEXTS)}
+    found["SentenceTransformer"] = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
+    names = {}
+    with torch.no_grad():
+        exec(snippets((tmp_path / "README.md").read_text())[0].replace('"FOLDER"', repr(str(tmp_path))), names)
+    found["AutoModel"] = names["vectors"].numpy()
+    for loader, vectors in found.items():
+        assert np.abs(vectors - expected).max() < 1e-5 * np.abs(expected).max(), loader
+    assert not list(tmp_path.glob("adapter*"))
