@@ -91,7 +91,8 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
     `results` are as in results.json; `picture` says that geometry.png lies beside it; `name` is what its snippets load.
     """
     results, pooling = results or {}, saved_pooling(encoder.pooling)
-    take = [*TAKE[pooling], *(["vectors = torch.nn.functional.normalize(vectors, dim=-1)"] if encoder.normalize else [])]
+    take = [*TAKE[pooling], *dense_lines(encoder, pooling, json.dumps(name))]
+    take += ["vectors = torch.nn.functional.normalize(vectors, dim=-1)"] if encoder.normalize else []
     sections = [results_section(results, picture), sweep_section(encoder, results.get("tempscale")), mteb_section(results)]
     sections += [training_section(results.get("train")), prompts_section(encoder), limits_section(encoder, results)]
     sections += [papers_section(encoder, results)]
@@ -113,6 +114,16 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     text = template.format(**fill).rstrip() + "\n\n"
     return text + MARK.format(digest(text)) + "\n"
+
+
+def dense_lines(encoder, pooling: str, name: str) -> list[str]:
+    """Code for the layers behind the pooling, which AutoModel does not know."""
+    lines, first = [], 3 if pooling == "cls_mlp" else 2
+    for i, layer in enumerate(encoder.dense):
+        lines.append(f'dense = load_file(cached_file({name}, "{first + i}_Dense/model.safetensors"))')
+        lines.append('vectors = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
+        lines.append(f"vectors = torch.nn.{type(layer.activation).__name__}()(vectors)")
+    return ["from safetensors.torch import load_file", "from transformers.utils import cached_file", *lines] if lines else []
 
 
 # ---- metadata that the Hub reads ----

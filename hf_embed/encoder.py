@@ -5,6 +5,7 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 
 import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from hf_embed import export
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
-from hf_embed.pooling import MULTI_LAYER, check_pooling, pool
+from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
 
 # Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
@@ -37,6 +38,7 @@ class Encoder(nn.Module):
         max_length: tokens a text may have; default: what the model has positions for, at most 512.
         normalize: give unit vectors from `encode` (and from every loader of the saved folder).
         prompts: {"query": ..., "document": ...}: text put before queries and documents.
+        dense: layers behind the pooling. `AutoModel` knows nothing of them: the card says how to load them.
 
     Raises:
         InputError: unknown pooling; a pooling the architecture cannot compute; `max_length` above the model's positions.
@@ -50,6 +52,7 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         normalize: bool = False,
         prompts: dict[str, str] | None = None,
+        dense: Sequence[Dense] = (),
     ):
         super().__init__()
         check_pooling(pooling)
@@ -69,6 +72,7 @@ class Encoder(nn.Module):
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
                 "take pooling cls_mlp_train (head while training only) or cls"
             )
+        self.dense = nn.Sequential(*dense)
         self.train_head = new_head(self.config) if pooling == "cls_mlp_train" else None
         self.takes_embeddings = "inputs_embeds" in inspect.signature(self.base.forward).parameters
         self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
@@ -96,7 +100,7 @@ class Encoder(nn.Module):
 
     @property
     def dimension(self) -> int:
-        return self.config.hidden_size
+        return self.dense[-1].linear.out_features if self.dense else self.config.hidden_size
 
     def embed(self, input_ids: Tensor, mask: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Embeddings (b, D) of padded token ids and their mask, both (b, T); or of the tokens' word embeddings."""
@@ -105,11 +109,11 @@ class Encoder(nn.Module):
         output = self.backbone(**tokens, attention_mask=mask, output_hidden_states=everything)
         states = output.hidden_states if everything else (output[0],)
         if self.pooling == "cls_mlp":
-            return output.pooler_output
+            return self.dense(output.pooler_output)
         embeddings = pool(self.pooling, states, mask)
         if self.train_head is not None and self.training:
             embeddings = self.train_head(embeddings)
-        return embeddings
+        return self.dense(embeddings)
 
     def forward(
         self,

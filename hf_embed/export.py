@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_embed.card import write_card
 from hf_embed.errors import InputError
-from hf_embed.pooling import MULTI_LAYER, pool, saved_pooling
+from hf_embed.pooling import MULTI_LAYER, Dense, pool, saved_pooling
 from hf_embed.tempscale import TempScaleConfig, applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 
@@ -69,7 +69,7 @@ def save_encoder(
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
             write_checkpoint(encoder, new, state_dict, fold=not runtime)
-            write_sentence_transformers_files(encoder, new)
+            write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new)
             names = set(os.listdir(new))
@@ -147,8 +147,8 @@ def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
 
 
-def write_sentence_transformers_files(encoder, folder: str) -> None:
-    pooling, dimension = saved_pooling(encoder.pooling), encoder.dimension
+def write_sentence_transformers_files(encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+    pooling, dimension = saved_pooling(encoder.pooling), encoder.config.hidden_size
     modules = [("", "Transformer")]
 
     def add(name: str, config: dict, tensors: dict[str, Tensor] | None = None) -> None:
@@ -181,6 +181,15 @@ def write_sentence_transformers_files(encoder, folder: str) -> None:
             {"in_features": dimension, "out_features": dimension, "bias": True,
              "activation_function": "torch.nn.modules.activation.Tanh"},
             {f"linear.{name}": saved[f"pooler.dense.{name}"] for name in ("weight", "bias")},
+        )  # fmt: skip
+    dense = strip_prefix(encoder.state_dict() if state_dict is None else state_dict, "dense.")
+    for i, layer in enumerate(encoder.dense):
+        linear, activation = layer.linear, type(layer.activation)
+        add(
+            "Dense",
+            {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None,
+             "activation_function": f"{activation.__module__}.{activation.__qualname__}"},
+            {name: tensor.detach().cpu().contiguous() for name, tensor in strip_prefix(dense, f"{i}.").items()},
         )  # fmt: skip
     if encoder.normalize:
         add("Normalize", {})
@@ -234,6 +243,8 @@ def through_automodel(encoder, folder: str, dtype: torch.dtype) -> Tensor:
         else:
             layers = output.hidden_states if pooling in MULTI_LAYER else (output[0],)
             vectors = pool(pooling, layers, batch["attention_mask"])
+        for layer in read_settings(folder, model).get("dense", []):
+            vectors = layer(vectors)
     vectors = vectors.float()
     return (F.normalize(vectors, dim=-1) if encoder.normalize else vectors).cpu()
 
@@ -296,16 +307,20 @@ def read_settings(name: str, backbone) -> dict:
     modules = read_json(name, "modules.json")
     if modules is None:
         return {}
-    settings = {"pooling": "mean", "normalize": False}
+    settings = {"pooling": "mean", "normalize": False, "dense": []}
     layers = None
     for module in modules:
         kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
+        if settings["normalize"] and kind != "Normalize":
+            raise InputError(f"model '{name}': the module {kind} ('{path}') behind Normalize cannot be represented here")
         if kind == "Pooling":
             settings["pooling"] = read_pooling(name, path)
         elif kind == "WeightedLayerPooling":
             layers = read_layers(name, path)
-        elif kind == "Dense" and is_pooler(name, path, backbone) and settings["pooling"] == "cls":
+        elif kind == "Dense" and settings["pooling"] == "cls" and not settings["dense"] and is_pooler(name, path, backbone):
             settings["pooling"] = "cls_mlp"
+        elif kind == "Dense":
+            settings["dense"].append(read_dense(name, path, next(backbone.parameters())))
         elif kind == "Normalize":
             settings["normalize"] = True
         elif kind != "Transformer":
@@ -362,6 +377,19 @@ def is_pooler(name: str, path: str, backbone) -> bool:
         return False
     tensors = load_file(weights)
     return torch.equal(tensors["linear.weight"].to(dense.weight), dense.weight)
+
+
+def read_dense(name: str, path: str, like: Tensor) -> Dense:
+    """A layer behind the pooling, in the precision and on the device of `like`."""
+    config, weights = read_json(name, f"{path}/config.json"), cached_file(name, f"{path}/model.safetensors")
+    package, _, kind = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")
+    activation = getattr(torch.nn, kind, None) if package.startswith("torch.nn.") else None
+    ends = {config.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
+    if activation is None or ends - {"sentence_embedding", None}:
+        raise InputError(f"model '{name}': the module Dense ('{path}'), {config}, cannot be represented here")
+    linear = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+    linear.load_state_dict(strip_prefix(load_file(weights), "linear."))
+    return Dense(linear, activation()).to(like)
 
 
 def read_json(name: str, file: str):

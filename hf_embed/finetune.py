@@ -62,6 +62,9 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Default: every linear layer."}
     )
+    save_adapter: bool = field(
+        default=False, metadata={"help": "With LoRA: keep the adapters by themselves too, in OUTPUT_DIR/adapter."}
+    )
 
 
 @dataclass
@@ -310,6 +313,8 @@ def fine_tune(plan: Plan) -> dict:
         trainer.accelerator.wait_for_everyone()
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
+    if plan.model_args.save_adapter and trainer.is_world_process_zero():
+        trainer.encoder.backbone.save_pretrained(str(Path(args.output_dir, "adapter")))
     trainer.accelerator.wait_for_everyone()
     after = {}
     if tasks:  # of the saved folder, loaded anew, as a user will
@@ -438,6 +443,8 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     encoder = Encoder.from_pretrained(name, **settings, **kwargs)
     if encoder.pooling == "cls_mlp" and export.read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
         reset_dense(encoder.backbone.pooler.dense, encoder.config)  # a new head, as in the paper's code
+    if model_args.save_adapter and not model_args.lora_r:
+        raise InputError("--save_adapter: there is no adapter without --lora_r")
     if model_args.lora_r:
         encoder.backbone = get_peft_model(
             encoder.backbone,

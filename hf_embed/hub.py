@@ -48,7 +48,8 @@ def push_folder(
             folder is as it was; the message has the command that finishes the push.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*model*.safetensors")):
+    kinds = (("config.json", "model*.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
+    if not any((folder / config).is_file() and any(folder.glob(weights)) for config, weights in kinds):
         raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
     try:
         validate_repo_id(repo)

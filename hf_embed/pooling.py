@@ -4,7 +4,7 @@ Shapes: B texts of T tokens, D wide; `mask` is (B, T), 1 on tokens and 0 on padd
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_embed.errors import InputError
 
@@ -20,6 +20,17 @@ POOLINGS = {
     "top2": "mean over the tokens of the last two layers, averaged",
 }
 MULTI_LAYER = {"first_last", "top2"}
+
+
+class Dense(nn.Module):
+    """A layer behind the pooling, (B, D) -> (B, out), as sentence-transformers saves them."""
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module):
+        super().__init__()
+        self.linear, self.activation = linear, activation
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.activation(self.linear(embeddings))
 
 
 def check_pooling(pooling: str) -> None:

@@ -368,7 +368,7 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
         own = {key: getattr(model, key) for key in ("pooling", "max_length", "normalize", "prompts")}
         if all(own[key] == value for key, value in given.items()):
             return model
-        return Encoder(model.backbone, model.tokenizer, **(own | given))
+        return Encoder(model.backbone, model.tokenizer, **(own | given), dense=model.dense)
     if tokenizer is None:
         raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters() if p.requires_grad):

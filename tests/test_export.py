@@ -429,10 +429,35 @@ def test_a_folder_of_sentence_transformers_gives_its_vectors(base, tmp_path, nam
     assert_close(ours.encode(TEXTS), theirs.encode(TEXTS))
 
 
+DENSE = {
+    "tanh": [st.Pooling(32, "cls"), st.Dense(32, 8)],
+    "two": [st.Pooling(32), st.Dense(32, 48, bias=False, activation_function=torch.nn.GELU()), st.Dense(48, 4), st.Normalize()],
+    "none": [st.Pooling(32), st.Dense(32, 8, activation_function=torch.nn.Identity())],
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_layers_behind_the_pooling_come_and_go(base, tmp_path, name):
+    """Their folder, ours from it, and sentence-transformers on ours."""
+    theirs = write_st(base, tmp_path / "theirs", *DENSE[name]).encode(TEXTS)
+    encoder = Encoder.from_pretrained(tmp_path / "theirs")
+    assert encoder.dimension == theirs.shape[1] == {"tanh": 8, "two": 4, "none": 8}[name]
+    assert_close(encoder.encode(TEXTS), theirs)
+    encoder.save_pretrained(tmp_path / "ours")
+    assert_close(load_st(tmp_path / "ours").encode(TEXTS), theirs)
+    assert_close(Encoder.from_pretrained(tmp_path / "ours").encode(TEXTS), theirs)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 REFUSED = {
     "the module LSTM": [st.LSTM(32, 16), st.Pooling(32)],
     "the module CNN": [st.CNN(32), st.Pooling(96)],
-    "the module Dense": [st.Pooling(32), st.Dense(32, 8)],
+    "the module Dense": [st.Pooling(32), st.Dense(32, 8, activation_function=Doubled())],
+    "the module Dense .*behind Normalize": [st.Pooling(32), st.Normalize(), st.Dense(32, 8)],
     "the module LayerNorm": [st.Pooling(32), st.LayerNorm(32)],
     "pooling max": [st.Pooling(32, "max")],
     r"pooling cls \+ mean": [st.Pooling(32, ("cls", "mean"))],

@@ -78,6 +78,14 @@ def test_branch_pull_request_and_private(server, model):
     assert stored["branches"]["main"] == []
 
 
+def test_adapters(server, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "optimizer.pt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n")
+    push_folder(tmp_path, "mine")
+    assert set(server.files("user/mine")) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
 def test_everything_on_demand(server, model):
     push_folder(model, "mine", everything=True)
     assert {"training_args.bin", "train.jsonl", "checkpoint-2/optimizer.pt"} < set(server.files("user/mine"))

@@ -16,11 +16,11 @@ from test_card import snippets
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
-from hf_embed.pooling import POOLINGS
+from hf_embed.pooling import POOLINGS, Dense
 
 AXES = {
     "architecture": [name for name in TINY if name != "qwen2"], "pooling": sorted(POOLINGS), "lora": [False, True],
-    "temp_scale": [None, 0.6], "normalize": [False, True],
+    "temp_scale": [None, 0.6], "normalize": [False, True], "dense": [False, True],
 }  # fmt: skip
 WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet"}
 TEXTS = ["a cat", "a dog sleeping by the fire"]  # the card's
@@ -52,7 +52,10 @@ def cases() -> list:
 @pytest.mark.parametrize("case", cases())
 def test_trained_saved_and_loaded_everywhere(tmp_path, case):
     model = tiny_model(case["architecture"])
-    before = Encoder(model, quickstart_tokenizer(), case["pooling"], normalize=case["normalize"]).encode(TEXTS)
+    torch.manual_seed(1)
+    dense = [Dense(torch.nn.Linear(32, 48), torch.nn.GELU()), Dense(torch.nn.Linear(48, 8, bias=False), torch.nn.Identity())]
+    dense = dense if case["dense"] else []
+    before = Encoder(model, quickstart_tokenizer(), case["pooling"], normalize=case["normalize"], dense=dense).encode(TEXTS)
     if case["lora"]:
         settings = LoraConfig(target_modules="all-linear", modules_to_save=["pooler"] if case["pooling"] == "cls_mlp" else None)
         model = get_peft_model(model, settings)
@@ -61,7 +64,8 @@ def test_trained_saved_and_loaded_everywhere(tmp_path, case):
         disable_tqdm=True, save_strategy="no", **{key: case[key] for key in ("pooling", "normalize", "temp_scale")},
     )  # fmt: skip
     rows = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} here"} for word in WORDS])
-    trainer = ContrastiveTrainer(model=model, processing_class=quickstart_tokenizer(), args=args, train_dataset=rows)
+    encoder = Encoder(model, quickstart_tokenizer(), case["pooling"], dense=dense)
+    trainer = ContrastiveTrainer(model=encoder, args=args, train_dataset=rows)
     trainer.train()
     trainer.save_model()
     expected = trainer.encoder.encode(TEXTS)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import tiny_encoder
+from peft import PeftModel
 from safetensors.torch import load_file
 from worker import WORDS
 
@@ -108,8 +109,14 @@ def test_two_processes_train_evaluate_and_save(tmp_path, files):
 
 
 def test_lora_and_mlp_head_export(tmp_path, files):
-    sup(*flags(files, "--output_dir", tmp_path / "out", "--max_steps", 2, "--lora_r", 4, "--pooling", "cls_mlp"))
-    assert Encoder.from_pretrained(tmp_path / "out").pooling == "cls_mlp"
+    out = tmp_path / "out"
+    sup(*flags(files, "--output_dir", out, "--max_steps", 2, "--lora_r", 4, "--pooling", "cls_mlp", "--save_adapter"))
+    merged = Encoder.from_pretrained(out)
+    assert merged.pooling == "cls_mlp" and not list(out.glob("adapter_*"))
+    base = Encoder.from_pretrained(files["model"])
+    adapted = Encoder(PeftModel.from_pretrained(base.backbone, out / "adapter"), base.tokenizer, "cls_mlp")
+    texts = ["the cat", "a house by the river"]
+    np.testing.assert_allclose(adapted.encode(texts), merged.encode(texts), atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls_mlp"])
