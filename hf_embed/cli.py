@@ -1,7 +1,9 @@
 """What recipes share on the command line: flags from dataclasses, `--config FILE.yaml`, and errors in one line."""
 
+import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -17,6 +19,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.errors import InputError, RankError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse(dataclasses_: list[type], preset: Callable[[list[str]], str | None] | None = None, argv: list[str] | None = None):
@@ -131,12 +135,28 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+@contextlib.contextmanager
+def full_disk_in_one_line():
+    """Files are written aside and then moved, so what was there before a disk was full is whole."""
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        while cause is not None and getattr(cause, "errno", None) not in FULL and "No space left" not in str(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        where = getattr(cause, "filename", None) or os.getcwd()
+        raise InputError(f"the disk is full (at {where}); make room and run it again, or name another --output_dir") from error
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; what the user gave wrong ends in one line and exit code 2."""
+    """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     use_all_cores()
     try:
-        main()
+        with full_disk_in_one_line():
+            main()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
     except InputError as error:

@@ -1,6 +1,7 @@
 """Finished folders to a Hub on loopback, through the real client: complete, once, nothing else, whatever breaks on the way."""
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import error_of, tiny_encoder
 from hub_server import LoopbackHub
+from test_recipes import files, flags, sup  # noqa: F401
 from test_trainer import trainer
 
 from hf_embed import Encoder, InputError, hub
@@ -211,6 +213,17 @@ def test_training_pushes(server, tmp_path, strategy):
     assert resumable is (strategy == "checkpoint")
     assert commits[-1]["files"]["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
     assert not (tmp_path / "model" / "_pushing").exists()
+
+
+def test_a_recipe_pushes_its_results_too(server, tmp_path, files):  # noqa: F811
+    argv = [*flags(files), "--max_steps", 2, "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "user/mine",
+            "--hub_token", server.token, "--language", "en", "--license", "mit"]  # fmt: skip
+    results = sup(*argv)
+    stored = server.files("user/mine")
+    assert json.loads(stored["results.json"]) == results and "geometry.png" in stored
+    card = stored["README.md"].decode()
+    assert "## Results" in card and "license: mit" in card and "geometry.png" in card and "training_args.bin" not in stored
+    assert server.token not in json.dumps(results) + card and str(tmp_path) not in json.dumps(results) + card
 
 
 def test_a_name_or_token_that_the_hub_refuses_is_known_before_the_first_step(server, tmp_path):

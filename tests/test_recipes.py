@@ -191,6 +191,16 @@ def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line(tmp_path, files):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").symlink_to("/dev/full")
+    argv = ["--model_name_or_path", files["model"], "--eval_sts_file", f"s={files['sts']}", "--output_dir", tmp_path / "out"]
+    done = recipe("evaluate.py", *argv)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: the disk is full (at ")
+
+
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*simcse*.yaml")), ids=lambda p: p.stem)
 def test_presets_parse(path):
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, AblationArguments, SimCSEArguments]
