@@ -1,6 +1,6 @@
 """An STS file as a task of mteb's: the same score from an `Encoder`, from sentence-transformers, and from our own evaluation.
 
-    python benchmarks/mteb_local.py --model MODEL --sts_file stsb-dev.tsv
+python benchmarks/mteb_local.py --model MODEL --sts_file stsb-dev.tsv
 """
 
 import argparse

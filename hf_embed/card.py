@@ -54,6 +54,7 @@ PAPERS = {
     "Matryoshka": "Kusupati et al.: Matryoshka Representation Learning, https://arxiv.org/abs/2205.13147",
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
+FOLDER = "FOLDER"  # what the snippets load, until the model has a name
 MARK = "<!-- hf_embed made this card: {} -->"
 
 
@@ -76,6 +77,14 @@ def is_ours(card: str) -> bool:
     return bool(mark) and rest == f"{digest(text)} -->\n"
 
 
+def name_model(folder: str | Path, name: str) -> None:
+    """Let the snippets of the card load `name`, OWNER/NAME, if the card is ours."""
+    path = Path(folder, "README.md")
+    if path.is_file() and is_ours(card := path.read_text(encoding="utf-8")):
+        text = card.rpartition(MARK.partition("{")[0])[0].replace(json.dumps(FOLDER), json.dumps(name))
+        path.write_text(text + MARK.format(digest(text)) + "\n", encoding="utf-8")
+
+
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -85,7 +94,7 @@ def stored_results(folder: str | Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = "FOLDER") -> str:
+def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = FOLDER) -> str:
     """The card of an encoder.
 
     `results` are as in results.json; `picture` says that geometry.png lies beside it; `name` is what its snippets load.

@@ -192,6 +192,10 @@ def plan_simcse(
 def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArguments, args, name: str) -> tuple[Dataset, bool]:
     """The rows to train on, and whether they are pairs."""
     kind, _ = parse_positive(positive.positive)
+    if kind not in WITHOUT_ROWS and not isinstance(rows, Dataset):
+        raise InputError(
+            f"--positive {kind} is made for one set of sentences; give --train_file or --dataset_name, not --sources"
+        )
     args.same_dropout_mask |= kind == "same_mask"
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"):
@@ -332,7 +336,7 @@ def fine_tune(plan: Plan) -> dict:
         "chosen_by": {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
                       "greater_is_better": args.greater_is_better is not False},
         "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
-        "hardware": hardware(args), "settings": changed(plan.model_args) | changed(args),
+        "hardware": hardware(args), "settings": changed(plan.model_args, args, *plan.more),
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
@@ -362,10 +366,10 @@ NOT_SCIENCE = ("output_dir", "run_name", "log", "report_to", "eval_", "do_", "sa
                "trackio")  # fmt: skip
 
 
-def changed(settings) -> dict:
-    """The settings that are not as their dataclass has them and that a result depends on."""
+def changed(*groups) -> dict:
+    """Of dataclasses of settings, those that are not at their default and that a result depends on."""
     found = {}
-    for field_ in dataclasses.fields(settings):
+    for settings, field_ in ((group, field_) for group in groups for field_ in dataclasses.fields(group)):
         default = field_.default_factory() if field_.default_factory is not dataclasses.MISSING else field_.default
         value = getattr(settings, field_.name, default)
         if value != default and not field_.name.startswith((*NOT_SCIENCE, "_")):
@@ -382,19 +386,25 @@ def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, nam
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
     args.resume_from_checkpoint = args.resume_from_checkpoint or None
-    if run.seeds:
-        pass  # each seed has its own folder and checkpoint
-    elif args.resume_from_checkpoint in ("latest", "true", "True"):
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
-        if args.resume_from_checkpoint is None:
-            raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
-    elif args.resume_from_checkpoint and not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no trainer_state.json there")
+    if args.resume_from_checkpoint and not run.seeds:  # of several seeds each has its own
+        args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, folder)
     if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or args.resume_from_checkpoint):
         raise InputError(
             f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
+
+
+def find_checkpoint(given: str, folder: Path) -> str:
+    """The checkpoint that `--resume_from_checkpoint` names, or the newest."""
+    if given in ("latest", "true", "True"):
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
+        return last
+    if not Path(given, "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {given}: no trainer_state.json there")
+    return given
 
 
 def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from hf_embed.card import name_model
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def push_folder(
 
     def upload() -> str:
         repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        name_model(folder, repo_id)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(

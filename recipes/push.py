@@ -11,6 +11,8 @@ by the same command.
 import sys
 from dataclasses import dataclass, field
 
+from hf_embed import Encoder
+from hf_embed.card import write_card
 from hf_embed.cli import parse, run
 from hf_embed.errors import InputError
 from hf_embed.hub import push_folder
@@ -22,6 +24,7 @@ class Arguments:
     revision: str | None = field(default=None, metadata={"help": "A branch; made if it is not there."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
     commit_message: str = field(default="Upload the model")
+    new_card: bool = field(default=False, metadata={"help": "Make README.md anew, even if someone has edited it."})
     everything: bool = field(default=False, metadata={"help": "Checkpoints, optimizer state and logs too."})
 
 
@@ -33,7 +36,10 @@ def main() -> None:
         words = ["", "", *words]
     folder, repo, *words = words
     (args,) = parse([Arguments], argv=words)
-    print(push_folder(folder, repo, **vars(args)))
+    settings = vars(args)
+    if settings.pop("new_card"):
+        write_card(Encoder.from_pretrained(folder), folder, overwrite=True)
+    print(push_folder(folder, repo, **settings))
 
 
 if __name__ == "__main__":

@@ -187,3 +187,21 @@ def test_seeds_need_something_to_choose_by(files, tmp_path):  # noqa: F811
     assert "--seeds keeps the best by an evaluation set" in error_of(sup, *argv, "--seeds", "1,2")
     argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
     assert "leave the push away" in error_of(sup, *argv)
+
+
+def test_a_positive_needs_one_set_of_sentences(files, tmp_path):  # noqa: F811
+    sources = tmp_path / "sources.yaml"
+    sources.write_text(f"- name: a\n  file: {files['nli']}\n  columns: {{text: sent0}}\n")
+    argv = [
+        "--sources",
+        sources,
+        "--model_name_or_path",
+        files["model"],
+        "--positive",
+        "crop:0.1",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    assert "give --train_file or --dataset_name, not --sources" in error_of(
+        run_simcse, "x", argv=[*QUIET, *map(str, argv)], **UNSUP
+    )

@@ -67,6 +67,7 @@ def test_push_is_the_model_and_nothing_else(server, model):
     address = push_folder(model, "mine")
     assert address == f"{server.url}/user/mine/commit/{server.commits('user/mine')[0]['oid']}"
     assert is_complete(server, model) and not server.repos["user/mine"]["private"]
+    assert 'AutoModel.from_pretrained("user/mine")' in server.files("user/mine")["README.md"].decode()
     push_folder(model, "user/mine")  # again: nothing to commit
     assert len(server.commits("user/mine")) == 1
 
@@ -105,7 +106,7 @@ def requests_of_a_push(model) -> list[str]:
 @pytest.mark.parametrize("how", [500, 429, 503, "cut"])
 def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
     """One failure: the push mends itself. The folder and the repository come out as if nothing had been."""
-    before, count = digest(model), len(requests_of_a_push(model))
+    count, before = len(requests_of_a_push(model)), digest(model)
     assert count >= 6
     for number in range(count):
         server.repos.clear()
@@ -120,7 +121,7 @@ def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
 def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, monkeypatch, caplog):
     """The Hub stays broken from each request on; then it is well again."""
     monkeypatch.setattr(hub, "TRIES", 1)
-    before, count = digest(model), len(requests_of_a_push(model))
+    count, before = len(requests_of_a_push(model)), digest(model)
     for number in range(count):
         server.repos.clear()
         server.objects.clear()
@@ -250,7 +251,8 @@ def test_recipe_and_download_in_processes_of_their_own(server, model, tmp_path):
     """push.py, then AutoModel and Encoder load OWNER/NAME from the Hub: the vectors of the folder."""
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                         "HF_HOME": str(tmp_path / "home")}  # fmt: skip
-    push = [sys.executable, str(RECIPES / "push.py"), str(model), "mine", "--private"]
+    push = [sys.executable, str(RECIPES / "push.py"), str(model), "mine", "--private", "--new_card"]
+    (model / "README.md").write_text("mine")
     done = subprocess.run(push, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(f"{server.url}/user/mine/commit/") and server.repos["user/mine"]["private"]
