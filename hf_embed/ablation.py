@@ -6,6 +6,7 @@ run again.
 """
 
 import gc
+import hashlib
 import json
 import re
 import shutil
@@ -51,6 +52,9 @@ def read_variants(given: list[str]) -> dict[str, dict]:
         variants = json.loads(given[0])
         if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
             raise InputError(f"variant '{wrong[0]}': give the flags in which it differs, {{}} for none")
+        slugs = [slug(name) for name in variants]
+        if twice := [name for i, name in enumerate(variants) if slugs[i] in slugs[:i]]:
+            raise InputError(f"variant '{twice[0]}': another variant's name differs in signs only; name it otherwise")
         return variants
     if unknown := [name for name in given if name not in VARIANTS]:
         raise InputError(f"unknown variant '{unknown[0]}'; there are {', '.join(VARIANTS)}")
@@ -121,6 +125,7 @@ def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, fil
             raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
         return done["path"]
     trainer = make_trainer(this)
+    trainer.watch.warned = True  # the picture says it
     main = trainer.is_world_process_zero()
     if main:
         print(f"{title} ...", flush=True)
@@ -149,7 +154,11 @@ def settings(plan: Plan) -> dict:
     for key in ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "overwrite_output_dir"):
         training.pop(key, None)
     positive, _ = plan.more
-    parts = [vars(plan.model_args), vars(plan.objective), vars(positive), training, {"data": plan.source}]
+    # Rows as they are, whatever files they come from.
+    sets = json.dumps({name: vars(task) for name, task in plan.tasks.items()}, default=lambda rows: rows[:])
+    about = {"data": plan.source, "evaluation set": hashlib.sha256(sets.encode()).hexdigest()}
+    about["number of processes"] = plan.args.world_size
+    parts = [vars(plan.model_args), vars(plan.objective), vars(positive), training, about]
     return json.loads(json.dumps({key: value for part in parts for key, value in part.items()}, default=str))
 
 

@@ -77,12 +77,12 @@ def is_ours(card: str) -> bool:
     return bool(mark) and rest == f"{digest(text)} -->\n"
 
 
-def name_model(folder: str | Path, name: str) -> None:
-    """Let the snippets of the card load `name`, OWNER/NAME, if the card is ours."""
-    path = Path(folder, "README.md")
-    if path.is_file() and is_ours(card := path.read_text(encoding="utf-8")):
-        text = card.rpartition(MARK.partition("{")[0])[0].replace(json.dumps(FOLDER), json.dumps(name))
-        path.write_text(text + MARK.format(digest(text)) + "\n", encoding="utf-8")
+def with_name(card: str, name: str) -> str:
+    """A card of ours with snippets that load `name`, OWNER/NAME; one that someone has edited as it is."""
+    if not is_ours(card):
+        return card
+    text = card.rpartition(MARK.partition("{")[0])[0].replace(json.dumps(FOLDER), json.dumps(name))
+    return text + MARK.format(digest(text)) + "\n"
 
 
 def digest(text: str) -> str:
@@ -140,12 +140,11 @@ def dense_lines(encoder, pooling: str, name: str) -> list[str]:
 
 def metadata(encoder, results: dict) -> str:
     train = results.get("train", {})
-    base = train.get("model")
     about = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "hf_embed"],
-        base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        base_model=train.get("base_model"),
         datasets=train.get("datasets") or None,
         language=train.get("language") or None,
         license=train.get("license") or None,

@@ -35,6 +35,7 @@ from hf_embed.tempscale import TempScaleConfig, applied_tempscale, apply_tempsca
 from hf_embed.tempscale.fold import check_foldable, folded
 
 TOLERANCE = 1e-5
+DENSE_FILES = ("model.safetensors", "pytorch_model.bin")
 PROBES = [
     "A cat sleeps on the warm windowsill.",
     "Rain.",
@@ -381,14 +382,18 @@ def is_pooler(name: str, path: str, backbone) -> bool:
 
 def read_dense(name: str, path: str, like: Tensor) -> Dense:
     """A layer behind the pooling, in the precision and on the device of `like`."""
-    config, weights = read_json(name, f"{path}/config.json"), cached_file(name, f"{path}/model.safetensors")
+    config = read_json(name, f"{path}/config.json")
+    files = [cached_file(name, f"{path}/{file}", _raise_exceptions_for_missing_entries=False) for file in DENSE_FILES]
     package, _, kind = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")
     activation = getattr(torch.nn, kind, None) if package.startswith("torch.nn.") else None
     ends = {config.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
+    if not any(files):
+        raise InputError(f"model '{name}': the module Dense ('{path}') has no weights ({' or '.join(DENSE_FILES)})")
     if activation is None or ends - {"sentence_embedding", None}:
         raise InputError(f"model '{name}': the module Dense ('{path}'), {config}, cannot be represented here")
     linear = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
-    linear.load_state_dict(strip_prefix(load_file(weights), "linear."))
+    weights = load_file(files[0]) if files[0] else torch.load(files[1], map_location="cpu", weights_only=True)
+    linear.load_state_dict(strip_prefix(weights, "linear."))
     return Dense(linear, activation()).to(like)
 
 

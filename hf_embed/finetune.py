@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 import torch
@@ -236,6 +237,28 @@ def plan_gte(name: str, offline_config: Path, offline_data: Callable, offline_mo
     return Plan(model_args, run, args, objective, rows, source, read_tasks(evaluation), datasets=hub_datasets(data, rows))
 
 
+def check_adapter(trainer: ContrastiveTrainer) -> None:
+    """Raises InputError where the adapters would not be all that is trained, or cannot be gathered."""
+    for wrong, what in (
+        (trainer.encoder.backbone is trainer.encoder.base, "without --lora_r there is no adapter"),
+        (trainer.sharded, "FSDP and ZeRO shard the adapters; the merged model is saved"),
+        (trainer.args.temp_scale is not None, "an adapter knows no TempScale; the merged model has it folded in"),
+        (len(trainer.encoder.dense) > 0, "this model has layers behind the pooling, which an adapter does not hold"),
+    ):
+        if wrong:
+            raise InputError(f"--save_adapter: {what}")
+
+
+def save_adapter(encoder: Encoder, folder: Path) -> None:
+    """The adapters by themselves, as PEFT saves them, without the place where the base model lies here."""
+    base = encoder.config._name_or_path
+    for config in encoder.backbone.peft_config.values():
+        config.base_model_name_or_path = shown(base)
+    encoder.backbone.save_pretrained(str(folder))
+    card = folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace(base, shown(base)), encoding="utf-8")
+
+
 def read_seeds(given: str) -> list[int]:
     """ "1,2,3" -> [1, 2, 3]."""
     words = [word.strip() for word in given.split(",") if word.strip()]
@@ -264,6 +287,9 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         own = folder / f"seed-{seed}"
         if resume and (own / "results.json").is_file():
             runs[seed] = json.loads((own / "results.json").read_text(encoding="utf-8"))
+            now = json.loads(json.dumps(changed(plan.model_args, plan.args, *plan.more)))
+            if runs[seed]["train"]["settings"] != now:
+                raise InputError(f"{own} holds a run with other settings; replace all by --overwrite_output_dir")
             continue
         if world()[0] == 0:
             print(f"\nseed {seed}")
@@ -308,6 +334,8 @@ def fine_tune(plan: Plan) -> dict:
     """Score, train, export, score again. Returns what `results.json` holds."""
     run, args, tasks = plan.run, plan.args, plan.tasks
     trainer = make_trainer(plan)
+    if plan.model_args.save_adapter:
+        check_adapter(trainer)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
         print(trainer.train_dataset)
 
@@ -318,7 +346,7 @@ def fine_tune(plan: Plan) -> dict:
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
-        trainer.encoder.backbone.save_pretrained(str(Path(args.output_dir, "adapter")))
+        save_adapter(trainer.encoder, Path(args.output_dir, "adapter"))
     trainer.accelerator.wait_for_everyone()
     after = {}
     if tasks:  # of the saved folder, loaded anew, as a user will
@@ -328,7 +356,9 @@ def fine_tune(plan: Plan) -> dict:
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     about = {
         "model": shown(plan.model_args.model_name_or_path or "quickstart"), "data": shown(plan.source),
-        "rows": len(trainer.train_dataset), "datasets": plan.datasets, "language": run.language, "license": run.license,
+        "base_model": on_the_hub(plan.model_args.model_name_or_path), "datasets": plan.datasets,
+        "rows": len(trainer.train_dataset),
+        "language": run.language, "license": run.license,
         "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
         "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
@@ -350,8 +380,19 @@ def fine_tune(plan: Plan) -> dict:
 
 
 def shown(name: str) -> str:
-    """Of a file or folder named by its full path, its own name: where it lies is nobody's business."""
+    """Of a file or folder named by its full path, its own name; of an address, no more than host and path: the rest is nobody's
+    business."""
+    if "://" in name:
+        address = urlsplit(name)
+        return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """A model's or data set's name, OWNER/NAME, if that is where it comes from."""
+    files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
+    named = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(files) and not Path(name).exists()
+    return name if named else None
 
 
 def hardware(args: ContrastiveTrainingArguments) -> str:
@@ -368,9 +409,12 @@ NOT_SCIENCE = ("output_dir", "run_name", "log", "report_to", "eval_", "do_", "sa
 
 def changed(*groups) -> dict:
     """Of dataclasses of settings, those that are not at their default and that a result depends on."""
-    found = {}
+    found, defaults = {}, {}
+    for group in groups:  # after __post_init__, which fills some in
+        kind = type(group)
+        defaults[kind] = kind("unused") if isinstance(group, ContrastiveTrainingArguments) else kind()
     for settings, field_ in ((group, field_) for group in groups for field_ in dataclasses.fields(group)):
-        default = field_.default_factory() if field_.default_factory is not dataclasses.MISSING else field_.default
+        default = getattr(defaults[type(settings)], field_.name, None)
         value = getattr(settings, field_.name, default)
         if value != default and not field_.name.startswith((*NOT_SCIENCE, "_")):
             found[field_.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
@@ -422,8 +466,7 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
 def hub_datasets(data: DataArguments, rows) -> list[str]:
     """The names, OWNER/NAME, of what comes from the Hub."""
     names = [data.dataset_name] if data.dataset_name else [source.origin or "" for source in rows] if data.sources else []
-    files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
-    return sorted({n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not n.endswith(files) and not Path(n).exists()})
+    return sorted({name for name in names if on_the_hub(name)})
 
 
 def no_evaluation(args: ContrastiveTrainingArguments) -> None:
@@ -444,17 +487,20 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if model_args.dropout is not None:
         kwargs["config"] = with_dropout(name, model_args.dropout)
     settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize")}
+    if masked_lm and model_args.lora_r:
+        raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
+        for key, value in export.read_settings(name, model.base_model).items():  # as the folder says, unless told
+            if key in settings and getattr(args, key) is None:
+                setattr(args, key, value)
         if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
             model.base_model.pooler = type(model.base_model)(model.config).pooler
         return model, tokenizer
     encoder = Encoder.from_pretrained(name, **settings, **kwargs)
     if encoder.pooling == "cls_mlp" and export.read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
         reset_dense(encoder.backbone.pooler.dense, encoder.config)  # a new head, as in the paper's code
-    if model_args.save_adapter and not model_args.lora_r:
-        raise InputError("--save_adapter: there is no adapter without --lora_r")
     if model_args.lora_r:
         encoder.backbone = get_peft_model(
             encoder.backbone,
@@ -489,7 +535,8 @@ def clear_run(args: ContrastiveTrainingArguments) -> None:
         return
     if args.process_index == 0 and folder.is_dir():
         for path in folder.iterdir():
-            if path.is_dir() and (re.fullmatch(r"checkpoint-\d+|seed-\d+|\d_[A-Z]\w+", path.name) or path.name == "runs"):
+            ours = re.fullmatch(r"checkpoint-\d+|seed-\d+|\d_[A-Z]\w+|runs|adapter|mteb", path.name)
+            if path.is_dir() and ours:
                 shutil.rmtree(path)
             elif path.name in ("results.json", "geometry.png", "README.md", "trainer_state.json"):
                 path.unlink()

@@ -4,23 +4,27 @@ Only what a model is made of goes there: no optimizer state, no checkpoints, no 
 broken push has uploaded are known by their hash and not sent again; files that the repository has are not committed again.
 """
 
+import json
 import logging
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from hf_embed.card import name_model
+from hf_embed.card import with_name
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# Of a model's folder itself; folders of modules, 1_Pooling and so on, are named in modules.json.
 FILES = ["README.md", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
          "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
          "vocab*", "merges.txt", "*.spm", "sentencepiece*", "spiece.model", "chat_template*", "modules.json",
-         "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*/*", "results.json", "*.png"]  # fmt: skip
+         "config_sentence_transformers.json", "sentence_bert_config.json", "results.json", "geometry.png",
+         "tempscale.png"]  # fmt: skip
 TRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubled after each try
 
@@ -63,17 +67,33 @@ def push_folder(
 
     def upload() -> str:
         repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        name_model(folder, repo_id)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message,
-            allow_patterns=None if everything else FILES,
-        )  # fmt: skip
+        operations = additions(folder, repo_id, everything)
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr)
         return commit.pr_url or commit.commit_url
 
     flags = {"private": private, "create_pr": create_pr, "everything": everything}
     return persist(upload, repo, command(folder, repo, revision, **flags))
+
+
+def additions(folder: Path, repo: str, everything: bool = False) -> list[CommitOperationAdd]:
+    """The files to upload, by their paths in the repository; in the card the model has the name that it has there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()] if everything else model_files(folder)
+    named = {path.relative_to(folder).as_posix(): path for path in paths}
+    added = [CommitOperationAdd(name, str(path)) for name, path in named.items() if name != "README.md"]
+    if "README.md" in named:
+        card = with_name(named["README.md"].read_text(encoding="utf-8"), repo)
+        added.append(CommitOperationAdd("README.md", card.encode()))
+    return added
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What a model is made of."""
+    modules = folder / "modules.json"
+    folders = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
+    inner = [path for name in folders if name for path in sorted((folder / name).glob("*")) if path.is_file()]
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, name) for name in FILES)] + inner
 
 
 def command(folder: str | Path, repo: str, revision: str | None = None, **flags: bool) -> str:

@@ -139,6 +139,7 @@ class ContrastiveTrainer(Trainer):
             callbacks=[self.watch, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.watch.batches_alike = not isinstance(train_dataset, Mixture)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
 
@@ -336,11 +337,12 @@ class ContrastiveTrainer(Trainer):
         shutil.copytree(checkpoint_folder, copy)
         message = f"Training in progress, step {self.state.global_step}"
         api = HfApi(token=args.hub_token)
-        where = {"repo_id": self.hub_model_id, "folder_path": copy, "revision": args.hub_revision, "run_as_future": True}
-        jobs = [api.upload_folder(**where, commit_message=message, allow_patterns=hub.FILES)]
+        where = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
+        jobs = [api.create_commit(operations=hub.additions(copy, self.hub_model_id), commit_message=message, **where)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            jobs.append(api.upload_folder(**where, commit_message=f"{message}, checkpoint", path_in_repo=name))
+            resumable = {"folder_path": copy, "path_in_repo": name, "commit_message": f"{message}, checkpoint"}
+            jobs.append(api.upload_folder(**resumable, **where))
         self.push_in_progress = PushInProgress(jobs)
 
     def _finish_current_push(self) -> None:

@@ -47,13 +47,15 @@ def batch_geometry(grid: Tensor, text_ids: Tensor) -> dict[str, float]:
     }
 
 
-def warning_of(history: list[dict]) -> str | None:
+def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     """What is wrong with a run that has logged `history`, from before its first step on; None if nothing is.
 
     Two signs, which count only while the loss falls: uniformity gives back a quarter of what it had gained (or half of what the
     model came with, if it never gained); or alignment, of evaluation pairs, is worse than at the start by half.
     """
     evaluated = any("eval_uniformity" in entry for entry in history)
+    if not evaluated and not batches_alike:
+        return None
     prefix, points, loss = "eval_" if evaluated else "", [], math.inf
     for entry in history:
         loss = entry.get("loss", loss)
@@ -83,6 +85,7 @@ class Watch(TrainerCallback):
         self.last = None  # embeddings and text hashes of the last batch
         self.finite = None  # of the losses since the last look: a tensor, so that no step waits for the device
         self.history, self.warned = [], False  # everything logged, from before the first step on
+        self.batches_alike = True  # not so with many sources: each batch is of another
 
     def see(self, loss: Tensor, grid: Tensor, text_ids: Tensor) -> None:
         self.last = grid.detach()[:ROWS], text_ids[:ROWS]
@@ -98,7 +101,7 @@ class Watch(TrainerCallback):
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
             return
         finite = [self.finite is None or self.finite.item()]
-        if control.should_save:  # the step after a good loss may have spoilt the weights
+        if control.should_save or control.should_training_stop:  # the step after a good loss may have spoilt the weights
             finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
         if not all(gather_objects(all(finite))):
             last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
@@ -109,8 +112,10 @@ class Watch(TrainerCallback):
             )
         self.finite = None
 
+    on_epoch_end = on_step_end  # with save_strategy "epoch" this is where a checkpoint is decided on
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.history.append({"step": state.global_step} | (logs or {}))
-        if not self.warned and state.is_world_process_zero and (message := warning_of(self.history)):
+        if not self.warned and state.is_world_process_zero and (message := warning_of(self.history, self.batches_alike)):
             self.warned = True
             logger.warning(f"step {state.global_step}: {message}")

@@ -39,6 +39,8 @@ def main() -> None:
     if args.output_dir is None and not model.is_dir():
         raise InputError(f"{model} is not a folder; say where the results go: --output_dir FOLDER")
     folder = Path(args.output_dir or model)
+    if (args.pooling or args.max_length) and (folder / "config.json").is_file():
+        raise InputError("--pooling and --max_length make another model of it; say where its results go: --output_dir FOLDER")
     tasks = find_tasks(args.tasks, args.benchmark)
     encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ results.json and tempscale.png in it have the scores of all temperatures, and wh
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import sweep_table
+from hf_embed.card import stored_results, sweep_table
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
@@ -60,6 +61,8 @@ def check(args: Arguments, tasks: dict) -> None:
             f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"
         )
     folder = Path(args.output_dir)
+    if folder.resolve() == Path(args.model_name_or_path).resolve():
+        raise InputError(f"--output_dir {folder} is the model's own folder; name another")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
         raise InputError(f"--output_dir {folder} holds files; name another folder, or replace them by --overwrite_output_dir")
 
@@ -78,14 +81,18 @@ def main() -> None:
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     with tempscale(encoder.backbone, args.temperature or args.grid[0]):
         folded(encoder.backbone)  # whatever stands in the way of saving is said before the search, not after
-    folder, temperature = Path(args.output_dir), args.temperature
+    folder, temperature, results = Path(args.output_dir), args.temperature, {}
+    if train := stored_results(args.model_name_or_path).get("train"):
+        results["train"] = train  # scores are not carried over: they are of the model as it was
     if temperature is None:
         result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
         print("\n".join(["", *sweep_table(result)]))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps({"tempscale": result}, indent=2) + "\n", encoding="utf-8")
-        plot_sweep(result, folder / "tempscale.png")
-        temperature = result["temperature"]
+        results["tempscale"], temperature = result, result["temperature"]
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "mteb", ignore_errors=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if "tempscale" in results:
+        plot_sweep(results["tempscale"], folder / "tempscale.png")
     if temperature != 1:
         fold_tempscale(encoder.backbone, temperature)
     encoder.save_pretrained(str(folder))  # the card has the table of results.json

@@ -79,6 +79,10 @@ def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
     assert len(made) == 2
     message = error_of(run, sentences, folder, "--variants", "dropout", "--temperature", "0.1")
     assert "dropout-seed-1 holds a run with another temperature" in message and len(made) == 2
+    other = tmp_path / "other.tsv"
+    other.write_text("".join(sentences["sts"].read_text().splitlines(keepends=True)[:6]))
+    message = error_of(run, sentences | {"sts": other}, folder, "--variants", "dropout")
+    assert "dropout-seed-1 holds a run with another evaluation set" in message and len(made) == 2
     run(sentences, folder, "--variants", "dropout", "--temperature", "0.1", "--overwrite_output_dir")
     assert len(made) == 3 and not (folder / "runs" / "same-mask-seed-1").exists()
 
@@ -115,6 +119,7 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "make_trainer", lambda plan: pytest.fail("a run was started"))
     config = tmp_path / "bad.yaml"
     for variants, message in (
+        ("{a > b: {}, a < b: {}}", "another variant's name differs in signs only"),
         ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a': give the flags"),
         ("{a: {}, b: {positive: 'crop:1'}}", "positive 'crop:1': the share"),
         ("{a: {}, b: {positive: 'mask_fill:0.1'}}", "has no masked-language-modelling head"),
@@ -179,6 +184,8 @@ def test_seeds_go_on_with_what_is_missing(files, tmp_path):  # noqa: F811
     again = sup(*argv, "--seeds", "1,2", "--resume_from_checkpoint")
     assert again["seeds"] == whole["seeds"] and (folder / "seed-1" / "model.safetensors").stat().st_mtime_ns == first
     resumed = torch.load(folder / "seed-2" / "checkpoint-4" / "optimizer.pt")
+    message = error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", "--learning_rate", "0.5")
+    assert "seed-1 holds a run with other settings" in message
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(weights["state"].values(), resumed["state"].values()))
 
 

@@ -67,6 +67,12 @@ def test_scores_of_folds(encoder, search, sts):
         fold_scores(ZeroShot(["a", "b"], [0, 1], ["a", "b"]), embed, 2)
 
 
+def test_a_fold_of_equal_scores_is_refused(encoder):
+    rows = [{"sentence1": f"the {a}", "sentence2": f"a {a}", "score": int(i == 3)} for i, a in enumerate(WORDS)]
+    with pytest.raises(InputError, match="12 pairs in 3 folds leave one with equal scores only"):
+        fold_scores(STS(Dataset.from_list(rows)), embed_with(encoder), 3)
+
+
 def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path):
     embed, tasks = embed_with(encoder), {"r": search, "s": sts}
     before = encoder.encode(TEXTS)
@@ -140,6 +146,16 @@ def test_recipe_with_a_temperature_of_the_users(run, encoder):
     run("model", "--temperature", "0.5", "--output_dir", "out")
     assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
     assert "The temperature" not in Path("out", "README.md").read_text()
+    train = {"model": "m", "data": "d", "rows": 3, "objective": {"name": "SimCSE"}, "batch_size": 2, "steps": 1, "seed": 1,
+             "seconds": 1.0, "versions": {}}  # fmt: skip
+    scores = {"sts": {"s": 77.77}}
+    results = {"train": train, "before": scores, "after": scores, "mteb": []}
+    Path("model", "results.json").write_text(json.dumps(results))
+    Path("out", "results.json").write_text(json.dumps(results))
+    run("model", "--temperature", "0.5", "--output_dir", "out", "--overwrite_output_dir")
+    assert json.loads(Path("out", "results.json").read_text()) == {"train": train}  # the scores are of another model
+    assert "77.77" not in Path("out", "README.md").read_text() and "## Training" in Path("out", "README.md").read_text()
+    assert "the model's own folder" in error_of(run, "model", "--temperature", "0.5", "--output_dir", "model")
     assert "already" in error_of(run, "out", "--temperature", "0.9", "--output_dir", "twice")
     assert not Path("twice").exists()
 

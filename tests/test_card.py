@@ -11,10 +11,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_embed.card import duration, is_ours, model_card, write_card
+from hf_embed.finetune import on_the_hub, shown
 from hf_embed.pooling import POOLINGS
 
 TRAIN = {
-    "model": "google-bert/bert-base-uncased", "data": "nli.csv", "rows": 1200, "datasets": ["owner/nli"], "language": ["en"],
+    "model": "google-bert/bert-base-uncased", "base_model": "google-bert/bert-base-uncased",
+    "data": "nli.csv", "rows": 1200, "datasets": ["owner/nli"], "language": ["en"],
     "license": "mit", "objective": {"name": "SimCSE", "temperature": 0.05}, "batch_size": 64, "steps": 30,
     "loss": 0.1, "seconds": 75.2, "seed": 1, "settings": {"learning_rate": 0.001}, "hardware": "2 CPU cores",
     "versions": {"torch": "2.13"}, "chosen_by": {"metric": "spearman", "score": 45.0, "greater_is_better": True},
@@ -71,8 +73,15 @@ def test_metadata():
     }  # fmt: skip
     bare = ModelCard(model_card(tiny_encoder())).data
     assert bare.base_model is None and bare.eval_results is None
-    local = ModelCard(model_card(tiny_encoder(), {"train": TRAIN | {"model": "quickstart"}})).data
-    assert local.base_model is None  # a folder of the user's is nothing on the Hub
+
+
+def test_what_is_on_the_hub_and_what_is_nobodys_business(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    assert on_the_hub("outputs/mine") is None and on_the_hub("data/x.jsonl") is None and on_the_hub(None) is None
+    assert on_the_hub("owner/name") == "owner/name"
+    assert (shown("/home/someone/model"), shown("outputs/mine"), shown("owner/name")) == ("model", "outputs/mine", "owner/name")
+    assert shown("https://user:SECRET@host:1/x.jsonl?Signature=S#f") == "https://host:1/x.jsonl"
 
 
 def test_names_stay_text():

@@ -448,6 +448,17 @@ def test_layers_behind_the_pooling_come_and_go(base, tmp_path, name):
     assert_close(Encoder.from_pretrained(tmp_path / "ours").encode(TEXTS), theirs)
 
 
+def test_dense_weights_of_older_folders(base, tmp_path):
+    theirs = write_st(base, tmp_path, *DENSE["tanh"]).encode(TEXTS)
+    weights = tmp_path / "2_Dense" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    assert_close(Encoder.from_pretrained(tmp_path).encode(TEXTS), theirs)
+    weights.with_name("pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match="has no weights"):
+        Encoder.from_pretrained(tmp_path)
+
+
 class Doubled(torch.nn.Module):
     def forward(self, x):
         return 2 * x

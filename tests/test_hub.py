@@ -42,8 +42,12 @@ def model(tmp_path_factory) -> Path:
     (folder / "training_args.bin").write_bytes(b"secret")
     (folder / "run.log").write_text("log")
     (folder / "train.jsonl").write_text("data")
+    for stray in ("data/private/scan.png", "vocab_src/customers.jsonl", "1_data/rows.jsonl", "models/old/x.safetensors"):
+        (folder / stray).parent.mkdir(parents=True)
+        (folder / stray).write_text("private")
     for inner in ("checkpoint-2", "runs", "seed-1"):
         (folder / inner).mkdir()
+        (folder / inner / "geometry.png").write_bytes(b"picture")
         (folder / inner / "optimizer.pt").write_bytes(b"state")
         (folder / inner / "model.safetensors").write_bytes(b"other weights")
     return folder
@@ -60,7 +64,8 @@ def digest(folder: Path) -> dict[str, str]:
 
 def is_complete(server: LoopbackHub, model: Path) -> bool:
     stored = server.files("user/mine")
-    return set(stored) == OF_THE_MODEL and all(stored[name] == (model / name).read_bytes() for name in OF_THE_MODEL)
+    same = all(stored.get(name) == (model / name).read_bytes() for name in OF_THE_MODEL - {"README.md"})
+    return set(stored) == OF_THE_MODEL and same
 
 
 def test_push_is_the_model_and_nothing_else(server, model):
@@ -70,6 +75,15 @@ def test_push_is_the_model_and_nothing_else(server, model):
     assert 'AutoModel.from_pretrained("user/mine")' in server.files("user/mine")["README.md"].decode()
     push_folder(model, "user/mine")  # again: nothing to commit
     assert len(server.commits("user/mine")) == 1
+
+
+def test_the_card_has_the_name_of_each_repository(server, model):
+    before = digest(model)
+    push_folder(model, "mine")
+    push_folder(model, "other")
+    for name in ("user/mine", "user/other"):
+        assert f'AutoModel.from_pretrained("{name}")' in server.files(name)["README.md"].decode()
+    assert digest(model) == before
 
 
 def test_branch_pull_request_and_private(server, model):

@@ -81,6 +81,17 @@ def test_finished_tasks_are_not_run_again(folder, tmp_path, monkeypatch):
     assert len(run_mteb(encoder, [LocalSTS(), LocalSearch()], tmp_path)) == 2
 
 
+def test_another_model_in_the_same_folder_has_its_own_results(folder, tmp_path):
+    def score(**settings):
+        return run_mteb(Encoder.from_pretrained(folder, **settings), [LocalSTS()], tmp_path)[0]["score"]
+
+    mean, cls, short = score(), score(pooling="cls"), score(max_length=3)
+    assert len({mean, cls, short}) == 3 and score() == mean
+    trained = Encoder.from_pretrained(folder)
+    torch.nn.init.normal_(trained.backbone.embeddings.word_embeddings.weight)
+    assert run_mteb(trained, [LocalSTS()], tmp_path)[0]["score"] not in (mean, cls, short)
+
+
 def test_the_protocol(folder):
     from mteb.models.models_protocols import EncoderProtocol
 
@@ -115,6 +126,8 @@ def test_recipe(folder, tmp_path, monkeypatch, capsys):
     run(folder, "--tasks", "LocalSTS", "--output_dir", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "results.json").read_text())["mteb"] == [row]
     assert "say where the results go" in error_of(run, "owner/name", "--tasks", "LocalSTS")
+    assert "another model of it" in error_of(run, folder, "--tasks", "LocalSTS", "--pooling", "cls")
+    assert "pooling `mean`" in (folder / "README.md").read_text()
 
 
 def test_names_that_mteb_does_not_know():

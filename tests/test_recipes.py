@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import tiny_encoder
+from conftest import error_of, tiny_encoder
 from peft import PeftModel
 from safetensors.torch import load_file
 from worker import WORDS
@@ -115,6 +115,13 @@ def test_lora_and_mlp_head_export(tmp_path, files):
     assert merged.pooling == "cls_mlp" and not list(out.glob("adapter_*"))
     base = Encoder.from_pretrained(files["model"])
     adapted = Encoder(PeftModel.from_pretrained(base.backbone, out / "adapter"), base.tokenizer, "cls_mlp")
+    for file in (out / "adapter").glob("*.*"):
+        assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text()  # where the base lies
+    for wrong in (["--temp_scale", "0.9"], ["--lora_r", 0]):
+        argv = flags(files, "--output_dir", tmp_path / "no", "--max_steps", 1, "--lora_r", 4, "--save_adapter", *wrong)
+        assert "--save_adapter: " in error_of(sup, *argv)
+    argv = flags(files, "--output_dir", tmp_path / "no", "--lora_r", 4, "--mlm_weight", 0.1)
+    assert "leave one of them out" in error_of(sup, *argv)
     texts = ["the cat", "a house by the river"]
     np.testing.assert_allclose(adapted.encode(texts), merged.encode(texts), atol=1e-5)
 

@@ -58,6 +58,8 @@ def test_warning_of_uniformity_that_rises_back(prefix):
     aligning = history((0.4, -1.7, 3.0), (0.35, -1.4, 2.0), (0.37, -1.6, 1.5), prefix=prefix)  # supervised, in its first steps
     assert all(warning_of(aligning[:n]) is None for n in range(7))
     assert "from -1.70 at step 0 to -0.80" in warning_of(history((0.4, -1.7, 3.0), (0.1, -0.8, 2.0), prefix=prefix))
+    mixed = warning_of(collapsing, batches_alike=False)
+    assert (mixed is None) is (prefix == "")  # batches of several sources are no one path
     assert warning_of([]) is None and warning_of(history((0.3, math.nan, 1.0))) is None
 
 
@@ -98,6 +100,13 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert folders == ["checkpoint-2", "checkpoint-4"]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert all(np.isfinite(log["loss"]) for log in state["log_history"])
+
+
+def test_nan_is_seen_where_checkpoints_are_of_epochs(tmp_path):
+    run = trainer(tmp_path, objective=Spoil(), max_steps=-1, num_train_epochs=5, save_strategy="epoch", logging_steps=100)
+    with pytest.raises(InputError, match=r"at step 6 .*the last good checkpoint is .*checkpoint-3; go on"):
+        run.train()
+    assert [path.name for path in Path(tmp_path).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_spoilt_weights_are_not_saved(tmp_path):

@@ -4,8 +4,10 @@
 `mteb_model_meta` says what the model is: without it mteb would not keep the object.
 """
 
+import hashlib
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +32,7 @@ def model_meta(encoder):
         name = f"local/{Path(name).resolve().name if Path(name).exists() else name.replace('/', '-')}"
     about = {
         "name": name,
-        "revision": getattr(encoder.config, "_commit_hash", None) or "local",
+        "revision": fingerprint(encoder),
         "n_parameters": sum(parameter.numel() for parameter in encoder.base.parameters()),
         "max_tokens": encoder.max_length,
         "embed_dim": encoder.dimension,
@@ -39,6 +41,16 @@ def model_meta(encoder):
         "use_instructions": bool(encoder.prompts),
     }
     return ModelMeta.create_empty(about)
+
+
+def fingerprint(encoder) -> str:
+    """Of all that a vector depends on: other weights or another pooling are another model to mteb, with results of its own."""
+    settings = encoder.pooling, encoder.max_length, encoder.normalize, sorted(encoder.prompts.items()), str(encoder.dense)
+    found = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Which temperature suits a model and its texts: a sweep, and an honest account of what it gains.
 
 Whoever takes the best of eight temperatures takes the luckiest too. So the gain is cross-validated: queries are dealt into
-folds, each fold is scored at the temperature that is best on the others, and compared with itself at temperature 1.
+folds, each fold is scored at the temperature that is best on the others, and compared with itself at temperature 1. (The two
+temperatures beside the best of the grid are tried for the best on all queries; a fold may choose them, or not.)
 
 Without labels the second half of a text is what its first half looks for. (Geometry alone is no
 guide: docs/results.md has a model whose retrieval gains two points while its embeddings draw a little closer together.)
@@ -53,7 +54,10 @@ def fold_scores(task: Task, embed: Callable, folds: int) -> np.ndarray:
         raise InputError(f"{len(values)} queries are too few for {folds} folds; give more, or fewer --folds")
     fold = np.random.default_rng(0).permutation(len(values)) % folds
     everything = np.ones(len(values), bool)
-    return np.array([metric(c) for c in [everything, *(fold != f for f in range(folds)), *(fold == f for f in range(folds))]])
+    scores = [metric(c) for c in [everything, *(fold != f for f in range(folds)), *(fold == f for f in range(folds))]]
+    if not np.isfinite(scores).all():
+        raise InputError(f"{len(values)} pairs in {folds} folds leave one with equal scores only; give more, or fewer --folds")
+    return np.array(scores)
 
 
 def sweep(model, embed: Callable, tasks: dict[str, Task], grid: Iterable[float] = GRID, folds: int = 5) -> dict:
