@@ -19,7 +19,8 @@ from transformers import PrinterCallback
 
 from hf_embed.cli import as_flags
 from hf_embed.errors import InputError
-from hf_embed.finetune import Plan, make_trainer, number, read_seeds
+from hf_embed.finetune import make_trainer, number, read_seeds
+from hf_embed.plan import Plan
 
 VARIANTS = {
     "dropout": {},

@@ -94,6 +94,10 @@ def stored_results(folder: str | Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def store_results(folder: str | Path, results: dict) -> None:
+    Path(folder, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
 def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = FOLDER) -> str:
     """The card of an encoder.
 

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,7 @@ class Parser(HfArgumentParser):
     def __init__(self, dataclasses_: list[type]):
         super().__init__(dataclasses_, allow_abbrev=False)
         for action in self._actions:
+            action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
             if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint
                 action.nargs, action.const = "?", "latest"
 

@@ -9,13 +9,13 @@ STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code
 Zero-shot classification: accuracy and F1 x 100. Printed, and in OUTPUT_DIR/results.json.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from hf_embed import Encoder
+from hf_embed.card import store_results
 from hf_embed.cli import parse, run
 from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
@@ -59,9 +59,8 @@ def main() -> None:
         about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
         results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        path = Path(args.output_dir, "results.json")
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"\nwrote {path}")
+        store_results(args.output_dir, results)
+        print(f"\nwrote {Path(args.output_dir, 'results.json')}")
 
 
 if __name__ == "__main__":

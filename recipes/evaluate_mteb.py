@@ -8,7 +8,6 @@ one): mteb's own files under mteb/, of which a second run does only what is miss
 the card's table and metadata are made anew.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import stored_results, write_card
+from hf_embed.card import store_results, stored_results, write_card
 from hf_embed.cli import model_first, parse, run
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
@@ -49,7 +48,7 @@ def main() -> None:
     results = stored_results(folder)
     known = {(row["task"], row["split"]): row for row in [*results.get("mteb", []), *rows]}
     results["mteb"] = list(known.values())
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    store_results(folder, results)
     if (folder / "config.json").is_file():
         write_card(encoder, folder)
     print(f"\nwrote {folder}/results.json")

@@ -19,7 +19,7 @@ from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
-from hf_embed.finetune import QUICKSTART
+from hf_embed.plan import QUICKSTART
 from hf_embed.tempscale import TempScaleConfig, tempscale
 from hf_embed.tempscale.collapse import LENGTHS, collapse, length_report, lines, plot_collapse
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_embed import cli
 from hf_embed.ablation import AblationArguments, run_ablation
-from hf_embed.finetune import plan_simcse
+from hf_embed.plan import plan_simcse
 
 CONFIG = Path(__file__).with_name("configs") / "simcse_ablation_quickstart.yaml"
 

@@ -10,7 +10,6 @@ OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load i
 results.json and tempscale.png in it have the scores of all temperatures, and what was gained on queries that did not choose.
 """
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -19,14 +18,15 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import stored_results, sweep_table
+from hf_embed.card import store_results, stored_results, sweep_table
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.retrieval import read_pairs
-from hf_embed.finetune import QUICKSTART, embed_with
+from hf_embed.finetune import embed_with, saved_to
+from hf_embed.plan import QUICKSTART
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
 from hf_embed.tempscale.fold import folded
@@ -90,13 +90,13 @@ def main() -> None:
         results["tempscale"], temperature = result, result["temperature"]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "mteb", ignore_errors=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    store_results(folder, results)
     if "tempscale" in results:
         plot_sweep(results["tempscale"], folder / "tempscale.png")
     if temperature != 1:
         fold_tempscale(encoder.backbone, temperature)
     encoder.save_pretrained(str(folder))  # the card has the table of results.json
-    print(f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool")
+    print(saved_to(folder))
 
 
 if __name__ == "__main__":

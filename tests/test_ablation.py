@@ -17,7 +17,8 @@ from worker import WORDS
 
 from hf_embed import Encoder, ablation
 from hf_embed.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, table
-from hf_embed.finetune import plan_simcse, read_seeds, run_simcse
+from hf_embed.finetune import read_seeds, run_simcse
+from hf_embed.plan import plan_simcse
 
 SMALL = ["--eval_steps", 1, "--max_steps", 2, "--learning_rate", "1e-3"]
 

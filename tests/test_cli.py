@@ -4,7 +4,8 @@ import pytest
 from conftest import error_of
 
 from hf_embed import ContrastiveTrainingArguments, InputError, cli
-from hf_embed.finetune import DataArguments, EvalArguments, SimCSEArguments
+from hf_embed.evaluation.flags import EvalArguments
+from hf_embed.plan import DataArguments, SimCSEArguments
 
 
 @pytest.fixture

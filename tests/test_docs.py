@@ -55,10 +55,10 @@ def test_files_and_recipes_named_in_the_readme_exist():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file"}))
 def test_flags_named_in_the_readme_exist(flag):
-    from hf_embed import ContrastiveTrainingArguments, ablation, finetune
+    from hf_embed import ContrastiveTrainingArguments, ablation, plan
 
-    kinds = [finetune.ModelArguments, finetune.DataArguments, finetune.EvalArguments, finetune.RunArguments,
-             finetune.GTEArguments, finetune.PositiveArguments, ablation.AblationArguments,
+    kinds = [plan.ModelArguments, plan.DataArguments, plan.EvalArguments, plan.RunArguments,
+             plan.GTEArguments, plan.PositiveArguments, ablation.AblationArguments,
              ContrastiveTrainingArguments]  # fmt: skip
     names = {name for kind in kinds for name in kind.__dataclass_fields__} | {"config", "help"}
     for recipe in (ROOT / "recipes").glob("*.py"):  # their own: fields of dataclasses

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
 
 from hf_embed import Encoder, InputError, export
-from hf_embed.finetune import QUICKSTART
+from hf_embed.plan import QUICKSTART
 from hf_embed.pooling import POOLINGS
 
 LONG = "the committee postponed the vote once more and went home " * 12  # longer than any tiny model takes

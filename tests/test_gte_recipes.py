@@ -17,8 +17,10 @@ from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, cli
 from hf_embed.data import docstrings, mixture
+from hf_embed.evaluation.flags import EvalArguments
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.finetune import DataArguments, EvalArguments, GTEArguments, ModelArguments, RunArguments, run_gte
+from hf_embed.finetune import run_gte
+from hf_embed.plan import DataArguments, GTEArguments, ModelArguments, RunArguments
 
 KINDS = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
 

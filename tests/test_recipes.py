@@ -1,6 +1,7 @@
 """The recipes as a user runs them: files, tables, refusals, a kill and a resume; and every YAML file that ships."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -20,15 +21,9 @@ from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, cli
 from hf_embed.ablation import VARIANTS, AblationArguments, read_variants
-from hf_embed.finetune import (
-    QUICKSTART,
-    DataArguments,
-    EvalArguments,
-    ModelArguments,
-    RunArguments,
-    SimCSEArguments,
-    run_simcse,
-)
+from hf_embed.evaluation.flags import EvalArguments
+from hf_embed.finetune import run_simcse
+from hf_embed.plan import QUICKSTART, DataArguments, ModelArguments, RunArguments, SimCSEArguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -196,6 +191,18 @@ def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: absent.csv: no such file")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_help(path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
