@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed import export
+from hf_embed.checkpoint.load import load_encoder
+from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
@@ -215,8 +216,8 @@ class Encoder(nn.Module):
         return model_meta(self)
 
     def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
-        """Write a plain checkpoint; see `hf_embed.export`."""
-        export.save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
+        """Write a plain checkpoint; see `hf_embed.checkpoint.save`."""
+        save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
 
     @classmethod
     def from_pretrained(
@@ -232,9 +233,7 @@ class Encoder(nn.Module):
         Pooling, normalisation, max length and prompts come from the sentence-transformers files beside the weights;
         arguments given here override them. `model_kwargs` go to `AutoModel.from_pretrained`.
         """
-        return export.load_encoder(
-            cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs
-        )
+        return load_encoder(cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs)
 
 
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:

@@ -24,8 +24,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_se
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
-from hf_embed import card, cli, export
+from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.layout import read_settings
+from hf_embed.checkpoint.load import unreachable
+from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
 from hf_embed.encoder import Encoder, reset_dense
@@ -127,7 +130,7 @@ def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
         ours = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
         shutil.copytree(folder / f"seed-{best}", folder, ignore=ours, dirs_exist_ok=True)
         card.store_results(folder, results)
-        with export.quiet():
+        with quiet():
             encoder = Encoder.from_pretrained(str(folder))
         card.write_card(encoder, folder, results)
         print("\n" + "\n".join(card.seeds_table(results)))
@@ -165,7 +168,7 @@ def fine_tune(plan: Plan) -> dict:
     trainer.accelerator.wait_for_everyone()
     after = {}
     if tasks:  # of the saved folder, loaded anew, as a user will
-        with export.quiet():
+        with quiet():
             saved = Encoder.from_pretrained(args.output_dir, dtype=torch.float32).to(args.device)
         after = score_encoder(saved, tasks)
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
@@ -252,14 +255,14 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if masked_lm:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
-        for key, value in export.read_settings(name, model.base_model).items():  # as the folder says, unless told
+        for key, value in read_settings(name, model.base_model).items():  # as the folder says, unless told
             if key in settings and getattr(args, key) is None:
                 setattr(args, key, value)
         if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
             model.base_model.pooler = type(model.base_model)(model.config).pooler
         return model, tokenizer
     encoder = Encoder.from_pretrained(name, **settings, **kwargs)
-    if encoder.pooling == "cls_mlp" and export.read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
+    if encoder.pooling == "cls_mlp" and read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
         reset_dense(encoder.backbone.pooler.dense, encoder.config)  # a new head, as in the paper's code
     if model_args.lora_r:
         encoder.backbone = get_peft_model(
@@ -279,7 +282,7 @@ def with_dropout(name: str, rate: float):
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise export.unreachable(name, error) from error
+        raise unreachable(name, error) from error
     known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]
     if not known:
         raise InputError(f"--dropout: {type(config).__name__} has no dropout rate to set")

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.trainer_utils import HubStrategy, seed_worker
 from transformers.utils import PushInProgress
 
-from hf_embed import export, hub
+from hf_embed import hub
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.save import needs_runtime, save_encoder
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
@@ -110,7 +111,7 @@ class ContrastiveTrainer(Trainer):
         self.encoder = make_encoder(model, processing_class, args)
         if args.temp_scale is not None:
             apply_tempscale(self.encoder.backbone, args.temp_scale)
-        export.needs_runtime(self.encoder, allowed=False)  # said now, not after the training
+        needs_runtime(self.encoder, allowed=False)  # said now, not after the training
         self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
         freeze_unused(self.encoder)
         check_widths(self.objective, self.encoder)
@@ -251,7 +252,7 @@ class ContrastiveTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         final = Path(output_dir) == Path(self.args.output_dir)
         sharded = state_dict is not None
-        export.save_encoder(self.encoder, output_dir, verify=final and not sharded, state_dict=state_dict)
+        save_encoder(self.encoder, output_dir, verify=final and not sharded, state_dict=state_dict)
         if not final:
             tensors = self._training_tensors(state_dict or self.encoder.state_dict())
             if tensors:

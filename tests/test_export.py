@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
 
-from hf_embed import Encoder, InputError, export
+from hf_embed import Encoder, InputError
+from hf_embed.checkpoint import verify
 from hf_embed.plan import QUICKSTART
 from hf_embed.pooling import POOLINGS
 
@@ -278,8 +279,8 @@ def snapshot(folder: Path) -> dict:
 
 def shift(monkeypatch, loader: str, by: float) -> None:
     """Let `loader` give vectors that are off."""
-    true = getattr(export, loader)
-    monkeypatch.setattr(export, loader, lambda *args: true(*args) + by)
+    true = getattr(verify, loader)
+    monkeypatch.setattr(verify, loader, lambda *args: true(*args) + by)
 
 
 CHECKS = {"through_automodel": "AutoModel", "through_sentence_transformers": "SentenceTransformer"}
@@ -292,7 +293,7 @@ def test_other_vectors_are_not_saved(tmp_path, monkeypatch, check, by):
     (tmp_path / "1_Pooling" / "notes.txt").write_text("kept")
     before = snapshot(tmp_path)
     shift(monkeypatch, check, by)
-    with pytest.raises(export.ExportError, match=f"not saved: {CHECKS[check]} gives vectors that differ .*pooling cls"):
+    with pytest.raises(verify.ExportError, match=f"not saved: {CHECKS[check]} gives vectors that differ .*pooling cls"):
         tiny_encoder(pooling="cls", seed=1, normalize=True).save_pretrained(tmp_path)
     assert snapshot(tmp_path) == before
 
@@ -312,7 +313,7 @@ def test_nothing_but_the_files_remains(tmp_path):
 def test_refusing_leaves_the_mode_as_it_was(tmp_path, monkeypatch):
     shift(monkeypatch, "through_automodel", 1)
     encoder = tiny_encoder().train()
-    with pytest.raises(export.ExportError):
+    with pytest.raises(verify.ExportError):
         encoder.save_pretrained(tmp_path)
     assert encoder.training
 
@@ -320,7 +321,7 @@ def test_refusing_leaves_the_mode_as_it_was(tmp_path, monkeypatch):
 # BUG: an empty folder stays behind.
 def test_refusing_makes_no_folder(tmp_path, monkeypatch):
     shift(monkeypatch, "through_automodel", 1)
-    with pytest.raises(export.ExportError):
+    with pytest.raises(verify.ExportError):
         tiny_encoder().save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -1,0 +1,116 @@
+"""A finished encoder to a plain folder.
+
+The folder is an ordinary checkpoint (`AutoModel.from_pretrained`, no code of ours), with the files of
+`hf_embed.checkpoint.layout` and a card (README.md) beside it. Nothing is put in place before texts encoded through every
+loader agree with the encoder itself (`hf_embed.checkpoint.verify`).
+"""
+
+import contextlib
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from hf_embed.card import write_card
+from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
+from hf_embed.checkpoint.verify import verify_folder
+from hf_embed.errors import InputError
+from hf_embed.pooling import MULTI_LAYER
+from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale.fold import check_foldable, folded
+
+# What an earlier save may have left that loaders would take before, or put on top of, the new weights.
+STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin*", "pytorch_model-*.bin", "adapter_*"]
+
+
+def save_encoder(
+    encoder, folder: str, verify: bool = True, state_dict: dict[str, Tensor] | None = None, allow_runtime: bool = False
+) -> None:
+    """Write `encoder` to `folder` as a plain checkpoint; LoRA weights are merged into a copy first, TempScale is folded.
+
+    `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
+    AutoModel or sentence-transformers (when installed) give other vectors, by more than 1e-5 of the largest component; and
+    InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's loader
+    applies it, others do not, and the card says so.
+    """
+    runtime = needs_runtime(encoder, allow_runtime)
+    made = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            write_checkpoint(encoder, new, state_dict, fold=not runtime)
+            write_sentence_transformers_files(encoder, new, state_dict)
+            if verify and not runtime:  # other loaders do not know it
+                verify_folder(encoder, new)
+            names = set(os.listdir(new))
+            for name in names:
+                target = Path(folder, name)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(Path(new, name), target)
+            for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
+                path.unlink()
+        write_card(encoder, folder)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: someone else writes there
+                os.rmdir(folder)
+        raise
+
+
+def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> None:
+    backbone, settings = encoder.backbone, {}
+    scaling = applied_tempscale(backbone)
+    if encoder.base is not backbone:  # PEFT: merge a copy, the one in training goes on as it is
+        backbone = copy.deepcopy(backbone)
+        if state_dict is not None:
+            backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
+            state_dict = None
+        if scaling:
+            remove_tempscale(backbone)
+        backbone = backbone.merge_and_unload()
+        if scaling and fold:
+            fold_tempscale(backbone, scaling)
+        elif scaling:
+            backbone.config.temp_scale = scaling.to_dict()
+    else:
+        state_dict = state_dict and strip_prefix(state_dict, "backbone.")
+        if scaling and fold:
+            tensors, settings = folded(backbone, state_dict)
+            state_dict = (state_dict or backbone.state_dict()) | tensors
+    with config_for_saving(backbone.config, encoder.pooling, settings):
+        backbone.save_pretrained(folder, state_dict=state_dict)
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.model_max_length = encoder.max_length
+    tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def config_for_saving(config, pooling: str, settings: dict):
+    """The config with `settings`. Poolings over several layers need the model to hand them out, in every loader."""
+    settings = {"output_hidden_states": config.output_hidden_states or pooling in MULTI_LAYER} | settings
+    before = {key: getattr(config, key) for key in settings}
+    try:
+        for key, value in settings.items():
+            setattr(config, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+
+
+def needs_runtime(encoder, allowed: bool) -> bool:
+    """Whether TempScale has to stay out of the weights. Raises InputError if that is not allowed."""
+    if applied_tempscale(encoder.backbone) is None:
+        return False
+    try:
+        check_foldable(encoder.backbone)
+    except InputError as error:
+        if not allowed:
+            raise InputError(f"{error}; save_pretrained(allow_runtime=True) saves it for loaders of hf_embed alone") from error
+        return True
+    return False
