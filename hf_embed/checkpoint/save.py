@@ -33,8 +33,8 @@ def save_encoder(
 
     `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
     AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more than 1e-5 of their
-    norm; and InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's loader
-    applies it, others do not, and the card says so.
+    norm; and InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's
+    loader applies it, others do not, and the card says so.
     """
     runtime = needs_runtime(encoder, allow_runtime)
     made = not os.path.isdir(folder)
