@@ -8,12 +8,15 @@ from numpy.testing import assert_allclose
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForTextEncoding,
+    AutoTokenizer,
     BartConfig,
     BartModel,
     BigBirdConfig,
     BigBirdModel,
     ConvBertConfig,
     ConvBertModel,
+    DPRConfig,
+    DPRQuestionEncoder,
     EsmConfig,
     EsmModel,
     FNetConfig,
@@ -24,8 +27,12 @@ from transformers import (
     LongT5Model,
     MarianConfig,
     MarianModel,
+    MarkupLMConfig,
+    MarkupLMModel,
     MobileBertConfig,
     MobileBertModel,
+    MraConfig,
+    MraModel,
     MT5Config,
     MT5Model,
     NystromformerConfig,
@@ -298,6 +305,35 @@ def test_a_folder_with_the_whole_t5_loads_its_encoder(name, tmp_path):
     quickstart_tokenizer().save_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(str(tmp_path))
     assert_allclose(encoder.encode(TEXTS), encoder_of(model).encode(TEXTS), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_needs_a_processor_is_refused_before_the_training(tmp_path):
+    config = MarkupLMConfig(
+        **SMALL, max_xpath_tag_unit_embeddings=8, max_xpath_subs_unit_embeddings=8, xpath_unit_hidden_size=4
+    )
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    model = random_model(MarkupLMModel, config)
+    message = error_of(ContrastiveTrainer, model, args, processing_class=quickstart_tokenizer())
+    assert message.startswith("MarkupLMModel needs a processor beside its tokenizer")
+
+
+def test_an_attention_that_needs_another_device_is_refused():
+    """MRA's returns zeros without its CUDA kernel: every token by itself, in all passes alike."""
+    assert "no token sees another on this device (cpu)" in error_of(encoder_of, random_model(MraModel, MraConfig(**SMALL)))
+
+
+def test_states_that_are_not_those_of_tokens_are_refused():
+    """DPR's first output is one vector a text."""
+    config = DPRConfig(**SMALL, projection_dim=0)
+    message = error_of(encoder_of, random_model(DPRQuestionEncoder, config))
+    assert "no token states to pool" in message
+
+
+def test_model_input_names_are_saved(tmp_path):
+    tokenizer = quickstart_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    Encoder(tiny_model("bert"), tokenizer).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).model_input_names == ["input_ids", "attention_mask"]
 
 
 def test_other_encoder_decoders_are_refused():

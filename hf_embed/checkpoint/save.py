@@ -86,6 +86,7 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
         backbone.save_pretrained(folder, state_dict=state_dict)
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.max_length
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved as it is now, not as it was loaded
     tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
     tokenizer.save_pretrained(folder)
     return backbone.state_dict() if state_dict is None else state_dict

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_embed.checkpoint.layout import read_settings
@@ -115,6 +115,13 @@ def verify_loadable(encoder) -> None:
         encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         loaded = AutoTokenizer.from_pretrained(folder)
+        try:
+            AutoProcessor.from_pretrained(folder)  # which sentence-transformers asks for; of a text model it is the tokenizer
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{type(base).__name__} needs a processor beside its tokenizer ({reason}); take a text model"
+            ) from error
     for text in PROBES:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(
