@@ -139,7 +139,7 @@ def test_a_model_that_reads_padding_or_draws_lots_is_refused(architecture):
     message = error_of(encoder_of, LEAKS[architecture]())
     kind = type(LEAKS[architecture]()).__name__
     assert message.startswith(f"{kind}: ")
-    assert any(reason in message for reason in ("depends on the texts beside it", "two passes of the same text"))
+    assert "depends on the texts beside it, or on chance" in message
 
 
 def test_the_check_sees_a_single_leak():
@@ -308,9 +308,7 @@ def test_a_folder_with_the_whole_t5_loads_its_encoder(name, tmp_path):
 
 
 def test_a_model_that_needs_a_processor_is_refused_before_the_training(tmp_path):
-    config = MarkupLMConfig(
-        **SMALL, max_xpath_tag_unit_embeddings=8, max_xpath_subs_unit_embeddings=8, xpath_unit_hidden_size=4
-    )
+    config = MarkupLMConfig(**SMALL, xpath_unit_hidden_size=4)
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     model = random_model(MarkupLMModel, config)
     message = error_of(ContrastiveTrainer, model, args, processing_class=quickstart_tokenizer())
