@@ -156,10 +156,10 @@ class Wrong(Exception):
 # ---- tiny models ----
 
 
-def text_models() -> dict[str, type]:
-    """{model type: class}: the encoder alone where transformers has one, else what `AutoModel` would make."""
+def text_models(kinds=CONFIG_MAPPING_NAMES) -> dict[str, type]:
+    """{model type: class} of those that are text models; of T5 and its kin the class of the encoder alone."""
     found = {}
-    for kind in CONFIG_MAPPING_NAMES:
+    for kind in kinds:
         with contextlib.suppress(KeyError, ValueError, AttributeError, ImportError):  # there is no such class
             model = MODEL_MAPPING[CONFIG_MAPPING[kind]]
             model = model[0] if isinstance(model, (tuple, list)) else model
@@ -421,13 +421,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--limit", type=float, default=120, help="seconds a type may take")
     args = parser.parse_args()
-    models = text_models()
+    models = text_models(args.types or CONFIG_MAPPING_NAMES)
     if unknown := set(args.types) - set(models):
         parser.error(f"no text model type: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     results, not_built = {}, {}
     print(f"{'':28}" + "".join(f"{column:10}" for column in COLUMNS))
-    for kind, cells, seconds in walk({kind: models[kind] for kind in args.types or models}, args.workers, args.limit):
+    for kind, cells, seconds in walk(models, args.workers, args.limit):
         if "built" in cells:
             not_built[kind] = cells["built"][1]
             continue
