@@ -61,17 +61,16 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
     return chunks
 
 
-def pad_chunk(ids: Tensor, embeds: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One chunk's tokens, a row of S ids and their embeddings (S, width), to b padded texts.
+def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One chunk's tokens, a row of S ids, to b padded texts.
 
-    `lengths` (b,) is on the CPU, so that no GPU is waited for. -> token ids (b, T), padded with `pad_id`; mask (b, T);
-    embeddings (b, T, width), where padding repeats some token, which the mask hides.
+    `words` (S + 1, width) are the ids' rows of the word table, and last the padding token's. `lengths` (b,) is on the CPU, so
+    that no GPU is waited for. -> token ids (b, T), padded with `pad_id`; mask (b, T); words (b, T, width).
     """
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-    places = (mask.flatten().cumsum(0) - 1).view_as(mask).to(ids.device)
-    mask = mask.to(ids.device)
-    padded = ids[places].masked_fill(~mask, pad_id)
-    return padded, mask.long(), None if embeds is None else F.embedding(places, embeds)
+    places = (mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, len(ids)).to(ids.device)
+    padded = torch.cat([ids, ids.new_tensor([pad_id])])[places]
+    return padded, mask.long().to(ids.device), None if words is None else F.embedding(places, words)
 
 
 def encode_in_chunks(
@@ -86,7 +85,7 @@ def encode_in_chunks(
 ) -> Tensor:
     """Encode the texts of a flat batch, `input_ids` (S,) with `lengths` summing to S, to (N, D) in the batch's order.
 
-    `encode` maps token ids and mask, both (b, T), and token embeddings (b, T, width) or None, to (b, D). With
+    `encode` maps token ids and mask, both (b, T), and the ids' rows of the word table (b, T, width) or None, to (b, D). With
     `equal_chunks` every rank encodes equally many chunks, which sharded models need: there each layer of each chunk is a
     collective. With `embed_tokens`, (S,) -> (S, width), the word table is read once for all chunks: its gradient is as large
     as the table, and one for each chunk would cost more than the chunk.
@@ -102,15 +101,18 @@ def encode_in_chunks(
     moved = torch.repeat_interleave(starts[order] - (sizes[order].cumsum(0) - sizes[order]), sizes[order])
     input_ids = input_ids[(places + moved).to(input_ids.device)]
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
-    embeds = [None] * len(chunks) if embed_tokens is None else embed_tokens(input_ids).split(counts)
+    words = [None] * len(chunks)
+    if embed_tokens is not None:
+        *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_tensor([pad_id])])).split([*counts, 1])
+        words = [torch.cat([rows, padding]) for rows in words]
 
     encoded = []
-    for chunk, ids, embed in zip(chunks, input_ids.split(counts), embeds):
-        ids, mask, embed = pad_chunk(ids, embed, sizes[chunk], pad_id)
+    for chunk, ids, rows in zip(chunks, input_ids.split(counts), words):
+        ids, mask, rows = pad_chunk(ids, rows, sizes[chunk], pad_id)
         if gradient_caching and torch.is_grad_enabled():
-            encoded.append(checkpoint(encode, ids, mask, embed, use_reentrant=False, preserve_rng_state=True))
+            encoded.append(checkpoint(encode, ids, mask, rows, use_reentrant=False, preserve_rng_state=True))
         else:
-            encoded.append(encode(ids, mask, embed))
+            encoded.append(encode(ids, mask, rows))
     back = torch.empty(len(lengths), dtype=torch.long)
     back[order] = torch.arange(len(order))  # where each text stands among the encoded
     embeddings = torch.cat(encoded)

@@ -3,9 +3,10 @@
 Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the width of an embedding.
 """
 
-import inspect
+import contextlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
+from hf_embed.forward_check import measure, word_table
 from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
+from hf_embed.text_models import text_encoder
+
+logger = logging.getLogger(__name__)
 
 # Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
@@ -57,10 +62,9 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        self.backbone = backbone
+        self.backbone = text_encoder(backbone)
         self.tokenizer = tokenizer
         self.pooling = pooling
-        self.max_length = check_max_length(max_length, backbone, tokenizer)
         self.normalize = normalize
         self.prompts = dict(prompts or {})
         self.config.use_cache = False
@@ -74,10 +78,19 @@ class Encoder(nn.Module):
                 "take pooling cls_mlp_train (head while training only) or cls"
             )
         self.dense = nn.Sequential(*dense)
-        self.train_head = new_head(self.config) if pooling == "cls_mlp_train" else None
-        self.takes_embeddings = "inputs_embeds" in inspect.signature(self.base.forward).parameters
+        self.train_head: nn.Module | None = None
         self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
         self.log_temperature: nn.Parameter | None = None  # (1,), set where the objective learns its temperature
+        attend_fully(self.base)
+        self.check_forward()
+        self.max_length = check_max_length(max_length, self.positions, tokenizer)
+        if pooling == "cls_mlp_train":
+            self.train_head = new_head(self.width, self.config)
+
+    def check_forward(self) -> None:
+        """Check that training and inference compute one function, and measure its width; see `hf_embed.forward_check`."""
+        measured = measure(self)
+        self.width, self.positions = measured.width, measured.positions
 
     @property
     def base(self) -> PreTrainedModel:
@@ -101,13 +114,16 @@ class Encoder(nn.Module):
 
     @property
     def dimension(self) -> int:
-        return self.dense[-1].linear.out_features if self.dense else self.config.hidden_size
+        return self.dense[-1].linear.out_features if self.dense else self.width
 
-    def embed(self, input_ids: Tensor, mask: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Embeddings (b, D) of padded token ids and their mask, both (b, T); or of the tokens' word embeddings."""
+    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
+        """Embeddings (b, D) of padded token ids and their mask, both (b, T).
+
+        `words` (b, T, width) are these tokens' rows of the word table, if they have been read already.
+        """
         everything = self.pooling in MULTI_LAYER
-        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        output = self.backbone(**tokens, attention_mask=mask, output_hidden_states=everything)
+        with contextlib.nullcontext() if words is None else serve_words(word_table(self.base), input_ids, words):
+            output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything, **further)
         states = output.hidden_states if everything else (output[0],)
         if self.pooling == "cls_mlp":
             return self.dense(output.pooler_output)
@@ -134,8 +150,7 @@ class Encoder(nn.Module):
         chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
         pad_id = self.tokenizer.pad_token_id
         settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": sharded}
-        once = torch.is_grad_enabled() and self.takes_embeddings and not sharded
-        words = self.base.get_input_embeddings() if once else None
+        words = word_table(self.base) if torch.is_grad_enabled() and not sharded else None
         outputs = {"embeddings": encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)}
         if self.log_temperature is not None:
             below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)  # a floor that lets gradients by
@@ -248,9 +263,36 @@ def default_chunk_tokens(device: torch.device) -> int:
     return DEFAULT_CHUNK_TOKENS.get(device.type, DEFAULT_CHUNK_TOKENS["default"])
 
 
-def new_head(config) -> nn.Sequential:
+@contextlib.contextmanager
+def serve_words(table: nn.Embedding, input_ids: Tensor, words: Tensor) -> Iterator[None]:
+    """Let lookups of `input_ids` (b, T) in `table` give `words` (b, T, width), which are these rows, read before.
+
+    The model gets its token ids as ever, so whatever else it makes of them (positions, masks) is as in inference. A lookup of
+    other ids, for example of ids that the model has padded further, goes to the table.
+    """
+
+    def served(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        ids = args[0] if args else input_ids
+        return words if ids.shape == input_ids.shape and ids.data_ptr() == input_ids.data_ptr() else output
+
+    handle = table.register_forward_hook(served)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attend_fully(base: PreTrainedModel) -> None:
+    """Give BigBird full attention: its sparse one goes off for good after the first short batch, and vectors change."""
+    if getattr(base.config, "attention_type", None) == "block_sparse" and hasattr(base, "set_attention_type"):
+        logger.warning(f"{type(base).__name__}: block-sparse attention is replaced by full attention, which short texts need")
+        base.set_attention_type("original_full")
+        base.config.attention_type = "original_full"
+
+
+def new_head(width: int, config) -> nn.Sequential:
     """SimCSE's MLP head, (D,) -> (D,): a dense layer started like the model's own, and tanh."""
-    dense = nn.Linear(config.hidden_size, config.hidden_size)
+    dense = nn.Linear(width, width)
     reset_dense(dense, config)
     return nn.Sequential(dense, nn.Tanh())
 
@@ -260,18 +302,8 @@ def reset_dense(dense: nn.Linear, config) -> None:
     nn.init.zeros_(dense.bias)
 
 
-def positions(backbone: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None if it does not say (relative positions)."""
-    for name, module in backbone.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and MPNet number positions from padding_idx + 1.
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - reserved
-    return getattr(backbone.config, "max_position_embeddings", None)
-
-
-def check_max_length(max_length: int | None, backbone: PreTrainedModel, tokenizer) -> int:
-    limit = positions(backbone)
+def check_max_length(max_length: int | None, limit: int | None, tokenizer) -> int:
+    """The tokens a text may have, of a model with positions for `limit` tokens (None: no limit)."""
     if max_length is None:
         return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
     if limit is not None and max_length > limit:

@@ -20,14 +20,15 @@ import psutil
 import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
 from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import read_settings
-from hf_embed.checkpoint.load import unreachable
+from hf_embed.checkpoint.load import listed, load_encoder, load_tokenizer, unreachable
+from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
@@ -253,17 +254,20 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if masked_lm and model_args.lora_r:
         raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
+        tokenizer = load_tokenizer(name)
+        model, missing = load_backbone(name, "AutoModelForMaskedLM", **kwargs)
+        if missing := [k for k in missing if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]:
+            raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
         for key, value in read_settings(name, model.base_model).items():  # as the folder says, unless told
             if key in settings and getattr(args, key) is None:
                 setattr(args, key, value)
         if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
             model.base_model.pooler = type(model.base_model)(model.config).pooler
         return model, tokenizer
-    encoder = Encoder.from_pretrained(name, **settings, **kwargs)
+    new_pooler = settings["pooling"] == "cls_mlp"  # a new head, as in the paper's code, unless the folder has a trained one
+    encoder = load_encoder(Encoder, name, **settings, new_pooler=new_pooler, **kwargs)
     if encoder.pooling == "cls_mlp" and read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
-        reset_dense(encoder.backbone.pooler.dense, encoder.config)  # a new head, as in the paper's code
+        reset_dense(encoder.backbone.pooler.dense, encoder.config)
     if model_args.lora_r:
         encoder.backbone = get_peft_model(
             encoder.backbone,

@@ -24,6 +24,7 @@ from transformers.utils import PushInProgress
 from hf_embed import hub
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime, save_encoder
+from hf_embed.checkpoint.verify import verify_tokenizer
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
@@ -112,6 +113,7 @@ class ContrastiveTrainer(Trainer):
         if args.temp_scale is not None:
             apply_tempscale(self.encoder.backbone, args.temp_scale)
         needs_runtime(self.encoder, allowed=False)  # said now, not after the training
+        verify_tokenizer(self.encoder)
         self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
         freeze_unused(self.encoder)
         check_widths(self.objective, self.encoder)
@@ -140,6 +142,7 @@ class ContrastiveTrainer(Trainer):
             callbacks=[self.watch, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.encoder.check_forward()  # as it will be trained: on this device, with its adapters and its temperature
         self.watch.batches_alike = not isinstance(train_dataset, Mixture)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)

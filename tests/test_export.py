@@ -280,7 +280,12 @@ def snapshot(folder: Path) -> dict:
 def shift(monkeypatch, loader: str, by: float) -> None:
     """Let `loader` give vectors that are off."""
     true = getattr(verify, loader)
-    monkeypatch.setattr(verify, loader, lambda *args: true(*args) + by)
+
+    def shifted(*args):
+        encode = true(*args)
+        return lambda texts: encode(texts) + by
+
+    monkeypatch.setattr(verify, loader, shifted)
 
 
 CHECKS = {"through_automodel": "AutoModel", "through_sentence_transformers": "SentenceTransformer"}

@@ -63,7 +63,7 @@ def test_states_at_padding_are_not_read(pooling):
     ("model", "pooling"), [*(("bert", p) for p in POOLINGS), ("qwen3", "last"), ("qwen3", "weighted_mean")]
 )
 def test_embedding_does_not_depend_on_padding(model, pooling):
-    encoder = Encoder(tiny_model(model, vocab_size=200), quickstart_tokenizer(), pooling).double().eval()
+    encoder = Encoder(tiny_model(model), quickstart_tokenizer(), pooling).double().eval()
     ids = torch.randint(5, 200, (len(LENGTHS), 9), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[int(t < n) for t in range(9)] for n in LENGTHS])
     padded = encoder.embed(ids.masked_fill(mask == 0, 0), mask)
@@ -74,7 +74,7 @@ def test_embedding_does_not_depend_on_padding(model, pooling):
 @pytest.mark.parametrize(("pooling", "training"), itertools.product(sorted(CLS), [True, False]))
 def test_heads(pooling, training):
     """cls_mlp always goes through the pooler, cls_mlp_train through its head in training, cls through none."""
-    model = tiny_model("bert", vocab_size=200, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     encoder = Encoder(model, quickstart_tokenizer(), pooling).train(training)
     ids = torch.tensor([[2, 90, 91, 3]])
     first = model(ids)[0][:, 0]

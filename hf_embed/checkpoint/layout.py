@@ -28,7 +28,7 @@ def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def write_sentence_transformers_files(encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    pooling, dimension = saved_pooling(encoder.pooling), encoder.config.hidden_size
+    pooling, dimension = saved_pooling(encoder.pooling), encoder.width
     modules = [("", "Transformer")]
 
     def add(name: str, config: dict, tensors: dict[str, Tensor] | None = None) -> None:

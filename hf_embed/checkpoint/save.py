@@ -32,8 +32,8 @@ def save_encoder(
     """Write `encoder` to `folder` as a plain checkpoint; LoRA weights are merged into a copy first, TempScale is folded.
 
     `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
-    AutoModel or sentence-transformers (when installed) give other vectors, by more than 1e-5 of the largest component; and
-    InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's loader
+    AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more than 1e-5 of their
+    norm; and InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's loader
     applies it, others do not, and the card says so.
     """
     runtime = needs_runtime(encoder, allow_runtime)
@@ -41,10 +41,10 @@ def save_encoder(
     os.makedirs(folder, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-            write_checkpoint(encoder, new, state_dict, fold=not runtime)
+            weights = write_checkpoint(encoder, new, state_dict, fold=not runtime)
             write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not know it
-                verify_folder(encoder, new)
+                verify_folder(encoder, new, weights)
             names = set(os.listdir(new))
             for name in names:
                 target = Path(folder, name)
@@ -61,7 +61,8 @@ def save_encoder(
         raise
 
 
-def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> None:
+def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> dict[str, Tensor]:
+    """Write the weights, config and tokenizer. Returns the tensors that were written, by name."""
     backbone, settings = encoder.backbone, {}
     scaling = applied_tempscale(backbone)
     if encoder.base is not backbone:  # PEFT: merge a copy, the one in training goes on as it is
@@ -87,6 +88,7 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
     tokenizer.model_max_length = encoder.max_length
     tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
     tokenizer.save_pretrained(folder)
+    return backbone.state_dict() if state_dict is None else state_dict
 
 
 @contextlib.contextmanager

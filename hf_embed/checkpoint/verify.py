@@ -1,73 +1,115 @@
-"""The check of a saved folder: every loader gives the vectors of the encoder in memory."""
+"""The check of a saved folder: every loader gives the weights and the vectors of the encoder in memory."""
 
 import contextlib
 import importlib.util
+import tempfile
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_embed.checkpoint.layout import read_settings
+from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER, pool, saved_pooling
+from hf_embed.text_models import loading_class
 
-TOLERANCE = 1e-5
 PROBES = [
     "A cat sleeps on the warm windowsill.",
     "Rain.",
     "The committee, which had met twice that week without agreeing on anything at all, postponed the vote once more.",
 ]
+# The largest difference of two vectors, as a share of their norm.
+TOLERANCE = 1e-5
+HALF_TOLERANCE = 1e-2  # of single texts; sentence-transformers pools in half precision too
 
 
 class ExportError(RuntimeError):
     """The saved folder would not give the encoder's own vectors."""
 
 
-def verify_folder(encoder, folder: str) -> None:
-    """Raise ExportError unless AutoModel and sentence-transformers give the encoder's vectors from `folder`."""
-    expected = encoder.encode(PROBES, convert_to_tensor=True).cpu()
+def verify_folder(encoder, folder: str, weights: dict[str, Tensor]) -> None:
+    """Raise ExportError unless `folder` gives what was meant to be saved.
+
+    Its tensors are `weights`, bit for bit; and AutoModel and sentence-transformers (where it is installed) give the encoder's
+    vectors, of single texts and of an unequal batch, to 1e-5 of their norm.
+    """
     dtype = next(encoder.backbone.parameters()).dtype
-    loaded = {"AutoModel": through_automodel(encoder, folder, dtype)}
-    if importlib.util.find_spec("sentence_transformers"):
-        loaded["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
-    # Half precision rounds differently for every padding; the weights are what is checked then.
-    tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else 2e-2
-    for loader, vectors in loaded.items():
-        difference = ((vectors - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
-        if not difference <= tolerance:  # also catches NaN
-            raise ExportError(
-                f"not saved: {loader} gives vectors that differ by {difference:.1e} from the trained model's "
-                f"(pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
-            )
-
-
-def through_automodel(encoder, folder: str, dtype: torch.dtype) -> Tensor:
+    half = dtype in (torch.float16, torch.bfloat16)
+    batches = [[text] for text in PROBES] + ([] if half else [PROBES])
     with quiet():
-        model = AutoModel.from_pretrained(folder, dtype=dtype).to(encoder.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype)
+    verify_weights(model, weights)
+    loaders = {"AutoModel": through_automodel(encoder, folder, model.to(encoder.device).eval())}
+    if importlib.util.find_spec("sentence_transformers"):
+        loaders["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
+    tolerance = HALF_TOLERANCE if half else TOLERANCE
+    for texts in batches:
+        expected = encoder.encode(texts, convert_to_tensor=True).cpu()
+        for loader, encode in loaders.items():
+            difference = ((encode(texts) - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+            if not difference <= tolerance:  # also catches NaN
+                raise ExportError(
+                    f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from the trained "
+                    f"model's (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
+                )
+
+
+def verify_weights(model, weights: dict[str, Tensor]) -> None:
+    loaded = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].device)):
+            raise ExportError(f"not saved: '{name}' is not the trained one in the folder ({type(model).__name__})")
+
+
+def through_automodel(encoder, folder: str, model):
+    """A function from texts to vectors, as the card tells users to write it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
-    batch = tokenizer(PROBES, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
-    pooling = saved_pooling(encoder.pooling)
-    with torch.inference_mode():
+    pooling, dense = saved_pooling(encoder.pooling), read_settings(folder, model).get("dense", [])
+
+    @torch.inference_mode()
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
         if pooling == "cls_mlp":
             vectors = output.pooler_output
         else:
             layers = output.hidden_states if pooling in MULTI_LAYER else (output[0],)
             vectors = pool(pooling, layers, batch["attention_mask"])
-        for layer in read_settings(folder, model).get("dense", []):
+        for layer in dense:
             vectors = layer(vectors)
-    vectors = vectors.float()
-    return (F.normalize(vectors, dim=-1) if encoder.normalize else vectors).cpu()
+        vectors = vectors.float()
+        return (F.normalize(vectors, dim=-1) if encoder.normalize else vectors).cpu()
+
+    return encode
 
 
-def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype) -> Tensor:
+def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype):
     from sentence_transformers import SentenceTransformer
 
     with quiet():
         model = SentenceTransformer(folder, device=str(encoder.device), model_kwargs={"dtype": dtype})
-    return model.encode(PROBES, convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
+
+
+def verify_tokenizer(encoder) -> None:
+    """Raise InputError unless the tokenizer, saved with the model and loaded again, gives the same tokens.
+
+    AutoTokenizer chooses the class by the model's kind, and so may make another tokenizer of the files: said before training.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        encoder.config.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder)
+    for text in PROBES:
+        if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
+            raise InputError(
+                f"the tokenizer ({type(encoder.tokenizer).__name__}) gives other tokens when it has been saved with a "
+                f"{type(encoder.base).__name__} and loaded by AutoTokenizer ({type(loaded).__name__}); take the model's own"
+            )
 
 
 @contextlib.contextmanager

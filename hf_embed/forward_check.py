@@ -1,0 +1,245 @@
+"""A few short texts through a new encoder: is training's forward pass that of inference, and that of a text by itself?
+
+The contract: a text's vector depends on that text alone, and every path that computes it gives the same one. Some
+architectures break it (FNet, Nystromformer, Funnel and others read padding; Reformer and YOSO draw random hashes), and a loss
+that falls shows nothing of it. So an encoder computes three texts of unequal length, without dropout, in three ways:
+
+1. each text alone, with everything that its tokenizer returns: the reference;
+2. all of them in one padded batch, as `encode` does;
+3. as training does: a flat batch, with gradients, the word table read once for all chunks.
+
+The same passes measure what configurations state in many ways, or wrongly: the width of the vectors, and how many tokens the
+model has positions for.
+
+The check runs when an `Encoder` is made, and once more in `ContrastiveTrainer`, on the device of the training. It is left out
+where the weights are not there yet: on ranks of FSDP that wait for them (the meta device), under ZeRO-3, and for flash
+attention before the model is on a GPU. Quantised weights are compared at the tolerance of half precision.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_embed.errors import InputError
+
+TEXTS = [
+    "The committee, which had met twice that week without agreeing on anything, postponed the vote once more.",
+    "A cat sleeps on the warm windowsill.",
+    "Rain.",
+]
+MOST_TOKENS = 24  # of a text; the check has to be quick on large models
+# The largest difference of two vectors, as a share of their norm. Half precision rounds differently in each shape of batch.
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass
+class Measured:
+    """What the passes show: the width of the vectors, and the number of tokens that have positions (None: no limit)."""
+
+    width: int
+    positions: int | None
+
+
+def measure(encoder) -> Measured:
+    """Check the forward pass of `encoder`, and measure its width and its positions.
+
+    Raises:
+        InputError: the model cannot encode plain text; its vectors depend on the other texts of a batch, on chance, or on
+            what its tokenizer returns beside the token ids; or training would compute other vectors.
+    """
+    kind = type(encoder.base).__name__
+    if not is_measurable(encoder.backbone):
+        return Measured(encoder.config.hidden_size, stated_positions(encoder.config))
+    check_vocabulary(encoder)
+    tolerance = tolerance_of(encoder.backbone)
+    with undisturbed(encoder):
+        try:
+            rows = probe_rows(encoder)
+            with LookupRecorder() as lookups, torch.no_grad():
+                reference = [alone(encoder, row, row.keys()) for row in rows]
+        except InputError:
+            raise
+        except Exception as error:  # whatever a model raises that wants other inputs than text
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise InputError(
+                f"{kind} cannot encode a text from its token ids ({type(error).__name__}: {reason}); take a text encoder"
+            ) from error
+        with torch.no_grad():
+            plain = [alone(encoder, row, ()) for row in rows]
+            flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
+            lengths = [len(row["input_ids"]) for row in rows]
+            batch = encoder(flat, lengths)["embeddings"]
+        with torch.enable_grad():
+            training = encoder(flat, lengths)["embeddings"].detach()
+    reference = torch.cat(reference)
+    if differ(torch.cat(plain), reference, tolerance):
+        if further := sorted({key for row in rows for key in row} - {"input_ids"}):
+            raise InputError(
+                f"{kind}: its vectors depend on the tokenizer's {', '.join(further)}, and only token ids are handed on; if the "
+                "model was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+            )
+        raise InputError(f"{kind}: two passes of the same text give two vectors; take another architecture")
+    if differ(batch, reference, tolerance):
+        raise InputError(f"{kind}: a text's vector depends on the texts beside it (padding is read); take another architecture")
+    if differ(training, reference, tolerance):
+        raise InputError(f"{kind}: the forward pass of training differs from that of encode; take another architecture")
+    width = encoder.dense[0].linear.in_features if len(encoder.dense) else reference.shape[-1]
+    positions = lookups.positions(rows, word_table(encoder.base)) or stated_positions(encoder.config)
+    return Measured(width, positions)
+
+
+def influences(encoder, names: list[str]) -> list[str]:
+    """Those of the backbone's tensors, by name, that its embeddings depend on; a pooler may be there that none does."""
+    backbone = encoder.backbone
+    parameters = {name: parameter for name, parameter in backbone.named_parameters() if name in set(names)}
+    others = sorted(set(names) - parameters.keys())  # buffers
+    if not is_measurable(backbone):
+        return sorted(name for name in names if "pooler" not in name)
+    if not parameters:
+        return others
+    trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    with undisturbed(encoder), torch.enable_grad():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        vectors = alone(encoder, probe_rows(encoder)[0], ())
+        gradients = torch.autograd.grad(vectors.sum(), list(parameters.values()), allow_unused=True)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(trained[name])
+    return sorted([name for name, gradient in zip(parameters, gradients) if gradient is not None] + others)
+
+
+def is_measurable(backbone: nn.Module) -> bool:
+    """Whether the weights are all here, on a device that can compute the model's attention."""
+    parameters = list(backbone.parameters())
+    if any(parameter.is_meta or parameter.numel() == 0 for parameter in parameters):
+        return False
+    attention = getattr(backbone.config, "_attn_implementation", None) or ""
+    return not (isinstance(attention, str) and "flash" in attention and parameters[0].device.type == "cpu")
+
+
+def probe_rows(encoder) -> list[dict]:
+    """What the tokenizer returns for each text, by the names that the model takes, truncated to few tokens.
+
+    The first text contains the padding token itself, which users' texts may too: RoBERTa gives it no position.
+    """
+    taken = inspect.signature(encoder.base.forward).parameters
+    most = min(MOST_TOKENS, stated_positions(encoder.config) or MOST_TOKENS)
+    rows = []
+    for text in TEXTS:
+        found = encoder.tokenizer(text, truncation=True, max_length=most)
+        rows.append({key: list(value) for key, value in found.items() if key in taken and key != "attention_mask"})
+    ids = rows[0]["input_ids"]
+    ids[len(ids) // 2] = encoder.tokenizer.pad_token_id
+    return [row for row in rows if row["input_ids"]]
+
+
+def alone(encoder, row: dict, keys) -> Tensor:
+    """The vector (1, D) of one text, with those of the tokenizer's outputs that are named in `keys`."""
+    inputs = {key: torch.tensor([row[key]], device=encoder.device) for key in ("input_ids", *keys)}
+    ids = inputs.pop("input_ids")
+    return encoder.embed(ids, torch.ones_like(ids), **inputs)
+
+
+def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
+    """Whether a vector (N, D) is further from its reference than this share of the norm; a NaN on one side alone is too."""
+    vectors, reference = vectors.double(), reference.double()
+    distance = (vectors - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
+    both_nan = vectors.isnan().any(-1) & reference.isnan().any(-1)
+    return not bool(((distance <= tolerance) | both_nan).all())
+
+
+def tolerance_of(backbone: nn.Module) -> float:
+    dtypes = {parameter.dtype for parameter in backbone.parameters()}
+    return max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
+
+
+@contextlib.contextmanager
+def undisturbed(encoder) -> Iterator[None]:
+    """No dropout, exact float32 products, and everything as it was afterwards: modes, random states, precision."""
+    modes = {module: module.training for module in encoder.modules()}
+    precision = torch.get_float32_matmul_precision()
+    device = encoder.device
+    cuda = device.type == "cuda"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
+        if cuda:  # TF32 would differ by more than the tolerance
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        torch.set_float32_matmul_precision("highest")
+        encoder.eval()
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def check_vocabulary(encoder) -> None:
+    """Raises InputError for a tokenizer that cannot be this model's."""
+    tokenizer, table = encoder.tokenizer, word_table(encoder.base)
+    kind = type(tokenizer).__name__
+    added = tokenizer.added_tokens_decoder
+    if len(tokenizer) <= len(added):
+        raise InputError(
+            f"the tokenizer ({kind}) has no vocabulary beside {len(tokenizer)} special tokens: its files (tokenizer.json, "
+            "vocab.txt, spiece.model ...) are missing; save the model's tokenizer beside its weights"
+        )
+    if table is None:
+        return
+    rows = table.weight.shape[0]
+    if max(len(tokenizer) - 1, *added, 0) >= rows:
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= rows:
+            raise InputError(
+                f"the tokenizer has token ids up to {largest}, but the model's word table has {rows} rows; take the model's "
+                "own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train"
+            )
+
+
+def word_table(base) -> nn.Embedding | None:
+    """The model's table of token embeddings, if it is an ordinary one."""
+    try:
+        table = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def stated_positions(config) -> int | None:
+    stated = getattr(config, "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+class LookupRecorder(TorchFunctionMode):
+    """Records every lookup in an embedding table: the indices, and the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.lookups: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.embedding and len(args) > 1:
+            self.lookups.append((args[0], args[1]))
+        return function(*args, **(kwargs or {}))
+
+    def positions(self, rows: list[dict], words: nn.Embedding | None) -> int | None:
+        """The number of tokens that a table of positions has rows for; None if no such table was read.
+
+        The table of positions is the one that a text of T tokens reads at i, i + 1, ..., i + T - 1. Its first i rows are
+        reserved: RoBERTa's has 514 rows and i = 2, so a text may have 512 tokens.
+        """
+        tokens = sorted(len(row["input_ids"]) for row in rows)[-2]  # the longest has a padding token, which has no position
+        found = []
+        for indices, table in self.lookups:
+            if words is not None and table is words.weight or indices.dim() > 2 or indices.dim() == 2 and len(indices) > 1:
+                continue
+            first, *following = indices.flatten()[:tokens].tolist()
+            if 1 + len(following) == tokens > 3 and following == list(range(first + 1, first + tokens)):
+                found.append(len(table) - first)
+        return min(found, default=None)
