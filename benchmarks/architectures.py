@@ -62,7 +62,7 @@ SMALL = {
         "intermediate_size d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_dim ffn_hidden_size ffn_size "
         "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size lru_width pooler_hidden_size "
         "expert_ffn_hidden_size intermediate_size_mlp mamba_d_ssm d_inner mlp_hidden_size dim_ff latent_size "
-        "moe_shared_expert_intermediate_size embedding_dim condition_dim",
+        "moe_shared_expert_intermediate_size embedding_dim condition_dim hidden_size_global",
     2: "num_hidden_layers num_layers encoder_layers decoder_layers n_layer n_layers num_decoder_layers layers "
        "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_top_k num_experts_per_token top_k "
        "linear_num_key_heads linear_num_value_heads swa_num_key_value_heads num_nextn_predict_layers n_shared_experts "
@@ -92,7 +92,7 @@ SPECIAL = {
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cosmos3_edge_text": rope(4, 2, 2),
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"num_experts_per_tok": 2, "num_local_experts": 4, "n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": LATENT | {"head_dim": 24, "layer_types": ["indexed_attention"] * 2},
@@ -245,6 +245,9 @@ def encode(make) -> None:
         raise Wrong(f"dimension is {encoder.dimension}, vectors are {vectors.shape[1]} wide")
     if (torch.cdist(vectors, vectors) + 1e9 * torch.eye(len(vectors))).min() < TOLERANCE * vectors.norm(dim=-1).max():
         raise Wrong("two texts have one vector")
+    cats, dogs = make("last").encode(["Cats sleep all day.", "Dogs sleep all day."])
+    if difference(cats[None], dogs[None]) <= TOLERANCE:
+        raise Wrong("the last token's state knows nothing of the first word: no attention is computed")
 
 
 def padding(make) -> None:
