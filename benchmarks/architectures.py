@@ -177,7 +177,7 @@ def tiny_settings(defaults: dict) -> dict:
     for key, value in defaults.items():
         if isinstance(value, dict) and (key.endswith("config") or key in ("decoder", "encoder")):
             small[key] = tiny_settings(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and "drop" in key:
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and ("drop" in key or "jitter" in key):
             small[key] = type(value)(0)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and key in SMALL:
             small[key] = SMALL[key]
