@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from hf_embed.pooling import saved_pooling
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
+from hf_embed.text_models import loading_class
 
 TAKE = {
     "cls": ["vectors = output.last_hidden_state[:, 0]"],
@@ -120,6 +121,8 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
         "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
         "tempscale": tempscale_note(encoder),
         "name": json.dumps(name),
+        "loader": loading_class(encoder.config),
+        "imports": ", ".join(sorted([loading_class(encoder.config), "AutoTokenizer"])),
         "texts": '["a cat", "a dog sleeping by the fire"]',
         "take": "\n".join(take),
         "sections": "\n".join(f"\n{section}" for section in sections if section),

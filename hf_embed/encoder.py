@@ -127,6 +127,11 @@ class Encoder(nn.Module):
         states = output.hidden_states if everything else (output[0],)
         if self.pooling == "cls_mlp":
             return self.dense(output.pooler_output)
+        if states[-1].shape[:2] != input_ids.shape:
+            raise InputError(
+                f"{type(self.base).__name__}: its first output has the shape {tuple(states[-1].shape)} for "
+                f"{tuple(input_ids.shape)} token ids, so there are no token states to pool; take a text encoder"
+            )
         embeddings = pool(self.pooling, states, mask)
         if self.train_head is not None and self.training:
             embeddings = self.train_head(embeddings)
@@ -254,7 +259,8 @@ class Encoder(nn.Module):
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:
     """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
-    rows = [row or [encoder.tokenizer.pad_token_id] for row in rows]  # "" is no token at all to most decoders
+    if empty := [i for i, row in enumerate(rows) if not row]:  # "" under a tokenizer without special tokens
+        raise InputError(f"text {empty[0] + 1} of these has no token, so it has no vector; leave empty texts out")
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
     return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, **kwargs)["embeddings"]
 

@@ -38,6 +38,7 @@ from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
+from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
@@ -353,7 +354,8 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
 
 
 def saved_to(folder: Path) -> str:
-    return f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool"
+    loader = loading_class(AutoConfig.from_pretrained(folder))
+    return f"\nsaved to {folder}: {loader}.from_pretrained({str(folder)!r}) loads it; README.md says how to pool"
 
 
 def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:

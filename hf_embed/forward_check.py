@@ -61,8 +61,16 @@ def measure(encoder) -> Measured:
     with undisturbed(encoder):
         try:
             rows = probe_rows(encoder)
-            with LookupRecorder() as lookups, torch.no_grad():
-                reference = [alone(encoder, row, row.keys()) for row in rows]
+            flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
+            lengths = [len(row["input_ids"]) for row in rows]
+            with torch.no_grad():
+                with LookupRecorder() as lookups:
+                    reference = [alone(encoder, row, row.keys()) for row in rows]
+                plain = [alone(encoder, row, ()) for row in rows]
+                batch = encoder(flat, lengths)["embeddings"]
+                attends = tokens_see_each_other(encoder, rows[-1]["input_ids"])
+            with torch.enable_grad():
+                training = encoder(flat, lengths)["embeddings"].detach()
         except InputError:
             raise
         except Exception as error:  # whatever a model raises that wants other inputs than text
@@ -70,13 +78,6 @@ def measure(encoder) -> Measured:
             raise InputError(
                 f"{kind} cannot encode a text from its token ids ({type(error).__name__}: {reason}); take a text encoder"
             ) from error
-        with torch.no_grad():
-            plain = [alone(encoder, row, ()) for row in rows]
-            flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
-            lengths = [len(row["input_ids"]) for row in rows]
-            batch = encoder(flat, lengths)["embeddings"]
-        with torch.enable_grad():
-            training = encoder(flat, lengths)["embeddings"].detach()
     reference = torch.cat(reference)
     if differ(torch.cat(plain), reference, tolerance):
         if further := sorted({key for row in rows for key in row} - {"input_ids"}):
@@ -89,6 +90,10 @@ def measure(encoder) -> Measured:
         raise InputError(f"{kind}: a text's vector depends on the texts beside it (padding is read); take another architecture")
     if differ(training, reference, tolerance):
         raise InputError(f"{kind}: the forward pass of training differs from that of encode; take another architecture")
+    if not attends:
+        raise InputError(
+            f"{kind}: no token sees another on this device ({encoder.device.type}); its attention needs another one"
+        )
     width = encoder.dense[0].linear.in_features if len(encoder.dense) else reference.shape[-1]
     positions = lookups.positions(rows, word_table(encoder.base)) or stated_positions(encoder.config)
     return Measured(width, positions)
@@ -144,6 +149,13 @@ def alone(encoder, row: dict, keys) -> Tensor:
     inputs = {key: torch.tensor([row[key]], device=encoder.device) for key in ("input_ids", *keys)}
     ids = inputs.pop("input_ids")
     return encoder.embed(ids, torch.ones_like(ids), **inputs)
+
+
+def tokens_see_each_other(encoder, ids: list[int]) -> bool:
+    """Whether the state of the last token depends on the first one. MRA's attention returns zeros without its CUDA kernel."""
+    ids = torch.tensor([ids, [ids[-1], *ids[1:]]], device=encoder.device)
+    states = encoder.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    return ids.shape[1] < 2 or not torch.equal(states[0, -1], states[1, -1])
 
 
 def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:

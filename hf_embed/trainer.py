@@ -24,7 +24,7 @@ from transformers.utils import PushInProgress
 from hf_embed import hub
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime, save_encoder
-from hf_embed.checkpoint.verify import verify_tokenizer
+from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
@@ -113,7 +113,7 @@ class ContrastiveTrainer(Trainer):
         if args.temp_scale is not None:
             apply_tempscale(self.encoder.backbone, args.temp_scale)
         needs_runtime(self.encoder, allowed=False)  # said now, not after the training
-        verify_tokenizer(self.encoder)
+        verify_loadable(self.encoder)
         self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
         freeze_unused(self.encoder)
         check_widths(self.objective, self.encoder)

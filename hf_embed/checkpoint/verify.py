@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_embed.checkpoint.layout import read_settings
@@ -95,15 +95,33 @@ def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype):
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
-def verify_tokenizer(encoder) -> None:
-    """Raise InputError unless the tokenizer, saved with the model and loaded again, gives the same tokens.
+def verify_loadable(encoder) -> None:
+    """Raise InputError if a saved folder would load as another model or tokenizer: known before the training, not after it.
 
-    AutoTokenizer chooses the class by the model's kind, and so may make another tokenizer of the files: said before training.
+    AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
     """
+    base, loader = encoder.base, loading_class(encoder.config)
+    found = (
+        transformers.MODEL_MAPPING.get(type(encoder.config), None) if loader == "AutoModel" else getattr(transformers, loader)
+    )
+    classes = found if isinstance(found, list | tuple) else [found] if found else []
+    if not isinstance(base, tuple(classes)) and not getattr(encoder.config, "auto_map", None):
+        named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
+        raise InputError(
+            f"{type(base).__name__} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
+            f"take a model that {loader}.from_pretrained gives"
+        )
     with tempfile.TemporaryDirectory() as folder, quiet():
         encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         loaded = AutoTokenizer.from_pretrained(folder)
+        try:
+            AutoProcessor.from_pretrained(folder)  # which sentence-transformers asks for; of a text model it is the tokenizer
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{type(base).__name__} needs a processor beside its tokenizer ({reason}); take a text model"
+            ) from error
     for text in PROBES:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(

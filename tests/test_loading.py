@@ -1,0 +1,224 @@
+"""Weights and tokenizer files that are not whole are refused by name; nothing random is ever loaded in silence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertForMaskedLM, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
+from hf_embed.checkpoint.load import load_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path)
+    quickstart_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Replace each (name, tensor) by what `change` returns; None leaves it out."""
+    tensors = dict(filter(None, (change(*item) for item in load_file(folder / "model.safetensors").items())))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+BROKEN_WEIGHTS = {
+    "half are missing": (
+        lambda name, tensor: None if "layer.1" in name else (name, tensor),
+        "lacks 'encoder.layer.1.attention.output.LayerNorm.bias' and 15 more",
+    ),
+    "renamed": (lambda name, tensor: (f"my.{name}", tensor), "lacks 'embeddings.LayerNorm.bias' and"),
+    "queries renamed": (
+        lambda name, tensor: (name.replace("query", "q"), tensor),
+        "lacks 'encoder.layer.0.attention.self.query.bias'",
+    ),
+    "one is missing": (
+        lambda name, tensor: None if name == "encoder.layer.2.output.dense.bias" else (name, tensor),
+        "lacks 'encoder.layer.2.output.dense.bias', which would be random",
+    ),
+    "NaN": (
+        lambda name, tensor: (name, tensor * float("nan") if name == "encoder.layer.1.output.dense.weight" else tensor),
+        "'encoder.layer.1.output.dense.weight' has values that are NaN or infinite",
+    ),
+    "one infinite row": (
+        lambda name, tensor: (name, tensor.index_fill(0, torch.tensor([7000]), float("inf")) if "word_emb" in name else tensor),
+        "'embeddings.word_embeddings.weight' has values that are NaN or infinite",
+    ),
+    "int8": (
+        lambda name, tensor: (name, (tensor * 20).to(torch.int8) if "dense" in name else tensor),
+        "is stored as I8, but config.json names no quantization",
+    ),
+    "float8": (
+        lambda name, tensor: (name, tensor.to(torch.float8_e4m3fn) if "dense" in name else tensor),
+        "is stored as F8_E4M3, but config.json names no quantization",
+    ),
+    "another width": (
+        lambda name, tensor: (name, tensor[:, :16].contiguous() if "word_emb" in name else tensor),
+        "'embeddings.word_embeddings.weight' is (12000, 16) in its weights file, but (12000, 32) by config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_broken_weights_are_refused(folder, case):
+    change, message = BROKEN_WEIGHTS[case]
+    edit_weights(folder, change)
+    assert message in error_of(Encoder.from_pretrained, str(folder))
+
+
+def test_more_layers_than_the_config_says_are_refused(folder):
+    edit_json(folder / "config.json", num_hidden_layers=2)
+    message = error_of(Encoder.from_pretrained, str(folder))
+    assert "config.json has no place for 'encoder.layer.2.attention.output.LayerNorm.bias' and 15 more" in message
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0001, 0.999])
+def test_truncated_weights_are_refused(folder, share):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    assert f"model '{folder}' cannot be loaded" in error_of(Encoder.from_pretrained, str(folder))
+
+
+@pytest.mark.parametrize(("file", "content"), [("config.json", "{bad"), ("config.json", "{}"), ("model.safetensors", "")])
+def test_broken_files_are_one_line(folder, file, content):
+    (folder / file).write_text(content)
+    assert f"model '{folder}' cannot be loaded" in error_of(Encoder.from_pretrained, str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_missing_files_are_one_line(folder, file):
+    (folder / file).unlink()
+    assert f"model '{folder}' cannot be loaded" in error_of(Encoder.from_pretrained, str(folder))
+
+
+# ---- what may be missing ----
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "first_last"])
+def test_a_pooler_that_nobody_uses_may_be_missing(folder, pooling):
+    expected = Encoder.from_pretrained(str(folder), pooling=pooling).encode("rain")
+    edit_weights(folder, lambda name, tensor: None if "pooler" in name else (name, tensor))
+    assert (Encoder.from_pretrained(str(folder), pooling=pooling).encode("rain") == expected).all()
+
+
+def test_a_pooler_that_is_the_head_may_not_be_missing(folder):
+    edit_weights(folder, lambda name, tensor: None if "pooler" in name else (name, tensor))
+    assert "lacks 'pooler.dense.bias' and 1 more" in error_of(Encoder.from_pretrained, str(folder), pooling="cls_mlp")
+
+
+def test_a_masked_lm_checkpoint_is_an_encoder(tmp_path):
+    model = BertForMaskedLM(tiny_model("bert").config)
+    model.save_pretrained(tmp_path)
+    quickstart_tokenizer().save_pretrained(tmp_path)
+    expected = Encoder(model.bert.eval(), quickstart_tokenizer()).encode("rain")
+    assert (Encoder.from_pretrained(str(tmp_path)).encode("rain") == expected).all()
+
+
+def test_an_encoder_is_no_masked_lm_without_its_layers(folder):
+    edit_weights(folder, lambda name, tensor: None if "layer.1" in name else (name, tensor))
+    _, missing = load_model(str(folder), "AutoModelForMaskedLM")
+    assert "bert.encoder.layer.1.output.dense.weight" in missing
+
+
+# ---- tokenizers ----
+
+
+def test_a_tokenizer_that_is_missing_is_refused(folder):
+    """Transformers invents one of special tokens alone: every word is unknown to it."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    message = error_of(Encoder.from_pretrained, str(folder))
+    assert "has no vocabulary beside 5 special tokens" in message
+
+
+def byte_pairs(folder: Path, merges: list) -> None:
+    """A GPT-2 folder whose tokenizer has a vocabulary of letters and words, and these merges."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
+    for word in [*("".join(pair) for pair in merges), *(f"word{i}" for i in range(400))]:
+        vocabulary.setdefault(word, len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    torch.manual_seed(0)
+    GPT2Model(GPT2Config(vocab_size=500, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def test_byte_pairs_without_merges_are_refused(tmp_path):
+    byte_pairs(tmp_path, [("t", "h"), ("th", "e")])
+    Encoder.from_pretrained(str(tmp_path))
+    byte_pairs(tmp_path, [])
+    assert "its tokenizer has a vocabulary, but no merges" in error_of(Encoder.from_pretrained, str(tmp_path))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+    tokenizer = quickstart_tokenizer()
+    tokenizer.add_tokens(["<product>"])
+    tokenizer.save_pretrained(folder)
+    message = error_of(Encoder.from_pretrained, str(folder))
+    assert "token ids up to 12000, but the model's word table has 12000 rows" in message
+    assert "resize_token_embeddings" in message
+
+
+def test_a_tokenizer_that_loads_as_another_is_refused_before_the_training(tmp_path):
+    """AutoTokenizer takes the class that belongs to the model, whatever tokenizer was saved with it."""
+    backend = Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "cat": 2, "rain": 3, "[UNK]": 4}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, tiny_model("qwen2"), args, processing_class=tokenizer)
+    assert "gives other tokens when it has been saved with a Qwen2Model" in message
+
+
+# ---- folders that are no model ----
+
+
+def test_an_adapter_without_its_base_is_one_line(tmp_path):
+    model = get_peft_model(tiny_model("bert"), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    quickstart_tokenizer().save_pretrained(tmp_path)
+    assert "holds an adapter of an unnamed model, not a model" in error_of(Encoder.from_pretrained, str(tmp_path))
+
+
+def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_training(tmp_path):
+    class Other(torch.nn.Module):
+        """Computes what a BertModel does, but is none."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model("bert")
+            self.config = self.inner.config
+
+        def forward(self, input_ids, attention_mask=None, output_hidden_states=False):
+            return self.inner(input_ids, attention_mask=attention_mask, output_hidden_states=output_hidden_states)
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, Other(), args, processing_class=quickstart_tokenizer())
+    assert message.startswith("Other could not be loaded once it is saved: AutoModel would make BertModel")
+
+
+# ---- texts without a token ----
+
+
+def test_an_empty_text_that_is_no_token_is_refused(folder):
+    """A tokenizer without special tokens makes nothing of "": loaders would give zeros, NaN or a crash."""
+    tokenizer = quickstart_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    encoder = Encoder(tiny_model("bert"), tokenizer)
+    assert "text 2 of these has no token" in error_of(encoder.encode, ["rain", ""])
+    assert Encoder(tiny_model("bert"), quickstart_tokenizer()).encode(["rain", ""]).shape == (2, 32)
