@@ -22,6 +22,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import multiprocessing
@@ -77,7 +78,15 @@ SMALL = {
     1: "n_group topk_group num_expert_group num_limited_groups first_k_dense_replace num_dense_layers",
 }  # fmt: skip
 SMALL = {name: value for value, names in SMALL.items() for name in names.split()}
-TOKENS = {"vocab_size": 12000, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+TOKENS = {
+    "vocab_size": 12000,
+    "vocab_size_per_layer_input": 12000,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "cls_token_id": 2,
+    "sep_token_id": 3,
+}
 
 
 def rope(*sections: int) -> dict:
@@ -137,6 +146,8 @@ LATENT_TYPES = (
 for kind in LATENT_TYPES.split():
     SPECIAL[kind] = LATENT | SPECIAL.get(kind, {})
 
+OWN_TOKENIZERS = {"qwen2": "Qwen2Tokenizer", "qwen3_5_moe_text": "Qwen3_5Tokenizer"}
+
 # Unequal texts; one has the literal padding token in it, one is a single token of text.
 TEXTS = [
     "Rain",
@@ -187,6 +198,17 @@ def tiny_settings(defaults: dict) -> dict:
         small["layer_types"] = (kinds * 2)[: max(2, len(kinds))]
         small |= {key: len(small["layer_types"]) for key in ("num_hidden_layers", "num_layers") if key in small}
     return small
+
+
+@functools.cache
+def tokenizer_for(kind: str):
+    """The quickstart encoder's, or a small one of the class that `AutoTokenizer` loads for this type whatever is saved."""
+    if kind in OWN_TOKENIZERS:
+        sentences = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:500]
+        return getattr(transformers, OWN_TOKENIZERS[kind])().train_new_from_iterator(sentences, 600)
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "encoder")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # BERT's token types are not every model's
+    return tokenizer
 
 
 def build(kind: str, model_class: type, attention: str | None = None):
@@ -366,9 +388,7 @@ def try_type(kind: str, model_class: type) -> dict[str, tuple[str, str]]:
     """{column: (word, message)}; what follows a refusal at encode is left out."""
 
     def make(pooling: str = "mean", dtype: torch.dtype = torch.float32, attention: str | None = None):
-        tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "encoder")
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # BERT's token types are not every model's
-        return Encoder(build(kind, model_class, attention).to(dtype), tokenizer, pooling).eval()
+        return Encoder(build(kind, model_class, attention).to(dtype), copy.deepcopy(tokenizer_for(kind)), pooling).eval()
 
     try:
         build(kind, model_class)
@@ -398,6 +418,7 @@ def walk(models: dict[str, type], workers: int, limit: float):
     while waiting or running:
         while waiting and len(running) < workers:
             kind, model_class = waiting.pop(0)
+            tokenizer_for(kind)  # made here: a tokenizer cannot be trained in a forked process
             receiver, sender = fork.Pipe(duplex=False)
             process = fork.Process(target=work, args=(sender, kind, model_class))
             process.start()
