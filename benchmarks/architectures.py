@@ -205,7 +205,7 @@ def tokenizer_for(kind: str):
     """The quickstart encoder's, or a small one of the class that `AutoTokenizer` loads for this type whatever is saved."""
     if kind in OWN_TOKENIZERS:
         sentences = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:500]
-        return getattr(transformers, OWN_TOKENIZERS[kind])().train_new_from_iterator(sentences, 600)
+        return getattr(transformers, OWN_TOKENIZERS[kind])().train_new_from_iterator(sentences, 600, show_progress=False)
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "encoder")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # BERT's token types are not every model's
     return tokenizer
