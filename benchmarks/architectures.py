@@ -227,6 +227,9 @@ def build(kind: str, model_class: type, attention: str | None = None):
             torch.nn.init.normal_(parameter, std=0.2)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape)
+    for module in model.modules():  # the padding token's row is 0 in models that name it, and some set it so as they load
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0
     return model.eval()
 
 
