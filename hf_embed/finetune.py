@@ -26,8 +26,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_embed
 from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.layout import read_settings
-from hf_embed.checkpoint.load import unreachable
+from hf_embed.checkpoint.layout import has_mlp_head, read_settings, transformer_folder
+from hf_embed.checkpoint.load import possible_length, unreachable
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
@@ -253,16 +253,23 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if masked_lm and model_args.lora_r:
         raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
-        for key, value in read_settings(name, model.base_model).items():  # as the folder says, unless told
-            if key in settings and getattr(args, key) is None:
-                setattr(args, key, value)
+        folder = transformer_folder(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **folder)
+        model = AutoModelForMaskedLM.from_pretrained(name, **folder, **kwargs)
+        own = read_settings(name, model.base_model, tokenizer, args.pooling)
+        if args.max_length is None:
+            own["max_length"] = possible_length(name, model.base_model, tokenizer, own.get("max_length"))
+        kept = (*settings, "prompts")
+        if lost := [key for key, value in own.items() if key not in kept and value not in (None, [], "cosine")]:
+            raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")
+        for key in kept:  # as the folder says, unless told
+            if getattr(args, key) is None and own.get(key) not in (None, {}):
+                setattr(args, key, own[key])
         if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
             model.base_model.pooler = type(model.base_model)(model.config).pooler
         return model, tokenizer
     encoder = Encoder.from_pretrained(name, **settings, **kwargs)
-    if encoder.pooling == "cls_mlp" and read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
+    if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
         reset_dense(encoder.backbone.pooler.dense, encoder.config)  # a new head, as in the paper's code
     if model_args.lora_r:
         encoder.backbone = get_peft_model(
@@ -280,7 +287,9 @@ def with_dropout(name: str, rate: float):
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **transformer_folder(name))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from error
     known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]

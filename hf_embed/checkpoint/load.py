@@ -1,18 +1,33 @@
 """A folder or a model on the Hub to an `Encoder`."""
 
+import logging
+
 from transformers import AutoModel, AutoTokenizer
 
-from hf_embed.checkpoint.layout import read_settings
+from hf_embed.checkpoint.layout import read_settings, transformer_folder
 from hf_embed.errors import InputError
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
+
+logger = logging.getLogger(__name__)
+
+# Which files of a repository; they count for all of them.
+HUB = ("revision", "token", "cache_dir", "local_files_only")
+# Tokenizers without a limit say 10^30.
+MOST_TOKENS = 10**9
 
 
 def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, **model_kwargs):
     """See Encoder.from_pretrained. Raises InputError if the model cannot be reached or has a module unknown here."""
     model_kwargs = {"dtype": "auto"} | model_kwargs
+    hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
+    if "subfolder" in model_kwargs:
+        raise InputError(f"model '{name}': from_pretrained takes no subfolder; give the path of that folder as the model")
     try:
-        backbone = AutoModel.from_pretrained(name, **model_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        folder = transformer_folder(name, **hub)
+        backbone = AutoModel.from_pretrained(name, **folder, **model_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, **folder, **hub)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from error
     if getattr(backbone, "_hf_peft_config_loaded", False):
@@ -23,11 +38,38 @@ def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, 
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
-    settings = read_settings(name, backbone)
-    for key, value in {"pooling": pooling, "max_length": max_length, "normalize": normalize}.items():
-        if value is not None:
-            settings[key] = value
+    settings = read_settings(name, backbone, tokenizer, pooling, **hub)
+    if max_length is None:
+        max_length = possible_length(name, backbone, tokenizer, settings.get("max_length"))
+    settings |= {"max_length": max_length} | ({} if normalize is None else {"normalize": normalize})
+    if settings.get("similarity_fn_name", "cosine") != "cosine":
+        logger.warning(
+            f"model '{name}': similarity() and mteb compare its vectors by {settings['similarity_fn_name']}, as it says; "
+            "training and the evaluations of this package do so by the cosine"
+        )
     return cls(backbone, tokenizer, **settings).eval()
+
+
+def possible_length(name: str, backbone, tokenizer, stated: int | None) -> int | None:
+    """Where to cut texts: after the tokens that the folder states, if the model takes so many; None: the encoder's default.
+
+    Says so in a warning where that is earlier than sentence-transformers cuts them.
+    """
+    from hf_embed.encoder import DEFAULT_MAX_LENGTH, positions
+
+    limit = positions(backbone)
+    if stated is None or (limit is None and stated > MOST_TOKENS):
+        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+        if longest > DEFAULT_MAX_LENGTH:
+            more = f"up to {longest:,}" if longest < MOST_TOKENS else "longer ones"
+            logger.warning(
+                f"model '{name}': texts are cut after {DEFAULT_MAX_LENGTH} tokens; it takes {more}: give max_length="
+            )
+        return None
+    if limit is not None and stated > limit:
+        logger.warning(f"model '{name}': texts are cut after the {limit:,} tokens that it has positions for, not {stated:,}")
+        return limit
+    return stated
 
 
 def unreachable(name: str, error: Exception) -> InputError:

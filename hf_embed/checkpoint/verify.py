@@ -5,7 +5,6 @@ import importlib.util
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +46,8 @@ def through_automodel(encoder, folder: str, dtype: torch.dtype) -> Tensor:
         model = AutoModel.from_pretrained(folder, dtype=dtype).to(encoder.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
-    batch = tokenizer(PROBES, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
+    probes = [encoder.prompt() + probe for probe in PROBES]
+    batch = tokenizer(probes, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
     pooling = saved_pooling(encoder.pooling)
     with torch.inference_mode():
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -58,8 +58,7 @@ def through_automodel(encoder, folder: str, dtype: torch.dtype) -> Tensor:
             vectors = pool(pooling, layers, batch["attention_mask"])
         for layer in read_settings(folder, model).get("dense", []):
             vectors = layer(vectors)
-    vectors = vectors.float()
-    return (F.normalize(vectors, dim=-1) if encoder.normalize else vectors).cpu()
+    return encoder.finish(vectors.float()).cpu()
 
 
 def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype) -> Tensor:
