@@ -178,6 +178,7 @@ SAME = {
     "Dropout": lambda make: make(st.Pooling(32), st.Dropout(0.5), dense(32, 8)),
     "Dense": lambda make: make(st.Pooling(32), dense(32, 8)),
     "Dense with ReLU, no bias": lambda make: make(st.Pooling(32), dense(32, 8, activation=torch.nn.ReLU, bias=False)),
+    "Dense with GELU, by its short name": lambda make: dense_config(activation_function="torch.nn.GELU")(make),
     "Dense with a residual": lambda make: make(st.Pooling(32), dense(32, 32, use_residual=True), st.Normalize()),
     "Dense with a narrower residual": lambda make: make(st.Pooling(32, "cls"), dense(32, 8, use_residual=True)),
     "Dense is the pooler": lambda make: make(st.Pooling(32, "cls"), pooler()),
@@ -215,14 +216,17 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_vectors_there_and_back(make, tmp_path, name):
-    folder = SAME[name](make)
-    expected = load_st(folder).encode(TEXTS)
+    folder, texts = SAME[name](make), TEXTS
+    if "700 positions" in name:
+        texts = [*TEXTS, LONG * 5]
+        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # of which the encoder's default keeps 512
+    expected = load_st(folder).encode(texts)
     encoder = Encoder.from_pretrained(folder)
-    assert_same(encoder.encode(TEXTS), expected)
+    assert_same(encoder.encode(texts), expected)
     assert encoder.dimension == expected.shape[1]
     encoder.save_pretrained(tmp_path / "ours")  # checked against plain AutoModel, too
-    assert_same(load_st(tmp_path / "ours").encode(TEXTS), expected)
-    assert_same(Encoder.from_pretrained(tmp_path / "ours").encode(TEXTS), expected)
+    assert_same(load_st(tmp_path / "ours").encode(texts), expected)
+    assert_same(Encoder.from_pretrained(tmp_path / "ours").encode(texts), expected)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +288,12 @@ def without_pooling(make):
 def broken_json(make):
     folder = make()
     (folder / CONFIG).write_text('{"prompts": ')
+    return folder
+
+
+def no_list(make):
+    folder = make()
+    (folder / "modules.json").write_text("{}")
     return folder
 
 
@@ -358,9 +368,16 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "custom normalize": (other_module("sentence_transformers_extra.Normalize"), "sentence_transformers_extra.Normalize ('2"),
     "no package": (pooling_type("Pooling"), "the module Pooling ('1_Pooling'), which is code of the model's own"),
     "path outside": (other_module(MODULES + "Normalize", path="../elsewhere"), "'../elsewhere', which is outside"),
+    "one name twice": (other_module(MODULES + "Normalize", name="1"), "whose name '1' another has too"),
+    "a module without a type": (other_module(None), "which has no path and type"),
+    "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" of sentence_bert_config.json'),
+    "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 of 1_Pooling/config.json"),
+    "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
+    "modules.json that is no list": (no_list, "modules.json has no list at its top"),
     "SparseEncoder": (keys(CONFIG, model_type="SparseEncoder"), 'model_type "SparseEncoder"'),
     "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; take one of cosine, dot, euclidean, manhattan"),
-    "truncate_dim 0": (keys(CONFIG, truncate_dim="8"), "truncate_dim is '8'"),
+    "truncate_dim below 1": (keys(CONFIG, truncate_dim=-3), "truncate_dim is -3"),
+    "truncate_dim that is text": (keys(CONFIG, truncate_dim="8"), 'truncate_dim "8"'),
     "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" of config_sentence_transformers.json'),
     "default prompt that is not there": (keys(CONFIG, default_prompt_name="passage"), "'passage'"),
     "prompts that are no texts": (keys(CONFIG, prompts={"query": 3}), "prompts {'query': 3} are no texts"),
@@ -401,6 +418,19 @@ def test_refused_by_name(make, name):
     message = error_of(Encoder.from_pretrained, build(make))
     assert says in message
     assert message.startswith("model '") or "; " in message  # which model, or how to mend
+
+
+def test_a_revision_counts_for_every_file(tmp_path):
+    for commit, settings in (("a" * 40, {"pooling": "cls", "max_length": 9}), ("b" * 40, {"normalize": True, "seed": 1})):
+        folder = tmp_path / "models--user--mine" / "snapshots" / commit
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tiny_encoder(**settings).save_pretrained(folder, verify=False)
+    (tmp_path / "models--user--mine" / "refs").mkdir()
+    for branch, commit in (("main", "a" * 40), ("other", "b" * 40)):
+        (tmp_path / "models--user--mine" / "refs" / branch).write_text(commit)
+        encoder = Encoder.from_pretrained("user/mine", revision=branch, cache_dir=str(tmp_path))
+        theirs = SentenceTransformer("user/mine", revision=branch, cache_folder=str(tmp_path), device="cpu")
+        assert_same(encoder.encode(TEXTS), theirs.encode(TEXTS))
 
 
 def test_a_subfolder_is_refused(bases):
@@ -480,6 +510,12 @@ def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
     short = [text for text in TEXTS if text != LONG]
     assert_same(encoder.encode(short), load_st(folder).encode(short))
     assert "max_length 80 is above the 66 positions" in error_of(Encoder.from_pretrained, folder, max_length=80)
+
+
+def test_requirements_are_named(make, caplog):
+    folder = keys(CONFIG, requirements={"transformers": ">=5"})(make)
+    assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
+    assert 'asks for {"transformers": ">=5"}, which is not checked here' in caplog.text
 
 
 # ---- prompts, similarities ----

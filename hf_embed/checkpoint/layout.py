@@ -32,34 +32,36 @@ ORDER = ["Transformer", "WeightedLayerPooling", "Pooling", "Dense", "Normalize"]
 TRANSFORMER_CONFIGS = [
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
-ANY = None
-EMPTY = (None, False, "", [], {})
-SENTENCE = {key: ["sentence_embedding"] for key in ("module_input_name", "module_output_name")}
-# The keys that a file or a module's config may have. ANY: the key is read here, or no vector depends on it. Otherwise these
-# are the values that change nothing. Every other key that is not empty is refused, since its meaning would be lost.
+EMPTY = [None, False, "", [], {}]
+SENTENCE = {"module_input_name": ["sentence_embedding"], "module_output_name": ["sentence_embedding", None]}
+WIDTH = {"word_embedding_dimension": int, "embedding_dimension": int}  # of no consequence
+# The keys that a file or a module's config may have. With a type, the key is read here or no vector depends on it; with a
+# list, these are the values that change nothing. Every other key that is not empty is refused: its meaning would be lost.
 KEYS = {
-    "modules.json": dict.fromkeys(["idx", "name", "path", "type", "kwargs"], ANY),
-    "config_sentence_transformers.json": {"model_type": ["SentenceTransformer"], "__version__": ANY, "requirements": ANY}
-    | dict.fromkeys(["prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim"], ANY),
+    "modules.json": {"idx": int, "name": str, "path": str, "type": str, "kwargs": list},
+    "config_sentence_transformers.json": {
+        "__version__": object,
+        "requirements": object,
+        "model_type": ["SentenceTransformer"],
+        "prompts": dict,
+        "default_prompt_name": str,
+        "similarity_fn_name": str,
+        "truncate_dim": int,
+    },
     "Transformer": {
-        "max_seq_length": ANY,
-        "do_lower_case": ANY,
-        "unpad_inputs": ANY,  # another layout in memory, for flash attention
+        "max_seq_length": int,
+        "do_lower_case": bool,
+        "unpad_inputs": bool,  # another layout in memory, for flash attention
         "transformer_task": ["feature-extraction"],
         "modality_config": [{"text": {"method": "forward", "method_output_name": "last_hidden_state"}}],
         "module_output_name": ["token_embeddings"],
     },
-    "WeightedLayerPooling": dict.fromkeys(
-        ["word_embedding_dimension", "embedding_dimension", "layer_start", "num_hidden_layers"], ANY
-    ),
-    "Pooling": dict.fromkeys(
-        ["word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"]
-        + [f"pooling_mode_{flag}" for flag in ST_FLAGS],
-        ANY,
-    ),
-    "Dense": dict.fromkeys(["in_features", "out_features", "bias", "activation_function", "use_residual"], ANY) | SENTENCE,
+    "WeightedLayerPooling": {"layer_start": int, "num_hidden_layers": int} | WIDTH,
+    "Pooling": {"pooling_mode": str | list, "include_prompt": bool} | WIDTH | {f"pooling_mode_{f}": bool for f in ST_FLAGS},
+    "Dense": {"in_features": int, "out_features": int, "bias": bool, "activation_function": str, "use_residual": bool}
+    | SENTENCE,
     "Normalize": SENTENCE,
-    "Dropout": {"dropout": ANY},
+    "Dropout": {"dropout": object},
 }
 
 
@@ -167,8 +169,8 @@ class Files:
 
     def check_keys(self, kind: str, file: str, config: dict) -> None:
         for key, value in config.items():
-            known = KEYS[kind]
-            if value not in EMPTY and not (key in known and (known[key] is ANY or value in known[key])):
+            known = KEYS[kind].get(key, EMPTY)
+            if not (value in known if isinstance(known, list) else isinstance(value, known) or value in EMPTY):
                 shown = json.dumps(value)
                 raise self.refused(f"{key} {shown if len(shown) < 100 else shown[:100] + ' ...'} of {file}")
 
@@ -256,7 +258,7 @@ def read_modules(files: Files) -> list[tuple[str, str]] | None:
         return None
     modules, before = [], None
     for module in listed:
-        if not isinstance(module, dict) or not {"path", "type"} <= module.keys():
+        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("path", "type")):
             raise InputError(f"model '{files.name}': modules.json lists {module!r}, which has no path and type; copy it anew")
         files.check_keys("modules.json", "modules.json", module)
         path, (package, _, kind) = module["path"], module["type"].rpartition(".")
@@ -267,6 +269,8 @@ def read_modules(files: Files) -> list[tuple[str, str]] | None:
         if kind not in KEYS:
             raise files.refused(f"the module {kind} ('{path}')")
         modules.append((kind, path))
+        if sum(module.get("name") == other.get("name") for other in listed if isinstance(other, dict)) > 1:
+            raise files.refused(f"the module {kind} ('{path}'), whose name '{module.get('name')}' another has too,")
         if kind == "Dropout":
             continue
         twice = kind == before and kind not in ("Dense", "Normalize")
@@ -283,7 +287,8 @@ def read_transformer(files: Files, path: str, backbone, tokenizer) -> dict:
     prefix = f"{path}/" if path else ""
     found = ((prefix + file, files.json(prefix + file)) for file in TRANSFORMER_CONFIGS)
     file, config = next(((file, config) for file, config in found if config), (prefix + TRANSFORMER_CONFIGS[0], {}))
-    if "message" in (config.get("modality_config") or {}):
+    modalities = config.get("modality_config")
+    if isinstance(modalities, dict) and "message" in modalities:
         raise files.refused(f"the chat template that texts go through by modality_config of {file}")
     for key, value in config.items():  # arguments of loading; sentence-transformers heeds no trust_remote_code from a file
         if key.endswith(("_args", "_kwargs")) and isinstance(value, dict):
@@ -312,7 +317,7 @@ def read_model_config(files: Files) -> dict:
     if config.get("requirements"):
         logger.warning(f"model '{files.name}' asks for {json.dumps(config['requirements'])}, which is not checked here")
     prompts = config.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+    if not all(isinstance(text, str | None) for text in prompts.values()):
         raise InputError(f"model '{files.name}': prompts {prompts!r} are no texts by name; correct {file}")
     prompts = {key: text or "" for key, text in prompts.items()}
     return {
@@ -355,7 +360,7 @@ def read_layers(files: Files, path: str, backbone, mend: str) -> str | None:
     file = f"{path}/config.json"
     config, last = files.config("WeightedLayerPooling", file), backbone.config.num_hidden_layers
     weights = files.tensors(path)["layer_weights"].tolist()
-    first = config.get("layer_start", 4)
+    first = config.get("layer_start", 4) or 0
     used = {first + i: weight for i, weight in enumerate(weights) if weight}
     names = {(last,): None, (last - 1, last): "top2", (1, last): "first_last"}
     fits = config.get("num_hidden_layers", 12) == last == first + len(weights) - 1
@@ -401,8 +406,8 @@ def read_dense_layers(files: Files, paths: list[str], backbone) -> list[Dense]:
 def read_dense(files: Files, path: str) -> Dense:
     file = f"{path}/config.json"
     config = files.config("Dense", file)
-    package, _, kind = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")
-    activation = getattr(nn, kind, None) if package.startswith("torch.nn.") else None
+    package, _, kind = (config.get("activation_function", "torch.nn.modules.activation.Tanh") or "").rpartition(".")
+    activation = getattr(nn, kind, None) if f"{package}.".startswith("torch.nn.") else None
     tensors = files.tensors(path)
     try:
         dense = Dense(
