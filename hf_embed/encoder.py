@@ -130,10 +130,10 @@ class Encoder(nn.Module):
     @property
     def dimension(self) -> int:
         """The length of a vector from `encode`."""
-        return min(self.width, self.truncate_dim or self.width)
+        return min(self.full_dimension, self.truncate_dim or self.full_dimension)
 
     @property
-    def width(self) -> int:
+    def full_dimension(self) -> int:
         """D, the length of an embedding in training."""
         return self.dense[-1].linear.out_features if self.dense else self.config.hidden_size
 
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
                     parts.append(embed_texts(self, self, part, chunk_tokens).float())
         finally:
             self.train(was_training)
-        vectors = self.finish(torch.cat(parts) if parts else torch.zeros(0, self.width))
+        vectors = self.finish(torch.cat(parts) if parts else torch.zeros(0, self.full_dimension))
         return vectors if convert_to_tensor else vectors.cpu().numpy()
 
     def finish(self, embeddings: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import hf_embed
 from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import has_mlp_head, read_settings, transformer_folder
-from hf_embed.checkpoint.load import possible_length, unreachable
+from hf_embed.checkpoint.load import MOST_TOKENS, unreachable
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
@@ -257,8 +257,8 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
         tokenizer = AutoTokenizer.from_pretrained(name, **folder)
         model = AutoModelForMaskedLM.from_pretrained(name, **folder, **kwargs)
         own = read_settings(name, model.base_model, tokenizer, args.pooling)
-        if args.max_length is None:
-            own["max_length"] = possible_length(name, model.base_model, tokenizer, own.get("max_length"))
+        if own.get("max_length", 0) > MOST_TOKENS:
+            del own["max_length"]
         kept = (*settings, "prompts")
         if lost := [key for key, value in own.items() if key not in kept and value not in (None, [], "cosine")]:
             raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")

@@ -394,9 +394,9 @@ def warn_of_settings_for_encode(encoder: Encoder) -> None:
             f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts; training puts those named "
             "query and document before them, where there are such"
         )
-    if encoder.dimension < encoder.width:
+    if encoder.dimension < encoder.full_dimension:
         logger.warning(
-            f"training uses all {encoder.width} dimensions; encode gives the first {encoder.dimension} (truncate_dim)"
+            f"training uses all {encoder.full_dimension} dimensions; encode gives the first {encoder.dimension} (truncate_dim)"
         )
 
 
@@ -443,8 +443,8 @@ def check_world(args: ContrastiveTrainingArguments) -> None:
 
 
 def check_widths(objective, encoder: Encoder) -> None:
-    if max(getattr(objective, "dims", ()), default=0) > encoder.width:
-        raise InputError(f"Matryoshka dims {max(objective.dims)}: the embedding is {encoder.width} wide")
+    if max(getattr(objective, "dims", ()), default=0) > encoder.full_dimension:
+        raise InputError(f"Matryoshka dims {max(objective.dims)}: the embedding is {encoder.full_dimension} wide")
 
 
 def check_batch(args: ContrastiveTrainingArguments) -> None:

@@ -574,7 +574,7 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
     assert "training uses all 8 dimensions; encode gives the first 5 (truncate_dim)" in caplog.text
     assert (encoder.max_length, encoder.prompts) == (12, {"STS": "like: ", "document": "d: "})
     assert (encoder.truncate_dim, encoder.similarity_fn_name, encoder.default_prompt_name) == (5, "dot", "STS")
-    assert (encoder.width, encoder.dimension) == (8, 5)
+    assert (encoder.full_dimension, encoder.dimension) == (8, 5)
     with torch.no_grad():
         evaluated = trainer._embed(TEXTS)
     assert_same(evaluated.numpy(), encoder.encode(TEXTS))

@@ -39,37 +39,39 @@ def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, 
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
-    if max_length is None:
-        max_length = possible_length(name, backbone, tokenizer, settings.get("max_length"))
-    settings |= {"max_length": max_length} | ({} if normalize is None else {"normalize": normalize})
+    settings |= {} if normalize is None else {"normalize": normalize}
+    stated = settings.pop("max_length", None)
     if settings.get("similarity_fn_name", "cosine") != "cosine":
         logger.warning(
             f"model '{name}': similarity() and mteb compare its vectors by {settings['similarity_fn_name']}, as it says; "
             "training and the evaluations of this package do so by the cosine"
         )
-    return cls(backbone, tokenizer, **settings).eval()
+    encoder = cls(backbone, tokenizer, **settings, max_length=max_length).eval()
+    if max_length is None:
+        encoder.max_length = length_of(encoder, name, stated)
+    return encoder
 
 
-def possible_length(name: str, backbone, tokenizer, stated: int | None) -> int | None:
-    """Where to cut texts: after the tokens that the folder states, if the model takes so many; None: the encoder's default.
+def length_of(encoder, name: str, stated: int | None) -> int:
+    """After how many tokens to cut texts: as the folder states, if the model takes so many; else as the encoder does.
 
     Says so in a warning where that is earlier than sentence-transformers cuts them.
     """
-    from hf_embed.encoder import DEFAULT_MAX_LENGTH, positions
+    from hf_embed.encoder import check_max_length, positions
 
-    limit = positions(backbone)
+    limit, longest = positions(encoder.backbone), encoder.tokenizer.model_max_length
     if stated is None or (limit is None and stated > MOST_TOKENS):
-        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        if longest > DEFAULT_MAX_LENGTH:
+        longest = min(limit or longest, longest)
+        if longest > encoder.max_length:
             more = f"up to {longest:,}" if longest < MOST_TOKENS else "longer ones"
             logger.warning(
-                f"model '{name}': texts are cut after {DEFAULT_MAX_LENGTH} tokens; it takes {more}: give max_length="
+                f"model '{name}': texts are cut after {encoder.max_length} tokens; it takes {more}: give max_length="
             )
-        return None
+        return encoder.max_length
     if limit is not None and stated > limit:
         logger.warning(f"model '{name}': texts are cut after the {limit:,} tokens that it has positions for, not {stated:,}")
         return limit
-    return stated
+    return check_max_length(stated, encoder.backbone, encoder.tokenizer)
 
 
 def unreachable(name: str, error: Exception) -> InputError:
