@@ -371,6 +371,7 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "one name twice": (other_module(MODULES + "Normalize", name="1"), "whose name '1' another has too"),
     "a module without a type": (other_module(None), "which has no path and type"),
     "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" of sentence_bert_config.json'),
+    "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' of"),
     "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 of 1_Pooling/config.json"),
     "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
     "modules.json that is no list": (no_list, "modules.json has no list at its top"),

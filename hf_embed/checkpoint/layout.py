@@ -296,14 +296,19 @@ def read_transformer(files: Files, path: str, backbone, tokenizer) -> dict:
     files.check_keys("Transformer", file, config)
     if tokenizer is None:
         return {}
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise InputError(
+            f"model '{files.name}': model_max_length {longest!r} of tokenizer_config.json is no number; correct it"
+        )
     if config.get("do_lower_case") and not lower_cases(tokenizer):
         raise files.refused(
             f"do_lower_case of {file}", "set it in tokenizer_config.json, or load it with sentence-transformers"
         )
     if config.get("max_seq_length"):
         return {"max_length": config["max_seq_length"]}
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    return {"max_length": min(tokenizer.model_max_length, positions if (positions or -1) > 0 else tokenizer.model_max_length)}
+    positions = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet says -1
+    return {"max_length": int(min(longest, positions) if positions > 0 else longest)}
 
 
 def lower_cases(tokenizer) -> bool:
