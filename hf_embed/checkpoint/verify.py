@@ -7,7 +7,6 @@ import tempfile
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -72,6 +71,7 @@ def through_automodel(encoder, folder: str, model):
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> Tensor:
+        texts = [encoder.prompt() + text for text in texts]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
         if pooling == "cls_mlp":
@@ -81,8 +81,7 @@ def through_automodel(encoder, folder: str, model):
             vectors = pool(pooling, layers, batch["attention_mask"])
         for layer in dense:
             vectors = layer(vectors)
-        vectors = vectors.float()
-        return (F.normalize(vectors, dim=-1) if encoder.normalize else vectors).cpu()
+        return encoder.finish(vectors.float()).cpu()
 
     return encode
 
