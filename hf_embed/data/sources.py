@@ -11,7 +11,6 @@ where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, 
 may have fewer negatives than others).
 """
 
-import csv
 import glob
 import gzip
 import logging
@@ -19,11 +18,12 @@ import re
 import zlib
 from pathlib import Path
 
-import pandas
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from hf_embed.data import files
+from hf_embed.data.files import NEGATIVE
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -31,62 +31,56 @@ logger = logging.getLogger(__name__)
 ACCEPTED = "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]"
 DROP_ADVICE = "--drop_empty_rows drops such rows and counts them"
 LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
-NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
+KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
 
-def read_file(path: str | list[str], header: bool = True, streaming: bool = False) -> Dataset | IterableDataset:
+def read_file(
+    path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True, optional: list[str] | None = None
+) -> Dataset | IterableDataset:
     """Rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
 
     Several files, of one kind and with the same columns, follow each other. A tsv file is read without quoting, as most
-    corpora are written. With `header=False` the columns of csv and tsv files are named 0, 1, 2 ... With `streaming` nothing is
-    stored: the rows are read anew in every pass. Raises InputError if a file is missing, empty or of another kind.
+    corpora are written, a csv file too with `quoting=False`. With `header=False` the columns of csv and tsv files are named
+    0, 1, 2 ... With `streaming` nothing is stored: the rows are read anew in every pass; `optional` are columns that a jsonl
+    stream may lack in its first rows. Raises InputError if a file is missing, empty, of another kind, or wrong in a line.
     """
     paths = [path] if isinstance(path, str) else path
-    kinds = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    kind = check_files(paths, kinds)
-    path = paths[0]
-    table = {"keep_default_na": False, "header": 0 if header else None}
-    tabs = table | {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    options = {".csv": table, ".tsv": tabs}.get(kind, {})
-    try:
-        if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
-            head = pandas.read_csv(path, nrows=1, **options)
-            if head.empty:
-                raise InputError(f"{path}: no rows")
-            if not isinstance(head.index, pandas.RangeIndex):
-                raise InputError(f"{path}: the rows have more columns than the header; name every column")
-            for other in paths[1:]:
-                columns = pandas.read_csv(other, nrows=1, **options).columns
-                if list(columns) != list(head.columns):
-                    raise InputError(
-                        f"{other}: its columns are {', '.join(map(str, columns))}, those of {path} "
-                        f"{', '.join(map(str, head.columns))}; the files of a set need the same, in the same order"
-                    )
-            options["names"] = [str(c) for c in head.columns]
-            options["features"] = Features({name: Value("string") for name in options["names"]})
-        if kind == ".txt":
-            options["encoding"] = "utf-8-sig"  # without the byte-order mark
-        if kind == ".parquet" and path.endswith(".gz"):  # datasets does not unpack these
-            if len(paths) > 1 or streaming:
-                raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
-            with gzip.open(path) as unpacked:
-                rows = Dataset(pyarrow.parquet.read_table(unpacked))
-        else:
-            files = [p if "://" in p else glob.escape(p) for p in paths]
-            rows = load_dataset(kinds[kind], data_files=files, split="train", streaming=streaming, **options)
-        empty = len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None
-    except InputError:
-        raise
-    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
-    if empty:
-        raise InputError(f"{path}: no rows")
+    kind = check_files(paths)
+    if kind != "parquet":
+        table = files.Table(header, quoting)
+        rows = files.stream(paths, table, optional) if streaming else files.load(paths, table)
+    else:
+        rows = read_parquet(paths, streaming)
+    if (len(rows) == 0) if isinstance(rows, Dataset) else (next(iter(rows), None) is None):
+        raise InputError(f"{paths[0]}: no rows")
     return rows
 
 
-def check_files(paths: list[str], kinds: dict[str, str]) -> str:
-    """The one ending that all the files have, without .gz."""
+def first_cells(path: str) -> list[str] | None:
+    """What may be the header of a csv or tsv file, in lower case; None for a file of another kind."""
+    if check_files([path]) not in files.SEPARATORS:
+        return None
+    return [cell.lower() for cell in files.table_columns(path, files.Table())]
+
+
+def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
+    path = paths[0]
+    try:
+        if path.endswith(".gz"):  # datasets does not unpack these
+            if len(paths) > 1 or streaming:
+                raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
+            with gzip.open(path) as unpacked:
+                return Dataset(pyarrow.parquet.read_table(unpacked))
+        data_files = [p if "://" in p else glob.escape(p) for p in paths]
+        return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
+    except InputError:
+        raise
+    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
+        raise files.unreadable(path, files.first_line(error.__cause__ or error)) from error
+
+
+def check_files(paths: list[str]) -> str:
+    """The one kind that all the files are of. Raises InputError for one that is missing, empty or of no such kind."""
     endings = set()
     for path in paths:
         file = Path(path)
@@ -95,13 +89,14 @@ def check_files(paths: list[str], kinds: dict[str, str]) -> str:
                 raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
             if file.stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
-        suffixes = [s.lower() for s in file.suffixes]
-        kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
-        if kind not in kinds:
-            raise InputError(f"{path}: cannot read '{kind}' files; accepted are {', '.join(kinds)}, also with .gz")
+        kind = files.kind_of(path)
+        if kind not in KINDS:
+            accepted = ", ".join(f".{kind}" for kind in KINDS)
+            raise InputError(f"{path}: cannot read '{kind and '.' + kind}' files; accepted are {accepted}, also with .gz")
         endings.add(kind)
     if len(endings) > 1:
-        raise InputError(f"{paths[0]} and others: files of one kind belong together; found {', '.join(sorted(endings))}")
+        found = ", ".join(f".{kind}" for kind in sorted(endings))
+        raise InputError(f"{paths[0]} and others: files of one kind belong together; found {found}")
     return endings.pop()
 
 

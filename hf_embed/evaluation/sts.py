@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from hf_embed.data.sources import read_file, read_hub
+from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import Alignment, Uniformity, unit
 from hf_embed.evaluation.tasks import embed_on_all_ranks
@@ -48,21 +48,19 @@ class SpearmanCosine(evaluate.Metric):
 
 def read_sts(path: str) -> Dataset:
     """An STS file: columns score, sentence1, sentence2 by name where there is a header, else by position."""
-    rows = read_file(path)
-    names = {str(c).lower(): c for c in rows.column_names}
-    if all(c in names for c in COLUMNS):
-        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
-    elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")) and not names.keys() & set(COLUMNS):
-        rows = read_file(path, header=False)
+    cells = first_cells(path)
+    header = cells is None or bool(set(cells) & set(COLUMNS))
+    rows = read_file(path, header)
+    names = {c.lower(): c for c in rows.column_names}
+    if not header:
         if len(rows.column_names) < 3:
             raise InputError(
                 f"{path}: found {len(rows.column_names)} column(s); an STS file has score, sentence1, sentence2, "
                 "by position or named in a header"
             )
-        score, first, second = rows.column_names[:3]
-        rows = rows.select_columns([first, second, score]).rename_columns(
-            {first: "sentence1", second: "sentence2", score: "score"}
-        )
+        names = dict(zip(("score", "sentence1", "sentence2"), rows.column_names))
+    if all(c in names for c in COLUMNS):
+        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
     return check_sts(rows, path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_embed.data.sources import read_file, row_texts
+from hf_embed.data.sources import first_cells, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import unit
 from hf_embed.evaluation.tasks import embed_on_all_ranks
@@ -47,16 +47,21 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     """
     if "{label}" not in template:
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
-    rows = read_file(path)
-    if not {"label", "text"} <= set(rows.column_names):
-        if {"label", "text"} & set(rows.column_names):
+    cells = first_cells(path)
+    rows = read_file(path, header=cells is None or bool({"label", "text"} & set(cells)))
+    names = {c.lower(): c for c in rows.column_names}
+    if not {"label", "text"} <= set(names):
+        if {"label", "text"} & set(names):
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
-        rows = read_file(path, header=False) if path.removesuffix(".gz").endswith((".tsv", ".csv")) else rows
         if len(rows.column_names) != 2:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
-        rows = rows.rename_columns(dict(zip(rows.column_names, ("label", "text"))))
-        if len(rows) > 20 and len(set(rows["label"])) > len(rows) / 2:
+        names = dict(zip(("label", "text"), rows.column_names))
+        labels = rows[names["label"]][:]
+        if len(labels) > 20 and len(set(map(str, labels))) > len(labels) / 2:
             raise InputError(f"{path}: hardly a label stands twice; the first column is the label, the second the text")
+    rows = rows.select_columns([names["label"], names["text"]]).rename_columns(
+        {names[c]: c for c in ("label", "text") if names[c] != c}
+    )
     for i, row in enumerate(rows, 1):
         row_texts(row, ["text"], f"{path}, row {i}")
     labels = sorted(set(map(str, rows["label"])))
