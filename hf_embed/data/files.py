@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import datasets
 import fsspec
 import pyarrow
+import yaml
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
@@ -263,16 +264,17 @@ def is_json(text: str) -> bool:
 def parsed(text: str, path: str, number: int):
     """JSON whose texts can be encoded. `number` is of the first line."""
     try:
-        found = DECODER.decode(text)
-        if SURROGATE.search(text):  # "\ud83d\ude00" is a character, half of it is none
-            json.dumps(found, ensure_ascii=False).encode()
+        found = DECODER.decode(text.rstrip())  # an error behind the line end would be in the next line
     except json.JSONDecodeError as error:
         raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
-    except UnicodeEncodeError as error:
-        half = json.dumps(error.object[error.start])
-        raise unreadable(path, f"line {number}: {half} is half of a character; correct or delete the text") from error
     except (ValueError, RecursionError) as error:
         raise unreadable(path, f"line {number}: {first_line(error)}") from error
+    if "\\u" in text and SURROGATE.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # "\ud83d\ude00" is a character, half of it is none
+            half = json.dumps(error.object[error.start])
+            raise unreadable(path, f"line {number}: {half} is half of a character; correct or delete the text") from error
     return found
 
 
@@ -421,3 +423,37 @@ def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: b
             if late and "negatives" in known:
                 row["negatives"] = [text for key in late for text in (row[key] if isinstance(row[key], list) else [row[key]])]
             yield {name: row.get(name) for name in columns}
+
+
+# ---- yaml ----
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key stands twice; of two, PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise TwiceError(f"line {key_node.start_mark.line + 1}: the key '{key}' is there twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class TwiceError(yaml.YAMLError):
+    pass
+
+
+def read_yaml(path: str, name: str):
+    """What a YAML file holds. Raises InputError, which calls the file `name`: missing, not YAML, or with a key twice."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8: {error}") from error
+    except TwiceError as error:
+        raise InputError(f"{name}, {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 ACCEPTED = "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]"
 DROP_ADVICE = "--drop_empty_rows drops such rows and counts them"
 LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
+# A column that judges a pair has one of these words in its name: label, gold_label, is_duplicate, relevance_score ...
+JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "duplicate", "paraphrase", "relevance",
+           "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
 KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
 
@@ -118,12 +121,17 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     """Which of the columns `names` hold texts, in the order anchor, positive, negatives.
 
     `paired` True asks for anchor and positive, False for single texts, None takes what is there. Raises InputError naming
-    what was found and what is accepted.
+    what was found and what is accepted, and for a column that judges the pairs: they may not all be positives.
     """
     found = {column.lower(): column for column in names}
     single = next((found[c] for c in ("text", "sentence") if c in found), None)
     if single is None and len(names) == 1:
         single = names[0]
+        if separator := files.other_separator(single):
+            raise InputError(
+                f"{name}: there is one column, '{files.shortened(single)}'; its name holds {files.SEPARATOR_NAMES[separator]}, "
+                "which looks like the file's separator: write the file again, or rename the column"
+            )
     pair = next((pair for pair in LAYOUTS if all(c in found for c in pair)), None)
     if paired is not True and single is not None and (pair is None or paired is False):
         columns = [single]
@@ -134,28 +142,74 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     else:
         wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
         raise InputError(f"{name}: found the columns {', '.join(names)}; accepted are {wanted}; rename them")
+    if len(columns) > 1:
+        refuse_judgements([c for c in names if c not in columns], name)
     if ignored := [c for c in names if c not in columns]:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
+
+
+def refuse_judgements(unused: list[str], name: str) -> None:
+    """A pair of label 0 is none; trained on as it stands, it would be a positive."""
+    judging = [c for c in unused if JUDGING.intersection(re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c).lower()))]
+    if judging:
+        raise InputError(
+            f"{name}: the column '{judging[0]}' judges the pairs and would not be used: every pair would be trained as a "
+            f"positive; keep the true pairs, and leave it out by --ignore_columns {' '.join(judging)} (ignore_columns: in a "
+            "sources file, remove_columns of a Dataset)"
+        )
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    return rows.column_names or list(next(iter(rows)))
+
+
+def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
+    """`rows` without `columns`; InputError if one of them is not there."""
+    if not columns:
+        return rows
+    found = column_names(rows)
+    if missing := [column for column in columns if column not in found]:
+        raise InputError(f"{name}: no column '{missing[0]}' to ignore; found {', '.join(found)}")
+    return rows.remove_columns(columns)
 
 
 def read_texts(path: str) -> list[str]:
     """The texts of a txt, a line each, or of a file's column text (or sentence); empty ones left out."""
     rows = read_file(path)
     column = text_columns(rows.column_names, path, paired=False)[0]
-    return [text for text in rows[column][:] if isinstance(text, str) and text.strip()]
+    texts = rows[column][:]
+    for i, text in enumerate(texts, 1):
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{path}, row {i}, column '{column}': the text is not a text ({text!r}); write texts")
+    return [text for text in texts if text and text.strip()]
 
 
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
-    """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text."""
+    """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text, and for
+    negatives that are a list written as a text."""
     texts = []
     for i, column in enumerate(columns):
         cell, is_negative = row[column], i >= 2
         if cell is None and is_negative:
             continue
+        if is_negative and isinstance(cell, str) and is_list(cell):
+            raise InputError(
+                f"{where}, column '{column}': the text is a list, {files.shortened(cell)}; write the rows as jsonl or parquet, "
+                "or the negatives into columns of their own, negative_1, negative_2 ..."
+            )
         for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
             if not isinstance(text, str) or not text.strip():
                 kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
                 raise InputError(f"{where}, column '{column}': the text is {kind}; fill it in or delete the row")
             texts.append(text)
     return texts
+
+
+def is_list(text: str) -> bool:
+    """Whether a text is a list of texts as pandas, numpy and json write it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
+    text = re.sub(r"^array\((.*?)(,\s*dtype=.*)?\)$", r"\1", text.strip(), flags=re.DOTALL)
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    inside = text[1:-1].strip()
+    return not inside or (inside[0] in "'\"" and inside[-1] in "'\"")
