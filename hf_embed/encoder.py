@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
+from hf_embed.data.tokenization import beginning
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
 from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
@@ -238,6 +239,7 @@ class Encoder(nn.Module):
 
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:
     """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
+    texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
     rows = [row or [encoder.tokenizer.pad_token_id] for row in rows]  # "" is no token at all to most decoders
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)

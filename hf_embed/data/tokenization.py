@@ -21,6 +21,19 @@ def text_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True) or 1
 
 
+def beginning(text: str, max_length: int, tokenizer) -> str:
+    """As much of a very long text as decides its first `max_length` tokens; tokenizers take seconds for a megabyte.
+
+    A word has a token at least, and no tokenizer looks further than a word or two: behind four words for each token nothing
+    matters. The text is cut between words, and still has more than `max_length` tokens.
+    """
+    words = 4 * max_length
+    if len(text) < 10 * words or tokenizer.truncation_side == "left":
+        return text
+    parts = text.split(None, words)
+    return text if len(parts) <= words else text[: len(text) - len(parts[-1])]
+
+
 @dataclass
 class RowTokenizer:
     """Rows of texts to token ids and text hashes, `cut` texts among them:
@@ -40,6 +53,7 @@ class RowTokenizer:
 
     def __call__(self, rows: list[list[str]]) -> dict[str, list]:
         flat = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
+        flat = [beginning(text, self.max_length, self.tokenizer) for text in flat]
         ids = self.tokenizer(flat, verbose=False)["input_ids"] if flat else []
         long = [i for i, text in enumerate(ids) if len(text) > self.max_length]
         if long:

@@ -174,13 +174,13 @@ def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list
 
 def texts_by_id(rows: Iterable[dict], text_of: Callable[[dict], str], name: str) -> dict[str, str]:
     """{id: text}; InputError where two different texts have one id. `line` says where a row of a file stands."""
-    texts, lines = {}, {}
+    texts, places = {}, {}
     for row in rows:
         key, line = str(row["_id"]), row.get(LINE)
         if texts.setdefault(key, text_of(row)) != text_of(row):
-            where = f"{name}.jsonl, line {line}: line {lines[key]} has" if line else f"{name}: two rows have"
+            where = f"{name}.jsonl, line {line}: line {places[key]} has" if line else f"{name}: two rows have"
             raise InputError(f"{where} the _id '{key}' too, and another text; ids must differ")
-        lines[key] = line
+        places[key] = line
     return texts
 
 
@@ -219,7 +219,7 @@ def is_number(text: str) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows with "_id" and "text", read line by line: in corpora other fields vary from row to row. `LINE`: where each stands."""
+    """Rows with "_id" and "text", line by line: in corpora other fields vary from row to row. `LINE` is where a row stands."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []
@@ -235,7 +235,8 @@ def read_jsonl(path: Path) -> list[dict]:
         known = isinstance(row, dict) and isinstance(row.get("text"), str) and isinstance(row.get("_id"), str | int)
         if not known or not str(row["_id"]):
             raise InputError(f"{path}, line {number}: expected a JSON object with _id and text")
-        rows.append(row | {LINE: number})
+        row[LINE] = number
+        rows.append(row)
     return rows
 
 
