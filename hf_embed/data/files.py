@@ -176,7 +176,9 @@ def other_separator(header: str, own: str = "") -> str | None:
 
 
 def shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    """The beginning of a text, in one line."""
+    start = " ".join(text[:61].split())
+    return start if len(text) <= 60 else f"{start[:60]}..."
 
 
 def common_columns(paths: list[str], table: Table) -> list[str]:
