@@ -190,6 +190,21 @@ def test_a_list_in_a_cell_is_no_negative(case, tmp_path, tokenizer):
     assert "column 'neg': the text is a list" in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
 
 
+@pytest.mark.parametrize("column", ["anchor", "positive"])
+def test_columns_of_lists_are_no_anchors_and_no_positives(column, tmp_path, tokenizer):
+    table = pandas.DataFrame(
+        {"anchor": ["a", "b", "c"], "positive": ["d", "e", "f"]} | {column: [["x", "y"], ["z"], ["u", "v"]]}
+    )
+    table.to_csv(tmp_path / "a.csv", index=False)
+    expected = f"column '{column}': every text is a list, ['x', 'y']; write a row for each"
+    assert expected in error_of(tokenize_rows, read_file(str(tmp_path / "a.csv")), tokenizer, 16)
+    entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 3}
+    assert expected in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
+    table.loc[1, column] = "a text"  # then they are texts, say of code
+    table.to_csv(tmp_path / "b.csv", index=False)
+    assert len(tokenize_rows(read_file(str(tmp_path / "b.csv")), tokenizer, 16)) == 3
+
+
 @pytest.mark.parametrize(
     "text", ["[citation needed]", "a['x']", "[1] Smith, 'On lists'", "(laughs)", "['", "'a', 'b'", "[a, b]"]
 )

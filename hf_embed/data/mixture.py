@@ -50,6 +50,7 @@ from hf_embed.data.sources import (
     read_file,
     read_hub,
     refuse_judgements,
+    refuse_lists,
     row_texts,
     text_columns,
 )
@@ -270,7 +271,9 @@ class Stream:
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
             raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
-        probe = [texts for row in islice(source.rows, PROBED_ROWS) if (texts := self.texts(row))]
+        first = list(islice(source.rows, PROBED_ROWS))
+        refuse_lists(first, self.columns, source.label)
+        probe = [texts for row in first if (texts := self.texts(row))]
         self.share_cut = sum(tokenizer(probe)["cut"]) / max(1, sum(map(len, probe)))
 
     def __len__(self) -> int:

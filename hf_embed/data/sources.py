@@ -16,6 +16,7 @@ import gzip
 import logging
 import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet
@@ -204,6 +205,17 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
                 raise InputError(f"{where}, column '{column}': the text is {kind}; fill it in or delete the row")
             texts.append(text)
     return texts
+
+
+def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
+    """Refuse anchors or positives that are lists written as texts in all of some first rows; one alone may be a text."""
+    rows = list(rows)
+    for column in columns[:2]:
+        cells = [row[column] for row in rows if isinstance(row[column], str)]
+        if len(cells) > 1 and all(map(is_list, cells)):
+            raise InputError(
+                f"{name}, column '{column}': every text is a list, {files.shortened(cells[0])}; write a row for each of them"
+            )
 
 
 def is_list(text: str) -> bool:

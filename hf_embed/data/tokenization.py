@@ -3,11 +3,12 @@
 import hashlib
 import logging
 from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow.compute
 from datasets import Dataset
 
-from hf_embed.data.sources import DROP_ADVICE, row_texts, text_columns
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def tokenize_rows(
     taken (default: all). Raises InputError for wrong columns or an empty text (see sources.py).
     """
     columns = text_columns(rows.column_names, name, paired)
+    refuse_lists(islice(rows, 20), columns, name)
     prompts = prompts or {}
     convert_texts = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
 

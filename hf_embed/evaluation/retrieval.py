@@ -153,8 +153,8 @@ def read_retrieval(path: str) -> Retrieval:
 
 def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list[tuple], name: str) -> Retrieval:
     """From rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
-    queries = texts_by_id(queries, lambda row: row["text"] or "", f"{name}, queries")
-    corpus = texts_by_id(corpus, lambda row: f"{row.get('title') or ''} {row['text'] or ''}".strip(), f"{name}, corpus")
+    queries = texts_by_id(queries, lambda row: row["text"] or "", f"{name}/queries")
+    corpus = texts_by_id(corpus, lambda row: f"{row.get('title') or ''} {row['text'] or ''}".strip(), f"{name}/corpus")
     qrels, absent = {}, {"documents": set(), "queries": set()}
     for query, document, grade in judged:
         query, document = str(query), str(document)
