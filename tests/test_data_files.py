@@ -310,6 +310,34 @@ def test_negatives_of_a_stream_that_nobody_spoke_of(late, tmp_path, tokenizer):
     assert list(source.rows.skip(3501)) == [{"query": "q3501", "positive": "p3501", "note": None}]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_negatives_that_are_there_from_the_start(name, tmp_path, caplog, tokenizer):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "hard_neg": f"n{i}"} for i in range(1100)]
+    if name == "a.csv":
+        pandas.DataFrame(rows).to_csv(tmp_path / name, index=False)
+    else:
+        rows[1099]["hard_neg_2"] = "m"
+        jsonl(tmp_path / name, rows)
+    (source,) = read_sources(listed(tmp_path, {"name": "s", "file": name, "streaming": True, "rows": 1100, "negatives": 2}))
+    stream = streamed(source, tokenizer)
+    assert stream.columns == ["query", "positive", "hard_neg"] and not caplog.messages
+    if name == "a.jsonl":  # no place for the second column
+        assert "the column hard_neg_2 begins behind" in error_of(stream.__getitems__, list(range(1100)))
+    else:
+        assert {len(row["text_ids"]) for row in stream.__getitems__(list(range(1100)))} == {3}
+
+
+def test_late_negatives_of_any_name(tmp_path, caplog):
+    rows = [{"query": "q", "positive": "p"}] * 1001 + [{"query": "q", "positive": "p", "neg_1": "n", "neg_2": ["m", "o"]}]
+    entry = {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 1002, "negatives": 3}
+    jsonl(tmp_path / "a.jsonl", rows)
+    (source,) = read_sources(listed(tmp_path, entry))
+    assert list(source.rows)[1000:] == [
+        {"query": "q", "positive": "p", "negatives": None}, {"query": "q", "positive": "p", "negatives": ["n", "m", "o"]}
+    ]  # fmt: skip
+    assert "the first rows have no column negatives; it is taken where it begins" in caplog.text
+
+
 def test_an_unused_column_may_change_its_type(late, tokenizer):
     rows = read_file(str(late / "id.jsonl"))
     assert rows[0]["id"] == 0 and rows[3501]["id"] == "x3501" and rows[3501]["positive"] == "p3501"

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
+ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # Of a stream, the rows whose columns are taken for those of all.
 PROBED_ROWS = 1000
@@ -398,15 +399,21 @@ def load(paths: list[str], table: Table) -> Dataset:
 def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:
     """The rows of text files, read anew in every pass.
 
-    The columns are those of the first rows, and `optional`, which these need not have. A column of negatives that begins later
-    goes to the column `negatives` if that is optional, is left out if others are, and is refused where nothing was said.
+    The columns are those of the first rows. A jsonl stream may lack those of `optional` there: ANY_NEGATIVES stands for all
+    negatives that begin later, whatever they are called. Negatives that begin later and have no place are refused, unless
+    `optional` says that they are not wanted: [] or other names. None says nothing of them.
     """
-    if kind_of(paths[0]) in SEPARATORS:
+    kind, late = kind_of(paths[0]), []
+    if kind in SEPARATORS:
         common_columns(paths, table)
     columns = dict.fromkeys(key for row in islice(rows_of(paths[0], table), PROBED_ROWS) for key in row)
-    if late := [name for name in optional or [] if name not in columns]:
-        logger.warning(f"{paths[0]}: the first rows have no {', '.join(late)}; taken where it begins")
-    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": optional is None}
+    unnamed = optional == ANY_NEGATIVES
+    if kind in ("json", "jsonl") and not (unnamed and any(map(NEGATIVE.fullmatch, columns))):
+        late = [name for name in optional or [] if name not in columns]
+    if late:
+        logger.warning(f"{paths[0]}: the first rows have no column {', '.join(late)}; it is taken where it begins")
+    refuse = optional is None or (unnamed and not late)
+    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse}
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
 
 
@@ -414,16 +421,16 @@ def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: b
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
-            late = (
-                [] if row.keys() <= known else [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
-            )
-            if late and refuse:
-                raise InputError(
-                    f"{path}: the column {late[0]} begins behind the first {PROBED_ROWS:,} rows; set negatives: (how many of a "
-                    "row's to take, 0 for none), or name it under columns:"
-                )
-            if late and "negatives" in known:
-                row["negatives"] = [text for key in late for text in (row[key] if isinstance(row[key], list) else [row[key]])]
+            if not row.keys() <= known:
+                late = [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
+                if late and refuse:
+                    raise InputError(
+                        f"{path}: the column {late[0]} begins behind the first {PROBED_ROWS:,} rows; set negatives: (how many "
+                        "of a row's to take, 0 for none), or name all columns of negatives under columns:"
+                    )
+                if late and "negatives" in known:
+                    cells = [row[key] if isinstance(row[key], list) else [row[key]] for key in late]
+                    row["negatives"] = list(chain.from_iterable(cells))
             yield {name: row.get(name) for name in columns}
 
 

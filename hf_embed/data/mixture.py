@@ -41,7 +41,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
-from hf_embed.data.files import NEGATIVE, first_line, read_yaml
+from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line, read_yaml
 from hf_embed.data.sampling import generator
 from hf_embed.data.sources import (
     DROP_ADVICE,
@@ -214,7 +214,7 @@ def late_negatives(entry: dict) -> list[str] | None:
     if "columns" in entry:
         named = [entry["columns"].get(key) for key in ("negative", "negatives")]
         return [column for part in named for column in (part if isinstance(part, list) else [part]) if column is not None]
-    return None if entry.get("negatives") is None else ["negatives"] if entry["negatives"] else []
+    return None if entry.get("negatives") is None else ANY_NEGATIVES if entry["negatives"] else []
 
 
 def expand(files: str | list[str], folder: Path) -> list[str]:
