@@ -44,6 +44,9 @@ BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # Of a stream, the rows whose columns are taken for those of all.
 PROBED_ROWS = 1000
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+NO_QUOTING = (
+    " if quotes belong to the texts, turn quoting off: --no_quoting (quoting: false in a sources file), or save the file as tsv"
+)
 END = "\ufdd0end of file"  # behind the last line of a csv, to see whether a quote is still open there
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, as pandas and json.dumps write a missing value
 
@@ -144,11 +147,6 @@ def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
             before = reader.line_num
     except csv.Error as error:
         raise unreadable(path, f"line {reader.line_num}: {error}") from error
-
-
-NO_QUOTING = (
-    " if quotes belong to the texts, turn quoting off: --no_quoting (quoting: false in a sources file), or save the file as tsv"
-)
 
 
 def table_columns(path: str, table: Table) -> list[str]:

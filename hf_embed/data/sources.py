@@ -8,7 +8,8 @@ Accepted columns, first match wins (case does not matter):
     query, positive[, negatives]          retrieval
 
 where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, each a text, a list of texts, or null (a row
-may have fewer negatives than others).
+may have fewer negatives than others). Other columns are not used; one that judges the pairs, by its name a label or a score, is
+refused, for not every pair may be a positive.
 """
 
 import glob
