@@ -4,6 +4,7 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,12 +15,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
 from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
+from hf_embed.tempscale.attention import base_of
+
+logger = logging.getLogger(__name__)
 
 # Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
@@ -57,10 +62,10 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        self.backbone = backbone
+        self.backbone = without_head(backbone)
         self.tokenizer = tokenizer
         self.pooling = pooling
-        self.max_length = check_max_length(max_length, backbone, tokenizer)
+        self.max_length = check_max_length(max_length, self.backbone, tokenizer)
         self.normalize = normalize
         self.prompts = dict(prompts or {})
         self.config.use_cache = False
@@ -74,7 +79,7 @@ class Encoder(nn.Module):
                 "take pooling cls_mlp_train (head while training only) or cls"
             )
         self.dense = nn.Sequential(*dense)
-        self.train_head = new_head(self.config) if pooling == "cls_mlp_train" else None
+        self.train_head = new_head(self.config).to(self.device, self.dtype) if pooling == "cls_mlp_train" else None
         self.takes_embeddings = "inputs_embeds" in inspect.signature(self.base.forward).parameters
         self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
         self.log_temperature: nn.Parameter | None = None  # (1,), set where the objective learns its temperature
@@ -98,6 +103,11 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the backbone's weights (the first of them in floating point)."""
+        return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
 
     @property
     def dimension(self) -> int:
@@ -234,6 +244,24 @@ class Encoder(nn.Module):
         arguments given here override them. `model_kwargs` go to `AutoModel.from_pretrained`.
         """
         return load_encoder(cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs)
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn: the
+    first output of the whole is logits, not token states. Raises InputError for adapters that cannot be taken along."""
+    if has_adapters(model):
+        check_kinds(model)
+    whole = base_of(model)
+    base = getattr(whole, "base_model", whole)
+    if base is whole or not isinstance(base, PreTrainedModel):
+        return model
+    if has_adapters(model):
+        raise InputError(
+            f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
+            "put the adapters on that"
+        )
+    logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
+    return base
 
 
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:
