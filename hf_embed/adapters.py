@@ -55,7 +55,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-    if hasattr(model, "get_base_model"):
+    if hasattr(model, "merge_and_unload"):
         return model.unload() if disabled else model.merge_and_unload()
     adapted = {}  # outermost first: what is within an adapted module goes with it
     for name, module in model.named_modules():

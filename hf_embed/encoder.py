@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.checkpoint.load import load_encoder
@@ -248,7 +248,10 @@ class Encoder(nn.Module):
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn: the
-    first output of the whole is logits, not token states. Raises InputError for adapters that cannot be taken along."""
+    first output of the whole is logits, not token states.
+
+    Raises InputError for adapters that cannot be taken along, and for a model that no loader would make by itself (DPR's).
+    """
     if has_adapters(model):
         check_kinds(model)
     whole = base_of(model)
@@ -259,6 +262,14 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
         raise InputError(
             f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
             "put the adapters on that"
+        )
+    mappings = (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING)
+    loaded = [mapping[type(base.config)] for mapping in mappings if type(base.config) in mapping]
+    loaded = [kind for kinds in loaded for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
+        raise InputError(
+            f"{type(whole).__name__} gives no token states, and its {type(base).__name__} cannot be saved by itself; load its "
+            "weights into a model that AutoModel knows"
         )
     logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
     return base

@@ -148,6 +148,16 @@ def test_injected_by_peft_and_scaled(tmp_path):
     assert loaded.config.temp_scale["folded"] is True
 
 
+def test_adapters_of_several_kinds(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"], r=4), "one", mixed=True)
+    model.add_adapter("other", LoHaConfig(target_modules=["value"], r=4, init_weights=False))
+    model.set_adapter(["one", "other"])
+    run = trainer(tmp_path, randomised(model))
+    run.train()
+    run.save_model()
+    assert apart(vectors(Encoder.from_pretrained(tmp_path)), vectors(run.encoder)) < 1e-5
+
+
 PROMPTS = {
     "PREFIX_TUNING": PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4),
     "PROMPT_TUNING": PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4),

@@ -85,6 +85,15 @@ def test_models_without_a_head_are_taken_as_they_are(caplog):
     assert not caplog.messages
 
 
+def test_what_is_within_has_to_be_a_model_by_itself(tmp_path):
+    from transformers import DPRConfig, DPRQuestionEncoder, T5Config, T5EncoderModel, T5ForTokenClassification
+
+    model = DPRQuestionEncoder(DPRConfig(**worker_unused.SMALL))
+    assert "its DPREncoder cannot be saved by itself" in error_of(trainer, tmp_path, model)
+    t5 = T5Config(vocab_size=12000, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, pad_token_id=0)
+    assert type(Encoder(T5ForTokenClassification(t5), quickstart_tokenizer()).backbone) is T5EncoderModel
+
+
 def test_the_mlm_auxiliary_keeps_its_head(tmp_path, caplog):
     run = trainer(tmp_path, BertForMaskedLM(tiny_model().config), SimCSE(mlm_weight=0.1))
     assert run.encoder.mlm_head is not None and "without the head" not in caplog.text
