@@ -71,8 +71,11 @@ def apart(a, b):
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
 
 
+FAST = {"lora", "dora", "lora and whole modules", "ia3"}
+
+
 @pytest.mark.parametrize("put", [wrapped, added])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS])
 def test_trained_and_saved_as_an_ordinary_checkpoint(name, put, tmp_path):
     before = vectors(tiny_encoder())
     run = trainer(tmp_path, put(CONFIGS[name]))

@@ -180,6 +180,7 @@ def test_weights_that_are_not_in_memory_are_not_looked_at():
     assert all(p.requires_grad for p in encoder.parameters()) and args.ddp_find_unused_parameters is False
 
 
+@pytest.mark.slow
 def test_it_costs_less_than_a_second_on_bert_base():
     encoder = Encoder(BertModel(AutoConfig.for_model("bert", vocab_size=12000)), quickstart_tokenizer())
     args = ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
