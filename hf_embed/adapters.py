@@ -33,7 +33,10 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def check_kinds(model: nn.Module) -> None:
-    """Raise InputError for adapters that are no weights at all: prompts, prefixes, and gates that depend on the text."""
+    """Raise InputError for adapters that are no weights at all (prompts, prefixes, gates that depend on the text), and for a
+    model with adapters of several kinds, which does not show the model within it."""
+    if type(model).__name__ == "PeftMixedModel":
+        raise InputError("PeftMixedModel is not supported; take adapters of one kind: get_peft_model without mixed=True")
     for config in model.peft_config.values():
         if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type == "XLORA":
             raise unmergeable(model)
@@ -55,7 +58,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "get_base_model"):
         return model.unload() if disabled else model.merge_and_unload()
     adapted = {}  # outermost first: what is within an adapted module goes with it
     for name, module in model.named_modules():
