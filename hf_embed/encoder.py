@@ -268,8 +268,8 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     loaded = [kind for kinds in loaded for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
     if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
         raise InputError(
-            f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by itself; load its "
-            "weights into a model that AutoModel knows"
+            f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
+            "itself; load its weights into a model that AutoModel knows"
         )
     logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
     return base
