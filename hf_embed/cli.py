@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import InputError, RankError, masked
+
+logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -152,9 +155,27 @@ def full_disk_in_one_line():
         raise InputError(f"the disk is full (at {where}); make room and run it again, or name another --output_dir") from error
 
 
+class MaskedFormatter(logging.Formatter):
+    """Messages, and the errors with them, without the secrets of addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
+def show_masked(kind: type, error: BaseException, trace) -> None:
+    """Print an error that nobody has caught, without the secrets of addresses."""
+    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2. Secrets are never shown."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskedFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    sys.excepthook = show_masked
+    main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if main_process and "hub_token" in given_flags(sys.argv):
+        logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
     use_all_cores()
     try:
         with full_disk_in_one_line():
@@ -162,7 +183,7 @@ def run(main: Callable[[], None]) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
     except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
+        if main_process or isinstance(error, RankError):
             # From a dataloader's worker an error comes with a traceback, whose last line is the error.
             message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
             print(f"error: {message}", file=sys.stderr)
