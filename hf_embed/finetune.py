@@ -14,7 +14,6 @@ import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 import torch
@@ -32,7 +31,7 @@ from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
 from hf_embed.encoder import Encoder, reset_dense
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
@@ -198,12 +197,8 @@ def fine_tune(plan: Plan) -> dict:
 
 
 def shown(name: str) -> str:
-    """Of a file or folder named by its full path, its own name; of an address, no more than host and path: the rest is nobody's
-    business."""
-    if "://" in name:
-        address = urlsplit(name)
-        return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))
-    return Path(name).name if Path(name).is_absolute() else name
+    """Of a file or folder named by its full path, its own name: where it lies here is nobody's business. Secrets are masked."""
+    return Path(name).name if Path(name).is_absolute() else masked(name)
 
 
 def hardware(args: ContrastiveTrainingArguments) -> str:

@@ -14,7 +14,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.data.sources import read_file, read_hub
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
@@ -247,7 +247,7 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
         return read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
     if data.sources:
         return read_sources(data.sources), data.sources
-    return read_file(data.train_file), data.train_file
+    return read_file(data.train_file), masked(data.train_file)
 
 
 def hub_datasets(data: DataArguments, rows) -> list[str]:

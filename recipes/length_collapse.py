@@ -18,7 +18,7 @@ from hf_embed import Encoder
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.plan import QUICKSTART
 from hf_embed.tempscale import TempScaleConfig, tempscale
 from hf_embed.tempscale.collapse import LENGTHS, collapse, length_report, lines, plot_collapse
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"  {name:16} {cut[0]['mean_cosine']:.3f} -> {cut[-1]['mean_cosine']:.3f}, {collapse(report):+.3f}")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"model": args.model_name_or_path, "texts": args.texts or "docstrings", "reports": reports}
+    about = {"model": args.model_name_or_path, "texts": masked(args.texts or "docstrings"), "reports": reports}
     (folder / "collapse.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     plot_collapse(reports, folder / "collapse.png")
     print(f"\nwrote {folder}/collapse.json and collapse.png")

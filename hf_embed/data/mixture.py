@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from hf_embed.data.sampling import generator
 from hf_embed.data.sources import DROP_ADVICE, NEGATIVE, read_file, read_hub, row_texts, text_columns
 from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import InputError, RankError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def read_source(entry: dict, number: int, path: str) -> Source:
                 raise InputError(f"file is {entry['file']!r}; give a path, a pattern, or a list of these")
             files = expand(entry["file"], Path(path).parent)
             rows = read_file(files, streaming=streaming)
-            origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+            origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
         else:
             origin = entry["dataset"]
             rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)

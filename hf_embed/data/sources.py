@@ -18,13 +18,15 @@ import logging
 import re
 import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import fsspec
 import pandas
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,13 @@ def read_file(path: str | list[str], header: bool = True, streaming: bool = Fals
     options = {".csv": table, ".tsv": tabs}.get(kind, {})
     try:
         if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
-            head = pandas.read_csv(path, nrows=1, **options)
+            head = read_head(path, options)
             if head.empty:
                 raise InputError(f"{path}: no rows")
             if not isinstance(head.index, pandas.RangeIndex):
                 raise InputError(f"{path}: the rows have more columns than the header; name every column")
             for other in paths[1:]:
-                columns = pandas.read_csv(other, nrows=1, **options).columns
+                columns = read_head(other, options).columns
                 if list(columns) != list(head.columns):
                     raise InputError(
                         f"{other}: its columns are {', '.join(map(str, columns))}, those of {path} "
@@ -77,19 +79,37 @@ def read_file(path: str | list[str], header: bool = True, streaming: bool = Fals
         empty = len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None
     except InputError:
         raise
-    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
+    except Exception as error:
+        # Of an address, the clients of many protocols raise what they like.
+        if "://" not in path and not isinstance(error, DatasetGenerationError | ValueError | OSError | EOFError | zlib.error):
+            raise
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be read as {kind[1:]}: {masked(reason, *paths)}") from error
     if empty:
         raise InputError(f"{path}: no rows")
     return rows
+
+
+def read_head(path: str, options: dict) -> pandas.DataFrame:
+    """The columns and the first row of a csv or tsv file."""
+    if "://" not in path:
+        return pandas.read_csv(path, nrows=1, **options)
+    zipped = "gzip" if file_of(path).suffix.lower() == ".gz" else None
+    with fsspec.open(path, "rb", compression=zipped) as file:  # knows addresses with a user name, as pandas does not
+        return pandas.read_csv(file, nrows=1, **options)
+
+
+def file_of(path: str) -> Path:
+    """A path, or the path within an address: its query has no say in what kind of file it is."""
+    return Path(urlsplit(path).path if "://" in path else path)
 
 
 def check_files(paths: list[str], kinds: dict[str, str]) -> str:
     """The one ending that all the files have, without .gz."""
     endings = set()
     for path in paths:
-        file = Path(path)
+        file = file_of(path)
         if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
             if not file.is_file():
                 raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")

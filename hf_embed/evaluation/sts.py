@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from hf_embed.data.sources import read_file, read_hub
+from hf_embed.data.sources import file_of, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import Alignment, Uniformity, unit
 from hf_embed.evaluation.tasks import embed_on_all_ranks
@@ -52,7 +52,7 @@ def read_sts(path: str) -> Dataset:
     names = {str(c).lower(): c for c in rows.column_names}
     if all(c in names for c in COLUMNS):
         rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
-    elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")) and not names.keys() & set(COLUMNS):
+    elif file_of(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")) and not names.keys() & set(COLUMNS):
         rows = read_file(path, header=False)
         if len(rows.column_names) < 3:
             raise InputError(

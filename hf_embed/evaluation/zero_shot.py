@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_embed.data.sources import read_file, row_texts
+from hf_embed.data.sources import file_of, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import unit
 from hf_embed.evaluation.tasks import embed_on_all_ranks
@@ -51,7 +51,7 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     if not {"label", "text"} <= set(rows.column_names):
         if {"label", "text"} & set(rows.column_names):
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
-        rows = read_file(path, header=False) if path.removesuffix(".gz").endswith((".tsv", ".csv")) else rows
+        rows = read_file(path, header=False) if file_of(path).name.removesuffix(".gz").endswith((".tsv", ".csv")) else rows
         if len(rows.column_names) != 2:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
         rows = rows.rename_columns(dict(zip(rows.column_names, ("label", "text"))))
