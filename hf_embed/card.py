@@ -68,7 +68,7 @@ def write_card(encoder, folder: str | Path, results: dict | None = None, overwri
         return
     if results is None:
         results = stored_results(folder)
-    path.write_text(model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()), encoding="utf-8")
+    write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
 
 
 def is_ours(card: str) -> bool:
@@ -95,7 +95,14 @@ def stored_results(folder: str | Path) -> dict:
 
 
 def store_results(folder: str | Path, results: dict) -> None:
-    Path(folder, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(Path(folder, "results.json"), json.dumps(results, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside and move it to its place: whatever happens, the old one or the new one is there as a whole."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = FOLDER) -> str:

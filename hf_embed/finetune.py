@@ -7,9 +7,9 @@ import logging
 import math
 import os
 import platform
-import re
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +27,7 @@ from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import read_settings
 from hf_embed.checkpoint.load import unreachable
+from hf_embed.checkpoint.save import put_in_place
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
@@ -35,6 +36,7 @@ from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
+from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
 from hf_embed.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
 from hf_embed.trainer import ContrastiveTrainer
 
@@ -98,7 +100,7 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
     if plan.args.push_to_hub:
         raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
-    clear_run(plan.args)
+    earlier = EarlierRun([] if resume else earlier_files(folder))
     runs = {}
     for seed in seeds:
         own = folder / f"seed-{seed}"
@@ -113,7 +115,7 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         last = get_last_checkpoint(str(own)) if resume and own.is_dir() else None
         flags = {"seeds": "", "seed": seed, "output_dir": str(own), "overwrite_output_dir": True,
                  "resume_from_checkpoint": last or ""}  # fmt: skip
-        runs[seed] = fine_tune(read([*(sys.argv[1:] if argv is None else argv), *cli.as_flags(flags)]))
+        runs[seed] = fine_tune(read([*(sys.argv[1:] if argv is None else argv), *cli.as_flags(flags)]), earlier)
         gc.collect()  # a trainer and its model hold each other
     with plan.args.main_process_first():
         return keep_best(folder, runs)
@@ -127,7 +129,11 @@ def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
     if world()[0] == 0:
         ours = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
-        shutil.copytree(folder / f"seed-{best}", folder, ignore=ours, dirs_exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=ours)
+            names = os.listdir(copied)
+            put_in_place(str(copied), str(folder))
+        clear_results(folder, keep=names)
         card.store_results(folder, results)
         with quiet():
             encoder = Encoder.from_pretrained(str(folder))
@@ -147,9 +153,14 @@ def make_trainer(plan: Plan) -> ContrastiveTrainer:
     )  # fmt: skip
 
 
-def fine_tune(plan: Plan) -> dict:
-    """Score, train, export, score again. Returns what `results.json` holds."""
+def fine_tune(plan: Plan, earlier: EarlierRun | None = None) -> dict:
+    """Score, train, export, score again. Returns what `results.json` holds.
+
+    `earlier`, if it is of more than the plan's output folder, is what the run replaces.
+    """
     run, args, tasks = plan.run, plan.args, plan.tasks
+    replaces = run.overwrite_output_dir and not args.resume_from_checkpoint
+    earlier = earlier or EarlierRun(earlier_files(Path(args.output_dir)) if replaces else [])
     trainer = make_trainer(plan)
     if plan.model_args.save_adapter:
         check_adapter(trainer)
@@ -157,11 +168,12 @@ def fine_tune(plan: Plan) -> dict:
         print(trainer.train_dataset)
 
     before = trainer.evaluate() if tasks else {}
-    if run.overwrite_output_dir:
-        clear_run(args)
-        trainer.accelerator.wait_for_everyone()
+    trainer.add_callback(earlier)
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
+    if replaces and trainer.is_world_process_zero():
+        clear_results(Path(args.output_dir))
+        card.write_card(trainer.encoder, args.output_dir)
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
         save_adapter(trainer.encoder, Path(args.output_dir, "adapter"))
     trainer.accelerator.wait_for_everyone()
@@ -284,20 +296,6 @@ def with_dropout(name: str, rate: float):
     for key in known:
         setattr(config, key, rate)
     return config
-
-
-def clear_run(args: ContrastiveTrainingArguments) -> None:
-    """Remove what an earlier run left in the output folder, and nothing else."""
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        return
-    if args.process_index == 0 and folder.is_dir():
-        for path in folder.iterdir():
-            ours = re.fullmatch(r"checkpoint-\d+|seed-\d+|\d_[A-Z]\w+|runs|adapter|mteb", path.name)
-            if path.is_dir() and ours:
-                shutil.rmtree(path)
-            elif path.name in ("results.json", "geometry.png", "README.md", "trainer_state.json"):
-                path.unlink()
 
 
 def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:

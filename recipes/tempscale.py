@@ -10,7 +10,6 @@ OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load i
 results.json and tempscale.png in it have the scores of all temperatures, and what was gained on queries that did not choose.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import store_results, stored_results, sweep_table
+from hf_embed.card import store_results, stored_results, sweep_table, write_card
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
@@ -26,6 +25,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.retrieval import read_pairs
 from hf_embed.finetune import embed_with, saved_to
+from hf_embed.overwrite import clear_results
 from hf_embed.plan import QUICKSTART
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
@@ -88,14 +88,14 @@ def main() -> None:
         result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
         print("\n".join(["", *sweep_table(result)]))
         results["tempscale"], temperature = result, result["temperature"]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "mteb", ignore_errors=True)
+    if temperature != 1:
+        fold_tempscale(encoder.backbone, temperature)
+    encoder.save_pretrained(str(folder))  # first: what was there stays, with its scores, if this fails
+    clear_results(folder, keep=["README.md"])  # someone may have edited it
     store_results(folder, results)
     if "tempscale" in results:
         plot_sweep(results["tempscale"], folder / "tempscale.png")
-    if temperature != 1:
-        fold_tempscale(encoder.backbone, temperature)
-    encoder.save_pretrained(str(folder))  # the card has the table of results.json
+    write_card(encoder, folder)
     print(saved_to(folder))
 
 

@@ -45,20 +45,25 @@ def save_encoder(
             write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new)
-            names = set(os.listdir(new))
-            for name in names:
-                target = Path(folder, name)
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(Path(new, name), target)
-            for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
-                path.unlink()
+            put_in_place(new, folder)
         write_card(encoder, folder)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # not empty: someone else writes there
                 os.rmdir(folder)
         raise
+
+
+def put_in_place(new: str, folder: str) -> None:
+    """Move the whole checkpoint `new` into `folder`, over an earlier one."""
+    names = set(os.listdir(new))
+    for name in names:
+        target = Path(folder, name)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(Path(new, name), target)
+    for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
+        path.unlink()
 
 
 def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> None:
