@@ -1,5 +1,6 @@
 """A new run in the place of an earlier one: what goes, and when. Nothing goes before the new run has done its first step."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -29,6 +30,9 @@ class EarlierRun(TrainerCallback):
         if args.process_index == 0:
             for path in self.paths:
                 remove(path)
+            for folder in sorted({path.parent for path in self.paths}, reverse=True):
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
         if self.waiting:  # else another rank might save into a folder that is about to go
             PartialState().wait_for_everyone()
         self.paths, self.waiting = [], False
