@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PrinterCallback
 
 from hf_embed.card import write_whole
-from hf_embed.cli import as_flags
+from hf_embed.cli import FROM_HAND, as_flags
 from hf_embed.errors import InputError
 from hf_embed.finetune import make_trainer, number, read_seeds
 from hf_embed.overwrite import EarlierRun
@@ -54,6 +54,8 @@ def read_variants(given: list[str]) -> dict[str, dict]:
         variants = json.loads(given[0])
         if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
             raise InputError(f"variant '{wrong[0]}': give the flags in which it differs, {{}} for none")
+        if wrong := [name for name, flags in variants.items() if FROM_HAND in {key.replace("-", "_") for key in flags}]:
+            raise InputError(f"variant '{wrong[0]}': {FROM_HAND} lets a model's own code run; give it on the command line")
         slugs = [slug(name) for name in variants]
         if twice := [name for i, name in enumerate(variants) if slugs[i] in slugs[:i]]:
             raise InputError(f"variant '{twice[0]}': another variant's name differs in signs only; name it otherwise")

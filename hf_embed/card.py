@@ -55,6 +55,10 @@ PAPERS = {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
+CODE = (
+    "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
+    "`trust_remote_code=True`. Read them first.\n\n"
+)
 MARK = "<!-- hf_embed made this card: {} -->"
 
 
@@ -127,6 +131,8 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
         "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
         "tempscale": tempscale_note(encoder),
         "name": json.dumps(name),
+        "trust": ", trust_remote_code=True" if encoder.remote_code else "",
+        "code": CODE if encoder.remote_code else "",
         "texts": '["a cat", "a dog sleeping by the fire"]',
         "take": "\n".join(take),
         "sections": "\n".join(f"\n{section}" for section in sections if section),

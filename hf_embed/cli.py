@@ -24,6 +24,7 @@ from hf_embed.errors import InputError, RankError, masked
 
 logger = logging.getLogger(__name__)
 
+FROM_HAND = "trust_remote_code"  # no file may give this permission
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -108,6 +109,8 @@ def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str
     actions = {action.dest: action for action in parser._actions}
     words = []
     for key, value in settings.items():
+        if str(key).replace("-", "_") == FROM_HAND:
+            raise InputError(f"--config {path}: {FROM_HAND} lets a model's own code run; give it on the command line")
         if key not in known(parser):
             raise InputError(f"--config {path}: unknown key '{key}'{suggestion(str(key), parser)}")
         if key in given or f"no_{key}" in given or value is None:
@@ -125,6 +128,8 @@ def as_flags(settings: dict) -> list[str]:
     words = []
     for key, value in settings.items():
         if isinstance(value, list):
+            if flags := [item for item in value if str(item).startswith("--")]:
+                raise InputError(f"{key}: '{flags[0]}' looks like a flag; give it on the command line")
             words += [f"--{key}", *map(str, value)]
         else:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")

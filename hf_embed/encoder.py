@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.checkpoint.load import load_encoder
+from hf_embed.checkpoint.load import is_remote, load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
@@ -94,6 +94,11 @@ class Encoder(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs) -> None:  # Trainer's --activation_checkpointing, layer by layer
         self.backbone.activation_checkpointing_enable(**kwargs)
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether code of the model's own is at work, which loaders run only with `trust_remote_code=True`."""
+        return any(map(is_remote, (self.base, self.config, self.tokenizer)))
 
     @property
     def device(self) -> torch.device:
@@ -226,14 +231,17 @@ class Encoder(nn.Module):
         pooling: str | None = None,
         max_length: int | None = None,
         normalize: bool | None = None,
+        trust_remote_code: bool = False,
         **model_kwargs,
     ) -> "Encoder":
         """Load a folder or Hub model: ours, sentence-transformers', or any `AutoModel` (then mean pooling, unless told).
 
         Pooling, normalisation, max length and prompts come from the sentence-transformers files beside the weights;
-        arguments given here override them. `model_kwargs` go to `AutoModel.from_pretrained`.
+        arguments given here override them. `trust_remote_code`: run the Python code that the model brings, where it has its own
+        architecture. `model_kwargs` go to `AutoModel.from_pretrained`.
         """
-        return load_encoder(cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs)
+        settings = {"pooling": pooling, "max_length": max_length, "normalize": normalize}
+        return load_encoder(cls, name_or_path, trust_remote_code=trust_remote_code, **settings, **model_kwargs)
 
 
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:

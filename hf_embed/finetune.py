@@ -118,10 +118,10 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         runs[seed] = fine_tune(read([*(sys.argv[1:] if argv is None else argv), *cli.as_flags(flags)]), earlier)
         gc.collect()  # a trainer and its model hold each other
     with plan.args.main_process_first():
-        return keep_best(folder, runs)
+        return keep_best(folder, runs, plan.model_args.trust_remote_code)
 
 
-def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
+def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict:
     """The best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
     scores = {seed: results["train"]["chosen_by"] for seed, results in runs.items()}
     sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
@@ -136,10 +136,10 @@ def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
         clear_results(folder, keep=names)
         card.store_results(folder, results)
         with quiet():
-            encoder = Encoder.from_pretrained(str(folder))
+            encoder = Encoder.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         card.write_card(encoder, folder, results)
         print("\n" + "\n".join(card.seeds_table(results)))
-        print(saved_to(folder))
+        print(saved_to(folder, encoder.remote_code))
     return results
 
 
@@ -180,7 +180,8 @@ def fine_tune(plan: Plan, earlier: EarlierRun | None = None) -> dict:
     after = {}
     if tasks:  # of the saved folder, loaded anew, as a user will
         with quiet():
-            saved = Encoder.from_pretrained(args.output_dir, dtype=torch.float32).to(args.device)
+            trusted = plan.model_args.trust_remote_code
+            saved = Encoder.from_pretrained(args.output_dir, trust_remote_code=trusted, dtype=torch.float32).to(args.device)
         after = score_encoder(saved, tasks)
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     about = {
@@ -251,17 +252,20 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     folder says how it pools, so that its settings stay."""
     name = model_args.model_name_or_path or str(QUICKSTART / "encoder")
     set_seed(args.seed)
-    kwargs = {"dtype": torch.float32}
+    kwargs = {"dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     if model_args.dropout is not None:
-        kwargs["config"] = with_dropout(name, model_args.dropout)
+        kwargs["config"] = with_dropout(name, model_args.dropout, model_args.trust_remote_code)
     settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize")}
     if masked_lm and model_args.lora_r:
         raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
+            model = AutoModelForMaskedLM.from_pretrained(name, **kwargs)
+        except (OSError, ValueError) as error:
+            raise unreachable(name, error) from error
         for key, value in read_settings(name, model.base_model).items():  # as the folder says, unless told
             if key in settings and getattr(args, key) is None:
                 setattr(args, key, value)
@@ -283,11 +287,11 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     return encoder, encoder.tokenizer
 
 
-def with_dropout(name: str, rate: float):
+def with_dropout(name: str, rate: float, trust_remote_code: bool = False):
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from error
     known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]
@@ -337,12 +341,13 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
             print("\n" + "\n".join(card.table(results)))
         card.write_card(trainer.encoder, folder, results)
-        print(saved_to(folder))
+        print(saved_to(folder, trainer.encoder.remote_code))
     return results
 
 
-def saved_to(folder: Path) -> str:
-    return f"\nsaved to {folder}: AutoModel.from_pretrained({str(folder)!r}) loads it; README.md says how to pool"
+def saved_to(folder: Path, remote_code: bool = False) -> str:
+    call = f"AutoModel.from_pretrained({str(folder)!r}{', trust_remote_code=True' if remote_code else ''})"
+    return f"\nsaved to {folder}: {call} loads it; README.md says how to pool"
 
 
 def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:

@@ -26,7 +26,7 @@ from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.retrieval import read_pairs
 from hf_embed.finetune import embed_with, saved_to
 from hf_embed.overwrite import clear_results
-from hf_embed.plan import QUICKSTART
+from hf_embed.plan import QUICKSTART, TRUST
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
 from hf_embed.tempscale.fold import folded
@@ -47,6 +47,7 @@ class Arguments:
     max_texts: int = field(default=1000, metadata={"help": "Of --texts, take the first so many."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str = field(default="outputs/tempscale")
     overwrite_output_dir: bool = False
 
@@ -77,7 +78,9 @@ def main() -> None:
     check(args, tasks)
     if not tasks and args.temperature is None:
         tasks["halves"] = halves(read_pages()[: args.max_texts])
-    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder = Encoder.from_pretrained(
+        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
+    )
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     with tempscale(encoder.backbone, args.temperature or args.grid[0]):
         folded(encoder.backbone)  # whatever stands in the way of saving is said before the search, not after
@@ -96,7 +99,7 @@ def main() -> None:
     if "tempscale" in results:
         plot_sweep(results["tempscale"], folder / "tempscale.png")
     write_card(encoder, folder)
-    print(saved_to(folder))
+    print(saved_to(folder, encoder.remote_code))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_embed.card import write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
+from hf_embed.checkpoint.load import is_remote
 from hf_embed.checkpoint.verify import verify_folder
 from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER
@@ -86,12 +87,27 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
         if scaling and fold:
             tensors, settings = folded(backbone, state_dict)
             state_dict = (state_dict or backbone.state_dict()) | tensors
-    with config_for_saving(backbone.config, encoder.pooling, settings):
+    if type(backbone).__module__.startswith("transformers_modules."):
+        type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever class it came in
+    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone):
         backbone.save_pretrained(folder, state_dict=state_dict)
     tokenizer = copy.deepcopy(encoder.tokenizer)
+    if not is_remote(tokenizer):
+        tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.model_max_length = encoder.max_length
     tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def own_code(backbone):
+    """The config without `auto_map` where transformers' own class was taken: that code is not saved."""
+    auto_map = None if is_remote(backbone) or is_remote(backbone.config) else vars(backbone.config).pop("auto_map", None)
+    try:
+        yield
+    finally:
+        if auto_map is not None:
+            backbone.config.auto_map = auto_map
 
 
 @contextlib.contextmanager

@@ -44,8 +44,9 @@ def verify_folder(encoder, folder: str) -> None:
 
 def through_automodel(encoder, folder: str, dtype: torch.dtype) -> Tensor:
     with quiet():
-        model = AutoModel.from_pretrained(folder, dtype=dtype).to(encoder.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
+        model = AutoModel.from_pretrained(folder, dtype=dtype, **trusted).to(encoder.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
     tokenizer.padding_side = "right"
     batch = tokenizer(PROBES, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
     pooling = saved_pooling(encoder.pooling)
@@ -66,7 +67,8 @@ def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype) -> T
     from sentence_transformers import SentenceTransformer
 
     with quiet():
-        model = SentenceTransformer(folder, device=str(encoder.device), model_kwargs={"dtype": dtype})
+        settings = {"trust_remote_code": encoder.remote_code, "model_kwargs": {"dtype": dtype}}
+        model = SentenceTransformer(folder, device=str(encoder.device), **settings)
     return model.encode(PROBES, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
