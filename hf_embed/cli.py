@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from hf_embed.errors import InputError, RankError, masked
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 10  # seconds
 FROM_HAND = "trust_remote_code"  # no file may give this permission
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -188,9 +190,12 @@ def run(main: Callable[[], None]) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
     except InputError as error:
-        if main_process or isinstance(error, RankError):
-            # From a dataloader's worker an error comes with a traceback, whose last line is the error.
-            message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
-            print(f"error: {message}", file=sys.stderr)
+        # The main process says what all have found. A launcher ends all processes when the first one ends, so the others leave
+        # it the time to speak; if it goes on, they have found something of their own.
+        if not main_process and not isinstance(error, RankError):
+            time.sleep(PATIENCE)
+        # From a dataloader's worker an error comes with a traceback, whose last line is the error.
+        message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
+        print(f"error: {message}", file=sys.stderr, flush=True)
         # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
         raise SystemExit(2) from None

@@ -102,7 +102,7 @@ class ContrastiveTrainer(Trainer):
         args = args or ContrastiveTrainingArguments("tmp_trainer")
         check_world(args)
         if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
-            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch` uses them all")
+            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
             args._n_gpu = 1
         self.objective = objective or SimCSE()
         mlm_head = None

@@ -242,3 +242,68 @@ def test_errors_that_nobody_foresaw_and_logs_show_no_secret(tmp_path):
     assert done.returncode == 1 and "KeyError: 'https://host/x'" in done.stderr and "Traceback" in done.stderr
     assert done.stderr.startswith("https://host/x\n")
     assert "SECRET123" not in done.stderr
+
+
+# ---- the launcher ----
+
+SCRIPT = """
+import os, sys, time
+from hf_embed import InputError, cli
+
+def main():
+    time.sleep({waits}[int(os.environ["LOCAL_RANK"])])
+    raise InputError("absent.csv: no such file")
+
+cli.PATIENCE = 30
+cli.run(main)
+"""
+
+
+def launched(*words, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("waits", ["[3, 0]", "[0, 3]"])
+def test_our_line_stands_above_the_launchers_report(tmp_path, waits):
+    """Once, whichever of two processes is first; and no token in the report."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(waits=waits))
+    two = ("--config_file", RECIPES / "accelerate/cpu_2.yaml")
+    done = launched(*two, tmp_path / "script.py", "--hub_token", SECRET)
+    ours, report = done.stderr.index("error: absent.csv: no such file"), done.stderr.index("ChildFailedError")
+    assert done.returncode == 1 and ours < report and done.stderr.count("error: absent.csv") == 1
+    assert SECRET not in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_one_process_quietly_launched_ends_in_our_line(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(waits="[0]").replace('"LOCAL_RANK"', '"X"'))
+    done = launched("--num_processes", 1, tmp_path / "script.py", "--hub_token", SECRET, X="0")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: absent.csv: no such file"
+    assert "--hub_token is seen in the list of processes" in done.stderr and SECRET not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(("rank", "error", "slept"), [("0", InputError, 0), ("1", InputError, 1), ("1", RankError, 0)])
+def test_other_processes_leave_the_word_to_the_main_one(monkeypatch, capsys, rank, error, slept):
+    naps = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main():
+        raise error("wrong")
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert len(naps) == slept and capsys.readouterr().err == "error: wrong\n"
+
+
+def test_one_process_is_started_by_python_in_all_that_we_print():
+    """`accelerate launch` alone repeats the command line, tokens and all, below an error."""
+    for path in [
+        *RECIPES.glob("*.py"),
+        *RECIPES.parent.glob("docs/*.md"),
+        RECIPES.parent / "README.md",
+        RECIPES.parent / "Makefile",
+    ]:
+        assert "accelerate launch recipes" not in path.read_text(encoding="utf-8"), path
