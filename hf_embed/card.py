@@ -105,8 +105,12 @@ def store_results(folder: str | Path, results: dict) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file aside and move it to its place: whatever happens, the old one or the new one is there as a whole."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = FOLDER) -> str:

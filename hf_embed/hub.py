@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_embed.card import with_name
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         code = error.response.status_code
-        said = " ".join((error.server_message or str(error)).split())[:200]
+        said = masked(" ".join((error.server_message or str(error)).split()))[:200]
         known = {
             400: f"the Hub refuses it ({said})",
             401: "the Hub does not know this token (401); run `hf auth login`, or set HF_TOKEN",
@@ -230,7 +230,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
             return known[code], False
         return f"the Hub answered {code} ({said})", code in (409, 412, 429) or code >= 500
     if of_client(error) or isinstance(error, ConnectionError | TimeoutError):
-        return f"the connection failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})", True
+        return f"the connection failed ({type(error).__name__}: {masked(' '.join(str(error).split()))[:200]})", True
     return None
 
 

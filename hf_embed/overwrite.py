@@ -10,7 +10,8 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-LEFT_BY_A_KILL = (".removing-*", ".saving-*")
+# What a run leaves on its way, and what is left where one was killed in the middle of it.
+RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
 # What belongs to the weights in a folder: scores, pictures, card, extras and the modules behind the transformer.
 RESULTS = re.compile(
     r"results\.json|(geometry|tempscale)\.png|README\.md|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
@@ -40,8 +41,11 @@ class EarlierRun(TrainerCallback):
 
 def earlier_files(folder: Path) -> list[Path]:
     """Checkpoints, logs and runs of single seeds: the new run, if it is resumed, might take them for its own."""
-    paths = [path for pattern in (*LEFT_BY_A_KILL, "checkpoint-*", "runs") for path in sorted(folder.glob(pattern))]
-    paths += [path for seed in folder.glob("seed-*") if not seed.is_symlink() for path in sorted(seed.glob("*"))]
+    there = sorted(folder.glob("*"))
+    paths = [path for path in there if RUNNING.fullmatch(path.name)]
+    for seed in there:
+        if re.fullmatch(r"seed-\d+", seed.name) and not seed.is_symlink():
+            paths += sorted(seed.glob("*"))
     logs = [path for path in paths if path.name == "runs" and not path.is_symlink()]  # the new run's logs will be in there too
     return [path for path in paths if path.name != "runs"] + [path for parent in logs for path in sorted(parent.glob("*"))]
 

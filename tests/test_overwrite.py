@@ -3,19 +3,25 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import error_of
-from test_recipes import flags, make_files, recipe, sup
+from test_recipes import QUIET, ROOT, flags, make_files, recipe, sup
 from transformers import TrainerCallback
 
 from hf_embed import Encoder, InputError
+from hf_embed.ablation import AblationArguments, run_ablation
 from hf_embed.checkpoint import save
 from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.plan import plan_simcse
 from hf_embed.trainer import ContrastiveTrainer
 
 
@@ -46,7 +52,8 @@ def old(tmp_path, finished) -> tuple[Path, list]:
     out = tmp_path / "out"
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for name in ("runs/old/events", "mteb/results.json", "adapter/adapter_config.json", "notes/mine.txt", "2024_Data/rows.csv",
-                 ".saving-killed/model.safetensors", ".removing-checkpoint-2/x"):  # fmt: skip
+                 ".saving-killed/model.safetensors", ".removing-checkpoint-2/x", "checkpoint-best/mine",
+                 "seed-list/mine"):  # fmt: skip
         (out / name).parent.mkdir(parents=True)
         (out / name).write_text(name)
     files = {"nli": tmp_path / "nli.csv", "sts": tmp_path / "sts.tsv", "model": tmp_path / "model"}
@@ -90,9 +97,10 @@ def test_a_finished_run_takes_the_place_of_the_old_one(old):
     out, argv = old
     sup(*argv, "--max_steps", 1, "--save_steps", 1, "--normalize", "true", "--overwrite_output_dir")
     assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 1
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"]  # saved at the very step that clears
+    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]  # saved at the very step that clears
     assert not [n for n in ("runs/old", "mteb", "adapter", ".saving-killed", ".removing-checkpoint-2") if (out / n).exists()]
-    assert (out / "notes/mine.txt").exists() and (out / "2024_Data/rows.csv").exists()  # nobody's but the user's
+    for name in ("notes/mine.txt", "2024_Data/rows.csv", "checkpoint-best/mine", "seed-list/mine"):
+        assert (out / name).exists()  # nobody's but the user's
     sup(*argv, "--max_steps", 1, "--overwrite_output_dir")
     assert not (out / "2_Normalize").exists()
 
@@ -111,7 +119,7 @@ def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):
         patch.setattr(ContrastiveTrainer, "train", lambda self, **kwargs: (self.add_callback(Kill()), train(self, **kwargs)))
         with pytest.raises(KeyboardInterrupt):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
-    assert not list(out.glob("checkpoint-*"))
+    assert not list(out.glob("checkpoint-[0-9]*"))
     assert (out / "model.safetensors").read_bytes() == weights and matches(out)  # the old weights, scores and card
     assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")
 
@@ -121,7 +129,7 @@ def test_the_best_model_is_of_the_new_run(old):
     results = sup(*argv, "--max_steps", 2, "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1,
                   "--load_best_model_at_end", "true", "--save_total_limit", 1, "--overwrite_output_dir")  # fmt: skip
     assert results["train"]["steps"] == 2 and matches(out)
-    assert {p.name for p in out.glob("checkpoint-*")} <= {"checkpoint-1", "checkpoint-2"}
+    assert {p.name for p in out.glob("checkpoint-[0-9]*")} <= {"checkpoint-1", "checkpoint-2"}
 
 
 @pytest.mark.parametrize("where", ["weights", "modules", "verification"])
@@ -142,11 +150,11 @@ def test_a_full_disk_at_the_end_leaves_the_old_model_with_its_scores(old, monkey
         patch.setattr(save, target[where], at_the_end)
         with pytest.raises(OSError, match="No space left"):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
-    kept = {name: sha for name, sha in before.items() if not name.startswith(("checkpoint-", "runs", "."))}
+    kept = {name: sha for name, sha in before.items() if not re.match(r"checkpoint-\d|runs|\.", name)}
     after = digest(out)
     assert {name: after.get(name) for name in kept} == kept and matches(out)
     assert not list(out.glob(".saving-*"))
-    assert list(out.glob("checkpoint-*"))  # and the new run can go on
+    assert list(out.glob("checkpoint-[0-9]*"))  # and the new run can go on
     assert Encoder.from_pretrained(out).encode(["a"]).shape == (1, 32)
 
 
@@ -169,7 +177,7 @@ def test_seeds_keep_the_old_ones_until_the_first_step(old, monkeypatch):
     sup(*argv, "--seeds", "1,2,3")
     before, weights = digest(out), (out / "model.safetensors").read_bytes()
     assert set(json.loads((out / "results.json").read_text())["seeds"]) == {"1", "2", "3"}
-    assert not list(out.glob("checkpoint-*")) and not (out / "adapter").exists()
+    assert not list(out.glob("checkpoint-[0-9]*")) and not (out / "adapter").exists()
     with monkeypatch.context() as patch:
         patch.setattr("hf_embed.encoder.Encoder.forward", FAILURES["first forward"])
         with pytest.raises(torch.OutOfMemoryError):
@@ -188,7 +196,7 @@ def test_seeds_keep_the_old_ones_until_the_first_step(old, monkeypatch):
     results = sup(*[word for word in argv if word != "--overwrite_output_dir"], "--seeds", "1,2", "--learning_rate", 1e-2,
                   "--resume_from_checkpoint")  # fmt: skip
     assert set(results["seeds"]) == {"1", "2"} and matches(out)
-    assert {p.name for p in out.glob("seed-*")} == {"seed-1", "seed-2"}
+    assert {p.name for p in out.glob("seed-[0-9]*")} == {"seed-1", "seed-2"}
 
 
 def test_links_of_the_users_are_not_followed(tmp_path):
@@ -221,7 +229,7 @@ def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):
     out, _ = old
     spec = importlib.util.spec_from_file_location("recipe_tempscale", Path(__file__).parent.parent / "recipes/tempscale.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, spec.name, module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     before = digest(out)
     argv = ["tempscale.py", "--temperature", "0.9", "--output_dir", str(out), "--overwrite_output_dir"]
@@ -234,3 +242,37 @@ def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):
     assert digest(out) == before
     module.main()
     assert "temperature 0.9 is folded" in (out / "README.md").read_text() and not (out / "geometry.png").exists()
+
+
+def test_an_ablation_keeps_its_runs_until_the_first_step(old, tmp_path, monkeypatch):
+    out = tmp_path / "ablation"
+    (tmp_path / "texts.txt").write_text("".join(f"a sentence with the number {i}\n" for i in range(12)))
+    argv = [*QUIET, "--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "texts.txt", "--eval_sts_file",
+            f"s={tmp_path / 'sts.tsv'}", "--output_dir", out, "--variants", "dropout", "same mask", "--max_steps", 1,
+            "--eval_steps", 1, "--per_device_train_batch_size", 4]  # fmt: skip
+    unsup = partial(plan_simcse, None, False, Path("unused"), "sentences.txt", more=(AblationArguments,))
+    run_ablation(unsup, [*map(str, argv)])
+    before = digest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.optim.AdamW.step", FAILURES["first forward"])
+        with pytest.raises(torch.OutOfMemoryError):
+            run_ablation(unsup, [*map(str, argv), "--overwrite_output_dir", "--seeds", "1,2"])
+    assert digest(out) == before
+    run_ablation(unsup, [*map(str, argv), "--overwrite_output_dir", "--temperature", "0.1", "--seeds", "2"])
+    assert {path.parent.name for path in out.glob("runs/*/path.json")} == {"dropout-seed-2", "same-mask-seed-2"}
+
+
+@pytest.mark.slow
+def test_on_two_processes_the_first_checkpoint_is_the_new_one(old, tmp_path):
+    """Both save into checkpoint-1 at the step that clears the old one of this name."""
+    out, argv = old
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-1")
+    (out / "checkpoint-1" / "old").touch()
+    words = [*QUIET[1:], *argv, "--max_steps", 1, "--save_steps", 1, "--overwrite_output_dir"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/accelerate/cpu_2.yaml"]
+    command = [*map(str, [*launch, ROOT / "recipes/sup_simcse.py", *words])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"] and matches(out)
+    names = {path.name for path in (out / "checkpoint-1").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors"} < names and "old" not in names
