@@ -171,6 +171,7 @@ def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, ol
     assert {name: sha for name, sha in digest(out).items() if name in before} == before
 
 
+@pytest.mark.slow
 def test_seeds_keep_the_old_ones_until_the_first_step(old, monkeypatch):
     out, argv = old
     argv = [*argv, "--max_steps", 2, "--save_steps", 1, "--overwrite_output_dir"]
