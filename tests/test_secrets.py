@@ -106,7 +106,8 @@ def test_what_is_named_as_a_secret_is_not_saved():
     assert (args.hub_token, args.wandb_api_key) == ("secret", "secret") and type(clean) is Arguments
 
 
-def test_a_token_that_no_header_can_hold_is_not_shown(server, tmp_path):
+def test_a_token_that_no_header_can_hold_is_not_shown(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "TRIES", 1)
     tiny_encoder().save_pretrained(tmp_path / "model", verify=False)
     message = error_of(hub.push_folder, tmp_path / "model", "mine", token=SECRET + "\n")
     assert "push to mine" in message and SECRET not in message
@@ -231,6 +232,7 @@ def test_a_recipe_shows_no_secret(tmp_path, host):
     assert "Failed to read file" in done.stderr and "SECRET123" not in done.stderr + done.stdout  # a log of datasets'
 
 
+@pytest.mark.slow
 def test_errors_that_nobody_foresaw_and_logs_show_no_secret(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
