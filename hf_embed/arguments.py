@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, without_secrets
 
 
 @dataclass
@@ -85,3 +85,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise InputError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+
+    def to_dict(self) -> dict:
+        """The settings for logs (TensorBoard, wandb and the like), without tokens."""
+        return super(ContrastiveTrainingArguments, without_secrets(self)).to_dict()

@@ -14,7 +14,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.data.sources import leave_out, read_file, read_hub
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
@@ -22,6 +22,7 @@ from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.objectives.gte import DIRECTIONS
 
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
+TRUST = "Run the Python code that the model brings, if it has any: read it before."
 
 
 @dataclass
@@ -30,6 +31,7 @@ class ModelArguments:
         default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
     )
     dropout: float | None = field(default=None, metadata={"help": "All of the model's dropout rates. Default: its own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
     lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank, merged at export. 0: all weights."})
     lora_alpha: int = field(default=32)
@@ -179,7 +181,9 @@ def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArgumen
     args.same_dropout_mask |= kind == "same_mask"
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"):
-        rows = add_positives(rows, positive.positive, args.seed, name, positive.synonyms, model, args.device)
+        rows = add_positives(
+            rows, positive.positive, args.seed, name, positive.synonyms, model, args.device, model_args.trust_remote_code
+        )
     return rows, kind not in WITHOUT_ROWS
 
 
@@ -260,7 +264,7 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     if data.dataset_name:
         rows, name = read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
     else:
-        rows, name = read_file(data.train_file, quoting=data.quoting), data.train_file
+        rows, name = read_file(data.train_file, quoting=data.quoting), masked(data.train_file)
     return leave_out(rows, data.ignore_columns, name), name
 
 

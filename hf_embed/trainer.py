@@ -32,7 +32,7 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.distributed import gather_rows, world
 from hf_embed.encoder import Encoder, embed_texts
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import STS, check_sts
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.mlm import mask_tokens, split_masked_lm
@@ -105,7 +105,7 @@ class ContrastiveTrainer(Trainer):
         args = args or ContrastiveTrainingArguments("tmp_trainer")
         check_world(args)
         if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
-            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch` uses them all")
+            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
             args._n_gpu = 1
         self.objective = objective or SimCSE()
         mlm_head = None
@@ -265,7 +265,7 @@ class ContrastiveTrainer(Trainer):
             tensors = self._training_tensors(state_dict or self.encoder.state_dict())
             if tensors:
                 save_file(tensors, Path(output_dir, TRAINING_TENSORS))
-        torch.save(self.args, Path(output_dir, "training_args.bin"))
+        torch.save(without_secrets(self.args), Path(output_dir, hub.TRAINING_ARGS))
 
     def _training_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Heads used while training; with adapters, whose plain checkpoint is merged, all that is trained; with TempScale the
@@ -343,15 +343,15 @@ class ContrastiveTrainer(Trainer):
             self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(checkpoint_folder, copy)
+        shutil.copytree(checkpoint_folder, copy, symlinks=True)
         message = f"Training in progress, step {self.state.global_step}"
         api = HfApi(token=args.hub_token)
         where = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
         jobs = [api.create_commit(operations=hub.additions(copy, self.hub_model_id), commit_message=message, **where)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            resumable = {"folder_path": copy, "path_in_repo": name, "commit_message": f"{message}, checkpoint"}
-            jobs.append(api.upload_folder(**resumable, **where))
+            resumable = hub.additions(copy, self.hub_model_id, everything=True, inside=name)
+            jobs.append(api.create_commit(operations=resumable, commit_message=f"{message}, checkpoint", **where))
         self.push_in_progress = PushInProgress(jobs)
 
     def _finish_current_push(self) -> None:

@@ -1,9 +1,9 @@
 """GTE, stage 2: labelled pairs with hard negatives, the improved contrastive loss, from the model of stage 1.
 
-    accelerate launch recipes/gte_finetune.py                    # offline, after recipes/gte_pretrain.py, in a few minutes
+    python recipes/gte_finetune.py                    # offline, after recipes/gte_pretrain.py, in a few minutes
     accelerate launch --config_file recipes/accelerate/ddp_8gpu.yaml recipes/gte_finetune.py \
         --config recipes/configs/gte_finetune_base.yaml --sources sources.yaml
-    accelerate launch recipes/gte_finetune.py --model_name_or_path outputs/gte_pretrain --train_file mined.jsonl \
+    python recipes/gte_finetune.py --model_name_or_path outputs/gte_pretrain --train_file mined.jsonl \
         --eval_retrieval_dir scifact=beir/scifact
 
 recipes/mine_hard_negatives.py makes a file like mined.jsonl. Without arguments, negatives are mined with the model of

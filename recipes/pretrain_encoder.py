@@ -99,6 +99,7 @@ def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a BERT to learn from: a Hub name or a folder")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the teacher's own code, if it has any")
     parser.add_argument("--teacher_layer", type=int, default=4, help="which of its layers' hidden states to predict")
     parser.add_argument("--train_file", required=True, help="plain text, one sentence a line; .gz is fine")
     parser.add_argument("--output_dir", required=True)
@@ -119,9 +120,10 @@ def main() -> None:
 
     sentences = read_lines(args.train_file)
     rng.shuffle(sentences)
-    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).eval()
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32, **trusted).eval()
     teacher.encoder.layer = teacher.encoder.layer[: args.teacher_layer]
-    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher).backend_tokenizer
+    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher, **trusted).backend_tokenizer
     tokenizer, teacher_ids = cut_vocabulary(teacher_tokenizer, sentences[:200_000], args.vocab_size)
     teacher_ids = torch.tensor(teacher_ids)
     student = new_student(args, teacher, teacher_ids)

@@ -43,8 +43,7 @@ def recipe(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
-@pytest.fixture
-def files(tmp_path) -> dict[str, Path]:
+def make_files(tmp_path: Path) -> dict[str, Path]:
     """A training file, an STS file and a tiny model's folder."""
     with open(tmp_path / "nli.csv", "w", newline="") as file:
         rows = [[f"the {a}", f"a {a}, here", f"no {b}"] for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -53,6 +52,11 @@ def files(tmp_path) -> dict[str, Path]:
     (tmp_path / "sts.tsv").write_text(sts)
     tiny_encoder().save_pretrained(tmp_path / "model", verify=False)
     return {"nli": tmp_path / "nli.csv", "sts": tmp_path / "sts.tsv", "model": tmp_path / "model"}
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    return make_files(tmp_path)
 
 
 def flags(files, *more) -> list:
@@ -208,7 +212,7 @@ def test_help(path, monkeypatch, capsys):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_is_one_line(tmp_path, files):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.json").symlink_to("/dev/full")
+    (tmp_path / "out" / ".results.json.new").symlink_to("/dev/full")  # where it is written before it takes its place
     argv = ["--model_name_or_path", files["model"], "--eval_sts_file", f"s={files['sts']}", "--output_dir", tmp_path / "out"]
     done = recipe("evaluate.py", *argv)
     assert done.returncode == 2 and "Traceback" not in done.stderr

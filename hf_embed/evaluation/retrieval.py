@@ -243,7 +243,7 @@ def read_jsonl(path: Path) -> list[dict]:
 def read_code_search(path: str) -> Retrieval:
     """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
     as in CodeSearchNet, or of a Python package, by folder or name."""
-    if not Path(path).is_file():
+    if "://" not in path and not Path(path).is_file():
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
         rows = read_file(path)
