@@ -58,6 +58,10 @@ class Retrieval:
         if not self.qrels:
             raise InputError("no query has a relevant document")
 
+    @property
+    def logged(self) -> list[str]:
+        return [f"{metric}@{k}" for k in self.cutoffs for metric in ("ndcg", "map", "recall", "mrr")]
+
     def score(self, embed: Callable) -> dict[str, float]:
         """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document."""
         per_query = self.per_query(embed)
