@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import get_args
 
 from hf_embed.errors import InputError
 
@@ -40,14 +41,14 @@ SEED = Range(least=0, most=2**32 - 1, whole=True)  # numpy takes no others
 def check_ranges(settings, ranges: dict[str, Range]) -> None:
     """Check a dataclass's numbers, the choices that its fields name, and that a switch is True or False.
 
-    A field may be None where that is its default. Of a list, every element has to be in range, and there is at least one.
+    A field may be None where its type or its default says so. Of a list, every element has to be in range, and there is at least one.
 
     Raises:
         InputError: the first setting that is wrong, with the numbers that it may be.
     """
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        if value is None and field.default is None:
+        if value is None and (field.default is None or type(None) in get_args(field.type)):
             continue
         choices = field.metadata.get("choices")
         if choices and value not in choices:
@@ -55,7 +56,6 @@ def check_ranges(settings, ranges: dict[str, Range]) -> None:
         if field.type is bool and isinstance(value, str):
             raise InputError(f"{name} is {value!r}; it must be True or False")
         if name in ranges:
-            listed = isinstance(value, list | tuple)
-            if value in ([], ()) or not all(number in ranges[name] for number in (value if listed else [value])):
-                each = "a list of numbers, each of them " if listed else ""
-                raise InputError(f"{name} is {value!r}; it must be {each}{ranges[name]}")
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if wrong := [number for number in numbers or [value] if number not in ranges[name]]:
+                raise InputError(f"{name} is {wrong[0]!r}; it must be {ranges[name]}")

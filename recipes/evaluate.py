@@ -22,6 +22,7 @@ from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_tasks
 from hf_embed.finetune import embed_with, summary
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Arguments:
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     output_dir: str | None = field(default=None, metadata={"help": "Write results.json there."})
+
+    def __post_init__(self):
+        check_ranges(self, {"max_length": COUNT})
 
 
 def main() -> None:

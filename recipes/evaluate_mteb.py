@@ -19,6 +19,7 @@ from hf_embed.card import store_results, stored_results, write_card
 from hf_embed.cli import model_first, parse, run
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -30,6 +31,9 @@ class Arguments:
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     output_dir: str | None = field(default=None)
+
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": COUNT, "max_length": COUNT})
 
 
 def main() -> None:

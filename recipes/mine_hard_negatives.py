@@ -23,6 +23,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.finetune import embed_with
 from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Arguments:
     corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+
+    def __post_init__(self):
+        check_ranges(self, {"max_length": COUNT})
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:

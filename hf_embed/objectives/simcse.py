@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.objectives.masking import false_negatives
+from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
 
 
 @dataclass
@@ -25,11 +26,17 @@ class SimCSE:
         hard_negative_weight: a logit added to the row's own hard negatives: w_ii = e^weight, w_ij = 1 otherwise
             (appendix of the paper; its code's `hard_negative_weight`).
         mlm_weight: weight of the masked-language-modelling auxiliary (section 3.3; 0.1 in the paper). The trainer adds it.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     temperature: float = 0.05
     hard_negative_weight: float = 0.0
     mlm_weight: float = 0.0
+
+    def __post_init__(self):
+        check_ranges(self, {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0)})
 
     def __call__(
         self,
