@@ -58,11 +58,11 @@ class MiningArguments:
     seed: int = field(default=42)
 
     def __post_init__(self):
-        cosine, rank = Range(least=-1, most=1), Range(least=0, whole=True)
+        cosine, whole = Range(least=-1, most=1), Range(whole=True)
         check_ranges(
             self,
-            {"num_negatives": COUNT, "range_min": rank, "range_max": rank, "relative_margin": FINITE,
-             "absolute_margin": FINITE, "max_score": cosine, "min_score": cosine, "seed": rank},
+            {"num_negatives": COUNT, "range_min": whole, "range_max": whole, "relative_margin": FINITE,
+             "absolute_margin": FINITE, "max_score": cosine, "min_score": cosine, "seed": whole},
         )  # fmt: skip
         if None not in (self.min_score, self.max_score) and self.min_score >= self.max_score:
             raise InputError(f"min_score {self.min_score} is not below max_score {self.max_score}: nothing would be left")

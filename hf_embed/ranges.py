@@ -41,7 +41,8 @@ SEED = Range(least=0, most=2**32 - 1, whole=True)  # numpy takes no others
 def check_ranges(settings, ranges: dict[str, Range]) -> None:
     """Check a dataclass's numbers, the choices that its fields name, and that a switch is True or False.
 
-    A field may be None where its type or its default says so. Of a list, every element has to be in range, and there is at least one.
+    A field may be None where its type or its default says so. Of a list, every element has to be in range, and there
+    is at least one.
 
     Raises:
         InputError: the first setting that is wrong, with the numbers that it may be.
