@@ -1,6 +1,7 @@
 """The numbers that settings may be: a table {field: Range} for each dataclass, checked when it is made."""
 
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -47,14 +48,17 @@ def check_ranges(settings, ranges: dict[str, Range]) -> None:
     Raises:
         InputError: the first setting that is wrong, with the numbers that it may be.
     """
+    types = {}  # as they were written: transformers' parser overwrites `field.type`
+    for kind in reversed(type(settings).__mro__):
+        types |= inspect.get_annotations(kind)
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        if value is None and (field.default is None or type(None) in get_args(field.type)):
+        if value is None and (field.default is None or type(None) in get_args(types[field.name])):
             continue
         choices = field.metadata.get("choices")
         if choices and value not in choices:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-        if field.type is bool and isinstance(value, str):
+        if types[field.name] is bool and isinstance(value, str):
             raise InputError(f"{name} is {value!r}; it must be True or False")
         if name in ranges:
             numbers = value if isinstance(value, list | tuple) else [value]
