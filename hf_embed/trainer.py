@@ -132,6 +132,8 @@ class ContrastiveTrainer(Trainer):
                 train_dataset, views = tokenize_all(train_dataset, self.encoder, args, train_name, paired)
             if args.same_dropout_mask and (isinstance(train_dataset, Mixture) or most_texts(train_dataset) > 1):
                 raise InputError(f"{train_name}: same_dropout_mask needs rows of a single text, which is both views")
+            if getattr(self.objective, "hard_negative_weight", 0) and max(views) < 3:
+                raise InputError(f"{train_name}: hard_negative_weight is set, but no row has a negative; leave it out")
             check_training(args, self.encoder, len(batch_sampler(train_dataset, args, args.train_batch_size)), train_name)
         if args.process_index == 0:
             warn_of_ignored(args)

@@ -258,6 +258,13 @@ def test_no_batch_at_all(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_of_negatives_where_there_are_none(tmp_path):
+    pairs = [{key: row[key] for key in ("anchor", "positive")} for row in ROWS]
+    message = error_of(trainer, tmp_path / "out", rows=pairs, objective=SimCSE(hard_negative_weight=1.0))
+    assert message == "train_dataset: hard_negative_weight is set, but no row has a negative; leave it out"
+    trainer(tmp_path, objective=SimCSE(hard_negative_weight=1.0))
+
+
 def test_everything_frozen(tmp_path):
     for settings in ({}, {"pooling": "cls_mlp_train"}):
         model = tiny_model().requires_grad_(False)
