@@ -182,12 +182,17 @@ def summary(paths: list[list[dict]]) -> dict:
 def table(results: dict) -> list[str]:
     """A line for each variant: the last step's scores, and the best STS on the way."""
     width = max(len(name) for name in [*results, "variant"])
-    heads = f"{'STS, last step':>22}  {'STS, best step':>22}  {'alignment':>9}  {'uniformity':>10}"
+    several = any(len(result["seeds"]) > 1 for result in results.values())
+    span = 22 if several else 14
+    heads = f"{'STS, last step':>{span}}  {'STS, best step':>{span}}  {'alignment':>9}  {'uniformity':>10}"
     lines = [f"{'variant':{width}}  {'before':>6}  {heads}"]
     for name, result in results.items():
-        spans = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in (result["spearman"], result["best"])]
+        spans = [
+            f"{mean:.2f} ({low:.2f} to {high:.2f})" if several else f"{mean:.2f}"
+            for mean, low, high in (result["spearman"], result["best"])
+        ]
         lines.append(
-            f"{name:{width}}  {result['before']:6.2f}  {spans[0]:>22}  {spans[1]:>22}  {result['alignment'][0]:9.3f}  "
+            f"{name:{width}}  {result['before']:6.2f}  {spans[0]:>{span}}  {spans[1]:>{span}}  {result['alignment'][0]:9.3f}  "
             f"{result['uniformity'][0]:10.3f}"
         )
     return lines

@@ -292,7 +292,7 @@ def limits_section(encoder, results: dict) -> str:
         lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
     else:
         lines.append("It was not evaluated: measure on texts of your own first.")
-    if results.get("train", {}).get("chosen_by", {}).get("metric"):
+    if (results.get("train", {}).get("chosen_by") or {}).get("metric"):
         lines.append("Sets that chose the checkpoint or the seed flatter it a little.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 

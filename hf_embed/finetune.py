@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -39,8 +41,10 @@ from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
 from hf_embed.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
+from hf_embed.ranges import SEED
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
+from hf_embed.trainer_settings import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +87,10 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
 def read_seeds(given: str) -> list[int]:
     """ "1,2,3" -> [1, 2, 3]."""
     words = [word.strip() for word in given.split(",") if word.strip()]
-    if not words or not all(word.isdigit() for word in words) or len(set(words)) < len(words):
-        raise InputError(f"--seeds '{given}': give different whole numbers, 1,2,3 for example")
-    return [int(word) for word in words]
+    seeds = [int(word) if word.isdecimal() else -1 for word in words]
+    if not seeds or not all(seed in SEED for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds '{given}': give different whole numbers below 2^32, 1,2,3 for example")
+    return seeds
 
 
 def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) -> dict:
@@ -108,7 +113,7 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         own = folder / f"seed-{seed}"
         if resume and (own / "results.json").is_file():
             runs[seed] = json.loads((own / "results.json").read_text(encoding="utf-8"))
-            now = json.loads(json.dumps(changed(plan.model_args, plan.args, *plan.more)))
+            now = json.loads(json.dumps(changed(plan)))
             if runs[seed]["train"]["settings"] != now:
                 raise InputError(f"{own} holds a run with other settings; replace all by --overwrite_output_dir")
             continue
@@ -125,10 +130,11 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
 
 def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict:
     """The best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
-    scores = {seed: results["train"]["chosen_by"] for seed, results in runs.items()}
+    scores = {seed: results["train"]["score"] for seed, results in runs.items()}
     sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
     best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
+    results["train"] = results["train"] | {"chosen_by": scores[best]}
     if world()[0] == 0:
         ours = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
@@ -186,6 +192,8 @@ def fine_tune(plan: Plan, earlier: EarlierRun | None = None) -> dict:
             saved = Encoder.from_pretrained(args.output_dir, trust_remote_code=trusted, dtype=torch.float32).to(args.device)
         after = score_encoder(saved, tasks)
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
+    score = {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
+             "greater_is_better": args.greater_is_better is not False}  # fmt: skip
     about = {
         "model": shown(plan.model_args.model_name_or_path or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(plan.model_args.model_name_or_path), "datasets": plan.datasets,
@@ -195,10 +203,9 @@ def fine_tune(plan: Plan, earlier: EarlierRun | None = None) -> dict:
         "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
-        "chosen_by": {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
-                      "greater_is_better": args.greater_is_better is not False},
+        "score": score, "chosen_by": score if chose_a_step(trainer) else None,
         "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
-        "hardware": hardware(args), "settings": changed(plan.model_args, args, *plan.more),
+        "hardware": hardware(args), "settings": changed(plan),
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
@@ -209,6 +216,19 @@ def fine_tune(plan: Plan, earlier: EarlierRun | None = None) -> dict:
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def chose_a_step(trainer: ContrastiveTrainer) -> bool:
+    """Whether the evaluation sets chose the model among several steps; warns where they should have and could not."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end:
+        return False
+    if state.best_model_checkpoint is None:
+        logger.warning(
+            f"no evaluation gave {trainer.args.metric_for_best_model} as a number: the last step is kept, not the best"
+        )
+    evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    return state.best_model_checkpoint is not None and len(evaluated) > 1
 
 
 def shown(name: str) -> str:
@@ -228,16 +248,19 @@ NOT_SCIENCE = ("output_dir", "run_name", "log", "report_to", "eval_", "do_", "sa
                "trackio")  # fmt: skip
 
 
-def changed(*groups) -> dict:
-    """Of dataclasses of settings, those that are not at their default and that a result depends on."""
-    found, defaults = {}, {}
+def changed(plan: Plan) -> dict:
+    """Of a plan's settings, those that are not at their default and that a result depends on."""
+    found, defaults, groups = {}, {}, [plan.model_args, plan.args, *plan.more]
+    unused = {*IGNORED, *(() if plan.args.max_steps < 0 else ("num_train_epochs",))}
+    if isinstance(plan.rows, Dataset):
+        unused |= {"source_alpha", "small_sources", "shuffle_buffer_size"}
     for group in groups:  # after __post_init__, which fills some in
         kind = type(group)
         defaults[kind] = kind("unused") if isinstance(group, ContrastiveTrainingArguments) else kind()
     for settings, field_ in ((group, field_) for group in groups for field_ in dataclasses.fields(group)):
         default = getattr(defaults[type(settings)], field_.name, None)
         value = getattr(settings, field_.name, default)
-        if value != default and not field_.name.startswith((*NOT_SCIENCE, "_")):
+        if value != default and field_.name not in unused and not field_.name.startswith((*NOT_SCIENCE, "_")):
             found[field_.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
     return found
 
@@ -247,6 +270,17 @@ def no_evaluation(args: ContrastiveTrainingArguments) -> None:
         logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
     args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
     args.load_best_model_at_end = False
+
+
+def check_lora_targets(model, names: list[str]) -> None:
+    """Raises InputError for a name that is the end of no module's: PEFT is content if one of several is found."""
+    modules = [name for name, module in model.named_modules() if not list(module.children())]
+    for target in names:
+        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in modules):
+            ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+            raise InputError(
+                f"--lora_target_modules {target}: no such module in the model; its linear layers are {', '.join(ends)}"
+            )
 
 
 def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, masked_lm: bool):
@@ -285,14 +319,17 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
         reset_dense(encoder.backbone.pooler.dense, encoder.config)
     if model_args.lora_r:
-        encoder.backbone = get_peft_model(
-            encoder.backbone,
-            LoraConfig(
-                task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
-                lora_dropout=model_args.lora_dropout, target_modules=model_args.lora_target_modules or "all-linear",
-                modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
-            ),
+        targets = model_args.lora_target_modules or ["all-linear"]
+        check_lora_targets(encoder.backbone, targets)
+        config = LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout, target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
         )  # fmt: skip
+        try:
+            encoder.backbone = get_peft_model(encoder.backbone, config)
+        except (ValueError, TypeError) as error:  # a module of a kind that PEFT does not adapt, for one
+            raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
     return encoder, encoder.tokenizer
 
 

@@ -23,6 +23,7 @@ from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_tasks
 from hf_embed.finetune import embed_with, summary
 from hf_embed.plan import TRUST
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -33,6 +34,9 @@ class Arguments:
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None, metadata={"help": "Write results.json there."})
+
+    def __post_init__(self):
+        check_ranges(self, {"max_length": COUNT})
 
 
 def main() -> None:

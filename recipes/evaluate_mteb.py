@@ -20,6 +20,7 @@ from hf_embed.cli import model_first, parse, run
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.plan import TRUST
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Arguments:
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None)
+
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": COUNT, "max_length": COUNT})
 
 
 def main() -> None:

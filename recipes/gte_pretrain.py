@@ -21,7 +21,7 @@ from hf_embed.finetune import run_gte
 DATA = Path("outputs/docstrings")
 
 
-def docstrings() -> tuple[str, list[str]]:
+def docstrings(_: str | None) -> tuple[str, list[str]]:
     """Collect pairs from the installed packages; -> the file of sources and the evaluation sets."""
     state = PartialState()
     if state.is_main_process:

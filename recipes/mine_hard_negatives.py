@@ -24,6 +24,7 @@ from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.finetune import embed_with
 from hf_embed.mining import MiningArguments, mine_hard_negatives
 from hf_embed.plan import TRUST
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -37,6 +38,9 @@ class Arguments:
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
+
+    def __post_init__(self):
+        check_ranges(self, {"max_length": COUNT})
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:

@@ -24,6 +24,10 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from hf_embed import InputError
+from hf_embed.cli import run
+from hf_embed.ranges import COUNT, POSITIVE, SEED
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -96,6 +100,16 @@ def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[li
     return joined
 
 
+def check(args) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value not in (SEED if name == "seed" else COUNT):
+            raise InputError(f"--{name} is {value}; it must be {SEED if name == 'seed' else COUNT}")
+    if args.learning_rate not in POSITIVE:
+        raise InputError(f"--learning_rate is {args.learning_rate}; it must be {POSITIVE}")
+    if args.hidden_size % args.num_heads:
+        raise InputError(f"--num_heads is {args.num_heads}, which does not divide the {args.hidden_size} of --hidden_size")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a BERT to learn from: a Hub name or a folder")
@@ -114,6 +128,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    check(args)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

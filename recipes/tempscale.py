@@ -27,6 +27,7 @@ from hf_embed.evaluation.retrieval import read_pairs
 from hf_embed.finetune import embed_with, saved_to
 from hf_embed.overwrite import clear_results
 from hf_embed.plan import QUICKSTART, TRUST
+from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
 from hf_embed.tempscale.fold import folded
@@ -51,12 +52,13 @@ class Arguments:
     output_dir: str = field(default="outputs/tempscale")
     overwrite_output_dir: bool = False
 
+    def __post_init__(self):
+        check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})
+
 
 def check(args: Arguments, tasks: dict) -> None:
     for temperature in args.grid if args.temperature is None else [args.temperature]:
         TempScaleConfig(temperature)
-    if args.folds < 2:
-        raise InputError(f"--folds {args.folds}: cross-validation needs at least 2")
     if args.temperature is not None and tasks:
         raise InputError(
             f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"

@@ -93,6 +93,25 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     assert "spearman" in done.stdout and "x 100" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("more", "chose"),
+    [
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1], True),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 5], False),  # once, last
+        (["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "no"], False),
+        (["--save_strategy", "no"], False),
+    ],
+    ids=["of several steps", "of one step", "looks on", "no evaluation"],
+)  # fmt: skip
+def test_what_chose_the_model_is_said(tmp_path, files, more, chose):
+    out = tmp_path / "out"
+    train = sup(*flags(files, "--output_dir", out, "--max_steps", 2, *more))["train"]
+    assert (train["score"]["metric"], train["score"]["greater_is_better"]) == ("spearman", True)
+    assert train["chosen_by"] == (train["score"] if chose else None)
+    assert ("flatter" in (out / "README.md").read_text()) is chose
+    assert "num_train_epochs" not in train["settings"] and train["settings"]["max_steps"] == 2
+
+
 def test_two_processes_train_evaluate_and_save(tmp_path, files):
     settings = [*QUIET, *flags(files), "--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2,
                 "--load_best_model_at_end", "true", "--output_dir", tmp_path / "out"]  # fmt: skip
