@@ -130,7 +130,7 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
 
 def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict:
     """The best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
-    scores = {seed: results["train"]["score"] for seed, results in runs.items()}
+    scores = {seed: run["train"].get("score") or run["train"]["chosen_by"] for seed, run in runs.items()}
     sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
     best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}

@@ -143,7 +143,7 @@ def probe_rows(encoder) -> list[dict]:
     rows = []
     for text in TEXTS:
         found = encoder.tokenizer(text, truncation=True, max_length=most)
-        rows.append({key: list(value) for key, value in found.items() if key in taken and key != "attention_mask"})
+        rows.append({key: list(value) for key, value in found.items() if key in {"input_ids", *taken} - {"attention_mask"}})
     ids = rows[0]["input_ids"]
     ids[len(ids) // 2] = encoder.tokenizer.pad_token_id
     return [row for row in rows if row["input_ids"]]

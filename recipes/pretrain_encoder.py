@@ -102,7 +102,7 @@ def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[li
 
 def check(args) -> None:
     for name, value in vars(args).items():
-        if isinstance(value, int) and value not in (SEED if name == "seed" else COUNT):
+        if isinstance(value, int) and not isinstance(value, bool) and value not in (SEED if name == "seed" else COUNT):
             raise InputError(f"--{name} is {value}; it must be {SEED if name == 'seed' else COUNT}")
     if args.learning_rate not in POSITIVE:
         raise InputError(f"--learning_rate is {args.learning_rate}; it must be {POSITIVE}")

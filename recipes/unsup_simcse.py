@@ -4,8 +4,8 @@
     python recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
     python recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
 
-A training file is a txt with one sentence a line, or a table with a column text or sentence. Every flag of
-`transformers.TrainingArguments` works; `--help` lists them all.
+A training file is a txt with one sentence a line, or a table with a column text or sentence. Flags of
+`transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help` lists them all.
 """
 
 from pathlib import Path

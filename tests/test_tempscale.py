@@ -576,7 +576,7 @@ def test_training_at_a_temperature(tmp_path):
     assert torch.equal(vectors(applied), vectors(encoder))
     with pytest.raises(InputError, match="weights do not know how long"):
         train("growth", apply_tempscale(copy.deepcopy(start), TempScaleConfig(0.5, growth="log")))
-    with pytest.raises(InputError, match="temperature is 0"):
+    with pytest.raises(InputError, match="temp_scale is 0"):
         train("zero", copy.deepcopy(start), temp_scale=0)
 
 
