@@ -1,6 +1,7 @@
 """The same rows, the same model: training throughput and peak memory here and under sentence-transformers.
 
     python benchmarks/train.py --model MODEL --nli nli_triplets.csv --sts stsb-train.tsv [--cases nli128] [--rounds 3]
+    python benchmarks/train.py --model MODEL --nli nli_triplets.csv --against EARLIER    # a checkout of an earlier version
 
 Each trial is a process of its own: a real trainer (ContrastiveTrainer or SentenceTransformerTrainer with
 MultipleNegativesRankingLoss), triplets of the same rows, dropout on, the default optimizer. Trials alternate, so that a
@@ -14,6 +15,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import random
 import resource
 import statistics
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gradient_caching", action="store_true")
     parser.add_argument("--chunk_tokens", type=int)
+    parser.add_argument("--against", metavar="CHECKOUT", help="compare with the hf_embed in this folder instead")
     parser.add_argument("--only", choices=["hf_embed", "sentence_transformers"], help="skip the other side")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # set for the process of one trial
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -119,16 +122,18 @@ def main() -> None:
         print("RESULT " + json.dumps(trial(args)))
         return
 
-    sides = [args.only] if args.only else ["hf_embed", "sentence_transformers"]
+    sides = [args.only] if args.only else ["hf_embed", "earlier" if args.against else "sentence_transformers"]
     print(f"{'case':18} {'side':22} {'triplets/s':>10} {'peak GB':>8}   ratio (median of {args.rounds} rounds)")
     for case in args.cases:
         for precision in args.precisions:
             results = {side: [] for side in sides}
             for _ in range(args.rounds):
                 for side in sides:
-                    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--side", side, "--case", case]
+                    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--case", case]
+                    command += ["--side", "hf_embed" if side == "earlier" else side]
                     command += ["--bf16"] if precision == "bfloat16" else []
-                    done = subprocess.run(command, capture_output=True, text=True)
+                    version = args.against if side == "earlier" else str(Path(__file__).parents[1])
+                    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": version})
                     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                     if not lines:
                         raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")

@@ -11,6 +11,7 @@ import math
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_embed.pooling import saved_pooling
@@ -107,6 +108,8 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
     results, pooling = results or {}, saved_pooling(encoder.pooling)
     take = [*TAKE[pooling], *dense_lines(encoder, pooling, json.dumps(name))]
     take += ["vectors = torch.nn.functional.normalize(vectors, dim=-1)"] if encoder.normalize else []
+    take += [f"vectors = vectors[:, :{encoder.truncate_dim}]"] if encoder.truncate_dim else []
+    texts = ["a cat", "a dog sleeping by the fire"]
     sections = [results_section(results, picture), sweep_section(encoder, results.get("tempscale")), mteb_section(results)]
     sections += [training_section(results.get("train")), prompts_section(encoder), limits_section(encoder, results)]
     sections += [papers_section(encoder, results)]
@@ -118,12 +121,13 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": pooling,
-        "normalize": "unit vectors" if encoder.normalize else "not normalised; compare with the cosine",
+        "normalize": normalize_note(encoder),
         "tempscale": tempscale_note(encoder),
         "name": json.dumps(name),
         "loader": loading_class(encoder.config),
         "imports": ", ".join(sorted([loading_class(encoder.config), "AutoTokenizer"])),
-        "texts": '["a cat", "a dog sleeping by the fire"]',
+        "texts": json.dumps(texts),
+        "prompted": json.dumps([encoder.prompt() + text for text in texts]).replace("`", "\\u0060"),
         "take": "\n".join(take),
         "sections": "\n".join(f"\n{section}" for section in sections if section),
     }
@@ -132,13 +136,27 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
     return text + MARK.format(digest(text)) + "\n"
 
 
+def normalize_note(encoder) -> str:
+    note = "unit vectors" if encoder.normalize else "not normalised"
+    if encoder.truncate_dim:
+        note += f", of which the first {encoder.dimension} numbers are kept (`truncate_dim`)"
+    if encoder.similarity_fn_name != "cosine":
+        return f"{note}; its similarity function is `{encoder.similarity_fn_name}`"
+    return note if encoder.normalize and not encoder.truncate_dim else f"{note}; compare with the cosine"
+
+
 def dense_lines(encoder, pooling: str, name: str) -> list[str]:
     """Code for the layers behind the pooling, which AutoModel does not know."""
     lines, first = [], 3 if pooling == "cls_mlp" else 2
     for i, layer in enumerate(encoder.dense):
         lines.append(f'dense = load_file(cached_file({name}, "{first + i}_Dense/model.safetensors"))')
-        lines.append('vectors = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
-        lines.append(f"vectors = torch.nn.{type(layer.activation).__name__}()(vectors)")
+        lines.append('out = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
+        out = f"torch.nn.{type(layer.activation).__name__}()(out)"
+        if isinstance(layer.residual, torch.nn.Linear):
+            out += ' + torch.nn.functional.linear(vectors, dense["residual.weight"])'
+        elif layer.residual is not None:
+            out += " + vectors"
+        lines.append(f"vectors = {out}")
     return ["from safetensors.torch import load_file", "from transformers.utils import cached_file", *lines] if lines else []
 
 
@@ -246,7 +264,8 @@ def duration(seconds: float | None) -> str:
 
 
 def prompts_section(encoder) -> str:
-    lines = [f"{name:9} {text!r}" for name, text in encoder.prompts.items()]
+    default = encoder.default_prompt_name
+    lines = [f"{name:9} {text!r}{' (the default)' * (name == default)}" for name, text in encoder.prompts.items()]
     return block("Prompts", lines, "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`.")
 
 

@@ -19,7 +19,7 @@ from hf_embed.checkpoint.load import load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import cosines, model_meta, texts_and_prompt
+from hf_embed.evaluation.mteb import SIMILARITIES, model_meta, texts_and_prompt
 from hf_embed.forward_check import measure, word_table
 from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
 from hf_embed.text_models import text_encoder
@@ -45,9 +45,14 @@ class Encoder(nn.Module):
         normalize: give unit vectors from `encode` (and from every loader of the saved folder).
         prompts: {"query": ..., "document": ...}: text put before queries and documents.
         dense: layers behind the pooling. `AutoModel` knows nothing of them: the card says how to load them.
+        truncate_dim: `encode` gives the first so many numbers of a vector, not normalised again; training uses all.
+        similarity_fn_name: what `similarity` computes: cosine, dot, euclidean or manhattan (the last two negated distances).
+            Training and the evaluations of this package compare by the cosine, whatever it is.
+        default_prompt_name: the prompt that `encode` puts before texts when it is given no `prompt_name`.
 
     Raises:
-        InputError: unknown pooling; a pooling the architecture cannot compute; `max_length` above the model's positions.
+        InputError: unknown pooling, similarity or default prompt; a pooling the architecture cannot compute; `max_length` above
+            the model's positions; a `truncate_dim` that is no positive integer.
     """
 
     def __init__(
@@ -59,6 +64,9 @@ class Encoder(nn.Module):
         normalize: bool = False,
         prompts: dict[str, str] | None = None,
         dense: Sequence[Dense] = (),
+        truncate_dim: int | None = None,
+        similarity_fn_name: str = "cosine",
+        default_prompt_name: str | None = None,
     ):
         super().__init__()
         check_pooling(pooling)
@@ -67,6 +75,13 @@ class Encoder(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
         self.prompts = dict(prompts or {})
+        if similarity_fn_name not in SIMILARITIES:
+            raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; take one of {', '.join(SIMILARITIES)}")
+        if truncate_dim is not None and not (isinstance(truncate_dim, int) and truncate_dim > 0):
+            raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
+        self.truncate_dim, self.similarity_fn_name = truncate_dim, similarity_fn_name
+        self.default_prompt_name = default_prompt_name
+        self.prompt()  # is the default one there?
         self.config.use_cache = False
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -113,7 +128,26 @@ class Encoder(nn.Module):
         return next(self.backbone.parameters()).device
 
     @property
+    def settings(self) -> dict:
+        """The arguments, beside backbone and tokenizer, that make such an encoder."""
+        names = ["pooling", "max_length", "normalize", "prompts", "truncate_dim", "similarity_fn_name", "default_prompt_name"]
+        return {name: getattr(self, name) for name in names} | {"dense": list(self.dense)}
+
+    def prompt(self, name: str | None = None) -> str:
+        """The text that goes before texts: the prompt of that name, or the default one. Raises InputError if there is none."""
+        name = self.default_prompt_name if name is None else name
+        if name not in (None, "query", "document", *self.prompts):
+            raise InputError(f"unknown prompt_name '{name}'; there are query, document and the model's own")
+        return self.prompts.get(name, "")
+
+    @property
     def dimension(self) -> int:
+        """The length of a vector from `encode`."""
+        return min(self.full_dimension, self.truncate_dim or self.full_dimension)
+
+    @property
+    def full_dimension(self) -> int:
+        """D, the length of an embedding in training."""
         return self.dense[-1].linear.out_features if self.dense else self.width
 
     def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
@@ -193,20 +227,19 @@ class Encoder(nn.Module):
         """Vectors of texts, as trained: (N, D) float32 NumPy array, or (D,) for a single string.
 
         Args:
-            prompt_name: "query" or "document": put that prompt, if the model has one, before each text.
+            prompt_name: "query", "document" or another name in `prompts`: put that prompt, if the model has it, before each
+                text. Without a name it is the default prompt, if the model has one.
             batch_size: texts tokenized and sorted by length at a time; memory depends on `chunk_tokens`, not on this.
             convert_to_tensor: give a tensor on the model's device instead.
             prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name; what else it says has no effect.
         """
         if isinstance(texts, DataLoader):
-            texts, prompt_name = texts_and_prompt(texts, prompt_type)
+            texts, prompt_name = texts_and_prompt(texts, prompt_type, self.prompts, mteb.get("task_metadata"))
         elif mteb:
             raise TypeError(f"encode() has no argument '{next(iter(mteb))}'")
         if isinstance(texts, str):
             return self.encode([texts], prompt_name, 1, convert_to_tensor, False, chunk_tokens)[0]
-        if prompt_name not in (None, "query", "document", *self.prompts):
-            raise InputError(f"unknown prompt_name '{prompt_name}'; there are query, document and the model's own")
-        prompt = self.prompts.get(prompt_name, "")
+        prompt = self.prompt(prompt_name)
         was_training = self.training
         self.eval()
         parts = []
@@ -217,18 +250,23 @@ class Encoder(nn.Module):
                     parts.append(embed_texts(self, self, part, chunk_tokens).float())
         finally:
             self.train(was_training)
-        vectors = torch.cat(parts) if parts else torch.zeros(0, self.dimension)
-        if self.normalize:
-            vectors = F.normalize(vectors, dim=-1)
+        vectors = self.finish(torch.cat(parts) if parts else torch.zeros(0, self.full_dimension))
         return vectors if convert_to_tensor else vectors.cpu().numpy()
 
+    def finish(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (N, D) to what `encode` gives: unit vectors where the model normalises, then cut to `truncate_dim`."""
+        vectors = F.normalize(embeddings, dim=-1) if self.normalize else embeddings
+        return vectors[:, : self.truncate_dim]
+
     def similarity(self, a, b) -> Tensor:
-        """Cosines of all vectors of `a`, (N, D), with all of `b`, (M, D): (N, M)."""
-        return cosines(torch.as_tensor(a), torch.as_tensor(b))
+        """Similarities (`similarity_fn_name`) of all vectors of `a`, (N, D), with all of `b`, (M, D): (N, M)."""
+        a, b = (torch.atleast_2d(torch.as_tensor(vectors)) for vectors in (a, b))
+        return SIMILARITIES[self.similarity_fn_name](a, b)
 
     def similarity_pairwise(self, a, b) -> Tensor:
-        """Cosines of the vectors of `a` and `b`, both (N, D), row by row: (N,)."""
-        return F.cosine_similarity(torch.as_tensor(a).float(), torch.as_tensor(b).float(), dim=-1)
+        """Similarities of the vectors of `a` and `b`, both (N, D), row by row: (N,)."""
+        a, b = (torch.atleast_2d(torch.as_tensor(vectors)).unsqueeze(1) for vectors in (a, b))
+        return SIMILARITIES[self.similarity_fn_name](a, b)[:, 0, 0]
 
     @property
     def mteb_model_meta(self):
@@ -248,10 +286,12 @@ class Encoder(nn.Module):
         normalize: bool | None = None,
         **model_kwargs,
     ) -> "Encoder":
-        """Load a folder or Hub model: ours, sentence-transformers', or any `AutoModel` (then mean pooling, unless told).
+        """Load a folder or Hub model: ours, sentence-transformers', or any `AutoModel`.
 
-        Pooling, normalisation, max length and prompts come from the sentence-transformers files beside the weights;
-        arguments given here override them. `model_kwargs` go to `AutoModel.from_pretrained`.
+        All settings come from the sentence-transformers files beside the weights; arguments given here override them. What
+        those files say that would give other vectors here than in sentence-transformers is refused (InputError), by name.
+        Without such files pooling is mean (last for a causal language model), and texts are cut after 512 tokens at most.
+        `model_kwargs` go to `AutoModel.from_pretrained`.
         """
         return load_encoder(cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs)
 
@@ -277,11 +317,11 @@ def serve_words(table: nn.Embedding, input_ids: Tensor, words: Tensor) -> Iterat
     other ids, for example of ids that the model has padded further, goes to the table.
     """
 
-    def served(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        ids = args[0] if args else input_ids
+    def served(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        ids = args[0] if args else kwargs["input"]
         return words if ids.shape == input_ids.shape and ids.data_ptr() == input_ids.data_ptr() else output
 
-    handle = table.register_forward_hook(served)
+    handle = table.register_forward_hook(served, with_kwargs=True)
     try:
         yield
     finally:

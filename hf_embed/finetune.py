@@ -26,8 +26,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_embed
 from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.layout import read_settings
-from hf_embed.checkpoint.load import listed, load_encoder, load_tokenizer, unreachable
+from hf_embed.checkpoint.layout import has_mlp_head, read_settings
+from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
 from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
@@ -255,19 +255,26 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if masked_lm and model_args.lora_r:
         raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
-        tokenizer = load_tokenizer(name)
-        model, missing = load_backbone(name, "AutoModelForMaskedLM", **kwargs)
+        folder = find_transformer(name)
+        tokenizer = load_tokenizer(name, **folder)
+        model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
         if missing := [k for k in missing if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]:
             raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
-        for key, value in read_settings(name, model.base_model).items():  # as the folder says, unless told
-            if key in settings and getattr(args, key) is None:
-                setattr(args, key, value)
+        own = read_settings(name, model.base_model, tokenizer, args.pooling)
+        if own.get("max_length", 0) > MOST_TOKENS:
+            del own["max_length"]
+        kept = (*settings, "prompts")
+        if lost := [key for key, value in own.items() if key not in kept and value not in (None, [], "cosine")]:
+            raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")
+        for key in kept:  # as the folder says, unless told
+            if getattr(args, key) is None and own.get(key) not in (None, {}):
+                setattr(args, key, own[key])
         if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
             model.base_model.pooler = type(model.base_model)(model.config).pooler
         return model, tokenizer
     new_pooler = settings["pooling"] == "cls_mlp"  # a new head, as in the paper's code, unless the folder has a trained one
     encoder = load_encoder(Encoder, name, **settings, new_pooler=new_pooler, **kwargs)
-    if encoder.pooling == "cls_mlp" and read_settings(name, encoder.backbone).get("pooling") != "cls_mlp":
+    if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
         reset_dense(encoder.backbone.pooler.dense, encoder.config)
     if model_args.lora_r:
         encoder.backbone = get_peft_model(
@@ -285,7 +292,9 @@ def with_dropout(name: str, rate: float):
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **find_transformer(name))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from error
     known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]

@@ -69,7 +69,7 @@ def measure(encoder) -> Measured:
                     reference = [alone(encoder, row, row.keys()) for row in rows]
                 plain = [alone(encoder, row, ()) for row in rows] if further else reference
                 batch = encoder(flat, lengths)["embeddings"]
-                attends = tokens_see_each_other(encoder, rows[-1]["input_ids"])
+                attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
             with torch.enable_grad():
                 training = encoder(flat, lengths)["embeddings"].detach()
         except InputError:
@@ -153,11 +153,14 @@ def alone(encoder, row: dict, keys) -> Tensor:
     return encoder.embed(ids, torch.ones_like(ids), **inputs)
 
 
-def tokens_see_each_other(encoder, ids: list[int]) -> bool:
-    """Whether the state of the last token depends on the first one. MRA's attention returns zeros without its CUDA kernel."""
-    ids = torch.tensor([ids, [ids[-1], *ids[1:]]], device=encoder.device)
+def tokens_see_each_other(encoder, ids: list[int], others: Tensor) -> bool:
+    """Whether the state of the last token changes with the first one. MRA's attention returns zeros without its CUDA kernel."""
+    another = others[others != ids[0]][:1].tolist()
+    if len(ids) < 2 or not another:
+        return True
+    ids = torch.tensor([ids, [*another, *ids[1:]]], device=encoder.device)
     states = encoder.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-    return ids.shape[1] < 2 or not torch.equal(states[0, -1], states[1, -1])
+    return not torch.equal(states[0, -1], states[1, -1])
 
 
 def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:

@@ -23,14 +23,21 @@ MULTI_LAYER = {"first_last", "top2"}
 
 
 class Dense(nn.Module):
-    """A layer behind the pooling, (B, D) -> (B, out), as sentence-transformers saves them."""
+    """A layer behind the pooling, (B, D) -> (B, out), as sentence-transformers saves them.
 
-    def __init__(self, linear: nn.Linear, activation: nn.Module):
+    With `residual` the embedding is added to what comes out, through a linear map of its own where the widths differ.
+    """
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module, residual: bool = False):
         super().__init__()
-        self.linear, self.activation = linear, activation
+        self.linear, self.activation, self.residual = linear, activation, None
+        if residual:
+            wide, narrow = linear.in_features, linear.out_features
+            self.residual = nn.Identity() if wide == narrow else nn.Linear(wide, narrow, bias=False)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return self.activation(self.linear(embeddings))
+        out = self.activation(self.linear(embeddings))
+        return out if self.residual is None else out + self.residual(embeddings)
 
 
 def check_pooling(pooling: str) -> None:

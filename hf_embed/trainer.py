@@ -117,6 +117,7 @@ class ContrastiveTrainer(Trainer):
         self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
         freeze_unused(self.encoder)
         check_widths(self.objective, self.encoder)
+        warn_of_settings_for_encode(self.encoder)
         if getattr(self.objective, "learn_temperature", False):
             self.encoder.learn_temperature(self.objective.temperature)
         self.temperature, self.source_losses = None, {}  # the learned one at the last step; losses since the last log
@@ -243,8 +244,9 @@ class ContrastiveTrainer(Trainer):
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """(N, D) through the model as it is placed now: under FSDP only the wrapped one has its weights together."""
-        texts = [self.encoder.prompts.get(prompt_name, "") + text for text in texts]
-        return embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, sharded=self.sharded).float()
+        texts = [self.encoder.prompt(prompt_name) + text for text in texts]
+        embeddings = embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, sharded=self.sharded)
+        return self.encoder.finish(embeddings.float())
 
     # ---- saving and loading ----
 
@@ -371,10 +373,13 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
         if (value := getattr(args, key, None)) is not None
     }
     if isinstance(model, Encoder):
-        own = {key: getattr(model, key) for key in ("pooling", "max_length", "normalize", "prompts")}
+        own = model.settings
+        if "prompts" in given:  # which speak of queries and documents alone
+            others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
+            given["prompts"] = others | given["prompts"]
         if all(own[key] == value for key, value in given.items()):
             return model
-        return Encoder(model.backbone, model.tokenizer, **(own | given), dense=model.dense)
+        return Encoder(model.backbone, model.tokenizer, **(own | given))
     if tokenizer is None:
         raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters() if p.requires_grad):
@@ -383,6 +388,19 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
             "dtype=torch.float32 and set bf16=True for speed"
         )
     return Encoder(model, tokenizer, **given)
+
+
+def warn_of_settings_for_encode(encoder: Encoder) -> None:
+    """Say which settings of the model training has no use for."""
+    if encoder.prompt():
+        logger.warning(
+            f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts; training puts those named "
+            "query and document before them, where there are such"
+        )
+    if encoder.dimension < encoder.full_dimension:
+        logger.warning(
+            f"training uses all {encoder.full_dimension} dimensions; encode gives the first {encoder.dimension} (truncate_dim)"
+        )
 
 
 def named_tasks(sets: Dataset | Task | dict[str, Dataset | Task] | None) -> dict[str, Task]:
@@ -428,8 +446,8 @@ def check_world(args: ContrastiveTrainingArguments) -> None:
 
 
 def check_widths(objective, encoder: Encoder) -> None:
-    if max(getattr(objective, "dims", ()), default=0) > encoder.dimension:
-        raise InputError(f"Matryoshka dims {max(objective.dims)}: the embedding is {encoder.dimension} wide")
+    if max(getattr(objective, "dims", ()), default=0) > encoder.full_dimension:
+        raise InputError(f"Matryoshka dims {max(objective.dims)}: the embedding is {encoder.full_dimension} wide")
 
 
 def check_batch(args: ContrastiveTrainingArguments) -> None:

@@ -61,7 +61,7 @@ def main() -> None:
     pairs, corpus = read_pairs(args)
     encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length).to(state.device)
     weights = [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
-    identity = f"{args.model_name_or_path} {weights} {encoder.pooling} {encoder.max_length} {encoder.prompts}"
+    identity = f"{args.model_name_or_path} {weights} {encoder.settings}"
     counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)
     if state.is_main_process:
         print(f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for")

@@ -1,14 +1,14 @@
 """A folder or a model on the Hub to an `Encoder`; weights and tokenizer files that are not whole are refused."""
 
+import logging
 import re
 
 import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
 
-from hf_embed.checkpoint.layout import read_json, read_settings
+from hf_embed.checkpoint.layout import Files, read_settings, transformer_folder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
@@ -18,30 +18,79 @@ from hf_embed.text_models import loading_class
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
 MEND = "take the whole folder that save_pretrained wrote"
 
+logger = logging.getLogger(__name__)
+
+# Which files of a repository; they count for all of them.
+HUB = ("revision", "token", "cache_dir", "local_files_only")
+# Tokenizers without a limit say 10^30.
+MOST_TOKENS = 10**9
+
 
 def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, new_pooler: bool = False, **model_kwargs):
     """See Encoder.from_pretrained. With `new_pooler` the weights need not hold a pooler: it is trained from nothing.
 
     Raises:
-        InputError: the model cannot be reached; weights or tokenizer files are missing, broken or of another model; a module
-            of sentence-transformers that is unknown here.
+        InputError: the model cannot be reached; weights or tokenizer files are missing, broken or of another model; a setting
+            of sentence-transformers that cannot be represented here.
     """
-    backbone, missing = load_model(name, **model_kwargs)
-    tokenizer = load_tokenizer(name)
+    if "subfolder" in model_kwargs:
+        raise InputError(f"model '{name}': from_pretrained takes no subfolder; give the path of that folder as the model")
+    hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
+    folder = find_transformer(name, **hub)
+    backbone, missing = load_model(name, **folder, **model_kwargs)
+    tokenizer = load_tokenizer(name, **folder, **hub)
     entry = getattr(backbone.config, "temp_scale", None)
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
-    settings = read_settings(name, backbone)
-    for key, value in {"pooling": pooling, "max_length": max_length, "normalize": normalize}.items():
-        if value is not None:
-            settings[key] = value
-    encoder = cls(backbone, tokenizer, **settings).eval()
+    settings = read_settings(name, backbone, tokenizer, pooling, **hub)
+    settings |= {} if normalize is None else {"normalize": normalize}
+    stated = settings.pop("max_length", None)
+    if settings.get("similarity_fn_name", "cosine") != "cosine":
+        logger.warning(
+            f"model '{name}': similarity() and mteb compare its vectors by {settings['similarity_fn_name']}, as it says; "
+            "training and the evaluations of this package do so by the cosine"
+        )
+    encoder = cls(backbone, tokenizer, **settings, max_length=max_length).eval()
+    if max_length is None:
+        encoder.max_length = length_of(encoder, name, stated)
     if new_pooler:
         missing = [key for key in missing if not key.startswith("pooler.")]
     if random := influences(encoder, missing):
         raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would be random; {MEND}")
     return encoder
+
+
+def find_transformer(name: str, **hub) -> dict[str, str]:
+    """`transformer_folder`; InputError if the model cannot be reached."""
+    try:
+        return transformer_folder(name, **hub)
+    except InputError:
+        raise
+    except Exception as error:
+        raise unreachable(name, error) from error
+
+
+def length_of(encoder, name: str, stated: int | None) -> int:
+    """After how many tokens to cut texts: as the folder states, if the model takes so many; else as the encoder does.
+
+    Says so in a warning where that is earlier than sentence-transformers cuts them.
+    """
+    from hf_embed.encoder import check_max_length
+
+    limit, longest = encoder.positions, encoder.tokenizer.model_max_length
+    if stated is None or (limit is None and stated > MOST_TOKENS):
+        longest = min(limit or longest, longest)
+        if longest > encoder.max_length:
+            more = f"up to {longest:,}" if longest < MOST_TOKENS else "longer ones"
+            logger.warning(
+                f"model '{name}': texts are cut after {encoder.max_length} tokens; it takes {more}: give max_length="
+            )
+        return encoder.max_length
+    if limit is not None and stated > limit:
+        logger.warning(f"model '{name}': texts are cut after the {limit:,} tokens that it has positions for, not {stated:,}")
+        return limit
+    return check_max_length(stated, limit, encoder.tokenizer)
 
 
 def load_model(name: str, auto_class: str | None = None, **kwargs) -> tuple[PreTrainedModel, list[str]]:
@@ -51,8 +100,10 @@ def load_model(name: str, auto_class: str | None = None, **kwargs) -> tuple[PreT
     """
     kwargs = {"dtype": "auto"} | kwargs
     try:
-        refuse_adapter(name)
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name)
+        where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
+        files = Files(name, **where)
+        refuse_adapter(files)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
         model, report = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -61,21 +112,22 @@ def load_model(name: str, auto_class: str | None = None, **kwargs) -> tuple[PreT
         raise
     except Exception as error:  # many kinds: no network, no file, not JSON, a broken header, a missing package
         raise unreachable(name, error) from error
-    check_weights(name, model, report)
+    check_weights(files, model, report)
     return model, sorted(report["missing_keys"])
 
 
-def refuse_adapter(name: str) -> None:
-    if (adapter := read_json(name, "adapter_config.json")) is not None:
+def refuse_adapter(files: Files) -> None:
+    if (adapter := files.json("adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path") or "an unnamed model"
         raise InputError(
-            f"{name}: holds an adapter of {base}, not a model; load it with PEFT and merge it first (merge_and_unload, then "
-            "save_pretrained)"
+            f"{files.name}: holds an adapter of {base}, not a model; load it with PEFT and merge it first "
+            "(merge_and_unload, then save_pretrained)"
         )
 
 
-def check_weights(name: str, model: PreTrainedModel, report: dict) -> None:
+def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     """Raises InputError for weights of another shape, of more layers than the model has, quantised or not finite."""
+    name = files.name
     if report["mismatched_keys"]:
         key, found, wanted = sorted(report["mismatched_keys"])[0]
         raise InputError(f"model '{name}': '{key}' is {tuple(found)} in its weights file, but {tuple(wanted)} by config.json")
@@ -83,7 +135,7 @@ def check_weights(name: str, model: PreTrainedModel, report: dict) -> None:
     if further := [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in known]:
         raise InputError(f"model '{name}': config.json has no place for {listed(further)} in its weights file; {MEND}")
     if getattr(model.config, "quantization_config", None) is None:
-        for file in weight_files(name):
+        for file in weight_files(files):
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (no dict)
                     if (dtype := tensors.get_slice(key).get_dtype()) not in PLAIN_DTYPES:
@@ -96,12 +148,11 @@ def check_weights(name: str, model: PreTrainedModel, report: dict) -> None:
             raise InputError(f"model '{name}': '{key}' has values that are NaN or infinite; the weights are spoilt")
 
 
-def weight_files(name: str) -> list[str]:
+def weight_files(files: Files) -> list[str]:
     """The safetensors files of a model, where they lie on this machine."""
-    index = read_json(name, "model.safetensors.index.json")
-    files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    found = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files]
-    return [file for file in found if file]
+    index = files.json("model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    return [path for path in map(files.path, names) if path]
 
 
 def load_tokenizer(name: str, **kwargs):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_embed.card import write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
-from hf_embed.checkpoint.verify import verify_folder
+from hf_embed.checkpoint.verify import verify_folder, verify_loadable
 from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
@@ -37,6 +37,8 @@ def save_encoder(
     loader applies it, others do not, and the card says so.
     """
     runtime = needs_runtime(encoder, allow_runtime)
+    if verify:
+        verify_loadable(encoder)
     made = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     try:

@@ -7,8 +7,7 @@ import tempfile
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_embed.checkpoint.layout import read_settings
@@ -72,6 +71,7 @@ def through_automodel(encoder, folder: str, model):
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> Tensor:
+        texts = [encoder.prompt() + text for text in texts]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
         if pooling == "cls_mlp":
@@ -81,8 +81,7 @@ def through_automodel(encoder, folder: str, model):
             vectors = pool(pooling, layers, batch["attention_mask"])
         for layer in dense:
             vectors = layer(vectors)
-        vectors = vectors.float()
-        return (F.normalize(vectors, dim=-1) if encoder.normalize else vectors).cpu()
+        return encoder.finish(vectors.float()).cpu()
 
     return encode
 
@@ -101,27 +100,29 @@ def verify_loadable(encoder) -> None:
     AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
     """
     base, loader = encoder.base, loading_class(encoder.config)
-    found = (
-        transformers.MODEL_MAPPING.get(type(encoder.config), None) if loader == "AutoModel" else getattr(transformers, loader)
-    )
-    classes = found if isinstance(found, list | tuple) else [found] if found else []
-    if not isinstance(base, tuple(classes)) and not getattr(encoder.config, "auto_map", None):
-        named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
-        raise InputError(
-            f"{type(base).__name__} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
-            f"take a model that {loader}.from_pretrained gives"
-        )
+    kind = type(base).__name__
     with tempfile.TemporaryDirectory() as folder, quiet():
         encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         loaded = AutoTokenizer.from_pretrained(folder)
         try:
+            config = AutoConfig.from_pretrained(folder)
             AutoProcessor.from_pretrained(folder)  # which sentence-transformers asks for; of a text model it is the tokenizer
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"{type(base).__name__} needs a processor beside its tokenizer ({reason}); take a text model"
+                f"{kind} needs a processor beside its tokenizer ({type(error).__name__}); take a text model"
             ) from error
+    if loader == "AutoModel":
+        found = transformers.AutoModel._model_mapping.get(type(config), None)
+    else:
+        found = getattr(transformers, loader)
+    classes = found if isinstance(found, list | tuple) else [found] if found else []
+    if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
+        named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
+        raise InputError(
+            f"{kind} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
+            f"take a model that {loader}.from_pretrained gives"
+        )
     for text in PROBES:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(

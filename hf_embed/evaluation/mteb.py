@@ -8,19 +8,25 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
 
 
-def texts_and_prompt(batches, prompt_type) -> tuple[list[str], str | None]:
-    """All texts of mteb's batches, and the name of the prompt to put before them.
+def texts_and_prompt(batches, prompt_type, prompts: dict[str, str], task_metadata=None) -> tuple[list[str], str | None]:
+    """All texts of mteb's batches, and the name of the prompt to put before them: by mteb's rules, a prompt called like the
+    task or its kind comes before "query" and "document".
 
-    >>> texts_and_prompt([{"text": ["a cat", "a dog"]}, {"text": ["rain"]}], None)
+    >>> texts_and_prompt([{"text": ["a cat", "a dog"]}, {"text": ["rain"]}], None, {})
     (['a cat', 'a dog', 'rain'], None)
     """
-    return [text for batch in batches for text in batch["text"]], getattr(prompt_type, "value", prompt_type)
+    texts = [text for batch in batches for text in batch["text"]]
+    name = getattr(prompt_type, "value", prompt_type)
+    if prompts and task_metadata is not None:
+        from mteb.models.abs_encoder import get_prompt_name
+
+        name = get_prompt_name(prompts, task_metadata, prompt_type) or name
+    return texts, name
 
 
 def model_meta(encoder):
@@ -37,15 +43,15 @@ def model_meta(encoder):
         "max_tokens": encoder.max_length,
         "embed_dim": encoder.dimension,
         "framework": ["PyTorch"],
-        "similarity_fn_name": ScoringFunction.COSINE,
-        "use_instructions": bool(encoder.prompts),
+        "similarity_fn_name": ScoringFunction(encoder.similarity_fn_name),
+        "use_instructions": any(encoder.prompts.values()),
     }
     return ModelMeta.create_empty(about)
 
 
 def fingerprint(encoder) -> str:
     """Of all that a vector depends on: other weights or another pooling are another model to mteb, with results of its own."""
-    settings = encoder.pooling, encoder.max_length, encoder.normalize, sorted(encoder.prompts.items()), str(encoder.dense)
+    settings = sorted(encoder.settings.items())
     found = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         found.update(name.encode())
@@ -53,9 +59,13 @@ def fingerprint(encoder) -> str:
     return found.hexdigest()[:16]
 
 
-def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """(N, D) and (M, D) -> (N, M)."""
-    return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+# What sentence-transformers calls them -> the function, (..., N, D) and (..., M, D) -> (..., N, M); more is nearer.
+SIMILARITIES = {
+    "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
+    "dot": lambda a, b: a.float() @ b.float().mT,
+    "euclidean": lambda a, b: -torch.cdist(a.float(), b.float()),
+    "manhattan": lambda a, b: -torch.cdist(a.float(), b.float(), p=1),
+}
 
 
 def find_tasks(names: list[str], benchmarks: list[str]) -> list:

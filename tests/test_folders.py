@@ -1,0 +1,634 @@
+"""Folders that sentence-transformers or its users wrote: its vectors and those of a folder saved from it, or a refusal by name.
+
+Each case builds a folder, with sentence-transformers where it can, else by editing the JSON.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentence_transformers.sentence_transformer.modules as st
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
+from hf_embed.evaluation.mteb import model_meta, run_mteb
+from hf_embed.finetune import load_model
+from hf_embed.plan import ModelArguments
+
+LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens, of which no tiny model takes all
+TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "  Two Dogs ran  across the field, barking.\n"]
+CONFIG = "config_sentence_transformers.json"
+BERT = "sentence_bert_config.json"
+CHAT = "{% for message in messages %}user: {{ message['content'] }} end{% endfor %}"
+
+
+def assert_same(got, expected):
+    """To 1e-5 of the vectors' norm, row by row."""
+    assert got.shape == expected.shape
+    assert (np.linalg.norm(got - expected, axis=-1) <= 1e-5 * np.linalg.norm(expected, axis=-1)).all()
+
+
+def load_st(folder) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def edit(path: Path, **changes) -> None:
+    """Set keys of a JSON file; `...` removes one."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not ...}))
+
+
+def edit_modules(folder: Path, change) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(change(modules) or modules))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """Tiny folders in the older format: texts cut after 20 tokens of 66; 700 positions; states of all layers."""
+    root = tmp_path_factory.mktemp("bases")
+    tiny_encoder(max_length=20).save_pretrained(root / "bert", verify=False)
+    long = Encoder(tiny_model(max_position_embeddings=700), quickstart_tokenizer(), max_length=700)
+    long.save_pretrained(root / "long", verify=False)
+    shutil.copytree(root / "bert", root / "layers")
+    edit(root / "layers" / "config.json", output_hidden_states=True)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture
+def make(bases, tmp_path):
+    """make(): a copy of a base; make(module, ...): sentence-transformers' own, with these behind the base's transformer."""
+
+    def make(*modules, base: str = "bert", safe: bool = True, **settings) -> Path:
+        folder = tmp_path / "theirs"
+        if modules:
+            model = SentenceTransformer(modules=[load_st(bases[base])[0], *modules], device="cpu", **settings)
+            model.save(str(folder), create_model_card=False, safe_serialization=safe)
+        else:
+            shutil.copytree(bases[base], folder)
+        return folder
+
+    return make
+
+
+def dense(*widths, activation=torch.nn.Tanh, seed: int = 1, **settings) -> st.Dense:
+    torch.manual_seed(seed)
+    return st.Dense(*widths, activation_function=activation(), **settings)
+
+
+def pooler(shift: float = 0) -> st.Dense:
+    """A Dense with the weight of the base's own pooler, and its bias + `shift`."""
+    layer = dense(32, 32)
+    layer.linear.load_state_dict(tiny_model().pooler.dense.state_dict())
+    layer.linear.bias.data += shift
+    return layer
+
+
+def layer_weights(*weights: float) -> st.WeightedLayerPooling:
+    weights = torch.nn.Parameter(torch.tensor(weights))
+    return st.WeightedLayerPooling(32, num_hidden_layers=3, layer_start=1, layer_weights=weights)
+
+
+def layers(*weights: float, mode: str = "mean", base: str = "layers"):
+    return lambda make: make(layer_weights(*weights), st.Pooling(32, mode), base=base)
+
+
+# ---- the same vectors, there and back ----
+
+
+def pooling_without_a_flag(make):
+    folder = make()
+    edit(folder / "1_Pooling" / "config.json", **{f"pooling_mode_{mode}": ... for mode in ("mean_tokens", "cls_token")})
+    return folder
+
+
+def older_name_of_the_config(name):
+    def build(make):
+        folder = make()
+        (folder / BERT).rename(folder / name)
+        edit(folder / name, max_seq_length=9)
+        return folder
+
+    return build
+
+
+def transformer_in_a_folder(make):
+    """Older releases put it into 0_Transformer; here with another model of the same width at the root."""
+    folder = make()
+    (folder / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", BERT):
+        (folder / name).rename(folder / "0_Transformer" / name)
+    root = Encoder(tiny_model(seed=5, num_attention_heads=2), quickstart_tokenizer(), "cls", max_length=6)
+    root.save_pretrained(folder.with_name("root"), verify=False)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", BERT):
+        shutil.copy(folder.with_name("root") / name, folder)
+    edit_modules(folder, lambda modules: modules[0].update(path="0_Transformer"))
+    return folder
+
+
+def keys(file, **changes):
+    def build(make):
+        folder = make()
+        edit(folder / file, **changes)
+        return folder
+
+    return build
+
+
+def length_in_the_tokenizer_only(make):
+    folder = make()
+    edit(folder / BERT, max_seq_length=...)
+    edit(folder / "tokenizer_config.json", model_max_length=11)
+    return folder
+
+
+def no_length(make, base="bert"):
+    folder = make(base=base)
+    edit(folder / BERT, max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length=...)
+    return folder
+
+
+def chat_template_that_is_not_used(make):
+    folder = make()
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+def other_weight_files(make):
+    folder = make(layer_weights(1.0, 0.0, 1.0), st.Pooling(32), dense(32, 8), base="layers", safe=False)
+    for path in [*folder.glob("*/model.safetensors"), folder / "model.safetensors"]:
+        torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+        path.unlink()
+    return folder
+
+
+SAME = {
+    "pooling cls": lambda make: make(st.Pooling(32, "cls")),
+    "pooling lasttoken": lambda make: make(st.Pooling(32, "lasttoken")),
+    "pooling weightedmean": lambda make: make(st.Pooling(32, "weightedmean")),
+    "pooling mean, Normalize": lambda make: make(st.Pooling(32, "mean"), st.Normalize()),
+    "pooling without a flag": pooling_without_a_flag,
+    "Normalize twice": lambda make: make(st.Pooling(32), st.Normalize(), st.Normalize()),
+    "Dropout": lambda make: make(st.Pooling(32), st.Dropout(0.5), dense(32, 8)),
+    "Dense": lambda make: make(st.Pooling(32), dense(32, 8)),
+    "Dense with ReLU, no bias": lambda make: make(st.Pooling(32), dense(32, 8, activation=torch.nn.ReLU, bias=False)),
+    "Dense with GELU, by its short name": lambda make: dense_config(activation_function="torch.nn.GELU")(make),
+    "Dense with a residual": lambda make: make(st.Pooling(32), dense(32, 32, use_residual=True), st.Normalize()),
+    "Dense with a narrower residual": lambda make: make(st.Pooling(32, "cls"), dense(32, 8, use_residual=True)),
+    "Dense is the pooler": lambda make: make(st.Pooling(32, "cls"), pooler()),
+    "Dense is the pooler, and another": lambda make: make(st.Pooling(32, "cls"), pooler(), dense(32, 8)),
+    "Dense is the pooler but for the bias": lambda make: make(st.Pooling(32, "cls"), pooler(shift=0.5)),
+    "Dense is the pooler behind a mean": lambda make: make(st.Pooling(32, "mean"), pooler()),
+    "layers, first and last": layers(1.0, 0.0, 1.0),
+    "layers, last two": layers(0.0, 0.5, 0.5),
+    "layers, last alone, cls": layers(0.0, 0.0, 2.0, mode="cls"),
+    "weights in pytorch_model.bin": other_weight_files,
+    "truncate_dim": lambda make: make(st.Pooling(32), truncate_dim=5),
+    "truncate_dim behind Normalize": lambda make: make(st.Pooling(32), dense(32, 12), st.Normalize(), truncate_dim=5),
+    "truncate_dim above the width": lambda make: make(st.Pooling(32), truncate_dim=500),
+    "length in the tokenizer only, as release 6 writes it": length_in_the_tokenizer_only,
+    "no length": no_length,
+    "no length, 700 positions": lambda make: no_length(make, "long"),
+    "length above the tokenizer's": keys("tokenizer_config.json", model_max_length=7),
+    "transformer in 0_Transformer, another model at the root": transformer_in_a_folder,
+    **{
+        f"sentence_{kind}_config.json": older_name_of_the_config(f"sentence_{kind}_config.json")
+        for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    },
+    "do_lower_case of an uncased tokenizer": keys(BERT, do_lower_case=True),
+    "a chat template that older folders do not use": chat_template_that_is_not_used,
+    "trust_remote_code alone": keys(BERT, model_args={"trust_remote_code": True}, tokenizer_args={}, config_args={}),
+    "unknown keys that are empty": keys(CONFIG, something=None, another={}, third=False),
+    "unpad_inputs": keys(BERT, unpad_inputs=False, transformer_task="feature-extraction"),
+    "a default prompt": lambda make: make(st.Pooling(32), prompts={"query": "search: "}, default_prompt_name="query"),
+    "a default prompt by another name": lambda make: make(
+        st.Pooling(32), prompts={"sts": "`like` {x}\n", "no": ""}, default_prompt_name="sts"
+    ),
+    "a default prompt that is empty": lambda make: make(st.Pooling(32), default_prompt_name="document"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_vectors_there_and_back(make, tmp_path, name):
+    folder, texts = SAME[name](make), TEXTS
+    if "700 positions" in name:
+        texts = [*TEXTS, LONG * 5]
+        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # of which the encoder's default keeps 512
+    expected = load_st(folder).encode(texts)
+    encoder = Encoder.from_pretrained(folder)
+    assert_same(encoder.encode(texts), expected)
+    assert encoder.dimension == expected.shape[1]
+    encoder.save_pretrained(tmp_path / "ours")  # checked against plain AutoModel, too
+    assert_same(load_st(tmp_path / "ours").encode(texts), expected)
+    assert_same(Encoder.from_pretrained(tmp_path / "ours").encode(texts), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["Dense with a narrower residual", "truncate_dim behind Normalize", "a default prompt by another name"]
+)
+def test_the_cards_code_gives_the_vectors(make, tmp_path, name):
+    encoder = Encoder.from_pretrained(SAME[name](make))
+    encoder.save_pretrained(tmp_path / "ours")
+    code = (tmp_path / "ours" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace('"FOLDER"', repr(str(tmp_path / "ours"))), names)
+    assert_same(names["vectors"].detach().numpy(), encoder.encode(["a cat", "a dog sleeping by the fire"]))
+
+
+# ---- refused ----
+
+
+def other_module(kind, **about):
+    """The module behind the pooling becomes another."""
+
+    def build(make):
+        folder = make(st.Pooling(32), st.Normalize())
+        edit_modules(folder, lambda modules: modules[2].update({"type": kind, **about}))
+        return folder
+
+    return build
+
+
+def first_module(kind):
+    def build(make):
+        folder = make()
+        edit_modules(folder, lambda modules: modules[0].update(type=kind))
+        return folder
+
+    return build
+
+
+def pooling_type(kind):
+    def build(make):
+        folder = make()
+        edit_modules(folder, lambda modules: modules[1].update(type=kind))
+        return folder
+
+    return build
+
+
+def without_modules_json(make):
+    folder = make()
+    (folder / "modules.json").unlink()
+    return folder
+
+
+def without_pooling(make):
+    folder = make()
+    edit_modules(folder, lambda modules: modules[:1])
+    return folder
+
+
+def broken_json(make):
+    folder = make()
+    (folder / CONFIG).write_text('{"prompts": ')
+    return folder
+
+
+def no_list(make):
+    folder = make()
+    (folder / "modules.json").write_text("{}")
+    return folder
+
+
+def cased_tokenizer(make):
+    folder = make()
+    edit(folder / "tokenizer_config.json", do_lower_case=False)
+    edit(folder / BERT, do_lower_case=True)
+    return folder
+
+
+def plain_with_chat_template(make):
+    folder = make()
+    for path in [*folder.glob("*sentence*.json"), folder / "modules.json"]:
+        path.unlink()
+    shutil.rmtree(folder / "1_Pooling")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+def saved_with_chat_template(make):
+    """Release 6 itself saves a folder that puts texts through the template."""
+    plain = plain_with_chat_template(make)
+    load_st(plain).save(str(plain.with_name("saved")), create_model_card=False)
+    return plain.with_name("saved")
+
+
+def dense_config(**changes):
+    def build(make):
+        folder = make(st.Pooling(32), dense(32, 8))
+        edit(folder / "2_Dense" / "config.json", **changes)
+        return folder
+
+    return build
+
+
+def dense_tensors(make):
+    folder = make(st.Pooling(32), dense(32, 8))
+    weights = load_file(folder / "2_Dense" / "model.safetensors")
+    save_file(weights | {"activation_function.weight": torch.ones(1)}, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+MODULES = "sentence_transformers.models."
+FIRST_MODULES = ["BoW", "WordEmbeddings", "StaticEmbedding", "CLIPModel", "Asym"]
+OTHER_OUTPUT = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
+REFUSED = {  # name -> the folder, and what its refusal says
+    "two Poolings": (lambda make: make(st.Pooling(32), st.Pooling(32)), "the module Pooling ('2_Pooling') behind Pooling"),
+    "Normalize in the middle": (
+        lambda make: make(st.Pooling(32), st.Normalize(), dense(32, 8)), "the module Dense ('3_Dense') behind Normalize",
+    ),
+    "layer pooling behind the pooling": (lambda make: make(st.Pooling(32), layer_weights(1.0, 0.0, 1.0)), "behind Pooling"),
+    "pooling max": (lambda make: make(st.Pooling(32, "max")), "pooling max"),
+    "pooling mean_sqrt_len": (lambda make: make(st.Pooling(32, "mean_sqrt_len_tokens")), "pooling mean_sqrt_len_tokens"),
+    "two modes": (lambda make: make(st.Pooling(32, ("cls", "mean"))), "pooling cls + mean"),
+    "two flags": (keys("1_Pooling/config.json", pooling_mode_cls_token=True), "pooling cls_token + mean_tokens"),
+    "include_prompt": (lambda make: make(st.Pooling(32, include_prompt=False), prompts={"query": "x: "}), "include_prompt"),
+    "an unknown key of Pooling": (keys("1_Pooling/config.json", temperature=2), "temperature 2 of 1_Pooling/config.json"),
+    "no Pooling": (without_pooling, "a modules.json without Pooling"),
+    "layers, first and last, cls": (layers(1.0, 0.0, 1.0, mode="cls"), "pooling cls of the layers"),
+    "layers, last two, last": (layers(0.0, 1.0, 1.0, mode="lasttoken"), "pooling last of the layers"),
+    "layers, others": (layers(1.0, 1.0, 1.0), "layer weights [1.0, 1.0, 1.0]"),
+    "layers, unequal": (layers(1.0, 0.0, 2.0), "layer weights [1.0, 0.0, 2.0]"),
+    "layers without effect": (layers(1.0, 0.0, 1.0, base="bert"), "without output_hidden_states"),
+    "LSTM": (lambda make: make(st.LSTM(32, 16), st.Pooling(32)), "the module LSTM"),
+    "CNN": (lambda make: make(st.CNN(32), st.Pooling(96)), "the module CNN"),
+    "LayerNorm": (lambda make: make(st.Pooling(32), st.LayerNorm(32)), "the module LayerNorm"),
+    "WordWeights": (other_module(MODULES + "WordWeights"), "the module WordWeights"),
+    **{kind: (first_module(MODULES + kind), f"the module {kind} ('')") for kind in FIRST_MODULES},
+    "Router": (first_module("sentence_transformers.base.modules.router.Router"), "the module Router ('')"),
+    "custom transformer": (first_module("custom_st.Transformer"), "the module custom_st.Transformer ('')"),
+    "custom pooling": (pooling_type("my_code.Pooling"), "the module my_code.Pooling ('1_Pooling')"),
+    "custom normalize": (other_module("sentence_transformers_extra.Normalize"), "sentence_transformers_extra.Normalize ('2"),
+    "no package": (pooling_type("Pooling"), "the module Pooling ('1_Pooling'), which is code of the model's own"),
+    "path outside": (other_module(MODULES + "Normalize", path="../elsewhere"), "'../elsewhere', which is outside"),
+    "one name twice": (other_module(MODULES + "Normalize", name="1"), "whose name '1' another has too"),
+    "a module without a type": (other_module(None), "which has no path and type"),
+    "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" of sentence_bert_config.json'),
+    "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' of"),
+    "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 of 1_Pooling/config.json"),
+    "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
+    "modules.json that is no list": (no_list, "modules.json has no list at its top"),
+    "SparseEncoder": (keys(CONFIG, model_type="SparseEncoder"), 'model_type "SparseEncoder"'),
+    "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; take one of cosine, dot, euclidean, manhattan"),
+    "truncate_dim below 1": (keys(CONFIG, truncate_dim=-3), "truncate_dim is -3"),
+    "truncate_dim that is text": (keys(CONFIG, truncate_dim="8"), 'truncate_dim "8"'),
+    "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" of config_sentence_transformers.json'),
+    "default prompt that is not there": (keys(CONFIG, default_prompt_name="passage"), "'passage'"),
+    "prompts that are no texts": (keys(CONFIG, prompts={"query": 3}), "prompts {'query': 3} are no texts"),
+    "broken JSON": (broken_json, "config_sentence_transformers.json is not JSON"),
+    "processing_kwargs": (
+        keys(BERT, processing_kwargs={"text": {"max_length": 5}}),
+        'processing_kwargs {"text": {"max_length": 5}} of sentence_bert_config.json',
+    ),
+    "tokenizer_args": (keys(BERT, tokenizer_args={"do_lower_case": True}), "tokenizer_args"),
+    "processor_kwargs": (keys(BERT, processor_kwargs={"add_eos_token": True}), "processor_kwargs"),
+    "config_args": (keys(BERT, config_args={"num_hidden_layers": 2}), "config_args"),
+    "config_kwargs": (keys(BERT, config_kwargs={"num_hidden_layers": 2}), "config_kwargs"),
+    "model_args": (keys(BERT, model_args={"dtype": "float64"}), "model_args"),
+    "model_kwargs": (keys(BERT, model_kwargs={"dtype": "float64"}), "model_kwargs"),
+    "tokenizer_name_or_path": (keys(BERT, tokenizer_name_or_path="other"), "tokenizer_name_or_path"),
+    "query_length": (keys(BERT, query_length=8), "query_length 8"),
+    "another task": (keys(BERT, transformer_task="fill-mask"), "transformer_task"),
+    "another output": (keys(BERT, modality_config=OTHER_OUTPUT, module_output_name="sentence_embedding"), "modality_config"),
+    "chat template": (saved_with_chat_template, "the chat template"),
+    "chat template of a plain checkpoint": (plain_with_chat_template, "chat template, which cannot be represented here; give"),
+    "1_Pooling without modules.json": (without_modules_json, "there is 1_Pooling/config.json, but no modules.json"),
+    "do_lower_case of a cased tokenizer": (cased_tokenizer, "cannot be represented here; set it in tokenizer_config.json"),
+    "Dense with an activation of its own": (dense_config(activation_function="my.Doubled"), "the module Dense ('2_Dense')"),
+    "Dense that reads the tokens": (dense_config(module_input_name="token_embeddings"), 'module_input_name "token_embeddings"'),
+    "Dense that writes elsewhere": (dense_config(module_output_name="logits"), 'module_output_name "logits"'),
+    "Dense with an unknown key": (dense_config(scale=2.0), "scale 2.0 of 2_Dense/config.json"),
+    "Dense with weights beyond its layer": (dense_tensors, "activation_function.weight"),
+    "Dense of another width": (lambda make: make(st.Pooling(32, ("cls", "mean")), dense(64, 8)), "pooling cls + mean"),
+    "Normalize of the tokens": (
+        lambda make: make(st.Pooling(32), st.Normalize("token_embeddings")), 'module_input_name "token_embeddings"',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(make, name):
+    build, says = REFUSED[name]
+    message = error_of(Encoder.from_pretrained, build(make))
+    assert says in message
+    assert message.startswith("model '") or "; " in message  # which model, or how to mend
+
+
+def test_a_revision_counts_for_every_file(tmp_path):
+    for commit, settings in (("a" * 40, {"pooling": "cls", "max_length": 9}), ("b" * 40, {"normalize": True, "seed": 1})):
+        folder = tmp_path / "models--user--mine" / "snapshots" / commit
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tiny_encoder(**settings).save_pretrained(folder, verify=False)
+    (tmp_path / "models--user--mine" / "refs").mkdir()
+    for branch, commit in (("main", "a" * 40), ("other", "b" * 40)):
+        (tmp_path / "models--user--mine" / "refs" / branch).write_text(commit)
+        encoder = Encoder.from_pretrained("user/mine", revision=branch, cache_dir=str(tmp_path))
+        theirs = SentenceTransformer("user/mine", revision=branch, cache_folder=str(tmp_path), device="cpu")
+        assert_same(encoder.encode(TEXTS), theirs.encode(TEXTS))
+
+
+def test_a_subfolder_is_refused(bases):
+    assert "subfolder" in error_of(Encoder.from_pretrained, bases["bert"], subfolder="1_Pooling")
+
+
+# ---- a pooling that is given ----
+
+
+@pytest.mark.parametrize("name", ["pooling max", "two modes", "no Pooling", "layers, others", "an unknown key of Pooling"])
+def test_a_pooling_that_is_given_replaces_one_that_cannot_be_read(make, name, caplog):
+    folder = REFUSED[name][0](make)
+    edit(folder / CONFIG, prompts={"query": "x: "}, truncate_dim=7, similarity_fn_name="dot")
+    encoder = Encoder.from_pretrained(folder, pooling="cls")
+    assert "pooling cls is taken as given, for the folder's own cannot be read" in caplog.text
+    assert (encoder.prompts, encoder.dimension, encoder.similarity_fn_name) == ({"query": "x: "}, 7, "dot")
+    assert_same(encoder.encode(TEXTS), tiny_encoder(pooling="cls", max_length=20).encode(TEXTS)[:, :7])
+
+
+def test_layers_behind_it_stay_or_are_refused(make, caplog):
+    folder = make(st.Pooling(32, "max"), dense(32, 8), st.Normalize())
+    encoder = Encoder.from_pretrained(folder, pooling="cls")
+    edit(folder / "1_Pooling" / "config.json", pooling_mode="cls")
+    assert_same(encoder.encode(TEXTS), load_st(folder).encode(TEXTS))
+
+
+def test_layers_that_do_not_fit_it_are_refused(make):
+    folder = REFUSED["Dense of another width"][0](make)
+    assert "'2_Dense'), which takes 64 numbers and not 32" in error_of(Encoder.from_pretrained, folder, pooling="cls")
+
+
+def test_it_says_that_the_head_is_left_out(make, caplog):
+    encoder = Encoder.from_pretrained(SAME["Dense is the pooler, and another"](make), pooling="mean")
+    assert "pooling mean leaves out the layer '2_Dense', the head" in caplog.text
+    assert len(encoder.dense) == 1
+
+
+@pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json"])
+def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
+    encoder = Encoder.from_pretrained(REFUSED[name][0](make), pooling="cls")
+    assert ("are not read, for there is no modules.json" in caplog.text) == ("1_Pooling" in name)
+    assert_same(encoder.encode(TEXTS), tiny_encoder(pooling="cls", max_length=20).encode(TEXTS))
+
+
+# ---- plain checkpoints ----
+
+
+def test_a_causal_language_model_is_pooled_as_sentence_transformers_does(make, caplog):
+    folder = plain_with_chat_template(make)
+    (folder / "chat_template.jinja").unlink()
+    edit(folder / "config.json", architectures=["BertForCausalLM"])
+    assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
+    assert "pooling is last" in caplog.text
+
+
+# ---- lengths ----
+
+
+def test_a_plain_checkpoint_says_that_it_is_cut_earlier(make, caplog):
+    folder = make(base="long")
+    for name in ("modules.json", CONFIG, "1_Pooling/config.json"):
+        (folder / name).unlink()
+    assert Encoder.from_pretrained(folder).max_length == 512
+    assert "texts are cut after 512 tokens; it takes up to 700: give max_length=" in caplog.text
+    caplog.clear()
+    assert Encoder.from_pretrained(folder, max_length=600).max_length == 600
+    assert "cut after" not in caplog.text
+
+
+def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
+    """sentence-transformers fails on longer texts."""
+    folder = make()
+    edit(folder / BERT, max_seq_length=80)
+    encoder = Encoder.from_pretrained(folder)
+    assert encoder.max_length == 66
+    assert "texts are cut after the 66 tokens that it has positions for, not 80" in caplog.text
+    short = [text for text in TEXTS if text != LONG]
+    assert_same(encoder.encode(short), load_st(folder).encode(short))
+    assert "max_length 80 is above the 66 positions" in error_of(Encoder.from_pretrained, folder, max_length=80)
+
+
+def test_requirements_are_named(make, caplog):
+    folder = keys(CONFIG, requirements={"transformers": ">=5"})(make)
+    assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
+    assert 'asks for {"transformers": ">=5"}, which is not checked here' in caplog.text
+
+
+# ---- prompts, similarities ----
+
+
+def test_prompts_are_kept_and_saved_again(make, tmp_path):
+    prompts = {"query": "search: ", "document": "", "passage": "", "STS": "like: "}
+    folder = make(st.Pooling(32), prompts=prompts, default_prompt_name="STS")
+    encoder = Encoder.from_pretrained(folder)
+    encoder.save_pretrained(tmp_path / "ours")
+    theirs = load_st(folder)
+    for model in (encoder, load_st(tmp_path / "ours"), Encoder.from_pretrained(tmp_path / "ours")):
+        for name in (None, *prompts):
+            assert_same(model.encode(TEXTS, prompt_name=name), theirs.encode(TEXTS, prompt_name=name))
+    assert "STS       'like: ' (the default)" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_control_prompts_count(make):
+    model = load_st(make(st.Pooling(32), prompts={"query": "search: "}, default_prompt_name="query"))
+    assert np.abs(model.encode(TEXTS) - model.encode(TEXTS, prompt_name="document")).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
+def test_similarities(make, tmp_path, name, caplog):
+    folder = make(st.Pooling(32), similarity_fn_name=name)
+    theirs, encoder = load_st(folder), Encoder.from_pretrained(folder)
+    assert (f"compare its vectors by {name}" in caplog.text) == (name != "cosine")
+    encoder.save_pretrained(tmp_path / "ours")
+    a, b = theirs.encode(TEXTS), theirs.encode(TEXTS[::-1])
+    for model in (encoder, Encoder.from_pretrained(tmp_path / "ours"), load_st(tmp_path / "ours")):
+        assert model.similarity_fn_name == name
+        for function in ("similarity", "similarity_pairwise"):
+            pairs = [(a, b), (torch.tensor(a), torch.tensor(b)), (a[0], b[1])]
+            for left, right in pairs if function == "similarity" else pairs[:2]:
+                expected = getattr(theirs, function)(left, right)
+                torch.testing.assert_close(getattr(model, function)(left, right), expected, rtol=1e-5, atol=1e-5)
+    pytest.importorskip("mteb")
+    assert model_meta(encoder).similarity_fn_name.value == name
+
+
+# ---- training one ----
+
+
+def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
+    """Settings that a run gives replace the folder's, and the others stay."""
+    folder = make(
+        st.Pooling(32), dense(32, 8, use_residual=True), truncate_dim=5, similarity_fn_name="dot",
+        prompts={"query": "q: ", "STS": "like: "}, default_prompt_name="STS",
+    )  # fmt: skip
+    args = ContrastiveTrainingArguments(
+        str(tmp_path / "out"), report_to=[], use_cpu=True, max_length=12, prompts={"document": "d: "}
+    )
+    trainer = ContrastiveTrainer(model=Encoder.from_pretrained(folder), args=args)
+    encoder = trainer.encoder
+    assert "encode puts the model's default prompt 'STS' before texts" in caplog.text
+    assert "training uses all 8 dimensions; encode gives the first 5 (truncate_dim)" in caplog.text
+    assert (encoder.max_length, encoder.prompts) == (12, {"STS": "like: ", "document": "d: "})
+    assert (encoder.truncate_dim, encoder.similarity_fn_name, encoder.default_prompt_name) == (5, "dot", "STS")
+    assert (encoder.full_dimension, encoder.dimension) == (8, 5)
+    with torch.no_grad():
+        evaluated = trainer._embed(TEXTS)
+    assert_same(evaluated.numpy(), encoder.encode(TEXTS))
+    trainer.save_model()
+    assert_same(load_st(tmp_path / "out").encode(TEXTS), encoder.encode(TEXTS))
+
+
+def load_for_a_recipe(folder, tmp_path, masked_lm=False, dropout=None):
+    args = ContrastiveTrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
+    model, _ = load_model(ModelArguments(model_name_or_path=str(folder), dropout=dropout), args, masked_lm)
+    return model, args
+
+
+def test_a_recipe_takes_the_transformer_that_the_folder_names(make, tmp_path):
+    folder = transformer_in_a_folder(make)
+    encoder, _ = load_for_a_recipe(folder, tmp_path, dropout=0.3)
+    assert encoder.config.hidden_dropout_prob == 0.3
+    assert_same(encoder.eval().encode(TEXTS), load_st(folder).encode(TEXTS))
+    model, args = load_for_a_recipe(folder, tmp_path, masked_lm=True)
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, encoder.backbone.embeddings.word_embeddings.weight)
+    assert (args.pooling, args.max_length) == ("mean", 20)
+
+
+def test_a_masked_lm_recipe_keeps_the_prompts_and_refuses_what_it_cannot_keep(make, tmp_path):
+    folder = make(st.Pooling(32), prompts={"query": "q: "})
+    assert load_for_a_recipe(folder, tmp_path, masked_lm=True)[1].prompts == {"query": "q: "}
+    edit(folder / CONFIG, truncate_dim=4, default_prompt_name="query")
+    assert "default_prompt_name, truncate_dim would be lost" in error_of(load_for_a_recipe, folder, tmp_path, masked_lm=True)
+
+
+def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, tmp_path):
+    pytest.importorskip("mteb")
+    from test_mteb import LocalSearch, LocalSTS
+
+    prompts = {"STS": "like: ", "Retrieval-query": "find: ", "query": "q: ", "document": "d: "}
+    for i, default in enumerate((None, "query")):
+        folder = make(st.Pooling(32), prompts=prompts, default_prompt_name=default)
+        ours, theirs = Encoder.from_pretrained(folder), load_st(folder)
+        scores = run_mteb(ours, [LocalSTS(), LocalSearch()], tmp_path / f"ours {i}")
+        assert scores == run_mteb(theirs, [LocalSTS(), LocalSearch()], tmp_path / f"theirs {i}")
+        ours.prompts = {}
+        ours.default_prompt_name = None
+        without = run_mteb(ours, [LocalSTS(), LocalSearch()], tmp_path / f"without {i}")
+        assert [a["score"] != b["score"] for a, b in zip(scores, without)] == [True, True]  # they count
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"truncate_dim": 0}, "truncate_dim is 0"), ({"similarity_fn_name": "max"}, "'max'; take one of cosine"),
+     ({"default_prompt_name": "x"}, "unknown prompt_name 'x'")],
+)  # fmt: skip
+def test_impossible_settings_are_refused(settings, says):
+    with pytest.raises(InputError) as error:
+        tiny_encoder(**settings)
+    assert says in str(error.value)
