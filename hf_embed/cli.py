@@ -10,15 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from hf_embed.data.files import read_yaml
 from hf_embed.errors import InputError, RankError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -92,14 +91,7 @@ def suggestion(word: str, parser: HfArgumentParser) -> str:
 
 def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str]:
     """The file's settings as command-line words, those left out that the user gave as flags."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: not UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    settings = read_yaml(path, f"--config {path}") or {}
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected 'flag: value' lines")
     actions = {action.dest: action for action in parser._actions}

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
+from hf_embed.data.tokenization import beginning
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import SIMILARITIES, model_meta, texts_and_prompt
 from hf_embed.forward_check import measure, word_table
@@ -298,6 +299,7 @@ class Encoder(nn.Module):
 
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:
     """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
+    texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
     if empty := [i for i, row in enumerate(rows) if not row]:  # "" under a tokenizer without special tokens
         raise InputError(f"text {empty[0] + 1} of these has no token, so it has no vector; leave empty texts out")

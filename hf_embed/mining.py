@@ -169,7 +169,13 @@ def encode_shards(texts: list[str], embed: Callable, prompt_name: str, folder: P
 
     def write(numbers: range, path: Path) -> None:
         parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
-        np.save(path, torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in parts]).numpy())
+        vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in parts]).numpy()
+        if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
+            text = texts[numbers.start + bad[0]]
+            raise InputError(
+                f"{len(bad)} of {len(vectors)} vectors are not finite, that of {text[:60]!r} for one; check the model"
+            )
+        np.save(path, vectors)
 
     return make_files(folder, ".npy", len(texts), SHARD, write, f"Encoding {folder.name}")
 

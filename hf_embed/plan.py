@@ -13,7 +13,7 @@ from hf_embed import cli
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
-from hf_embed.data.sources import read_file, read_hub
+from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import STS, read_sts
@@ -50,6 +50,12 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
     dataset_config: str | None = field(default=None)
     dataset_split: str = field(default="train")
+    ignore_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Columns to leave out, for example a label beside pairs that are all positive."}
+    )
+    quoting: bool = field(
+        default=True, metadata={"help": "In a csv file, quotes enclose a cell; without, they are part of the texts."}
+    )
     sources: str | None = field(
         default=None, metadata={"help": "A YAML file of many sources in place of one; hf_embed/data/mixture.py shows it."}
     )
@@ -243,11 +249,15 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     given = [flag for flag in DATA_FLAGS if getattr(data, flag)]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
-    if data.dataset_name:
-        return read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
     if data.sources:
+        if data.ignore_columns or not data.quoting:
+            raise InputError("--ignore_columns and --no_quoting are of one set; a sources file says it of each source")
         return read_sources(data.sources), data.sources
-    return read_file(data.train_file), data.train_file
+    if data.dataset_name:
+        rows, name = read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
+    else:
+        rows, name = read_file(data.train_file, quoting=data.quoting), data.train_file
+    return leave_out(rows, data.ignore_columns, name), name
 
 
 def hub_datasets(data: DataArguments, rows) -> list[str]:

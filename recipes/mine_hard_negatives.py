@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from hf_embed import Encoder
 from hf_embed.cli import parse, run
-from hf_embed.data.sources import read_file, row_texts, text_columns
+from hf_embed.data.sources import leave_out, read_file, read_texts, row_texts, text_columns
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.finetune import embed_with
@@ -30,6 +30,7 @@ class Arguments:
     model_name_or_path: str
     output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
     train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
+    ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of it to leave out, e.g. a label."})
     retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, in place of a file."})
     corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
@@ -45,13 +46,12 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
         pairs = [(task.queries[q], task.corpus[d]) for q, documents in task.qrels.items() for d in documents if task.corpus[d]]
         corpus = list(task.corpus.values())
     else:
-        rows = read_file(args.train_file)
+        rows = leave_out(read_file(args.train_file), args.ignore_columns, args.train_file)
         columns = text_columns(rows.column_names, args.train_file, paired=True)[:2]
         pairs = [tuple(row_texts(row, columns, f"{args.train_file}, row {i}")) for i, row in enumerate(rows, 1)]
         corpus = []
     if args.corpus_file:
-        rows = read_file(args.corpus_file)
-        corpus += rows[text_columns(rows.column_names, args.corpus_file, paired=False)[0]][:]
+        corpus += read_texts(args.corpus_file)
     return pairs, corpus
 
 

@@ -14,11 +14,15 @@ sources; paths in it are relative to the file:
       split: train
       negatives: 1                     # how many of each row's negatives to take; default: all
       max_length: 128                  # default: the run's
+      ignore_columns: [label]          # a column that judges pairs is refused, unless it is left out
       weight: 2.0                      # drawn twice as often as its size says; default: 1
     - name: web
       file: web-*.jsonl.gz
       streaming: true                  # read from where it lies, nothing stored; shuffled in a buffer
       rows: 80000000                   # about; a stream does not know its size
+    - name: clicks
+      file: clicks.csv
+      quoting: false                   # quotes are part of the texts, as in tsv files
 """
 
 import contextlib
@@ -26,19 +30,30 @@ import difflib
 import glob
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
+from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line, read_yaml
 from hf_embed.data.sampling import generator
-from hf_embed.data.sources import DROP_ADVICE, NEGATIVE, read_file, read_hub, row_texts, text_columns
+from hf_embed.data.sources import (
+    DROP_ADVICE,
+    column_names,
+    leave_out,
+    read_file,
+    read_hub,
+    refuse_judgements,
+    refuse_lists,
+    row_texts,
+    text_columns,
+)
 from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.errors import InputError, RankError
 
@@ -79,13 +94,17 @@ class Source:
     origin: str | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight > 0):
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not (number and math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (else leave it out)")
         for key, least in (("negatives", 0), ("max_length", 1), ("size", 1)):
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 key = "rows" if key == "size" else key
                 raise InputError(f"{self.label}: {key} is {value!r}; it must be a whole number of at least {least}")
+        for key in ("query_prompt", "document_prompt"):
+            if not isinstance(getattr(self, key), str | None):
+                raise InputError(f"{self.label}: {key} is {getattr(self, key)!r}; it must be a text, in quotes")
         if isinstance(self.rows, dict):
             raise InputError(f"{self.label}: has the splits {', '.join(self.rows)}; take one of them")
         if isinstance(self.rows, Dataset):
@@ -116,17 +135,23 @@ def check_sources(sources: list[Source]) -> None:
 # ---- the YAML file ----
 
 SETTINGS = ("query_prompt", "document_prompt", "max_length", "negatives", "weight")
-KEYS = {"name", "file", "dataset", "config", "split", "columns", "streaming", "rows", *SETTINGS}
+# What the other keys may be, in YAML's types and in words.
+TYPES = {
+    "file": (str | list, "a path, a pattern, or a list of these"),
+    "dataset": (str, "a name"),
+    "config": (str | None, "a name"),
+    "split": (str, "a name"),
+    "columns": (dict, f"a mapping from {', '.join(COLUMNS)} to the file's columns"),
+    "ignore_columns": (str | list, "a name, or a list of names"),
+    "streaming": (bool, "true or false"),
+    "quoting": (bool, "true or false"),
+}
+KEYS = {"name", "rows", *TYPES, *SETTINGS}
 
 
 def read_sources(path: str) -> list[Source]:
     """The sources that a YAML file lists. Raises InputError naming the file, the source and the key."""
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    entries = read_yaml(path, path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: expected a list of sources, each '- name: ...' with file: or dataset:")
     with quiet_bars():
@@ -150,7 +175,7 @@ def quiet_bars():
 def read_source(entry: dict, number: int, path: str) -> Source:
     name = entry.get("name")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: source {number} has no name; give it one")
+        raise InputError(f"{path}: source {number} has no name{f' but {name!r}' if name else ''}; give it one, a text")
     where = f"{path}, source '{name}'"
     for key in entry:
         if key not in KEYS:
@@ -158,23 +183,38 @@ def read_source(entry: dict, number: int, path: str) -> Source:
             raise InputError(f"{where}: unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
     if ("file" in entry) == ("dataset" in entry):
         raise InputError(f"{where}: give file: or dataset:, one of them")
-    streaming = bool(entry.get("streaming"))
+    for key, (kind, words) in TYPES.items():
+        value = entry.get(key)
+        texts = value if isinstance(value, list) else []
+        if key in entry and (not isinstance(value, kind) or value in ("", []) or not all(isinstance(t, str) for t in texts)):
+            raise InputError(f"{where}: {key} is {value!r}; give {words}")
+    streaming, columns = entry.get("streaming", False), entry.get("columns")
     try:
         if "file" in entry:
-            if not entry["file"] or not isinstance(entry["file"], str | list):
-                raise InputError(f"file is {entry['file']!r}; give a path, a pattern, or a list of these")
             files = expand(entry["file"], Path(path).parent)
-            rows = read_file(files, streaming=streaming)
+            rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True), optional=late_negatives(entry))
             origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
         else:
+            if "quoting" in entry:
+                raise InputError("quoting is of csv files; a dataset has none")
             origin = entry["dataset"]
             rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)
-        if "columns" in entry:
-            rows = take_columns(rows, entry["columns"])
+        ignored = entry.get("ignore_columns", [])
+        rows = leave_out(rows, [ignored] if isinstance(ignored, str) else ignored, "ignore_columns")
+        if columns is not None:
+            rows = take_columns(rows, columns)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     settings = {key: entry[key] for key in SETTINGS if key in entry}
     return Source(name, rows, **settings, size=entry.get("rows"), origin=origin)
+
+
+def late_negatives(entry: dict) -> list[str] | None:
+    """The columns of negatives that a source says it takes, which a jsonl stream may show late; None: it does not say."""
+    if "columns" in entry:
+        named = [entry["columns"].get(key) for key in ("negative", "negatives")]
+        return [column for part in named for column in (part if isinstance(part, list) else [part]) if column is not None]
+    return None if entry.get("negatives") is None else ANY_NEGATIVES if entry["negatives"] else []
 
 
 def expand(files: str | list[str], folder: Path) -> list[str]:
@@ -188,12 +228,14 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
 
 def take_columns(rows: Dataset | IterableDataset, columns: dict):
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), text."""
-    if not isinstance(columns, dict) or not set(columns) <= set(COLUMNS):
+    if not set(columns) <= set(COLUMNS):
         raise InputError(f"columns: expected a mapping from {', '.join(COLUMNS)} to the file's columns")
     names = {}
     for key, taken in columns.items():
         taken = taken if isinstance(taken, list) else [taken]
         for i, column in enumerate(taken, 1):
+            if not isinstance(column, str):
+                raise InputError(f"columns: {key} is {columns[key]!r}; give the name of a column, in quotes")
             if column in names:
                 raise InputError(f"columns: '{column}' is named twice")
             names[column] = COLUMNS[key] if len(taken) == 1 else f"{COLUMNS[key]}_{i}"
@@ -204,14 +246,12 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict):
     found = column_names(rows)
     if missing := [column for column in names if column not in found]:
         raise InputError(f"no column '{missing[0]}'; found {', '.join(found)}")
+    if len(names) > 1:
+        refuse_judgements([column for column in found if column not in names], "columns")
     rows = rows.select_columns(list(names))
     # In two steps, for a stream cannot swap two names in one.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
     return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})
-
-
-def column_names(rows: Dataset | IterableDataset) -> list[str]:
-    return rows.column_names or list(next(iter(rows)))
 
 
 # ---- rows by number ----
@@ -231,7 +271,9 @@ class Stream:
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
             raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
-        probe = [texts for row in islice(source.rows, PROBED_ROWS) if (texts := self.texts(row))]
+        first = list(islice(source.rows, PROBED_ROWS))
+        refuse_lists(first, self.columns, source.label)
+        probe = [texts for row in first if (texts := self.texts(row))]
         self.share_cut = sum(tokenizer(probe)["cut"]) / max(1, sum(map(len, probe)))
 
     def __len__(self) -> int:
@@ -255,22 +297,27 @@ class Stream:
         while True:
             taken = dropped = 0
             # Not iter(): in a worker process that would give a part of the rows; here each worker skips what others take.
-            for batch in self.one_pass(turn).iter(batch_size=256):
-                for i in range(len(batch[self.columns[0]])):
-                    try:
-                        texts = self.texts({column: batch[column][i] for column in self.columns})
-                    except InputError as error:
-                        raise RankError(str(error)) from error
-                    if texts:
-                        taken += 1
-                        yield texts
-                    else:
-                        dropped += 1
+            batches = self.one_pass(turn).iter(batch_size=256)
+            while (texts := self.next_texts(batches)) is not None:
+                taken += len(texts)
+                dropped += texts.count(None)
+                yield from filter(None, texts)
             if not taken:
                 raise RankError(f"{self.label}: no rows for this process; give it more rows or files than processes")
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {taken + dropped:,} rows had an empty text and were dropped")
             turn += 1
+
+    def next_texts(self, batches: Iterator[dict]) -> list[list[str] | None] | None:
+        """The texts of the next batch's rows, None for a row that is dropped; None behind the last batch."""
+        try:
+            batch = next(batches, None)
+            rows = range(len(batch[self.columns[0]]) if batch else 0)
+            return None if batch is None else [self.texts({c: batch[c][i] for c in self.columns}) for i in rows]
+        except InputError as error:
+            raise RankError(str(error)) from error
+        except Exception as error:  # of the readers and of what is between them and the rows
+            raise RankError(f"{self.label}: cannot be read on: {first_line(error)}") from error
 
     def texts(self, row: dict) -> list[str] | None:
         try:

@@ -8,22 +8,24 @@ Accepted columns, first match wins (case does not matter):
     query, positive[, negatives]          retrieval
 
 where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, each a text, a list of texts, or null (a row
-may have fewer negatives than others).
+may have fewer negatives than others). Other columns are not used; one that judges the pairs, by its name a label or a score, is
+refused, for not every pair may be a positive.
 """
 
-import csv
 import glob
 import gzip
 import logging
 import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
-import pandas
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from hf_embed.data import files
+from hf_embed.data.files import NEGATIVE
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -31,62 +33,59 @@ logger = logging.getLogger(__name__)
 ACCEPTED = "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]"
 DROP_ADVICE = "--drop_empty_rows drops such rows and counts them"
 LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
-NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
+# A column that judges a pair has one of these words in its name: label, gold_label, is_duplicate, relevance_score ...
+JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "duplicate", "paraphrase", "relevance",
+           "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
+KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
 
-def read_file(path: str | list[str], header: bool = True, streaming: bool = False) -> Dataset | IterableDataset:
+def read_file(
+    path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True, optional: list[str] | None = None
+) -> Dataset | IterableDataset:
     """Rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
 
     Several files, of one kind and with the same columns, follow each other. A tsv file is read without quoting, as most
-    corpora are written. With `header=False` the columns of csv and tsv files are named 0, 1, 2 ... With `streaming` nothing is
-    stored: the rows are read anew in every pass. Raises InputError if a file is missing, empty or of another kind.
+    corpora are written, a csv file too with `quoting=False`. With `header=False` the columns of csv and tsv files are named
+    0, 1, 2 ... With `streaming` nothing is stored: the rows are read anew in every pass; `optional` are columns that a jsonl
+    stream may lack in its first rows. Raises InputError if a file is missing, empty, of another kind, or wrong in a line.
     """
     paths = [path] if isinstance(path, str) else path
-    kinds = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    kind = check_files(paths, kinds)
-    path = paths[0]
-    table = {"keep_default_na": False, "header": 0 if header else None}
-    tabs = table | {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    options = {".csv": table, ".tsv": tabs}.get(kind, {})
-    try:
-        if options:  # every cell as text: "007", "NA" and "1e5" stay what they are
-            head = pandas.read_csv(path, nrows=1, **options)
-            if head.empty:
-                raise InputError(f"{path}: no rows")
-            if not isinstance(head.index, pandas.RangeIndex):
-                raise InputError(f"{path}: the rows have more columns than the header; name every column")
-            for other in paths[1:]:
-                columns = pandas.read_csv(other, nrows=1, **options).columns
-                if list(columns) != list(head.columns):
-                    raise InputError(
-                        f"{other}: its columns are {', '.join(map(str, columns))}, those of {path} "
-                        f"{', '.join(map(str, head.columns))}; the files of a set need the same, in the same order"
-                    )
-            options["names"] = [str(c) for c in head.columns]
-            options["features"] = Features({name: Value("string") for name in options["names"]})
-        if kind == ".txt":
-            options["encoding"] = "utf-8-sig"  # without the byte-order mark
-        if kind == ".parquet" and path.endswith(".gz"):  # datasets does not unpack these
-            if len(paths) > 1 or streaming:
-                raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
-            with gzip.open(path) as unpacked:
-                rows = Dataset(pyarrow.parquet.read_table(unpacked))
-        else:
-            files = [p if "://" in p else glob.escape(p) for p in paths]
-            rows = load_dataset(kinds[kind], data_files=files, split="train", streaming=streaming, **options)
-        empty = len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None
-    except InputError:
-        raise
-    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot be read as {kind[1:]}: {reason}") from error
-    if empty:
-        raise InputError(f"{path}: no rows")
+    kind = check_files(paths)
+    if kind != "parquet":
+        table = files.Table(header, quoting)
+        rows = files.stream(paths, table, optional) if streaming else files.load(paths, table)
+    else:
+        rows = read_parquet(paths, streaming)
+    if (len(rows) == 0) if isinstance(rows, Dataset) else (next(iter(rows), None) is None):
+        raise InputError(f"{paths[0]}: no rows")
     return rows
 
 
-def check_files(paths: list[str], kinds: dict[str, str]) -> str:
-    """The one ending that all the files have, without .gz."""
+def first_cells(path: str) -> list[str] | None:
+    """What may be the header of a csv or tsv file, in lower case; None for a file of another kind."""
+    if check_files([path]) not in files.SEPARATORS:
+        return None
+    return [cell.lower() for cell in files.table_columns(path, files.Table())]
+
+
+def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
+    path = paths[0]
+    try:
+        if path.endswith(".gz"):  # datasets does not unpack these
+            if len(paths) > 1 or streaming:
+                raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
+            with gzip.open(path) as unpacked:
+                return Dataset(pyarrow.parquet.read_table(unpacked))
+        data_files = [p if "://" in p else glob.escape(p) for p in paths]
+        return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
+    except InputError:
+        raise
+    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
+        raise files.unreadable(path, files.first_line(error.__cause__ or error)) from error
+
+
+def check_files(paths: list[str]) -> str:
+    """The one kind that all the files are of. Raises InputError for one that is missing, empty or of no such kind."""
     endings = set()
     for path in paths:
         file = Path(path)
@@ -95,13 +94,14 @@ def check_files(paths: list[str], kinds: dict[str, str]) -> str:
                 raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
             if file.stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
-        suffixes = [s.lower() for s in file.suffixes]
-        kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
-        if kind not in kinds:
-            raise InputError(f"{path}: cannot read '{kind}' files; accepted are {', '.join(kinds)}, also with .gz")
+        kind = files.kind_of(path)
+        if kind not in KINDS:
+            accepted = ", ".join(f".{kind}" for kind in KINDS)
+            raise InputError(f"{path}: cannot read '{kind and '.' + kind}' files; accepted are {accepted}, also with .gz")
         endings.add(kind)
     if len(endings) > 1:
-        raise InputError(f"{paths[0]} and others: files of one kind belong together; found {', '.join(sorted(endings))}")
+        found = ", ".join(f".{kind}" for kind in sorted(endings))
+        raise InputError(f"{paths[0]} and others: files of one kind belong together; found {found}")
     return endings.pop()
 
 
@@ -123,12 +123,17 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     """Which of the columns `names` hold texts, in the order anchor, positive, negatives.
 
     `paired` True asks for anchor and positive, False for single texts, None takes what is there. Raises InputError naming
-    what was found and what is accepted.
+    what was found and what is accepted, and for a column that judges the pairs: they may not all be positives.
     """
     found = {column.lower(): column for column in names}
     single = next((found[c] for c in ("text", "sentence") if c in found), None)
     if single is None and len(names) == 1:
         single = names[0]
+        if separator := files.other_separator(single):
+            raise InputError(
+                f"{name}: there is one column, '{files.shortened(single)}'; its name holds {files.SEPARATOR_NAMES[separator]}, "
+                "which looks like the file's separator: write the file again, or rename the column"
+            )
     pair = next((pair for pair in LAYOUTS if all(c in found for c in pair)), None)
     if paired is not True and single is not None and (pair is None or paired is False):
         columns = [single]
@@ -139,28 +144,85 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     else:
         wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
         raise InputError(f"{name}: found the columns {', '.join(names)}; accepted are {wanted}; rename them")
+    if len(columns) > 1:
+        refuse_judgements([c for c in names if c not in columns], name)
     if ignored := [c for c in names if c not in columns]:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
+
+
+def refuse_judgements(unused: list[str], name: str) -> None:
+    """A pair of label 0 is none; trained on as it stands, it would be a positive."""
+    judging = [c for c in unused if JUDGING.intersection(re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c).lower()))]
+    if judging:
+        raise InputError(
+            f"{name}: the column '{judging[0]}' judges the pairs and would not be used: every pair would be trained as a "
+            f"positive; keep the true pairs, and leave it out by --ignore_columns {' '.join(judging)} (ignore_columns: in a "
+            "sources file, remove_columns of a Dataset)"
+        )
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    return rows.column_names or list(next(iter(rows)))
+
+
+def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
+    """`rows` without `columns`; InputError if one of them is not there."""
+    if not columns:
+        return rows
+    found = column_names(rows)
+    if missing := [column for column in columns if column not in found]:
+        raise InputError(f"{name}: no column '{missing[0]}' to ignore; found {', '.join(found)}")
+    return rows.remove_columns(columns)
 
 
 def read_texts(path: str) -> list[str]:
     """The texts of a txt, a line each, or of a file's column text (or sentence); empty ones left out."""
     rows = read_file(path)
     column = text_columns(rows.column_names, path, paired=False)[0]
-    return [text for text in rows[column][:] if isinstance(text, str) and text.strip()]
+    texts = rows[column][:]
+    for i, text in enumerate(texts, 1):
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{path}, row {i}, column '{column}': the text is not a text ({text!r}); write texts")
+    return [text for text in texts if text and text.strip()]
 
 
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
-    """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text."""
+    """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text, and for
+    negatives that are a list written as a text."""
     texts = []
     for i, column in enumerate(columns):
         cell, is_negative = row[column], i >= 2
         if cell is None and is_negative:
             continue
+        if is_negative and isinstance(cell, str) and is_list(cell):
+            raise InputError(
+                f"{where}, column '{column}': the text is a list, {files.shortened(cell)}; write the rows as jsonl or parquet, "
+                "or the negatives into columns of their own, negative_1, negative_2 ..."
+            )
         for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
             if not isinstance(text, str) or not text.strip():
                 kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
                 raise InputError(f"{where}, column '{column}': the text is {kind}; fill it in or delete the row")
             texts.append(text)
     return texts
+
+
+def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
+    """Refuse anchors or positives that are lists written as texts in all of some first rows; one alone may be a text."""
+    rows = list(rows)
+    for column in columns[:2]:
+        cells = [row[column] for row in rows if isinstance(row[column], str)]
+        if len(cells) > 1 and all(map(is_list, cells)):
+            raise InputError(
+                f"{name}, column '{column}': every text is a list, {files.shortened(cells[0])}; write a row for each of them"
+            )
+
+
+def is_list(text: str) -> bool:
+    """Whether a text is a list of texts as pandas, numpy and json write it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
+    text = re.sub(r"^array\((.*?)(,\s*dtype=.*)?\)$", r"\1", text.strip(), flags=re.DOTALL)
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    inside = text[1:-1].strip()
+    return not inside or (inside[0] in "'\"" and inside[-1] in "'\"")

@@ -3,11 +3,12 @@
 import hashlib
 import logging
 from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow.compute
 from datasets import Dataset
 
-from hf_embed.data.sources import DROP_ADVICE, row_texts, text_columns
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,19 @@ TRUNCATION_WARNING = 0.05
 def text_id(text: str) -> int:
     """A 64-bit hash of a text, never 0; equal texts have equal ids on every rank and machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True) or 1
+
+
+def beginning(text: str, max_length: int, tokenizer) -> str:
+    """As much of a very long text as decides its first `max_length` tokens; tokenizers take seconds for a megabyte.
+
+    A word has a token at least, and no tokenizer looks further than a word or two: behind four words for each token nothing
+    matters. The text is cut between words, and still has more than `max_length` tokens.
+    """
+    words = 4 * max_length
+    if len(text) < 10 * words or tokenizer.truncation_side == "left":
+        return text
+    parts = text.split(None, words)
+    return text if len(parts) <= words else text[: len(text) - len(parts[-1])]
 
 
 @dataclass
@@ -40,6 +54,7 @@ class RowTokenizer:
 
     def __call__(self, rows: list[list[str]]) -> dict[str, list]:
         flat = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
+        flat = [beginning(text, self.max_length, self.tokenizer) for text in flat]
         ids = self.tokenizer(flat, verbose=False)["input_ids"] if flat else []
         long = [i for i, text in enumerate(ids) if len(text) > self.max_length]
         if long:
@@ -72,6 +87,7 @@ def tokenize_rows(
     taken (default: all). Raises InputError for wrong columns or an empty text (see sources.py).
     """
     columns = text_columns(rows.column_names, name, paired)
+    refuse_lists(islice(rows, 20), columns, name)
     prompts = prompts or {}
     convert_texts = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
 

@@ -1,6 +1,6 @@
 """Alignment and uniformity (Wang and Isola, https://arxiv.org/abs/2005.10242), as SimCSE's section 4.3 uses them.
 
-Both are of unit vectors, and lower is better:
+Both are of unit vectors, and lower is better; NaN where a vector is zero or not finite, for such a one has no direction:
 
     alignment  = E || f(x) - f(x+) ||^2                 over positive pairs
     uniformity = log E exp(-2 || f(x) - f(y) ||^2)      over pairs of different texts
@@ -19,9 +19,20 @@ VECTORS = datasets.Features(
 )  # fmt: skip
 
 
+# Cosines that lie no further apart are equal but for rounding: there is no order in them.
+ROUNDING = 1e-6
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., D) at length 1, in float64; NaN for one that is zero or not finite."""
     vectors = np.asarray(vectors, dtype=np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
+
+
+def ordered(cosines: np.ndarray) -> bool:
+    """Whether there is an order in some row of (Q, K): finite, and some further apart than rounding puts them."""
+    return bool(np.isfinite(cosines).all() and (np.ptp(cosines, axis=-1) > ROUNDING).any())
 
 
 def alignment(first: np.ndarray, second: np.ndarray) -> float:

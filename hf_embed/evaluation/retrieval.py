@@ -6,9 +6,8 @@ corpus-id, score). Code search is the same with docstrings for queries and funct
 Shapes: Q queries, k retrieved documents, D wide.
 """
 
-import csv
-import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,15 +19,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.docstrings import read_definitions
+from hf_embed.data.files import lines, parsed
 from hf_embed.data.sources import read_file, read_hub, row_texts, text_columns
 from hf_embed.distributed import gather_objects, world
 from hf_embed.errors import InputError
-from hf_embed.evaluation.tasks import embed_on_all_ranks, embed_own_share
+from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks, embed_own_share
 from hf_embed.search import merge, search
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("test", "dev", "validation", "train")
+QRELS = ("query-id", "corpus-id", "score")
+LINE = "line in the file"  # a key of ours in a BEIR row
 # Columns of code search files: CodeSearchNet's own, and its copies'.
 DOCSTRINGS = ("docstring", "func_documentation_string", "query")
 CODES = ("code", "func_code_string")
@@ -42,6 +45,9 @@ class Retrieval:
         queries, corpus: texts by id.
         qrels: relevant documents of each query, {query id: {document id: grade}}; grades above 0 count.
         cutoffs: the k of the metrics.
+
+    Where queries are taken from the corpus, as in ArguAna, a query is not looked for among its own answers: a document that
+    has the query's id and its text, with or without a title before it, is left out, unless it is judged.
     """
 
     queries: dict[str, str]
@@ -57,22 +63,35 @@ class Retrieval:
         self.qrels = {query: found for query, found in self.qrels.items() if max(found.values(), default=0) > 0}
         if not self.qrels:
             raise InputError("no query has a relevant document")
+        self.itself = {q for q in self.qrels if q not in self.qrels[q] and q in self.corpus and self.is_query(q)}
+        if self.itself:
+            logger.warning(
+                f"{len(self.itself):,} of {len(self.qrels):,} queries are documents too, of the same id and text; each is left "
+                "out of what is found for itself"
+            )
+
+    def is_query(self, name: str) -> bool:
+        query, document = (" ".join(texts[name].split()) for texts in (self.queries, self.corpus))
+        return f" {document}".endswith(f" {query}")  # behind the title
 
     def score(self, embed: Callable) -> dict[str, float]:
-        """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document."""
+        """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document. NaN, with a warning,
+        where no query is nearer to one document than to another: the documents' order in the file would decide."""
         per_query = self.per_query(embed)
         return {key: 100 * float(np.mean([m[key] for m in per_query])) for key in per_query[0]}
 
     def per_query(self, embed: Callable) -> list[dict[str, float]]:
-        """The metrics, 0 to 1, of each query of `qrels`."""
-        _, found = self.rank(embed, max(self.cutoffs))
+        """The metrics, 0 to 1, of each query of `qrels`; NaN where there is no order in any query's documents."""
+        scores, found = self.rank(embed, max(self.cutoffs))
+        if len(self.corpus) > 1 and not ordered(scores.numpy()):
+            logger.warning(f"no nDCG of {len(found):,} queries: {NO_ORDER}")
+            return [dict.fromkeys(ranking_metrics([], {"": 1}, self.cutoffs), math.nan) for _ in self.qrels]
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
     def rank(self, embed: Callable, k: int) -> tuple[Tensor, dict[str, list[str]]]:
         """Cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first.
 
-        Each rank encodes and searches its share of the corpus, a block at a time; vectors are not kept. A document with the
-        query's own id is not counted, as in BEIR: there the query is taken from the corpus.
+        Each rank encodes and searches its share of the corpus, a block at a time; vectors are not kept.
         """
         rank, ranks = world()
         ids, texts = list(self.corpus), list(self.corpus.values())
@@ -82,7 +101,10 @@ class Retrieval:
         scores, numbers = search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
         parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank))
         scores, numbers = merge([s for s, _ in parts], [n for _, n in parts], k + 1)
-        found = {q: [ids[n] for n in row if ids[n] != q][:k] for q, row in zip(self.qrels, numbers.tolist())}
+        found = {
+            q: [ids[n] for n in row if not (ids[n] == q and q in self.itself)][:k]
+            for q, row in zip(self.qrels, numbers.tolist())
+        }
         return scores, found
 
 
@@ -131,8 +153,8 @@ def read_retrieval(path: str) -> Retrieval:
 
 def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list[tuple], name: str) -> Retrieval:
     """From rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
-    queries = {str(row["_id"]): row["text"] or "" for row in queries}
-    corpus = {str(row["_id"]): f"{row.get('title') or ''} {row['text'] or ''}".strip() for row in corpus}
+    queries = texts_by_id(queries, lambda row: row["text"] or "", f"{name}/queries")
+    corpus = texts_by_id(corpus, lambda row: f"{row.get('title') or ''} {row['text'] or ''}".strip(), f"{name}/corpus")
     qrels, absent = {}, {"documents": set(), "queries": set()}
     for query, document, grade in judged:
         query, document = str(query), str(document)
@@ -150,39 +172,71 @@ def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list
     return Retrieval(queries, corpus, qrels)
 
 
+def texts_by_id(rows: Iterable[dict], text_of: Callable[[dict], str], name: str) -> dict[str, str]:
+    """{id: text}; InputError where two different texts have one id. `line` says where a row of a file stands."""
+    texts, places = {}, {}
+    for row in rows:
+        key, line = str(row["_id"]), row.get(LINE)
+        if texts.setdefault(key, text_of(row)) != text_of(row):
+            where = f"{name}.jsonl, line {line}: line {places[key]} has" if line else f"{name}: two rows have"
+            raise InputError(f"{where} the _id '{key}' too, and another text; ids must differ")
+        places[key] = line
+    return texts
+
+
 def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
+    """(query id, document id, grade) judgements; columns by the header's names where these are BEIR's, else by position."""
     there = [name for name in ([split] if split else SPLITS) if (folder / f"{name}.tsv").is_file()]
     if not there:
         found = ", ".join(sorted(path.stem for path in folder.glob("*.tsv"))) or "none"
         raise InputError(f"{folder / f'{split or SPLITS[0]}.tsv'}: no such file; the splits there: {found}")
-    path = folder / f"{there[0]}.tsv"
-    judged = []
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-            if not row:
+    path = str(folder / f"{there[0]}.tsv")
+    grades, order, first, width = {}, (0, 1, 2), True, 3
+    for number, line in lines(path):
+        if line.isspace():
+            continue
+        row = line.rstrip("\r\n").split("\t")
+        if first:
+            first = False
+            if set(QRELS) <= set(row):
+                order, width = [row.index(name) for name in QRELS], len(row)
                 continue
-            try:
-                judged.append((row[0], row[1], int(row[2])))
-            except (IndexError, ValueError) as error:
-                if number > 1:  # the first line is a header
-                    raise InputError(f"{path}, line {number}: expected query-id, corpus-id and a whole number") from error
-    return judged
+            if len(row) == 3 and not is_number(row[2]):  # a header of other names
+                continue
+        if len(row) != width or not is_number(row[order[2]]) or float(row[order[2]]) % 1:
+            raise InputError(f"{path}, line {number}: expected query-id, corpus-id and a whole number, with tabs between them")
+        query, document, grade = (row[i] for i in order)
+        if grades.setdefault((query, document), int(float(grade))) != int(float(grade)):
+            raise InputError(f"{path}, line {number}: query {query} and document {document} are judged twice, and differently")
+    return [(query, document, grade) for (query, document), grade in grades.items()]
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows with "_id" and "text", read line by line: in corpora other fields vary from row to row."""
+    """Rows with "_id" and "text", line by line: in corpora other fields vary from row to row. `LINE` is where a row stands."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["text"], str) or not str(row["_id"]):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: expected a JSON object with _id and text") from error
-            rows.append(row)
+    for number, line in lines(str(path)):
+        if line.isspace():
+            continue
+        try:
+            row = parsed(line, str(path), number)
+        except InputError as error:
+            if isinstance(error.__cause__, UnicodeError):
+                raise
+            row = None
+        known = isinstance(row, dict) and isinstance(row.get("text"), str) and isinstance(row.get("_id"), str | int)
+        if not known or not str(row["_id"]):
+            raise InputError(f"{path}, line {number}: expected a JSON object with _id and text")
+        row[LINE] = number
+        rows.append(row)
     return rows
 
 

@@ -4,6 +4,7 @@ Spearman x 100 over all pairs of a set at once, which is the "all" aggregation o
 alignment over the set's positives, the pairs in the top fifth of its scale, and uniformity over all its sentences.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from hf_embed.data.sources import read_file, read_hub
+from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import Alignment, Uniformity, unit
-from hf_embed.evaluation.tasks import embed_on_all_ranks
+from hf_embed.evaluation.geometry import Alignment, Uniformity, ordered, unit
+from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ["sentence1", "sentence2", "score"]
 # The paper's seven tasks as they stand on the Hub (mteb's copies; split "test").
@@ -35,7 +38,10 @@ SEVEN_TASKS = {
 
 
 class SpearmanCosine(evaluate.Metric):
-    """`SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": x 100}; loads offline."""
+    """`SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": x 100}; loads offline.
+
+    NaN, with a warning, where the cosines are not finite or equal but for rounding: scipy would correlate the rounding errors.
+    """
 
     def _info(self):
         number = datasets.Value("float64")
@@ -43,26 +49,35 @@ class SpearmanCosine(evaluate.Metric):
         return evaluate.MetricInfo(description=__doc__, citation="", features=features)
 
     def _compute(self, predictions, references):
-        return {"spearman": 100 * float(spearmanr(predictions, references).statistic)}
+        return {"spearman": 100 * spearman(predictions, references)}
+
+
+def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
+    """Rank correlation of (P,) and (P,), -1 to 1, or NaN where there is no order in one of them."""
+    if not ordered(np.asarray(cosines)[None]):
+        logger.warning(f"no Spearman of {len(cosines)} pairs: {NO_ORDER}")
+        return math.nan
+    if np.ptp(scores) == 0:
+        logger.warning(f"no Spearman of {len(cosines)} pairs: every score is {scores[0]:g}")
+        return math.nan
+    return float(spearmanr(cosines, scores).statistic)
 
 
 def read_sts(path: str) -> Dataset:
     """An STS file: columns score, sentence1, sentence2 by name where there is a header, else by position."""
-    rows = read_file(path)
-    names = {str(c).lower(): c for c in rows.column_names}
-    if all(c in names for c in COLUMNS):
-        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
-    elif Path(path).name.lower().removesuffix(".gz").endswith((".tsv", ".csv")) and not names.keys() & set(COLUMNS):
-        rows = read_file(path, header=False)
+    cells = first_cells(path)
+    header = cells is None or bool(set(cells) & set(COLUMNS))
+    rows = read_file(path, header)
+    names = {c.lower(): c for c in rows.column_names}
+    if not header:
         if len(rows.column_names) < 3:
             raise InputError(
                 f"{path}: found {len(rows.column_names)} column(s); an STS file has score, sentence1, sentence2, "
                 "by position or named in a header"
             )
-        score, first, second = rows.column_names[:3]
-        rows = rows.select_columns([first, second, score]).rename_columns(
-            {first: "sentence1", second: "sentence2", score: "score"}
-        )
+        names = dict(zip(("score", "sentence1", "sentence2"), rows.column_names))
+    if all(c in names for c in COLUMNS):
+        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
     return check_sts(rows, path)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from hf_embed.distributed import gather_objects, world
 
+NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
+
 
 class Task(Protocol):
     kind: str  # where its results stand in results.json: "sts", "retrieval", "zero_shot"

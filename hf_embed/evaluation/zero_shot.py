@@ -4,16 +4,20 @@ A label becomes a text by a template, "this is an example of {label}"; nothing i
 """
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hf_embed.data.sources import read_file, row_texts
+from hf_embed.data.sources import first_cells, read_file, row_texts
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import unit
-from hf_embed.evaluation.tasks import embed_on_all_ranks
+from hf_embed.evaluation.geometry import ordered, unit
+from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,9 +33,13 @@ class ZeroShot:
     reported = ("accuracy", "f1")
 
     def score(self, embed: Callable) -> dict[str, float]:
-        """accuracy and f1 (the mean over labels), x 100."""
+        """accuracy and f1 (the mean over labels), x 100; NaN, with a warning, where every text is as near to every label."""
         texts, labels = (unit(embed_on_all_ranks(part, embed)) for part in (self.texts, self.label_texts))
-        predicted, wanted = (texts @ labels.T).argmax(1), np.array(self.labels)
+        cosines = texts @ labels.T  # (N, labels)
+        if not ordered(cosines):
+            logger.warning(f"no accuracy of {len(self.texts)} texts: {NO_ORDER}")
+            return {"accuracy": math.nan, "f1": math.nan}
+        predicted, wanted = cosines.argmax(1), np.array(self.labels)
         f1 = []
         for label in range(len(self.label_texts)):
             hits = ((predicted == label) & (wanted == label)).sum()
@@ -47,18 +55,25 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     """
     if "{label}" not in template:
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
-    rows = read_file(path)
-    if not {"label", "text"} <= set(rows.column_names):
-        if {"label", "text"} & set(rows.column_names):
+    cells = first_cells(path)
+    rows = read_file(path, header=cells is None or bool({"label", "text"} & set(cells)))
+    names = {c.lower(): c for c in rows.column_names}
+    if not {"label", "text"} <= set(names):
+        if {"label", "text"} & set(names):
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
-        rows = read_file(path, header=False) if path.removesuffix(".gz").endswith((".tsv", ".csv")) else rows
         if len(rows.column_names) != 2:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
-        rows = rows.rename_columns(dict(zip(rows.column_names, ("label", "text"))))
-        if len(rows) > 20 and len(set(rows["label"])) > len(rows) / 2:
+        names = dict(zip(("label", "text"), rows.column_names))
+        labels = rows[names["label"]][:]
+        if len(labels) > 20 and len(set(map(str, labels))) > len(labels) / 2:
             raise InputError(f"{path}: hardly a label stands twice; the first column is the label, the second the text")
+    rows = rows.select_columns([names["label"], names["text"]]).rename_columns(
+        {names[c]: c for c in ("label", "text") if names[c] != c}
+    )
     for i, row in enumerate(rows, 1):
         row_texts(row, ["text"], f"{path}, row {i}")
+        if row["label"] is None or not str(row["label"]).strip():
+            raise InputError(f"{path}, row {i}: there is no label; fill it in or delete the row")
     labels = sorted(set(map(str, rows["label"])))
     if len(labels) < 2:
         raise InputError(f"{path}: every label is {labels[0]}; classification needs at least two")

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from hf_embed.card import swept_columns
 from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
-from hf_embed.evaluation.sts import STS
-from hf_embed.evaluation.tasks import Task
+from hf_embed.evaluation.sts import STS, spearman
+from hf_embed.evaluation.tasks import NO_ORDER, Task
 from hf_embed.tempscale.attention import tempscale
 
 GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
@@ -47,9 +47,11 @@ def fold_scores(task: Task, embed: Callable, folds: int) -> np.ndarray:
         metric = lambda chosen: values[chosen].mean()  # noqa: E731
     elif isinstance(task, STS):
         values, scores = task.cosines(embed), np.array(task.rows["score"][:])
-        metric = lambda chosen: 100 * spearmanr(values[chosen], scores[chosen]).statistic  # noqa: E731
+        metric = lambda chosen: 100 * spearman(values[chosen], scores[chosen])  # noqa: E731
     else:
         raise InputError(f"a temperature is chosen on retrieval or STS sets, not on {task.kind}")
+    if not ordered(values[None]) if isinstance(task, STS) else not np.isfinite(values).all():
+        raise InputError(f"nothing to choose a temperature by: {NO_ORDER}")
     if len(values) < 2 * folds:
         raise InputError(f"{len(values)} queries are too few for {folds} folds; give more, or fewer --folds")
     fold = np.random.default_rng(0).permutation(len(values)) % folds

@@ -1,0 +1,466 @@
+"""Text files to rows, with the line in every complaint.
+
+    txt          a line is a row, in the column `text`
+    csv, tsv     a header and rows of cells, each of them a text: "007", "NA" and "1e5" stay what they are
+    jsonl, json  an object a line, or one list of objects (or of texts)
+
+A file is read twice. `survey` looks at all of it: whatever is wrong is said before anything is computed, and the types of its
+columns are known, which `datasets` guesses from the first 10 MB. Then the rows are written to datasets' cache, a batch at a
+time. A stream is read anew in every pass instead, and only its beginning is looked at.
+"""
+
+import codecs
+import contextlib
+import csv
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from itertools import chain, islice
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import datasets
+import fsspec
+import pyarrow
+import yaml
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.arrow_writer import ArrowWriter
+
+from hf_embed.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SEPARATORS = {"csv": ",", "tsv": "\t"}
+SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
+NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
+ANY_NEGATIVES = ["negatives"]
+BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
+# Of a stream, the rows whose columns are taken for those of all.
+PROBED_ROWS = 1000
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+NO_QUOTING = (
+    " if quotes belong to the texts, turn quoting off: --no_quoting (quoting: false in a sources file), or save the file as tsv"
+)
+END = "\ufdd0end of file"  # behind the last line of a csv, to see whether a quote is still open there
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, as pandas and json.dumps write a missing value
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a csv or tsv file is read: `header` False names its columns 0, 1, 2 ...; tsv files have no quoting anyway."""
+
+    header: bool = True
+    quoting: bool = True
+
+
+def kind_of(path: str) -> str:
+    """ "jsonl" of `a/b.jsonl`, `b.jsonl.gz` and `https://host/b.jsonl?x=y`; "" where the name has no ending."""
+    suffixes = [s.lower() for s in Path(urlsplit(path).path if "://" in path else path).suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1][1:] if suffixes else ""
+
+
+def unreadable(path: str, reason: str) -> InputError:
+    return InputError(f"{path}: cannot be read as {kind_of(path)}: {reason}")
+
+
+# ---- lines ----
+
+DOWNLOADED: dict[str, str] = {}  # where addresses lie once `download` has been there; streams are read from afar
+
+
+def download(address: str) -> None:
+    try:
+        DOWNLOADED[address] = datasets.DownloadManager().download(address)
+    except Exception as error:  # of the many clients
+        raise unreadable(address, first_line(error)) from error
+
+
+@contextlib.contextmanager
+def opened(path: str):
+    """The bytes of a file or an address, unpacked where the name ends in .gz."""
+    packed = (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
+    local = DOWNLOADED.get(path, path)
+    with fsspec.open(local, "rb") if "://" in local else open(local, "rb") as file:
+        yield BufferedReader(gzip.GzipFile(fileobj=file) if packed else file, 1 << 20)
+
+
+def lines(path: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a UTF-8 file, with their line ends; a byte-order mark is left out.
+
+    Raises InputError for a file in another encoding, one with NUL bytes, and one that cannot be read or unpacked.
+    """
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise unreadable(path, "the file is UTF-16; save it as UTF-8, for example by iconv -f UTF-16 -t UTF-8")
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if b"\0" in line:
+                    raise unreadable(path, f"line {number} holds a NUL byte; if the file is UTF-16, save it as UTF-8")
+                try:
+                    yield number, line.decode()
+                except UnicodeDecodeError as error:
+                    raise unreadable(
+                        path,
+                        f"'utf-8' codec can't decode byte 0x{line[error.start]:02x} in line {number}; save the file as "
+                        "UTF-8, for example by iconv -f cp1252 -t UTF-8",
+                    ) from error
+    except InputError:
+        raise
+    except Exception as error:  # file systems, unpackers and clients of addresses raise many kinds
+        raise unreadable(path, first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- csv and tsv ----
+
+
+def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
+    """The first line, the last line and the cells of each row, the header among them. Blank lines are no rows."""
+    separator = SEPARATORS[kind_of(path)]
+    if separator == "\t" or not table.quoting:
+        for number, line in lines(path):
+            if line := line.rstrip("\r\n"):
+                yield number, number, line.split(separator)
+        return
+    csv.field_size_limit(2**31 - 1)  # of the whole process; the default is 131,072 characters
+    reader = csv.reader(chain((line for _, line in lines(path)), [END]))
+    before = 0
+    try:
+        for cells in reader:
+            if cells and reader.line_num > before + 1 and cells[-1].endswith(END):
+                raise unreadable(path, f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}")
+            if cells and cells != [END]:
+                yield before + 1, reader.line_num, cells
+            before = reader.line_num
+    except csv.Error as error:
+        raise unreadable(path, f"line {reader.line_num}: {error}") from error
+
+
+def table_columns(path: str, table: Table) -> list[str]:
+    """The names of the columns. Raises InputError where the separator looks like another one."""
+    _, _, cells = next(table_rows(path, table), (0, 0, None))
+    if cells is None:
+        raise unreadable(path, "there are only blank lines")
+    if any("\r" in cell for cell in cells):
+        raise unreadable(path, "its lines end in lone carriage returns; save it with line feeds")
+    own = SEPARATORS[kind_of(path)]
+    if len(cells) == 1 and (other := other_separator(cells[0], own)):
+        rename = {"\t": "tsv", ",": "csv"}.get(other)
+        mend = f"give the file the ending .{rename}" if rename else f"save it with {SEPARATOR_NAMES[own]}"
+        raise InputError(
+            f"{path}: there is one column, '{shortened(cells[0])}'; the separator looks like {SEPARATOR_NAMES[other]}, and is "
+            f"{SEPARATOR_NAMES[own]} in {kind_of(path)} files: {mend}"
+        )
+    if not table.header:
+        return [str(i) for i in range(len(cells))]
+    return [cell or f"Unnamed: {i}" for i, cell in enumerate(cells)]  # as pandas names its index
+
+
+def other_separator(header: str, own: str = "") -> str | None:
+    """A separator that stands in the name of a file's only column."""
+    return next((s for s in ";|\t," if s != own and s in header), None)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, in one line."""
+    start = " ".join(text[:61].split())
+    return start if len(text) <= 60 else f"{start[:60]}..."
+
+
+def common_columns(paths: list[str], table: Table) -> list[str]:
+    """The names of the columns that all the files have, in the same order; InputError if they do not."""
+    names = table_columns(paths[0], table)
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; names must differ")
+    for path in paths[1:]:
+        columns = table_columns(path, table)
+        if columns != names:
+            raise InputError(
+                f"{path}: its columns are {', '.join(columns)}, those of {paths[0]} {', '.join(names)}; the files of a set "
+                "need the same, in the same order"
+            )
+    return names
+
+
+def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
+    """`table_rows` behind the header, none of them with more cells than there are columns."""
+    rows, width = table_rows(path, table), None
+    for first, last, cells in rows:
+        if width is None:
+            width = len(cells)
+            if table.header:
+                continue
+        if len(cells) > width:
+            separator = SEPARATOR_NAMES[SEPARATORS[kind_of(path)]]
+            raise InputError(
+                f"{path}: line {first} has {len(cells)} cells, and the {'header' if table.header else 'first row'} {width}; "
+                f"name every column, and quote a cell that holds {separator}"
+            )
+        yield first, last, cells
+
+
+def survey_tables(paths: list[str], table: Table) -> Features:
+    names, rows = common_columns(paths, table), 0
+    for path in paths:
+        broken, count, last = [], 0, 0
+        for first, last, _ in body_rows(path, table):
+            count += 1
+            if last > first:
+                broken.append((first, last))
+        rows += count
+        if broken:
+            inside = sum(b - a for a, b in broken)
+            logger.warning(
+                f"{path}: {len(broken):,} of {count:,} rows have line breaks in a quoted cell, the first in lines "
+                f"{broken[0][0]} to {broken[0][1]}; {inside:,} of the file's {last:,} lines are within such cells;{NO_QUOTING}"
+            )
+    return Features({name: Value("string") for name in names}) if rows else Features()
+
+
+# ---- json ----
+
+
+def json_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """The objects of a file and the lines that they stand in (of one list: their numbers). Blank lines are no rows."""
+    numbered = lines(path)
+    start, head = next(((n, line) for n, line in numbered if not line.isspace()), (0, ""))
+    if head.lstrip().startswith("[") or (kind_of(path) == "json" and not is_json(head)):
+        items = parsed("".join(chain([head], (line for _, line in numbered))), path, start)
+        if not isinstance(items, list):
+            raise unreadable(path, "expected a list of JSON objects, or an object a line")
+        for number, item in enumerate(items, 1):
+            if not isinstance(item, dict | str):
+                raise unreadable(path, f"row {number}: expected a JSON object")
+            yield number, {"text": item} if isinstance(item, str) else item
+        return
+    for number, line in chain([(start, head)], numbered):
+        if line and not line.isspace():
+            row = parsed(line, path, number)
+            if not isinstance(row, dict):
+                raise unreadable(path, f"line {number}: expected a JSON object")
+            yield number, row
+
+
+def is_json(text: str) -> bool:
+    try:
+        DECODER.decode(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parsed(text: str, path: str, number: int):
+    """JSON whose texts can be encoded. `number` is of the first line."""
+    try:
+        found = DECODER.decode(text.rstrip())  # an error behind the line end would be in the next line
+    except json.JSONDecodeError as error:
+        raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, f"line {number}: {first_line(error)}") from error
+    if "\\u" in text and SURROGATE.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # "\ud83d\ude00" is a character, half of it is none
+            half = json.dumps(error.object[error.start])
+            raise unreadable(path, f"line {number}: {half} is half of a character; correct or delete the text") from error
+    return found
+
+
+def survey_json(paths: list[str]) -> Features:
+    """The type of each column, whatever its first rows have."""
+    kinds = {}
+    for path in paths:
+        for _, row in json_rows(path):
+            for key, value in row.items():
+                kinds.setdefault(key, set()).add("text" if type(value) is str else kind_of_value(value))
+    return Features({key: type_of(found - {None}) for key, found in kinds.items()})
+
+
+def kind_of_value(value) -> str | None:
+    if isinstance(value, list):
+        return "texts" if all(item is None or isinstance(item, str) for item in value) else "any"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if -(2**63) <= value < 2**63 else "any"
+    return {str: "text", float: "float", type(None): None}.get(type(value), "any")
+
+
+def type_of(kinds: set[str]):
+    """The narrowest type that holds all values of a column."""
+    if kinds <= {"text"}:  # or null alone
+        return Value("string")
+    if kinds <= {"text", "texts"}:  # a text alone is a list of one
+        return List(Value("string"))
+    for simple, name in (({"bool"}, "bool"), ({"int"}, "int64"), ({"int", "float"}, "float64")):
+        if kinds <= simple:
+            return Value(name)
+    return datasets.Json()
+
+
+def as_column(values: list, feature) -> pyarrow.Array:
+    if isinstance(feature, List):
+        return pyarrow.array([[v] if isinstance(v, str) else v for v in values], pyarrow.list_(pyarrow.string()))
+    if isinstance(feature, Value):
+        return pyarrow.array(values, feature.pa_type)
+    texts = pyarrow.array([None if value is None else json.dumps(value) for value in values], pyarrow.string())
+    return pyarrow.ExtensionArray.from_storage(feature.pa_type, texts)
+
+
+# ---- all of them ----
+
+
+def rows_of(path: str, table: Table) -> Iterator[dict]:
+    kind = kind_of(path)
+    if kind in SEPARATORS:
+        names = table_columns(path, table)
+        for _, _, cells in body_rows(path, table):
+            yield dict(zip(names, chain(cells, [None] * (len(names) - len(cells)))))
+    elif kind == "txt":
+        for _, line in lines(path):
+            for text in line.removesuffix("\n").removesuffix("\r").split("\r"):
+                yield {"text": text}
+    else:
+        for _, row in json_rows(path):
+            yield row
+
+
+def survey(paths: list[str], table: Table) -> Features:
+    """The columns of files and their types; InputError for whatever is wrong with them."""
+    kind = kind_of(paths[0])
+    if kind in SEPARATORS:
+        features = survey_tables(paths, table)
+    elif kind == "txt":
+        for path in paths:
+            for _ in lines(path):
+                pass
+        features = Features({"text": Value("string")})
+    else:
+        features = survey_json(paths)
+    if not features:
+        raise InputError(f"{paths[0]}: no rows")
+    return features
+
+
+def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(value) for value in row.values() if isinstance(value, str | list))
+        if len(batch) >= BATCH_ROWS or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def load(paths: list[str], table: Table) -> Dataset:
+    """All rows of text files, in a file of datasets' cache that is made once."""
+    for path in paths:
+        if "://" in path:
+            download(path)
+    features = survey(paths, table)
+    local = [os.path.abspath(DOWNLOADED.get(path, path)) for path in paths]
+    stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in local]
+    identity = hashlib.sha256(repr((stamps, table, features)).encode()).hexdigest()[:32]
+    path = Path(datasets.config.HF_DATASETS_CACHE, "hf_embed", f"{identity}.arrow")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")  # each process has its own, and the same in it
+        try:
+            with ArrowWriter(features=features, path=str(unfinished)) as writer:
+                for batch in batches(chain.from_iterable(rows_of(p, table) for p in paths)):
+                    columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
+                    writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+                writer.finalize()
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    rows = Dataset.from_file(str(path))
+    rows._fingerprint = identity
+    return rows
+
+
+def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:
+    """The rows of text files, read anew in every pass.
+
+    The columns are those of the first rows. A jsonl stream may lack those of `optional` there: ANY_NEGATIVES stands for all
+    negatives that begin later, whatever they are called. Negatives that begin later and have no place are refused, unless
+    `optional` says that they are not wanted: [] or other names. None says nothing of them.
+    """
+    kind, late = kind_of(paths[0]), []
+    if kind in SEPARATORS:
+        common_columns(paths, table)
+    columns = dict.fromkeys(key for row in islice(rows_of(paths[0], table), PROBED_ROWS) for key in row)
+    unnamed = optional == ANY_NEGATIVES
+    if kind in ("json", "jsonl") and not (unnamed and any(map(NEGATIVE.fullmatch, columns))):
+        late = [name for name in optional or [] if name not in columns]
+    if late:
+        logger.warning(f"{paths[0]}: the first rows have no column {', '.join(late)}; it is taken where it begins")
+    refuse = optional is None or (unnamed and not late)
+    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse}
+    return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
+
+
+def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool) -> Iterator[dict]:
+    known = set(columns)
+    for path in paths:
+        for row in rows_of(path, table):
+            if not row.keys() <= known:
+                late = [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
+                if late and refuse:
+                    raise InputError(
+                        f"{path}: the column {late[0]} begins behind the first {PROBED_ROWS:,} rows; set negatives: (how many "
+                        "of a row's to take, 0 for none), or name all columns of negatives under columns:"
+                    )
+                if late and "negatives" in known:
+                    cells = [row[key] if isinstance(row[key], list) else [row[key]] for key in late]
+                    row["negatives"] = list(chain.from_iterable(cells))
+            yield {name: row.get(name) for name in columns}
+
+
+# ---- yaml ----
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key stands twice; of two, PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise TwiceError(f"line {key_node.start_mark.line + 1}: the key '{key}' is there twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class TwiceError(yaml.YAMLError):
+    pass
+
+
+def read_yaml(path: str, name: str):
+    """What a YAML file holds. Raises InputError, which calls the file `name`: missing, not YAML, or with a key twice."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8: {error}") from error
+    except TwiceError as error:
+        raise InputError(f"{name}, {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error

@@ -1,0 +1,688 @@
+"""Files as users bring them: each is read right, or refused in one line that says where and how to mend it.
+
+Separators, quotes, lists and labels in tables; encodings and odd lines; jsonl whose columns begin late or change; BEIR folders;
+YAML settings; texts of many megabytes.
+"""
+
+import csv
+import gzip
+import json
+import logging
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import datasets
+import pandas
+import pytest
+import yaml
+from conftest import error_of
+from datasets import Dataset
+
+from hf_embed import cli
+from hf_embed.data import files
+from hf_embed.data.mixture import Stream, read_sources
+from hf_embed.data.sources import is_list, read_file, read_texts, row_texts, text_columns
+from hf_embed.data.tokenization import RowTokenizer, beginning, tokenize_rows
+from hf_embed.evaluation.retrieval import read_pairs, read_retrieval
+from hf_embed.evaluation.sts import read_sts
+from hf_embed.evaluation.zero_shot import read_zero_shot
+from hf_embed.plan import DataArguments, read_train_rows
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def written(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def jsonl(path, rows):
+    return written(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def listed(folder, *entries):
+    return written(folder / "sources.yaml", yaml.safe_dump(list(entries)))
+
+
+def streamed(source, tokenizer):
+    return Stream(source, RowTokenizer(tokenizer, 16), rank=0, ranks=1, seed=0, buffer_size=5, drop=False)
+
+
+def both_ways(path, **settings):
+    """The rows in memory and streamed, which must be the same."""
+    table = read_file(path, **settings).to_list()
+    assert list(read_file(path, streaming=True, **settings)) == table
+    return table
+
+
+# ---- separators ----
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "mend"),
+    [
+        ("a.csv", ";", "looks like ';', and is a comma in csv files: save it with a comma"),
+        ("a.csv", "|", "looks like '|', and is a comma in csv files: save it with a comma"),
+        ("a.csv", "\t", "looks like a tab, and is a comma in csv files: give the file the ending .tsv"),
+        ("a.tsv", ",", "looks like a comma, and is a tab in tsv files: give the file the ending .csv"),
+        ("a.tsv", ";", "looks like ';', and is a tab in tsv files: save it with a tab"),
+        ("a.csv.gz", ";", "looks like ';'"),
+    ],
+)
+def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_path):
+    def table(*rows):
+        content = "".join(separator.join(row) + "\n" for row in rows).encode()
+        return written(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+
+    path = table(("anchor", "positive"), ("a cat", "a kitten"), ("a dog", "a puppy"))
+    yaml_file = listed(tmp_path, {"name": "s", "file": name})
+    streamed = listed(tmp_path / "more", {"name": "s", "file": f"../{name}", "streaming": True, "rows": 2})
+    for read in (read_file, read_texts, read_pairs, lambda path: read_file(path, streaming=True)):
+        message = error_of(read, path)
+        assert (
+            message.startswith(f"{path}: there is one column, '{' '.join(f'anchor{separator}positive'.split())}'; ")
+            and mend in message
+        )
+    for file in (yaml_file, streamed):
+        assert "source 's': " in error_of(read_sources, file) and mend in error_of(read_sources, file)
+    assert mend in error_of(read_sts, table(("score", "sentence1", "sentence2"), ("1", "a", "b"), ("2", "c", "d")))
+    assert mend in error_of(read_sts, table(("1", "a", "b"), ("2", "c", "d")))
+    assert mend in error_of(read_zero_shot, table(("label", "text"), ("1", "a"), ("2", "c")), "{label}")
+    assert mend in error_of(read_zero_shot, table(("1", "a"), ("2", "c")), "{label}")
+
+
+def test_a_datasets_only_column_with_a_separator_in_its_name():
+    """As a Hub dataset of ;-separated csv arrives."""
+    message = error_of(text_columns, ["anchor;positive"], "org/pairs")
+    assert "org/pairs: there is one column, 'anchor;positive'; its name holds ';'" in message
+    assert text_columns(["whatever it is"], "rows") == ["whatever it is"]
+
+
+def test_separators_within_texts_are_texts(tmp_path):
+    path = written(tmp_path / "a.csv", 'text\na; b | c\n"d, e"\n')
+    assert both_ways(path) == [{"text": "a; b | c"}, {"text": "d, e"}]
+
+
+# ---- quotes ----
+
+
+def forty_rows(folder):
+    """Two quotes that open and are not closed, in lines 11 and 25 (header included): pandas reads 26 rows."""
+    rows = [[f"anchor {i}", f"positive {i}"] for i in range(1, 41)]
+    rows[9][1] = '"positive 10'
+    rows[23][1] = 'positive 24"'
+    return written(folder / "a.csv", "anchor,positive\n" + "".join(",".join(row) + "\n" for row in rows))
+
+
+def test_swallowed_rows_are_said_and_the_switch_brings_them_back(tmp_path, caplog):
+    path = forty_rows(tmp_path)
+    rows = read_file(path)
+    assert len(rows) == 26 and rows[9]["positive"].count("\n") == 14
+    assert (
+        "1 of 26 rows have line breaks in a quoted cell, the first in lines 11 to 25; 14 of the file's 41 lines" in caplog.text
+    )
+    assert "--no_quoting" in caplog.text and "quoting: false" in caplog.text
+    caplog.clear()
+    for rows in (read_file(path, quoting=False), read_train_rows(DataArguments(train_file=path, quoting=False))[0]):
+        assert len(rows) == 40 and rows[9]["positive"] == '"positive 10' and rows[23]["positive"] == 'positive 24"'
+    (source,) = read_sources(listed(tmp_path, {"name": "s", "file": "a.csv", "quoting": False}))
+    assert len(source.rows) == 40 and not caplog.messages
+    (parsed,) = cli.parse([DataArguments], argv=["--train_file", path, "--no_quoting"])
+    assert parsed.quoting is False and cli.parse([DataArguments], argv=[])[0].quoting is True
+
+
+def test_quotes_are_as_pandas_reads_them(tmp_path, caplog):
+    rows = [["a", 'he said "hi"'], ["b, c", "two\nlines"], ["", 'x"'], ['5" disk', "'single'"], ["é", "\u2028"]]
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["anchor", "positive"], *rows])
+    expected = pandas.read_csv(tmp_path / "a.csv", keep_default_na=False).to_dict("records")
+    assert both_ways(str(tmp_path / "a.csv")) == expected == [dict(zip(("anchor", "positive"), row)) for row in rows]
+    assert "the first in lines 3 to 4" in caplog.text
+
+
+def test_a_quote_that_is_never_closed(tmp_path):
+    path = written(tmp_path / "a.csv", 'anchor,positive\na,b\nc,"d\ne,f\n')
+    for streaming in (False, True):
+        message = error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+        assert (
+            message.startswith(f"{path}: cannot be read as csv: a quote in line 3 is not closed") and "--no_quoting" in message
+        )
+
+
+def test_columns_of_a_table(tmp_path):
+    assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]  # pandas' index
+    assert "two columns are named 'b'" in error_of(read_file, written(tmp_path / "b.csv", "a,b,b\nx,y,z\n"))
+    path = written(tmp_path / "c.csv", "anchor,positive\na,b\n\nc,d,e\n")
+    for streaming in (False, True):
+        assert "line 4 has 3 cells, and the header 2" in error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+    assert both_ways(written(tmp_path / "d.csv", "anchor,negative\na,b\nc\n"))[1] == {"anchor": "c", "negative": None}
+
+
+# ---- lists in cells ----
+
+LISTS = {
+    "pandas": str(["a bird", "a fish"]),
+    "quotes within": str(["it's", 'a "fish"']),
+    "numpy": "['a bird' 'a fish']",
+    "numpy's repr": "array(['a bird', 'a fish'], dtype=object)",
+    "json": json.dumps(["a bird", "a fish"]),
+    "empty": "[]",
+    "several lines": "['a bird'\n 'a fish']",
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_a_list_in_a_cell_is_no_negative(case, tmp_path, tokenizer):
+    table = pandas.DataFrame(
+        {"anchor": ["a cat", "a dog"], "positive": ["a kitten", "a puppy"], "neg": ["a tree", LISTS[case]]}
+    )
+    table.to_csv(tmp_path / "a.csv", index=False)
+    rows = read_file(str(tmp_path / "a.csv"))
+    assert row_texts(rows[0], rows.column_names, "row 1") == ["a cat", "a kitten", "a tree"]
+    message = error_of(row_texts, rows[1], rows.column_names, "row 2")
+    assert message.startswith("row 2, column 'neg': the text is a list, ") and "jsonl or parquet" in message
+    entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 2, "negatives": 1}
+    assert "column 'neg': the text is a list" in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
+
+
+@pytest.mark.parametrize("column", ["anchor", "positive"])
+def test_columns_of_lists_are_no_anchors_and_no_positives(column, tmp_path, tokenizer):
+    table = pandas.DataFrame(
+        {"anchor": ["a", "b", "c"], "positive": ["d", "e", "f"]} | {column: [["x", "y"], ["z"], ["u", "v"]]}
+    )
+    table.to_csv(tmp_path / "a.csv", index=False)
+    expected = f"column '{column}': every text is a list, ['x', 'y']; write a row for each"
+    assert expected in error_of(tokenize_rows, read_file(str(tmp_path / "a.csv")), tokenizer, 16)
+    entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 3}
+    assert expected in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
+    table.loc[1, column] = "a text"  # then they are texts, say of code
+    table.to_csv(tmp_path / "b.csv", index=False)
+    assert len(tokenize_rows(read_file(str(tmp_path / "b.csv")), tokenizer, 16)) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["[citation needed]", "a['x']", "[1] Smith, 'On lists'", "(laughs)", "['", "'a', 'b'", "[a, b]"]
+)
+def test_brackets_in_texts_are_texts(text):
+    assert not is_list(text)
+
+
+def test_lists_of_jsonl_and_parquet_are_several_negatives(tmp_path, tokenizer):
+    rows = [{"anchor": f"a{i}", "positive": f"p{i}", "negatives": ["['x']", "y"][:i]} for i in range(3)]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for path in (jsonl(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet")):
+        tokens = tokenize_rows(read_file(path), tokenizer, 16)
+        assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # a text in a list is a text, brackets or not
+
+
+# ---- labels beside pairs ----
+
+JUDGED = ["label", "Score", "gold_label", "is_duplicate", "isDuplicate", "relevance", "similarity_score", "entailment_label",
+          "label_text", "relatedness_score", "score1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", JUDGED)
+def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": f"b{i}", column: i} for i in (0, 1)])
+    message = error_of(text_columns, read_file(path).column_names, path)
+    assert message.startswith(f"{path}: the column '{column}' judges the pairs") and f"--ignore_columns {column} " in message
+    assert f"'{column}' judges the pairs" in error_of(read_pairs, path)
+    mapped = {"name": "s", "file": "a.jsonl", "columns": {"query": "anchor", "positive": "positive"}}
+    for more in ({}, {"streaming": True, "rows": 2}):
+        assert f"'{column}' judges the pairs" in error_of(read_sources, listed(tmp_path, mapped | more))
+        (source,) = read_sources(listed(tmp_path, mapped | more | {"ignore_columns": column}))
+        assert list(source.rows)[1] == {"anchor": "a", "positive": "b1"}
+    rows, _ = read_train_rows(DataArguments(train_file=path, ignore_columns=[column]))
+    assert text_columns(rows.column_names, path) == ["anchor", "positive"]
+
+
+def test_what_is_no_judgement_is_left_unused(caplog):
+    unused = ["id", "genre", "title", "underscore", "labelled_by", "yes", "language", "simple"]
+    assert text_columns(["anchor", "positive", *unused], "rows") == ["anchor", "positive"]
+    assert text_columns(["text", "label"], "rows") == ["text"]  # of a single text nothing is claimed
+    assert caplog.messages == [f"rows: columns {', '.join(unused)} are not used", "rows: columns label are not used"]
+
+
+def test_ignored_columns_must_be_there(tmp_path):
+    path = written(tmp_path / "a.csv", "anchor,positive\na,b\n")
+    expected = "no column 'label' to ignore; found anchor, positive"
+    assert expected in error_of(read_train_rows, DataArguments(train_file=path, ignore_columns=["label"]))
+    assert expected in error_of(read_sources, listed(tmp_path, {"name": "s", "file": "a.csv", "ignore_columns": ["label"]}))
+    given = DataArguments(sources=listed(tmp_path, {"name": "s", "file": "a.csv"}), ignore_columns=["label"])
+    assert "a sources file says it of each source" in error_of(read_train_rows, given)
+    (parsed,) = cli.parse([DataArguments], argv=["--ignore_columns", "label", "score"])
+    assert parsed.ignore_columns == ["label", "score"]
+
+
+# ---- jsonl ----
+
+FILLER = "word " * 600
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory):
+    """A file for each way in which a column may begin late: behind 10.5 MB, which `datasets` takes for the whole."""
+    folder = tmp_path_factory.mktemp("late")
+    early = {"null": {"negatives": None}, "empty": {"negatives": []}, "absent": {}}
+    for name, part in early.items():
+        rows = [{"query": f"q{i}", "positive": f"p{i}", "note": FILLER} | part for i in range(3500)]
+        rows += [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{i}", "m"]} for i in (3500, 3501)]
+        jsonl(folder / f"{name}.jsonl", rows)
+    rows = [{"id": i if i < 3500 else f"x{i}", "query": f"q{i}", "positive": f"p{i}", "note": FILLER} for i in range(3502)]
+    jsonl(folder / "id.jsonl", rows)
+    assert all(path.stat().st_size > 10 << 20 for path in folder.iterdir())
+    return folder
+
+
+@pytest.mark.parametrize("case", ["null", "empty", "absent"])
+def test_negatives_that_begin_late_are_read(late, case, tokenizer):
+    rows = read_file(str(late / f"{case}.jsonl"))
+    assert rows[3501]["negatives"] == ["n3501", "m"] and not rows[0]["negatives"] and len(rows) == 3502
+    tokens = tokenize_rows(rows.select([0, 3500, 3501]), tokenizer, 8)
+    assert [len(ids) for ids in tokens["text_ids"]] == [2, 4, 4]
+
+
+@pytest.mark.parametrize("case", ["null", "empty", "absent"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_negatives_that_begin_late_are_streamed(late, case, mapped, tmp_path, tokenizer):
+    entry = {"name": "s", "file": str(late / f"{case}.jsonl"), "streaming": True, "rows": 3502, "negatives": 1}
+    if mapped:
+        entry["columns"] = {"query": "query", "positive": "positive", "negatives": "negatives"}
+    (source,) = read_sources(listed(tmp_path, entry))
+    name = "negative" if mapped else "negatives"
+    assert [len(row[name] or []) for row in source.rows.skip(3499)] == [0, 2, 2]
+    stream = streamed(source, tokenizer)
+    texts = [len(row["text_ids"]) for row in stream.__getitems__(list(range(3502)))]
+    assert sorted(texts) == [2] * 3500 + [3] * 2
+
+
+def test_negatives_of_a_stream_that_nobody_spoke_of(late, tmp_path, tokenizer):
+    entry = {"name": "s", "file": str(late / "absent.jsonl"), "streaming": True, "rows": 3502}
+    (source,) = read_sources(listed(tmp_path, entry))
+    stream = streamed(source, tokenizer)
+    assert "the column negatives begins behind the first 1,000 rows" in error_of(stream.__getitems__, list(range(3502)))
+    (source,) = read_sources(listed(tmp_path, entry | {"negatives": 0}))
+    assert list(source.rows.skip(3501)) == [{"query": "q3501", "positive": "p3501", "note": None}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_negatives_that_are_there_from_the_start(name, tmp_path, caplog, tokenizer):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "hard_neg": f"n{i}"} for i in range(1100)]
+    if name == "a.csv":
+        pandas.DataFrame(rows).to_csv(tmp_path / name, index=False)
+    else:
+        rows[1099]["hard_neg_2"] = "m"
+        jsonl(tmp_path / name, rows)
+    (source,) = read_sources(listed(tmp_path, {"name": "s", "file": name, "streaming": True, "rows": 1100, "negatives": 2}))
+    stream = streamed(source, tokenizer)
+    assert stream.columns == ["query", "positive", "hard_neg"] and not caplog.messages
+    if name == "a.jsonl":  # no place for the second column
+        assert "the column hard_neg_2 begins behind" in error_of(stream.__getitems__, list(range(1100)))
+    else:
+        assert {len(row["text_ids"]) for row in stream.__getitems__(list(range(1100)))} == {3}
+
+
+def test_late_negatives_of_any_name(tmp_path, caplog):
+    rows = [{"query": "q", "positive": "p"}] * 1001 + [{"query": "q", "positive": "p", "neg_1": "n", "neg_2": ["m", "o"]}]
+    entry = {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 1002, "negatives": 3}
+    jsonl(tmp_path / "a.jsonl", rows)
+    (source,) = read_sources(listed(tmp_path, entry))
+    assert list(source.rows)[1000:] == [
+        {"query": "q", "positive": "p", "negatives": None}, {"query": "q", "positive": "p", "negatives": ["n", "m", "o"]}
+    ]  # fmt: skip
+    assert "the first rows have no column negatives; it is taken where it begins" in caplog.text
+
+
+def test_an_unused_column_may_change_its_type(late, tokenizer):
+    rows = read_file(str(late / "id.jsonl"))
+    assert rows[0]["id"] == 0 and rows[3501]["id"] == "x3501" and rows[3501]["positive"] == "p3501"
+    streamed = read_file(str(late / "id.jsonl"), streaming=True)
+    assert [row["id"] for row in streamed.skip(3499)] == [3499, "x3500", "x3501"]
+
+
+VALUES = {
+    "whole numbers": [1, None, -5],
+    "numbers": [1, 2.5, None],
+    "true and false": [True, None, False],
+    "texts and numbers": ["7", 7, None, "a"],
+    "objects": [{"a": 1}, {"b": ["x"]}, None],
+    "lists of numbers": [[1, 2], [], [2.5]],
+    "lists of texts": [["a"], [], None, ["b", None]],
+    "text and true": ["x", True],
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_values_are_what_they_are(case, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "t", "value": value} for value in VALUES[case]])
+    assert [row["value"] for row in both_ways(path)] == VALUES[case]
+    assert read_file(path)["value"][:] == VALUES[case]
+
+
+def test_one_negative_or_a_list_of_them(tmp_path, tokenizer):
+    cells = ["n", ["m", "o"], None, []]
+    path = jsonl(tmp_path / "a.jsonl", [{"anchor": f"a{i}", "positive": f"p{i}", "negatives": c} for i, c in enumerate(cells)])
+    assert [len(ids) for ids in tokenize_rows(read_file(path), tokenizer, 16)["text_ids"]] == [3, 4, 2, 2]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("cells", "row", "shown"), [([7, 8, 9], 1, "7"), (["a", "b", 2.5], 3, "2.5"), ([True, False, True], 1, "True")]
+)
+def test_numbers_are_no_texts(ending, cells, row, shown, tmp_path, tokenizer):
+    if ending == "parquet" and row > 1:
+        pytest.skip("a column of parquet has one type")
+    rows = [{"anchor": f"a{i}", "positive": cell} for i, cell in enumerate(cells)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    if ending == "parquet":
+        pandas.DataFrame(rows).to_parquet(path := str(tmp_path / "a.parquet"))
+    message = error_of(tokenize_rows, read_file(path), tokenizer, 16, path)
+    assert message.startswith(f"{path}, row {row}, column 'positive': the text is not a text ({shown})")
+    path = jsonl(tmp_path / "b.jsonl", [{"text": cell} for cell in cells])
+    assert f"row {row}, column 'text': the text is not a text ({shown})" in error_of(read_texts, path)
+
+
+def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
+    rows = [{"anchor": "a", "positive": "b", "negative": float("nan")}, {"anchor": "c", "positive": "d", "negative": "e"}]
+    path = jsonl(tmp_path / "a.jsonl", rows)  # json.dumps writes NaN
+    assert [len(ids) for ids in tokenize_rows(read_file(path), tokenizer, 16)["text_ids"]] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"', "line 3: "),
+        ("a.jsonl", '{"text": "a"}\n7\n', "line 2: expected a JSON object"),
+        ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected a JSON object"),
+        ("a.json", '[{"text": "a"}, 7]', "row 2: expected a JSON object"),
+        ("a.json", '{\n  "text": "a"\n}', "expected a list of JSON objects, or an object a line"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: "),
+    ],
+)
+def test_bad_json(name, content, expected, tmp_path):
+    path = written(tmp_path / name, content)
+    for streaming in (False, True):
+        message = error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+        assert message.startswith(f"{path}: cannot be read as {name[2:]}: {expected}")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_list_of_objects_or_of_texts(name, tmp_path):
+    assert both_ways(written(tmp_path / name, '\n[\n{"text": "a"},\n{"text": "b", "id": 1}]')) == [
+        {"text": "a", "id": None}, {"text": "b", "id": 1}
+    ]  # fmt: skip
+    assert both_ways(written(tmp_path / f"b{name}", '["a", "b"]')) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "old"}])
+    assert read_file(path)["text"][:] == ["old"]
+    jsonl(tmp_path / "a.jsonl", [{"text": "newer"}])
+    assert read_file(path)["text"][:] == ["newer"]
+    first = read_file(path)
+    assert first._fingerprint == read_file(path)._fingerprint  # so that tokens are cached
+
+
+# ---- encodings and odd bytes ----
+
+SAMPLES = {"txt": "one é\ntwo\n", "csv": "text,id\none é,1\ntwo,2\n", "tsv": "text\tid\none é\t1\ntwo\t2\n",
+           "jsonl": '{"text": "one é"}\n{"text": "two"}\n', "json": '[{"text": "one é"},\n{"text": "two"}]'}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_encodings(kind, tmp_path):
+    def read(content, name):
+        path = written(tmp_path / f"{name}.{kind}", content)
+        return path, lambda: [row["text"] for row in both_ways(path)]
+
+    text = SAMPLES[kind]
+    for name, content in (("bom", text.encode("utf-8-sig")), ("windows", text.replace("\n", "\r\n").encode())):
+        assert read(content, name)[1]() == ["one é", "two"]
+    line = "1" if kind in ("txt", "jsonl", "json") else "2"
+    path, reading = read(text.encode("cp1252"), "cp1252")
+    assert error_of(reading).startswith(
+        f"{path}: cannot be read as {kind}: 'utf-8' codec can't decode byte 0xe9 in line {line}; "
+    )
+    for encoding in ("utf-16", "utf-16-be", "utf-16-le"):
+        path, reading = read(text.encode(encoding), encoding)
+        assert error_of(reading).startswith(f"{path}: cannot be read as {kind}: ") and "UTF-16" in error_of(reading)
+    path, reading = read(text.replace("two", "t\0wo").encode(), "nul")
+    assert f"line {int(line) + 1} holds a NUL byte" in error_of(reading)
+
+
+def test_text_lines_end_in_any_way(tmp_path):
+    path = written(tmp_path / "a.txt", b"one\r\ntwo\rthree\n\nfour\x0c\xe2\x80\xa8five")
+    assert [row["text"] for row in both_ways(path)] == ["one", "two", "three", "", "four\x0c\u2028five"]
+    assert "lone carriage returns" in error_of(read_file, written(tmp_path / "a.tsv", b"text\tid\rone\t1\r"))
+
+
+@pytest.mark.parametrize("half", [r"\ud800", r"\uDFFF x", r"\ud83d\ud83d"])
+def test_half_a_character_is_refused_with_its_line(half, tmp_path):
+    path = written(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00 \\u00e9"}\n{"text": "' + half + '"}\n')
+    for streaming in (False, True):
+        message = error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+        assert message.startswith(f"{path}: cannot be read as jsonl: line 2: ") and "half of a character" in message
+    whole = written(tmp_path / "b.jsonl", '{"text": "\\ud83d\\ude00 \\u00e9"}\n{"text": "\\\\ud800"}\n')
+    assert [row["text"] for row in both_ways(whole)] == ["😀 é", "\\ud800"]
+
+
+def test_a_stream_that_breaks_off_says_where(tmp_path, tokenizer):
+    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1500))
+    entry = {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 1500}
+    path = written(tmp_path / "a.jsonl", rows.encode() + b'{"text": "\xe9"}\n')
+    stream = streamed(*read_sources(listed(tmp_path, entry)), tokenizer)
+    assert f"{path}: cannot be read as jsonl: 'utf-8' codec" in error_of(stream.__getitems__, list(range(1501)))
+
+
+def test_addresses_are_read_by_their_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    content = gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/a.jsonl.gz?version=1"
+        assert both_ways(address) == [{"text": "one"}, {"text": "two"}]
+    finally:
+        server.shutdown()
+        files.DOWNLOADED.clear()
+
+
+# ---- BEIR folders ----
+
+
+def beir(folder, corpus=None, queries=None, qrels="query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n"):
+    default = {"corpus": ('{"_id": "d1", "text": "one"}\n', '{"_id": "d2", "text": "two é"}\n'),
+               "queries": ('{"_id": "q1", "text": "first"}\n', '{"_id": "q2", "text": "second"}\n')}  # fmt: skip
+    written(folder / "corpus.jsonl", corpus or "".join(default["corpus"]))
+    written(folder / "queries.jsonl", queries or "".join(default["queries"]))
+    written(folder / "qrels" / "test.tsv", qrels)
+    return str(folder)
+
+
+CORPUS = '{"_id": "d1", "text": "one"}\n{"_id": "d2", "text": "two é"}\n'
+READ_BEIR = {
+    "marks": {"corpus": CORPUS.encode("utf-8-sig"), "qrels": b"\xef\xbb\xbfq1\td1\t1\nq2\td2\t1\n",
+              "queries": b'\xef\xbb\xbf{"_id": "q1", "text": "first"}\n{"_id": "q2", "text": "second"}\n'},
+    "no header": {"qrels": "q1\td1\t1\nq2\td2\t1"},
+    "grades with a point": {"qrels": "q1\td1\t1.0\nq2\td2\t1.0\n"},
+    "blank lines": {"corpus": CORPUS + "\n  \n", "qrels": "\nquery-id\tcorpus-id\tscore\nq1\td1\t1\n\nq2\td2\t1\n\n"},
+    "windows": {"corpus": CORPUS.replace("\n", "\r\n"), "qrels": "query-id\tcorpus-id\tscore\r\nq1\td1\t1\r\nq2\td2\t1\r\n"},
+    "other order": {"qrels": "corpus-id\tscore\tquery-id\nd1\t1\tq1\nd2\t1\tq2\n"},
+    "other names": {"qrels": "query\tdoc\trel\nq1\td1\t1\nq2\td2\t1\n"},
+    "the same twice": {"corpus": CORPUS + '{"_id": "d1", "text": "one"}\n', "qrels": "q1\td1\t1\nq1\td1\t1\nq2\td2\t1\n"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ_BEIR)
+def test_beir_is_read(case, tmp_path):
+    found = read_retrieval(beir(tmp_path, **READ_BEIR[case]))
+    assert found.corpus == {"d1": "one", "d2": "two é"} and found.queries == {"q1": "first", "q2": "second"}
+    assert found.qrels == {"q1": {"d1": 1}, "q2": {"d2": 1}}
+
+
+BAD_BEIR = {
+    "half a character": ({"corpus": CORPUS + '{"_id": "d3", "text": "\\ud800"}\n'}, "corpus.jsonl", "line 3: "),
+    "cp1252": ({"corpus": CORPUS.encode("cp1252")}, "corpus.jsonl", "byte 0xe9 in line 2"),
+    "UTF-16": ({"corpus": CORPUS.encode("utf-16")}, "corpus.jsonl", "UTF-16"),
+    "UTF-16 qrels": ({"qrels": "q1\td1\t1\n".encode("utf-16")}, "test.tsv", "UTF-16"),
+    "NUL": ({"qrels": "q1\td1\t1\nq2\td2\0\t1\n"}, "test.tsv", "line 2 holds a NUL byte"),
+    "id twice": (
+        {"corpus": CORPUS + '\n{"_id": "d1", "text": "three"}\n'},
+        "corpus.jsonl, line 4",
+        "line 1 has the _id 'd1' too",
+    ),
+    "query twice": ({"queries": '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n'}, "queries.jsonl, line 2", "line 1 has"),
+    "no id": ({"corpus": CORPUS + '{"_id": null, "text": "x"}\n'}, "corpus.jsonl, line 3", "_id and text"),
+    "trec": ({"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\n"}, "test.tsv, line 1", "with tabs between them"),
+    "blanks": ({"qrels": "q1 d1 1\nq2 d2 1\n"}, "test.tsv, line 1", "with tabs between them"),
+    "half a grade": ({"qrels": "q1\td1\t1\nq2\td2\t0.5\n"}, "test.tsv, line 2", "a whole number"),
+    "two grades": ({"qrels": "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"}, "test.tsv, line 3", "judged twice, and differently"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BEIR)
+def test_beir_is_refused(case, tmp_path):
+    parts, where, what = BAD_BEIR[case]
+    message = error_of(read_retrieval, beir(tmp_path, **parts))
+    assert where in message and what in message
+
+
+# ---- YAML ----
+
+
+def test_keys_that_stand_twice(tmp_path):
+    written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
+    path = written(tmp_path / "s.yaml", "- name: a\n  file: a.csv\n  weight: 2\n  weight: 3\n")
+    assert error_of(read_sources, path) == f"{path}, line 4: the key 'weight' is there twice; keep one of them"
+    path = written(tmp_path / "t.yaml", "- name: a\n  file: a.csv\n  columns: {query: anchor, positive: positive, query: x}\n")
+    assert "line 3: the key 'query' is there twice" in error_of(read_sources, path)
+    path = written(tmp_path / "c.yaml", "train_file: a.csv\nquoting: false\ntrain_file: b.csv\n")
+    message = error_of(cli.parse, [DataArguments], argv=["--config", path])
+    assert message == f"--config {path}, line 3: the key 'train_file' is there twice; keep one of them"
+    shared = "- &a\n  name: a\n  file: a.csv\n  weight: 2\n- <<: *a\n  name: b\n  weight: 3\n"
+    first, second = read_sources(written(tmp_path / "m.yaml", shared))  # a merge may be overridden
+    assert (first.weight, second.weight, second.name) == (2, 3, "b")
+
+
+MISTYPED = [
+    ("streaming: 'no'", "streaming is 'no'; give true or false"),
+    ("streaming: 1", "streaming is 1; give true or false"),
+    ("streaming:", "streaming is None; give true or false"),
+    ("quoting: 'false'", "quoting is 'false'; give true or false"),
+    ("weight: true", "the weight is True"),
+    ("weight: '2'", "the weight is 2; it must be a number"),
+    ("max_length: 12.5", "max_length is 12.5"),
+    ("max_length: true", "max_length is True"),
+    ("negatives: '1'", "negatives is '1'"),
+    ("query_prompt: 5", "query_prompt is 5; it must be a text"),
+    ("document_prompt: [a]", "document_prompt is ['a']"),
+    ("columns: [anchor, positive]", "columns is ['anchor', 'positive']; give a mapping"),
+    ("columns: {query: 1, positive: positive}", "columns: query is 1; give the name of a column"),
+    ("columns: {query: , positive: positive}", "columns: query is None"),
+    ("ignore_columns: 3", "ignore_columns is 3; give a name, or a list of names"),
+    ("ignore_columns: [1]", "ignore_columns is [1]"),
+    ("streaming: true\n  rows: many", "rows is 'many'"),
+    ("streaming: true\n  rows: 1e6", "rows is '1e6'"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), MISTYPED)
+def test_mistyped_values_of_a_source(line, expected, tmp_path):
+    written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
+    message = error_of(read_sources, written(tmp_path / "s.yaml", f"- name: a\n  file: a.csv\n  {line}\n"))
+    assert "source 'a'" in message and expected in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("- name: 7\n  file: a.csv", "source 1 has no name but 7; give it one, a text"),
+        ("- name: a\n  file: [a.csv, 3]", "file is ['a.csv', 3]"),
+        ("- name: a\n  file: {a: b}", "file is {'a': 'b'}"),
+        ("- name: a\n  dataset: 3", "dataset is 3; give a name"),
+        ("- name: a\n  dataset: x/y\n  config: 1.0", "config is 1.0; give a name"),
+        ("- name: a\n  dataset: x/y\n  split: [train]", "split is ['train']; give a name"),
+        ("- name: a\n  dataset: x/y\n  quoting: false", "quoting is of csv files"),
+    ],
+)
+def test_mistyped_files_and_datasets(content, expected, tmp_path):
+    assert expected in error_of(read_sources, written(tmp_path / "s.yaml", content))
+
+
+# ---- numbers where texts belong, in mining ----
+
+
+def test_corpus_file_of_numbers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend("recipes")
+    recipe = __import__("mine_hard_negatives")
+    pairs = jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b", "label": 1}])
+    corpus = jsonl(tmp_path / "corpus.jsonl", [{"text": 1}, {"text": 2}])
+    args = recipe.Arguments("model", "out.jsonl", train_file=pairs, corpus_file=corpus, ignore_columns=["label"])
+    assert f"{corpus}, row 1, column 'text': the text is not a text (1)" in error_of(recipe.read_pairs, args)
+    args.corpus_file = written(tmp_path / "corpus.csv", "text;id\na;1\n")
+    assert "the separator looks like ';'" in error_of(recipe.read_pairs, args)
+    args.corpus_file, args.ignore_columns = None, []
+    assert "'label' judges the pairs" in error_of(recipe.read_pairs, args)
+
+
+# ---- long texts ----
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "truncation_side", side)
+    words = [f"word{i % 997}," * (1 + i % 3) + "\n" * (i % 2) for i in range(5000)]
+    texts = [" ".join(words), "   " + "\t".join(words), "x" * 30_000 + " " + " ".join(words), "我们" * 20_000, "x" * 50_000]
+    for text in texts:
+        expected = tokenizer(text, truncation=True, max_length=12)["input_ids"]
+        found = RowTokenizer(tokenizer, 12)([[text]])
+        assert found["input_ids"] == [[expected]] and found["cut"] == [int(len(tokenizer(text)["input_ids"]) > 12)]
+    assert (len(beginning(texts[0], 12, tokenizer)) < 1000) == (side == "right")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl"])
+def test_long_lines_take_linear_time(kind, tmp_path, tokenizer):
+    """Four times the line, no more than eight times the time, and less than a second for each megabyte."""
+
+    def seconds(megabytes):
+        text = "the quick brown fox jumps over it " * (megabytes * 10**6 // 34)
+        rows = {"txt": f"{text}\nshort\n", "csv": f"text,id\n{text},1\nshort,2\n", "tsv": f"text\tid\n{text}\t1\nshort\t2\n",
+                "jsonl": "".join(json.dumps({"text": t}) + "\n" for t in (text, "short"))}  # fmt: skip
+        path = written(tmp_path / f"{megabytes}.{kind}", rows[kind])
+        start = time.process_time()
+        rows = read_file(path)
+        assert (
+            len(list(read_file(path, streaming=True))) == len(tokenize_rows(rows.select_columns(["text"]), tokenizer, 32)) == 2
+        )
+        return time.process_time() - start
+
+    seconds(1)
+    short, long = seconds(4), seconds(16)
+    assert long < 16 and long < 8 * max(short, 0.2)
+
+
+def test_logging_is_quiet_for_clean_files(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        for kind, content in SAMPLES.items():
+            both_ways(written(tmp_path / f"a.{kind}", content))
+    assert not caplog.messages and isinstance(read_file(str(tmp_path / "a.csv")), Dataset)

@@ -1,0 +1,259 @@
+"""Scores of models that have no order to offer, and of queries that are documents: the right number, or none.
+
+A collapsed model gives every text the same vector but for rounding; no metric may take the rounding, or the order of a file,
+for an answer.
+"""
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
+from test_retrieval import embed
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Retrieval, SimCSE, ZeroShot, mining
+from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
+from hf_embed.evaluation.retrieval import read_retrieval
+from hf_embed.evaluation.sts import STS, SpearmanCosine
+from hf_embed.evaluation.tasks import score_tasks
+from hf_embed.finetune import embed_with
+from hf_embed.tempscale.calibrate import fold_scores
+
+WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
+ROWS = Dataset.from_dict(
+    {
+        "sentence1": [" ".join(WORDS[i % 13 : i % 13 + 1 + i % 5] or WORDS) for i in range(40)],
+        "sentence2": [" ".join(WORDS[(3 * i) % 13 :] + WORDS[: i % 4]) for i in range(40)],
+        "score": [float(i % 6) for i in range(40)],
+    }
+)
+
+
+def found(count=60, queries=20):
+    """A set whose queries are all answered by the first document: the order of the file would score 100."""
+    texts = {f"d{i}": f"{WORDS[i % 13]} {i}" for i in range(count)}
+    return Retrieval(
+        {f"q{i}": f"query {WORDS[i % 11]} {i}" for i in range(queries)}, texts, {f"q{i}": {"d0": 1} for i in range(queries)}
+    )
+
+
+TASKS = {
+    "sts": STS(ROWS),
+    "retrieval": found(),
+    "zero_shot": ZeroShot([f"text {i}" for i in range(30)], [0] * 20 + [1] * 10, ["one", "two"]),
+}
+METRICS = {"sts": ["spearman"], "retrieval": list(Retrieval.reported), "zero_shot": ["accuracy", "f1"]}
+
+
+def collapsed_encoder(dtype=torch.float32):
+    """All texts get one vector: every token state is the last norm's bias, and a breath of what it was."""
+    encoder = tiny_encoder()
+    norm = encoder.backbone.encoder.layer[-1].output.LayerNorm
+    with torch.no_grad():
+        norm.weight.fill_(1e-7)
+        norm.bias.normal_(generator=torch.Generator().manual_seed(0))
+    return encoder.to(dtype)
+
+
+def jitter(scale):
+    """One vector for all texts, but for noise of relative size `scale`, another for each text."""
+    one = torch.randn(48, generator=torch.Generator().manual_seed(3))
+
+    def noisy(texts, prompt_name=None):
+        return one + scale * embed(texts).repeat(1, 3) / 10
+
+    return noisy
+
+
+COLLAPSED = {
+    "one vector": lambda: jitter(0.0),
+    "rounding": lambda: jitter(1e-6),
+    "a model": lambda: embed_with(collapsed_encoder()),
+    "a model in bfloat16": lambda: embed_with(collapsed_encoder(torch.bfloat16)),
+    "zero": lambda: lambda texts, prompt_name=None: torch.zeros(len(texts), 8),
+    "NaN": lambda: lambda texts, prompt_name=None: torch.full((len(texts), 8), math.nan),
+    "infinite": lambda: lambda texts, prompt_name=None: embed(texts) * math.inf,
+}
+
+
+@pytest.mark.parametrize("case", COLLAPSED)
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_collapsed_model_has_no_score(case, kind, caplog):
+    with caplog.at_level(logging.WARNING):
+        scores = score_tasks({"x": TASKS[kind]}, COLLAPSED[case]())
+    for metric in METRICS[kind]:
+        assert math.isnan(scores[f"x_{metric}"]) and math.isnan(scores[metric]), metric
+    assert len(caplog.messages) == 1 and "the cosines are all equal, or not numbers; the model has collapsed" in caplog.text
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("make", [lambda: embed, lambda: jitter(0.01), lambda: embed_with(tiny_encoder())])
+def test_control_others_have_one(kind, make, caplog):
+    """A nearly collapsed model too: its order is small, and is its own."""
+    with caplog.at_level(logging.WARNING):
+        scores = score_tasks({"x": TASKS[kind]}, make())
+    assert all(math.isfinite(value) for value in scores.values()) and not caplog.messages
+
+
+def test_one_bad_vector_spoils_what_it_is_in(caplog):
+    def one_bad(bad):
+        def vectors(texts, prompt_name=None):
+            found = embed(texts)
+            found[[text in bad for text in texts]] = math.nan
+            return found
+
+        return vectors
+
+    assert math.isnan(STS(ROWS).score(one_bad([ROWS[7]["sentence1"]]))["spearman"])
+    assert math.isnan(found().score(one_bad(["river 0"]))["ndcg@10"])  # topk takes NaN for the largest
+    assert math.isnan(found().score(one_bad(["query river 0"]))["ndcg@10"])
+    assert math.isnan(TASKS["zero_shot"].score(one_bad(["text 3"]))["accuracy"])
+
+
+def test_an_empty_document_may_be_zero():
+    def vectors(texts, prompt_name=None):
+        return embed(texts) * torch.tensor([[float(text != "")] for text in texts])
+
+    whole = found()
+    texts = whole.corpus | {"empty": ""}
+    scores = Retrieval(whole.queries, texts, whole.qrels).score(vectors)
+    assert scores["ndcg@10"] == pytest.approx(whole.score(embed)["ndcg@10"], abs=8)  # one document more, at cosine 0
+    assert math.isfinite(scores["ndcg@10"])
+
+
+def test_geometry_of_vectors_without_a_direction():
+    """A zero vector had the best uniformity there is, and the best alignment."""
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    bad = x.copy()
+    bad[2] = 0
+    assert math.isnan(alignment(bad, bad)) and math.isnan(uniformity(bad))
+    bad[2] = math.inf
+    assert math.isnan(alignment(x, bad)) and math.isnan(uniformity(bad))
+    assert np.isnan(unit(np.zeros((1, 3)))).all() and np.linalg.norm(unit(x * 1e-30), axis=1) == pytest.approx(np.ones(4))
+    assert (alignment(x, x), uniformity(np.ones((5, 3)))) == (0, pytest.approx(0, abs=1e-12))  # a collapse, and its measure
+    assert (
+        not ordered(np.ones((2, 3))) and ordered(np.array([[1.0, 1, 1], [1, 1, 0.9]])) and not ordered(np.array([[1, np.nan]]))
+    )
+
+
+def test_one_score_for_all_pairs_gives_no_correlation(caplog, recwarn):
+    rows = ROWS.remove_columns("score").add_column("score", [3.0] * len(ROWS))
+    assert math.isnan(STS(rows).score(embed)["spearman"]) and "every score is 3" in caplog.text
+    assert math.isnan(SpearmanCosine().compute(predictions=[0.5, 0.5], references=[1, 2])["spearman"])
+    assert not [warning for warning in recwarn if "constant" in str(warning.message)]
+
+
+def test_a_mean_leaves_out_what_has_no_score():
+    tasks = {"good": STS(ROWS), "flat": STS(ROWS.remove_columns("score").add_column("score", [1.0] * len(ROWS)))}
+    scores = score_tasks(tasks, embed)
+    assert math.isnan(scores["flat_spearman"]) and scores["spearman"] == scores["good_spearman"]
+
+
+def test_one_document_is_found():
+    assert Retrieval({"q": "a"}, {"d": "b"}, {"q": {"d": 1}}).score(embed)["ndcg@10"] == 100
+
+
+def test_a_temperature_is_not_chosen_by_a_collapsed_model():
+    for kind in ("sts", "retrieval"):
+        assert "nothing to choose a temperature by" in error_of(fold_scores, TASKS[kind], jitter(1e-6), 2)
+
+
+def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
+    def vectors(texts, prompt_name=None):
+        return embed(texts) * torch.tensor([[math.nan if text == "b1" else 1.0] for text in texts])
+
+    pairs = [(f"a{i}", f"b{i}") for i in range(4)]
+    message = error_of(mining.mine_hard_negatives, pairs, [], vectors, tmp_path / "out.jsonl", mining.MiningArguments(1))
+    assert "1 of 4 vectors are not finite, that of 'b1' for one" in message and not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_score_is_never_the_best(tmp_path, monkeypatch):
+    """NaN at the first and the last evaluation: the one between is taken. NaN at all of them: the last step is kept."""
+    scores = iter([math.nan, 40.0, math.nan])
+
+    def run(folder):
+        trainer = ContrastiveTrainer(
+            model=tiny_model(), processing_class=quickstart_tokenizer(), objective=SimCSE(),
+            train_dataset=Dataset.from_dict({"text": [f"text {i}" for i in range(12)]}), eval_dataset=ROWS,
+            args=ContrastiveTrainingArguments(
+                str(folder), per_device_train_batch_size=4, max_steps=3, eval_strategy="steps", eval_steps=1,
+                save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="spearman",
+                greater_is_better=True, report_to=[], disable_tqdm=True, use_cpu=True,
+            ),
+        )  # fmt: skip
+        trainer.train()
+        return trainer.state
+
+    monkeypatch.setattr(STS, "score", lambda self, embed: {"spearman": next(scores), "alignment": 1.0, "uniformity": -1.0})
+    state = run(tmp_path / "a")
+    assert state.best_metric == 40.0 and state.best_model_checkpoint.endswith("checkpoint-2")
+    scores = iter([math.nan] * 3)
+    assert run(tmp_path / "b").best_model_checkpoint is None
+
+
+# ---- queries that are documents ----
+
+
+def judged(queries, corpus, qrels):
+    return Retrieval(queries, corpus, qrels).score(embed)
+
+
+def test_a_judged_document_of_the_querys_id_counts(tmp_path):
+    """Queries and documents are numbered alike, and each query is answered by the document of its number."""
+    texts = {str(i): f"{word} {i}" for i, word in enumerate(WORDS)}
+    scores = judged(texts, texts, {i: {i: 1} for i in texts})
+    assert scores["ndcg@10"] == scores["mrr@10"] == 100
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        rows = [json.dumps({"_id": i, "text": f"{name} {text}"}) for i, text in texts.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in texts))
+
+    def by_word(texts, prompt_name=None):
+        return embed([text.split()[1] for text in texts])
+
+    assert read_retrieval(str(folder)).score(by_word)["ndcg@10"] == 100
+
+
+def test_another_document_of_the_querys_id_stays(caplog):
+    """Not judged and of another text: it is found like any other. Here it is nearest, so the answer is second."""
+    task = Retrieval({"1": "river"}, {"1": "stone", "2": "cloud", "3": "lamp"}, {"1": {"2": 1}})
+
+    def vectors(texts, prompt_name=None):
+        return torch.tensor(
+            [{"river": [1.0, 0], "stone": [1.0, 0.1], "cloud": [1.0, 1], "lamp": [0.0, 1]}[text] for text in texts]
+        )
+
+    _, found = task.rank(vectors, 3)
+    assert found == {"1": ["1", "2", "3"]} and task.score(vectors)["mrr@10"] == 50 and not caplog.messages
+
+
+@pytest.mark.parametrize("title", ["", "on rivers ", "a  title\n"])
+def test_a_query_that_is_a_document_is_not_found_for_itself(title, caplog):
+    """As in ArguAna: of the same id and text, a title aside."""
+    texts = {"a": "the river", "b": "the stone", "c": "the cloud"}
+    corpus = texts | {"a": f"{title}the river ", "d": "the river"}
+    task = Retrieval({"a": "the river", "x": "the stone"}, corpus, {"a": {"b": 1}, "x": {"b": 1}})
+    _, found = task.rank(embed, 4)
+    assert "a" not in found["a"] and set(found["a"]) == {"b", "c", "d"} and "a" in found["x"]
+    assert caplog.messages == [
+        "1 of 2 queries are documents too, of the same id and text; each is left out of what is found for itself"
+    ]
+
+
+def test_a_judged_query_that_is_a_document_counts(caplog):
+    texts = {"a": "the river", "b": "the stone"}
+    for grade in (1, 0):  # judged is judged
+        task = Retrieval({"a": "the river"}, texts, {"a": {"a": grade, "b": 1}})
+        assert task.rank(embed, 2)[1]["a"] == ["a", "b"]
+    assert not caplog.messages
+
+
+def test_a_text_that_only_ends_like_the_query_is_another():
+    task = Retrieval({"a": "river"}, {"a": "upriver", "b": "stone"}, {"a": {"b": 1}})
+    assert task.rank(embed, 2)[1]["a"] and set(task.rank(embed, 2)[1]["a"]) == {"a", "b"}
