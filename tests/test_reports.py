@@ -334,14 +334,24 @@ def test_stored_prompts_are_trained_with(tmp_path):
 # ---- checkpoints ----
 
 
-def test_a_resumed_run_goes_on_in_its_epoch(tmp_path):
-    """Resumed in a later epoch, a run saw the rows in the first epoch's order again (transformers #40691)."""
-    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}  # 2 steps an epoch: step 3 is in the second
-    whole = trainer(tmp_path / "whole", rows=PAIRS[:8], **settings)
-    whole.train()
-    resumed = trainer(tmp_path / "resumed", rows=PAIRS[:8], **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_resumed_run_goes_on_in_its_epoch(tmp_path, adapters):
+    """Resumed in a later epoch, a run saw the rows in the first epoch's order again (transformers #40691); with adapters it
+    did not resume at all (sentence-transformers #3402)."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}  # 2 steps an epoch: step 3 is in the second
+
+    def run(folder, checkpoint=None):
+        model = tiny_model()
+        if adapters:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(target_modules=["query"]))
+        trained = trainer(folder, model, PAIRS[:8], **settings)
+        trained.train(resume_from_checkpoint=checkpoint)
+        return weights(trained)
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
 
 
 def test_two_sets_choose_the_best_model_without_a_name(tmp_path):
