@@ -177,10 +177,9 @@ def check_added_tokens(config: dict, tokenizer, name: str) -> None:
 
     Since version 5, transformers goes by tokenizer.json alone: models that pool the end-of-text token would pool a word.
     """
-    ids = tokenizer("a")["input_ids"]
-    for kind, end in (("bos", ids[:1]), ("eos", ids[-1:])):
+    for kind, end in (("bos", slice(1)), ("eos", slice(-1, None))):
         token = getattr(tokenizer, f"{kind}_token_id")
-        if config.get(f"add_{kind}_token") is True and token is not None and end != [token]:
+        if config.get(f"add_{kind}_token") is True and token is not None and tokenizer("a")["input_ids"][end] != [token]:
             raise InputError(
                 f"model '{name}': tokenizer_config.json says add_{kind}_token, but tokenizer.json does not add it, and counts; "
                 "give AutoTokenizer.from_pretrained both add_bos_token and add_eos_token, and save what it makes in the folder"
