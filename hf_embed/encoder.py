@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
@@ -23,6 +24,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import SIMILARITIES, model_meta, texts_and_prompt
 from hf_embed.forward_check import measure, word_table
 from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
+from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import text_encoder
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        self.backbone = text_encoder(backbone)
+        self.backbone = text_encoder(without_head(backbone))
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.normalize = normalize
@@ -101,7 +103,7 @@ class Encoder(nn.Module):
         self.check_forward()
         self.max_length = check_max_length(max_length, self.positions, tokenizer)
         if pooling == "cls_mlp_train":
-            self.train_head = new_head(self.width, self.config)
+            self.train_head = new_head(self.width, self.config).to(self.device, self.dtype)
 
     def check_forward(self) -> None:
         """Check that training and inference compute one function, and measure its width; see `hf_embed.forward_check`."""
@@ -133,6 +135,11 @@ class Encoder(nn.Module):
         """The arguments, beside backbone and tokenizer, that make such an encoder."""
         names = ["pooling", "max_length", "normalize", "prompts", "truncate_dim", "similarity_fn_name", "default_prompt_name"]
         return {name: getattr(self, name) for name in names} | {"dense": list(self.dense)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the backbone's weights (the first of them in floating point)."""
+        return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
 
     def prompt(self, name: str | None = None) -> str:
         """The text that goes before texts: the prompt of that name, or the default one. Raises InputError if there is none."""
@@ -295,6 +302,35 @@ class Encoder(nn.Module):
         `model_kwargs` go to `AutoModel.from_pretrained`.
         """
         return load_encoder(cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs)
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn: the
+    first output of the whole is logits, not token states.
+
+    Raises InputError for adapters that cannot be taken along, and for a model that no loader would make by itself (DPR's).
+    """
+    if has_adapters(model):
+        check_kinds(model)
+    whole = base_of(model)
+    base = getattr(whole, "base_model", whole)
+    if base is whole or not isinstance(base, PreTrainedModel):
+        return model
+    if has_adapters(model):
+        raise InputError(
+            f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
+            "put the adapters on that"
+        )
+    mappings = (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING)
+    loaded = [mapping[type(base.config)] for mapping in mappings if type(base.config) in mapping]
+    loaded = [kind for kinds in loaded for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
+        raise InputError(
+            f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
+            "itself; load its weights into a model that AutoModel knows"
+        )
+    logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
+    return base
 
 
 def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:

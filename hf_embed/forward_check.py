@@ -70,6 +70,9 @@ def measure(encoder) -> Measured:
                 plain = [alone(encoder, row, ()) for row in rows] if further else reference
                 batch = encoder(flat, lengths)["embeddings"]
                 attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
+                encoder.train()  # Reformer then takes texts of one length alone
+                encoder(flat, lengths)
+                encoder.eval()
             with torch.enable_grad():
                 training = encoder(flat, lengths)["embeddings"].detach()
         except InputError:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_embed.adapters import has_adapters
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 
@@ -11,8 +12,11 @@ from hf_embed.errors import InputError
 def split_masked_lm(model: PreTrainedModel | Encoder) -> tuple[PreTrainedModel | Encoder, nn.Module]:
     """The backbone of an `AutoModelForMaskedLM` and its head, which maps token states (b, T, D) to logits (b, T, words).
 
-    An Encoder that has its head already is given back with it.
+    An Encoder that has its head already is given back with it. Raises InputError for a model without such a head, and for PEFT
+    adapters: the auxiliary trains the whole model.
     """
+    if has_adapters(model.backbone if isinstance(model, Encoder) else model):
+        raise InputError("mlm_weight trains the whole model, and PEFT adapters a part of it; leave one of them out")
     if isinstance(model, Encoder) and model.mlm_head is not None:
         return model, model.mlm_head
     head = getattr(model, "cls", None) or getattr(model, "lm_head", None)

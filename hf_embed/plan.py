@@ -80,6 +80,10 @@ class SimCSEArguments:
     temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
     hard_negative_weight: float = field(default=0.0, metadata={"help": "Logit added to a row's own hard negatives."})
     mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modelling auxiliary."})
+    mask_other_positives: bool = field(
+        default=True,
+        metadata={"help": "Other positives of the same anchor are no negatives. False is the paper's form of the loss."},
+    )
 
 
 @dataclass

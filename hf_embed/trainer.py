@@ -17,11 +17,12 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import HubStrategy, seed_worker
 from transformers.utils import PushInProgress
 
 from hf_embed import hub
+from hf_embed.adapters import check_adapters, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime, save_encoder
 from hf_embed.checkpoint.verify import verify_loadable
@@ -38,6 +39,7 @@ from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
 from hf_embed.tempscale import applied_tempscale, apply_tempscale
 from hf_embed.tempscale.fold import folded
+from hf_embed.unused import settle_unused
 from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -115,11 +117,12 @@ class ContrastiveTrainer(Trainer):
         needs_runtime(self.encoder, allowed=False)  # said now, not after the training
         verify_loadable(self.encoder)
         self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
-        freeze_unused(self.encoder)
+        settle_unused(self.encoder, args)
         check_widths(self.objective, self.encoder)
         warn_of_settings_for_encode(self.encoder)
         if getattr(self.objective, "learn_temperature", False):
             self.encoder.learn_temperature(self.objective.temperature)
+        add_own_parameters(*optimizers, self.encoder)
         self.temperature, self.source_losses = None, {}  # the learned one at the last step; losses since the last log
         self.watch = Watch()
         views = [2]
@@ -265,10 +268,10 @@ class ContrastiveTrainer(Trainer):
         torch.save(self.args, Path(output_dir, "training_args.bin"))
 
     def _training_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Heads used while training; with LoRA, whose plain checkpoint is merged, all that is trained; with TempScale the
+        """Heads used while training; with adapters, whose plain checkpoint is merged, all that is trained; with TempScale the
         weights that it is folded into there."""
         trained = {name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad}
-        peft = self.encoder.base is not self.encoder.backbone
+        peft = has_adapters(self.encoder.backbone)
         scaled = applied_tempscale(self.encoder.backbone) and not peft  # the plain checkpoint has these folded
         scaled = {f"backbone.{name}" for name in folded(self.encoder.backbone)[0]} if scaled else set()
         return {
@@ -286,7 +289,7 @@ class ContrastiveTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: no checkpoint there (no config.json); give a checkpoint-N folder")
-        if self.encoder.base is self.encoder.backbone:
+        if not has_adapters(self.encoder.backbone):
             load_backbone(self.encoder.backbone, folder)
         if (folder / TRAINING_TENSORS).is_file():
             self.encoder.load_state_dict(load_file(folder / TRAINING_TENSORS), strict=False)
@@ -367,6 +370,7 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
     """The encoder to train, with what `args` say about it."""
     if model is None:
         raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel or an Encoder")
+    check_adapters(model.backbone if isinstance(model, Encoder) else model)
     given = {
         key: value
         for key in ("pooling", "max_length", "normalize", "prompts")
@@ -379,6 +383,7 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
             given["prompts"] = others | given["prompts"]
         if all(own[key] == value for key, value in given.items()):
             return model
+        set_seed(args.seed)  # of a new training head
         return Encoder(model.backbone, model.tokenizer, **(own | given))
     if tokenizer is None:
         raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
@@ -387,6 +392,7 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
             "the weights to train are in half precision, and so would be every update; load the model with "
             "dtype=torch.float32 and set bf16=True for speed"
         )
+    set_seed(args.seed)  # of a new training head
     return Encoder(model, tokenizer, **given)
 
 
@@ -429,11 +435,27 @@ def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -
     return mixture, mixture.views
 
 
-def freeze_unused(encoder: Encoder) -> None:
-    """Parameters that no embedding touches would leave DDP waiting for their gradients: the pooler, unless it is the head."""
-    pooler = getattr(encoder.base, "pooler", None)
-    if isinstance(pooler, nn.Module) and encoder.pooling != "cls_mlp":
-        pooler.requires_grad_(False)
+def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler, encoder: Encoder) -> None:
+    """Let the user's optimizer train what the trainer itself has made: the learned temperature, without weight decay, and the
+    training head. Raises InputError if a scheduler would not know of them, or the optimizer is of another model."""
+    if optimizer is None:
+        return
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if held.isdisjoint(encoder.parameters()):
+        raise InputError("optimizers: the optimizer holds no parameter of the model; make it of the model that is trained")
+    head = [] if encoder.train_head is None else list(encoder.train_head.parameters())
+    temperature = [] if encoder.log_temperature is None else [encoder.log_temperature]
+    for what, parameters, settings in (
+        ("training head", head, {}), ("learned temperature", temperature, {"weight_decay": 0.0})
+    ):  # fmt: skip
+        parameters = [parameter for parameter in parameters if parameter not in held]
+        if parameters and scheduler is not None:
+            raise InputError(
+                f"optimizers: the scheduler was made before the {what}, and cannot set its learning rate; give the optimizer "
+                "alone, (optimizer, None), and lr_scheduler_type"
+            )
+        if parameters:
+            optimizer.add_param_group({"params": parameters} | settings)
 
 
 def check_world(args: ContrastiveTrainingArguments) -> None:

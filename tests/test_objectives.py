@@ -62,10 +62,10 @@ def test_control_comparison_notices(change):
 
 MASKS = {
     "no two texts equal": ([[1, 2], [3, 4], [5, 6]], set()),
-    "a positive is another row's anchor": ([[1, 2], [3, 1], [5, 6]], {(0, 1, 1)}),
+    "a positive is another row's anchor": ([[1, 2], [3, 1], [5, 6]], {(0, 1, 1), (1, 0, 1)}),
     "two positives are equal": ([[1, 2], [3, 2], [5, 6]], {(0, 1, 1), (1, 0, 1)}),
     "unsupervised duplicate": ([[1, 1], [2, 2], [1, 1]], {(0, 2, 1), (2, 0, 1)}),
-    "two anchors are equal": ([[1, 2], [1, 3], [5, 6]], set()),
+    "two anchors are equal": ([[1, 2], [1, 3], [5, 6]], {(0, 1, 1), (1, 0, 1)}),
     "a row has no negative": ([[1, 2, 3], [4, 5, 0], [6, 7, 8]], {(i, 1, 2) for i in range(3)}),
     "no row has its second negative": ([[1, 2, 3, 0], [4, 5, 6, 0]], {(i, j, 3) for i in range(2) for j in range(2)}),
     "a negative is another row's anchor": ([[1, 2, 3], [4, 5, 1], [6, 7, 8]], {(0, 1, 2)}),

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -400,6 +402,89 @@ def test_position_biases_and_caps_are_not_taken_for_the_interface_alone():
         assert not hands_over_scaling(type(make(name).get_submodule(path)))
     assert not hands_over_scaling(GptOssAttention)
     assert hands_over_scaling(type(make("llama").layers[0].self_attn))
+
+
+def test_a_bias_that_comes_in_through_the_mask_is_refused():
+    """Doge adds a bias that it computes from the values to the mask; divided scaling alone is 4% off there."""
+    from transformers.models.doge.modeling_doge import DogeAttention
+
+    model = AutoModel.from_config(AutoConfig.for_model("doge", **ROPE))
+    with pytest.raises(InputError, match="TempScale does not know DogeModel: its attention is a DogeAttention"):
+        apply_tempscale(model, T)
+    assert not hands_over_scaling(DogeAttention)
+
+
+CALL = "return ALL_ATTENTION_FUNCTIONS[0](self, query, key, value, {mask}, dropout=0.0, scaling=self.scaling{more}, **kwargs)"
+
+
+@pytest.mark.parametrize(
+    ("before", "mask", "more", "accepted"),
+    [
+        ("", "attention_mask", "", True),
+        ("", "attention_mask=attention_mask", ", is_causal=False, sliding_window=self.window", True),
+        ("", "None", "", True),
+        ("attention_mask = other_mask if other_mask is not None else attention_mask", "attention_mask", "", True),
+        ("attention_mask = attention_mask + self.bias(query)", "attention_mask", "", False),
+        ("attention_mask += self.bias(query)", "attention_mask", "", False),
+        ("if query: attention_mask, key = self.biased(attention_mask, key)", "attention_mask", "", False),
+        ("mask = self.prepare_mask(attention_mask)", "mask", "", False),
+        ("", "attention_mask + self.bias", "", False),
+        ("", "self.bias", "", False),
+        ("", "attention_mask", ", attn_bias=self.bias", False),
+        ("", "attention_mask", ", indices=self.indices", False),
+        ("query = query * self.scaling", "attention_mask", "", False),
+        ("self.other(query, scaling=1.0)", "attention_mask", "", False),
+    ],
+)  # fmt: skip
+def test_what_an_unknown_attention_may_hand_over(before, mask, more, accepted, tmp_path, monkeypatch):
+    source = f"""class ThisAttention:
+    def forward(self, query, key, value, attention_mask=None, other_mask=None, **kwargs):
+        {before}
+        {CALL.format(mask=mask, more=more)}
+"""
+    (tmp_path / "this_attention.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "this_attention", raising=False)
+    assert hands_over_scaling(importlib.import_module("this_attention").ThisAttention) is accepted
+
+
+def jamba():
+    """Four layers, of which the second and the fourth have attention."""
+    torch.manual_seed(0)
+    more = {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+            "num_experts": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}  # fmt: skip
+    config = AutoConfig.for_model("jamba", **(ROPE | more))
+    model = AutoModel.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_layers_without_attention_are_counted():
+    model = jamba()
+    before = states(model)
+    assert list(attentions(model)) == ["layers.1.self_attn", "layers.3.self_attn"]
+    expected = {}
+    for layer in (1, 3):
+        other = jamba()
+        other.layers[layer].self_attn.scaling /= 0.5  # what a temperature does to this class
+        expected[layer] = states(other)
+    for temperature, layer in (({"1": 0.5}, 1), ({3: 0.5}, 3), ({"2-3": 0.5}, 3), ([1, 0.5, 1, 1], 1)):
+        with tempscale(model, TempScaleConfig(temperature)):
+            assert torch.equal(states(model), expected[layer])
+    assert apart(expected[1], expected[3]) > 1e-3 and apart(expected[1], before) > 1e-3  # control
+    with tempscale(model, 0.5), every_softmax_at(1):
+        everywhere = states(model)
+    with every_softmax_at(0.5):
+        assert apart(states(model), everywhere) < 1e-5
+    for temperature, message in (
+        ({"0": 0.5}, "names layer 0, which has no attention; the layers 1, 3 have it"),
+        ({"4": 0.5}, "names layer 4; the model has the layers 0 to 3"),
+        ([0.5, 1], "has 2 temperatures; the model has 4 layers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            apply_tempscale(model, TempScaleConfig(temperature))
+    assert torch.equal(states(model), before)
 
 
 # ---- export and training ----

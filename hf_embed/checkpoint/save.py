@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_embed.adapters import has_adapters, merge_adapters
 from hf_embed.card import write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.verify import verify_folder, verify_loadable
@@ -29,7 +30,7 @@ STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 def save_encoder(
     encoder, folder: str, verify: bool = True, state_dict: dict[str, Tensor] | None = None, allow_runtime: bool = False
 ) -> None:
-    """Write `encoder` to `folder` as a plain checkpoint; LoRA weights are merged into a copy first, TempScale is folded.
+    """Write `encoder` to `folder` as a plain checkpoint; adapters are merged into a copy first, TempScale is folded.
 
     `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
     AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more than 1e-5 of their
@@ -67,14 +68,14 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
     """Write the weights, config and tokenizer. Returns the tensors that were written, by name."""
     backbone, settings = encoder.backbone, {}
     scaling = applied_tempscale(backbone)
-    if encoder.base is not backbone:  # PEFT: merge a copy, the one in training goes on as it is
+    if has_adapters(backbone):  # merged into a copy, the one in training goes on as it is
         backbone = copy.deepcopy(backbone)
         if state_dict is not None:
             backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
             state_dict = None
         if scaling:
             remove_tempscale(backbone)
-        backbone = backbone.merge_and_unload()
+        backbone = merge_adapters(backbone)
         if scaling and fold:
             fold_tempscale(backbone, scaling)
         elif scaling:

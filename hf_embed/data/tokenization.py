@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from itertools import islice
 
 import pyarrow.compute
@@ -17,9 +18,9 @@ logger = logging.getLogger(__name__)
 TRUNCATION_WARNING = 0.05
 
 
-def text_id(text: str) -> int:
-    """A 64-bit hash of a text, never 0; equal texts have equal ids on every rank and machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True) or 1
+def text_id(tokens: list[int]) -> int:
+    """Return a 64-bit hash of a text's token ids, never 0; equal tokens have equal hashes on every rank."""
+    return int.from_bytes(hashlib.blake2b(array("q", tokens), digest_size=8).digest(), "big", signed=True) or 1
 
 
 def beginning(text: str, max_length: int, tokenizer) -> str:
@@ -43,32 +44,53 @@ class RowTokenizer:
         -> {"input_ids": [[[101, 1037, 4937, 102], [101, 1037, 18401, 102], [101, 1037, 3899, 102]]],
             "text_ids": [[6027..., -1185..., 7743...]], "cut": [0]}
 
-    `cut` counts the row's texts that were longer than `max_length` tokens. Prompts are tokenized but do not enter the hash:
-    identity is the text's.
+    `cut` counts the row's texts that were longer than `max_length` tokens. `text_ids` say which texts are the same to the
+    model: they are hashes of the tokens after truncation, so texts that differ only in case under an uncased tokenizer, or only
+    behind `max_length`, have the same hash.
+
+    Prompts do not enter the hash: a query and a document of the same text have the same hash whatever their prompts are. With
+    prompts, the text is tokenized by itself for the hash, and truncated to the length that the longest prompt leaves it
+    (`text_length`). So two texts that reach the model as the same tokens have the same hash under either prompt; two long texts
+    that differ only in the last tokens before `max_length`, as many as the longest prompt has, have the same hash too.
     """
 
     tokenizer: object
     max_length: int
     query_prompt: str = ""
     document_prompt: str = ""
+    text_length: int = field(init=False)
+
+    def __post_init__(self):
+        prompts = self.tokenizer([self.query_prompt, self.document_prompt], add_special_tokens=False)["input_ids"]
+        self.text_length = self.max_length - max(map(len, prompts))
 
     def __call__(self, rows: list[list[str]]) -> dict[str, list]:
-        flat = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
-        flat = [beginning(text, self.max_length, self.tokenizer) for text in flat]
-        ids = self.tokenizer(flat, verbose=False)["input_ids"] if flat else []
-        long = [i for i, text in enumerate(ids) if len(text) > self.max_length]
-        if long:
-            shortened = self.tokenizer([flat[i] for i in long], truncation=True, max_length=self.max_length)["input_ids"]
-            for i, text in zip(long, shortened):
-                ids[i] = text
-        was_long, start, out = set(long), 0, {"input_ids": [], "text_ids": [], "cut": []}
+        prompted = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
+        ids, cut = self.tokenize(prompted, self.max_length)
+        texts = ids
+        if self.query_prompt or self.document_prompt:
+            texts, _ = self.tokenize([text for row in rows for text in row], self.text_length)
+        start, out = 0, {"input_ids": [], "text_ids": [], "cut": []}
         for row in rows:
             stop = start + len(row)
             out["input_ids"].append(ids[start:stop])
-            out["text_ids"].append([text_id(text) for text in row])
-            out["cut"].append(len(was_long.intersection(range(start, stop))))
+            out["text_ids"].append([text_id(tokens) for tokens in texts[start:stop]])
+            out["cut"].append(len(cut.intersection(range(start, stop))))
             start = stop
         return out
+
+    def tokenize(self, texts: list[str], max_length: int) -> tuple[list[list[int]], set[int]]:
+        """Return the token ids of texts, truncated to `max_length`, and the numbers of the texts that were longer."""
+        texts = [beginning(text, max_length, self.tokenizer) for text in texts]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        if empty := [text for text, tokens in zip(texts, ids) if not tokens]:
+            raise InputError(f"the text {empty[0][:60]!r} is no token to this tokenizer, so it has no vector; delete the row")
+        long = [i for i, tokens in enumerate(ids) if len(tokens) > max_length]
+        if long:
+            shortened = self.tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
+            for i, tokens in zip(long, shortened):
+                ids[i] = tokens
+        return ids, set(long)
 
 
 def tokenize_rows(

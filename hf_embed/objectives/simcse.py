@@ -25,11 +25,15 @@ class SimCSE:
         hard_negative_weight: a logit added to the row's own hard negatives: w_ii = e^weight, w_ij = 1 otherwise
             (appendix of the paper; its code's `hard_negative_weight`).
         mlm_weight: weight of the masked-language-modelling auxiliary (section 3.3; 0.1 in the paper). The trainer adds it.
+        mask_other_positives: leave out of row i's denominator the positives of other rows with the same anchor, and of rows
+            whose anchor is row i's positive: they are right answers too. False is the paper's form, in which one anchor in two
+            rows with two positives keeps the loss above 0 on perfect embeddings.
     """
 
     temperature: float = 0.05
     hard_negative_weight: float = 0.0
     mlm_weight: float = 0.0
+    mask_other_positives: bool = True
 
     def __call__(
         self,
@@ -64,5 +68,9 @@ class SimCSE:
                 weight[own, view * len(all_embeddings) + labels] = self.hard_negative_weight
             logits = logits + weight
         candidate_ids = all_text_ids[:, 1:].T.flatten()
-        logits = logits.masked_fill(false_negatives(text_ids, candidate_ids, labels), float("-inf"))
+        partner_ids = None
+        if self.mask_other_positives:
+            partner_ids = torch.zeros_like(candidate_ids)  # negatives have no partner
+            partner_ids[: len(all_text_ids)] = all_text_ids[:, 0]
+        logits = logits.masked_fill(false_negatives(text_ids, candidate_ids, labels, partner_ids), float("-inf"))
         return F.cross_entropy(logits, labels)

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -114,7 +115,7 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     whole, model = model, base_of(model)
     check_unscaled(model)
     found = attentions(model)
-    applied = Applied(config, dict(zip(found, config.of_layers(len(found)))))
+    applied = Applied(config, temperatures_of(model, found, config))
     tables = bias_tables(model, found, applied.temperatures)
     numbers = divided_numbers(found)
     if config.growth and (tables or numbers or any(len(handler.query) > 1 for _, handler in found.values())):
@@ -140,6 +141,21 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     model._tempscale = applied
     model.config.temp_scale = config.to_dict()
     return whole
+
+
+def temperatures_of(model: nn.Module, found: dict, config: TempScaleConfig) -> dict[str, float]:
+    """The temperature of each attention, by its name. Raises InputError for layers that there are not.
+
+    Layers are counted by their place in the model's list of layers; where attentions are not of one such list, one each
+    (an encoder and a decoder), they are counted in their order.
+    """
+    places = [re.match(r"(.*?)\.?(\d+)\.", name) for name in found]
+    numbers = [int(place[2]) for place in places if place]
+    lists = {place and place[1] for place in places}
+    if None in lists or len(lists) > 1 or len(set(numbers)) < len(found):
+        return dict(zip(found, config.of_layers(len(found))))
+    temperatures = config.of_layers(len(model.get_submodule(lists.pop())), numbers)
+    return {name: temperatures[number] for name, number in zip(found, numbers)}
 
 
 def check_unscaled(model: nn.Module) -> None:

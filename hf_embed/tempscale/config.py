@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hf_embed.errors import InputError
@@ -23,6 +24,8 @@ class TempScaleConfig:
         TempScaleConfig([1, 1, 0.9, 0.9])            each of four layers
         TempScaleConfig({"2-3": 0.9, "5": 0.8})      layers by number, from 0; those not named stay as they are
         TempScaleConfig(0.9, growth="log")           and smaller for longer texts
+
+    Layers are numbered as in the model, those without attention too (Jamba has it in every eighth).
 
     Args:
         temperature: t; see above.
@@ -64,11 +67,14 @@ class TempScaleConfig:
         if not (isinstance(self.exponent, int | float) and math.isfinite(self.exponent) and self.exponent > 0):
             raise InputError(f"TempScale exponent is {self.exponent!r}; it must be a number above 0")
 
-    def of_layers(self, layers: int) -> list[float]:
-        """The temperature of each of so many layers. Raises InputError for layers that there are not."""
+    def of_layers(self, layers: int, attending: Collection[int] | None = None) -> list[float]:
+        """The temperature of each of so many layers, of which `attending` have attention (default: all).
+
+        Raises InputError for layers that there are not, or that have no attention.
+        """
         if isinstance(self.temperature, list):
             if len(self.temperature) != layers:
-                raise InputError(f"TempScale has {len(self.temperature)} temperatures; the model has {layers} attention layers")
+                raise InputError(f"TempScale has {len(self.temperature)} temperatures; the model has {layers} layers")
             return [float(t) for t in self.temperature]
         if not isinstance(self.temperature, dict):
             return [float(self.temperature)] * layers
@@ -78,6 +84,9 @@ class TempScaleConfig:
                 if number >= layers:
                     raise InputError(f"TempScale names layer {number}; the model has the layers 0 to {layers - 1}")
                 temperatures[number] = float(temperature)
+            if attending is not None and not set(attending) & set(layer_numbers(key)):
+                named = ", ".join(map(str, sorted(attending)))
+                raise InputError(f"TempScale names layer {key}, which has no attention; the layers {named} have it")
         return temperatures
 
     def to_dict(self) -> dict:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_embed.errors import InputError
-from hf_embed.tempscale.attention import applied_tempscale, apply_tempscale, base_of, bias_tables, projections, remove_tempscale
+from hf_embed.tempscale.attention import (
+    applied_tempscale,
+    apply_tempscale,
+    base_of,
+    bias_tables,
+    projections,
+    remove_tempscale,
+    temperatures_of,
+)
 from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.registry import attentions
 
@@ -51,8 +59,8 @@ def unfold_tempscale(model: nn.Module) -> nn.Module:
     if not entry.pop("folded", False):
         raise InputError("no TempScale is folded into this model")
     found = attentions(model)
-    temperatures = TempScaleConfig.from_dict(entry).of_layers(len(found))
-    write(model, *scaled(model, {name: 1 / t for name, t in zip(found, temperatures)}))
+    temperatures = temperatures_of(model, found, TempScaleConfig.from_dict(entry))
+    write(model, *scaled(model, {name: 1 / t for name, t in temperatures.items()}))
     del model.config.temp_scale
     return model
 

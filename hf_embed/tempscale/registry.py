@@ -12,9 +12,11 @@ A class without a line can still be scaled, though not folded, if it leaves its 
 `scaling` that it hands over is divided, whatever the backend.
 """
 
+import ast
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,19 +71,45 @@ def register_tempscale(
 INTERFACE = Handler(query=(), attribute="scaling")
 
 
+# What such a class may hand over: nothing that adds to the scores, or cuts them.
+HANDED_OVER = {"attention_mask", "scaling", "dropout", "is_causal", "sliding_window", "position_ids", "output_attentions", None}
+
+
 @functools.cache
 def hands_over_scaling(kind: type) -> bool:
     """Whether the scores of an attention class are queries times keys times its `scaling`, and nothing besides.
 
-    So it is where the class calls transformers' attention interface with `scaling=self.scaling`, says `self.scaling` nowhere
-    else, and hands over neither position biases nor caps nor sinks.
+    So it is where the class calls transformers' attention interface once, with `scaling=self.scaling`; says `self.scaling`
+    nowhere else; hands over nothing but `HANDED_OVER`; and gives its mask as it was given it. A mask that is made in the
+    attention may hold a bias (Doge's does), which a temperature would have to divide too.
     """
     try:
         forward = inspect.getsource(inspect.unwrap(kind.forward))
-    except (OSError, TypeError):  # no source to read
+        function = ast.parse(textwrap.dedent(forward)).body[0]
+    except (OSError, TypeError, SyntaxError):  # no source to read
         return False
-    calls = "ALL_ATTENTION_FUNCTIONS" in forward and forward.count("self.scaling") == forward.count("scaling=self.scaling") == 1
-    return calls and not re.search("position_bias|softcap|sinks|s_aux", forward)
+    calls = [n for n in ast.walk(function) if isinstance(n, ast.Call) and any(k.arg == "scaling" for k in n.keywords)]
+    once = forward.count("self.scaling") == forward.count("scaling=self.scaling") == len(calls) == 1
+    if not once or "ALL_ATTENTION_FUNCTIONS" not in forward or re.search("position_bias|softcap|sinks|s_aux", forward):
+        return False
+    call = calls[0]
+    masks = [*call.args[4:], *(k.value for k in call.keywords if k.arg == "attention_mask")]  # behind self, q, k and v
+    return {k.arg for k in call.keywords} <= HANDED_OVER and all(is_given(mask, function) for mask in masks)
+
+
+def is_given(mask: ast.expr, function: ast.FunctionDef) -> bool:
+    """Whether a mask in a function is None, one of its arguments, or a choice among them: nothing that is computed there."""
+    arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+
+    def is_choice(value: ast.expr) -> bool:
+        if isinstance(value, ast.IfExp):
+            return is_choice(value.body) and is_choice(value.orelse)
+        return value.id in arguments if isinstance(value, ast.Name) else isinstance(value, ast.Constant) and value.value is None
+
+    names = {node.id for node in ast.walk(mask) if isinstance(node, ast.Name)}
+    stores = [n for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in names]
+    chosen = [t for n in ast.walk(function) if isinstance(n, ast.Assign) and is_choice(n.value) for t in n.targets]
+    return is_choice(mask) and all(store in chosen for store in stores)
 
 
 def is_cross(name: str) -> bool:
@@ -120,7 +148,8 @@ def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Handler]]:
 def unsupported(model: nn.Module, kind: str | None) -> str:
     what = f"its attention is a {kind}" if kind else "no attention was found in it"
     return (
-        f"TempScale does not know {type(model).__name__}: {what}; if its queries come out of a submodule, say so: "
+        f"TempScale does not know {type(model).__name__}: {what}; if its scores are queries times keys, with nothing added but "
+        "a mask, and the queries come out of a submodule, say so: "
         f"register_tempscale('{kind or 'ITS_ATTENTION_CLASS'}', query='q_proj')"
     )
 

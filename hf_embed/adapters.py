@@ -1,0 +1,78 @@
+"""PEFT adapters around a model (`get_peft_model`) or within it (`model.add_adapter`, `inject_adapter_in_model`).
+
+A saved folder is an ordinary checkpoint, so adapters are merged into a copy of the weights. What cannot be merged is refused
+before the training: prompts and prefixes are no weights, and quantised weights would round the adapters away.
+"""
+
+import copy
+
+from torch import nn
+
+from hf_embed.errors import InputError
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise InputError, naming their kind, if the adapters of `model` cannot be merged into its weights."""
+    if not has_adapters(model):
+        return
+    check_kinds(model)
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise InputError(
+            "adapters cannot be merged into quantised weights without loss; load the base model in floating point "
+            "(without quantization_config)"
+        )
+    try:
+        merge_adapters(copy.deepcopy(model))
+    except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise unmergeable(model, f" ({reason})") from error
+
+
+def check_kinds(model: nn.Module) -> None:
+    """Raise InputError for adapters that are no weights at all (prompts, prefixes, gates that depend on the text), and for a
+    model with adapters of several kinds, which does not show the model within it."""
+    if type(model).__name__ == "PeftMixedModel":
+        raise InputError("PeftMixedModel is not supported; take adapters of one kind: get_peft_model without mixed=True")
+    for config in model.peft_config.values():
+        if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type == "XLORA":
+            raise unmergeable(model)
+
+
+def unmergeable(model: nn.Module, reason: str = "") -> InputError:
+    kinds = " and ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
+    return InputError(
+        f"PEFT adapters of the kind {kinds} cannot be merged into the model's weights{reason}, so no ordinary checkpoint can "
+        "hold them; take adapters that can be merged, e.g. peft.LoraConfig"
+    )
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Merge the active adapters of `model` into its weights, in place, drop the others, and return the model without adapters.
+
+    Adapters that are switched off (`disable_adapters`) are dropped, for the model computes without them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+    if hasattr(model, "get_base_model"):
+        return model.unload() if disabled else model.merge_and_unload()
+    adapted = {}  # outermost first: what is within an adapted module goes with it
+    for name, module in model.named_modules():
+        own = isinstance(module, BaseTunerLayer) or hasattr(module, "unload_and_optionally_merge_module")
+        if own and not any(name.startswith(f"{outer}.") for outer in adapted):
+            adapted[name] = module
+    for name, module in adapted.items():
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            module = module.unload_and_optionally_merge_module(merge=not disabled, safe_merge=False, adapter_names=None)
+        else:
+            if not disabled:
+                module.merge()
+            module = module.get_base_layer()
+        model.set_submodule(name, module)
+    del model.peft_config
+    model._hf_peft_config_loaded = False  # else save_pretrained would save adapters
+    return model

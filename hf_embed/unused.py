@@ -1,0 +1,101 @@
+"""Parameters that no embedding touches: the pooler of BERT under mean pooling, Longformer's global attention, LUKE's entities.
+
+DDP waits for a gradient of every trainable parameter, and these never have one. So a few texts are embedded once, without
+dropout, and the graph of that computation says which parameters took part. A parameter that did not is frozen, whatever it is
+called, unless another batch may use it:
+
+- an entry of a list of alike modules, of which another entry took part: an expert to which no token was routed;
+- any parameter, where whole layers are dropped at random in training (`layerdrop`).
+
+There DDP has to look for itself, at every step: `ddp_find_unused_parameters`.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hf_embed.checkpoint.verify import PROBES
+from hf_embed.distributed import gather_objects
+from hf_embed.encoder import Encoder, embed_texts
+
+logger = logging.getLogger(__name__)
+
+
+def settle_unused(encoder: Encoder, args) -> None:
+    """Freeze the backbone's parameters that no embedding touches, or let DDP look for those that a batch does not touch.
+
+    Sets `requires_grad` of parameters, and `args.ddp_find_unused_parameters`. Gradients, random states and training modes stay
+    as they are. Weights that are not in memory yet, or only in part (FSDP with `cpu_ram_efficient_loading`, ZeRO-3), are not
+    looked at: sharded training does not wait for gradients that do not come.
+    """
+    trainable = {name: p for name, p in encoder.backbone.named_parameters() if p.requires_grad}
+    sharded = any(p.is_meta or hasattr(p, "ds_id") for p in encoder.backbone.parameters())
+    if any(gather_objects(sharded)) or not trainable:
+        return
+    used = touched(embed_probes(encoder))
+    # Random weights may differ between ranks until DDP makes them alike; the verdict must not.
+    used = set().union(*gather_objects({name for name, p in trainable.items() if p in used}))
+    unused = [name for name in trainable if name not in used]
+    sometimes = used_by_others(unused, used, encoder.backbone)
+    never = [name for name in unused if name not in sometimes]
+    for name in never:
+        trainable[name].requires_grad_(False)
+    if never:
+        numbers = sum(trainable[name].numel() for name in never)
+        logger.info(f"{len(never)} parameters ({numbers:,} numbers) do not enter the embedding and are frozen: {some(never)}")
+    if sometimes or drops_layers(encoder.config):
+        args.ddp_find_unused_parameters = True
+        reason = f"not every batch uses all parameters ({some(sometimes)})" if sometimes else "layers are dropped at random"
+        logger.info(f"{reason}: ddp_find_unused_parameters is set to True")
+
+
+def embed_probes(encoder: Encoder) -> Tensor:
+    """Embed a few texts, (N, D), with a graph, without dropout; random states and training modes are as before afterwards."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    devices = [encoder.device] if encoder.device.type == "cuda" else []
+    encoder.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            return embed_texts(encoder, encoder, PROBES)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def touched(output: Tensor) -> set[Tensor]:
+    """The leaves of the graph behind `output`. Nothing is computed, so no gradient takes memory or is changed."""
+    nodes, seen, leaves = [output.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # AccumulateGrad
+            leaves.add(node.variable)
+        nodes += [function for function, _ in node.next_functions]
+    return leaves
+
+
+def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module) -> list[str]:
+    """Of the unused parameters, those that stand in a list of modules at the same place as a used one: "experts.3.weight" where
+    "experts.0.weight" is used."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)}
+
+    def places(name: str) -> set[tuple[str, str]]:
+        words = name.split(".")
+        cuts = [(".".join(words[:i]), ".".join(words[i + 1 :])) for i in range(1, len(words))]
+        return {(before, after) for before, after in cuts if before in lists}
+
+    taken = set().union(*map(places, used))
+    return [name for name in unused if places(name) & taken]
+
+
+def drops_layers(config) -> bool:
+    """Whether whole layers are left out at random in training: layerdrop, encoder_layerdrop and so on."""
+    return any("layerdrop" in key and value for key, value in config.to_dict().items())
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
