@@ -5,6 +5,7 @@ Every test names the thread that it is taken from, as "repository #number" of Gi
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -172,6 +173,36 @@ def test_columns_count_by_name(tmp_path):
     assert torch.equal(batches[0]["text_ids"], batches[1]["text_ids"])
     assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
     assert not (batches[0]["text_ids"][:, 0] == batches[0]["text_ids"][:, 1]).any()  # so that an exchange would show
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
+def test_a_format_is_a_view_of_the_rows(tmp_path, form):
+    """What `set_format` and `set_transform` of a dataset changed was lost or wrong in the trainer (transformers #10178)."""
+    rows = Dataset.from_list([row | {"negative": ["no rain", "no music"]} for row in PAIRS])
+    expected = first_batch(trainer(tmp_path, rows=rows))["input_ids"]
+    assert torch.equal(first_batch(trainer(tmp_path, rows=rows.with_format(form)))["input_ids"], expected)
+    pairs = first_batch(trainer(tmp_path, rows=rows.with_format(form, columns=["anchor", "positive"])))
+    assert pairs["text_ids"].shape == (4, 2)
+    if form == "torch":  # a transform is no view: it makes the rows
+        shouted = rows.with_transform(
+            lambda batch: {key: [f"{text} !" for text in batch[key]] for key in ("anchor", "positive")}
+        )
+        assert (first_batch(trainer(tmp_path, rows=shouted))["text_ids"] != pairs["text_ids"]).all()
+
+
+def test_rows_that_are_no_dataset_are_refused(tmp_path):
+    """A list, a table or a dataset of another kind ended in "no attribute 'column_names'" (sentence-transformers #3082)."""
+    table = pandas.DataFrame(PAIRS)
+    for rows, kind in (
+        (tuple(PAIRS), "tuple"),
+        (table, "DataFrame"),
+        (torch.utils.data.ConcatDataset([PAIRS]), "ConcatDataset"),
+    ):
+        assert f"a {kind} is no set of rows" in error_of(trainer, tmp_path, rows=rows)
+        assert f"a {kind} is no set of rows" in error_of(trainer, tmp_path, rows={"mine": rows})
+    model, args = tiny_model(), ContrastiveTrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    message = error_of(ContrastiveTrainer, model, args, train_dataset=PAIRS, processing_class=quickstart_tokenizer())
+    assert "a list is no set of rows" in message
 
 
 def test_words_that_look_like_missing_values_are_texts(tmp_path):
@@ -477,11 +508,16 @@ def test_ndcg_counts_what_was_not_found():
 
 
 def test_an_answer_is_not_mined_as_a_negative(tmp_path):
-    """A query's other answers were mined as its negatives (sentence-transformers #2848)."""
+    """A query's other answers were mined as its negatives (sentence-transformers #2848), and rows with fewer negatives than
+    asked for were counted once for each negative (#3504)."""
     pairs = [("q", "one"), ("q", "two"), ("r", "three")]
     vectors = {"q": [1.0, 0.0], "one": [1.0, 0.1], "two": [1.0, 0.2], "three": [1.0, 0.6], "r": [1.0, 0.6], "four": [1.0, 0.9]}
     settings = MiningArguments(num_negatives=2, relative_margin=None, range_max=10)
-    mine_hard_negatives(pairs, ["four", "two"], embed_as(vectors), tmp_path / "mined.jsonl", settings)
+    counts = mine_hard_negatives(pairs, ["four", "two"], embed_as(vectors), tmp_path / "mined.jsonl", settings)
     rows = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
     assert [row["negatives"] for row in rows[:2]] == [["three", "four"]] * 2
-    assert set(rows[2]["negatives"]) <= {"one", "two", "four"} and len(rows[2]["negatives"]) == 2
+    assert rows[2]["negatives"] == ["four", "two"] and counts["fewer"] == 0
+    counts = mine_hard_negatives(
+        pairs, ["four"], embed_as(vectors), tmp_path / "more.jsonl", replace(settings, num_negatives=3)
+    )
+    assert (counts["rows"], counts["fewer"], counts["negatives"]) == (3, 2, 7)
