@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
-	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/sup_simcse.py
+	$(BIN)/python recipes/sup_simcse.py
 	$(BIN)/python -c "from transformers import AutoModel; print('AutoModel loads it:', type(AutoModel.from_pretrained('outputs/quickstart')).__name__)"
 
 # Two processes: much of the time goes into starting others. A file's tests stay together, for they share fixtures.

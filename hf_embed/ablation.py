@@ -9,7 +9,6 @@ import gc
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PrinterCallback
 
-from hf_embed.cli import as_flags
+from hf_embed.card import write_whole
+from hf_embed.cli import FROM_HAND, as_flags
 from hf_embed.errors import InputError
 from hf_embed.finetune import make_trainer, number, read_seeds
+from hf_embed.overwrite import EarlierRun
 from hf_embed.plan import Plan
 
 VARIANTS = {
@@ -53,6 +54,8 @@ def read_variants(given: list[str]) -> dict[str, dict]:
         variants = json.loads(given[0])
         if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
             raise InputError(f"variant '{wrong[0]}': give the flags in which it differs, {{}} for none")
+        if wrong := [name for name, flags in variants.items() if FROM_HAND in {key.replace("-", "_") for key in flags}]:
+            raise InputError(f"variant '{wrong[0]}': {FROM_HAND} lets a model's own code run; give it on the command line")
         slugs = [slug(name) for name in variants]
         if twice := [name for i, name in enumerate(variants) if slugs[i] in slugs[:i]]:
             raise InputError(f"variant '{twice[0]}': another variant's name differs in signs only; name it otherwise")
@@ -76,14 +79,12 @@ def run_ablation(plan: Callable[[list[str]], Plan], argv: list[str]) -> dict:
     folder = Path("outputs/simcse_ablation" if base.args.output_dir in (None, "trainer_output") else base.args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
-    with base.args.main_process_first():
-        if base.run.overwrite_output_dir and base.args.process_index == 0:
-            shutil.rmtree(folder / "runs", ignore_errors=True)
     for flags in variants.values():
         plan([*argv, *as_flags(flags)])
-    results = run_variants(plan, argv, variants, seeds, folder)
+    old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
+    results = run_variants(plan, argv, variants, seeds, folder, EarlierRun(old))
     if base.args.process_index == 0:
-        (folder / "results.json").write_text(json.dumps({"variants": results}, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
         plot_variants(results, folder / "ablation.png")
         print("\n" + "\n".join(table(results)))
         print(f"\nwrote {folder}/results.json and ablation.png")
@@ -91,9 +92,14 @@ def run_ablation(plan: Callable[[list[str]], Plan], argv: list[str]) -> dict:
 
 
 def run_variants(
-    plan: Callable[[list[str]], Plan], argv: list[str], variants: dict[str, dict], seeds: list[int], folder: Path
+    plan: Callable[[list[str]], Plan],
+    argv: list[str],
+    variants: dict[str, dict],
+    seeds: list[int],
+    folder: Path,
+    earlier: EarlierRun,
 ) -> dict:
-    """Train each variant with each seed; `plan` reads a run's flags. Returns what results.json holds:
+    """Train each variant with each seed; `plan` reads a run's flags, `earlier` goes. Returns what results.json holds:
 
         {"dropout": {"flags": {},
                      "seeds": {"1": [{"step": 0, "spearman": 42.6, "alignment": 0.44, "uniformity": -1.7}, ...]},
@@ -108,7 +114,7 @@ def run_variants(
         for seed in seeds:
             output = folder / "runs" / f"{slug(name)}-seed-{seed}"
             words = [*argv, *as_flags(FIXED | flags | {"seed": seed, "output_dir": str(output)})]
-            paths[str(seed)] = one_run(plan, words, f"{name}, seed {seed}", output / "path.json")
+            paths[str(seed)] = one_run(plan, words, f"{name}, seed {seed}", output / "path.json", earlier)
         results[name] = {"flags": flags, "seeds": paths} | summary(list(paths.values()))
     return results
 
@@ -117,15 +123,16 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name.replace("%", "-percent")).strip("-")
 
 
-def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, file: Path) -> list[dict]:
+def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, file: Path, earlier: EarlierRun) -> list[dict]:
     """The path of a run: its scores before the first step and at each evaluation."""
     this = plan(words)
-    if file.is_file():
+    if file.is_file() and file not in earlier.paths:
         done = json.loads(file.read_text(encoding="utf-8"))
         if changed := [key for key, value in settings(this).items() if done["settings"].get(key) != value]:
             raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
         return done["path"]
     trainer = make_trainer(this)
+    trainer.add_callback(earlier)
     trainer.watch.warned = True  # the picture says it
     main = trainer.is_world_process_zero()
     if main:
@@ -140,9 +147,7 @@ def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, fil
         scores = [point["spearman"] for point in path]
         print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps({"settings": settings(this), "path": path}, indent=1) + "\n", encoding="utf-8")
-        new.replace(file)  # there as a whole, or not at all
+        write_whole(file, json.dumps({"settings": settings(this), "path": path}, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
     del trainer
     gc.collect()  # a trainer and its model hold each other
@@ -177,12 +182,17 @@ def summary(paths: list[list[dict]]) -> dict:
 def table(results: dict) -> list[str]:
     """A line for each variant: the last step's scores, and the best STS on the way."""
     width = max(len(name) for name in [*results, "variant"])
-    heads = f"{'STS, last step':>22}  {'STS, best step':>22}  {'alignment':>9}  {'uniformity':>10}"
+    several = any(len(result["seeds"]) > 1 for result in results.values())
+    span = 22 if several else 14
+    heads = f"{'STS, last step':>{span}}  {'STS, best step':>{span}}  {'alignment':>9}  {'uniformity':>10}"
     lines = [f"{'variant':{width}}  {'before':>6}  {heads}"]
     for name, result in results.items():
-        spans = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in (result["spearman"], result["best"])]
+        spans = [
+            f"{mean:.2f} ({low:.2f} to {high:.2f})" if several else f"{mean:.2f}"
+            for mean, low, high in (result["spearman"], result["best"])
+        ]
         lines.append(
-            f"{name:{width}}  {result['before']:6.2f}  {spans[0]:>22}  {spans[1]:>22}  {result['alignment'][0]:9.3f}  "
+            f"{name:{width}}  {result['before']:6.2f}  {spans[0]:>{span}}  {spans[1]:>{span}}  {result['alignment'][0]:9.3f}  "
             f"{result['uniformity'][0]:10.3f}"
         )
     return lines

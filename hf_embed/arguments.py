@@ -8,7 +8,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, without_secrets
+from hf_embed.pooling import check_pooling
+from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before
 
 
 @dataclass
@@ -18,7 +20,11 @@ class ContrastiveTrainingArguments(TrainingArguments):
     Other defaults than there: `report_to` is TensorBoard where it is installed; `ddp_find_unused_parameters` is False
     (parameters without a use are frozen); with `load_best_model_at_end` the metric is the mean STS Spearman, or the first
     evaluation set's chief metric (nDCG@10, accuracy) where there is no STS set.
-    `remove_unused_columns` has no effect: columns are found by name.
+    Fields of `TrainingArguments` that mean nothing here are refused, or named in a warning when the trainer is made:
+    `hf_embed.trainer_settings` lists both.
+
+    Raises:
+        InputError: a number out of range, a name that there is not, a package that is not installed.
     """
 
     pooling: str | None = field(
@@ -62,7 +68,11 @@ class ContrastiveTrainingArguments(TrainingArguments):
     shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Rows of a stream that are shuffled at a time."})
 
     def __post_init__(self):
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        check_before(self)
+        if self.pooling is not None:
+            check_pooling(self.pooling)
+        chosen = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in METRIC_SCHEDULES
+        if chosen and self.metric_for_best_model is None:
             self.metric_for_best_model = "auto"  # the trainer knows the sets
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("alignment", "uniformity")):
             self.greater_is_better = False
@@ -73,7 +83,11 @@ class ContrastiveTrainingArguments(TrainingArguments):
             self.use_cpu = True
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+            raise InputError(" ".join(str(error).split())) from error
+        check_after(self)
         if isinstance(self.prompts, str):
             with suppress(json.JSONDecodeError):
                 self.prompts = json.loads(self.prompts)
@@ -83,5 +97,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
         if not 0 <= self.source_alpha <= 1:
             raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise InputError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+
+    def to_dict(self) -> dict:
+        """The settings for logs (TensorBoard, wandb and the like), without tokens."""
+        return super(ContrastiveTrainingArguments, without_secrets(self)).to_dict()

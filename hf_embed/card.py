@@ -57,6 +57,10 @@ PAPERS = {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
+CODE = (
+    "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
+    "`trust_remote_code=True`. Read them first.\n\n"
+)
 MARK = "<!-- hf_embed made this card: {} -->"
 
 
@@ -70,7 +74,7 @@ def write_card(encoder, folder: str | Path, results: dict | None = None, overwri
         return
     if results is None:
         results = stored_results(folder)
-    path.write_text(model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()), encoding="utf-8")
+    write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
 
 
 def is_ours(card: str) -> bool:
@@ -97,7 +101,18 @@ def stored_results(folder: str | Path) -> dict:
 
 
 def store_results(folder: str | Path, results: dict) -> None:
-    Path(folder, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(Path(folder, "results.json"), json.dumps(results, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside and move it to its place: whatever happens, the old one or the new one is there as a whole."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = FOLDER) -> str:
@@ -124,6 +139,8 @@ def model_card(encoder, results: dict | None = None, picture: bool = False, name
         "normalize": normalize_note(encoder),
         "tempscale": tempscale_note(encoder),
         "name": json.dumps(name),
+        "trust": ", trust_remote_code=True" if encoder.remote_code else "",
+        "code": CODE if encoder.remote_code else "",
         "loader": loading_class(encoder.config),
         "imports": ", ".join(sorted([loading_class(encoder.config), "AutoTokenizer"])),
         "texts": json.dumps(texts),
@@ -275,7 +292,7 @@ def limits_section(encoder, results: dict) -> str:
         lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
     else:
         lines.append("It was not evaluated: measure on texts of your own first.")
-    if results.get("train", {}).get("chosen_by", {}).get("metric"):
+    if (results.get("train", {}).get("chosen_by") or {}).get("metric"):
         lines.append("Sets that chose the checkpoint or the seed flatter it a little.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable
 
 import psutil
@@ -18,8 +20,12 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.files import read_yaml
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import InputError, RankError, masked
 
+logger = logging.getLogger(__name__)
+
+PATIENCE = 10  # seconds
+FROM_HAND = "trust_remote_code"  # no file may give this permission
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -97,6 +103,8 @@ def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str
     actions = {action.dest: action for action in parser._actions}
     words = []
     for key, value in settings.items():
+        if str(key).replace("-", "_") == FROM_HAND:
+            raise InputError(f"--config {path}: {FROM_HAND} lets a model's own code run; give it on the command line")
         if key not in known(parser):
             raise InputError(f"--config {path}: unknown key '{key}'{suggestion(str(key), parser)}")
         if key in given or f"no_{key}" in given or value is None:
@@ -114,6 +122,8 @@ def as_flags(settings: dict) -> list[str]:
     words = []
     for key, value in settings.items():
         if isinstance(value, list):
+            if flags := [item for item in value if str(item).startswith("--")]:
+                raise InputError(f"{key}: '{flags[0]}' looks like a flag; give it on the command line")
             words += [f"--{key}", *map(str, value)]
         else:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -144,9 +154,27 @@ def full_disk_in_one_line():
         raise InputError(f"the disk is full (at {where}); make room and run it again, or name another --output_dir") from error
 
 
+class MaskedFormatter(logging.Formatter):
+    """Messages, and the errors with them, without the secrets of addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
+def show_masked(kind: type, error: BaseException, trace) -> None:
+    """Print an error that nobody has caught, without the secrets of addresses."""
+    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2. Secrets are never shown."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskedFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    sys.excepthook = show_masked
+    main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if main_process and "hub_token" in given_flags(sys.argv):
+        logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
     use_all_cores()
     try:
         with full_disk_in_one_line():
@@ -154,9 +182,12 @@ def run(main: Callable[[], None]) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
     except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
-            # From a dataloader's worker an error comes with a traceback, whose last line is the error.
-            message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
-            print(f"error: {message}", file=sys.stderr)
+        # The main process says what all have found. A launcher ends all processes when the first one ends, so the others leave
+        # it the time to speak; if it goes on, they have found something of their own.
+        if not main_process and not isinstance(error, RankError):
+            time.sleep(PATIENCE)
+        # From a dataloader's worker an error comes with a traceback, whose last line is the error.
+        message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
+        print(f"error: {message}", file=sys.stderr, flush=True)
         # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
         raise SystemExit(2) from None

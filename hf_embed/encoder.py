@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import check_kinds, has_adapters
-from hf_embed.checkpoint.load import load_encoder
+from hf_embed.checkpoint.load import is_remote, load_encoder
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
@@ -125,6 +125,11 @@ class Encoder(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs) -> None:  # Trainer's --activation_checkpointing, layer by layer
         self.backbone.activation_checkpointing_enable(**kwargs)
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether code of the model's own is at work, which loaders run only with `trust_remote_code=True`."""
+        return any(map(is_remote, (self.base, self.config, self.tokenizer)))
 
     @property
     def device(self) -> torch.device:
@@ -292,6 +297,7 @@ class Encoder(nn.Module):
         pooling: str | None = None,
         max_length: int | None = None,
         normalize: bool | None = None,
+        trust_remote_code: bool = False,
         **model_kwargs,
     ) -> "Encoder":
         """Load a folder or Hub model: ours, sentence-transformers', or any `AutoModel`.
@@ -299,9 +305,11 @@ class Encoder(nn.Module):
         All settings come from the sentence-transformers files beside the weights; arguments given here override them. What
         those files say that would give other vectors here than in sentence-transformers is refused (InputError), by name.
         Without such files pooling is mean (last for a causal language model), and texts are cut after 512 tokens at most.
-        `model_kwargs` go to `AutoModel.from_pretrained`.
+        `trust_remote_code`: run the Python code that the model brings, where it has its own architecture. `model_kwargs` go to
+        `AutoModel.from_pretrained`.
         """
-        return load_encoder(cls, name_or_path, pooling=pooling, max_length=max_length, normalize=normalize, **model_kwargs)
+        settings = {"pooling": pooling, "max_length": max_length, "normalize": normalize}
+        return load_encoder(cls, name_or_path, trust_remote_code=trust_remote_code, **settings, **model_kwargs)
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:

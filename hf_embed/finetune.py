@@ -7,19 +7,20 @@ import logging
 import math
 import os
 import platform
-import re
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,17 +30,21 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import has_mlp_head, read_settings
 from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
 from hf_embed.checkpoint.load import load_model as load_backbone
+from hf_embed.checkpoint.save import put_in_place
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
 from hf_embed.encoder import Encoder, reset_dense
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
+from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
 from hf_embed.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
+from hf_embed.ranges import SEED
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
+from hf_embed.trainer_settings import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +87,10 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
 def read_seeds(given: str) -> list[int]:
     """ "1,2,3" -> [1, 2, 3]."""
     words = [word.strip() for word in given.split(",") if word.strip()]
-    if not words or not all(word.isdigit() for word in words) or len(set(words)) < len(words):
-        raise InputError(f"--seeds '{given}': give different whole numbers, 1,2,3 for example")
-    return [int(word) for word in words]
+    seeds = [int(word) if word.isdecimal() else -1 for word in words]
+    if not seeds or not all(seed in SEED for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds '{given}': give different whole numbers below 2^32, 1,2,3 for example")
+    return seeds
 
 
 def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) -> dict:
@@ -101,13 +107,13 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
     if plan.args.push_to_hub:
         raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
-    clear_run(plan.args)
+    earlier = EarlierRun([] if resume else earlier_files(folder))
     runs = {}
     for seed in seeds:
         own = folder / f"seed-{seed}"
         if resume and (own / "results.json").is_file():
             runs[seed] = json.loads((own / "results.json").read_text(encoding="utf-8"))
-            now = json.loads(json.dumps(changed(plan.model_args, plan.args, *plan.more)))
+            now = json.loads(json.dumps(changed(plan)))
             if runs[seed]["train"]["settings"] != now:
                 raise InputError(f"{own} holds a run with other settings; replace all by --overwrite_output_dir")
             continue
@@ -116,27 +122,32 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
         last = get_last_checkpoint(str(own)) if resume and own.is_dir() else None
         flags = {"seeds": "", "seed": seed, "output_dir": str(own), "overwrite_output_dir": True,
                  "resume_from_checkpoint": last or ""}  # fmt: skip
-        runs[seed] = fine_tune(read([*(sys.argv[1:] if argv is None else argv), *cli.as_flags(flags)]))
+        runs[seed] = fine_tune(read([*(sys.argv[1:] if argv is None else argv), *cli.as_flags(flags)]), earlier)
         gc.collect()  # a trainer and its model hold each other
     with plan.args.main_process_first():
-        return keep_best(folder, runs)
+        return keep_best(folder, runs, plan.model_args.trust_remote_code)
 
 
-def keep_best(folder: Path, runs: dict[int, dict]) -> dict:
+def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict:
     """The best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
-    scores = {seed: results["train"]["chosen_by"] for seed, results in runs.items()}
+    scores = {seed: results["train"]["score"] for seed, results in runs.items()}
     sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
     best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
+    results["train"] = results["train"] | {"chosen_by": scores[best]}
     if world()[0] == 0:
         ours = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
-        shutil.copytree(folder / f"seed-{best}", folder, ignore=ours, dirs_exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=ours)
+            names = os.listdir(copied)
+            put_in_place(str(copied), str(folder))
+        clear_results(folder, keep=names)
         card.store_results(folder, results)
         with quiet():
-            encoder = Encoder.from_pretrained(str(folder))
+            encoder = Encoder.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         card.write_card(encoder, folder, results)
         print("\n" + "\n".join(card.seeds_table(results)))
-        print(saved_to(folder))
+        print(saved_to(folder, encoder.remote_code))
     return results
 
 
@@ -150,9 +161,14 @@ def make_trainer(plan: Plan) -> ContrastiveTrainer:
     )  # fmt: skip
 
 
-def fine_tune(plan: Plan) -> dict:
-    """Score, train, export, score again. Returns what `results.json` holds."""
+def fine_tune(plan: Plan, earlier: EarlierRun | None = None) -> dict:
+    """Score, train, export, score again. Returns what `results.json` holds.
+
+    `earlier`, if it is of more than the plan's output folder, is what the run replaces.
+    """
     run, args, tasks = plan.run, plan.args, plan.tasks
+    replaces = run.overwrite_output_dir and not args.resume_from_checkpoint
+    earlier = earlier or EarlierRun(earlier_files(Path(args.output_dir)) if replaces else [])
     trainer = make_trainer(plan)
     if plan.model_args.save_adapter:
         check_adapter(trainer)
@@ -160,20 +176,24 @@ def fine_tune(plan: Plan) -> dict:
         print(trainer.train_dataset)
 
     before = trainer.evaluate() if tasks else {}
-    if run.overwrite_output_dir:
-        clear_run(args)
-        trainer.accelerator.wait_for_everyone()
+    trainer.add_callback(earlier)
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed below, with its results
+    if replaces and trainer.is_world_process_zero():
+        clear_results(Path(args.output_dir))
+        card.write_card(trainer.encoder, args.output_dir)
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
         save_adapter(trainer.encoder, Path(args.output_dir, "adapter"))
     trainer.accelerator.wait_for_everyone()
     after = {}
     if tasks:  # of the saved folder, loaded anew, as a user will
         with quiet():
-            saved = Encoder.from_pretrained(args.output_dir, dtype=torch.float32).to(args.device)
+            trusted = plan.model_args.trust_remote_code
+            saved = Encoder.from_pretrained(args.output_dir, trust_remote_code=trusted, dtype=torch.float32).to(args.device)
         after = score_encoder(saved, tasks)
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
+    score = {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
+             "greater_is_better": args.greater_is_better is not False}  # fmt: skip
     about = {
         "model": shown(plan.model_args.model_name_or_path or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(plan.model_args.model_name_or_path), "datasets": plan.datasets,
@@ -183,10 +203,9 @@ def fine_tune(plan: Plan) -> dict:
         "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
-        "chosen_by": {"metric": metric, "score": number(after.get(f"eval_{metric}", math.nan), 4),
-                      "greater_is_better": args.greater_is_better is not False},
+        "score": score, "chosen_by": score if chose_a_step(trainer) else None,
         "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
-        "hardware": hardware(args), "settings": changed(plan.model_args, args, *plan.more),
+        "hardware": hardware(args), "settings": changed(plan),
         "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
@@ -199,13 +218,22 @@ def fine_tune(plan: Plan) -> dict:
     return results
 
 
+def chose_a_step(trainer: ContrastiveTrainer) -> bool:
+    """Whether the evaluation sets chose the model among several steps; warns where they should have and could not."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end:
+        return False
+    if state.best_model_checkpoint is None:
+        logger.warning(
+            f"no evaluation gave {trainer.args.metric_for_best_model} as a number: the last step is kept, not the best"
+        )
+    evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    return state.best_model_checkpoint is not None and len(evaluated) > 1
+
+
 def shown(name: str) -> str:
-    """Of a file or folder named by its full path, its own name; of an address, no more than host and path: the rest is nobody's
-    business."""
-    if "://" in name:
-        address = urlsplit(name)
-        return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))
-    return Path(name).name if Path(name).is_absolute() else name
+    """Of a file or folder named by its full path, its own name: where it lies here is nobody's business. Secrets are masked."""
+    return Path(name).name if Path(name).is_absolute() else masked(name)
 
 
 def hardware(args: ContrastiveTrainingArguments) -> str:
@@ -220,16 +248,19 @@ NOT_SCIENCE = ("output_dir", "run_name", "log", "report_to", "eval_", "do_", "sa
                "trackio")  # fmt: skip
 
 
-def changed(*groups) -> dict:
-    """Of dataclasses of settings, those that are not at their default and that a result depends on."""
-    found, defaults = {}, {}
+def changed(plan: Plan) -> dict:
+    """Of a plan's settings, those that are not at their default and that a result depends on."""
+    found, defaults, groups = {}, {}, [plan.model_args, plan.args, *plan.more]
+    unused = {*IGNORED, *(() if plan.args.max_steps < 0 else ("num_train_epochs",))}
+    if isinstance(plan.rows, Dataset):
+        unused |= {"source_alpha", "small_sources", "shuffle_buffer_size"}
     for group in groups:  # after __post_init__, which fills some in
         kind = type(group)
         defaults[kind] = kind("unused") if isinstance(group, ContrastiveTrainingArguments) else kind()
     for settings, field_ in ((group, field_) for group in groups for field_ in dataclasses.fields(group)):
         default = getattr(defaults[type(settings)], field_.name, None)
         value = getattr(settings, field_.name, default)
-        if value != default and not field_.name.startswith((*NOT_SCIENCE, "_")):
+        if value != default and field_.name not in unused and not field_.name.startswith((*NOT_SCIENCE, "_")):
             found[field_.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
     return found
 
@@ -241,22 +272,33 @@ def no_evaluation(args: ContrastiveTrainingArguments) -> None:
     args.load_best_model_at_end = False
 
 
+def check_lora_targets(model, names: list[str]) -> None:
+    """Raises InputError for a name that is the end of no module's: PEFT is content if one of several is found."""
+    modules = [name for name, module in model.named_modules() if not list(module.children())]
+    for target in names:
+        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in modules):
+            ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+            raise InputError(
+                f"--lora_target_modules {target}: no such module in the model; its linear layers are {', '.join(ends)}"
+            )
+
+
 def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, masked_lm: bool):
     """(model, tokenizer), in float32, with dropout, LoRA and a new MLP head as asked. The model is an Encoder where the
     folder says how it pools, so that its settings stay."""
     name = model_args.model_name_or_path or str(QUICKSTART / "encoder")
     set_seed(args.seed)
-    kwargs = {"dtype": torch.float32}
+    kwargs = {"dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     if model_args.dropout is not None:
-        kwargs["config"] = with_dropout(name, model_args.dropout)
+        kwargs["config"] = with_dropout(name, model_args.dropout, model_args.trust_remote_code)
     settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize")}
     if masked_lm and model_args.lora_r:
         raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
         folder = find_transformer(name)
-        tokenizer = load_tokenizer(name, **folder)
+        tokenizer = load_tokenizer(name, model_args.trust_remote_code, **folder)
         model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
         if missing := [k for k in missing if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]:
             raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
@@ -277,22 +319,25 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
         reset_dense(encoder.backbone.pooler.dense, encoder.config)
     if model_args.lora_r:
-        encoder.backbone = get_peft_model(
-            encoder.backbone,
-            LoraConfig(
-                task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
-                lora_dropout=model_args.lora_dropout, target_modules=model_args.lora_target_modules or "all-linear",
-                modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
-            ),
+        targets = model_args.lora_target_modules or ["all-linear"]
+        check_lora_targets(encoder.backbone, targets)
+        config = LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout, target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
         )  # fmt: skip
+        try:
+            encoder.backbone = get_peft_model(encoder.backbone, config)
+        except (ValueError, TypeError) as error:  # a module of a kind that PEFT does not adapt, for one
+            raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
     return encoder, encoder.tokenizer
 
 
-def with_dropout(name: str, rate: float):
+def with_dropout(name: str, rate: float, trust_remote_code: bool = False):
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     try:
-        config = AutoConfig.from_pretrained(name, **find_transformer(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **find_transformer(name))
     except InputError:
         raise
     except (OSError, ValueError) as error:
@@ -303,20 +348,6 @@ def with_dropout(name: str, rate: float):
     for key in known:
         setattr(config, key, rate)
     return config
-
-
-def clear_run(args: ContrastiveTrainingArguments) -> None:
-    """Remove what an earlier run left in the output folder, and nothing else."""
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        return
-    if args.process_index == 0 and folder.is_dir():
-        for path in folder.iterdir():
-            ours = re.fullmatch(r"checkpoint-\d+|seed-\d+|\d_[A-Z]\w+|runs|adapter|mteb", path.name)
-            if path.is_dir() and ours:
-                shutil.rmtree(path)
-            elif path.name in ("results.json", "geometry.png", "README.md", "trainer_state.json"):
-                path.unlink()
 
 
 def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
@@ -358,13 +389,14 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
             print("\n" + "\n".join(card.table(results)))
         card.write_card(trainer.encoder, folder, results)
-        print(saved_to(folder))
+        print(saved_to(folder, trainer.encoder.remote_code))
     return results
 
 
-def saved_to(folder: Path) -> str:
-    loader = loading_class(AutoConfig.from_pretrained(folder))
-    return f"\nsaved to {folder}: {loader}.from_pretrained({str(folder)!r}) loads it; README.md says how to pool"
+def saved_to(folder: Path, remote_code: bool = False) -> str:
+    loader = loading_class(AutoConfig.from_pretrained(folder, trust_remote_code=remote_code))
+    call = f"{loader}.from_pretrained({str(folder)!r}{', trust_remote_code=True' if remote_code else ''})"
+    return f"\nsaved to {folder}: {call} loads it; README.md says how to pool"
 
 
 def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:

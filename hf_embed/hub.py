@@ -1,30 +1,47 @@
 """A finished folder to the Hub: the model's own files, in one commit, tried again where the network or the Hub falters.
 
-Only what a model is made of goes there: no optimizer state, no checkpoints, no data, no logs. Large files that an earlier,
-broken push has uploaded are known by their hash and not sent again; files that the repository has are not committed again.
+Only what a model is made of goes there, by exact names: no optimizer state, no checkpoints, no data, no logs, no links. Large
+files that an earlier, broken push has uploaded are known by their hash and not sent again; files that the repository has are
+not committed again.
 """
 
 import json
 import logging
+import os
+import re
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_embed.card import with_name
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
-# Of a model's folder itself; folders of modules, 1_Pooling and so on, are named in modules.json.
-FILES = ["README.md", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-         "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-         "vocab*", "merges.txt", "*.spm", "sentencepiece*", "spiece.model", "chat_template*", "modules.json",
-         "config_sentence_transformers.json", "sentence_bert_config.json", "results.json", "geometry.png",
-         "tempscale.png"]  # fmt: skip
+# The files of a model's folder, by their exact names: a pattern would take a vocabulary of customers along.
+WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# What the tokenizers of transformers call theirs (`vocab_files_names`), and what any of them has.
+TOKENIZER = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.txt", "vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
+    "entity_vocab.json", "merges.txt", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json",
+    "prophetnet.tokenizer", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "target.spm", "spiece.model",
+    "spm.model", "spm_char.model", "tokenizer.model", "word_pronunciation.json", "word_shape.json",
+}  # fmt: skip
+FILES = frozenset({
+    "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "results.json", "geometry.png",
+    "tempscale.png", *WEIGHTS, *TOKENIZER,
+})  # fmt: skip
+MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
+MODULE_FILES = ("config.json", "model.safetensors")
+# Trainer's own settings, a pickle: of use here only, and nobody should load one from elsewhere.
+TRAINING_ARGS = "training_args.bin"
 TRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubled after each try
 
@@ -46,15 +63,15 @@ def push_folder(
         revision: a branch; made if it is not there. Default: main.
         create_pr: open a pull request in place of a commit.
         token: default: the one you are logged in with.
-        everything: upload the folder as it is, checkpoints, optimizer state and logs too.
+        everything: upload the folder as it is, checkpoints, optimizer state and logs too; but no links, no dotfiles, and no
+            `training_args.bin`.
 
     Raises:
-        InputError: a folder that is no model, a name or token that the Hub refuses, or a push that failed five times. The
-            folder is as it was; the message has the command that finishes the push.
+        InputError: a folder that is no model, or has links in the place of its files; a name or token that the Hub refuses, or
+            a push that failed five times. The folder is as it was; the message has the command that finishes the push.
     """
     folder = Path(folder)
-    kinds = (("config.json", "model*.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
-    if not any((folder / config).is_file() and any(folder.glob(weights)) for config, weights in kinds):
+    if not has_model(folder):
         raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
     try:
         validate_repo_id(repo)
@@ -77,23 +94,96 @@ def push_folder(
     return persist(upload, repo, command(folder, repo, revision, **flags))
 
 
-def additions(folder: Path, repo: str, everything: bool = False) -> list[CommitOperationAdd]:
-    """The files to upload, by their paths in the repository; in the card the model has the name that it has there."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()] if everything else model_files(folder)
+def has_model(folder: Path) -> bool:
+    names = {path.name for path in folder.glob("*")}
+    adapter, model = ({"adapter_config.json", "adapter_model.safetensors"}, {"config.json", "model.safetensors"})
+    return adapter <= names or model <= names or ("config.json" in names and any(map(SHARD.fullmatch, names)))
+
+
+def additions(folder: Path, repo: str, everything: bool = False, inside: str = "") -> list[CommitOperationAdd]:
+    """The files to upload, by their paths in the repository, below `inside`; in the card the model has the name that it has
+    there."""
+    paths = model_files(folder)
+    paths = all_files(folder) if everything else paths
     named = {path.relative_to(folder).as_posix(): path for path in paths}
-    added = [CommitOperationAdd(name, str(path)) for name, path in named.items() if name != "README.md"]
+    added = [
+        CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items() if name != "README.md"
+    ]
     if "README.md" in named:
         card = with_name(named["README.md"].read_text(encoding="utf-8"), repo)
-        added.append(CommitOperationAdd("README.md", card.encode()))
+        added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), card.encode()))
     return added
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What a model is made of."""
-    modules = folder / "modules.json"
-    folders = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
-    inner = [path for name in folders if name for path in sorted((folder / name).glob("*")) if path.is_file()]
-    return [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, name) for name in FILES)] + inner
+    """What a model is made of: regular files of known names, its modules' folders, and the code that its config names.
+
+    Raises InputError where one of them is a link, for it may lead anywhere, or where a module is not in a folder of its own.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.name in FILES or SHARD.fullmatch(path.name)]
+    for module in module_folders(folder):
+        paths += [module / file for file in MODULE_FILES]
+        left_out = sorted(path.name for path in module.iterdir() if path.name not in MODULE_FILES)
+        if "pytorch_model.bin" in left_out and not (module / "model.safetensors").exists():
+            raise InputError(f"{module}: the weights are no model.safetensors; save the model anew (Encoder.save_pretrained)")
+        if left_out:
+            logger.warning(f"{module}: {', '.join(left_out)}: not of the module, not uploaded")
+    paths += code_files(folder)
+    for path in paths:
+        if path.is_symlink():
+            raise InputError(f"{path} is a link; only files that lie in the folder are uploaded: put the file itself there")
+    return [path for path in paths if path.is_file()]
+
+
+def module_folders(folder: Path) -> list[Path]:
+    """The folders of the modules that modules.json lists, beside the transformer in the folder itself."""
+    modules = read_object(folder / "modules.json") or []
+    folders = [folder / module["path"] for module in modules if module["path"]]
+    for module, path in zip([module for module in modules if module["path"]], folders):
+        if not MODULE.fullmatch(module["path"]) or path.is_symlink() or not path.is_dir():
+            raise InputError(f"{folder}: modules.json names '{module['path']}', which is no folder like 1_Pooling in there")
+        if module["type"].endswith("Transformer"):
+            raise InputError(f"{folder}: the transformer lies in '{module['path']}'; save the model anew, at the folder's top")
+    return folders
+
+
+def read_object(path: Path):
+    """What a JSON file holds; None where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The code that a model brings: the files that `auto_map` names in its configs, and those that they import."""
+    found = {}
+    for config in (folder / "config.json", folder / "tokenizer_config.json"):
+        auto_map = (read_object(config) or {}).get("auto_map") or {}
+        listed = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        for name in [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]:
+            file = re.fullmatch(r"(\w+)\.\w+", name or "")  # OWNER/REPO--file.Class stays where it is
+            if file and (folder / f"{file[1]}.py").is_file():
+                path = folder / f"{file[1]}.py"
+                try:
+                    found |= dict.fromkeys([path, *map(Path, get_relative_import_files(path))])
+                except OSError as error:
+                    raise InputError(f"{path}: imports {error.filename}, which cannot be read") from error
+    return [path for path in found if path.parent == folder]
+
+
+def all_files(folder: Path) -> list[Path]:
+    """The files in `folder` and in the folders within; no links, no dotfiles, no `training_args.bin`."""
+    found, links = [], 0
+    for parent, folders, files in os.walk(folder):  # does not follow links
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += sum(Path(parent, name).is_symlink() for name in [*folders, *files])
+        files = [name for name in sorted(files) if not name.startswith(".") or name == ".metadata"]  # of FSDP's checkpoints
+        paths = [Path(parent, name) for name in files if name != TRAINING_ARGS]
+        found += [path for path in paths if path.is_file() and not path.is_symlink()]
+    if links:
+        logger.warning(f"{folder}: {links} links are not uploaded")
+    return found
 
 
 def command(folder: str | Path, repo: str, revision: str | None = None, **flags: bool) -> str:
@@ -129,7 +219,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         code = error.response.status_code
-        said = " ".join((error.server_message or str(error)).split())[:200]
+        said = masked(" ".join((error.server_message or str(error)).split()))[:200]
         known = {
             400: f"the Hub refuses it ({said})",
             401: "the Hub does not know this token (401); run `hf auth login`, or set HF_TOKEN",
@@ -140,7 +230,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
             return known[code], False
         return f"the Hub answered {code} ({said})", code in (409, 412, 429) or code >= 500
     if of_client(error) or isinstance(error, ConnectionError | TimeoutError):
-        return f"the connection failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})", True
+        return f"the connection failed ({type(error).__name__}: {masked(' '.join(str(error).split()))[:200]})", True
     return None
 
 

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from hf_embed.distributed import world
 from hf_embed.errors import InputError
+from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.search import search
 
 SHARD = 8192  # texts in a file of vectors
@@ -57,8 +58,14 @@ class MiningArguments:
     seed: int = field(default=42)
 
     def __post_init__(self):
-        if self.num_negatives < 1:
-            raise InputError(f"num_negatives is {self.num_negatives}; it must be at least 1")
+        cosine, whole = Range(least=-1, most=1), Range(whole=True)
+        check_ranges(
+            self,
+            {"num_negatives": COUNT, "range_min": whole, "range_max": whole, "relative_margin": FINITE,
+             "absolute_margin": FINITE, "max_score": cosine, "min_score": cosine, "seed": whole},
+        )  # fmt: skip
+        if None not in (self.min_score, self.max_score) and self.min_score >= self.max_score:
+            raise InputError(f"min_score {self.min_score} is not below max_score {self.max_score}: nothing would be left")
         if not 0 <= self.range_min <= self.range_max - self.num_negatives:
             raise InputError(f"ranks {self.range_min} to {self.range_max} have no room for {self.num_negatives} negatives")
 

@@ -14,14 +14,17 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.data.sources import leave_out, read_file, read_hub
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.objectives.gte import DIRECTIONS
+from hf_embed.ranges import COUNT, Range, check_ranges
+from hf_embed.trainer_settings import check_metric
 
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
+TRUST = "Run the Python code that the model brings, if it has any: read it before."
 
 
 @dataclass
@@ -30,6 +33,7 @@ class ModelArguments:
         default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
     )
     dropout: float | None = field(default=None, metadata={"help": "All of the model's dropout rates. Default: its own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
     lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank, merged at export. 0: all weights."})
     lora_alpha: int = field(default=32)
@@ -40,6 +44,14 @@ class ModelArguments:
     save_adapter: bool = field(
         default=False, metadata={"help": "With LoRA: keep the adapters by themselves too, in OUTPUT_DIR/adapter."}
     )
+
+    def __post_init__(self):
+        rate, whole = Range(least=0, below=1), Range(least=0, whole=True)
+        check_ranges(self, {"dropout": rate, "lora_r": whole, "lora_alpha": COUNT, "lora_dropout": rate})
+        defaults = {name: field_.default for name, field_ in type(self).__dataclass_fields__.items()}
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if not self.lora_r and getattr(self, name) != defaults[name]:
+                raise InputError(f"--{name} without --lora_r: there are no adapters; give their rank, --lora_r 16 for example")
 
 
 @dataclass
@@ -74,6 +86,9 @@ class RunArguments:
     license: str | None = field(default=None, metadata={"help": "For the card, as the Hub writes it, e.g. apache-2.0."})
     show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
 
+    def __post_init__(self):
+        check_ranges(self, {"show_searches": Range(least=0, whole=True)})
+
 
 @dataclass
 class SimCSEArguments:
@@ -84,6 +99,9 @@ class SimCSEArguments:
         default=True,
         metadata={"help": "Other positives of the same anchor are no negatives. False is the paper's form of the loss."},
     )
+
+    def objective(self) -> SimCSE:
+        return SimCSE(**vars(self))
 
 
 @dataclass
@@ -106,6 +124,12 @@ class GTEArguments:
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Train these widths of the embedding too, e.g. 384 256 128 64."}
     )
+
+    def objective(self) -> ImprovedContrastive | Matryoshka:
+        settings = dict(vars(self))
+        dims = settings.pop("matryoshka_dims")
+        objective = ImprovedContrastive(**settings)
+        return objective if dims is None else Matryoshka(objective, dims)
 
 
 @dataclass
@@ -150,7 +174,7 @@ def plan_simcse(
 
     kinds += [*([] if paired else [PositiveArguments]), *more]
     model_args, data, evaluation, run, simcse, args, *others = cli.parse(kinds, preset, argv)
-    positive = None if paired else others[0]
+    positive, objective = None if paired else others[0], simcse.objective()
     quickstart = not any(getattr(data, flag) for flag in DATA_FLAGS)
     if quickstart and model_args.model_name_or_path:
         raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
@@ -164,9 +188,10 @@ def plan_simcse(
     tasks = read_tasks(evaluation)
     if quickstart and not tasks:
         tasks = {"quickstart": STS(read_sts(str(QUICKSTART / "sts.tsv")))}
+    check_metric(args, tasks)
     if positive:
         rows, paired = pair_up(rows, positive, model_args, args, source)
-    return Plan(model_args, run, args, SimCSE(**vars(simcse)), rows, source, tasks, paired, others, hub_datasets(data, rows))
+    return Plan(model_args, run, args, objective, rows, source, tasks, paired, others, hub_datasets(data, rows))
 
 
 def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArguments, args, name: str) -> tuple[Dataset, bool]:
@@ -179,36 +204,38 @@ def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArgumen
     args.same_dropout_mask |= kind == "same_mask"
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"):
-        rows = add_positives(rows, positive.positive, args.seed, name, positive.synonyms, model, args.device)
+        rows = add_positives(
+            rows, positive.positive, args.seed, name, positive.synonyms, model, args.device, model_args.trust_remote_code
+        )
     return rows, kind not in WITHOUT_ROWS
 
 
 def plan_gte(name: str, offline_config: Path, offline_data: Callable, offline_model: str | None = None, argv=None) -> Plan:
     """Read and check flags and files.
 
-    Without data of the user's, settings come from `offline_config`, the model is `offline_model`, and `offline_data()` makes
-    the data, on every rank: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them.
+    Without data of the user's, settings come from `offline_config`, and `offline_data(model)` makes the data, on every rank: it
+    returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them. The model is the user's or, without
+    one, `offline_model`.
     """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
 
     def preset(given: list[str]) -> str | None:
-        return None if {"model_name_or_path", *DATA_FLAGS} & set(given) else str(offline_config)
+        return None if set(DATA_FLAGS) & set(given) else str(offline_config)
 
     model_args, data, evaluation, run, gte, args = cli.parse(kinds, preset, argv)
-    offline = not any(getattr(data, flag) for flag in DATA_FLAGS)
-    if offline and model_args.model_name_or_path:
-        raise InputError("nothing to train on; give --sources FILE.yaml, --train_file FILE or --dataset_name NAME")
-    settle_output_dir(args, run, name, offline)
+    objective = gte.objective()
+    offline, own_model = not any(getattr(data, flag) for flag in DATA_FLAGS), bool(model_args.model_name_or_path)
+    settle_output_dir(args, run, name, offline and not own_model)
     if offline:
-        model_args.model_name_or_path = offline_model
-        data.sources, sets = offline_data()
+        model_args.model_name_or_path = model_args.model_name_or_path or offline_model
+        data.sources, sets = offline_data(model_args.model_name_or_path)
         evaluation.eval_retrieval_dir = sets + evaluation.eval_retrieval_dir
+        if own_model and args.process_index == 0:
+            print(f"no --sources, --train_file or --dataset_name: {model_args.model_name_or_path} is trained on {data.sources}")
     rows, source = read_train_rows(data)
-    settings = dict(vars(gte))
-    dims = settings.pop("matryoshka_dims")
-    objective = ImprovedContrastive(**settings)
-    objective = Matryoshka(objective, dims) if dims else objective
-    return Plan(model_args, run, args, objective, rows, source, read_tasks(evaluation), datasets=hub_datasets(data, rows))
+    tasks = read_tasks(evaluation)
+    check_metric(args, tasks)
+    return Plan(model_args, run, args, objective, rows, source, tasks, datasets=hub_datasets(data, rows))
 
 
 def on_the_hub(name: str | None) -> str | None:
@@ -260,7 +287,7 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     if data.dataset_name:
         rows, name = read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
     else:
-        rows, name = read_file(data.train_file, quoting=data.quoting), data.train_file
+        rows, name = read_file(data.train_file, quoting=data.quoting), masked(data.train_file)
     return leave_out(rows, data.ignore_columns, name), name
 
 

@@ -32,13 +32,14 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.distributed import gather_rows, world
 from hf_embed.encoder import Encoder, embed_texts
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import STS, check_sts
-from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
+from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
 from hf_embed.tempscale import applied_tempscale, apply_tempscale
 from hf_embed.tempscale.fold import folded
+from hf_embed.trainer_settings import check_before, check_evaluation, check_metric, check_training, warn_of_ignored
 from hf_embed.unused import settle_unused
 from hf_embed.watch import Watch
 
@@ -104,8 +105,12 @@ class ContrastiveTrainer(Trainer):
     ):
         args = args or ContrastiveTrainingArguments("tmp_trainer")
         check_world(args)
+        check_before(args)  # once more, for a script may have changed them since
+        tasks = named_tasks(eval_dataset)
+        check_evaluation(args, tasks)
+        check_metric(args, tasks)
         if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
-            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch` uses them all")
+            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
             args._n_gpu = 1
         self.objective = objective or SimCSE()
         mlm_head = None
@@ -133,9 +138,11 @@ class ContrastiveTrainer(Trainer):
                 train_dataset, views = tokenize_all(train_dataset, self.encoder, args, train_name, paired)
             if args.same_dropout_mask and (isinstance(train_dataset, Mixture) or most_texts(train_dataset) > 1):
                 raise InputError(f"{train_name}: same_dropout_mask needs rows of a single text, which is both views")
-        tasks = named_tasks(eval_dataset)
-        if args.metric_for_best_model == "auto" and tasks:
-            args.metric_for_best_model = main_metric(tasks)
+            if getattr(self.objective, "hard_negative_weight", 0) and max(views) < 3:
+                raise InputError(f"{train_name}: hard_negative_weight is set, but no row has a negative; leave it out")
+            check_training(args, self.encoder, len(batch_sampler(train_dataset, args, args.train_batch_size)), train_name)
+        if args.process_index == 0:
+            warn_of_ignored(args)
         super().__init__(
             model=self.encoder,
             args=args,
@@ -161,15 +168,10 @@ class ContrastiveTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
-        args, rows = self.args, self.train_dataset
-        seed = args.seed if args.data_seed is None else args.data_seed
-        share = {"batch_size": self._train_batch_size, "rank": args.process_index, "ranks": args.world_size, "seed": seed}
-        if isinstance(rows, Mixture):
-            sampler = SourceBatchSampler(rows.sizes, rows.probabilities, streams=rows.streams, **share)
-        else:
-            sampler = GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **share)
-            if sampler.left_out:
-                logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
+        args = self.args
+        sampler = batch_sampler(self.train_dataset, args, self._train_batch_size)
+        if isinstance(sampler, GlobalBatchSampler) and sampler.left_out:
+            logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
         return EpochDataLoader(
             self.train_dataset,
             batch_sampler=sampler,
@@ -178,6 +180,8 @@ class ContrastiveTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
 
@@ -265,7 +269,7 @@ class ContrastiveTrainer(Trainer):
             tensors = self._training_tensors(state_dict or self.encoder.state_dict())
             if tensors:
                 save_file(tensors, Path(output_dir, TRAINING_TENSORS))
-        torch.save(self.args, Path(output_dir, "training_args.bin"))
+        torch.save(without_secrets(self.args), Path(output_dir, hub.TRAINING_ARGS))
 
     def _training_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Heads used while training; with adapters, whose plain checkpoint is merged, all that is trained; with TempScale the
@@ -343,15 +347,15 @@ class ContrastiveTrainer(Trainer):
             self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(checkpoint_folder, copy)
+        shutil.copytree(checkpoint_folder, copy, symlinks=True)
         message = f"Training in progress, step {self.state.global_step}"
         api = HfApi(token=args.hub_token)
         where = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
         jobs = [api.create_commit(operations=hub.additions(copy, self.hub_model_id), commit_message=message, **where)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            resumable = {"folder_path": copy, "path_in_repo": name, "commit_message": f"{message}, checkpoint"}
-            jobs.append(api.upload_folder(**resumable, **where))
+            resumable = hub.additions(copy, self.hub_model_id, everything=True, inside=name)
+            jobs.append(api.create_commit(operations=resumable, commit_message=f"{message}, checkpoint", **where))
         self.push_in_progress = PushInProgress(jobs)
 
     def _finish_current_push(self) -> None:
@@ -425,7 +429,9 @@ def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -
         warn_of_cut_texts({name: share_cut(tokens)})
         return tokens, [max(2, most_texts(tokens))]
     if isinstance(rows, IterableDataset):
-        known = args.max_steps * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
+        # An epoch is the whole run: else its last update would accumulate fewer batches than the others.
+        batches = args.max_steps * args.gradient_accumulation_steps
+        known = batches * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
         rows = [Source(name, rows, size=known)]
     elif isinstance(rows, dict):
         if splits := {"train", "validation", "test"} & set(rows):
@@ -435,6 +441,15 @@ def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -
         rows = [Source(name, rows)]  # which says what it cannot be
     mixture = make_mixture(rows, encoder, args)
     return mixture, mixture.views
+
+
+def batch_sampler(rows: Dataset | Mixture, args, batch_size: int) -> GlobalBatchSampler | SourceBatchSampler:
+    """This rank's batches of `rows`, which are tokenized."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    share = {"batch_size": batch_size, "rank": args.process_index, "ranks": args.world_size, "seed": seed}
+    if isinstance(rows, Mixture):
+        return SourceBatchSampler(rows.sizes, rows.probabilities, streams=rows.streams, **share)
+    return GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **share)
 
 
 def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler, encoder: Encoder) -> None:

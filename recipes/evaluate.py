@@ -22,6 +22,8 @@ from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_tasks
 from hf_embed.finetune import embed_with, summary
+from hf_embed.plan import TRUST
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -30,7 +32,11 @@ class Arguments:
     seven_sts: bool = field(default=False, metadata={"help": "The paper's seven STS tasks, from the Hub."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None, metadata={"help": "Write results.json there."})
+
+    def __post_init__(self):
+        check_ranges(self, {"max_length": COUNT})
 
 
 def main() -> None:
@@ -40,7 +46,9 @@ def main() -> None:
         tasks |= seven_tasks()
     if not tasks:
         raise InputError("nothing to score on; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
-    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder = Encoder.from_pretrained(
+        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
+    )
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = score_tasks(tasks, embed_with(encoder))
 

@@ -19,6 +19,8 @@ from hf_embed.card import store_results, stored_results, write_card
 from hf_embed.cli import model_first, parse, run
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
+from hf_embed.plan import TRUST
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -29,7 +31,11 @@ class Arguments:
     batch_size: int = field(default=512)
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None)
+
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": COUNT, "max_length": COUNT})
 
 
 def main() -> None:
@@ -41,7 +47,9 @@ def main() -> None:
     if (args.pooling or args.max_length) and (folder / "config.json").is_file():
         raise InputError("--pooling and --max_length make another model of it; say where its results go: --output_dir FOLDER")
     tasks = find_tasks(args.tasks, args.benchmark)
-    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder = Encoder.from_pretrained(
+        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
+    )
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)
     print("\n" + "\n".join(lines(rows)))

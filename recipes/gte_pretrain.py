@@ -1,9 +1,9 @@
 """GTE, stage 1: pairs from many sources, a very large batch, the improved contrastive loss.
 
-    accelerate launch recipes/gte_pretrain.py                    # offline, on a laptop CPU, in a few minutes
+    python recipes/gte_pretrain.py                    # offline, on a laptop CPU, in a few minutes
     accelerate launch --config_file recipes/accelerate/ddp_8gpu.yaml recipes/gte_pretrain.py \
         --config recipes/configs/gte_pretrain_base.yaml --sources sources.yaml
-    accelerate launch recipes/gte_pretrain.py --sources sources.yaml --eval_retrieval_dir scifact=beir/scifact \
+    python recipes/gte_pretrain.py --sources sources.yaml --eval_retrieval_dir scifact=beir/scifact \
         --directions query_to_doc                                # the same with the vanilla in-batch loss
 
 hf_embed/data/mixture.py shows a file of sources. Without arguments the sources are the docstrings of the Python packages that
@@ -21,7 +21,7 @@ from hf_embed.finetune import run_gte
 DATA = Path("outputs/docstrings")
 
 
-def docstrings() -> tuple[str, list[str]]:
+def docstrings(_: str | None) -> tuple[str, list[str]]:
     """Collect pairs from the installed packages; -> the file of sources and the evaluation sets."""
     state = PartialState()
     if state.is_main_process:

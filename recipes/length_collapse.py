@@ -18,8 +18,9 @@ from hf_embed import Encoder
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
-from hf_embed.errors import InputError
-from hf_embed.plan import QUICKSTART
+from hf_embed.errors import masked
+from hf_embed.plan import QUICKSTART, TRUST
+from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, tempscale
 from hf_embed.tempscale.collapse import LENGTHS, collapse, length_report, lines, plot_collapse
 
@@ -35,16 +36,20 @@ class Arguments:
     temperature: list[float] = field(default_factory=lambda: [0.9], metadata={"help": "TempScale's, to compare with."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str = field(default="outputs/length_collapse")
+
+    def __post_init__(self):
+        check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "lengths": Range(least=4, whole=True)})
 
 
 def main() -> None:
     (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]
     texts = (read_texts(args.texts) if args.texts else read_pages())[: args.max_texts]
-    if min(args.lengths) < 4:
-        raise InputError(f"--lengths {min(args.lengths)}: give lengths of at least 4 tokens")
-    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder = Encoder.from_pretrained(
+        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
+    )
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     reports = {"as it is": length_report(encoder, texts, tuple(args.lengths))}
     for config in configs:
@@ -59,7 +64,7 @@ def main() -> None:
         print(f"  {name:16} {cut[0]['mean_cosine']:.3f} -> {cut[-1]['mean_cosine']:.3f}, {collapse(report):+.3f}")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"model": args.model_name_or_path, "texts": args.texts or "docstrings", "reports": reports}
+    about = {"model": args.model_name_or_path, "texts": masked(args.texts or "docstrings"), "reports": reports}
     (folder / "collapse.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     plot_collapse(reports, folder / "collapse.png")
     print(f"\nwrote {folder}/collapse.json and collapse.png")

@@ -23,6 +23,8 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.finetune import embed_with
 from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.plan import TRUST
+from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -35,6 +37,10 @@ class Arguments:
     corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
+
+    def __post_init__(self):
+        check_ranges(self, {"max_length": COUNT})
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
@@ -59,7 +65,9 @@ def main() -> None:
     args, mining = parse([Arguments, MiningArguments])
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
-    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length).to(state.device)
+    encoder = Encoder.from_pretrained(
+        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
+    ).to(state.device)
     weights = [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
     identity = f"{args.model_name_or_path} {weights} {encoder.settings}"
     counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)

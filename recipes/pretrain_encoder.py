@@ -24,6 +24,10 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from hf_embed import InputError
+from hf_embed.cli import run
+from hf_embed.ranges import COUNT, POSITIVE, SEED
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -96,9 +100,20 @@ def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[li
     return joined
 
 
+def check(args) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value not in (SEED if name == "seed" else COUNT):
+            raise InputError(f"--{name} is {value}; it must be {SEED if name == 'seed' else COUNT}")
+    if args.learning_rate not in POSITIVE:
+        raise InputError(f"--learning_rate is {args.learning_rate}; it must be {POSITIVE}")
+    if args.hidden_size % args.num_heads:
+        raise InputError(f"--num_heads is {args.num_heads}, which does not divide the {args.hidden_size} of --hidden_size")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a BERT to learn from: a Hub name or a folder")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the teacher's own code, if it has any")
     parser.add_argument("--teacher_layer", type=int, default=4, help="which of its layers' hidden states to predict")
     parser.add_argument("--train_file", required=True, help="plain text, one sentence a line; .gz is fine")
     parser.add_argument("--output_dir", required=True)
@@ -113,15 +128,17 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    check(args)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     sentences = read_lines(args.train_file)
     rng.shuffle(sentences)
-    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).eval()
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32, **trusted).eval()
     teacher.encoder.layer = teacher.encoder.layer[: args.teacher_layer]
-    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher).backend_tokenizer
+    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher, **trusted).backend_tokenizer
     tokenizer, teacher_ids = cut_vocabulary(teacher_tokenizer, sentences[:200_000], args.vocab_size)
     teacher_ids = torch.tensor(teacher_ids)
     student = new_student(args, teacher, teacher_ids)
@@ -181,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,7 @@ from hf_embed.card import write_card
 from hf_embed.cli import parse, run
 from hf_embed.errors import InputError
 from hf_embed.hub import push_folder
+from hf_embed.plan import TRUST
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Arguments:
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
     commit_message: str = field(default="Upload the model")
     new_card: bool = field(default=False, metadata={"help": "Make README.md anew, even if someone has edited it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": f"Of --new_card. {TRUST}"})
     everything: bool = field(default=False, metadata={"help": "Checkpoints, optimizer state and logs too."})
 
 
@@ -37,8 +39,9 @@ def main() -> None:
     folder, repo, *words = words
     (args,) = parse([Arguments], argv=words)
     settings = vars(args)
+    trusted = settings.pop("trust_remote_code")
     if settings.pop("new_card"):
-        write_card(Encoder.from_pretrained(folder), folder, overwrite=True)
+        write_card(Encoder.from_pretrained(folder, trust_remote_code=trusted), folder, overwrite=True)
     print(push_folder(folder, repo, **settings))
 
 

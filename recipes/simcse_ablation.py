@@ -1,9 +1,9 @@
 """Why SimCSE works: alignment against uniformity along training, for dropout and for what might take its place.
 
-    accelerate launch recipes/simcse_ablation.py                 # offline: four variants, three seeds, a few minutes
-    accelerate launch recipes/simcse_ablation.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv \
+    python recipes/simcse_ablation.py                 # offline: four variants, three seeds, a few minutes
+    python recipes/simcse_ablation.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv \
         --model_name_or_path google-bert/bert-base-uncased --variants dropout "no dropout" "crop 10%" --seeds 1,2,3
-    accelerate launch recipes/simcse_ablation.py --config recipes/configs/simcse_poolers.yaml --train_file ...
+    python recipes/simcse_ablation.py --config recipes/configs/simcse_poolers.yaml --train_file ...
 
 Every flag of recipes/unsup_simcse.py works, and holds for all variants; in a YAML file a variant may be a name of your own and
 the flags in which it differs. Printed: a table. In OUTPUT_DIR: results.json, ablation.png, and a folder for each run. The same

@@ -1,8 +1,8 @@
 """Supervised SimCSE: sentences, sentences they entail, and sentences that contradict them.
 
-    accelerate launch recipes/sup_simcse.py                      # offline, on a laptop CPU, in a few minutes
-    accelerate launch recipes/sup_simcse.py --config recipes/configs/sup_simcse_bert_base.yaml --learning_rate 3e-5
-    accelerate launch recipes/sup_simcse.py --train_file nli.csv --eval_sts_file stsb=stsb-dev.tsv
+    python recipes/sup_simcse.py                      # offline, on a laptop CPU, in a few minutes
+    python recipes/sup_simcse.py --config recipes/configs/sup_simcse_bert_base.yaml --learning_rate 3e-5
+    python recipes/sup_simcse.py --train_file nli.csv --eval_sts_file stsb=stsb-dev.tsv
 
 Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or query, positive[,
 negative ...]. Every flag of `transformers.TrainingArguments` works; `--help` lists them all.

@@ -10,7 +10,6 @@ OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load i
 results.json and tempscale.png in it have the scores of all temperatures, and what was gained on queries that did not choose.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import store_results, stored_results, sweep_table
+from hf_embed.card import store_results, stored_results, sweep_table, write_card
 from hf_embed.cli import model_first, parse, run
 from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
@@ -26,7 +25,9 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.retrieval import read_pairs
 from hf_embed.finetune import embed_with, saved_to
-from hf_embed.plan import QUICKSTART
+from hf_embed.overwrite import clear_results
+from hf_embed.plan import QUICKSTART, TRUST
+from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
 from hf_embed.tempscale.fold import folded
@@ -47,15 +48,17 @@ class Arguments:
     max_texts: int = field(default=1000, metadata={"help": "Of --texts, take the first so many."})
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str = field(default="outputs/tempscale")
     overwrite_output_dir: bool = False
+
+    def __post_init__(self):
+        check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})
 
 
 def check(args: Arguments, tasks: dict) -> None:
     for temperature in args.grid if args.temperature is None else [args.temperature]:
         TempScaleConfig(temperature)
-    if args.folds < 2:
-        raise InputError(f"--folds {args.folds}: cross-validation needs at least 2")
     if args.temperature is not None and tasks:
         raise InputError(
             f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"
@@ -77,7 +80,9 @@ def main() -> None:
     check(args, tasks)
     if not tasks and args.temperature is None:
         tasks["halves"] = halves(read_pages()[: args.max_texts])
-    encoder = Encoder.from_pretrained(args.model_name_or_path, args.pooling, args.max_length)
+    encoder = Encoder.from_pretrained(
+        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
+    )
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     with tempscale(encoder.backbone, args.temperature or args.grid[0]):
         folded(encoder.backbone)  # whatever stands in the way of saving is said before the search, not after
@@ -88,15 +93,15 @@ def main() -> None:
         result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
         print("\n".join(["", *sweep_table(result)]))
         results["tempscale"], temperature = result, result["temperature"]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "mteb", ignore_errors=True)
+    if temperature != 1:
+        fold_tempscale(encoder.backbone, temperature)
+    encoder.save_pretrained(str(folder))  # first: what was there stays, with its scores, if this fails
+    clear_results(folder, keep=["README.md"])  # someone may have edited it
     store_results(folder, results)
     if "tempscale" in results:
         plot_sweep(results["tempscale"], folder / "tempscale.png")
-    if temperature != 1:
-        fold_tempscale(encoder.backbone, temperature)
-    encoder.save_pretrained(str(folder))  # the card has the table of results.json
-    print(saved_to(folder))
+    write_card(encoder, folder)
+    print(saved_to(folder, encoder.remote_code))
 
 
 if __name__ == "__main__":

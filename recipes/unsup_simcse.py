@@ -1,8 +1,8 @@
 """Unsupervised SimCSE: plain sentences; a sentence's positive is itself under another dropout mask.
 
-    accelerate launch recipes/unsup_simcse.py                    # offline, on a laptop CPU, in a few minutes
-    accelerate launch recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
-    accelerate launch recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
+    python recipes/unsup_simcse.py                    # offline, on a laptop CPU, in a few minutes
+    python recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
+    python recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
 
 A training file is a txt with one sentence a line, or a table with a column text or sentence. Every flag of
 `transformers.TrainingArguments` works; `--help` lists them all.

@@ -16,7 +16,7 @@ from test_recipes import QUIET, RECIPES, UNSUP, files, flags, sup  # noqa: F401
 from worker import WORDS
 
 from hf_embed import Encoder, ablation
-from hf_embed.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, table
+from hf_embed.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, summary, table
 from hf_embed.finetune import read_seeds, run_simcse
 from hf_embed.plan import plan_simcse
 
@@ -149,6 +149,16 @@ def test_picture_of_many_variants(tmp_path):
     from PIL import Image
 
     assert Image.open(tmp_path / "p.png").size == (800, 600)
+
+
+def test_one_seed_has_no_span():
+    path = [{"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}]
+    path.append(path[0] | {"step": 1, "spearman": 40.67})
+    one = table({"dropout": {"seeds": {"1": path}} | summary([path])})
+    assert one[1].split() == ["dropout", "42.60", "40.67", "42.60", "0.400", "-1.700"]
+    two = table({"dropout": {"seeds": {"1": path, "2": path}} | summary([path, path])})
+    assert "40.67 (40.67 to 40.67)" in two[1]
+    assert len({len(line) for line in one}) == len({len(line) for line in two}) == 1  # columns stand below their heads
 
 
 # ---- --seeds of a recipe ----

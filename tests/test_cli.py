@@ -41,7 +41,7 @@ def parse(tmp_path):
         ("", "temperature", 0.05),
         # BUG: a mapping becomes Python's repr, which no JSON parser reads.
         ("prompts:\n  query: 'find: '", "prompts", {"query": "find: "}),
-        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
         # BUG: YAML 1.1 reads `no` as False, and "False" is no choice.
         ("eval_strategy: no", "eval_strategy", "no"),
         # BUG: False becomes the text "False", taken for a folder.

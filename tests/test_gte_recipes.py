@@ -54,7 +54,7 @@ def flags(files, out, *more):
 
 
 def gte(*argv):
-    def offline():
+    def offline(model):
         raise AssertionError("not offline")
 
     return run_gte("gte", Path("no.yaml"), offline, argv=[*map(str, argv)])
@@ -74,7 +74,7 @@ def offline(tmp_path, monkeypatch):
 
     def run(name, *argv):
         module = __import__(name)
-        if name == "gte_pretrain":
+        if hasattr(module, "write_sources"):
             monkeypatch.setattr(
                 module, "write_sources", lambda folder: docstrings.write_sources(folder, ("hf_embed", "accelerate"))
             )
@@ -222,8 +222,17 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(files, case):
     assert not (files / "out").exists()
 
 
-def test_model_without_data_is_refused(files):
-    assert "nothing to train on; give --sources" in error_of(gte, *QUIET, "--model_name_or_path", files / "model")
+def test_a_model_without_data_takes_the_offline_data(tmp_path, offline, capsys):
+    tiny_encoder().save_pretrained("mine", verify=False)
+    argv = ["--model_name_or_path", "mine", "--max_steps", 1, "--max_length", 32]
+    offline("gte_finetune", *argv)
+    results = json.loads((tmp_path / "outputs/gte_finetune/results.json").read_text())
+    assert (results["train"]["model"], results["train"]["data"]) == ("mine", "outputs/docstrings/mined/sources.yaml")
+    assert "mine is trained on outputs/docstrings/mined/sources.yaml" in capsys.readouterr().out
+    assert load_file("outputs/gte_finetune/model.safetensors").keys() == load_file("mine/model.safetensors").keys()
+    assert "holds another run" in error_of(offline, "gte_finetune", *argv)  # only runs without arguments are made anew
+    assert "absent" in error_of(offline, "gte_finetune", "--model_name_or_path", "absent", "--output_dir", "other")
+    assert not Path("other").exists()
 
 
 # ---- the files that ship ----

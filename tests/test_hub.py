@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import transformers
 from conftest import error_of, tiny_encoder
 from hub_server import LoopbackHub
 from test_recipes import files, flags, sup  # noqa: F401
@@ -105,7 +108,115 @@ def test_adapters(server, tmp_path):
 
 def test_everything_on_demand(server, model):
     push_folder(model, "mine", everything=True)
-    assert {"training_args.bin", "train.jsonl", "checkpoint-2/optimizer.pt"} < set(server.files("user/mine"))
+    assert OF_THE_MODEL | {"train.jsonl", "checkpoint-2/optimizer.pt"} < set(server.files("user/mine"))
+    assert "training_args.bin" not in server.files("user/mine")
+
+
+@pytest.fixture
+def strays(model, tmp_path) -> Path:
+    """The model's folder, with what looks like a part of it and is none."""
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    shutil.copytree(model, folder)
+    outside.mkdir()
+    (outside / "customers.txt").write_text("private")
+    (folder / "linked").symlink_to(outside)
+    for name in ("1_Pooling/.env", "1_Pooling/notes.txt", ".env", "vocab_customers.csv", "tokenizer_corpus.txt", "x.spm",
+                 "sentencepiece_corpus.txt", "chat_templates.zip", "model-of-may.safetensors", "helper.py", "merges.txt.bak",
+                 ".git/config", "checkpoint-2/training_args.bin", "checkpoint-2/.env", "checkpoint-2/.metadata"):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("private")
+    return folder
+
+
+def test_names_that_only_look_like_a_models_stay(server, strays, caplog):
+    push_folder(strays, "mine")
+    assert is_complete(server, strays)
+    assert "1_Pooling: .env, notes.txt: not of the module, not uploaded" in caplog.text
+
+
+def test_everything_takes_no_links_no_dotfiles_and_no_training_args(server, strays, caplog):
+    push_folder(strays, "mine", everything=True)
+    stored = set(server.files("user/mine"))
+    assert OF_THE_MODEL | {"helper.py", "vocab_customers.csv", "checkpoint-2/.metadata"} < stored
+    assert not [name for name in stored if ".env" in name or ".git" in name or "linked" in name or "training_args" in name]
+    assert "1 links are not uploaded" in caplog.text
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("name", ["vocab.txt", "README.md", "model.safetensors", "1_Pooling/config.json"])
+def test_a_link_in_the_place_of_a_file_is_refused(server, strays, name, everything):
+    (strays / name).unlink(missing_ok=True)
+    (strays / name).symlink_to(strays.parent / "outside" / "customers.txt")
+    assert f"{name} is a link" in error_of(push_folder, strays, "mine", everything=everything)
+    (strays / name).unlink()
+    (strays / name).symlink_to("nowhere")  # and where it leads nowhere
+    assert f"{name} is a link" in error_of(push_folder, strays, "mine", everything=everything)
+    assert not server.repos.get("user/mine", {"branches": {"main": []}})["branches"]["main"]
+
+
+@pytest.mark.parametrize("path", ["../outside", "linked", "checkpoint-2", "{outside}", "data/private", "3_Absent", "9_Linked"])
+def test_a_module_is_a_folder_of_its_kind(server, strays, path):
+    outside = str(strays.parent / "outside")
+    (strays / "9_Linked").symlink_to(outside)
+    modules = json.loads((strays / "modules.json").read_text())
+    modules[1]["path"] = path.format(outside=outside)
+    (strays / "modules.json").write_text(json.dumps(modules))
+    assert "which is no folder like 1_Pooling" in error_of(push_folder, strays, "mine")
+
+
+def test_modules_that_would_arrive_without_their_weights_are_refused(server, strays):
+    modules = json.loads((strays / "modules.json").read_text())
+    (strays / "1_Pooling" / "pytorch_model.bin").write_bytes(b"")
+    assert "the weights are no model.safetensors" in error_of(push_folder, strays, "mine")
+    (strays / "0_Transformer").mkdir()
+    (strays / "modules.json").write_text(json.dumps([modules[0] | {"path": "0_Transformer"}]))
+    assert "the transformer lies in '0_Transformer'" in error_of(push_folder, strays, "mine")
+    (strays / "modules.json").write_text("[")
+    assert "modules.json: not JSON" in error_of(push_folder, strays, "mine")
+
+
+def test_code_goes_up_where_the_configs_name_it(server, strays):
+    config = json.loads((strays / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "configuration_toy.ToyConfig",
+        "AutoModel": "modeling_toy.Toy",
+        "AutoModelForMaskedLM": "a/b--c.D",
+    }
+    (strays / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    tokens = json.loads((strays / "tokenizer_config.json").read_text())
+    (strays / "tokenizer_config.json").write_text(json.dumps(tokens | {"auto_map": {"AutoTokenizer": ["tokenize.Toy", None]}}))
+    (strays / "modeling_toy.py").write_text("import helper\nfrom .parts import part\n")
+    for name in ("configuration_toy.py", "parts.py", "tokenize.py", "c.py", "secrets.py"):
+        (strays / name).write_text("pass\n")
+    push_folder(strays, "mine")
+    code = {name for name in server.files("user/mine") if name.endswith(".py")}
+    assert code == {"configuration_toy.py", "modeling_toy.py", "parts.py", "tokenize.py"}
+    (strays / "parts.py").unlink()
+    (strays / "parts.py").symlink_to(strays / "secrets.py")
+    assert "parts.py is a link" in error_of(push_folder, strays, "mine")
+    (strays / "parts.py").unlink()
+    assert "parts.py, which cannot be read" in error_of(push_folder, strays, "mine")
+
+
+def test_shards_are_known_by_their_numbers(server, strays):
+    (strays / "model.safetensors").unlink()
+    assert "no model there" in error_of(push_folder, strays, "mine")  # model-of-may.safetensors is none
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"):
+        (strays / name).write_text("{}")
+    push_folder(strays, "mine")
+    shards = {name for name in server.files("user/mine") if name.startswith("model")}
+    assert shards == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+
+
+def test_every_tokenizers_files_are_known():
+    """The names in the sources of the transformers that is installed."""
+    named = set()
+    for path in Path(transformers.__file__).parent.rglob("*token*.py"):
+        source = path.read_text(encoding="utf-8")
+        constants = dict(re.findall(r'^([A-Z_]+) = "([^"]+)"', source, re.MULTILINE))
+        for names in re.findall(r"VOCAB_FILES_NAMES = (\{.*?\})", source, re.DOTALL):
+            named |= {constants.get(value.strip('"'), value.strip('"')) for value in re.findall(r": *([^,}\n]+)", names)}
+    assert {"vocab.txt", "bpe.codes", "word_shape.json"} < named <= hub.FILES
 
 
 def requests_of_a_push(model) -> list[str]:

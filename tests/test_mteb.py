@@ -135,3 +135,9 @@ def test_names_that_mteb_does_not_know():
     assert "mteb has no such benchmark" in error_of(find_tasks, [], ["MTEB(nothing)"])
     assert "give --tasks NAME" in error_of(find_tasks, [], [])
     assert [task.metadata.name for task in find_tasks(["STSBenchmark"], [])] == ["STSBenchmark"]
+
+
+def test_data_that_cannot_be_fetched_are_one_line(folder, tmp_path):
+    """STSBenchmark's data are on the Hub, and tests are offline."""
+    message = error_of(run_mteb, Encoder.from_pretrained(folder), find_tasks(["STSBenchmark"], []), tmp_path / "mteb")
+    assert message.startswith("the data of a task cannot be fetched (") and "mteb/stsbenchmark-sts" in message

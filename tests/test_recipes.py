@@ -43,8 +43,7 @@ def recipe(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
-@pytest.fixture
-def files(tmp_path) -> dict[str, Path]:
+def make_files(tmp_path: Path) -> dict[str, Path]:
     """A training file, an STS file and a tiny model's folder."""
     with open(tmp_path / "nli.csv", "w", newline="") as file:
         rows = [[f"the {a}", f"a {a}, here", f"no {b}"] for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -53,6 +52,11 @@ def files(tmp_path) -> dict[str, Path]:
     (tmp_path / "sts.tsv").write_text(sts)
     tiny_encoder().save_pretrained(tmp_path / "model", verify=False)
     return {"nli": tmp_path / "nli.csv", "sts": tmp_path / "sts.tsv", "model": tmp_path / "model"}
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    return make_files(tmp_path)
 
 
 def flags(files, *more) -> list:
@@ -87,6 +91,25 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     scored = json.loads((tmp_path / "e" / "results.json").read_text())
     assert scored["sts"]["s"] == pytest.approx(results["after"]["sts"]["s"], abs=0.01)
     assert "spearman" in done.stdout and "x 100" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "chose"),
+    [
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1], True),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 5], False),  # once, last
+        (["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "no"], False),
+        (["--save_strategy", "no"], False),
+    ],
+    ids=["of several steps", "of one step", "looks on", "no evaluation"],
+)  # fmt: skip
+def test_what_chose_the_model_is_said(tmp_path, files, more, chose):
+    out = tmp_path / "out"
+    train = sup(*flags(files, "--output_dir", out, "--max_steps", 2, *more))["train"]
+    assert (train["score"]["metric"], train["score"]["greater_is_better"]) == ("spearman", True)
+    assert train["chosen_by"] == (train["score"] if chose else None)
+    assert ("flatter" in (out / "README.md").read_text()) is chose
+    assert "num_train_epochs" not in train["settings"] and train["settings"]["max_steps"] == 2
 
 
 def test_two_processes_train_evaluate_and_save(tmp_path, files):
@@ -208,7 +231,7 @@ def test_help(path, monkeypatch, capsys):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_is_one_line(tmp_path, files):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.json").symlink_to("/dev/full")
+    (tmp_path / "out" / ".results.json.new").symlink_to("/dev/full")  # where it is written before it takes its place
     argv = ["--model_name_or_path", files["model"], "--eval_sts_file", f"s={files['sts']}", "--output_dir", tmp_path / "out"]
     done = recipe("evaluate.py", *argv)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """A folder or a model on the Hub to an `Encoder`; weights and tokenizer files that are not whole are refused."""
 
+import contextlib
 import logging
 import re
 
@@ -26,7 +27,9 @@ HUB = ("revision", "token", "cache_dir", "local_files_only")
 MOST_TOKENS = 10**9
 
 
-def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, new_pooler: bool = False, **model_kwargs):
+def load_encoder(
+    cls, name: str, pooling=None, max_length=None, normalize=None, trust_remote_code=False, new_pooler=False, **model_kwargs
+):
     """See Encoder.from_pretrained. With `new_pooler` the weights need not hold a pooler: it is trained from nothing.
 
     Raises:
@@ -37,8 +40,8 @@ def load_encoder(cls, name: str, pooling=None, max_length=None, normalize=None, 
         raise InputError(f"model '{name}': from_pretrained takes no subfolder; give the path of that folder as the model")
     hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
     folder = find_transformer(name, **hub)
-    backbone, missing = load_model(name, **folder, **model_kwargs)
-    tokenizer = load_tokenizer(name, **folder, **hub)
+    backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
+    tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
     entry = getattr(backbone.config, "temp_scale", None)
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
@@ -93,7 +96,9 @@ def length_of(encoder, name: str, stated: int | None) -> int:
     return check_max_length(stated, limit, encoder.tokenizer)
 
 
-def load_model(name: str, auto_class: str | None = None, **kwargs) -> tuple[PreTrainedModel, list[str]]:
+def load_model(
+    name: str, auto_class: str | None = None, trust_remote_code: bool = False, **kwargs
+) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its parameters that the weights file does not have.
 
     `auto_class` is a class of transformers; default: the one that loads this model as a text encoder.
@@ -103,11 +108,11 @@ def load_model(name: str, auto_class: str | None = None, **kwargs) -> tuple[PreT
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
         files = Files(name, **where)
         refuse_adapter(files)
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **where)
+        config = kwargs.pop("config", None)
+        config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
-        model, report = model_class.from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
     except InputError:
         raise
     except Exception as error:  # many kinds: no network, no file, not JSON, a broken header, a missing package
@@ -155,10 +160,10 @@ def weight_files(files: Files) -> list[str]:
     return [path for path in map(files.path, names) if path]
 
 
-def load_tokenizer(name: str, **kwargs):
+def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs):
     """The tokenizer of a model. Raises InputError if its files are missing or not whole."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
         raise unreachable(name, error, "its tokenizer cannot be loaded") from error
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
@@ -196,7 +201,28 @@ def listed(names: list[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def is_remote(part) -> bool:
+    """Whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
+    return getattr(type(part), "_auto_class", None) is not None or type(part).__module__.startswith("transformers_modules.")
+
+
+@contextlib.contextmanager
+def own_code(backbone):
+    """The config without `auto_map` where transformers' own class was taken: that code is not saved."""
+    auto_map = None if is_remote(backbone) or is_remote(backbone.config) else vars(backbone.config).pop("auto_map", None)
+    try:
+        yield
+    finally:
+        if auto_map is not None:
+            backbone.config.auto_map = auto_map
+
+
 def unreachable(name: str, error: Exception, what: str = "cannot be loaded") -> InputError:
+    if "trust_remote_code=True" in str(error):
+        return InputError(
+            f"model '{name}' brings Python code of its own, which is not run unless you say so: read it, then give "
+            "--trust_remote_code on the command line (in Python, trust_remote_code=True)"
+        )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return InputError(
         f"model '{name}' {what}: {reason}. Give a local folder that holds config.json, weights and tokenizer; "

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_embed.adapters import has_adapters, merge_adapters
 from hf_embed.card import write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
+from hf_embed.checkpoint.load import is_remote, own_code
 from hf_embed.checkpoint.verify import verify_folder, verify_loadable
 from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER
@@ -48,20 +49,25 @@ def save_encoder(
             write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new, weights)
-            names = set(os.listdir(new))
-            for name in names:
-                target = Path(folder, name)
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(Path(new, name), target)
-            for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
-                path.unlink()
+            put_in_place(new, folder)
         write_card(encoder, folder)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # not empty: someone else writes there
                 os.rmdir(folder)
         raise
+
+
+def put_in_place(new: str, folder: str) -> None:
+    """Move the whole checkpoint `new` into `folder`, over an earlier one."""
+    names = set(os.listdir(new))
+    for name in names:
+        target = Path(folder, name)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(Path(new, name), target)
+    for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
+        path.unlink()
 
 
 def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> dict[str, Tensor]:
@@ -85,9 +91,13 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
         if scaling and fold:
             tensors, settings = folded(backbone, state_dict)
             state_dict = (state_dict or backbone.state_dict()) | tensors
-    with config_for_saving(backbone.config, encoder.pooling, settings):
+    if type(backbone).__module__.startswith("transformers_modules."):
+        type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever class it came in
+    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone):
         backbone.save_pretrained(folder, state_dict=state_dict)
     tokenizer = copy.deepcopy(encoder.tokenizer)
+    if not is_remote(tokenizer):
+        tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.model_max_length = encoder.max_length
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved as it is now, not as it was loaded
     tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_embed.checkpoint.layout import read_settings
+from hf_embed.checkpoint.load import own_code
 from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER, pool, saved_pooling
 from hf_embed.text_models import loading_class
@@ -39,7 +40,8 @@ def verify_folder(encoder, folder: str, weights: dict[str, Tensor]) -> None:
     half = dtype in (torch.float16, torch.bfloat16)
     batches = [[text] for text in PROBES] + ([] if half else [PROBES])
     with quiet():
-        model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype)
+        trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
+        model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype, **trusted)
     verify_weights(model, weights)
     loaders = {"AutoModel": through_automodel(encoder, folder, model.to(encoder.device).eval())}
     if importlib.util.find_spec("sentence_transformers"):
@@ -65,7 +67,7 @@ def verify_weights(model, weights: dict[str, Tensor]) -> None:
 
 def through_automodel(encoder, folder: str, model):
     """A function from texts to vectors, as the card tells users to write it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=encoder.remote_code)
     tokenizer.padding_side = "right"
     pooling, dense = saved_pooling(encoder.pooling), read_settings(folder, model).get("dense", [])
 
@@ -90,7 +92,8 @@ def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype):
     from sentence_transformers import SentenceTransformer
 
     with quiet():
-        model = SentenceTransformer(folder, device=str(encoder.device), model_kwargs={"dtype": dtype})
+        settings = {"trust_remote_code": encoder.remote_code, "model_kwargs": {"dtype": dtype}}
+        model = SentenceTransformer(folder, device=str(encoder.device), **settings)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
@@ -102,12 +105,16 @@ def verify_loadable(encoder) -> None:
     base, loader = encoder.base, loading_class(encoder.config)
     kind = type(base).__name__
     with tempfile.TemporaryDirectory() as folder, quiet():
-        encoder.config.save_pretrained(folder)
+        with own_code(encoder.base):
+            encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
-        loaded = AutoTokenizer.from_pretrained(folder)
+        trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
+        loaded = AutoTokenizer.from_pretrained(folder, **trusted)
         try:
-            config = AutoConfig.from_pretrained(folder)
-            AutoProcessor.from_pretrained(folder)  # which sentence-transformers asks for; of a text model it is the tokenizer
+            config = AutoConfig.from_pretrained(folder, **trusted)
+            AutoProcessor.from_pretrained(
+                folder, **trusted
+            )  # which sentence-transformers asks for; of a text model it is the tokenizer
         except Exception as error:
             raise InputError(
                 f"{kind} needs a processor beside its tokenizer ({type(error).__name__}); take a text model"

@@ -32,7 +32,7 @@ import yaml
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def kind_of(path: str) -> str:
 
 
 def unreadable(path: str, reason: str) -> InputError:
-    return InputError(f"{path}: cannot be read as {kind_of(path)}: {reason}")
+    return InputError(f"{path}: cannot be read as {kind_of(path)}: {masked(reason, path)}")
 
 
 # ---- lines ----
@@ -224,7 +224,7 @@ def survey_tables(paths: list[str], table: Table) -> Features:
         if broken:
             inside = sum(b - a for a, b in broken)
             logger.warning(
-                f"{path}: {len(broken):,} of {count:,} rows have line breaks in a quoted cell, the first in lines "
+                f"{masked(path)}: {len(broken):,} of {count:,} rows have line breaks in a quoted cell, the first in lines "
                 f"{broken[0][0]} to {broken[0][1]}; {inside:,} of the file's {last:,} lines are within such cells;{NO_QUOTING}"
             )
     return Features({name: Value("string") for name in names}) if rows else Features()
@@ -409,7 +409,7 @@ def stream(paths: list[str], table: Table, optional: list[str] | None) -> Iterab
     if kind in ("json", "jsonl") and not (unnamed and any(map(NEGATIVE.fullmatch, columns))):
         late = [name for name in optional or [] if name not in columns]
     if late:
-        logger.warning(f"{paths[0]}: the first rows have no column {', '.join(late)}; it is taken where it begins")
+        logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is taken where it begins")
     refuse = optional is None or (unnamed and not late)
     kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse}
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)

@@ -56,7 +56,7 @@ from hf_embed.data.sources import (
     unformatted,
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import InputError, RankError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def read_source(entry: dict, number: int, path: str) -> Source:
         if "file" in entry:
             files = expand(entry["file"], Path(path).parent)
             rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True), optional=late_negatives(entry))
-            origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+            origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
         else:
             if "quoting" in entry:
                 raise InputError("quoting is of csv files; a dataset has none")

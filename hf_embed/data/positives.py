@@ -79,7 +79,7 @@ def parse_positive(positive: str) -> tuple[str, float]:
 
 def add_positives(
     rows: Dataset, positive: str, seed: int = 0, name: str = "train_dataset", synonyms: str | None = None,
-    model: str | None = None, device: str | torch.device = "cpu",
+    model: str | None = None, device: str | torch.device = "cpu", trust_remote_code: bool = False,
 ) -> Dataset:  # fmt: skip
     """Rows of a single text to rows of anchor and positive; for "dropout" and "same_mask" the rows as they are.
 
@@ -88,7 +88,7 @@ def add_positives(
     Args:
         positive: one of the kinds above.
         synonyms: for "synonym", a file with a word, a tab, and its synonyms separated by commas, in each line.
-        model: for "mask_fill", the masked language model, on `device`.
+        model: for "mask_fill", the masked language model, on `device`; `trust_remote_code` lets its own code run.
 
     Raises:
         InputError: an unknown kind or a bad share; a table or a model that is missing or of no use.
@@ -103,7 +103,7 @@ def add_positives(
         anchors = texts.select(range(len(texts) - 1)).rename_column(column, "anchor")
         return Dataset.from_dict({"anchor": anchors["anchor"][:], "positive": following["positive"][:]})
     if kind == "mask_fill":
-        change_all = partial(MaskFill(model, device), share=share)
+        change_all = partial(MaskFill(model, device, trust_remote_code), share=share)
     else:
         change = partial(replace, table=read_synonyms(synonyms)) if kind == "synonym" else OF_WORDS[kind]
         change_all = partial(one_by_one, change, share=share)
@@ -157,18 +157,20 @@ def replace(words: list[str], share: float, draw: random.Random, table: dict[str
 class MaskFill:
     """Masked words, each replaced by the model's best guess."""
 
-    def __init__(self, name: str | None, device: str | torch.device):
+    def __init__(self, name: str | None, device: str | torch.device, trust_remote_code: bool = False):
+        trusted = {"trust_remote_code": trust_remote_code}
         if name is None:
             raise InputError("positive mask_fill needs a masked language model")
         try:
-            model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True)
+            model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
         except (OSError, ValueError) as error:
+            mend = "; --trust_remote_code lets its own code run" if "trust_remote_code=True" in str(error) else ""
             raise InputError(
-                f"positive mask_fill: '{name}' is no masked language model ({str(error).splitlines()[0]})"
+                f"positive mask_fill: '{name}' is no masked language model ({str(error).splitlines()[0]}){mend}"
             ) from error
         if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
             raise InputError(f"positive mask_fill: '{name}' has no masked-language-modelling head (no {missing[0]})")
-        self.model, self.tokenizer = model.eval().to(device), AutoTokenizer.from_pretrained(name)
+        self.model, self.tokenizer = model.eval().to(device), AutoTokenizer.from_pretrained(name, **trusted)
 
     @torch.inference_mode()
     def __call__(self, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:

@@ -8,6 +8,8 @@ import hashlib
 from pathlib import Path
 
 import torch
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HTTPError
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
@@ -93,12 +95,19 @@ def run_mteb(encoder, tasks: list, folder: str | Path, batch_size: int = 512) ->
 
         {"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}
 
-    `score` is mteb's main score x 100, the mean over a task's subsets.
+    `score` is mteb's main score x 100, the mean over a task's subsets. Raises InputError where the data of a task are neither
+    here nor to be had.
     """
     import mteb
 
     cache = mteb.ResultCache(Path(folder))
-    results = mteb.evaluate(encoder, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+    try:
+        results = mteb.evaluate(encoder, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+    except (ConnectionError, HTTPError, DatasetNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"the data of a task cannot be fetched ({reason}); go online, or run it once where they can"
+        ) from error
     rows = []
     for task, result in zip(tasks, results.task_results):
         for split, scores in result.scores.items():

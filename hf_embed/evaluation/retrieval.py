@@ -74,6 +74,10 @@ class Retrieval:
         query, document = (" ".join(texts[name].split()) for texts in (self.queries, self.corpus))
         return f" {document}".endswith(f" {query}")  # behind the title
 
+    @property
+    def logged(self) -> list[str]:
+        return [f"{metric}@{k}" for k in self.cutoffs for metric in ("ndcg", "map", "recall", "mrr")]
+
     def score(self, embed: Callable) -> dict[str, float]:
         """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document. NaN, with a warning,
         where no query is nearer to one document than to another: the documents' order in the file would decide."""
@@ -244,7 +248,7 @@ def read_jsonl(path: Path) -> list[dict]:
 def read_code_search(path: str) -> Retrieval:
     """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
     as in CodeSearchNet, or of a Python package, by folder or name."""
-    if not Path(path).is_file():
+    if "://" not in path and not Path(path).is_file():
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
         rows = read_file(path)

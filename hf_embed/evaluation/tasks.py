@@ -18,7 +18,7 @@ NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, 
 class Task(Protocol):
     kind: str  # where its results stand in results.json: "sts", "retrieval", "zero_shot"
     main: str  # the metric that chooses a checkpoint where nothing else is said
-    reported: tuple[str, ...]  # the metrics that results.json keeps
+    reported: tuple[str, ...]  # the metrics that results.json keeps; a task that logs more lists all of them in `logged`
 
     def score(self, embed: Callable) -> dict[str, float]:
         """Metrics by name. `embed(texts, prompt_name=None)` maps texts to a tensor (N, D)."""
@@ -40,6 +40,12 @@ def main_metric(tasks: dict[str, Task]) -> str:
     """The mean that stands for all tasks: Spearman if there is an STS set, else the first task's."""
     kinds = {task.kind: task.main for task in tasks.values()}
     return kinds.get("sts") or next(iter(kinds.values()))
+
+
+def metric_names(tasks: dict[str, Task]) -> set[str]:
+    """The names under which `score_tasks` gives metrics, as far as the tasks say what they log."""
+    keys = {name: {*task.reported, *getattr(task, "logged", ())} for name, task in tasks.items()}
+    return {key for of in keys.values() for key in of} | {f"{name}_{key}" for name, of in keys.items() for key in of}
 
 
 def embed_own_share(texts: list[str], embed: Callable, prompt_name: str | None = None, batch: int = 1024):

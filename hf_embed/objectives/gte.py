@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from hf_embed.errors import InputError
 from hf_embed.objectives.masking import false_negatives
+from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 TILE_SIZE = 2**26  # similarities in a tile: 256 MB in float32
@@ -51,7 +52,7 @@ class ImprovedContrastive:
         tile_rows: T; default: as many as keep a tile at 2^26 similarities.
 
     Raises:
-        InputError: an unknown direction or partition_mode, or a combination without a meaning.
+        InputError: an unknown direction or partition_mode, a number out of range, or a combination without a meaning.
     """
 
     temperature: float = 0.01
@@ -64,10 +65,11 @@ class ImprovedContrastive:
 
     def __post_init__(self):
         self.directions = tuple(self.directions)
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; it must be above 0")
+        check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
         if unknown := [d for d in self.directions if d not in DIRECTIONS]:
             raise InputError(f"unknown direction '{unknown[0]}'; there are {', '.join(DIRECTIONS)}")
+        if len(set(self.directions)) < len(self.directions):
+            raise InputError(f"directions are {' '.join(self.directions)}; name each once, for a sum counts once")
         if "query_to_doc" not in self.directions:
             raise InputError("directions need query_to_doc: the positive pair stands there")
         if self.partition_mode not in ("joint", "per_direction"):

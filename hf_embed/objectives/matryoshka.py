@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_embed.errors import InputError
+from hf_embed.ranges import COUNT, Range
 
 
 @dataclass
@@ -17,7 +18,8 @@ class Matryoshka:
         weights: of each width's loss; default: 1.
 
     Raises:
-        InputError: a width below 1 or, at the first step, above the embedding's; another number of weights than widths.
+        InputError: a width below 1, named twice or, when the trainer is made, above the embedding's; another number of weights
+            than widths; weights below 0, or all 0.
     """
 
     objective: object
@@ -27,10 +29,12 @@ class Matryoshka:
     def __post_init__(self):
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
-        if not self.dims or min(self.dims) < 1:
-            raise InputError(f"Matryoshka dims are {list(self.dims)}; give widths of at least 1")
+        if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):
+            raise InputError(f"Matryoshka dims are {list(self.dims)}; give different whole widths of at least 1")
         if len(self.weights) != len(self.dims):
             raise InputError(f"Matryoshka has {len(self.dims)} dims and {len(self.weights)} weights; give one for each")
+        if not all(weight in Range(least=0) for weight in self.weights) or not any(self.weights):
+            raise InputError(f"Matryoshka weights are {list(self.weights)}; give numbers of at least 0, not all of them 0")
 
     # What the trainer asks of an objective besides its loss.
     @property

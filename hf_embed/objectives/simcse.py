@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.objectives.masking import false_negatives
+from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
 
 
 @dataclass
@@ -28,12 +29,18 @@ class SimCSE:
         mask_other_positives: leave out of row i's denominator the positives of other rows with the same anchor, and of rows
             whose anchor is row i's positive: they are right answers too. False is the paper's form, in which one anchor in two
             rows with two positives keeps the loss above 0 on perfect embeddings.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     temperature: float = 0.05
     hard_negative_weight: float = 0.0
     mlm_weight: float = 0.0
     mask_other_positives: bool = True
+
+    def __post_init__(self):
+        check_ranges(self, {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0)})
 
     def __call__(
         self,

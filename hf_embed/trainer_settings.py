@@ -1,0 +1,219 @@
+"""What becomes of every field of `transformers.TrainingArguments` here, and the checks of those that are honoured.
+
+`REFUSED`: ignoring them would change the result. `IGNORED`: they have no effect, and do no harm; a warning names them. All
+others do what they do for a plain Trainer; tests/test_training_arguments.py walks them.
+"""
+
+import dataclasses
+import importlib.util
+import logging
+import math
+import os
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from hf_embed.errors import InputError
+from hf_embed.evaluation.tasks import main_metric, metric_names
+from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
+
+logger = logging.getLogger(__name__)
+
+SHARE = Range(least=0, below=1)
+NOT_NEGATIVE = Range(least=0)
+
+RANGES = {
+    "learning_rate": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "max_grad_norm": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE,
+    "adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": NOT_NEGATIVE,
+    "num_train_epochs": POSITIVE, "per_device_train_batch_size": COUNT, "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT, "logging_steps": POSITIVE, "eval_steps": POSITIVE, "save_steps": POSITIVE,
+    "eval_delay": NOT_NEGATIVE, "save_total_limit": COUNT, "torch_empty_cache_steps": COUNT, "seed": SEED, "data_seed": SEED,
+    "dataloader_num_workers": Range(least=0, whole=True), "dataloader_prefetch_factor": COUNT,
+    "ddp_timeout": COUNT, "ddp_bucket_cap_mb": COUNT, "label_smoothing_factor": SHARE,
+    "max_length": COUNT, "chunk_tokens": COUNT, "shuffle_buffer_size": COUNT, "temp_scale": POSITIVE,
+}  # fmt: skip
+
+REFUSED = {
+    "label_smoothing_factor": "the loss has no labels to smooth",
+    "neftune_noise_alpha": "a chunk's noise would depend on its padding",
+    "train_sampling_strategy": "a batch is drawn from all rows, for its rows are each other's negatives",
+    "auto_find_batch_size": "a smaller batch has fewer negatives; gradient_caching makes a large one fit",
+    "bf16_full_eval": "evaluation computes as the training does; bf16 sets both",
+    "fp16_full_eval": "evaluation computes as the training does; fp16 sets both",
+    "use_liger_kernel": "apply liger_kernel to the model before you hand it over",
+    "liger_kernel_config": "apply liger_kernel to the model before you hand it over",
+    "parallelism_config": "texts are not split among devices; FSDP and DeepSpeed share a large model",
+    "debug": "it reads no masks of True and False; torch.autograd.set_detect_anomaly(True) finds a NaN",
+}
+
+IGNORED = {
+    "per_device_eval_batch_size": "texts are evaluated in chunks of chunk_tokens",
+    "prediction_loss_only": "evaluation has metrics alone, and no loss",
+    "include_for_metrics": "evaluation sets compute their own metrics",
+    "batch_eval_metrics": "evaluation sets compute their own metrics",
+    "eval_do_concat_batches": "evaluation sets compute their own metrics",
+    "eval_accumulation_steps": "vectors go to the CPU chunk by chunk",
+    "eval_use_gather_object": "vectors are gathered as they are",
+    "average_tokens_across_devices": "the loss is a mean over rows, not tokens",
+    "logging_nan_inf_filter": "a loss that is not a number ends the run",
+    "label_names": "there are no labels",
+    "length_column_name": "lengths are counted",
+    "remove_unused_columns": "columns are found by name",
+    "do_train": "the recipe trains, and evaluates where there are evaluation sets",
+    "do_eval": "eval_strategy says when to evaluate",
+    "do_predict": "there is nothing to predict",
+}
+
+# accelerate's loader settings: {setting: (the values that are what happens here anyway, why)}.
+LOADER = {
+    "split_batches": ((False,), "per_device_train_batch_size is of one process"),
+    "dispatch_batches": ((None, False), "every process reads its own rows"),
+    "even_batches": ((True,), "batches have the same number of rows on every process"),
+    "use_seedable_sampler": ((True,), "the order of the rows is a function of the seed"),
+    "non_blocking": ((False,), "batches are not copied by accelerate"),
+}
+
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # those that read the metric
+NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that Trainer checks when it makes them
+WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+
+
+def changed_from_default(args, name: str) -> bool:
+    field = TrainingArguments.__dataclass_fields__[name]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(args, name) not in (default, [], None)  # what TrainingArguments and its parser make of ""
+
+
+def check_before(args) -> None:
+    """What is wrong with the arguments as they were given. Raises InputError."""
+    check_ranges(args, RANGES)
+    if args.max_steps != -1 and args.max_steps not in COUNT:
+        raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to go by num_train_epochs")
+    for name, reason in REFUSED.items():
+        if changed_from_default(args, name):
+            raise InputError(f"{name} is {getattr(args, name)!r}, which cannot be had here: {reason}; leave it out")
+    for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
+        if getattr(args, name) and not args.dataloader_num_workers:
+            raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
+    if args.dataloader_multiprocessing_context not in (None, "fork", "spawn", "forkserver"):
+        raise InputError(
+            f"dataloader_multiprocessing_context is {args.dataloader_multiprocessing_context!r}; "
+            "it must be one of fork, spawn, forkserver"
+        )
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
+    if (args.deepspeed or launched) and importlib.util.find_spec("deepspeed") is None:
+        raise InputError("deepspeed is asked for, but the package is not installed; pip install deepspeed")
+
+
+def check_after(args) -> None:
+    """What is wrong with the arguments, now that TrainingArguments has made something of them. Raises InputError."""
+    for name, (harmless, reason) in LOADER.items():
+        if (value := getattr(args.accelerator_config, name)) not in harmless:
+            raise InputError(f"accelerator_config: {name} is {value!r}, which cannot be had here: {reason}; leave it out")
+    steps = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+    if steps not in COUNT:
+        raise InputError(f"accelerator_config: num_steps is {steps!r}; it must be {COUNT}")
+    if args.mixed_precision == "fp16" and args.device.type == "cpu":
+        raise InputError("fp16 is given, but a CPU has no such arithmetic and would compute in float32; take bf16, or neither")
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"report_to: there is no '{name}'; there are {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
+        if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):  # these two are known by no package
+            raise InputError(f"report_to: the package of {name} is not installed; install it, or set report_to to none")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise InputError("save_strategy is best, but eval_strategy is no: nothing would be saved; set eval_strategy")
+    if not args.dataloader_in_order and args.world_size > 1:
+        raise InputError("dataloader_in_order is False: processes would train on different batches in a step; leave it out")
+    check_optimizer(args)
+    check_schedule(args)
+
+
+def check_optimizer(args) -> None:
+    """Make the optimizer of a single weight. Raises InputError for a missing package or settings that it does not take."""
+    name = args.optim.value
+    if args.optim_args and name in WITHOUT_OPTIM_ARGS:
+        raise InputError(f"optim_args is {args.optim_args!r}, and {name} reads none of it; leave it out")
+    if args.optim_target_modules and not name.startswith(("galore", "apollo")):
+        raise InputError(f"optim_target_modules is for galore and apollo, and optim is {name}; leave it out")
+    try:
+        made_by, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        if isinstance(made_by, type) and issubclass(made_by, torch.optim.Optimizer):
+            made_by([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+    except Exception as error:
+        if isinstance(error, ImportError) or not name.startswith(NEED_A_MODEL):
+            raise InputError(f"optim {name}: {' '.join(str(error).split())}") from error
+
+
+def check_schedule(args) -> None:
+    """Give a schedule that reads the metric its direction, and make one for a single weight. Raises InputError for settings
+    that the schedule does not take."""
+    name, given = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    if given and name in ("constant", "constant_with_warmup"):
+        raise InputError(f"lr_scheduler_kwargs is {given!r}, and {name} reads none of it; leave it out")
+    if name in METRIC_SCHEDULES:
+        mode = "max" if args.greater_is_better else "min"
+        if given.get("mode", mode) != mode:
+            metric = args.metric_for_best_model
+            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum")
+        args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers leaves it at min
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+    except Exception as error:
+        raise InputError(f"lr_scheduler_type {name}: {' '.join(str(error).split())}") from error
+
+
+def check_metric(args, tasks: dict) -> None:
+    """Find the metric that chooses the model among those that the evaluation sets log. Raises InputError for another."""
+    if not tasks or args.metric_for_best_model is None:
+        return
+    if args.metric_for_best_model == "auto":
+        args.metric_for_best_model = main_metric(tasks)
+    names = metric_names(tasks)
+    if args.metric_for_best_model.removeprefix("eval_") not in names:
+        raise InputError(
+            f"metric_for_best_model is '{args.metric_for_best_model}'; the evaluation sets log {', '.join(sorted(names))}"
+        )
+
+
+def check_evaluation(args, tasks: dict) -> None:
+    """Raises InputError for settings that need an evaluation set where there is none."""
+    schedule = args.lr_scheduler_type.value
+    for wanted, what in (
+        (args.eval_strategy != "no", f"eval_strategy is {args.eval_strategy.value}"),
+        (args.eval_on_start, "eval_on_start is True"),
+        (args.load_best_model_at_end, "load_best_model_at_end is True"),
+        (args.save_strategy == "best", "save_strategy is best"),
+        (schedule in METRIC_SCHEDULES, f"lr_scheduler_type is {schedule}"),
+    ):
+        if wanted and not tasks:
+            raise InputError(f"{what}, but there is no evaluation set; give one, or leave it out")
+
+
+def check_training(args, encoder, batches: int, name: str) -> None:
+    """Raises InputError for a run that would train nothing, or evaluate nothing though it should."""
+    trained = ("backbone.", "dense.")  # what is saved; heads of the training and a learned temperature are not
+    if not any(p.requires_grad for key, p in encoder.named_parameters() if key.startswith(trained)):
+        raise InputError("no weight of the model requires a gradient, so nothing would be trained; unfreeze some")
+    if not batches:
+        raise InputError(
+            f"{name}: no batch has {args.per_device_train_batch_size} rows for each process; set a smaller "
+            "per_device_train_batch_size, or dataloader_drop_last to False"
+        )
+    updates = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[args.eval_strategy.value]
+    if args.eval_delay > end:
+        raise InputError(f"eval_delay is {args.eval_delay:g}, and the run ends at {end}: nothing would be evaluated; lower it")
+
+
+def warn_of_ignored(args) -> None:
+    """Name the settings that have no effect."""
+    for name, reason in IGNORED.items():
+        if changed_from_default(args, name) and not (name == "do_eval" and args.eval_strategy != "no"):
+            logger.warning(f"{name} has no effect: {reason}")
+    if args.eval_steps and args.eval_strategy == "no":
+        logger.warning("eval_steps has no effect: eval_strategy is no; set it to steps")

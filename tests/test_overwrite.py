@@ -1,0 +1,279 @@
+"""`--overwrite_output_dir`: whatever fails, the earlier run is whole until the first step of the new one is done."""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import error_of
+from test_recipes import QUIET, ROOT, flags, make_files, recipe, sup
+from transformers import TrainerCallback
+
+from hf_embed import Encoder, InputError
+from hf_embed.ablation import AblationArguments, run_ablation
+from hf_embed.checkpoint import save
+from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.plan import plan_simcse
+from hf_embed.trainer import ContrastiveTrainer
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def matches(folder: Path) -> bool:
+    """Whether weights, scores and card are of one run."""
+    results = json.loads((folder / "results.json").read_text())
+    steps = results["train"]["steps"]
+    return f"steps       {steps:,}, of" in (folder / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with data, and a finished run in `out`."""
+    folder = tmp_path_factory.mktemp("finished")
+    sup(
+        *flags(make_files(folder)), "--output_dir", folder / "out", "--save_steps", 2, "--learning_rate", 1e-3, "--max_steps", 4
+    )
+    return folder
+
+
+@pytest.fixture
+def old(tmp_path, finished) -> tuple[Path, list]:
+    """A finished run with checkpoints, logs and extras, and flags to run it again."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("runs/old/events", "mteb/results.json", "adapter/adapter_config.json", "notes/mine.txt", "2024_Data/rows.csv",
+                 ".saving-killed/model.safetensors", ".removing-checkpoint-2/x", "checkpoint-best/mine",
+                 "seed-list/mine"):  # fmt: skip
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text(name)
+    files = {"nli": tmp_path / "nli.csv", "sts": tmp_path / "sts.tsv", "model": tmp_path / "model"}
+    return out, [*flags(files), "--output_dir", out, "--save_steps", 2, "--learning_rate", 1e-3]
+
+
+FAILURES = {
+    "model": lambda *args, **kwargs: (_ for _ in ()).throw(InputError("no model")),
+    "evaluation": lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("evaluation")),
+    "first forward": lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("memory")),
+    "first optimizer step": lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize(
+    ("failure", "target"),
+    [("model", "hf_embed.finetune.load_model"), ("evaluation", "hf_embed.trainer.score_tasks"),
+     ("first forward", "hf_embed.encoder.Encoder.forward"), ("first optimizer step", "torch.optim.AdamW.step")],
+)  # fmt: skip
+def test_nothing_is_lost_before_the_first_step_is_done(old, monkeypatch, failure, target):
+    out, argv = old
+    before = digest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, FAILURES[failure])
+        with pytest.raises((Exception, KeyboardInterrupt)):  # noqa: B017
+            sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
+    assert digest(out) == before
+    if failure == "evaluation":
+        assert sup(*argv, "--max_steps", 6, "--resume_from_checkpoint")["train"]["steps"] == 6  # still the old run
+
+
+@pytest.mark.parametrize("more", [["--per_device_train_batch_size", 1], ["--max_length", 2000], ["--pooling", "max"]])
+def test_impossible_values_cost_nothing(old, more):
+    out, argv = old
+    before = digest(out)
+    error_of(sup, *argv, "--overwrite_output_dir", *more)
+    assert digest(out) == before
+
+
+def test_a_finished_run_takes_the_place_of_the_old_one(old):
+    out, argv = old
+    sup(*argv, "--max_steps", 1, "--save_steps", 1, "--normalize", "true", "--overwrite_output_dir")
+    assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 1
+    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]  # saved at the very step that clears
+    assert not [n for n in ("runs/old", "mteb", "adapter", ".saving-killed", ".removing-checkpoint-2") if (out / n).exists()]
+    for name in ("notes/mine.txt", "2024_Data/rows.csv", "checkpoint-best/mine", "seed-list/mine"):
+        assert (out / name).exists()  # nobody's but the user's
+    sup(*argv, "--max_steps", 1, "--overwrite_output_dir")
+    assert not (out / "2_Normalize").exists()
+
+
+def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):
+    out, argv = old
+    weights = (out / "model.safetensors").read_bytes()
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        train = ContrastiveTrainer.train
+        patch.setattr(ContrastiveTrainer, "train", lambda self, **kwargs: (self.add_callback(Kill()), train(self, **kwargs)))
+        with pytest.raises(KeyboardInterrupt):
+            sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
+    assert not list(out.glob("checkpoint-[0-9]*"))
+    assert (out / "model.safetensors").read_bytes() == weights and matches(out)  # the old weights, scores and card
+    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")
+
+
+def test_the_best_model_is_of_the_new_run(old):
+    out, argv = old
+    results = sup(*argv, "--max_steps", 2, "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1,
+                  "--load_best_model_at_end", "true", "--save_total_limit", 1, "--overwrite_output_dir")  # fmt: skip
+    assert results["train"]["steps"] == 2 and matches(out)
+    assert {p.name for p in out.glob("checkpoint-[0-9]*")} <= {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize("where", ["weights", "modules", "verification"])
+def test_a_full_disk_at_the_end_leaves_the_old_model_with_its_scores(old, monkeypatch, where):
+    out, argv = old
+    before = digest(out)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = {"weights": "write_checkpoint", "modules": "write_sentence_transformers_files", "verification": "verify_folder"}
+    with monkeypatch.context() as patch:
+        real = getattr(save, target[where])
+
+        def at_the_end(encoder, folder, *args, **kwargs):
+            return (full if Path(folder).parent == out else real)(encoder, folder, *args, **kwargs)
+
+        patch.setattr(save, target[where], at_the_end)
+        with pytest.raises(OSError, match="No space left"):
+            sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
+    kept = {name: sha for name, sha in before.items() if not re.match(r"checkpoint-\d|runs|\.", name)}
+    after = digest(out)
+    assert {name: after.get(name) for name in kept} == kept and matches(out)
+    assert not list(out.glob(".saving-*"))
+    assert list(out.glob("checkpoint-[0-9]*"))  # and the new run can go on
+    assert Encoder.from_pretrained(out).encode(["a"]).shape == (1, 32)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, old):
+    """Of evaluate.py and evaluate_mteb.py, which write into a finished folder."""
+    out, _ = old
+    before = digest(out)
+    (out / ".results.json.new").symlink_to("/dev/full")
+    done = recipe(
+        "evaluate.py", "--model_name_or_path", out, "--eval_sts_file", f"s={tmp_path / 'sts.tsv'}", "--output_dir", out
+    )
+    assert done.returncode == 2 and "the disk is full" in done.stderr
+    assert {name: sha for name, sha in digest(out).items() if name in before} == before
+
+
+@pytest.mark.slow
+def test_seeds_keep_the_old_ones_until_the_first_step(old, monkeypatch):
+    out, argv = old
+    argv = [*argv, "--max_steps", 2, "--save_steps", 1, "--overwrite_output_dir"]
+    sup(*argv, "--seeds", "1,2,3")
+    before, weights = digest(out), (out / "model.safetensors").read_bytes()
+    assert set(json.loads((out / "results.json").read_text())["seeds"]) == {"1", "2", "3"}
+    assert not list(out.glob("checkpoint-[0-9]*")) and not (out / "adapter").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_embed.encoder.Encoder.forward", FAILURES["first forward"])
+        with pytest.raises(torch.OutOfMemoryError):
+            sup(*argv, "--seeds", "1,2", "--learning_rate", 1e-2)
+    assert digest(out) == before
+    step = torch.optim.AdamW.step
+    count = iter(range(100))
+    with monkeypatch.context() as patch:  # in the second step of seed 1
+        patch.setattr(
+            torch.optim.AdamW, "step", lambda self, *a, **k: FAILURES["first forward"]() if next(count) else step(self)
+        )
+        with pytest.raises(torch.OutOfMemoryError):
+            sup(*argv, "--seeds", "1,2", "--learning_rate", 1e-2)
+    assert not list(out.glob("seed-*/results.json")) and [p.parent.name for p in out.glob("seed-*/checkpoint-*")] == ["seed-1"]
+    assert (out / "model.safetensors").read_bytes() == weights and (out / "results.json").is_file()
+    results = sup(*[word for word in argv if word != "--overwrite_output_dir"], "--seeds", "1,2", "--learning_rate", 1e-2,
+                  "--resume_from_checkpoint")  # fmt: skip
+    assert set(results["seeds"]) == {"1", "2"} and matches(out)
+    assert {p.name for p in out.glob("seed-[0-9]*")} == {"seed-1", "seed-2"}
+
+
+def test_links_of_the_users_are_not_followed(tmp_path):
+    folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for name in ("out/seed-1/runs/a", "out/checkpoint-1", "elsewhere/run", "elsewhere/checkpoint-9"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("runs", "seed-2"):
+        (folder / name).symlink_to(elsewhere)
+    (folder / "checkpoint-2").symlink_to(elsewhere / "checkpoint-9")
+    earlier = EarlierRun(earlier_files(folder))
+    earlier.on_step_end(type("Args", (), {"process_index": 0}), None, None)
+    assert {p.name for p in elsewhere.iterdir()} == {"run", "checkpoint-9"}
+    assert not (folder / "checkpoint-1").exists() and not (folder / "seed-1" / "runs" / "a").exists()
+    assert earlier.paths == []
+
+
+def test_results_go_and_the_named_modules_stay(tmp_path):
+    for name in ("1_Pooling", "2_Dense", "3_Normalize", "4_Things", "mteb"):
+        (tmp_path / name).mkdir()
+    for name in ("results.json", "README.md", "config.json"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    clear_results(tmp_path, keep=["README.md"])
+    assert {p.name for p in tmp_path.iterdir()} == {"1_Pooling", "4_Things", "README.md", "config.json", "modules.json"}
+
+
+def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):
+    import importlib.util
+
+    out, _ = old
+    spec = importlib.util.spec_from_file_location("recipe_tempscale", Path(__file__).parent.parent / "recipes/tempscale.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    before = digest(out)
+    argv = ["tempscale.py", "--temperature", "0.9", "--output_dir", str(out), "--overwrite_output_dir"]
+    monkeypatch.setattr("sys.argv", argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", FAILURES["evaluation"])
+        patch.setattr(save, "verify_folder", FAILURES["evaluation"])
+        with pytest.raises(RuntimeError):
+            module.main()
+    assert digest(out) == before
+    module.main()
+    assert "temperature 0.9 is folded" in (out / "README.md").read_text() and not (out / "geometry.png").exists()
+
+
+def test_an_ablation_keeps_its_runs_until_the_first_step(old, tmp_path, monkeypatch):
+    out = tmp_path / "ablation"
+    (tmp_path / "texts.txt").write_text("".join(f"a sentence with the number {i}\n" for i in range(12)))
+    argv = [*QUIET, "--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "texts.txt", "--eval_sts_file",
+            f"s={tmp_path / 'sts.tsv'}", "--output_dir", out, "--variants", "dropout", "same mask", "--max_steps", 1,
+            "--eval_steps", 1, "--per_device_train_batch_size", 4]  # fmt: skip
+    unsup = partial(plan_simcse, None, False, Path("unused"), "sentences.txt", more=(AblationArguments,))
+    run_ablation(unsup, [*map(str, argv)])
+    before = digest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.optim.AdamW.step", FAILURES["first forward"])
+        with pytest.raises(torch.OutOfMemoryError):
+            run_ablation(unsup, [*map(str, argv), "--overwrite_output_dir", "--seeds", "1,2"])
+    assert digest(out) == before
+    run_ablation(unsup, [*map(str, argv), "--overwrite_output_dir", "--temperature", "0.1", "--seeds", "2"])
+    assert {path.parent.name for path in out.glob("runs/*/path.json")} == {"dropout-seed-2", "same-mask-seed-2"}
+
+
+@pytest.mark.slow
+def test_on_two_processes_the_first_checkpoint_is_the_new_one(old, tmp_path):
+    """Both save into checkpoint-1 at the step that clears the old one of this name."""
+    out, argv = old
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-1")
+    (out / "checkpoint-1" / "old").touch()
+    words = [*QUIET[1:], *argv, "--max_steps", 1, "--save_steps", 1, "--overwrite_output_dir"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/accelerate/cpu_2.yaml"]
+    command = [*map(str, [*launch, ROOT / "recipes/sup_simcse.py", *words])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"] and matches(out)
+    names = {path.name for path in (out / "checkpoint-1").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors"} < names and "old" not in names
