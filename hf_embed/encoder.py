@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         try:
             with torch.inference_mode():
                 for start in tqdm(range(0, len(texts), batch_size), desc="Encoding", disable=not show_progress_bar):
-                    part = [prompt + text for text in texts[start : start + batch_size]]
+                    part = put_before(prompt, texts[start : start + batch_size], start)
                     parts.append(embed_texts(self, self, part, chunk_tokens).float())
         finally:
             self.train(was_training)
@@ -349,6 +349,14 @@ def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | N
         raise InputError(f"text {empty[0] + 1} of these has no token, so it has no vector; leave empty texts out")
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
     return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, **kwargs)["embeddings"]
+
+
+def put_before(prompt: str, texts: Sequence[str], first: int = 0) -> list[str]:
+    """Put `prompt` before each text. Raises InputError for what is no text; `first` is the number of the first one, from 0."""
+    for number, text in enumerate(texts, first + 1):
+        if not isinstance(text, str):
+            raise InputError(f"text {number} is no text but {text!r}; fill it in, make it a string or leave it out")
+    return [prompt + text for text in texts]
 
 
 def default_chunk_tokens(device: torch.device) -> int:

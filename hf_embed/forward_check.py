@@ -139,11 +139,15 @@ def probe_rows(encoder) -> list[dict]:
     The first text contains the padding token itself, which users' texts may too: RoBERTa gives it no position.
     """
     taken = inspect.signature(encoder.base.forward).parameters
+
+    def takes(key: str) -> bool:  # a forward that hands on *args and **kwargs names nothing
+        return key in taken or "input_ids" not in taken
+
     most = min(MOST_TOKENS, stated_positions(encoder.config) or MOST_TOKENS)
     rows = []
     for text in TEXTS:
         found = encoder.tokenizer(text, truncation=True, max_length=most)
-        rows.append({key: list(value) for key, value in found.items() if key in {"input_ids", *taken} - {"attention_mask"}})
+        rows.append({key: list(value) for key, value in found.items() if takes(key) and key != "attention_mask"})
     ids = rows[0]["input_ids"]
     ids[len(ids) // 2] = encoder.tokenizer.pad_token_id
     return [row for row in rows if row["input_ids"]]

@@ -437,6 +437,8 @@ def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -
         if splits := {"train", "validation", "test"} & set(rows):
             raise InputError(f"{name}: a dict is of sources by name, and '{min(splits)}' looks like a split; choose one split")
         rows = [Source(key, table) for key, table in rows.items()]
+    elif not isinstance(rows, list) or not all(isinstance(source, Source) for source in rows):
+        rows = [Source(name, rows)]  # which says what it cannot be
     mixture = make_mixture(rows, encoder, args)
     return mixture, mixture.views
 

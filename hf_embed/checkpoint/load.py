@@ -172,7 +172,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs):
     model = getattr(backend, "model", None)
     if type(model).__name__ == "BPE" and len(tokenizer) > 300 and not has_merges(model):
         raise InputError(f"model '{name}': its tokenizer has a vocabulary, but no merges; save merges.txt beside vocab.json")
+    where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
+    check_added_tokens(Files(name, **where).json("tokenizer_config.json") or {}, tokenizer, name)
     return tokenizer
+
+
+def check_added_tokens(config: dict, tokenizer, name: str) -> None:
+    """Raises InputError if a token that tokenizer_config.json puts before or after each text is not put there.
+
+    Since version 5, transformers goes by tokenizer.json alone: models that pool the end-of-text token would pool a word.
+    """
+    for kind, end in (("bos", slice(1)), ("eos", slice(-1, None))):
+        token = getattr(tokenizer, f"{kind}_token_id")
+        if config.get(f"add_{kind}_token") is True and token is not None and tokenizer("a")["input_ids"][end] != [token]:
+            raise InputError(
+                f"model '{name}': tokenizer_config.json says add_{kind}_token, but tokenizer.json does not add it, and counts; "
+                "give AutoTokenizer.from_pretrained both add_bos_token and add_eos_token, and save what it makes in the folder"
+            )
 
 
 def has_merges(model) -> bool:

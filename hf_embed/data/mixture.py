@@ -53,6 +53,7 @@ from hf_embed.data.sources import (
     refuse_lists,
     row_texts,
     text_columns,
+    unformatted,
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.errors import InputError, RankError, masked
@@ -107,6 +108,12 @@ class Source:
                 raise InputError(f"{self.label}: {key} is {getattr(self, key)!r}; it must be a text, in quotes")
         if isinstance(self.rows, dict):
             raise InputError(f"{self.label}: has the splits {', '.join(self.rows)}; take one of them")
+        if not isinstance(self.rows, Dataset | IterableDataset):
+            raise InputError(
+                f"{self.label}: a {type(self.rows).__name__} is no set of rows; give a datasets.Dataset, as Dataset.from_list "
+                "or Dataset.from_pandas makes it"
+            )
+        self.rows = unformatted(self.rows)
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
         elif self.size is None:

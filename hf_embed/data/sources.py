@@ -119,6 +119,15 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     return rows
 
 
+def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows as plain Python values: of the columns that `with_format` left, or as the user's own `with_transform` makes them."""
+    if isinstance(rows, IterableDataset):
+        return rows.with_format(None)
+    if rows.format["type"] == "custom":
+        return rows.map(dict, batched=True, remove_columns=rows.column_names).with_format(None)
+    return rows.with_format(None).select_columns(rows.format["columns"])
+
+
 def text_columns(names: list[str], name: str, paired: bool | None = None) -> list[str]:
     """Which of the columns `names` hold texts, in the order anchor, positive, negatives.
 

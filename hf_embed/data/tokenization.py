@@ -9,7 +9,7 @@ from itertools import islice
 import pyarrow.compute
 from datasets import Dataset
 
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns, unformatted
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def tokenize_rows(
     The prompt "query" goes before anchors, "document" before the others; of each row's negatives the first `negatives` are
     taken (default: all). Raises InputError for wrong columns or an empty text (see sources.py).
     """
+    rows = unformatted(rows)
     columns = text_columns(rows.column_names, name, paired)
     refuse_lists(islice(rows, 20), columns, name)
     prompts = prompts or {}

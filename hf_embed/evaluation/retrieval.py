@@ -93,7 +93,8 @@ class Retrieval:
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
     def rank(self, embed: Callable, k: int) -> tuple[Tensor, dict[str, list[str]]]:
-        """Cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first.
+        """Cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first; of equal cosines the
+        larger id first, as in trec_eval.
 
         Each rank encodes and searches its share of the corpus, a block at a time; vectors are not kept.
         """
@@ -105,10 +106,10 @@ class Retrieval:
         scores, numbers = search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
         parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank))
         scores, numbers = merge([s for s, _ in parts], [n for _, n in parts], k + 1)
-        found = {
-            q: [ids[n] for n in row if not (ids[n] == q and q in self.itself)][:k]
-            for q, row in zip(self.qrels, numbers.tolist())
-        }
+        found = {}
+        for q, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
+            ranked = [document for _, document in sorted(((score, ids[n]) for score, n in zip(*row)), reverse=True)]
+            found[q] = [document for document in ranked if not (document == q and q in self.itself)][:k]
         return scores, found
 
 
