@@ -76,7 +76,7 @@ def offline(tmp_path, monkeypatch):
         module = __import__(name)
         if hasattr(module, "write_sources"):
             monkeypatch.setattr(
-                module, "write_sources", lambda folder: docstrings.write_sources(folder, ("peft", "accelerate"))
+                module, "write_sources", lambda folder: docstrings.write_sources(folder, ("evaluate", "accelerate"))
             )
         monkeypatch.setattr(sys, "argv", [name, *QUIET, *map(str, argv)])
         module.main()
