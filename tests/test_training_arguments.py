@@ -282,12 +282,39 @@ def test_tests_named_here_exist(field):
 
 WITHOUT = {}  # what is seen without the field; many fields share it
 # What Trainer does by itself, with no part of ours in it, is left to the slow tests.
-SLOW = (
-    "skip_memory_metrics project run_name trackio_space_id trackio_static_space_id trackio_bucket_id logging_first_step "
-    "save_total_limit save_only_model save_strategy include_num_input_tokens_seen activation_checkpointing_kwargs learning_rate "
-    "max_grad_norm lr_scheduler_kwargs num_train_epochs greater_is_better eval_delay logging_steps logging_strategy save_steps "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon warmup_steps lr_scheduler_type optim optim_args logging_dir log_level"
-).split()
+SLOW = [
+    "skip_memory_metrics",
+    "project",
+    "run_name",
+    "trackio_space_id",
+    "trackio_static_space_id",
+    "trackio_bucket_id",
+    "logging_first_step",
+    "save_total_limit",
+    "save_only_model",
+    "save_strategy",
+    "include_num_input_tokens_seen",
+    "activation_checkpointing_kwargs",
+    "learning_rate",
+    "max_grad_norm",
+    "lr_scheduler_kwargs",
+    "num_train_epochs",
+    "greater_is_better",
+    "eval_delay",
+    "logging_steps",
+    "logging_strategy",
+    "save_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "optim",
+    "optim_args",
+    "logging_dir",
+    "log_level",
+]
 
 
 @pytest.mark.parametrize("field", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in HONOURED])
