@@ -448,7 +448,7 @@ def main() -> int:
     parser.add_argument("--why", action="store_true", help="print the message of each cell that has one")
     parser.add_argument("--json", metavar="FILE", help="write all cells and messages")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
-    parser.add_argument("--limit", type=float, default=120, help="seconds a type may take")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a type may take")
     args = parser.parse_args()
     models = text_models(args.types or CONFIG_MAPPING_NAMES)
     if unknown := set(args.types) - set(models):

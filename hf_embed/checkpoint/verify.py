@@ -119,10 +119,11 @@ def verify_loadable(encoder) -> None:
             raise InputError(
                 f"{kind} needs a processor beside its tokenizer ({type(error).__name__}); take a text model"
             ) from error
-    if loader == "AutoModel":
-        found = transformers.AutoModel._model_mapping.get(type(config), None)
-    else:
+    found, known = None, transformers.AutoModel._model_mapping
+    if loader != "AutoModel":
         found = getattr(transformers, loader)
+    elif type(config) in known:  # AutoModel asks so; get() would find more
+        found = known[type(config)]
     classes = found if isinstance(found, list | tuple) else [found] if found else []
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
         named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
