@@ -71,7 +71,7 @@ def apart(a, b):
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
 
 
-FAST = {"lora", "dora", "lora and whole modules", "ia3"}
+FAST = {"lora", "lora and whole modules"}
 
 
 @pytest.mark.parametrize("put", [wrapped, added])
@@ -91,7 +91,9 @@ def test_trained_and_saved_as_an_ordinary_checkpoint(name, put, tmp_path):
 
 
 @pytest.mark.parametrize("put", [wrapped, added])
-@pytest.mark.parametrize("name", ["dora", "lora and whole modules", "ia3"])
+@pytest.mark.parametrize(
+    "name", ["lora and whole modules", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dora", "ia3"))]
+)
 def test_resumed_bit_for_bit(name, put, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
 

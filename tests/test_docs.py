@@ -61,6 +61,7 @@ def test_flags_named_in_the_readme_exist(flag):
              plan.GTEArguments, plan.PositiveArguments, ablation.AblationArguments,
              ContrastiveTrainingArguments]  # fmt: skip
     names = {name for kind in kinds for name in kind.__dataclass_fields__} | {"config", "help"}
+    names |= {f"no_{name}" for kind in kinds for name, field in kind.__dataclass_fields__.items() if field.default is True}
     for recipe in (ROOT / "recipes").glob("*.py"):  # their own: fields of dataclasses
         names |= set(re.findall(r"^    (\w+): .*= ", recipe.read_text(encoding="utf-8"), re.MULTILINE))
     assert flag in names

@@ -245,6 +245,7 @@ def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):
     assert "temperature 0.9 is folded" in (out / "README.md").read_text() and not (out / "geometry.png").exists()
 
 
+@pytest.mark.slow
 def test_an_ablation_keeps_its_runs_until_the_first_step(old, tmp_path, monkeypatch):
     out = tmp_path / "ablation"
     (tmp_path / "texts.txt").write_text("".join(f"a sentence with the number {i}\n" for i in range(12)))

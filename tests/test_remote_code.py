@@ -143,6 +143,7 @@ def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
     sup(*argv(toy, tmp_path, "--trust_remote_code", "--max_steps", 3, "--resume_from_checkpoint"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--lora_r", 2], ["--mlm_weight", 0.1], ["--seeds", "1,2"], ["--dropout", 0.2]], ids=str)
 def test_permission_reaches_every_way_of_training(toy, tmp_path, more):
     sup(*argv(toy, tmp_path, "--trust_remote_code", "--max_steps", 1, *more))
