@@ -75,7 +75,7 @@ def measure(encoder) -> Measured:
                 encoder.eval()
             with torch.enable_grad():
                 training = encoder(flat, lengths)["embeddings"].detach()
-        except InputError:
+        except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model raises that wants other inputs than text
             reason = (str(error).strip() or "no message").splitlines()[0]
