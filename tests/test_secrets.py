@@ -229,7 +229,7 @@ def test_a_recipe_shows_no_secret(tmp_path, host):
     given = f"http://someone:SECRET123@{host}/broken.csv?token=SECRET123"
     done = recipe("sup_simcse.py", "--train_file", given, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "0"})
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "line 3 has 4 cells" in done.stderr and "SECRET123" not in done.stderr + done.stdout  # a log of datasets'
+    assert "line 3 has 4 cells" in done.stderr and "SECRET123" not in done.stderr + done.stdout
 
 
 @pytest.mark.slow
