@@ -318,6 +318,13 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises InputError for adapters that cannot be taken along, and for a model that no loader would make by itself (DPR's).
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
+        model = model._orig_mod
+    if not hasattr(model, "config"):
+        raise InputError(
+            f"the model is of the type {type(model).__name__}; give a PreTrainedModel (of one that is wrapped, model.module)"
+        )
     if has_adapters(model):
         check_kinds(model)
     whole = base_of(model)

@@ -105,23 +105,39 @@ def measure(encoder) -> Measured:
 
 
 def influences(encoder, names: list[str]) -> list[str]:
-    """Those of the backbone's tensors, by name, that its embeddings depend on; a pooler may be there that none does."""
+    """Return those of the backbone's tensors, by name, that its embeddings depend on. A pooler that nobody uses is none."""
     backbone = encoder.backbone
-    parameters = {name: parameter for name, parameter in backbone.named_parameters() if name in set(names)}
-    others = sorted(set(names) - parameters.keys())  # buffers
+    if not names:
+        return []
     if not is_measurable(backbone):
         return sorted(name for name in names if "pooler" not in name)
-    if not parameters:
-        return others
-    trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    parameters = dict(backbone.named_parameters())
+    frozen = [parameters[name] for name in names if name in parameters and not parameters[name].requires_grad]
+    for parameter in frozen:  # else the graph would not show them
+        parameter.requires_grad_(True)
+    used = touched(encoder)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return sorted(name for name in names if name not in parameters or parameters[name] in used)  # the others are buffers
+
+
+def touched(encoder) -> set[Tensor]:
+    """Return the trainable parameters that the vectors of a few texts depend on.
+
+    They are the leaves of the graph behind the vectors. No gradient is computed, so none takes memory or is changed.
+    """
     with undisturbed(encoder), torch.enable_grad():
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        vectors = alone(encoder, probe_rows(encoder)[0], ())
-        gradients = torch.autograd.grad(vectors.sum(), list(parameters.values()), allow_unused=True)
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(trained[name])
-    return sorted([name for name, gradient in zip(parameters, gradients) if gradient is not None] + others)
+        nodes = [alone(encoder, row, ()).grad_fn for row in probe_rows(encoder)]
+    seen, leaves = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # AccumulateGrad
+            leaves.add(node.variable)
+        nodes += [function for function, _ in node.next_functions]
+    return leaves
 
 
 def is_measurable(backbone: nn.Module) -> bool:

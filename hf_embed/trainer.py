@@ -391,13 +391,14 @@ def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encode
         return Encoder(model.backbone, model.tokenizer, **(own | given))
     if tokenizer is None:
         raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters() if p.requires_grad):
+    set_seed(args.seed)  # of a new training head
+    encoder = Encoder(model, tokenizer, **given)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
         logger.warning(
             "the weights to train are in half precision, and so would be every update; load the model with "
             "dtype=torch.float32 and set bf16=True for speed"
         )
-    set_seed(args.seed)  # of a new training head
-    return Encoder(model, tokenizer, **given)
+    return encoder
 
 
 def warn_of_settings_for_encode(encoder: Encoder) -> None:

@@ -13,12 +13,11 @@ There DDP has to look for itself, at every step: `ddp_find_unused_parameters`.
 import logging
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_embed.checkpoint.verify import PROBES
 from hf_embed.distributed import gather_objects
-from hf_embed.encoder import Encoder, embed_texts
+from hf_embed.encoder import Encoder
+from hf_embed.forward_check import touched
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def settle_unused(encoder: Encoder, args) -> None:
     sharded = any(p.is_meta or hasattr(p, "ds_id") for p in encoder.backbone.parameters())
     if any(gather_objects(sharded)) or not trainable:
         return
-    used = touched(embed_probes(encoder))
+    used = touched(encoder)
     # Random weights may differ between ranks until DDP makes them alike; the verdict must not.
     used = set().union(*gather_objects({name for name, p in trainable.items() if p in used}))
     unused = [name for name in trainable if name not in used]
@@ -49,33 +48,6 @@ def settle_unused(encoder: Encoder, args) -> None:
         args.ddp_find_unused_parameters = True
         reason = f"not every batch uses all parameters ({some(sometimes)})" if sometimes else "layers are dropped at random"
         logger.info(f"{reason}: ddp_find_unused_parameters is set to True")
-
-
-def embed_probes(encoder: Encoder) -> Tensor:
-    """Embed a few texts, (N, D), with a graph, without dropout; random states and training modes are as before afterwards."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    devices = [encoder.device] if encoder.device.type == "cuda" else []
-    encoder.eval()
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            return embed_texts(encoder, encoder, PROBES)
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def touched(output: Tensor) -> set[Tensor]:
-    """The leaves of the graph behind `output`. Nothing is computed, so no gradient takes memory or is changed."""
-    nodes, seen, leaves = [output.grad_fn], set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # AccumulateGrad
-            leaves.add(node.variable)
-        nodes += [function for function, _ in node.next_functions]
-    return leaves
 
 
 def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module) -> list[str]:

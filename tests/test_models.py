@@ -301,3 +301,20 @@ def test_a_scheduler_that_cannot_know_them_is_refused(tmp_path):
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
     optimizer = torch.optim.AdamW(tiny_model().parameters(), lr=1e-2)
     assert "holds no parameter of the model" in error_of(trainer, tmp_path, tiny_model(), None, (optimizer, None))
+
+
+# ---- models that are compiled, wrapped, or none ----
+
+
+def test_a_compiled_model_is_taken_as_it_was_before(caplog):
+    model = tiny_model("bert")
+    encoder = Encoder(torch.compile(model, backend="eager"), quickstart_tokenizer())
+    assert encoder.backbone is model
+    assert [record.message for record in caplog.records if "compiled" in record.message]
+
+
+@pytest.mark.parametrize("model", [lambda: torch.nn.DataParallel(tiny_model("bert")), lambda: "bert-base-uncased"])
+def test_what_is_no_model_is_refused_by_its_type(model, tmp_path):
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, model(), args, processing_class=quickstart_tokenizer())
+    assert message.startswith(f"the model is of the type {type(model()).__name__}; give a PreTrainedModel")
