@@ -13,14 +13,10 @@ from transformers.utils import logging as transformers_logging
 from hf_embed.checkpoint.layout import read_settings
 from hf_embed.checkpoint.load import own_code
 from hf_embed.errors import InputError
+from hf_embed.forward_check import TEXTS
 from hf_embed.pooling import MULTI_LAYER, pool, saved_pooling
 from hf_embed.text_models import loading_class
 
-PROBES = [
-    "A cat sleeps on the warm windowsill.",
-    "Rain.",
-    "The committee, which had met twice that week without agreeing on anything at all, postponed the vote once more.",
-]
 # The largest difference of two vectors, as a share of their norm.
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 1e-2  # of single texts; sentence-transformers pools in half precision too
@@ -38,7 +34,7 @@ def verify_folder(encoder, folder: str, weights: dict[str, Tensor]) -> None:
     """
     dtype = next(encoder.backbone.parameters()).dtype
     half = dtype in (torch.float16, torch.bfloat16)
-    batches = [[text] for text in PROBES] + ([] if half else [PROBES])
+    batches = [[text] for text in TEXTS] + ([] if half else [TEXTS])
     with quiet():
         trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
         model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype, **trusted)
@@ -131,7 +127,7 @@ def verify_loadable(encoder) -> None:
             f"{kind} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
             f"take a model that {loader}.from_pretrained gives"
         )
-    for text in PROBES:
+    for text in TEXTS:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(
                 f"the tokenizer ({type(encoder.tokenizer).__name__}) gives other tokens when it has been saved with a "
