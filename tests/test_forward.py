@@ -1,5 +1,7 @@
 """The forward check of an Encoder: what is one function in every path is taken, and what is not is refused by name."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,9 @@ from transformers import (
     MT5Model,
     NystromformerConfig,
     NystromformerModel,
+    RoCBertConfig,
+    RoCBertModel,
+    RoCBertTokenizer,
     SwitchTransformersConfig,
     SwitchTransformersModel,
     T5Config,
@@ -220,6 +225,21 @@ def test_token_types_that_matter_are_refused():
     assert "depend on the tokenizer's token_type_ids" in message and "model_input_names" in message
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     assert Encoder(model, tokenizer).positions is None  # max_position_embeddings is -1: no limit
+
+
+def test_shapes_and_sounds_of_words_are_refused(tmp_path):
+    """RoCBert reads how a word looks and sounds, which its tokenizer returns beside the token ids."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "rain", "the", "on", "sleeps", ".", ","]
+    files = {"vocab.txt": "\n".join(words)}
+    files |= {name: json.dumps({word: 20 - i for i, word in enumerate(words)}) for name in ("shape.json", "sound.json")}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    tokenizer = RoCBertTokenizer(*(str(tmp_path / name) for name in files))
+    assert {"input_shape_ids", "input_pronunciation_ids"} <= set(tokenizer("rain"))
+    sizes = {"shape_vocab_size": 30, "pronunciation_vocab_size": 30, "shape_embed_dim": 8, "pronunciation_embed_dim": 8}
+    model = random_model(RoCBertModel, RoCBertConfig(**SMALL | sizes))
+    message = error_of(Encoder, model, tokenizer)
+    assert "depend on the tokenizer's input_pronunciation_ids, input_shape_ids" in message
 
 
 def test_token_types_that_are_all_zero_are_fine():
