@@ -90,14 +90,14 @@ def measure(encoder) -> Measured:
         )
     if differ(batch, reference, tolerance):
         raise InputError(
-            f"{kind}: a text's vector depends on the texts beside it, or on chance: it is another one in a padded batch; take "
+            f"{kind}: a text's vector depends on the texts beside it, or on chance (it differs in a padded batch); take "
             "another architecture"
         )
     if differ(training, reference, tolerance):
         raise InputError(f"{kind}: the forward pass of training differs from that of encode; take another architecture")
     if not attends:
         raise InputError(
-            f"{kind}: no token sees another on this device ({encoder.device.type}); its attention needs another one"
+            f"{kind}: no token sees another on this device ({encoder.device.type}), so attention has no effect; take another device"
         )
     width = encoder.dense[0].linear.in_features if len(encoder.dense) else reference.shape[-1]
     positions = lookups.positions(rows, word_table(encoder.base)) or stated_positions(encoder.config)

@@ -60,7 +60,7 @@ class Table:
 
 
 def kind_of(path: str) -> str:
-    """ "jsonl" of `a/b.jsonl`, `b.jsonl.gz` and `https://host/b.jsonl?x=y`; "" where the name has no ending."""
+    """Return the ending of a path or an address, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
     suffixes = [s.lower() for s in Path(urlsplit(path).path if "://" in path else path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -181,7 +181,7 @@ def shortened(text: str) -> str:
 
 
 def common_columns(paths: list[str], table: Table) -> list[str]:
-    """The names of the columns that all the files have, in the same order; InputError if they do not."""
+    """Return the column names of the files. Raises InputError unless all files have the same ones in the same order."""
     names = table_columns(paths[0], table)
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; names must differ")
