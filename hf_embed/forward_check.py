@@ -97,7 +97,7 @@ def measure(encoder) -> Measured:
         raise InputError(f"{kind}: the forward pass of training differs from that of encode; take another architecture")
     if not attends:
         raise InputError(
-            f"{kind}: no token sees another on this device ({encoder.device.type}), so attention has no effect; take another device"
+            f"{kind}: no token sees another on this device ({encoder.device.type}), so attention does nothing; take another"
         )
     width = encoder.dense[0].linear.in_features if len(encoder.dense) else reference.shape[-1]
     positions = lookups.positions(rows, word_table(encoder.base)) or stated_positions(encoder.config)
