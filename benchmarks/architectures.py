@@ -47,7 +47,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_MAPPING  # noqa: E402
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE  # noqa: E402
-from hf_embed.plan import QUICKSTART  # noqa: E402
+from hf_embed.kit.plan import QUICKSTART  # noqa: E402
 from hf_embed.tempscale import apply_tempscale, fold_tempscale, remove_tempscale  # noqa: E402
 
 COLUMNS = ("encode", "padding", "train", "save", "loaders", "tempscale")

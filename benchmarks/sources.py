@@ -18,7 +18,7 @@ import yaml
 from recipe import QUIETLY, run_recipe, write_jsonl
 
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.plan import QUICKSTART
+from hf_embed.kit.plan import QUICKSTART
 
 TRAINING = {"per_device_train_batch_size": 128, "max_steps": 300, "learning_rate": 5e-4, "warmup_steps": 0.1, "max_length": 64,
             "dropout": 0, "temperature": 0.05}  # fmt: skip

@@ -15,9 +15,9 @@ from sentence_transformers import SentenceTransformer
 
 from hf_embed import Encoder, Retrieval
 from hf_embed.data.sources import read_texts
-from hf_embed.finetune import embed_with
+from hf_embed.kit.calibrate import sweep
+from hf_embed.kit.finetune import embed_with
 from hf_embed.tempscale import fold_tempscale, tempscale
-from hf_embed.tempscale.calibrate import sweep
 
 
 def seconds(encode, texts: list[str]) -> float:

@@ -16,16 +16,13 @@ from tqdm.auto import tqdm
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import check_kinds, has_adapters
-from hf_embed.checkpoint.load import is_remote, load_encoder
-from hf_embed.checkpoint.save import save_encoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import SIMILARITIES, model_meta, texts_and_prompt
 from hf_embed.forward_check import measure, word_table
 from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
 from hf_embed.tempscale.attention import base_of
-from hf_embed.text_models import text_encoder
+from hf_embed.text_models import is_remote, text_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +30,13 @@ logger = logging.getLogger(__name__)
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
 # Texts longer than this are cut unless the user asks for more: attention over them is what costs.
 DEFAULT_MAX_LENGTH = 512
+# What sentence-transformers calls them -> the function, (..., N, D) and (..., M, D) -> (..., N, M); more is nearer.
+SIMILARITIES = {
+    "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
+    "dot": lambda a, b: a.float() @ b.float().mT,
+    "euclidean": lambda a, b: -torch.cdist(a.float(), b.float()),
+    "manhattan": lambda a, b: -torch.cdist(a.float(), b.float(), p=1),
+}
 # A learned temperature stops here: below, a step of training is a step of noise (CLIP stops at 0.01).
 MIN_TEMPERATURE = 0.001
 
@@ -247,6 +251,8 @@ class Encoder(nn.Module):
             prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name; what else it says has no effect.
         """
         if isinstance(texts, DataLoader):
+            from hf_embed.evaluation.mteb import texts_and_prompt
+
             texts, prompt_name = texts_and_prompt(texts, prompt_type, self.prompts, mteb.get("task_metadata"))
         elif mteb:
             raise TypeError(f"encode() has no argument '{next(iter(mteb))}'")
@@ -284,10 +290,14 @@ class Encoder(nn.Module):
     @property
     def mteb_model_meta(self):
         """What mteb wants to know of a model; see `hf_embed.evaluation.mteb`."""
+        from hf_embed.evaluation.mteb import model_meta
+
         return model_meta(self)
 
     def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
         """Write a plain checkpoint; see `hf_embed.checkpoint.save`."""
+        from hf_embed.checkpoint.save import save_encoder
+
         save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
 
     @classmethod
@@ -308,6 +318,8 @@ class Encoder(nn.Module):
         `trust_remote_code`: run the Python code that the model brings, where it has its own architecture. `model_kwargs` go to
         `AutoModel.from_pretrained`.
         """
+        from hf_embed.checkpoint.load import load_encoder
+
         settings = {"pooling": pooling, "max_length": max_length, "normalize": normalize}
         return load_encoder(cls, name_or_path, trust_remote_code=trust_remote_code, **settings, **model_kwargs)
 

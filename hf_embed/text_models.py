@@ -43,3 +43,8 @@ def text_encoder(model: nn.Module) -> nn.Module:
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)
     encoder.tie_weights()
     return encoder.train(model.training)
+
+
+def is_remote(part) -> bool:
+    """Whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
+    return getattr(type(part), "_auto_class", None) is not None or type(part).__module__.startswith("transformers_modules.")

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.trainer_utils import HubStrategy, seed_worker
 from transformers.utils import PushInProgress
 
-from hf_embed import hub
 from hf_embed.adapters import check_adapters, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import needs_runtime, save_encoder
 from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.data.collator import RaggedCollator
@@ -320,8 +320,10 @@ class ContrastiveTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
     ):
-        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.hub`. Returns the commit's address, a
-        Future of it unless `blocking`, or None on other ranks than the first."""
+        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
+
+        Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
+        """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
         if self.hub_model_id is None:

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import store_results
-from hf_embed.cli import parse, run
+from hf_embed.checkpoint.card import store_results
 from hf_embed.errors import InputError
-from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_tasks
-from hf_embed.finetune import embed_with, summary
-from hf_embed.plan import TRUST
+from hf_embed.kit.cli import parse, run
+from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.finetune import embed_with, summary
+from hf_embed.kit.plan import TRUST
 from hf_embed.ranges import COUNT, check_ranges
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import store_results, stored_results, write_card
-from hf_embed.cli import model_first, parse, run
+from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
-from hf_embed.plan import TRUST
+from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.plan import TRUST
 from hf_embed.ranges import COUNT, check_ranges
 
 

@@ -19,10 +19,10 @@ import yaml
 from accelerate import PartialState
 
 from hf_embed import Encoder, InputError
-from hf_embed.cli import run
-from hf_embed.data.docstrings import write_sources
 from hf_embed.data.mixture import read_sources
-from hf_embed.finetune import embed_with, run_gte
+from hf_embed.kit.cli import run
+from hf_embed.kit.docstrings import write_sources
+from hf_embed.kit.finetune import embed_with, run_gte
 from hf_embed.mining import MiningArguments, mine_hard_negatives
 
 DATA = Path("outputs/docstrings")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_embed.cli import run
-from hf_embed.data.docstrings import write_sources
-from hf_embed.finetune import run_gte
+from hf_embed.kit.cli import run
+from hf_embed.kit.docstrings import write_sources
+from hf_embed.kit.finetune import run_gte
 
 DATA = Path("outputs/docstrings")
 

@@ -4,7 +4,7 @@
     python recipes/length_collapse.py BAAI/bge-base-en-v1.5 --texts articles.txt --temperature 0.9 0.8
 
 Texts are cut to 16, 32, 64 ... tokens, and taken as they are in bins of length. Printed, and in OUTPUT_DIR as collapse.json and
-collapse.png; hf_embed/tempscale/collapse.py says what the columns are.
+collapse.png; hf_embed/kit/length_collapse.py says what the columns are.
 """
 
 import json
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.cli import model_first, parse, run
-from hf_embed.data.docstrings import read_pages
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import masked
-from hf_embed.plan import QUICKSTART, TRUST
+from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.docstrings import read_pages
+from hf_embed.kit.length_collapse import LENGTHS, collapse, length_report, lines, plot_collapse
+from hf_embed.kit.plan import QUICKSTART, TRUST
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, tempscale
-from hf_embed.tempscale.collapse import LENGTHS, collapse, length_report, lines, plot_collapse
 
 
 @dataclass

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from hf_embed import InputError
-from hf_embed.cli import run
+from hf_embed.kit.cli import run
 from hf_embed.ranges import COUNT, POSITIVE, SEED
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass, field
 
 from hf_embed import Encoder
-from hf_embed.card import write_card
-from hf_embed.cli import parse, run
+from hf_embed.checkpoint.card import write_card
+from hf_embed.checkpoint.hub import push_folder
 from hf_embed.errors import InputError
-from hf_embed.hub import push_folder
-from hf_embed.plan import TRUST
+from hf_embed.kit.cli import parse, run
+from hf_embed.kit.plan import TRUST
 
 
 @dataclass

@@ -14,9 +14,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hf_embed import cli
-from hf_embed.ablation import AblationArguments, run_ablation
-from hf_embed.plan import plan_simcse
+from hf_embed.kit import cli
+from hf_embed.kit.ablation import AblationArguments, run_ablation
+from hf_embed.kit.plan import plan_simcse
 
 CONFIG = Path(__file__).with_name("configs") / "simcse_ablation_quickstart.yaml"
 

@@ -11,8 +11,8 @@ lists them all.
 
 from pathlib import Path
 
-from hf_embed.cli import run
-from hf_embed.finetune import run_simcse
+from hf_embed.kit.cli import run
+from hf_embed.kit.finetune import run_simcse
 
 
 def main() -> None:

@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.card import store_results, stored_results, sweep_table, write_card
-from hf_embed.cli import model_first, parse, run
-from hf_embed.data.docstrings import read_pages
+from hf_embed.checkpoint.card import store_results, stored_results, sweep_table, write_card
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
-from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.retrieval import read_pairs
-from hf_embed.finetune import embed_with, saved_to
-from hf_embed.overwrite import clear_results
-from hf_embed.plan import QUICKSTART, TRUST
+from hf_embed.kit.calibrate import GRID, halves, plot_sweep, sweep
+from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.docstrings import read_pages
+from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.finetune import embed_with, saved_to
+from hf_embed.kit.overwrite import clear_results
+from hf_embed.kit.plan import QUICKSTART, TRUST
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
-from hf_embed.tempscale.calibrate import GRID, halves, plot_sweep, sweep
 from hf_embed.tempscale.fold import folded
 
 

@@ -10,8 +10,8 @@ A training file is a txt with one sentence a line, or a table with a column text
 
 from pathlib import Path
 
-from hf_embed.cli import run
-from hf_embed.finetune import run_simcse
+from hf_embed.kit.cli import run
+from hf_embed.kit.finetune import run_simcse
 
 
 def main() -> None:

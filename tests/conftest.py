@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_embed import Encoder, InputError
-from hf_embed.plan import QUICKSTART
+from hf_embed.kit.plan import QUICKSTART
 
 torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
 

@@ -15,10 +15,11 @@ from conftest import error_of
 from test_recipes import QUIET, RECIPES, UNSUP, files, flags, sup  # noqa: F401
 from worker import WORDS
 
-from hf_embed import Encoder, ablation
-from hf_embed.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, summary, table
-from hf_embed.finetune import read_seeds, run_simcse
-from hf_embed.plan import plan_simcse
+from hf_embed import Encoder
+from hf_embed.kit import ablation
+from hf_embed.kit.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, summary, table
+from hf_embed.kit.finetune import read_seeds, run_simcse
+from hf_embed.kit.plan import plan_simcse
 
 SMALL = ["--eval_steps", 1, "--max_steps", 2, "--learning_rate", "1e-3"]
 

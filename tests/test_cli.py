@@ -3,9 +3,10 @@
 import pytest
 from conftest import error_of
 
-from hf_embed import ContrastiveTrainingArguments, InputError, cli
-from hf_embed.evaluation.flags import EvalArguments
-from hf_embed.plan import DataArguments, SimCSEArguments
+from hf_embed import ContrastiveTrainingArguments, InputError
+from hf_embed.kit import cli
+from hf_embed.kit.eval_flags import EvalArguments
+from hf_embed.kit.plan import DataArguments, SimCSEArguments
 
 
 @pytest.fixture

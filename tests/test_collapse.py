@@ -11,9 +11,9 @@ import torch
 from conftest import error_of, tiny_encoder
 
 from hf_embed import InputError
-from hf_embed.data.docstrings import read_pages
+from hf_embed.kit.docstrings import read_pages
+from hf_embed.kit.length_collapse import collapse, geometry, high_frequency, length_report, lines, plot_collapse
 from hf_embed.tempscale import tempscale
-from hf_embed.tempscale.collapse import collapse, geometry, high_frequency, length_report, lines, plot_collapse
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i + 1)) % 10] for j in range(5 + 6 * i)) for i in range(10)]

@@ -19,7 +19,6 @@ import yaml
 from conftest import error_of
 from datasets import Dataset
 
-from hf_embed import cli
 from hf_embed.data import files
 from hf_embed.data.mixture import Stream, read_sources
 from hf_embed.data.sources import is_list, read_file, read_texts, row_texts, text_columns
@@ -27,7 +26,8 @@ from hf_embed.data.tokenization import RowTokenizer, beginning, tokenize_rows
 from hf_embed.evaluation.retrieval import read_pairs, read_retrieval
 from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot
-from hf_embed.plan import DataArguments, read_train_rows
+from hf_embed.kit import cli
+from hf_embed.kit.plan import DataArguments, read_train_rows
 
 
 @pytest.fixture(autouse=True)

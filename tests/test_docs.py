@@ -55,7 +55,8 @@ def test_files_and_recipes_named_in_the_readme_exist():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file", "quiet"}))
 def test_flags_named_in_the_readme_exist(flag):
-    from hf_embed import ContrastiveTrainingArguments, ablation, plan
+    from hf_embed import ContrastiveTrainingArguments
+    from hf_embed.kit import ablation, plan
 
     kinds = [plan.ModelArguments, plan.DataArguments, plan.EvalArguments, plan.RunArguments,
              plan.GTEArguments, plan.PositiveArguments, ablation.AblationArguments,

@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import error_of
 
-from hf_embed.data.docstrings import Definition, held_out, read_definitions, write_sources
 from hf_embed.data.mixture import read_sources
 from hf_embed.evaluation.retrieval import read_retrieval
+from hf_embed.kit.docstrings import Definition, held_out, read_definitions, write_sources
 
 MODULE = '''
 """The module's own docstring is not taken, whatever it says."""
@@ -89,7 +89,7 @@ def test_long_texts_are_cut(tmp_path):
 
 def test_installed_packages_are_found_by_name():
     names = {d.name for d in read_definitions("hf_embed")}
-    assert "hf_embed.data.docstrings.write_sources" in names
+    assert "hf_embed.kit.docstrings.write_sources" in names
     assert len(read_definitions("python", max_files=30)) > 50
     assert error_of(read_definitions, "no_such_package_anywhere") == (
         "no_such_package_anywhere: no such file, folder or installed package"

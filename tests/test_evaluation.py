@@ -16,10 +16,11 @@ from datasets import Dataset
 from scipy import stats
 
 from hf_embed import InputError
-from hf_embed.evaluation.flags import EvalArguments, read_tasks
-from hf_embed.evaluation.geometry import Alignment, Uniformity, alignment, plot_trajectory, uniformity
-from hf_embed.evaluation.sts import STS, SpearmanCosine, check_sts, read_sts
+from hf_embed.evaluation.geometry import alignment, plot_trajectory, uniformity
+from hf_embed.evaluation.metrics import Alignment, SpearmanCosine, Uniformity
+from hf_embed.evaluation.sts import STS, check_sts, read_sts
 from hf_embed.evaluation.tasks import score_tasks
+from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 
 
 @pytest.fixture(autouse=True)

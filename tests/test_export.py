@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import verify
-from hf_embed.plan import QUICKSTART
+from hf_embed.kit.plan import QUICKSTART
 from hf_embed.pooling import POOLINGS
 
 LONG = "the committee postponed the vote once more and went home " * 12  # longer than any tiny model takes

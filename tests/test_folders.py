@@ -17,8 +17,8 @@ from sentence_transformers import SentenceTransformer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
 from hf_embed.evaluation.mteb import model_meta, run_mteb
-from hf_embed.finetune import load_model
-from hf_embed.plan import ModelArguments
+from hf_embed.kit.finetune import load_model
+from hf_embed.kit.plan import ModelArguments
 
 LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens, of which no tiny model takes all
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "  Two Dogs ran  across the field, barking.\n"]

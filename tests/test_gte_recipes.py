@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from test_recipes import QUIET, RECIPES, recipe
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainingArguments, Encoder, cli
-from hf_embed.data import docstrings, mixture
-from hf_embed.evaluation.flags import EvalArguments
+from hf_embed import ContrastiveTrainingArguments, Encoder
+from hf_embed.data import mixture
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.finetune import run_gte
-from hf_embed.plan import DataArguments, GTEArguments, ModelArguments, RunArguments
+from hf_embed.kit import cli, docstrings
+from hf_embed.kit.eval_flags import EvalArguments
+from hf_embed.kit.finetune import run_gte
+from hf_embed.kit.plan import DataArguments, GTEArguments, ModelArguments, RunArguments
 
 KINDS = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
 

@@ -19,8 +19,9 @@ from hub_server import LoopbackHub
 from test_recipes import files, flags, sup  # noqa: F401
 from test_trainer import trainer
 
-from hf_embed import Encoder, InputError, hub
-from hf_embed.hub import push_folder
+from hf_embed import Encoder, InputError
+from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.hub import push_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

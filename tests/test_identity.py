@@ -14,7 +14,7 @@ from worker import WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, SimCSE
 from hf_embed.data.mixture import Source, Stream
 from hf_embed.data.tokenization import RowTokenizer, tokenize_rows
-from hf_embed.plan import QUICKSTART
+from hf_embed.kit.plan import QUICKSTART
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"  # at least 16 tokens
 ROWS = 16

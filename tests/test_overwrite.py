@@ -18,10 +18,10 @@ from test_recipes import QUIET, ROOT, flags, make_files, recipe, sup
 from transformers import TrainerCallback
 
 from hf_embed import Encoder, InputError
-from hf_embed.ablation import AblationArguments, run_ablation
 from hf_embed.checkpoint import save
-from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
-from hf_embed.plan import plan_simcse
+from hf_embed.kit.ablation import AblationArguments, run_ablation
+from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.kit.plan import plan_simcse
 from hf_embed.trainer import ContrastiveTrainer
 
 
@@ -70,7 +70,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(
     ("failure", "target"),
-    [("model", "hf_embed.finetune.load_model"), ("evaluation", "hf_embed.trainer.score_tasks"),
+    [("model", "hf_embed.kit.finetune.load_model"), ("evaluation", "hf_embed.trainer.score_tasks"),
      ("first forward", "hf_embed.encoder.Encoder.forward"), ("first optimizer step", "torch.optim.AdamW.step")],
 )  # fmt: skip
 def test_nothing_is_lost_before_the_first_step_is_done(old, monkeypatch, failure, target):

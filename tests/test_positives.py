@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import BertForMaskedLM
 
 from hf_embed import InputError
-from hf_embed.data.positives import KNOWN, add_positives, parse_positive
+from hf_embed.kit.positives import KNOWN, add_positives, parse_positive
 
 TEXTS = [" ".join(f"w{(i * 7 + j) % 23}" for j in range(5 + i % 9)) for i in range(40)]
 

@@ -19,11 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, cli
-from hf_embed.ablation import VARIANTS, AblationArguments, read_variants
-from hf_embed.evaluation.flags import EvalArguments
-from hf_embed.finetune import run_simcse
-from hf_embed.plan import QUICKSTART, DataArguments, ModelArguments, RunArguments, SimCSEArguments
+from hf_embed import ContrastiveTrainingArguments, Encoder, InputError
+from hf_embed.kit import cli
+from hf_embed.kit.ablation import VARIANTS, AblationArguments, read_variants
+from hf_embed.kit.eval_flags import EvalArguments
+from hf_embed.kit.finetune import run_simcse
+from hf_embed.kit.plan import QUICKSTART, DataArguments, ModelArguments, RunArguments, SimCSEArguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

@@ -19,11 +19,12 @@ from test_recipes import flags, make_files, sup
 from test_trainer import trainer
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
-from hf_embed import Encoder, cli
-from hf_embed.ablation import read_variants
-from hf_embed.data.positives import add_positives
-from hf_embed.hub import model_files
-from hf_embed.plan import ModelArguments
+from hf_embed import Encoder
+from hf_embed.checkpoint.hub import model_files
+from hf_embed.kit import cli
+from hf_embed.kit.ablation import read_variants
+from hf_embed.kit.plan import ModelArguments
+from hf_embed.kit.positives import add_positives
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["a cat", "the dog sleeps by the fire", "rain"]

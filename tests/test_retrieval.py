@@ -14,10 +14,11 @@ from conftest import error_of
 from sklearn.metrics import accuracy_score, f1_score
 
 from hf_embed import Retrieval, ZeroShot
-from hf_embed.evaluation.flags import EvalArguments, read_tasks
-from hf_embed.evaluation.retrieval import read_code_search, read_retrieval
+from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.tasks import main_metric, score_tasks
 from hf_embed.evaluation.zero_shot import read_zero_shot
+from hf_embed.kit.code_search import read_code_search
+from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.search import search
 
 

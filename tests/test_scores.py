@@ -17,11 +17,12 @@ from test_retrieval import embed
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Retrieval, SimCSE, ZeroShot, mining
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
+from hf_embed.evaluation.metrics import SpearmanCosine
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.sts import STS, SpearmanCosine
+from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import score_tasks
-from hf_embed.finetune import embed_with
-from hf_embed.tempscale.calibrate import fold_scores
+from hf_embed.kit.calibrate import fold_scores
+from hf_embed.kit.finetune import embed_with
 
 WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
 ROWS = Dataset.from_dict(

@@ -18,14 +18,17 @@ from hub_server import LoopbackHub
 from test_recipes import files, flags, recipe, sup  # noqa: F401
 from test_trainer import trainer
 
-from hf_embed import ContrastiveTrainingArguments, InputError, cli, hub
+from hf_embed import ContrastiveTrainingArguments, InputError
+from hf_embed.checkpoint import hub
 from hf_embed.data.mixture import read_sources
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.errors import RankError, masked, without_secrets
-from hf_embed.evaluation.retrieval import read_code_search, read_retrieval
+from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_named_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot
-from hf_embed.finetune import shown
+from hf_embed.kit import cli
+from hf_embed.kit.code_search import read_code_search
+from hf_embed.kit.finetune import shown
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SECRET = "hf_s3cr3ts3cr3ts3cr3ts3cr3t"
@@ -236,7 +239,7 @@ def test_a_recipe_shows_no_secret(tmp_path, host):
 def test_errors_that_nobody_foresaw_and_logs_show_no_secret(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import logging\nfrom hf_embed import cli\n\n\ndef main():\n"
+        "import logging\nfrom hf_embed.kit import cli\n\n\ndef main():\n"
         "    logging.getLogger('other').warning('%s', 'https://me:SECRET123@host/x')\n"
         "    raise KeyError('https://me:SECRET123@host/x?a=SECRET123')\n\n\ncli.run(main)\n"
     )
@@ -250,7 +253,8 @@ def test_errors_that_nobody_foresaw_and_logs_show_no_secret(tmp_path):
 
 SCRIPT = """
 import os, sys, time
-from hf_embed import InputError, cli
+from hf_embed import InputError
+from hf_embed.kit import cli
 
 def main():
     time.sleep({waits}[int(os.environ["LOCAL_RANK"])])

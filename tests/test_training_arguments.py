@@ -24,8 +24,8 @@ from transformers.utils.logging import get_verbosity, set_verbosity
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
-from hf_embed.finetune import changed
-from hf_embed.plan import ModelArguments, Plan, RunArguments
+from hf_embed.kit.finetune import changed
+from hf_embed.kit.plan import ModelArguments, Plan, RunArguments
 from hf_embed.trainer_settings import IGNORED, REFUSED
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12
@@ -473,7 +473,7 @@ def test_callbacks_are_restored(tmp_path):
 def test_hub_fields_reach_the_hub(tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None, private=None: setattr(self, "hub_model_id", "a/b"))
-    monkeypatch.setattr("hf_embed.hub.push_folder", lambda folder, repo, private, revision, **more: pushed.update(
+    monkeypatch.setattr("hf_embed.checkpoint.hub.push_folder", lambda folder, repo, private, revision, **more: pushed.update(
         repo=repo, private=private, revision=revision))  # fmt: skip
     run = ours(tmp_path, hub_private_repo=True, hub_revision="v2", push_to_hub=True, hub_model_id="a/b")
     run.push_to_hub()

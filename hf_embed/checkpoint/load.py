@@ -13,7 +13,7 @@ from hf_embed.checkpoint.layout import Files, read_settings, transformer_folder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
-from hf_embed.text_models import loading_class
+from hf_embed.text_models import is_remote, loading_class
 
 # What a safetensors file may hold of a model that is not quantised. Transformers would read int8 as if it were float.
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
@@ -199,11 +199,6 @@ def has_merges(model) -> bool:
 def listed(names: list[str]) -> str:
     """ "'a'", or "'a' and 11 more"."""
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def is_remote(part) -> bool:
-    """Whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
-    return getattr(type(part), "_auto_class", None) is not None or type(part).__module__.startswith("transformers_modules.")
 
 
 @contextlib.contextmanager

@@ -15,14 +15,15 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_embed.adapters import has_adapters, merge_adapters
-from hf_embed.card import write_card
+from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
-from hf_embed.checkpoint.load import is_remote, own_code
+from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.verify import verify_folder, verify_loadable
 from hf_embed.errors import InputError
 from hf_embed.pooling import MULTI_LAYER
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
+from hf_embed.text_models import is_remote
 
 # What an earlier save may have left that loaders would take before, or put on top of, the new weights.
 STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin*", "pytorch_model-*.bin", "adapter_*"]

@@ -10,14 +10,7 @@ Shapes: N texts, P pairs, D wide.
 
 from pathlib import Path
 
-import datasets
-import evaluate
 import numpy as np
-
-VECTORS = datasets.Features(
-    {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Sequence(datasets.Value("float32"))}
-)  # fmt: skip
-
 
 # Cosines that lie no further apart are equal but for rounding: there is no order in them.
 ROUNDING = 1e-6
@@ -53,28 +46,6 @@ def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
         potential = np.exp(-2 * (2 - 2 * rows @ vectors[start:].T))  # ||x - y||^2 = 2 - 2 x.y
         total += np.triu(potential, k=1).sum()
     return float(np.log(total / (n * (n - 1) / 2)))
-
-
-class Alignment(evaluate.Metric):
-    """`Alignment().compute(predictions=f_x, references=f_x_plus)` -> {"alignment": ...}; loads offline."""
-
-    def _info(self):
-        return evaluate.MetricInfo(description=__doc__, citation="", features=VECTORS)
-
-    def _compute(self, predictions, references):
-        return {"alignment": alignment(np.array(predictions), np.array(references))}
-
-
-class Uniformity(evaluate.Metric):
-    """`Uniformity().compute(predictions=vectors)` -> {"uniformity": ...}; loads offline."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__, citation="", features=datasets.Features({"predictions": VECTORS["predictions"]})
-        )
-
-    def _compute(self, predictions):
-        return {"uniformity": uniformity(np.array(predictions))}
 
 
 def plot_trajectory(history: list[dict], path: str | Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HTTPError
-from torch.nn import functional as F
 
 from hf_embed.errors import InputError
 
@@ -59,15 +58,6 @@ def fingerprint(encoder) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
-
-
-# What sentence-transformers calls them -> the function, (..., N, D) and (..., M, D) -> (..., N, M); more is nearer.
-SIMILARITIES = {
-    "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
-    "dot": lambda a, b: a.float() @ b.float().mT,
-    "euclidean": lambda a, b: -torch.cdist(a.float(), b.float()),
-    "manhattan": lambda a, b: -torch.cdist(a.float(), b.float(), p=1),
-}
 
 
 def find_tasks(names: list[str], benchmarks: list[str]) -> list:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.docstrings import read_definitions
 from hf_embed.data.files import lines, parsed
 from hf_embed.data.sources import read_file, read_hub, row_texts, text_columns
 from hf_embed.distributed import gather_objects, world
@@ -32,9 +31,6 @@ logger = logging.getLogger(__name__)
 SPLITS = ("test", "dev", "validation", "train")
 QRELS = ("query-id", "corpus-id", "score")
 LINE = "line in the file"  # a key of ours in a BEIR row
-# Columns of code search files: CodeSearchNet's own, and its copies'.
-DOCSTRINGS = ("docstring", "func_documentation_string", "query")
-CODES = ("code", "func_code_string")
 
 
 @dataclass
@@ -243,22 +239,6 @@ def read_jsonl(path: Path) -> list[dict]:
         row[LINE] = number
         rows.append(row)
     return rows
-
-
-def read_code_search(path: str) -> Retrieval:
-    """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
-    as in CodeSearchNet, or of a Python package, by folder or name."""
-    if "://" not in path and not Path(path).is_file():
-        pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
-    else:
-        rows = read_file(path)
-        columns = [next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES)]
-        if None in columns:
-            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
-        pairs = [tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)]
-    if not pairs:
-        raise InputError(f"{path}: no function with a docstring")
-    return pairs_to_retrieval(pairs)
 
 
 def read_pairs(path: str) -> Retrieval:

@@ -11,15 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import evaluate
 import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
 from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import Alignment, Uniformity, ordered, unit
+from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
 from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -37,23 +35,11 @@ SEVEN_TASKS = {
 }
 
 
-class SpearmanCosine(evaluate.Metric):
-    """`SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": x 100}; loads offline.
-
-    NaN, with a warning, where the cosines are not finite or equal but for rounding: scipy would correlate the rounding errors.
-    """
-
-    def _info(self):
-        number = datasets.Value("float64")
-        features = datasets.Features({"predictions": number, "references": number})
-        return evaluate.MetricInfo(description=__doc__, citation="", features=features)
-
-    def _compute(self, predictions, references):
-        return {"spearman": 100 * spearman(predictions, references)}
-
-
 def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
-    """Rank correlation of (P,) and (P,), -1 to 1, or NaN where there is no order in one of them."""
+    """Return the rank correlation of (P,) and (P,), -1 to 1; NaN, with a warning, where there is no order in one of them.
+
+    Cosines that are equal but for rounding have no order: scipy would correlate the rounding errors.
+    """
     if not ordered(np.asarray(cosines)[None]):
         logger.warning(f"no Spearman of {len(cosines)} pairs: {NO_ORDER}")
         return math.nan
@@ -134,10 +120,11 @@ class STS:
         vectors, first, second = self.vectors(embed)
         scores = np.array(self.rows["score"][:])
         positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
-        metrics = SpearmanCosine().compute(predictions=(first * second).sum(-1), references=scores)
-        metrics |= Alignment().compute(predictions=first[positive], references=second[positive])
-        metrics |= Uniformity().compute(predictions=vectors)
-        return metrics
+        return {
+            "spearman": 100 * spearman((first * second).sum(-1), scores),
+            "alignment": alignment(first[positive], second[positive]),
+            "uniformity": uniformity(vectors),
+        }
 
     def cosines(self, embed: Callable) -> np.ndarray:
         """Of the pairs, (P,)."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from hf_embed.card import with_name
+from hf_embed.checkpoint.card import with_name
 from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 from hf_embed.errors import InputError
-from hf_embed.evaluation.retrieval import read_code_search, read_retrieval
+from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import STS, read_named_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot
+from hf_embed.kit.code_search import read_code_search
 
 
 @dataclass

@@ -9,15 +9,15 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
-from hf_embed import cli
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source, read_sources
-from hf_embed.data.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
-from hf_embed.evaluation.flags import EvalArguments, read_tasks
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
+from hf_embed.kit import cli
+from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.objectives.gte import DIRECTIONS
 from hf_embed.ranges import COUNT, Range, check_ranges

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PrinterCallback
 
-from hf_embed.card import write_whole
-from hf_embed.cli import FROM_HAND, as_flags
+from hf_embed.checkpoint.card import write_whole
 from hf_embed.errors import InputError
-from hf_embed.finetune import make_trainer, number, read_seeds
-from hf_embed.overwrite import EarlierRun
-from hf_embed.plan import Plan
+from hf_embed.kit.cli import FROM_HAND, as_flags
+from hf_embed.kit.finetune import make_trainer, number, read_seeds
+from hf_embed.kit.overwrite import EarlierRun
+from hf_embed.kit.plan import Plan
 
 VARIANTS = {
     "dropout": {},
@@ -68,7 +68,7 @@ def read_variants(given: list[str]) -> dict[str, dict]:
 def run_ablation(plan: Callable[[list[str]], Plan], argv: list[str]) -> dict:
     """Run what is missing of the variants and seeds that the flags name; write results.json and ablation.png, print the table.
 
-    `plan` reads the flags of a run: `hf_embed.finetune.plan_simcse` with `AblationArguments`. Raises InputError, before the
+    `plan` reads the flags of a run: `hf_embed.kit.finetune.plan_simcse` with `AblationArguments`. Raises InputError, before the
     first step of the first run, if one of the runs cannot be.
     """
     base = plan(argv)

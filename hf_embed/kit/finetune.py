@@ -25,8 +25,8 @@ from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
-from hf_embed import card, cli
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint import card
 from hf_embed.checkpoint.layout import has_mlp_head, read_settings
 from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
 from hf_embed.checkpoint.load import load_model as load_backbone
@@ -39,8 +39,9 @@ from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
-from hf_embed.overwrite import EarlierRun, clear_results, earlier_files
-from hf_embed.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
+from hf_embed.kit import cli
+from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.kit.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
 from hf_embed.ranges import SEED
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer

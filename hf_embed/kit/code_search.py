@@ -1,0 +1,28 @@
+"""Code search: a docstring looks for the function that it stands in."""
+
+from pathlib import Path
+
+from hf_embed.data.sources import read_file, row_texts
+from hf_embed.errors import InputError
+from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
+from hf_embed.kit.docstrings import read_definitions
+
+# Columns of code search files: CodeSearchNet's own, and its copies'.
+DOCSTRINGS = ("docstring", "func_documentation_string", "query")
+CODES = ("code", "func_code_string")
+
+
+def read_code_search(path: str) -> Retrieval:
+    """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
+    as in CodeSearchNet, or of a Python package, by folder or name."""
+    if "://" not in path and not Path(path).is_file():
+        pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
+    else:
+        rows = read_file(path)
+        columns = [next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES)]
+        if None in columns:
+            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
+        pairs = [tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)]
+    if not pairs:
+        raise InputError(f"{path}: no function with a docstring")
+    return pairs_to_retrieval(pairs)
