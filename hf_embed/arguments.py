@@ -67,7 +67,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
     )  # fmt: skip
     shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Rows of a stream that are shuffled at a time."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_before(self)
         if self.pooling is not None:
             check_pooling(self.pooling)
@@ -99,5 +99,5 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
 
     def to_dict(self) -> dict:
-        """The settings for logs (TensorBoard, wandb and the like), without tokens."""
+        """Return the settings for logs (TensorBoard, wandb and the like), without tokens."""
         return super(ContrastiveTrainingArguments, without_secrets(self)).to_dict()

@@ -5,15 +5,22 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 
 import contextlib
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.chunking import encode_in_chunks
@@ -24,7 +31,12 @@ from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import is_remote, text_encoder
 
+if TYPE_CHECKING:
+    from mteb.models.model_meta import ModelMeta
+
 logger = logging.getLogger(__name__)
+
+Vectors = np.ndarray | Tensor | list[list[float]]
 
 # Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
@@ -37,8 +49,6 @@ SIMILARITIES = {
     "euclidean": lambda a, b: -torch.cdist(a.float(), b.float()),
     "manhattan": lambda a, b: -torch.cdist(a.float(), b.float(), p=1),
 }
-# A learned temperature stops here: below, a step of training is a step of noise (CLIP stops at 0.01).
-MIN_TEMPERATURE = 0.001
 
 
 class Encoder(nn.Module):
@@ -62,6 +72,9 @@ class Encoder(nn.Module):
             the model's positions; a `truncate_dim` that is no positive integer.
     """
 
+    backbone: PreTrainedModel  # or a PEFT model around one
+    dense: nn.Sequential
+
     def __init__(
         self,
         backbone: PreTrainedModel,
@@ -77,37 +90,29 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        self.backbone = text_encoder(without_head(backbone))
-        self.tokenizer = tokenizer
-        self.pooling = pooling
-        self.normalize = normalize
-        self.prompts = dict(prompts or {})
         if similarity_fn_name not in SIMILARITIES:
             raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; take one of {', '.join(SIMILARITIES)}")
         if truncate_dim is not None and not (isinstance(truncate_dim, int) and truncate_dim > 0):
             raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
-        self.truncate_dim, self.similarity_fn_name = truncate_dim, similarity_fn_name
+        self.backbone = text_encoder(without_head(backbone))
+        self.tokenizer = with_padding(tokenizer)
+        self.pooling = pooling
+        self.normalize = normalize
+        self.prompts = dict(prompts or {})
+        self.truncate_dim = truncate_dim
+        self.similarity_fn_name = similarity_fn_name
         self.default_prompt_name = default_prompt_name
         self.prompt()  # is the default one there?
         self.config.use_cache = False
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id does
         if pooling == "cls_mlp" and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
                 "take pooling cls_mlp_train (head while training only) or cls"
             )
         self.dense = nn.Sequential(*dense)
-        self.train_head: nn.Module | None = None
-        self.mlm_head: nn.Module | None = None  # set where masked language modelling is an auxiliary; see hf_embed.mlm
-        self.log_temperature: nn.Parameter | None = None  # (1,), set where the objective learns its temperature
         attend_fully(self.base)
         self.check_forward()
         self.max_length = check_max_length(max_length, self.positions, tokenizer)
-        if pooling == "cls_mlp_train":
-            self.train_head = new_head(self.width, self.config).to(self.device, self.dtype)
 
     def check_forward(self) -> None:
         """Check that training and inference compute one function, and measure its width; see `hf_embed.forward_check`."""
@@ -117,18 +122,12 @@ class Encoder(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The backbone without PEFT's wrapping."""
-        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
+        return base_of(self.backbone)
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
+        """The backbone's configuration."""
         return self.base.config
-
-    @property
-    def _no_split_modules(self) -> list[str]:  # FSDP asks which layers to wrap
-        return self.base._no_split_modules
-
-    def activation_checkpointing_enable(self, **kwargs) -> None:  # Trainer's --activation_checkpointing, layer by layer
-        self.backbone.activation_checkpointing_enable(**kwargs)
 
     @property
     def remote_code(self) -> bool:
@@ -137,10 +136,11 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are (the first of them)."""
         return next(self.backbone.parameters()).device
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """The arguments, beside backbone and tokenizer, that make such an encoder."""
         names = ["pooling", "max_length", "normalize", "prompts", "truncate_dim", "similarity_fn_name", "default_prompt_name"]
         return {name: getattr(self, name) for name in names} | {"dense": list(self.dense)}
@@ -151,9 +151,15 @@ class Encoder(nn.Module):
         return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
 
     def prompt(self, name: str | None = None) -> str:
-        """The text that goes before texts: the prompt of that name, or the default one. Raises InputError if there is none."""
+        """Return the text that goes before texts: the prompt of that name, or the default one; "" if there is neither.
+
+        Raises:
+            InputError: a name, other than query and document, of which the model has no prompt.
+        """
         name = self.default_prompt_name if name is None else name
-        if name not in (None, "query", "document", *self.prompts):
+        if name is None:
+            return ""
+        if name not in ("query", "document", *self.prompts):
             raise InputError(f"unknown prompt_name '{name}'; there are query, document and the model's own")
         return self.prompts.get(name, "")
 
@@ -165,28 +171,35 @@ class Encoder(nn.Module):
     @property
     def full_dimension(self) -> int:
         """D, the length of an embedding in training."""
-        return self.dense[-1].linear.out_features if self.dense else self.width
+        last = self.dense[-1] if len(self.dense) else None
+        return last.linear.out_features if isinstance(last, Dense) else self.width
 
-    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
-        """Embeddings (b, D) of padded token ids and their mask, both (b, T).
+    def pool(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
+        """Return pooled token states (b, width) of padded token ids and their mask, both (b, T).
 
-        `words` (b, T, width) are these tokens' rows of the word table, if they have been read already.
+        Args:
+            words: (b, T, width) these tokens' rows of the word table, if they have been read already.
+            further: what else the tokenizer returns, by name.
+
+        Raises:
+            InputError: the model's first output is not the states of these tokens.
         """
         everything = self.pooling in MULTI_LAYER
-        with contextlib.nullcontext() if words is None else serve_words(word_table(self.base), input_ids, words):
+        with serve_words(self.word_table, input_ids, words):
             output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything, **further)
-        states = output.hidden_states if everything else (output[0],)
         if self.pooling == "cls_mlp":
-            return self.dense(output.pooler_output)
+            return output.pooler_output
+        states = output.hidden_states if everything else (output[0],)
         if states[-1].shape[:2] != input_ids.shape:
             raise InputError(
                 f"{type(self.base).__name__}: its first output has the shape {tuple(states[-1].shape)} for "
                 f"{tuple(input_ids.shape)} token ids, so there are no token states to pool; take a text encoder"
             )
-        embeddings = pool(self.pooling, states, mask)
-        if self.train_head is not None and self.training:
-            embeddings = self.train_head(embeddings)
-        return self.dense(embeddings)
+        return pool(self.pooling, states, mask)
+
+    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
+        """Return embeddings (b, D), the pooled states after the layers behind the pooling; arguments as for `pool`."""
+        return self.dense(self.pool(input_ids, mask, words, **further))
 
     def forward(
         self,
@@ -194,41 +207,40 @@ class Encoder(nn.Module):
         lengths: list[int],
         chunk_tokens: int | None = None,
         gradient_caching: bool = False,
-        mlm: tuple[Tensor, Tensor] | None = None,
         sharded: bool = False,
+        embed: Callable[..., Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """{"embeddings": (N, D)}, not normalised, of a flat batch: `input_ids` (S,), `lengths` N numbers summing to S.
+        """Embed a flat batch, chunk by chunk.
 
-        With `mlm`, masked token ids and labels, both (S,), also "mlm", the summed cross-entropy of the masked tokens; with a
-        learned temperature "temperature", a scalar. All come out of one forward, as DDP and FSDP need. `sharded`: layers are
-        collectives (FSDP, ZeRO), so ranks make equally many chunks, and each reads the word table inside the model.
+        Args:
+            input_ids: (S,) the tokens of all texts, one text behind the other.
+            lengths: the tokens of each text, N numbers that sum to S.
+            chunk_tokens: padded tokens of a chunk; see `hf_embed.chunking`.
+            gradient_caching: compute a chunk again in the backward pass instead of keeping its activations.
+            sharded: each layer is a collective (FSDP, ZeRO), so that ranks make equally many chunks, and each chunk reads the
+                word table inside the model.
+            embed: what embeds a chunk; default: `self.embed`. Training has a head there.
+
+        Returns:
+            {"embeddings": (N, D)}, not normalised.
         """
-        chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
-        pad_id = self.tokenizer.pad_token_id
-        settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": sharded}
-        words = word_table(self.base) if torch.is_grad_enabled() and not sharded else None
-        outputs = {"embeddings": encode_in_chunks(self.embed, input_ids, lengths, pad_id, embed_tokens=words, **settings)}
-        if self.log_temperature is not None:
-            below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)  # a floor that lets gradients by
-            outputs["temperature"] = (self.log_temperature + below).exp().squeeze(0)
-        if mlm is None:
-            return outputs
-        masked_ids, labels = mlm
+        words = self.word_table if torch.is_grad_enabled() and not sharded else None
+        embeddings = encode_in_chunks(
+            embed or self.embed,
+            input_ids,
+            lengths,
+            self.tokenizer.pad_token_id,
+            chunk_tokens or default_chunk_tokens(input_ids.device),
+            gradient_caching=gradient_caching,
+            equal_chunks=sharded,
+            embed_tokens=words,
+        )
+        return {"embeddings": embeddings}
 
-        def losses(places: Tensor, mask: Tensor, _) -> Tensor:  # places in the flat batch, (b, T) -> (b, 1)
-            ids = masked_ids[places].masked_fill(mask == 0, pad_id)
-            logits = self.mlm_head(self.backbone(input_ids=ids, attention_mask=mask)[0])
-            wanted = labels[places].masked_fill(mask == 0, -100)
-            return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
-
-        places = torch.arange(len(input_ids), device=input_ids.device)
-        outputs["mlm"] = encode_in_chunks(losses, places, lengths, 0, **settings).sum()
-        return outputs
-
-    def learn_temperature(self, start: float) -> None:
-        """Make the temperature of the loss a parameter of the model in training; it is not part of the exported checkpoint."""
-        dtype = torch.promote_types(next(self.backbone.parameters()).dtype, torch.float32)
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(start)], dtype=dtype, device=self.device))
+    @property
+    def word_table(self) -> nn.Embedding | None:
+        """The model's table of token embeddings, if it is an ordinary one."""
+        return word_table(self.base)
 
     def encode(
         self,
@@ -238,17 +250,27 @@ class Encoder(nn.Module):
         convert_to_tensor: bool = False,
         show_progress_bar: bool = False,
         chunk_tokens: int | None = None,
-        prompt_type=None,
-        **mteb,
-    ):
-        """Vectors of texts, as trained: (N, D) float32 NumPy array, or (D,) for a single string.
+        prompt_type: Any = None,
+        **mteb: Any,
+    ) -> np.ndarray | Tensor:
+        """Encode texts, as trained.
 
         Args:
+            texts: one text, or N of them; mteb gives its batches.
             prompt_name: "query", "document" or another name in `prompts`: put that prompt, if the model has it, before each
                 text. Without a name it is the default prompt, if the model has one.
             batch_size: texts tokenized and sorted by length at a time; memory depends on `chunk_tokens`, not on this.
-            convert_to_tensor: give a tensor on the model's device instead.
-            prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name; what else it says has no effect.
+            convert_to_tensor: give a tensor on the model's device instead of an array.
+            show_progress_bar: of the texts, on the console.
+            chunk_tokens: padded tokens that go through the model at once.
+            prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name.
+            mteb: what else mteb says of its batches; it has no effect.
+
+        Returns:
+            (N, D) in float32, or (D,) for a single text.
+
+        Raises:
+            InputError: an unknown prompt, an entry that is no text, or a text without a token.
         """
         if isinstance(texts, DataLoader):
             from hf_embed.evaluation.mteb import texts_and_prompt
@@ -273,22 +295,22 @@ class Encoder(nn.Module):
         return vectors if convert_to_tensor else vectors.cpu().numpy()
 
     def finish(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (N, D) to what `encode` gives: unit vectors where the model normalises, then cut to `truncate_dim`."""
+        """Turn embeddings (N, D) into what `encode` gives: unit vectors where the model normalises, cut to `truncate_dim`."""
         vectors = F.normalize(embeddings, dim=-1) if self.normalize else embeddings
         return vectors[:, : self.truncate_dim]
 
-    def similarity(self, a, b) -> Tensor:
-        """Similarities (`similarity_fn_name`) of all vectors of `a`, (N, D), with all of `b`, (M, D): (N, M)."""
-        a, b = (torch.atleast_2d(torch.as_tensor(vectors)) for vectors in (a, b))
-        return SIMILARITIES[self.similarity_fn_name](a, b)
+    def similarity(self, a: Vectors, b: Vectors) -> Tensor:
+        """Compare all vectors of `a`, (N, D), with all of `b`, (M, D), by `similarity_fn_name`: (N, M)."""
+        first, second = (torch.atleast_2d(torch.as_tensor(vectors)) for vectors in (a, b))
+        return SIMILARITIES[self.similarity_fn_name](first, second)
 
-    def similarity_pairwise(self, a, b) -> Tensor:
-        """Similarities of the vectors of `a` and `b`, both (N, D), row by row: (N,)."""
-        a, b = (torch.atleast_2d(torch.as_tensor(vectors)).unsqueeze(1) for vectors in (a, b))
-        return SIMILARITIES[self.similarity_fn_name](a, b)[:, 0, 0]
+    def similarity_pairwise(self, a: Vectors, b: Vectors) -> Tensor:
+        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,)."""
+        first, second = (torch.atleast_2d(torch.as_tensor(vectors)).unsqueeze(1) for vectors in (a, b))
+        return SIMILARITIES[self.similarity_fn_name](first, second)[:, 0, 0]
 
     @property
-    def mteb_model_meta(self):
+    def mteb_model_meta(self) -> "ModelMeta":
         """What mteb wants to know of a model; see `hf_embed.evaluation.mteb`."""
         from hf_embed.evaluation.mteb import model_meta
 
@@ -308,15 +330,22 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         normalize: bool | None = None,
         trust_remote_code: bool = False,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> "Encoder":
-        """Load a folder or Hub model: ours, sentence-transformers', or any `AutoModel`.
+        """Load a folder or Hub model: one of this package, sentence-transformers' or any `AutoModel`.
 
-        All settings come from the sentence-transformers files beside the weights; arguments given here override them. What
-        those files say that would give other vectors here than in sentence-transformers is refused (InputError), by name.
-        Without such files pooling is mean (last for a causal language model), and texts are cut after 512 tokens at most.
-        `trust_remote_code`: run the Python code that the model brings, where it has its own architecture. `model_kwargs` go to
-        `AutoModel.from_pretrained`.
+        All settings come from the sentence-transformers files beside the weights. Without such files pooling is mean (last for
+        a causal language model), and texts are cut after 512 tokens at most.
+
+        Args:
+            name_or_path: a folder, or OWNER/NAME on the Hub.
+            pooling: in place of the folder's own; so are max_length and normalize.
+            trust_remote_code: run the Python code that the model brings, where it has its own architecture.
+            model_kwargs: for `AutoModel.from_pretrained`.
+
+        Raises:
+            InputError: the model cannot be loaded, or its files say what would give other vectors here than in
+                sentence-transformers.
         """
         from hf_embed.checkpoint.load import load_encoder
 
@@ -325,10 +354,12 @@ class Encoder(nn.Module):
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn: the
-    first output of the whole is logits, not token states.
+    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn.
 
-    Raises InputError for adapters that cannot be taken along, and for a model that no loader would make by itself (DPR's).
+    The first output of the whole is logits, not token states.
+
+    Raises:
+        InputError: no model at all; adapters that cannot be taken along; a model that no loader would make by itself (DPR's).
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
@@ -348,9 +379,7 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
             f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
             "put the adapters on that"
         )
-    mappings = (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING)
-    loaded = [mapping[type(base.config)] for mapping in mappings if type(base.config) in mapping]
-    loaded = [kind for kinds in loaded for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    loaded = loaded_classes(base.config)
     if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
         raise InputError(
             f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
@@ -360,18 +389,43 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def embed_texts(model, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, **kwargs) -> Tensor:
-    """Embeddings (N, D) of texts through `model`, which is the encoder or whatever wraps it (FSDP, autocast)."""
+def loaded_classes(config: PretrainedConfig) -> list[type]:
+    """Return the classes that transformers' loaders of text encoders would make of a configuration."""
+    found = [mapping[type(config)] for mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING) if type(config) in mapping]
+    return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a padding token. Padding is masked, so any id does.
+
+    Raises:
+        InputError: it has no token that could be taken.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def embed_texts(
+    model: nn.Module, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, sharded: bool = False
+) -> Tensor:
+    """Embed texts, (N, D), through `model`: the encoder, or what has it inside (the step in training, FSDP).
+
+    Raises:
+        InputError: a text without a token.
+    """
     texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
     if empty := [i for i, row in enumerate(rows) if not row]:  # "" under a tokenizer without special tokens
         raise InputError(f"text {empty[0] + 1} of these has no token, so it has no vector; leave empty texts out")
     flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
-    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, **kwargs)["embeddings"]
+    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
 
 
 def put_before(prompt: str, texts: Sequence[str], first: int = 0) -> list[str]:
-    """Put `prompt` before each text. Raises InputError for what is no text; `first` is the number of the first one, from 0."""
+    """Put `prompt` before each text; `first` is the number of the first one, from 0. Raises InputError for what is no text."""
     for number, text in enumerate(texts, first + 1):
         if not isinstance(text, str):
             raise InputError(f"text {number} is no text but {text!r}; fill it in, make it a string or leave it out")
@@ -379,16 +433,21 @@ def put_before(prompt: str, texts: Sequence[str], first: int = 0) -> list[str]:
 
 
 def default_chunk_tokens(device: torch.device) -> int:
+    """Return how many padded tokens a chunk may have where nothing is said."""
     return DEFAULT_CHUNK_TOKENS.get(device.type, DEFAULT_CHUNK_TOKENS["default"])
 
 
 @contextlib.contextmanager
-def serve_words(table: nn.Embedding, input_ids: Tensor, words: Tensor) -> Iterator[None]:
+def serve_words(table: nn.Embedding | None, input_ids: Tensor, words: Tensor | None) -> Iterator[None]:
     """Let lookups of `input_ids` (b, T) in `table` give `words` (b, T, width), which are these rows, read before.
 
-    The model gets its token ids as ever, so whatever else it makes of them (positions, masks) is as in inference. A lookup of
-    other ids, for example of ids that the model has padded further, goes to the table.
+    Without words the model looks up for itself. In any case it gets its token ids, so whatever else it makes of them
+    (positions, masks) is as in inference. A lookup of other ids, for example of ids that the model has padded further, goes to
+    the table.
     """
+    if table is None or words is None:
+        yield
+        return
 
     def served(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         ids = args[0] if args else kwargs["input"]
@@ -409,20 +468,12 @@ def attend_fully(base: PreTrainedModel) -> None:
         base.config.attention_type = "original_full"
 
 
-def new_head(width: int, config) -> nn.Sequential:
-    """SimCSE's MLP head, (D,) -> (D,): a dense layer started like the model's own, and tanh."""
-    dense = nn.Linear(width, width)
-    reset_dense(dense, config)
-    return nn.Sequential(dense, nn.Tanh())
+def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens that a text may have, of a model with positions for `limit` tokens (None: no limit).
 
-
-def reset_dense(dense: nn.Linear, config) -> None:
-    nn.init.normal_(dense.weight, std=getattr(config, "initializer_range", 0.02))
-    nn.init.zeros_(dense.bias)
-
-
-def check_max_length(max_length: int | None, limit: int | None, tokenizer) -> int:
-    """The tokens a text may have, of a model with positions for `limit` tokens (None: no limit)."""
+    Raises:
+        InputError: more than the model has positions for, or too few for a token of text.
+    """
     if max_length is None:
         return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
     if limit is not None and max_length > limit:

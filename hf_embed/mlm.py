@@ -2,23 +2,21 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import has_adapters
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 
 
-def split_masked_lm(model: PreTrainedModel | Encoder) -> tuple[PreTrainedModel | Encoder, nn.Module]:
-    """The backbone of an `AutoModelForMaskedLM` and its head, which maps token states (b, T, D) to logits (b, T, words).
+def split_masked_lm(model: nn.Module | None) -> tuple[PreTrainedModel, nn.Module]:
+    """Return the backbone of an `AutoModelForMaskedLM` and its head, which maps token states (b, T, D) to logits (b, T, words).
 
-    An Encoder that has its head already is given back with it. Raises InputError for a model without such a head, and for PEFT
-    adapters: the auxiliary trains the whole model.
+    Raises:
+        InputError: a model without such a head, or with PEFT adapters: the auxiliary trains the whole model.
     """
-    if has_adapters(model.backbone if isinstance(model, Encoder) else model):
+    if model is not None and has_adapters(model.backbone if isinstance(model, Encoder) else model):
         raise InputError("mlm_weight trains the whole model, and PEFT adapters a part of it; leave one of them out")
-    if isinstance(model, Encoder) and model.mlm_head is not None:
-        return model, model.mlm_head
     head = getattr(model, "cls", None) or getattr(model, "lm_head", None)
     if not isinstance(head, nn.Module) or isinstance(head, nn.Linear) or not hasattr(model, "base_model"):
         raise InputError(
@@ -28,9 +26,12 @@ def split_masked_lm(model: PreTrainedModel | Encoder) -> tuple[PreTrainedModel |
     return model.base_model, head
 
 
-def mask_tokens(input_ids: Tensor, tokenizer, share: float = 0.15) -> tuple[Tensor, Tensor]:
-    """Masked ids and labels, both (S,): of the chosen `share` 80% become [MASK], 10% a random token, 10% stay; label -100
-    elsewhere. Special tokens are never chosen."""
+def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: float = 0.15) -> tuple[Tensor, Tensor]:
+    """Return masked ids and labels, both (S,), of token ids (S,).
+
+    Of the chosen `share` 80% become [MASK], 10% a random token, 10% stay; the label is -100 elsewhere. Special tokens are never
+    chosen.
+    """
     special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
     chosen = (torch.rand(input_ids.shape, device=input_ids.device) < share) & ~special
     labels = input_ids.masked_fill(~chosen, -100)

@@ -1,13 +1,15 @@
 """ContrastiveTrainer: the Trainer you know, with a contrastive step.
 
-One step: the collator's flat batch -> `Encoder.forward` in length-sorted chunks (inside DDP or FSDP, one call) -> a grid of
-embeddings -> one gather -> the objective on the own rows against all rows -> backward.
+One step: the collator's flat batch -> `TrainingStep.forward` in length-sorted chunks (inside DDP or FSDP, one call) -> a block
+of embeddings, a row for each row of the data -> one gather -> the objective on the own rows against all rows -> backward.
 
 Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 """
 
+import copy
 import logging
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,36 +19,39 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, seed_worker
 from transformers.utils import PushInProgress
 
-from hf_embed.adapters import check_adapters, has_adapters
+from hf_embed.adapters import has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
-from hf_embed.checkpoint.save import needs_runtime, save_encoder
-from hf_embed.checkpoint.verify import verify_loadable
+from hf_embed.checkpoint.save import save_encoder
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
-from hf_embed.distributed import gather_rows, world
+from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import STS, check_sts
 from hf_embed.evaluation.tasks import Task, score_tasks
-from hf_embed.mlm import mask_tokens, split_masked_lm
-from hf_embed.objectives import SimCSE
-from hf_embed.tempscale import applied_tempscale, apply_tempscale
+from hf_embed.mlm import mask_tokens
+from hf_embed.objectives.base import Objective, as_objective
+from hf_embed.objectives.simcse import SimCSE
+from hf_embed.step import TrainingStep, add_own_parameters, make_step
+from hf_embed.tempscale import applied_tempscale
 from hf_embed.tempscale.fold import folded
-from hf_embed.trainer_settings import check_before, check_evaluation, check_metric, check_training, warn_of_ignored
-from hf_embed.unused import settle_unused
+from hf_embed.trainer_settings import check_batch, check_settings, check_training, warn_of_ignored
 from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 # In a checkpoint: the tensors of the training model that the plain checkpoint beside it does not hold.
 TRAINING_TENSORS = "training.safetensors"
+
+TrainData = Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source]
+EvalData = Dataset | Task | dict[str, Dataset | Task]
 
 
 class Progress(ProgressCallback):
@@ -68,7 +73,8 @@ class ContrastiveTrainer(Trainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
-        model: a `PreTrainedModel`, a PEFT model around one, or an `Encoder`.
+        model: a `PreTrainedModel`, a PEFT model around one, an `Encoder`, or the `TrainingStep` of an earlier training
+            (`trainer.step`), whose heads stay.
         args: `ContrastiveTrainingArguments`; pooling, max_length, normalize and prompts given there go to the encoder.
         objective: e.g. `SimCSE(temperature=0.05)`, the default.
         train_dataset: a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or text alone
@@ -92,71 +98,61 @@ class ContrastiveTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | Encoder | None = None,
+        model: PreTrainedModel | Encoder | TrainingStep | None = None,
         args: ContrastiveTrainingArguments | None = None,
-        objective=None,
-        train_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source] | None = None,
-        eval_dataset: Dataset | Task | dict[str, Dataset | Task] | None = None,
+        objective: Objective | Callable[..., Tensor] | None = None,
+        train_dataset: TrainData | None = None,
+        eval_dataset: EvalData | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         train_name: str = "train_dataset",
         paired: bool | None = None,
     ):
-        args = args or ContrastiveTrainingArguments("tmp_trainer")
-        check_world(args)
-        check_before(args)  # once more, for a script may have changed them since
+        # A copy, for some settings follow from the data and the model: the caller's object stays as it is.
+        args = copy.copy(args or ContrastiveTrainingArguments("tmp_trainer"))
         tasks = named_tasks(eval_dataset)
-        check_evaluation(args, tasks)
-        check_metric(args, tasks)
-        if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
-            logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
-            args._n_gpu = 1
-        self.objective = objective or SimCSE()
-        mlm_head = None
-        if getattr(self.objective, "mlm_weight", 0):
-            model, mlm_head = split_masked_lm(model)
-        self.encoder = make_encoder(model, processing_class, args)
-        if args.temp_scale is not None:
-            apply_tempscale(self.encoder.backbone, args.temp_scale)
-        needs_runtime(self.encoder, allowed=False)  # said now, not after the training
-        verify_loadable(self.encoder)
-        self.encoder.mlm_head, self.encoder.log_temperature = mlm_head, None  # not those of an earlier training
-        settle_unused(self.encoder, args)
-        check_widths(self.objective, self.encoder)
-        warn_of_settings_for_encode(self.encoder)
-        if getattr(self.objective, "learn_temperature", False):
-            self.encoder.learn_temperature(self.objective.temperature)
-        add_own_parameters(*optimizers, self.encoder)
-        self.temperature, self.source_losses = None, {}  # the learned one at the last step; losses since the last log
-        self.watch = Watch()
-        views = [2]
-        if train_dataset is not None:
-            check_batch(args)
-            check_prompts(self.encoder.prompts, self.encoder.tokenizer, self.encoder.max_length, "prompts")
-            with args.main_process_first(desc="tokenizing"):
-                train_dataset, views = tokenize_all(train_dataset, self.encoder, args, train_name, paired)
-            if args.same_dropout_mask and (isinstance(train_dataset, Mixture) or most_texts(train_dataset) > 1):
-                raise InputError(f"{train_name}: same_dropout_mask needs rows of a single text, which is both views")
-            if getattr(self.objective, "hard_negative_weight", 0) and max(views) < 3:
-                raise InputError(f"{train_name}: hard_negative_weight is set, but no row has a negative; leave it out")
-            check_training(args, self.encoder, len(batch_sampler(train_dataset, args, args.train_batch_size)), train_name)
+        check_settings(args, tasks)
+        self.objective = as_objective(objective or SimCSE())
+        self.step = make_step(model, processing_class, args, self.objective)
+        self.encoder = self.step.encoder
+        add_own_parameters(*optimizers, self.step)
+        rows, views = self._read_rows(train_dataset, args, train_name, paired)
         if args.process_index == 0:
             warn_of_ignored(args)
+        self.watch = Watch(batches_alike=not isinstance(rows, Mixture))
         super().__init__(
-            model=self.encoder,
+            model=self.step,
             args=args,
             data_collator=RaggedCollator(views, args.same_dropout_mask),
-            train_dataset=train_dataset,
+            train_dataset=rows,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
             callbacks=[self.watch, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.encoder.check_forward()  # as it will be trained: on this device, with its adapters and its temperature
-        self.watch.batches_alike = not isinstance(train_dataset, Mixture)
+        self.temperature: Tensor | None = None  # the learned one at the last step
+        self.source_losses: dict[int, list[Tensor]] = {}  # of each source, since the last log
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
+
+    def _read_rows(
+        self, rows: TrainData | None, args: ContrastiveTrainingArguments, name: str, paired: bool | None
+    ) -> tuple[Dataset | Mixture | None, list[int]]:
+        """Tokenize and check the rows to train on. Returns them, and the number of texts in a row of each source."""
+        if rows is None:
+            return None, [2]
+        encoder = self.encoder
+        check_batch(args)
+        check_prompts(encoder.prompts, encoder.tokenizer, encoder.max_length, "prompts")
+        with args.main_process_first(desc="tokenizing"):
+            tokens, views = tokenize_all(rows, encoder, args, name, paired)
+        if args.same_dropout_mask and (isinstance(tokens, Mixture) or most_texts(tokens) > 1):
+            raise InputError(f"{name}: same_dropout_mask needs rows of a single text, which is both views")
+        self.objective.check_rows(max(views), name)
+        check_training(args, encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
+        return tokens, views
 
     # ---- the step ----
 
@@ -166,6 +162,7 @@ class ContrastiveTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def get_train_dataloader(self) -> DataLoader:
+        """Return this rank's batches, which are a function of (seed, epoch, step)."""
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         args = self.args
@@ -185,36 +182,46 @@ class ContrastiveTrainer(Trainer):
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # `model` is the wrapped one: gradients synchronise only through its forward.
-        args, input_ids = self.args, inputs["input_ids"]
-        mlm = masked = None
-        if self.encoder.mlm_head is not None:
-            mlm = mask_tokens(input_ids, self.encoder.tokenizer)
-            masked = (mlm[1] != -100).sum().view(1)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of this rank's rows against the rows of all ranks, a scalar.
+
+        Args:
+            model: the wrapped `TrainingStep`: gradients synchronise only through its forward.
+            inputs: a batch of `RaggedCollator`.
+            return_outputs: also return {"embeddings": (B, V, D)}.
+            num_items_in_batch: Trainer's number of tokens; the loss is a mean over rows and has no use for it.
+        """
+        args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
+        mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
         outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm, self.sharded)
-        embeddings = outputs["embeddings"]
-        if embeddings.dtype in (torch.float16, torch.bfloat16):
-            embeddings = embeddings.float()
-        text_ids = inputs["text_ids"]
-        if args.same_dropout_mask:  # one pass is both views
-            embeddings = embeddings.repeat_interleave(2, 0)
-        grid = to_grid(embeddings, inputs["slots"], text_ids.shape)  # (B, V, D)
-        learned, first_row = {}, args.process_index * len(grid)
-        if "temperature" in outputs:
-            learned["temperature"], self.temperature = outputs["temperature"], outputs["temperature"].detach()
-        loss = self.objective(grid, text_ids, gather_rows(grid), gather_rows(text_ids), first_row, **learned)
+        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, args.same_dropout_mask)  # (B, V, D)
+        first_row = args.process_index * len(rows)
+        learned = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
+        loss = self.objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **learned)
         if mlm is not None:  # the mean over the masked tokens of all ranks, before ranks are averaged
-            tokens = gather_rows(masked).sum().clamp(min=1)
-            loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / tokens
+            masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
+            loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / masked
         if model.training:
-            self.watch.see(loss, grid, text_ids)
-        if isinstance(self.train_dataset, Mixture) and model.training:
+            self._note(loss, rows, inputs, outputs)
+        return (loss, {"embeddings": rows}) if return_outputs else loss
+
+    def _note(self, loss: Tensor, rows: Tensor, inputs: dict, outputs: dict[str, Tensor]) -> None:
+        """Keep what the next log is made of."""
+        self.watch.see(loss, rows, inputs["text_ids"])
+        if "temperature" in outputs:
+            self.temperature = outputs["temperature"].detach()
+        if isinstance(self.train_dataset, Mixture):
             self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
-        return (loss, {"embeddings": grid}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a log of training, on every rank
+        """Add the losses of the sources, the learned temperature and the numbers of `hf_embed.watch` to a log of training."""
+        if "loss" in logs:  # on every rank
             for source, losses in sorted(self.source_losses.items()):
                 mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
                 logs[f"loss_{self.train_dataset.names[source]}"] = round(mean.item(), 4)
@@ -225,13 +232,28 @@ class ContrastiveTrainer(Trainer):
                 logs |= self.watch.numbers()
         super().log(logs, start_time)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As Trainer's, without the learned temperature."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     # ---- evaluation ----
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The metrics of every set, and their means; every text counts once on any number of ranks."""
+    def evaluate(
+        self,
+        eval_dataset: EvalData | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return the metrics of every set, and their means; every text counts once on any number of ranks.
+
+        Args:
+            eval_dataset: sets in place of the trainer's own, or the name of one of these.
+            ignore_keys: of no use here.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            InputError: there is no evaluation set.
+        """
         tasks = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(tasks, str):
             tasks = {tasks: self.eval_dataset[tasks]}
@@ -250,7 +272,7 @@ class ContrastiveTrainer(Trainer):
         return metrics
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
-        """(N, D) through the model as it is placed now: under FSDP only the wrapped one has its weights together."""
+        """Return vectors (N, D) through the model as it is placed now: under FSDP only that one has its weights together."""
         texts = [self.encoder.prompt(prompt_name) + text for text in texts]
         embeddings = embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, sharded=self.sharded)
         return self.encoder.finish(embeddings.float())
@@ -264,9 +286,10 @@ class ContrastiveTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         final = Path(output_dir) == Path(self.args.output_dir)
         sharded = state_dict is not None
-        save_encoder(self.encoder, output_dir, verify=final and not sharded, state_dict=state_dict)
+        tensors = {name.removeprefix("encoder."): tensor for name, tensor in (state_dict or self.step.state_dict()).items()}
+        save_encoder(self.encoder, output_dir, verify=final and not sharded, state_dict=tensors if sharded else None)
         if not final:
-            tensors = self._training_tensors(state_dict or self.encoder.state_dict())
+            tensors = self._training_tensors(tensors)
             if tensors:
                 save_file(tensors, Path(output_dir, TRAINING_TENSORS))
         torch.save(without_secrets(self.args), Path(output_dir, hub.TRAINING_ARGS))
@@ -296,7 +319,10 @@ class ContrastiveTrainer(Trainer):
         if not has_adapters(self.encoder.backbone):
             load_backbone(self.encoder.backbone, folder)
         if (folder / TRAINING_TENSORS).is_file():
-            self.encoder.load_state_dict(load_file(folder / TRAINING_TENSORS), strict=False)
+            tensors = load_file(folder / TRAINING_TENSORS)
+            of_encoder = ("backbone.", "dense.")
+            tensors = {f"encoder.{name}" if name.startswith(of_encoder) else name: t for name, t in tensors.items()}
+            self.step.load_state_dict(tensors, strict=False)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -372,50 +398,6 @@ class ContrastiveTrainer(Trainer):
         """Keep the card that `save_model` wrote; Trainer's own would replace it."""
 
 
-def make_encoder(model, tokenizer, args: ContrastiveTrainingArguments) -> Encoder:
-    """The encoder to train, with what `args` say about it."""
-    if model is None:
-        raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel or an Encoder")
-    check_adapters(model.backbone if isinstance(model, Encoder) else model)
-    given = {
-        key: value
-        for key in ("pooling", "max_length", "normalize", "prompts")
-        if (value := getattr(args, key, None)) is not None
-    }
-    if isinstance(model, Encoder):
-        own = model.settings
-        if "prompts" in given:  # which speak of queries and documents alone
-            others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
-            given["prompts"] = others | given["prompts"]
-        if all(own[key] == value for key, value in given.items()):
-            return model
-        set_seed(args.seed)  # of a new training head
-        return Encoder(model.backbone, model.tokenizer, **(own | given))
-    if tokenizer is None:
-        raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
-    set_seed(args.seed)  # of a new training head
-    encoder = Encoder(model, tokenizer, **given)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
-        logger.warning(
-            "the weights to train are in half precision, and so would be every update; load the model with "
-            "dtype=torch.float32 and set bf16=True for speed"
-        )
-    return encoder
-
-
-def warn_of_settings_for_encode(encoder: Encoder) -> None:
-    """Say which settings of the model training has no use for."""
-    if encoder.prompt():
-        logger.warning(
-            f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts; training puts those named "
-            "query and document before them, where there are such"
-        )
-    if encoder.dimension < encoder.full_dimension:
-        logger.warning(
-            f"training uses all {encoder.full_dimension} dimensions; encode gives the first {encoder.dimension} (truncate_dim)"
-        )
-
-
 def named_tasks(sets: Dataset | Task | dict[str, Dataset | Task] | None) -> dict[str, Task]:
     """Tasks by name; a `Dataset` is an STS set, and is checked. A single one is named by its kind."""
     if sets is not None and not isinstance(sets, dict):
@@ -455,56 +437,18 @@ def batch_sampler(rows: Dataset | Mixture, args, batch_size: int) -> GlobalBatch
     return GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **share)
 
 
-def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler, encoder: Encoder) -> None:
-    """Let the user's optimizer train what the trainer itself has made: the learned temperature, without weight decay, and the
-    training head. Raises InputError if a scheduler would not know of them, or the optimizer is of another model."""
-    if optimizer is None:
-        return
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if held.isdisjoint(encoder.parameters()):
-        raise InputError("optimizers: the optimizer holds no parameter of the model; make it of the model that is trained")
-    head = [] if encoder.train_head is None else list(encoder.train_head.parameters())
-    temperature = [] if encoder.log_temperature is None else [encoder.log_temperature]
-    for what, parameters, settings in (
-        ("training head", head, {}), ("learned temperature", temperature, {"weight_decay": 0.0})
-    ):  # fmt: skip
-        parameters = [parameter for parameter in parameters if parameter not in held]
-        if parameters and scheduler is not None:
-            raise InputError(
-                f"optimizers: the scheduler was made before the {what}, and cannot set its learning rate; give the optimizer "
-                "alone, (optimizer, None), and lr_scheduler_type"
-            )
-        if parameters:
-            optimizer.add_param_group({"params": parameters} | settings)
+def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:
+    """Put embeddings (texts, D) into their slots of (B, V, D), in float32 at least; an absent text is zero.
 
-
-def check_world(args: ContrastiveTrainingArguments) -> None:
-    """Ranks that do not know of each other would train apart without a word."""
-    if world()[1] != args.world_size:
-        raise InputError(
-            f"launched on {world()[1]} processes, but the training arguments count {args.world_size}; on a machine with a "
-            "GPU, CPU processes need --use_cpu"
-        )
-
-
-def check_widths(objective, encoder: Encoder) -> None:
-    if max(getattr(objective, "dims", ()), default=0) > encoder.full_dimension:
-        raise InputError(f"Matryoshka dims {max(objective.dims)}: the embedding is {encoder.full_dimension} wide")
-
-
-def check_batch(args: ContrastiveTrainingArguments) -> None:
-    if args.per_device_train_batch_size * args.world_size < 2:
-        raise InputError(
-            "per_device_train_batch_size is 1: a batch of one row has no negatives; set at least 2 "
-            "(gradient accumulation does not add negatives, gradient_caching makes large batches fit)"
-        )
-
-
-def to_grid(embeddings: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Embeddings (texts, D) into their slots of a (B, V, D) grid; an absent text is zero."""
+    With `twice` each embedding is both views of its row: one pass, under one dropout mask.
+    """
+    if embeddings.dtype in (torch.float16, torch.bfloat16):
+        embeddings = embeddings.float()
+    if twice:
+        embeddings = embeddings.repeat_interleave(2, 0)
     rows, views = shape
-    grid = embeddings.new_zeros(rows * views, embeddings.shape[1])
-    return grid.index_copy(0, slots, embeddings).view(rows, views, -1)
+    empty = embeddings.new_zeros(rows * views, embeddings.shape[1])
+    return empty.index_copy(0, slots, embeddings).view(rows, views, -1)
 
 
 def load_backbone(backbone: PreTrainedModel, folder: Path) -> None:

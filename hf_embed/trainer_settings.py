@@ -15,8 +15,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from hf_embed.distributed import world
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.tasks import main_metric, metric_names
+from hf_embed.evaluation.tasks import Task, main_metric, metric_names
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -80,14 +82,15 @@ NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that Traine
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
 
 
-def changed_from_default(args, name: str) -> bool:
+def changed_from_default(args: TrainingArguments, name: str) -> bool:
+    """Whether a field of TrainingArguments has another value than its default."""
     field = TrainingArguments.__dataclass_fields__[name]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return getattr(args, name) not in (default, [], None)  # what TrainingArguments and its parser make of ""
 
 
-def check_before(args) -> None:
-    """What is wrong with the arguments as they were given. Raises InputError."""
+def check_before(args: TrainingArguments) -> None:
+    """Raise InputError for what is wrong with the arguments as they were given."""
     check_ranges(args, RANGES)
     if args.max_steps != -1 and args.max_steps not in COUNT:
         raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to go by num_train_epochs")
@@ -107,8 +110,8 @@ def check_before(args) -> None:
         raise InputError("deepspeed is asked for, but the package is not installed; pip install deepspeed")
 
 
-def check_after(args) -> None:
-    """What is wrong with the arguments, now that TrainingArguments has made something of them. Raises InputError."""
+def check_after(args: TrainingArguments) -> None:
+    """Raise InputError for what is wrong with the arguments now that TrainingArguments has made something of them."""
     for name, (harmless, reason) in LOADER.items():
         if (value := getattr(args.accelerator_config, name)) not in harmless:
             raise InputError(f"accelerator_config: {name} is {value!r}, which cannot be had here: {reason}; leave it out")
@@ -130,8 +133,8 @@ def check_after(args) -> None:
     check_schedule(args)
 
 
-def check_optimizer(args) -> None:
-    """Make the optimizer of a single weight. Raises InputError for a missing package or settings that it does not take."""
+def check_optimizer(args: TrainingArguments) -> None:
+    """Make the optimizer of a single weight: InputError for a missing package, or settings that it does not take."""
     name = args.optim.value
     if args.optim_args and name in WITHOUT_OPTIM_ARGS:
         raise InputError(f"optim_args is {args.optim_args!r}, and {name} reads none of it; leave it out")
@@ -146,9 +149,12 @@ def check_optimizer(args) -> None:
             raise InputError(f"optim {name}: {' '.join(str(error).split())}") from error
 
 
-def check_schedule(args) -> None:
-    """Give a schedule that reads the metric its direction, and make one for a single weight. Raises InputError for settings
-    that the schedule does not take."""
+def check_schedule(args: TrainingArguments) -> None:
+    """Give a schedule that reads the metric its direction, and make one for a single weight.
+
+    Raises:
+        InputError: settings that the schedule does not take.
+    """
     name, given = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
     if given and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs is {given!r}, and {name} reads none of it; leave it out")
@@ -166,8 +172,41 @@ def check_schedule(args) -> None:
         raise InputError(f"lr_scheduler_type {name}: {' '.join(str(error).split())}") from error
 
 
-def check_metric(args, tasks: dict) -> None:
-    """Find the metric that chooses the model among those that the evaluation sets log. Raises InputError for another."""
+def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
+    """Check the arguments with which a trainer is made, and settle those that follow from the evaluation sets.
+
+    Raises:
+        InputError: a setting that cannot be had, or that needs an evaluation set.
+    """
+    check_world(args)
+    check_before(args)  # once more, for a script may have changed them since
+    check_evaluation(args, tasks)
+    check_metric(args, tasks)
+    if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
+        logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
+        args._n_gpu = 1
+
+
+def check_world(args: TrainingArguments) -> None:
+    """Raise InputError for ranks that do not know of each other: they would train apart without a word."""
+    if world()[1] != args.world_size:
+        raise InputError(
+            f"launched on {world()[1]} processes, but the training arguments count {args.world_size}; on a machine with a "
+            "GPU, CPU processes need --use_cpu"
+        )
+
+
+def check_batch(args: TrainingArguments) -> None:
+    """Raise InputError for a batch of a single row, which has no negatives."""
+    if args.per_device_train_batch_size * args.world_size < 2:
+        raise InputError(
+            "per_device_train_batch_size is 1: a batch of one row has no negatives; set at least 2 "
+            "(gradient accumulation does not add negatives, gradient_caching makes large batches fit)"
+        )
+
+
+def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
+    """Settle which metric of the evaluation sets chooses the model. Raises InputError for one that they do not log."""
     if not tasks or args.metric_for_best_model is None:
         return
     if args.metric_for_best_model == "auto":
@@ -179,8 +218,8 @@ def check_metric(args, tasks: dict) -> None:
         )
 
 
-def check_evaluation(args, tasks: dict) -> None:
-    """Raises InputError for settings that need an evaluation set where there is none."""
+def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
+    """Raise InputError for settings that need an evaluation set where there is none."""
     schedule = args.lr_scheduler_type.value
     for wanted, what in (
         (args.eval_strategy != "no", f"eval_strategy is {args.eval_strategy.value}"),
@@ -193,8 +232,8 @@ def check_evaluation(args, tasks: dict) -> None:
             raise InputError(f"{what}, but there is no evaluation set; give one, or leave it out")
 
 
-def check_training(args, encoder, batches: int, name: str) -> None:
-    """Raises InputError for a run that would train nothing, or evaluate nothing though it should."""
+def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:
+    """Raise InputError for a run that would train nothing, or evaluate nothing though it should."""
     trained = ("backbone.", "dense.")  # what is saved; heads of the training and a learned temperature are not
     if not any(p.requires_grad for key, p in encoder.named_parameters() if key.startswith(trained)):
         raise InputError("no weight of the model requires a gradient, so nothing would be trained; unfreeze some")
@@ -210,7 +249,7 @@ def check_training(args, encoder, batches: int, name: str) -> None:
         raise InputError(f"eval_delay is {args.eval_delay:g}, and the run ends at {end}: nothing would be evaluated; lower it")
 
 
-def warn_of_ignored(args) -> None:
+def warn_of_ignored(args: TrainingArguments) -> None:
     """Name the settings that have no effect."""
     for name, reason in IGNORED.items():
         if changed_from_default(args, name) and not (name == "do_eval" and args.eval_strategy != "no"):

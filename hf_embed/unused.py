@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable
 
 from torch import nn
+from transformers import PretrainedConfig, TrainingArguments
 
 from hf_embed.distributed import gather_objects
 from hf_embed.encoder import Encoder
@@ -22,7 +23,7 @@ from hf_embed.forward_check import touched
 logger = logging.getLogger(__name__)
 
 
-def settle_unused(encoder: Encoder, args) -> None:
+def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
     """Freeze the backbone's parameters that no embedding touches, or let DDP look for those that a batch does not touch.
 
     Sets `requires_grad` of parameters, and `args.ddp_find_unused_parameters`. Gradients, random states and training modes stay
@@ -33,9 +34,9 @@ def settle_unused(encoder: Encoder, args) -> None:
     sharded = any(p.is_meta or hasattr(p, "ds_id") for p in encoder.backbone.parameters())
     if any(gather_objects(sharded)) or not trainable:
         return
-    used = touched(encoder)
+    reached = touched(encoder)
     # Random weights may differ between ranks until DDP makes them alike; the verdict must not.
-    used = set().union(*gather_objects({name for name, p in trainable.items() if p in used}))
+    used: set[str] = set().union(*gather_objects({name for name, p in trainable.items() if p in reached}))
     unused = [name for name in trainable if name not in used]
     sometimes = used_by_others(unused, used, encoder.backbone)
     never = [name for name in unused if name not in sometimes]
@@ -51,8 +52,10 @@ def settle_unused(encoder: Encoder, args) -> None:
 
 
 def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module) -> list[str]:
-    """Of the unused parameters, those that stand in a list of modules at the same place as a used one: "experts.3.weight" where
-    "experts.0.weight" is used."""
+    """Return the unused parameters that stand in a list of modules at the same place as a used one.
+
+    "experts.3.weight" is one where "experts.0.weight" is used.
+    """
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)}
 
     def places(name: str) -> set[tuple[str, str]]:
@@ -64,10 +67,11 @@ def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module)
     return [name for name in unused if places(name) & taken]
 
 
-def drops_layers(config) -> bool:
+def drops_layers(config: PretrainedConfig) -> bool:
     """Whether whole layers are left out at random in training: layerdrop, encoder_layerdrop and so on."""
     return any("layerdrop" in key and value for key, value in config.to_dict().items())
 
 
 def some(names: list[str]) -> str:
+    """Return the first three names, for a message."""
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -14,11 +14,12 @@ batches. A loss or a weight that is no number any more ends the run before anyth
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed.distributed import gather_objects
@@ -33,12 +34,12 @@ DRIFT = 1.5  # times the alignment of the start
 
 
 @torch.no_grad()
-def batch_geometry(grid: Tensor, text_ids: Tensor) -> dict[str, float]:
-    """The numbers above, of embeddings (B, V, D) and text hashes (B, V). Needs two rows at least."""
-    grid, text_ids = grid[:ROWS].float(), text_ids[:ROWS]
-    anchors, positives = F.normalize(grid[:, 0], dim=-1), F.normalize(grid[:, 1], dim=-1)
-    norms = grid[:, 0].norm(dim=-1)
-    others = ~torch.eye(len(grid), dtype=torch.bool, device=grid.device)
+def batch_geometry(rows: Tensor, text_ids: Tensor) -> dict[str, float]:
+    """Return the numbers above, of embeddings (B, V, D) and text hashes (B, V), of two rows at least."""
+    rows, text_ids = rows[:ROWS].float(), text_ids[:ROWS]
+    anchors, positives = F.normalize(rows[:, 0], dim=-1), F.normalize(rows[:, 1], dim=-1)
+    norms = rows[:, 0].norm(dim=-1)
+    others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     return {
         "alignment": (anchors - positives).square().sum(-1).mean().item(),
         "uniformity": F.pdist(anchors).square().mul(-2).exp().mean().log().item(),
@@ -48,7 +49,7 @@ def batch_geometry(grid: Tensor, text_ids: Tensor) -> dict[str, float]:
 
 
 def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
-    """What is wrong with a run that has logged `history`, from before its first step on; None if nothing is.
+    """Say what is wrong with a run that has logged `history`, from before its first step on; None if nothing is.
 
     Two signs, which count only while the loss falls: uniformity gives back a quarter of what it had gained (or half of what the
     model came with, if it never gained); or alignment, of evaluation pairs, is worse than at the start by half.
@@ -81,23 +82,35 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
 class Watch(TrainerCallback):
     """Added to every `ContrastiveTrainer`."""
 
-    def __init__(self):
-        self.last = None  # embeddings and text hashes of the last batch
-        self.finite = None  # of the losses since the last look: a tensor, so that no step waits for the device
-        self.history, self.warned = [], False  # everything logged, from before the first step on
-        self.batches_alike = True  # not so with many sources: each batch is of another
+    def __init__(self, batches_alike: bool = True):
+        self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
+        self.finite: Tensor | None = None  # of the losses since the last look: a tensor, so that no step waits for the device
+        self.history: list[dict] = []  # everything logged, from before the first step on
+        self.warned = False
+        self.batches_alike = batches_alike  # not so with many sources: each batch is of another
 
-    def see(self, loss: Tensor, grid: Tensor, text_ids: Tensor) -> None:
-        self.last = grid.detach()[:ROWS], text_ids[:ROWS]
+    def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor) -> None:
+        """Keep what the next log is made of: a loss, embeddings (B, V, D) and text hashes (B, V)."""
+        self.last = rows.detach()[:ROWS], text_ids[:ROWS]
         finite = loss.detach().isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
 
     def numbers(self) -> dict[str, float]:
+        """Return the numbers of the last batch, rounded for a log; none of a batch with a single row."""
         if self.last is None or len(self.last[0]) < 2:
             return {}
         return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()}
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """End the run, on all ranks, where a loss or a weight is no number any more."""
+        assert model is not None
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
             return
         finite = [self.finite is None or self.finite.item()]
@@ -114,7 +127,10 @@ class Watch(TrainerCallback):
 
     on_epoch_end = on_step_end  # with save_strategy "epoch" this is where a checkpoint is decided on
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Warn, once, where the run collapses."""
         self.history.append({"step": state.global_step} | (logs or {}))
         if not self.warned and state.is_world_process_zero and (message := warning_of(self.history, self.batches_alike)):
             self.warned = True

@@ -101,7 +101,7 @@ def test_resumed_bit_for_bit(name, put, tmp_path):
         torch.manual_seed(0)
         run = trainer(folder, put(CONFIGS[name]), **settings)
         run.train(resume_from_checkpoint=resume)
-        return {n: p.detach().clone() for n, p in run.encoder.named_parameters()}
+        return {n: p.detach().clone() for n, p in run.step.named_parameters()}
 
     whole = weights(tmp_path / "whole")
     resumed = weights(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
@@ -212,5 +212,5 @@ def test_adapters_that_nothing_touches_are_frozen(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="hf_embed"):
         run = trainer(tmp_path, added(CONFIGS["lora"]))
     assert "pooler.dense.lora_A.default.weight" in caplog.text
-    trained = {name for name, p in run.encoder.named_parameters() if p.requires_grad}
+    trained = {name for name, p in run.step.named_parameters() if p.requires_grad}
     assert trained and not any("pooler" in name for name in trained)

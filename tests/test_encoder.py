@@ -7,6 +7,7 @@ from conftest import DECODERS, TINY, quickstart_tokenizer, tiny_encoder, tiny_mo
 from tokenizers.processors import TemplateProcessing
 
 from hf_embed import Encoder, InputError
+from hf_embed.step import TrainingStep, new_head
 
 LONG = "the committee postponed the vote once more and went home " * 12  # longer than any tiny model takes
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "rain", "Two dogs ran across the field, barking."]
@@ -93,7 +94,8 @@ def test_the_head_of_cls_mlp_train_is_for_training_only():
     encoder, plain = tiny_encoder(pooling="cls_mlp_train"), tiny_encoder(pooling="cls")
     assert_close(encoder.encode(TEXTS), plain.encode(TEXTS))
     ids = torch.tensor([[2, 90, 1280, 3]])
-    trained = encoder.train().embed(ids, torch.ones_like(ids))
+    step = TrainingStep(encoder, new_head(encoder.width, encoder.config))
+    trained = step.train().embed(ids, torch.ones_like(ids))
     assert trained.abs().max() <= 1  # tanh
     assert not torch.allclose(trained, encoder.eval().embed(ids, torch.ones_like(ids)), atol=0.1)
 

@@ -17,7 +17,7 @@ from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Stream, make_mixture, read_sources
 from hf_embed.data.sampling import SourceBatchSampler
 from hf_embed.data.tokenization import RowTokenizer, text_id
-from hf_embed.encoder import MIN_TEMPERATURE
+from hf_embed.step import MIN_TEMPERATURE, TrainingStep
 
 
 def pairs(name, count, negatives=0):
@@ -183,7 +183,7 @@ def test_resume_is_exact(tmp_path):
     def weights(folder, resume=None, seed=1):
         run = trainer(folder, rows, save_strategy="steps", save_steps=7, max_steps=11, seed=seed)
         run.train(resume_from_checkpoint=resume)
-        return {name: p.detach().clone() for name, p in run.encoder.named_parameters()}
+        return {name: p.detach().clone() for name, p in run.step.named_parameters()}
 
     whole = weights(tmp_path / "whole")  # 5 steps an epoch: the checkpoint is within the second
     resumed = weights(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-7"))
@@ -205,26 +205,25 @@ def test_learned_temperature_trains_and_resumes(tmp_path):
     whole = run(tmp_path / "whole")
     temperatures = [log["temperature"] for log in whole.state.log_history if "loss" in log]
     assert temperatures[0] == pytest.approx(0.1) and len(set(temperatures)) == 6
-    assert "log_temperature" not in whole.get_decay_parameter_names(whole.encoder)
+    assert "log_temperature" not in whole.get_decay_parameter_names(whole.step)
     resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
-    assert resumed.encoder.log_temperature.item() == whole.encoder.log_temperature.item()
+    assert resumed.step.log_temperature.item() == whole.step.log_temperature.item()
     whole.save_model()  # a plain folder, verified, without it
     # BUG: the next training of the same encoder went on with it.
     again = ContrastiveTrainer(
         model=whole.encoder, args=arguments(tmp_path / "again", max_steps=1), objective=ImprovedContrastive(0.05),
         train_dataset=Dataset.from_list(pairs("a", 12)),
     )  # fmt: skip
-    assert again.encoder.log_temperature is None
+    assert again.step.log_temperature is None
     again.train()
 
 
 def test_learned_temperature_comes_back_from_its_floor():
     """BUG: below the floor the gradient was 0, for ever."""
-    encoder = tiny_encoder()
-    encoder.learn_temperature(1e-5)
-    temperature = encoder(torch.tensor([5, 6]), [2])["temperature"]
+    step = TrainingStep(tiny_encoder(), temperature=1e-5)
+    temperature = step(torch.tensor([5, 6]), [2])["temperature"]
     assert temperature.item() == pytest.approx(MIN_TEMPERATURE)
-    assert torch.autograd.grad(temperature, encoder.log_temperature)[0].item() == pytest.approx(MIN_TEMPERATURE)
+    assert torch.autograd.grad(temperature, step.log_temperature)[0].item() == pytest.approx(MIN_TEMPERATURE)
 
 
 # ---- streams ----
@@ -309,7 +308,7 @@ def test_streams_and_tables_train_together_and_resume_exactly(tmp_path):
         run = trainer(folder, sources, save_strategy="steps", save_steps=5, max_steps=9, shuffle_buffer_size=4,
                       dataloader_num_workers=workers)  # fmt: skip
         run.train(resume_from_checkpoint=resume)
-        return {name: p.detach().clone() for name, p in run.encoder.named_parameters()}
+        return {name: p.detach().clone() for name, p in run.step.named_parameters()}
 
     whole = weights(tmp_path / "whole")
     resumed = weights(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))

@@ -26,18 +26,23 @@ from transformers import (
 from worker import NO_DROPOUT, WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, ImprovedContrastive, SimCSE
+from hf_embed.step import make_step
 from hf_embed.unused import settle_unused
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
 TEXTS = ["the cat", "rain on the river", "a house where nobody has lived for years"]
 
 
-def trainer(folder, model, objective=None, optimizers=(None, None), **settings):
+def arguments(folder, **settings):
     defaults = {"per_device_train_batch_size": 4, "max_steps": 3, "report_to": [], "disable_tqdm": True, "use_cpu": True,
                 "save_strategy": "no", "learning_rate": 1e-2}  # fmt: skip
+    return ContrastiveTrainingArguments(str(folder), **(defaults | settings))
+
+
+def trainer(folder, model, objective=None, optimizers=(None, None), **settings):
     return ContrastiveTrainer(
         model=model, processing_class=quickstart_tokenizer(), objective=objective, train_dataset=Dataset.from_list(ROWS),
-        args=ContrastiveTrainingArguments(str(folder), **(defaults | settings)), optimizers=optimizers,
+        args=arguments(folder, **settings), optimizers=optimizers,
     )  # fmt: skip
 
 
@@ -96,7 +101,7 @@ def test_what_is_within_has_to_be_a_model_by_itself(tmp_path):
 
 def test_the_mlm_auxiliary_keeps_its_head(tmp_path, caplog):
     run = trainer(tmp_path, BertForMaskedLM(tiny_model().config), SimCSE(mlm_weight=0.1))
-    assert run.encoder.mlm_head is not None and "without the head" not in caplog.text
+    assert run.step.mlm_head is not None and "without the head" not in caplog.text
 
 
 # ---- parameters that no embedding touches ----
@@ -219,17 +224,17 @@ def test_two_ranks_train_it(ranks, kind, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_training_head_has_the_models_precision(dtype, tmp_path):
     run = trainer(tmp_path, tiny_model().to(dtype), pooling="cls_mlp_train")
-    assert {p.dtype for p in run.encoder.train_head.parameters()} == {dtype}
+    assert {p.dtype for p in run.step.train_head.parameters()} == {dtype}
     run.train()
     assert all(p.isfinite().all() for p in run.encoder.parameters())
     assert {p.dtype for p in run.encoder.parameters()} == {dtype}
 
 
-def test_the_training_head_is_where_the_model_is():
+def test_the_training_head_is_where_the_model_is(tmp_path):
     with torch.device("meta"):
         model = BertModel(tiny_model().config)
-    encoder = Encoder(model, quickstart_tokenizer(), "cls_mlp_train")
-    assert {p.device.type for p in encoder.train_head.parameters()} == {"meta"}
+    step = make_step(model, quickstart_tokenizer(), arguments(tmp_path, pooling="cls_mlp_train"), SimCSE())
+    assert {p.device.type for p in step.train_head.parameters()} == {"meta"}
 
 
 def test_the_seed_fixes_the_training_head(tmp_path):
@@ -237,18 +242,23 @@ def test_the_seed_fixes_the_training_head(tmp_path):
     for state, seed in ((1, 7), (2, 7), (2, 8)):
         torch.manual_seed(state)  # whatever was drawn before
         run = trainer(tmp_path, tiny_model(), pooling="cls_mlp_train", seed=seed)
-        heads.append(run.encoder.train_head[0].weight.detach().clone())
+        heads.append(run.step.train_head[0].weight.detach().clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
     for state in (1, 2):  # an Encoder that takes a training head only now
         torch.manual_seed(state)
         run = trainer(tmp_path, tiny_encoder(pooling="cls"), pooling="cls_mlp_train", seed=7)
-        assert torch.equal(run.encoder.train_head[0].weight, heads[0])
+        assert torch.equal(run.step.train_head[0].weight, heads[0])
 
 
-def test_an_encoders_own_head_stays(tmp_path):
-    encoder = tiny_encoder(pooling="cls_mlp_train")
-    head = encoder.train_head[0].weight.detach().clone()
-    assert torch.equal(trainer(tmp_path, encoder).encoder.train_head[0].weight, head)
+def test_the_heads_of_an_earlier_training_stay(tmp_path):
+    objective = SimCSE(mlm_weight=0.1)
+    earlier = trainer(tmp_path, BertForMaskedLM(tiny_model().config), objective, pooling="cls_mlp_train").step
+    head = earlier.train_head[0].weight.detach().clone()
+    again = trainer(tmp_path, earlier, objective, seed=2)
+    assert torch.equal(again.step.train_head[0].weight, head) and again.step.mlm_head is earlier.mlm_head
+    assert trainer(tmp_path, earlier).step.mlm_head is None  # of no use to an objective without the auxiliary
+    other = trainer(tmp_path, earlier.encoder, seed=2)
+    assert not torch.equal(other.step.train_head[0].weight, head)  # control: of another seed
 
 
 LEARNED = ImprovedContrastive(0.05, learn_temperature=True)
@@ -262,10 +272,10 @@ def test_an_optimizer_given_trains_what_the_trainer_makes(tmp_path):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0) if own else None
         run = trainer(tmp_path, model, LEARNED, (optimizer, None), pooling="cls_mlp_train", optim="adamw_torch")
         run.train()
-        ends.append({name: p.detach().clone() for name, p in run.encoder.named_parameters()})
+        ends.append({name: p.detach().clone() for name, p in run.step.named_parameters()})
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-7) for name in ends[0])
-    start = trainer(tmp_path, tiny_model(**NO_DROPOUT), LEARNED, pooling="cls_mlp_train").encoder
+    start = trainer(tmp_path, tiny_model(**NO_DROPOUT), LEARNED, pooling="cls_mlp_train").step
     for name in ("log_temperature", "train_head.0.weight"):
         assert (ends[1][name] - start.get_parameter(name)).abs().max() > 1e-3
 
@@ -274,14 +284,15 @@ def test_the_temperature_is_not_decayed_by_an_optimizer_given(tmp_path):
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     run = trainer(tmp_path, model, LEARNED, (optimizer, None))
-    (group,) = [g for g in optimizer.param_groups if any(p is run.encoder.log_temperature for p in g["params"])]
+    (group,) = [g for g in optimizer.param_groups if any(p is run.step.log_temperature for p in g["params"])]
     assert group["weight_decay"] == 0 and group["lr"] == 1e-2
 
 
 def test_an_optimizer_that_holds_everything_is_left_alone(tmp_path):
     encoder = tiny_encoder(pooling="cls_mlp_train")
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-2)
-    trainer(tmp_path, encoder, optimizers=(optimizer, None))
+    step = trainer(tmp_path, encoder).step
+    optimizer = torch.optim.SGD(step.parameters(), lr=1e-2)
+    trainer(tmp_path, step, optimizers=(optimizer, None))
     assert len(optimizer.param_groups) == 1
 
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from hf_embed import Encoder, InputError
 from hf_embed.pooling import POOLINGS, check_pooling, pool
+from hf_embed.step import TrainingStep, new_head
 
 LENGTHS = [1, 4, 7, 2]
 CLS = {"cls", "cls_mlp", "cls_mlp_train"}  # the heads are the encoder's
@@ -75,15 +76,17 @@ def test_embedding_does_not_depend_on_padding(model, pooling):
 def test_heads(pooling, training):
     """cls_mlp always goes through the pooler, cls_mlp_train through its head in training, cls through none."""
     model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    encoder = Encoder(model, quickstart_tokenizer(), pooling).train(training)
+    encoder = Encoder(model, quickstart_tokenizer(), pooling)
+    head = new_head(encoder.width, encoder.config) if pooling == "cls_mlp_train" else None
+    step = TrainingStep(encoder, head).train(training)
     ids = torch.tensor([[2, 90, 91, 3]])
     first = model(ids)[0][:, 0]
     expected = first
     if pooling == "cls_mlp":
         expected = torch.tanh(first @ model.pooler.dense.weight.T + model.pooler.dense.bias)
     elif pooling == "cls_mlp_train" and training:
-        expected = torch.tanh(first @ encoder.train_head[0].weight.T + encoder.train_head[0].bias)
-    assert_close(encoder.embed(ids, torch.ones_like(ids)), expected)
+        expected = torch.tanh(first @ head[0].weight.T + head[0].bias)
+    assert_close(step.embed(ids, torch.ones_like(ids)), expected)
 
 
 def test_unknown_pooling_names_the_known():

@@ -37,7 +37,7 @@ def trainer(folder, model=None, rows=ROWS, objective=None, eval_dataset=None, ca
 class FirstGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
-            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            self.gradients = {n: p.grad.clone() for n, p in model.encoder.named_parameters() if p.grad is not None}
 
 
 def reference_gradients(rows: list[dict], temperature: float) -> dict:
@@ -202,7 +202,7 @@ def test_checkpoint_resumes_bit_for_bit(tmp_path, make, settings):
         torch.manual_seed(0)  # a new training head starts from the global state
         run = trainer(folder, make(), **settings)
         run.train(resume_from_checkpoint=resume)
-        return {n: p.detach().clone() for n, p in run.encoder.named_parameters()}
+        return {n: p.detach().clone() for n, p in run.step.named_parameters()}
 
     whole = weights(tmp_path / "whole")
     resumed = weights(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
@@ -210,7 +210,7 @@ def test_checkpoint_resumes_bit_for_bit(tmp_path, make, settings):
     other_seed = settings | {"seed": 4}
     run = trainer(tmp_path / "other", make(), **other_seed)
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert not all(torch.equal(whole[n], p) for n, p in run.encoder.named_parameters())  # control: order matters
+    assert not all(torch.equal(whole[n], p) for n, p in run.step.named_parameters())  # control: order matters
 
 
 def test_checkpoints_load_with_automodel(tmp_path):
@@ -221,9 +221,9 @@ def test_checkpoints_load_with_automodel(tmp_path):
 
 def test_lora_trains_adapters_alone_and_merges(tmp_path):
     run = trainer(tmp_path, lora_model(), learning_rate=1e-2)
-    before = {n: p.detach().clone() for n, p in run.encoder.named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.step.named_parameters()}
     run.train()
-    changed = {n for n, p in run.encoder.named_parameters() if not torch.equal(p, before[n])}
+    changed = {n for n, p in run.step.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all("lora_" in name for name in changed)
     run.save_model()
     np.testing.assert_allclose(Encoder.from_pretrained(tmp_path).encode(["a cat"]), run.encoder.encode(["a cat"]), atol=1e-5)

@@ -63,8 +63,8 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            parameters = self.trainer.encoder.named_parameters()
-            self.gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+            parameters = self.trainer.step.named_parameters()
+            self.gradients = {name.removeprefix("encoder."): p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
 def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> dict:
@@ -100,7 +100,7 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> d
     trainer.train()
     if ranks > 1:
         dist.all_gather = plain_gather
-    weights = {name: p.detach().clone() for name, p in trainer.encoder.named_parameters()}
+    weights = {name.removeprefix("encoder."): p.detach().clone() for name, p in trainer.step.named_parameters()}
     return {
         "gradients": watch.gradients, "weights": weights, "scores": scores, "reductions": watch.reductions,
         "embedding_gathers": sum(gathers), "ranks": ranks,

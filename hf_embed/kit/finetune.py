@@ -34,7 +34,7 @@ from hf_embed.checkpoint.save import put_in_place
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
-from hf_embed.encoder import Encoder, reset_dense
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
@@ -43,6 +43,7 @@ from hf_embed.kit import cli
 from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, Plan, on_the_hub, plan_gte, plan_simcse
 from hf_embed.ranges import SEED
+from hf_embed.step import reset_dense
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.trainer_settings import IGNORED

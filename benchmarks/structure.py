@@ -1,0 +1,187 @@
+"""The shape of the code in numbers: modules, lines, imports between tiers, long functions, what an addition touches.
+
+    python benchmarks/structure.py
+
+It reads the sources and runs nothing. tests/test_structure.py fails where an import climbs or a cycle appears.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 40  # lines of a function, without its docstring, comments and blank lines
+MOST_PARAMETERS = 7
+
+# A module imports from its own tier and from those above it in this list, never from those below it.
+TIERS = [
+    ["errors", "distributed", "ranges"],
+    ["adapters", "chunking", "data", "evaluation", "forward_check", "library_internals", "objectives", "pooling", "search",
+     "tempscale", "text_models"],
+    ["encoder"],
+    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "watch"],
+    ["trainer"],
+    ["kit"],
+    ["recipes"],
+]  # fmt: skip
+# The only imports that may climb: a user loads and saves by methods of Encoder, and they import checkpoint when they are called.
+EXCEPTIONS = {("encoder", "checkpoint.load"), ("encoder", "checkpoint.save")}
+NO_CORE = ("tempscale", "kit", "recipes")
+
+# Attributes of foreign objects that have the name of an attribute of ours.
+FOREIGN = {
+    "temp_scale": "an entry in a model's config.json, which older folders and other models do not have",
+    "config": "of what a user gives as a model",
+    "filename": "of an OSError",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package and every recipe, by name ("checkpoint.load", "recipes.push"), and its file."""
+    found = {}
+    for path in sorted([*(ROOT / "hf_embed").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts if parts[0] == "recipes" else parts[1:]).removesuffix(".__init__")
+        if name != "__init__":  # it imports everything that is public
+            found[name] = path
+    return found
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """The modules of the package that a file imports, and whether it does so when it is loaded (not in a function)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inner = {node for function in functions(tree) for node in ast.walk(function)}
+    typing = {node for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+              for node in ast.walk(block)}  # fmt: skip
+    for node in ast.walk(tree):
+        if node in typing or not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("hf_embed"):
+            continue
+        module = node.module.removeprefix("hf_embed").removeprefix(".")
+        for alias in node.names:
+            inside = f"{module}.{alias.name}".removeprefix(".")
+            yield inside if inside in modules() else module, node not in inner
+
+
+def tier(module: str) -> int:
+    """The number of a module's tier, from 0."""
+    package = module.split(".")[0]
+    return next(number for number, packages in enumerate(TIERS) if package in packages)
+
+
+def climbing() -> list[tuple[str, str]]:
+    """Imports of a module in a later tier, the named exceptions left out."""
+    return [
+        (name, imported)
+        for name, path in modules().items()
+        for imported, at_load in imports(path)
+        if imported and tier(imported) > tier(name) and (at_load or (name, imported) not in EXCEPTIONS)
+    ]
+
+
+def cycles() -> list[list[str]]:
+    """Modules that import each other when they are loaded, directly or through others."""
+    graph = {name: {i for i, at_load in imports(path) if at_load and i} for name, path in modules().items()}
+    found, done = [], set()
+
+    def visit(name: str, way: list[str]) -> None:
+        if name in way:
+            found.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for imported in graph.get(name, ()):
+                visit(imported, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+    return found
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def body_lines(function: ast.FunctionDef, lines: list[str]) -> int:
+    """Lines of a function without its docstring, comments and blank lines."""
+    docstring = function.body[0] if ast.get_docstring(function) else None
+    skipped = set(range(docstring.lineno, docstring.end_lineno + 1)) if docstring else set()
+    numbers = range(function.lineno, function.end_lineno + 1)
+    return sum(n not in skipped and bool(lines[n - 1].split("#")[0].strip()) for n in numbers)
+
+
+def long_functions() -> list[tuple[str, int, int]]:
+    """(name, lines, parameters) of the functions that are longer, or have more parameters, than they should."""
+    found = []
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        for function in functions(ast.parse(text)):
+            given = function.args
+            parameters = [
+                a.arg for a in [*given.posonlyargs, *given.args, *given.kwonlyargs] if a.arg not in ("self", "cls", "ctx")
+            ]
+            lines = body_lines(function, text.splitlines())
+            if lines > LONGEST or len(parameters) > MOST_PARAMETERS:
+                found.append((f"{name}.{function.name}", lines, len(parameters)))
+    return sorted(found, key=lambda entry: -entry[1])
+
+
+def own_attributes() -> set[str]:
+    """The names of all attributes of the classes of this package."""
+    names = set()
+    for path in modules().values():
+        for kind in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(kind, ast.ClassDef):
+                continue
+            for node in kind.body:
+                names |= {node.target.id} if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else set()
+                names |= {t.id for t in node.targets if isinstance(t, ast.Name)} if isinstance(node, ast.Assign) else set()
+                names |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+            for node in ast.walk(kind):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+                    names.add(node.attr)
+    return names
+
+
+def guessed_attributes() -> list[str]:
+    """Places that ask an object, by `getattr` with a default or `hasattr`, for an attribute that classes of ours have."""
+    own, found = own_attributes() - set(FOREIGN), []
+    for name, path in modules().items():
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                continue
+            guess = call.func.id == "hasattr" or (call.func.id == "getattr" and len(call.args) == 3)
+            if guess and isinstance(call.args[1], ast.Constant) and call.args[1].value in own:
+                found.append(f"{name}, line {call.lineno}: {ast.unparse(call)}")
+    return found
+
+
+def additions() -> dict[str, int]:
+    """The number of files that each worked diff in CONTRIBUTING.md changes or makes, by what it adds."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^### (.+?)\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    return {title: len(re.findall(r"^\+\+\+ ", body, re.MULTILINE)) for title, body in sections if "```diff" in body}
+
+
+def count_lines(names: list[str]) -> int:
+    return sum(len(modules()[name].read_text(encoding="utf-8").splitlines()) for name in names)
+
+
+def main() -> None:
+    package = [name for name in modules() if not name.startswith("recipes.")]
+    core = [name for name in package if name.split(".")[0] not in NO_CORE]
+    print(f"modules of the package   {len(package)}, {count_lines(package):,} lines")
+    print(f"  core                   {len(core)}, {count_lines(core):,} lines (all but tempscale and kit)")
+    recipes = [name for name in modules() if name.startswith("recipes.")]
+    print(f"recipes                  {len(recipes)}, {count_lines(recipes):,} lines")
+    print(f"import tiers             {len(TIERS)}")
+    print(f"imports that climb       {len(climbing())}, beside {len(EXCEPTIONS)} inside methods of Encoder")
+    print(f"cycles                   {len(cycles())}")
+    print(f"guessed own attributes   {len(guessed_attributes())}")
+    print("files touched by adding  " + ", ".join(f"{what}: {files}" for what, files in additions().items()))
+    print(f"functions of over {LONGEST} lines or {MOST_PARAMETERS} parameters (without docstrings, comments and blank lines):")
+    for name, lines, parameters in long_functions():
+        print(f"  {name:50} {lines:3} lines, {parameters} parameters")
+
+
+if __name__ == "__main__":
+    main()

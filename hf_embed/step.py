@@ -1,0 +1,257 @@
+"""TrainingStep: an encoder and what exists only while it trains. It is the module that DDP and FSDP wrap.
+
+Beside the encoder there may be
+
+- a training head: SimCSE's MLP between pooling and embedding (pooling `cls_mlp_train`), which evaluation and export leave out;
+- a masked-language-modelling head (`mlm_weight`; see `hf_embed.mlm`);
+- the temperature of the loss, where the objective learns it.
+
+Everything that has a gradient comes out of one `forward`: DDP reduces once, and FSDP gathers once.
+
+Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the width of an embedding.
+"""
+
+import logging
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_embed.adapters import check_adapters
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.save import needs_runtime
+from hf_embed.checkpoint.verify import verify_loadable
+from hf_embed.chunking import encode_in_chunks
+from hf_embed.encoder import Encoder, default_chunk_tokens
+from hf_embed.errors import InputError
+from hf_embed.mlm import split_masked_lm
+from hf_embed.objectives.base import Objective
+from hf_embed.tempscale import apply_tempscale
+from hf_embed.unused import settle_unused
+
+logger = logging.getLogger(__name__)
+
+# A learned temperature stops here: below, a step of training is a step of noise (CLIP stops at 0.01).
+MIN_TEMPERATURE = 0.001
+
+
+class TrainingStep(nn.Module):
+    """The module in training.
+
+    Args:
+        encoder: what is trained and saved.
+        train_head: (b, width) -> (b, width), between the pooling and the layers behind it, while training only.
+        mlm_head: token states (b, T, width) to logits (b, T, words).
+        temperature: where a learned temperature of the loss starts; None: it is not learned.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        train_head: nn.Module | None = None,
+        mlm_head: nn.Module | None = None,
+        temperature: float | None = None,
+    ):
+        super().__init__()
+        self.log_temperature: nn.Parameter | None = None  # (1,)
+        if temperature is not None:
+            dtype = torch.promote_types(encoder.dtype, torch.float32)
+            start = torch.tensor([math.log(temperature)], dtype=dtype, device=encoder.device)
+            self.log_temperature = nn.Parameter(start)
+        self.encoder = encoder
+        self.train_head = train_head
+        self.mlm_head = mlm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: list[int],
+        chunk_tokens: int | None = None,
+        gradient_caching: bool = False,
+        mlm: tuple[Tensor, Tensor] | None = None,
+        sharded: bool = False,
+    ) -> dict[str, Tensor]:
+        """Compute all that the loss needs of a flat batch; the arguments are those of `Encoder.forward`.
+
+        Args:
+            mlm: masked token ids and labels, both (S,), of the masked-language-modelling auxiliary.
+
+        Returns:
+            "embeddings" (N, D), not normalised; with `mlm` "mlm", the summed cross-entropy of the masked tokens; with a learned
+            temperature "temperature", a scalar.
+        """
+        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, embed=self.embed)
+        if self.log_temperature is not None:
+            outputs["temperature"] = bounded_temperature(self.log_temperature)
+        if mlm is not None:
+            chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
+            settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": sharded}
+            outputs["mlm"] = self.mlm_loss(*mlm, lengths, **settings)
+        return outputs
+
+    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:
+        """Embed a chunk as `Encoder.embed` does, through the training head while training."""
+        pooled = self.encoder.pool(input_ids, mask, words)
+        if self.train_head is not None and self.training:
+            pooled = self.train_head(pooled)
+        return self.encoder.dense(pooled)
+
+    def mlm_loss(self, masked_ids: Tensor, labels: Tensor, lengths: list[int], **settings: int | bool) -> Tensor:
+        """Sum the cross-entropy of the masked tokens of a flat batch, (S,) and (S,), chunk by chunk: a scalar."""
+        backbone, head, pad_id = self.encoder.backbone, self.mlm_head, self.encoder.tokenizer.pad_token_id
+        assert head is not None
+
+        def losses(places: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:  # places in the flat batch (b, T) -> (b, 1)
+            ids = masked_ids[places].masked_fill(mask == 0, pad_id)
+            logits = head(backbone(input_ids=ids, attention_mask=mask)[0])
+            wanted = labels[places].masked_fill(mask == 0, -100)
+            return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
+
+        places = torch.arange(len(masked_ids), device=masked_ids.device)
+        return encode_in_chunks(losses, places, lengths, 0, **settings).sum()
+
+    # What Trainer, accelerate and FSDP ask of a model.
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The backbone's configuration."""
+        return self.encoder.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:  # FSDP asks which layers to wrap
+        return self.encoder.base._no_split_modules
+
+    def activation_checkpointing_enable(self, **kwargs: object) -> None:
+        """Recompute each layer in the backward pass (Trainer's --activation_checkpointing)."""
+        self.encoder.backbone.activation_checkpointing_enable(**kwargs)
+
+
+def bounded_temperature(log_temperature: Tensor) -> Tensor:
+    """Return the temperature, a scalar, at least `MIN_TEMPERATURE`. Gradients go by the floor, so that it can rise again."""
+    below = (math.log(MIN_TEMPERATURE) - log_temperature.detach()).clamp(min=0)
+    return (log_temperature + below).exp().squeeze(0)
+
+
+def make_step(
+    model: PreTrainedModel | Encoder | TrainingStep | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+) -> TrainingStep:
+    """Put together what is trained: the encoder, with what `args` say of it, and the heads that the objective needs.
+
+    The heads of an earlier step stay; its temperature starts anew, where the objective says.
+
+    Raises:
+        InputError: the model cannot be trained as asked, or could not be saved as a plain checkpoint.
+    """
+    train_head, mlm_head = None, None
+    if isinstance(model, TrainingStep):
+        model, train_head, mlm_head = model.encoder, model.train_head, model.mlm_head
+    if objective.mlm_weight and mlm_head is None:
+        model, mlm_head = split_masked_lm(model)
+    encoder = make_encoder(model, tokenizer, args)
+    if args.temp_scale is not None:
+        apply_tempscale(encoder.backbone, args.temp_scale)
+    needs_runtime(encoder, allowed=False)  # said now, not after the training
+    verify_loadable(encoder)
+    settle_unused(encoder, args)
+    objective.check_width(encoder.full_dimension)
+    warn_of_settings_for_encode(encoder)
+    if encoder.pooling != "cls_mlp_train":
+        train_head = None
+    elif train_head is None:
+        set_seed(args.seed)
+        train_head = new_head(encoder.width, encoder.config).to(encoder.device, encoder.dtype)
+    temperature = objective.temperature if objective.learn_temperature else None
+    return TrainingStep(encoder, train_head, mlm_head if objective.mlm_weight else None, temperature)
+
+
+def make_encoder(
+    model: PreTrainedModel | Encoder | None, tokenizer: PreTrainedTokenizerBase | None, args: ContrastiveTrainingArguments
+) -> Encoder:
+    """Return the encoder to train, with what `args` say about it.
+
+    Raises:
+        InputError: there is no model, or no tokenizer; adapters that cannot be merged; a setting that the model cannot have.
+    """
+    if model is None:
+        raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel or an Encoder")
+    check_adapters(model.backbone if isinstance(model, Encoder) else model)
+    settings = {"pooling": args.pooling, "max_length": args.max_length, "normalize": args.normalize, "prompts": args.prompts}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(model, Encoder):
+        own = model.settings
+        if "prompts" in given:  # which speak of queries and documents alone
+            others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
+            given["prompts"] = others | given["prompts"]
+        if all(own[key] == value for key, value in given.items()):
+            return model
+        return Encoder(model.backbone, model.tokenizer, **(own | given))
+    if tokenizer is None:
+        raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
+    encoder = Encoder(model, tokenizer, **given)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
+        logger.warning(
+            "the weights to train are in half precision, and so would be every update; load the model with "
+            "dtype=torch.float32 and set bf16=True for speed"
+        )
+    return encoder
+
+
+def warn_of_settings_for_encode(encoder: Encoder) -> None:
+    """Say which settings of the model training has no use for."""
+    if encoder.prompt():
+        logger.warning(
+            f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts; training puts those named "
+            "query and document before them, where there are such"
+        )
+    if encoder.dimension < encoder.full_dimension:
+        logger.warning(
+            f"training uses all {encoder.full_dimension} dimensions; encode gives the first {encoder.dimension} (truncate_dim)"
+        )
+
+
+def new_head(width: int, config: PretrainedConfig) -> nn.Sequential:
+    """Return SimCSE's MLP head, (b, width) -> (b, width): a dense layer started like the model's own, and tanh."""
+    dense = nn.Linear(width, width)
+    reset_dense(dense, config)
+    return nn.Sequential(dense, nn.Tanh())
+
+
+def reset_dense(dense: nn.Linear, config: PretrainedConfig) -> None:
+    """Start a dense layer anew, as the model's own layers were."""
+    nn.init.normal_(dense.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.zeros_(dense.bias)
+
+
+def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: object, step: TrainingStep) -> None:
+    """Let the user's optimizer train what the trainer itself has made: the learned temperature and the training head.
+
+    The temperature gets no weight decay.
+
+    Raises:
+        InputError: a scheduler would not know of them, or the optimizer is of another model.
+    """
+    if optimizer is None:
+        return
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if held.isdisjoint(step.parameters()):
+        raise InputError("optimizers: the optimizer holds no parameter of the model; make it of the model that is trained")
+    head = [] if step.train_head is None else list(step.train_head.parameters())
+    temperature = [] if step.log_temperature is None else [step.log_temperature]
+    made: list[tuple[str, list[nn.Parameter], dict[str, float]]] = [
+        ("training head", head, {}),
+        ("learned temperature", temperature, {"weight_decay": 0.0}),
+    ]
+    for what, parameters, settings in made:
+        parameters = [parameter for parameter in parameters if parameter not in held]
+        if parameters and scheduler is not None:
+            raise InputError(
+                f"optimizers: the scheduler was made before the {what}, and cannot set its learning rate; give the optimizer "
+                "alone, (optimizer, None), and lr_scheduler_type"
+            )
+        if parameters:
+            optimizer.add_param_group({"params": parameters, **settings})
