@@ -30,7 +30,7 @@ from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
-from hf_embed.distributed import gather_rows, world
+from hf_embed.distributed import gather_rows, get_world_size
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import STS, check_sts
@@ -480,10 +480,10 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler, encod
 
 def check_world(args: ContrastiveTrainingArguments) -> None:
     """Ranks that do not know of each other would train apart without a word."""
-    if world()[1] != args.world_size:
+    if get_world_size() != args.world_size:
         raise InputError(
-            f"launched on {world()[1]} processes, but the training arguments count {args.world_size}; on a machine with a "
-            "GPU, CPU processes need --use_cpu"
+            f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with "
+            "a GPU, CPU processes need --use_cpu"
         )
 
 
