@@ -5,30 +5,37 @@ adds up what all ranks send back to a row; so the average over ranks, which DDP 
 loss over the global batch. No factor anywhere.
 """
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Gathered = TypeVar("Gathered")
 
-def world() -> tuple[int, int]:
-    """(rank, number of ranks)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+
+def get_rank() -> int:
+    """Return the number of this process among those of the process group; 0 where there is no group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of processes of the process group; 1 where there is no group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _AllGather(torch.autograd.Function):
-    """Own rows (B, ...) to those of all ranks (R * B, ...), in rank order. B is the same on every rank."""
+    """Map own rows (B, ...) to those of all ranks (R * B, ...), in rank order. B is the same on every rank."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rows = len(rows)
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         first = dist.get_rank() * ctx.rows
@@ -36,15 +43,15 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all ranks, (R * B, ...) from (B, ...), differentiable under the contract above; `rows` on one rank."""
-    return rows if world()[1] == 1 else _AllGather.apply(rows)
+    """Return the rows of all ranks, (R * B, ...) from (B, ...), differentiable under the contract above; `rows` on one rank."""
+    return rows if get_world_size() == 1 else _AllGather.apply(rows)
 
 
-def gather_objects(thing: object) -> list:
-    """A picklable object of every rank, in rank order."""
-    ranks = world()[1]
+def gather_objects(thing: Gathered) -> list[Gathered]:
+    """Return a picklable object of every rank, in rank order."""
+    ranks = get_world_size()
     if ranks == 1:
         return [thing]
-    everyones = [None] * ranks
-    dist.all_gather_object(everyones, thing)
-    return everyones
+    gathered = [thing] * ranks  # each is overwritten
+    dist.all_gather_object(gathered, thing)
+    return gathered

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_embed.distributed import world
+from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.search import search
@@ -107,7 +107,7 @@ def mine_hard_negatives(
     rows = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings do not share rows, but vectors
     paths = make_files(rows, ".json", len(pairs), BLOCK, search.write, "Searching")
     counts = Counter()
-    if world()[0] == 0:
+    if get_rank() == 0:
         unfinished = work / "output"
         with open(unfinished, "w", encoding="utf-8") as file:
             for path in paths:
@@ -138,7 +138,7 @@ def claim(folder: Path, identity: str) -> None:
     if path.is_file() and path.read_text() != identity:
         raise InputError(f"{folder}: left by a run with another model or other texts; remove the folder to start anew")
     barrier()
-    if world()[0] == 0:
+    if get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(identity)
     barrier()
@@ -147,7 +147,7 @@ def claim(folder: Path, identity: str) -> None:
 def make_files(folder: Path, ending: str, items: int, size: int, make: Callable, title: str) -> list[Path]:
     """A file for every `size` of `items`; those that are there are kept, the ranks share the others. `make(range, path)` writes
     one. -> all paths, on every rank, when all are there."""
-    rank, ranks = world()
+    rank, ranks = get_rank(), get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
     parts = [range(start, min(start + size, items)) for start in range(0, items, size)]
     paths = [folder / f"{i:06d}{ending}" for i in range(len(parts))]
@@ -164,7 +164,7 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable,
 
 
 def barrier() -> None:
-    if world()[1] > 1:
+    if get_world_size() > 1:
         torch.distributed.barrier()
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from hf_embed.distributed import world
+from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
@@ -189,9 +189,9 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
 
 def check_world(args: TrainingArguments) -> None:
     """Raise InputError for ranks that do not know of each other: they would train apart without a word."""
-    if world()[1] != args.world_size:
+    if get_world_size() != args.world_size:
         raise InputError(
-            f"launched on {world()[1]} processes, but the training arguments count {args.world_size}; on a machine with a "
+            f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with a "
             "GPU, CPU processes need --use_cpu"
         )
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import error_of
 from torch.testing import assert_close
 
-from hf_embed import SimCSE
+from hf_embed import Matryoshka, SimCSE
+from hf_embed.objectives import OBJECTIVES, Objective, as_objective
 
 ROWS, DIM = 6, 5
 
@@ -133,3 +135,48 @@ def test_gradient():
 
 def test_control_gradcheck_notices_candidates_without_gradient():
     assert not gradcheck(detach=True)
+
+
+def test_a_plain_function_is_an_objective():
+    """With the defaults of what is optional; it is called with five arguments."""
+
+    def loss(z, ids, all_z, all_ids, first_row):
+        return SimCSE(0.5)(z, ids, all_z, all_ids, first_row)
+
+    z, ids = embeddings(3), distinct(3)
+    objective = as_objective(loss)
+    assert isinstance(objective, Objective) and not isinstance(loss, Objective)
+    assert (objective.learn_temperature, objective.mlm_weight) == (False, 0.0)
+    objective.check_width(1)
+    objective.check_rows(2, "rows")
+    assert torch.equal(objective(z[:3], ids[:3], z, ids, 0), SimCSE(0.5)(z[:3], ids[:3], z, ids, 0))
+    assert torch.equal(Matryoshka(loss, (2,))(z, ids, z, ids), SimCSE(0.5)(z[..., :2], ids))
+
+
+def test_what_a_callable_says_of_itself_is_kept():
+    class Loss:
+        temperature, learn_temperature, mlm_weight = 0.3, True, 0.1
+
+        def __call__(self, z, ids, all_z, all_ids, first_row, temperature):
+            return z.sum() * temperature
+
+    for objective in (as_objective(Loss()), Matryoshka(Loss(), (2,))):
+        assert (objective.temperature, objective.learn_temperature, objective.mlm_weight) == (0.3, True, 0.1)
+        assert objective(embeddings(2)[..., :2], distinct(2), temperature=torch.tensor(0.0)) == 0.0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_registered_objectives_are_objectives(name):
+    kind = OBJECTIVES[name]
+    objective = kind(SimCSE(), (2,)) if kind is Matryoshka else kind()
+    assert kind.__name__ == name and as_objective(objective) is objective
+    assert kind.paper
+
+
+def test_rows_and_widths_that_do_not_suit_are_refused():
+    message = "rows: hard_negative_weight is set, but no row has a negative; leave it out"
+    assert error_of(SimCSE(hard_negative_weight=1.0).check_rows, 2, "rows") == message
+    SimCSE(hard_negative_weight=1.0).check_rows(3, "rows")
+    SimCSE().check_rows(2, "rows")
+    assert error_of(Matryoshka(SimCSE(), (2, 8)).check_width, 7) == "Matryoshka dims 8: the embedding is 7 wide"
+    Matryoshka(SimCSE(), (2, 8)).check_width(8)

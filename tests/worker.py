@@ -17,7 +17,7 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 import hf_embed.trainer
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Retrieval, SimCSE
-from hf_embed.distributed import gather_objects, gather_rows, world
+from hf_embed.distributed import gather_objects, gather_rows, get_rank, get_world_size
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 ROWS = [
@@ -54,7 +54,7 @@ class Watch(TrainerCallback):
         self.gradients, self.reductions, self.trainer = {}, 0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if world()[1] > 1:
+        if get_world_size() > 1:
             self.trainer.model_wrapped.register_comm_hook(None, self.reduce)
 
     def reduce(self, group, bucket):
@@ -70,7 +70,7 @@ class Watch(TrainerCallback):
 def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> dict:
     """Gradients of the first of two steps on 12 rows a step, and what was counted."""
     objective = objective or SimCSE()
-    ranks = world()[1]
+    ranks = get_world_size()
     model = tiny_model(**NO_DROPOUT).double()
     if getattr(objective, "mlm_weight", 0):
         torch.manual_seed(1)
@@ -123,7 +123,7 @@ def sources_of_each_rank(folder: str) -> list[list]:
         for name, size in sizes.items()
     }
     rows["negatives"] = Dataset.from_list(rows_with(3))
-    args = ContrastiveTrainingArguments(folder, per_device_train_batch_size=BATCH // world()[1], max_steps=20, **SETTINGS)
+    args = ContrastiveTrainingArguments(folder, per_device_train_batch_size=BATCH // get_world_size(), max_steps=20, **SETTINGS)
     trainer = NoteSources(
         model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, train_dataset=rows,
         objective=ImprovedContrastive(0.2, learn_temperature=True),
@@ -143,7 +143,7 @@ def views_of_each_rank(folder: str, **settings) -> list[list[bool]]:
             return loss
 
     args = ContrastiveTrainingArguments(
-        folder, per_device_train_batch_size=BATCH // world()[1], max_steps=2, **(SETTINGS | settings)
+        folder, per_device_train_batch_size=BATCH // get_world_size(), max_steps=2, **(SETTINGS | settings)
     )  # fmt: skip
     rows = Dataset.from_list([{"text": row["anchor"]} for row in ROWS])
     NoteViews(model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, train_dataset=rows).train()
@@ -158,7 +158,7 @@ def mask_some(input_ids, tokenizer):
 
 def own_gradient_only(rows):
     """Another common mistake: other ranks' rows without gradient, the own ones with it."""
-    first, everyone = world()[0] * len(rows), gather_rows(rows.detach())
+    first, everyone = get_rank() * len(rows), gather_rows(rows.detach())
     return torch.cat([everyone[:first], rows, everyone[first + len(rows) :]])
 
 
@@ -187,8 +187,8 @@ def main(folder: str) -> None:
     result["no_gradient_through_gather"] = train(folder)
     hf_embed.trainer.gather_rows = own_gradient_only
     result["own_gradient_only"] = train(folder, ImprovedContrastive(0.2), rows_with(1))
-    if world()[0] == 0:
-        torch.save(result, os.path.join(folder, f"{world()[1]}.pt"))
+    if get_rank() == 0:
+        torch.save(result, os.path.join(folder, f"{get_world_size()}.pt"))
 
 
 if __name__ == "__main__":

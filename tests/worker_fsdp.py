@@ -11,7 +11,7 @@ from datasets import Dataset
 from worker import BATCH, NO_DROPOUT, SEARCH, SETTINGS, STS, rows_with
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive
-from hf_embed.distributed import world
+from hf_embed.distributed import get_world_size
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -24,7 +24,7 @@ FSDP = {
 
 def main(folder: str, caching: bool) -> None:
     PartialState(cpu=True)
-    ranks = world()[1]
+    ranks = get_world_size()
     args = ContrastiveTrainingArguments(
         folder, per_device_train_batch_size=BATCH // ranks, max_steps=2, gradient_caching=caching,
         **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}),

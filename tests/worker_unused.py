@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, SwitchTransformersConfig, Switch
 from worker import BATCH, SETTINGS, rows_with
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments
-from hf_embed.distributed import world
+from hf_embed.distributed import get_rank, get_world_size
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -45,8 +45,9 @@ def make(kind: str):
 
 
 def trainer(kind: str, folder: str, **settings) -> ContrastiveTrainer:
+    settings = SETTINGS | {"learning_rate": 0.01} | settings
     args = ContrastiveTrainingArguments(
-        folder, per_device_train_batch_size=BATCH // world()[1], max_steps=3, **(SETTINGS | {"learning_rate": 0.01} | settings)
+        folder, per_device_train_batch_size=BATCH // get_world_size(), max_steps=3, **settings
     )  # fmt: skip
     return ContrastiveTrainer(
         model=make(kind), processing_class=quickstart_tokenizer(), args=args, train_dataset=Dataset.from_list(rows_with(1))
@@ -67,6 +68,6 @@ if __name__ == "__main__":
     PartialState()
     result = {kind: train(kind, sys.argv[1]) for kind in KINDS}
     result["switch cached"] = train("switch", sys.argv[1], gradient_caching=True)
-    rank, ranks = world()
+    rank, ranks = get_rank(), get_world_size()
     torch.save(result | {"ranks": ranks}, os.path.join(sys.argv[1], f"{ranks}-{rank}.pt"))
     PartialState().destroy_process_group()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import saved_pooling
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
@@ -45,15 +46,8 @@ TAKE = {
         "vectors = (states * mask).sum(1) / mask.sum(1)",
     ],
 }
-EQUATIONS = {
-    "SimCSE": "loss_i = -log e^(cos(h_i, h_i+) / t) / sum_j [ e^(cos(h_i, h_j+) / t) + e^(cos(h_i, h_j-) / t) ]",
-    "ImprovedContrastive": "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the directions named",
-}
-PAPERS = {
-    "SimCSE": "Gao, Yao, Chen: SimCSE: Simple Contrastive Learning of Sentence Embeddings, https://arxiv.org/abs/2104.08821",
-    "ImprovedContrastive": "Li et al.: Towards General Text Embeddings with Multi-stage Contrastive Learning, "
-    "https://arxiv.org/abs/2308.03281",
-    "Matryoshka": "Kusupati et al.: Matryoshka Representation Learning, https://arxiv.org/abs/2205.13147",
+EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
+PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
@@ -301,7 +295,7 @@ def papers_section(encoder, results: dict) -> str:
     objective = results.get("train", {}).get("objective", {})
     names = [objective.get("name"), "ImprovedContrastive" if "objective" in objective else None]
     names += ["TempScale"] if getattr(encoder.base.config, "temp_scale", None) else []
-    found = [PAPERS[name] for name in names if name in PAPERS]
+    found = [PAPERS[name] for name in names if PAPERS.get(name)]
     return "\n".join(["## Papers", "", *(f"- {paper}" for paper in found)]) if found else ""
 
 

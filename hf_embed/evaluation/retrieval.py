@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hf_embed.data.files import lines, parsed
 from hf_embed.data.sources import read_file, read_hub, row_texts, text_columns
-from hf_embed.distributed import gather_objects, world
+from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks, embed_own_share
@@ -94,7 +94,7 @@ class Retrieval:
 
         Each rank encodes and searches its share of the corpus, a block at a time; vectors are not kept.
         """
-        rank, ranks = world()
+        rank, ranks = get_rank(), get_world_size()
         ids, texts = list(self.corpus), list(self.corpus.values())
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
         blocks = embed_own_share(texts, embed, "document")

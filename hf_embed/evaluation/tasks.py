@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hf_embed.distributed import gather_objects, world
+from hf_embed.distributed import gather_objects, get_rank, get_world_size
 
 NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
 
@@ -50,7 +50,7 @@ def metric_names(tasks: dict[str, Task]) -> set[str]:
 
 def embed_own_share(texts: list[str], embed: Callable, prompt_name: str | None = None, batch: int = 1024):
     """Vectors, a tensor (up to `batch`, D) at a time, of texts rank, rank + ranks, rank + 2 * ranks ..."""
-    rank, ranks = world()
+    rank, ranks = get_rank(), get_world_size()
     own = texts[rank::ranks]
     # Every rank makes the same number of calls: under FSDP a call is a collective.
     calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
@@ -64,5 +64,5 @@ def embed_on_all_ranks(texts: list[str], embed: Callable, prompt_name: str | Non
     vectors = np.concatenate([part.cpu().numpy() for part in embed_own_share(texts, embed, prompt_name, batch)])
     everyone = np.empty((len(texts), vectors.shape[1]), vectors.dtype)
     for r, part in enumerate(gather_objects(vectors)):
-        everyone[r :: world()[1]] = part
+        everyone[r :: get_world_size()] = part
     return everyone

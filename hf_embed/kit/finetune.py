@@ -33,7 +33,7 @@ from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.save import put_in_place
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
-from hf_embed.distributed import world
+from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import plot_trajectory
@@ -119,7 +119,7 @@ def run_seeds(read: Callable[[list[str] | None], Plan], argv: list[str] | None) 
             if runs[seed]["train"]["settings"] != now:
                 raise InputError(f"{own} holds a run with other settings; replace all by --overwrite_output_dir")
             continue
-        if world()[0] == 0:
+        if get_rank() == 0:
             print(f"\nseed {seed}")
         last = get_last_checkpoint(str(own)) if resume and own.is_dir() else None
         flags = {"seeds": "", "seed": seed, "output_dir": str(own), "overwrite_output_dir": True,
@@ -137,7 +137,7 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
     best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
     results["train"] = results["train"] | {"chosen_by": scores[best]}
-    if world()[0] == 0:
+    if get_rank() == 0:
         ours = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
             copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=ours)
@@ -408,7 +408,7 @@ def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:
     chosen = list(task.qrels)[:: max(1, len(task.qrels) // count)][:count]
     some = dataclasses.replace(task, qrels={query: task.qrels[query] for query in chosen})
     _, found = some.rank(embed_with(encoder), 3)
-    if world()[0] == 0:
+    if get_rank() == 0:
         print(f"\nsearches in {name} ({len(task.corpus):,} documents; * is the one looked for):")
         for query, documents in found.items():
             print(f"\n  {textwrap.shorten(task.queries[query], 100)}")

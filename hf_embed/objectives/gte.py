@@ -13,6 +13,7 @@ C candidates, which are the N queries or the N * (V - 1) documents.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
+from hf_embed.objectives.base import ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges
 
@@ -28,7 +30,7 @@ TILE_SIZE = 2**26  # similarities in a tile: 256 MB in float32
 
 
 @dataclass
-class ImprovedContrastive:
+class ImprovedContrastive(ContrastiveObjective):
     """The improved contrastive loss: a query is told from the other queries too, and a document from other documents.
 
         loss_i = - log  e^{s(q_i, d_i) / t} / Z_i        s: cosine
@@ -55,6 +57,11 @@ class ImprovedContrastive:
         InputError: an unknown direction or partition_mode, a number out of range, or a combination without a meaning.
     """
 
+    equation: ClassVar[str] = "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the directions named"
+    paper: ClassVar[str] = (
+        "Li et al.: Towards General Text Embeddings with Multi-stage Contrastive Learning, https://arxiv.org/abs/2308.03281"
+    )
+
     temperature: float = 0.01
     directions: tuple[str, ...] = DIRECTIONS
     partition_mode: str = "joint"
@@ -63,7 +70,7 @@ class ImprovedContrastive:
     learn_temperature: bool = False
     tile_rows: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.directions = tuple(self.directions)
         check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
         if unknown := [d for d in self.directions if d not in DIRECTIONS]:

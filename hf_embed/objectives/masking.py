@@ -14,7 +14,7 @@ def false_negatives(
     scores: Tensor | None = None,
     limit: Tensor | None = None,
 ) -> Tensor:
-    """Which candidates to leave out of which rows' denominators. -> (B, C) bool, True means leave out.
+    """Mark the candidates to leave out of each row's denominator.
 
     Args:
         text_ids: (B, V) hash of each text of the rows.
@@ -23,11 +23,14 @@ def false_negatives(
         partner_ids: (C,) hash of the text that each candidate stands in a pair with, 0 for none. A candidate paired with the
             anchor or its positive is an answer to the same query, or asks for the same document: no negative either.
         scores, limit: (B, C) and (B,): also leave out what scores above the row's limit. No gradient flows here.
+
+    Returns:
+        (B, C) bool, True for a candidate to leave out.
     """
     dropped = (candidate_ids == 0).expand(len(text_ids), -1).clone()
     for ids in (candidate_ids,) if partner_ids is None else (candidate_ids, partner_ids):
         dropped |= ids == text_ids[:, :1]
         dropped |= ids == text_ids[:, 1:2]
-    if limit is not None:
+    if scores is not None and limit is not None:
         dropped |= scores.detach() > limit.detach().unsqueeze(1)
     return dropped if positives is None else dropped.scatter(1, positives.unsqueeze(1), False)

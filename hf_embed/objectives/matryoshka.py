@@ -1,10 +1,13 @@
 """Matryoshka Representation Learning (https://arxiv.org/abs/2205.13147): the first dimensions are an embedding themselves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from hf_embed.errors import InputError
+from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.ranges import COUNT, Range
 
 
@@ -22,11 +25,14 @@ class Matryoshka:
             than widths; weights below 0, or all 0.
     """
 
-    objective: object
+    equation: ClassVar[str] = ""
+    paper: ClassVar[str] = "Kusupati et al.: Matryoshka Representation Learning, https://arxiv.org/abs/2205.13147"
+
+    objective: Callable[..., Tensor]
     dims: tuple[int, ...]
     weights: tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
         if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):
@@ -36,27 +42,50 @@ class Matryoshka:
         if not all(weight in Range(least=0) for weight in self.weights) or not any(self.weights):
             raise InputError(f"Matryoshka weights are {list(self.weights)}; give numbers of at least 0, not all of them 0")
 
-    # What the trainer asks of an objective besides its loss.
+    @property
+    def inner(self) -> Objective:
+        """The objective whose losses are summed."""
+        return as_objective(self.objective)
+
     @property
     def temperature(self) -> float:
-        return self.objective.temperature
+        """That of the inner objective."""
+        return self.inner.temperature
 
     @property
     def learn_temperature(self) -> bool:
-        return getattr(self.objective, "learn_temperature", False)
+        """That of the inner objective."""
+        return self.inner.learn_temperature
 
     @property
     def mlm_weight(self) -> float:
-        return getattr(self.objective, "mlm_weight", 0.0)
+        """That of the inner objective."""
+        return self.inner.mlm_weight
 
-    def __call__(self, embeddings: Tensor, text_ids: Tensor, all_embeddings: Tensor | None = None, *args, **kwargs) -> Tensor:
-        """As the objective's own call."""
-        if max(self.dims) > embeddings.shape[-1]:
-            raise InputError(f"Matryoshka dims {max(self.dims)}: the embedding is {embeddings.shape[-1]} wide")
-        losses = (
-            weight * self.objective(
-                embeddings[..., :dim], text_ids, None if all_embeddings is None else all_embeddings[..., :dim], *args, **kwargs
-            )
-            for dim, weight in zip(self.dims, self.weights)
-        )  # fmt: skip
-        return sum(losses)
+    def check_width(self, width: int) -> None:
+        """Refuse `dims` above the embedding's width."""
+        if max(self.dims) > width:
+            raise InputError(f"Matryoshka dims {max(self.dims)}: the embedding is {width} wide")
+
+    def check_rows(self, texts_per_row: int, name: str) -> None:
+        """Check the rows as the inner objective does."""
+        self.inner.check_rows(texts_per_row, name)
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        text_ids: Tensor,
+        all_embeddings: Tensor | None = None,
+        all_text_ids: Tensor | None = None,
+        first_row: int = 0,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
+        self.check_width(embeddings.shape[-1])
+        assert self.weights is not None  # set when this was made
+        learned = {} if temperature is None else {"temperature": temperature}
+        loss = embeddings.new_zeros(())
+        for dim, weight in zip(self.dims, self.weights):
+            everyone = None if all_embeddings is None else all_embeddings[..., :dim]
+            loss = loss + weight * self.objective(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **learned)
+        return loss

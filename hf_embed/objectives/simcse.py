@@ -4,17 +4,20 @@ Shapes: B own rows, N rows of all ranks, V texts a row (anchor, positive, then V
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_embed.errors import InputError
+from hf_embed.objectives.base import ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
 
 
 @dataclass
-class SimCSE:
+class SimCSE(ContrastiveObjective):
     """In-batch contrastive loss on cosine similarities, equations 1 (unsupervised), 4 and 5 (hard negatives).
 
     Each anchor has to find its positive among the positives and hard negatives of all rows:
@@ -34,13 +37,23 @@ class SimCSE:
         InputError: a number out of range.
     """
 
+    equation: ClassVar[str] = "loss_i = -log e^(cos(h_i, h_i+) / t) / sum_j [ e^(cos(h_i, h_j+) / t) + e^(cos(h_i, h_j-) / t) ]"
+    paper: ClassVar[str] = (
+        "Gao, Yao, Chen: SimCSE: Simple Contrastive Learning of Sentence Embeddings, https://arxiv.org/abs/2104.08821"
+    )
+
     temperature: float = 0.05
     hard_negative_weight: float = 0.0
     mlm_weight: float = 0.0
     mask_other_positives: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self, {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0)})
+
+    def check_rows(self, texts_per_row: int, name: str) -> None:
+        """Refuse a weight of hard negatives where no row has one."""
+        if self.hard_negative_weight and texts_per_row < 3:
+            raise InputError(f"{name}: hard_negative_weight is set, but no row has a negative; leave it out")
 
     def __call__(
         self,
@@ -49,35 +62,33 @@ class SimCSE:
         all_embeddings: Tensor | None = None,
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
+        temperature: Tensor | None = None,
     ) -> Tensor:
-        """Mean loss of the own rows, a scalar.
-
-        Args:
-            embeddings: (B, V, D) of the own rows.
-            text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
-            all_embeddings, all_text_ids: the same for all ranks' rows, (N, V, D) and (N, V); default: the own.
-            first_row: number of the first own row among all rows.
-        """
-        if all_embeddings is None:
+        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
+        if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
-        rows, views, _ = embeddings.shape
-        own = torch.arange(rows, device=embeddings.device)
+        own_rows = torch.arange(len(embeddings), device=embeddings.device)  # numbered among the own
+        labels = first_row + own_rows  # each row's positive among the candidates
 
         anchors = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
         # Candidates: all positives, then all first negatives, then all second negatives ...
-        candidates = F.normalize(all_embeddings[:, 1:].transpose(0, 1).flatten(0, 1), dim=-1)  # ((V - 1) * N, D)
-        logits = anchors @ candidates.T / self.temperature  # (B, (V - 1) * N)
-
-        labels = first_row + own
+        candidates = F.normalize(by_view(all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
+        logits = anchors @ candidates.T / (self.temperature if temperature is None else temperature)  # (B, (V - 1) * N)
         if self.hard_negative_weight:
-            weight = torch.zeros_like(logits)
-            for view in range(1, views - 1):
-                weight[own, view * len(all_embeddings) + labels] = self.hard_negative_weight
-            logits = logits + weight
-        candidate_ids = all_text_ids[:, 1:].T.flatten()
-        partner_ids = None
+            weights = torch.zeros_like(logits)
+            for negative in range(1, all_embeddings.shape[1] - 1):
+                weights[own_rows, negative * len(all_embeddings) + labels] = self.hard_negative_weight
+            logits = logits + weights
+
+        partners = None
         if self.mask_other_positives:
-            partner_ids = torch.zeros_like(candidate_ids)  # negatives have no partner
-            partner_ids[: len(all_text_ids)] = all_text_ids[:, 0]
-        logits = logits.masked_fill(false_negatives(text_ids, candidate_ids, labels, partner_ids), float("-inf"))
-        return F.cross_entropy(logits, labels)
+            partners = torch.zeros_like(all_text_ids[:, 1:])  # negatives have no partner
+            partners[:, 0] = all_text_ids[:, 0]
+            partners = by_view(partners)
+        dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners)
+        return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), labels)
+
+
+def by_view(rows: Tensor) -> Tensor:
+    """Flatten (N, V, ...) to (V * N, ...): the first of all rows, then the second of all rows, and so on."""
+    return rows.transpose(0, 1).flatten(0, 1)
