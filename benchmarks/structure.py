@@ -25,7 +25,7 @@ TIERS = [
     ["kit"],
     ["recipes"],
 ]  # fmt: skip
-# The only imports that may climb: a user loads and saves by methods of Encoder, and they import checkpoint when they are called.
+# The only imports that may climb: methods of Encoder load and save, and import checkpoint when they are called.
 EXCEPTIONS = {("encoder", "checkpoint.load"), ("encoder", "checkpoint.save")}
 NO_CORE = ("tempscale", "kit", "recipes")
 

@@ -23,7 +23,7 @@ def split_masked_lm(model: nn.Module | None) -> tuple[PreTrainedModel, nn.Module
             f"mlm_weight needs a model with a masked-language-modelling head of the BERT or RoBERTa kind; "
             f"{type(model).__name__} has none: load AutoModelForMaskedLM, or set mlm_weight to 0"
         )
-    return model.base_model, head
+    return model.base_model, head  # type: ignore[union-attr,return-value]  # a model with a head is no None
 
 
 def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: float = 0.15) -> tuple[Tensor, Tensor]:

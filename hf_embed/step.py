@@ -13,6 +13,8 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 
 import logging
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,11 @@ class TrainingStep(nn.Module):
         temperature: where a learned temperature of the loss starts; None: it is not learned.
     """
 
+    encoder: Encoder
+    train_head: nn.Module | None
+    mlm_head: nn.Module | None
+    log_temperature: nn.Parameter | None  # (1,)
+
     def __init__(
         self,
         encoder: Encoder,
@@ -55,7 +62,7 @@ class TrainingStep(nn.Module):
         temperature: float | None = None,
     ):
         super().__init__()
-        self.log_temperature: nn.Parameter | None = None  # (1,)
+        self.log_temperature = None
         if temperature is not None:
             dtype = torch.promote_types(encoder.dtype, torch.float32)
             start = torch.tensor([math.log(temperature)], dtype=dtype, device=encoder.device)
@@ -87,8 +94,16 @@ class TrainingStep(nn.Module):
             outputs["temperature"] = bounded_temperature(self.log_temperature)
         if mlm is not None:
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
-            settings = {"chunk_tokens": chunk_tokens, "gradient_caching": gradient_caching, "equal_chunks": sharded}
-            outputs["mlm"] = self.mlm_loss(*mlm, lengths, **settings)
+            losses = encode_in_chunks(
+                partial(self.mlm_losses, *mlm),
+                torch.arange(len(input_ids), device=input_ids.device),
+                lengths,
+                pad_id=0,
+                chunk_tokens=chunk_tokens,
+                gradient_caching=gradient_caching,
+                equal_chunks=sharded,
+            )
+            outputs["mlm"] = losses.sum()
         return outputs
 
     def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:
@@ -98,19 +113,20 @@ class TrainingStep(nn.Module):
             pooled = self.train_head(pooled)
         return self.encoder.dense(pooled)
 
-    def mlm_loss(self, masked_ids: Tensor, labels: Tensor, lengths: list[int], **settings: int | bool) -> Tensor:
-        """Sum the cross-entropy of the masked tokens of a flat batch, (S,) and (S,), chunk by chunk: a scalar."""
-        backbone, head, pad_id = self.encoder.backbone, self.mlm_head, self.encoder.tokenizer.pad_token_id
-        assert head is not None
+    def mlm_losses(self, masked_ids: Tensor, labels: Tensor, places: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:
+        """Return the summed cross-entropy of the masked tokens of each text of a chunk, (b, 1).
 
-        def losses(places: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:  # places in the flat batch (b, T) -> (b, 1)
-            ids = masked_ids[places].masked_fill(mask == 0, pad_id)
-            logits = head(backbone(input_ids=ids, attention_mask=mask)[0])
-            wanted = labels[places].masked_fill(mask == 0, -100)
-            return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
-
-        places = torch.arange(len(masked_ids), device=masked_ids.device)
-        return encode_in_chunks(losses, places, lengths, 0, **settings).sum()
+        Args:
+            masked_ids: (S,) the tokens of the flat batch, some of them masked.
+            labels: (S,) the tokens that were masked; -100 elsewhere.
+            places: (b, T) where in the flat batch the tokens of the chunk stand.
+            mask: (b, T) 1 on tokens and 0 on padding.
+        """
+        assert self.mlm_head is not None
+        ids = masked_ids[places].masked_fill(mask == 0, self.encoder.tokenizer.pad_token_id)
+        logits = self.mlm_head(self.encoder.backbone(input_ids=ids, attention_mask=mask)[0])
+        wanted = labels[places].masked_fill(mask == 0, -100)
+        return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
 
     # What Trainer, accelerate and FSDP ask of a model.
 
@@ -120,10 +136,10 @@ class TrainingStep(nn.Module):
         return self.encoder.config
 
     @property
-    def _no_split_modules(self) -> list[str]:  # FSDP asks which layers to wrap
+    def _no_split_modules(self) -> set[str] | list[str] | None:  # FSDP asks which layers to wrap
         return self.encoder.base._no_split_modules
 
-    def activation_checkpointing_enable(self, **kwargs: object) -> None:
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute each layer in the backward pass (Trainer's --activation_checkpointing)."""
         self.encoder.backbone.activation_checkpointing_enable(**kwargs)
 
@@ -147,7 +163,8 @@ def make_step(
     Raises:
         InputError: the model cannot be trained as asked, or could not be saved as a plain checkpoint.
     """
-    train_head, mlm_head = None, None
+    train_head: nn.Module | None = None
+    mlm_head: nn.Module | None = None
     if isinstance(model, TrainingStep):
         model, train_head, mlm_head = model.encoder, model.train_head, model.mlm_head
     if objective.mlm_weight and mlm_head is None:
@@ -180,7 +197,12 @@ def make_encoder(
     if model is None:
         raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel or an Encoder")
     check_adapters(model.backbone if isinstance(model, Encoder) else model)
-    settings = {"pooling": args.pooling, "max_length": args.max_length, "normalize": args.normalize, "prompts": args.prompts}
+    settings: dict[str, Any] = {
+        "pooling": args.pooling,
+        "max_length": args.max_length,
+        "normalize": args.normalize,
+        "prompts": args.prompts,
+    }
     given = {key: value for key, value in settings.items() if value is not None}
     if isinstance(model, Encoder):
         own = model.settings

@@ -9,11 +9,14 @@ import importlib.util
 import logging
 import math
 import os
+from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
@@ -112,15 +115,16 @@ def check_before(args: TrainingArguments) -> None:
 
 def check_after(args: TrainingArguments) -> None:
     """Raise InputError for what is wrong with the arguments now that TrainingArguments has made something of them."""
+    loader: Any = args.accelerator_config
     for name, (harmless, reason) in LOADER.items():
-        if (value := getattr(args.accelerator_config, name)) not in harmless:
+        if (value := getattr(loader, name)) not in harmless:
             raise InputError(f"accelerator_config: {name} is {value!r}, which cannot be had here: {reason}; leave it out")
-    steps = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+    steps = (loader.gradient_accumulation_kwargs or {}).get("num_steps", 1)
     if steps not in COUNT:
         raise InputError(f"accelerator_config: num_steps is {steps!r}; it must be {COUNT}")
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise InputError("fp16 is given, but a CPU has no such arithmetic and would compute in float32; take bf16, or neither")
-    for name in args.report_to:
+    for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(f"report_to: there is no '{name}'; there are {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
         if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):  # these two are known by no package
@@ -135,7 +139,7 @@ def check_after(args: TrainingArguments) -> None:
 
 def check_optimizer(args: TrainingArguments) -> None:
     """Make the optimizer of a single weight: InputError for a missing package, or settings that it does not take."""
-    name = args.optim.value
+    name = OptimizerNames(args.optim).value
     if args.optim_args and name in WITHOUT_OPTIM_ARGS:
         raise InputError(f"optim_args is {args.optim_args!r}, and {name} reads none of it; leave it out")
     if args.optim_target_modules and not name.startswith(("galore", "apollo")):
@@ -155,7 +159,7 @@ def check_schedule(args: TrainingArguments) -> None:
     Raises:
         InputError: settings that the schedule does not take.
     """
-    name, given = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs is {given!r}, and {name} reads none of it; leave it out")
     if name in METRIC_SCHEDULES:
@@ -163,11 +167,11 @@ def check_schedule(args: TrainingArguments) -> None:
         if given.get("mode", mode) != mode:
             metric = args.metric_for_best_model
             raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum")
-        args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers leaves it at min
+        given = args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers leaves it at min
     steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
-        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
     except Exception as error:
         raise InputError(f"lr_scheduler_type {name}: {' '.join(str(error).split())}") from error
 
@@ -191,8 +195,8 @@ def check_world(args: TrainingArguments) -> None:
     """Raise InputError for ranks that do not know of each other: they would train apart without a word."""
     if get_world_size() != args.world_size:
         raise InputError(
-            f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with a "
-            "GPU, CPU processes need --use_cpu"
+            f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with "
+            "a GPU, CPU processes need --use_cpu"
         )
 
 
@@ -220,9 +224,9 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
 
 def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     """Raise InputError for settings that need an evaluation set where there is none."""
-    schedule = args.lr_scheduler_type.value
+    schedule = SchedulerType(args.lr_scheduler_type).value
     for wanted, what in (
-        (args.eval_strategy != "no", f"eval_strategy is {args.eval_strategy.value}"),
+        (args.eval_strategy != "no", f"eval_strategy is {IntervalStrategy(args.eval_strategy).value}"),
         (args.eval_on_start, "eval_on_start is True"),
         (args.load_best_model_at_end, "load_best_model_at_end is True"),
         (args.save_strategy == "best", "save_strategy is best"),
@@ -244,7 +248,7 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
         )
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-    end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[args.eval_strategy.value]
+    end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[IntervalStrategy(args.eval_strategy).value]
     if args.eval_delay > end:
         raise InputError(f"eval_delay is {args.eval_delay:g}, and the run ends at {end}: nothing would be evaluated; lower it")
 

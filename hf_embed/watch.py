@@ -117,7 +117,8 @@ class Watch(TrainerCallback):
         if control.should_save or control.should_training_stop:  # the step after a good loss may have spoilt the weights
             finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
         if not all(gather_objects(all(finite))):
-            last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+            folder = str(args.output_dir)
+            last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
             raise InputError(
                 f"the loss or a weight is not a number any more, at step {state.global_step} or shortly before; "
                 f"{f'the last good checkpoint is {last}' if last else 'no checkpoint was saved before'}; go on with a lower "

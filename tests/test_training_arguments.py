@@ -163,7 +163,7 @@ def callbacks(run):
 
 
 def checkpointed_layers(run):
-    model = run.model.backbone if isinstance(run, ContrastiveTrainer) else run.model
+    model = run.encoder.backbone if isinstance(run, ContrastiveTrainer) else run.model
     run.train()
     return [getattr(layer, "gradient_checkpointing", None) for layer in model.base_model.encoder.layer]
 
