@@ -48,7 +48,8 @@ def test_an_old_checkpoint_is_needed_as_a_whole(part, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_old_training_arguments_load(name):
+def test_old_training_arguments_load(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the output folder that they name is a relative path
     stored = torch.load(FIXTURES / name / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert isinstance(stored, ContrastiveTrainingArguments)
     now = make_trainer(name, "whole", STORED_SEED).args
