@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint types venv
+.PHONY: demo test test-slow test-docs test-lowest test-newest lint types venv
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
@@ -17,6 +17,26 @@ test: venv
 
 test-slow: venv
 	$(PYTEST) -m "slow or not slow"
+
+test-docs: venv
+	$(PYTEST) tests/test_docs.py tests/test_docstrings.py
+
+# The core of the tests with other versions of the dependencies, each set in an environment of its own.
+CORE := $(addprefix tests/test_,objectives.py chunking.py encoder.py trainer.py distributed.py export.py loading.py tempscale.py \
+	forward.py hub.py)
+
+# The lower bounds of setup.cfg, on the lowest Python.
+test-lowest:
+	@test -x .venv-lowest/bin/python || python3.11 -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[dev]"
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile $(CORE)
+
+# The newest versions in the package index that setup.cfg allows.
+test-newest:
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev]"
+	@.venv-newest/bin/python -m pip list --disable-pip-version-check
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(CORE)
 
 lint: venv
 	$(BIN)/ruff check .
