@@ -13,7 +13,7 @@ reduces gradients once.
 Shapes: N texts with S tokens in all; a chunk has b texts padded to T tokens; D is the width of an embedding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[
 
     A chunk has at most `chunk_tokens` padded tokens, a text longer than that a chunk of its own.
     """
-    chunks, chunk = [], []
+    chunks: list[list[int]] = []
+    chunk: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if chunk:
             longest = lengths[chunk[0]]
@@ -52,7 +53,7 @@ def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[
 
 
 def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
-    """Exactly `count` chunks, by halving the largest; where all are single texts, the last is encoded again."""
+    """Make exactly `count` chunks by halving the largest; where all are single texts, the first is encoded again."""
     chunks = list(chunks)
     while len(chunks) < count:
         i = max(range(len(chunks)), key=lambda i: len(chunks[i]))
@@ -62,10 +63,16 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
 
 
 def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One chunk's tokens, a row of S ids, to b padded texts.
+    """Pad the texts of one chunk, whose tokens stand in one row of S ids.
 
-    `words` (S + 1, width) are the ids' rows of the word table, and last the padding token's. `lengths` (b,) is on the CPU, so
-    that no GPU is waited for. -> token ids (b, T), padded with `pad_id`; mask (b, T); words (b, T, width).
+    Args:
+        ids: (S,) the tokens.
+        words: (S + 1, width) the ids' rows of the word table, and last the padding token's; or None.
+        lengths: (b,) the tokens of each text, on the CPU, so that no GPU is waited for.
+        pad_id: what the ids are padded with.
+
+    Returns:
+        Token ids (b, T); mask (b, T); words (b, T, width) or None.
     """
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     places = (mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, len(ids)).to(ids.device)
@@ -83,39 +90,73 @@ def encode_in_chunks(
     equal_chunks: bool = False,
     embed_tokens: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Encode the texts of a flat batch, `input_ids` (S,) with `lengths` summing to S, to (N, D) in the batch's order.
+    """Encode the texts of a flat batch, chunk by chunk.
 
-    `encode` maps token ids and mask, both (b, T), and the ids' rows of the word table (b, T, width) or None, to (b, D). With
-    `equal_chunks` every rank encodes equally many chunks, which sharded models need: there each layer of each chunk is a
-    collective. With `embed_tokens`, (S,) -> (S, width), the word table is read once for all chunks: its gradient is as large
-    as the table, and one for each chunk would cost more than the chunk.
+    Args:
+        encode: maps token ids and mask, both (b, T), and the ids' rows of the word table (b, T, width) or None, to (b, D).
+        input_ids: (S,) the tokens of all texts, one text behind the other.
+        lengths: the tokens of each text, N numbers that sum to S.
+        pad_id: what chunks are padded with.
+        chunk_tokens: padded tokens of a chunk.
+        gradient_caching: compute a chunk again in the backward pass instead of keeping its activations.
+        equal_chunks: every rank encodes equally many chunks, which sharded models need: there each layer of each chunk is a
+            collective.
+        embed_tokens: the word table, (S,) -> (S, width), read once for all chunks: its gradient is as large as the table, and
+            one for each chunk would cost more than the chunk. None: each chunk reads it inside the model.
+
+    Returns:
+        (N, D), in the batch's order.
     """
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
     chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
     if equal_chunks:
         chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
-    order = torch.tensor([i for chunk in chunks for i in chunk])
-    sizes = torch.tensor(lengths)
-    # The tokens in the order of the chunks, so that each chunk is a slice.
-    starts, places = sizes.cumsum(0) - sizes, torch.arange(int(sizes[order].sum()))
-    moved = torch.repeat_interleave(starts[order] - (sizes[order].cumsum(0) - sizes[order]), sizes[order])
-    input_ids = input_ids[(places + moved).to(input_ids.device)]
+    sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])
+    input_ids = input_ids[move_tokens(sizes, order).to(input_ids.device)]  # now each chunk is a slice
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
-    words = [None] * len(chunks)
-    if embed_tokens is not None:
-        *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_tensor([pad_id])])).split([*counts, 1])
-        words = [torch.cat([rows, padding]) for rows in words]
-
     encoded = []
-    for chunk, ids, rows in zip(chunks, input_ids.split(counts), words):
-        ids, mask, rows = pad_chunk(ids, rows, sizes[chunk], pad_id)
+    for chunk, ids, words in zip(chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id)):
+        padded = pad_chunk(ids, words, sizes[chunk], pad_id)
         if gradient_caching and torch.is_grad_enabled():
-            encoded.append(checkpoint(encode, ids, mask, rows, use_reentrant=False, preserve_rng_state=True))
+            encoded.append(checkpoint(encode, *padded, use_reentrant=False, preserve_rng_state=True))
         else:
-            encoded.append(encode(ids, mask, rows))
-    back = torch.empty(len(lengths), dtype=torch.long)
-    back[order] = torch.arange(len(order))  # where each text stands among the encoded
+            encoded.append(encode(*padded))
     embeddings = torch.cat(encoded)
-    together = embeddings[back.to(input_ids.device)]
+    restored = embeddings[move_back(order, len(lengths)).to(input_ids.device)]
     # A text encoded once more has its backward pass too, with nothing in it.
-    return together if len(order) == len(lengths) else together + 0 * embeddings.sum()
+    return restored if len(order) == len(lengths) else restored + 0 * embeddings.sum()
+
+
+def move_tokens(lengths: Tensor, order: Tensor) -> Tensor:
+    """Return where the tokens of text order[0] stand in the batch, then those of text order[1], and so on.
+
+    Three texts with the tokens 0 1 | 2 | 3 4 5, and the longest first:
+
+        >>> move_tokens(torch.tensor([2, 1, 3]), order=torch.tensor([2, 0, 1]))
+        tensor([3, 4, 5, 0, 1, 2])
+    """
+    starts = lengths.cumsum(0) - lengths  # the first token of each text, in the batch
+    sizes = lengths[order]
+    new_starts = sizes.cumsum(0) - sizes  # the first token of each text, in the new order
+    return torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts[order] - new_starts, sizes)
+
+
+def move_back(order: Tensor, texts: int) -> Tensor:
+    """Return where each of so many texts stands in `order`.
+
+    >>> move_back(torch.tensor([2, 0, 1]), texts=3)
+    tensor([1, 2, 0])
+    """
+    places = torch.empty(texts, dtype=torch.long)
+    places[order] = torch.arange(len(order))
+    return places
+
+
+def words_of_chunks(
+    embed_tokens: Callable[[Tensor], Tensor] | None, input_ids: Tensor, counts: list[int], pad_id: int
+) -> Sequence[Tensor | None]:
+    """Read the word table once: for each chunk of so many tokens their rows, (tokens + 1, width), and last the padding's."""
+    if embed_tokens is None:
+        return [None] * len(counts)
+    *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_tensor([pad_id])])).split([*counts, 1])
+    return [torch.cat([rows, padding]) for rows in words]

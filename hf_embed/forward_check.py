@@ -18,15 +18,21 @@ attention before the model is on a GPU. Quantised weights are compared at the to
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.pooling import Dense
+
+if TYPE_CHECKING:
+    from hf_embed.encoder import Encoder
 
 TEXTS = [
     "The committee, which had met twice that week without agreeing on anything, postponed the vote once more.",
@@ -36,6 +42,7 @@ TEXTS = [
 MOST_TOKENS = 16  # of a text; the check has to be quick on large models
 # The largest difference of two vectors, as a share of their norm. Half precision rounds differently in each shape of batch.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+Row = dict[str, list[int]]  # what a tokenizer returns for a text, by name
 
 
 @dataclass
@@ -46,65 +53,103 @@ class Measured:
     positions: int | None
 
 
-def measure(encoder) -> Measured:
+@dataclass
+class Passes:
+    """The vectors of the texts, (N, D), computed in several ways, and what was seen on the way."""
+
+    rows: list[Row]
+    further: list[str]  # what the tokenizer returns beside the token ids
+    reference: Tensor  # each text alone, with all that its tokenizer returns
+    plain: Tensor  # each text alone, from its token ids
+    batch: Tensor  # all in one padded batch
+    training: Tensor  # as training does
+    attends: bool  # whether tokens see each other
+    lookups: "LookupRecorder"  # of the reference
+
+
+def measure(encoder: "Encoder") -> Measured:
     """Check the forward pass of `encoder`, and measure its width and its positions.
 
     Raises:
         InputError: the model cannot encode plain text; its vectors depend on the other texts of a batch, on chance, or on
             what its tokenizer returns beside the token ids; or training would compute other vectors.
     """
-    kind = type(encoder.base).__name__
     if not is_measurable(encoder.backbone):
         return Measured(encoder.config.hidden_size, stated_positions(encoder.config))
     check_vocabulary(encoder)
-    tolerance = tolerance_of(encoder.backbone)
+    passes = run_passes(encoder)
+    check_passes(passes, encoder)
+    first = next(iter(encoder.dense), None)  # of the layers behind the pooling
+    width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
+    positions = passes.lookups.positions(passes.rows, word_table(encoder.base)) or stated_positions(encoder.config)
+    return Measured(width, positions)
+
+
+def run_passes(encoder: "Encoder") -> Passes:
+    """Compute the vectors of the texts in every way.
+
+    Raises:
+        InputError: the model cannot encode a text from its token ids.
+    """
     with undisturbed(encoder):
         try:
-            rows = probe_rows(encoder)
-            further = sorted({key for row in rows for key in row} - {"input_ids"})
-            flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
-            lengths = [len(row["input_ids"]) for row in rows]
-            with torch.no_grad():
-                with LookupRecorder() as lookups:
-                    reference = [alone(encoder, row, row.keys()) for row in rows]
-                plain = [alone(encoder, row, ()) for row in rows] if further else reference
-                batch = encoder(flat, lengths)["embeddings"]
-                attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
-                encoder.train()  # Reformer then takes texts of one length alone
-                encoder(flat, lengths)
-                encoder.eval()
-            with torch.enable_grad():
-                training = encoder(flat, lengths)["embeddings"].detach()
+            return compute_passes(encoder)
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model raises that wants other inputs than text
+            kind = type(encoder.base).__name__
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise InputError(
                 f"{kind} cannot encode a text from its token ids ({type(error).__name__}: {reason}); take a text encoder"
             ) from error
-    reference = torch.cat(reference)
-    if differ(torch.cat(plain), reference, tolerance):
+
+
+def compute_passes(encoder: "Encoder") -> Passes:
+    """Compute the vectors of the texts in every way, with an encoder in evaluation mode."""
+    rows = probe_rows(encoder)
+    further = sorted({key for row in rows for key in row} - {"input_ids"})
+    flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
+    lengths = [len(row["input_ids"]) for row in rows]
+    with torch.no_grad():
+        with LookupRecorder() as lookups:
+            reference = torch.cat([alone(encoder, row, row.keys()) for row in rows])
+        plain = torch.cat([alone(encoder, row, ()) for row in rows]) if further else reference
+        batch = encoder(flat, lengths)["embeddings"]
+        attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
+        encoder.train()  # Reformer then takes texts of one length alone
+        encoder(flat, lengths)
+        encoder.eval()
+    with torch.enable_grad():
+        training = encoder(flat, lengths)["embeddings"].detach()
+    return Passes(rows, further, reference, plain, batch, training, attends, lookups)
+
+
+def check_passes(passes: Passes, encoder: "Encoder") -> None:
+    """Compare the passes.
+
+    Raises:
+        InputError: they differ by more than the precision of the weights explains, or no token sees another.
+    """
+    kind, tolerance = type(encoder.base).__name__, tolerance_of(encoder.backbone)
+    if differ(passes.plain, passes.reference, tolerance):
         raise InputError(
-            f"{kind}: its vectors depend on the tokenizer's {', '.join(further)}, and only token ids are handed on; if the "
-            "model was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+            f"{kind}: its vectors depend on the tokenizer's {', '.join(passes.further)}, and only token ids are handed on; if "
+            "the model was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
         )
-    if differ(batch, reference, tolerance):
+    if differ(passes.batch, passes.reference, tolerance):
         raise InputError(
             f"{kind}: a text's vector depends on the texts beside it, or on chance (it differs in a padded batch); take "
             "another architecture"
         )
-    if differ(training, reference, tolerance):
+    if differ(passes.training, passes.reference, tolerance):
         raise InputError(f"{kind}: the forward pass of training differs from that of encode; take another architecture")
-    if not attends:
+    if not passes.attends:
         raise InputError(
             f"{kind}: no token sees another on this device ({encoder.device.type}), so attention does nothing; take another"
         )
-    width = encoder.dense[0].linear.in_features if len(encoder.dense) else reference.shape[-1]
-    positions = lookups.positions(rows, word_table(encoder.base)) or stated_positions(encoder.config)
-    return Measured(width, positions)
 
 
-def influences(encoder, names: list[str]) -> list[str]:
+def influences(encoder: "Encoder", names: list[str]) -> list[str]:
     """Return those of the backbone's tensors, by name, that its embeddings depend on. A pooler that nobody uses is none."""
     backbone = encoder.backbone
     if not names:
@@ -121,7 +166,7 @@ def influences(encoder, names: list[str]) -> list[str]:
     return sorted(name for name in names if name not in parameters or parameters[name] in used)  # the others are buffers
 
 
-def touched(encoder) -> set[Tensor]:
+def touched(encoder: "Encoder") -> set[Tensor]:
     """Return the trainable parameters that the vectors of a few texts depend on.
 
     They are the leaves of the graph behind the vectors. No gradient is computed, so none takes memory or is changed.
@@ -141,7 +186,7 @@ def touched(encoder) -> set[Tensor]:
 
 
 def is_measurable(backbone: nn.Module) -> bool:
-    """Whether the weights are all here, on a device that can compute the model's attention."""
+    """Return whether the weights are all here, on a device that can compute the model's attention."""
     parameters = list(backbone.parameters())
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in parameters):
         return False
@@ -149,8 +194,8 @@ def is_measurable(backbone: nn.Module) -> bool:
     return not (isinstance(attention, str) and "flash" in attention and parameters[0].device.type == "cpu")
 
 
-def probe_rows(encoder) -> list[dict]:
-    """What the tokenizer returns for each text, by the names that the model takes, truncated to few tokens.
+def probe_rows(encoder: "Encoder") -> list[Row]:
+    """Tokenize the texts, truncated to few tokens: what the tokenizer returns under names that the model takes.
 
     The first text contains the padding token itself, which users' texts may too: RoBERTa gives it no position.
     """
@@ -159,35 +204,35 @@ def probe_rows(encoder) -> list[dict]:
     def takes(key: str) -> bool:  # a forward that hands on *args and **kwargs names nothing
         return key in taken or "input_ids" not in taken
 
-    most = min(MOST_TOKENS, stated_positions(encoder.config) or MOST_TOKENS)
+    max_length = min(MOST_TOKENS, stated_positions(encoder.config) or MOST_TOKENS)
     rows = []
     for text in TEXTS:
-        found = encoder.tokenizer(text, truncation=True, max_length=most)
+        found = encoder.tokenizer(text, truncation=True, max_length=max_length)
         rows.append({key: list(value) for key, value in found.items() if takes(key) and key != "attention_mask"})
     ids = rows[0]["input_ids"]
     ids[len(ids) // 2] = encoder.tokenizer.pad_token_id
     return [row for row in rows if row["input_ids"]]
 
 
-def alone(encoder, row: dict, keys) -> Tensor:
-    """The vector (1, D) of one text, with those of the tokenizer's outputs that are named in `keys`."""
+def alone(encoder: "Encoder", row: Row, keys: Iterable[str]) -> Tensor:
+    """Return the vector (1, D) of one text, from those of the tokenizer's outputs that are named in `keys`."""
     inputs = {key: torch.tensor([row[key]], device=encoder.device) for key in ("input_ids", *keys)}
     ids = inputs.pop("input_ids")
     return encoder.embed(ids, torch.ones_like(ids), **inputs)
 
 
-def tokens_see_each_other(encoder, ids: list[int], others: Tensor) -> bool:
-    """Whether the state of the last token changes with the first one. MRA's attention returns zeros without its CUDA kernel."""
+def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) -> bool:
+    """Return whether the state of the last token changes with the first one. MRA's is zero without its CUDA kernel."""
     another = others[others != ids[0]][:1].tolist()
     if len(ids) < 2 or not another:
         return True
-    ids = torch.tensor([ids, [*another, *ids[1:]]], device=encoder.device)
-    states = encoder.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    pair = torch.tensor([ids, [*another, *ids[1:]]], device=encoder.device)
+    states = encoder.backbone(input_ids=pair, attention_mask=torch.ones_like(pair))[0]
     return not torch.equal(states[0, -1], states[1, -1])
 
 
 def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
-    """Whether a vector (N, D) is further from its reference than this share of the norm; a NaN on one side alone is too."""
+    """Return whether one of the vectors (N, D) is further from its reference than `tolerance` of the norm, or NaN alone."""
     vectors, reference = vectors.double(), reference.double()
     distance = (vectors - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
     both_nan = vectors.isnan().any(-1) & reference.isnan().any(-1)
@@ -195,13 +240,14 @@ def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
 
 
 def tolerance_of(backbone: nn.Module) -> float:
+    """Return the largest difference that the precision of the weights explains."""
     dtypes = {parameter.dtype for parameter in backbone.parameters()}
     return max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
 
 
 @contextlib.contextmanager
-def undisturbed(encoder) -> Iterator[None]:
-    """No dropout, exact float32 products, and everything as it was afterwards: modes, random states, precision."""
+def undisturbed(encoder: "Encoder") -> Iterator[None]:
+    """Turn dropout off and compute float32 products exactly; afterwards modes, random states and precision are as before."""
     modes = {module: module.training for module in encoder.modules()}
     precision = torch.get_float32_matmul_precision()
     device = encoder.device
@@ -220,8 +266,12 @@ def undisturbed(encoder) -> Iterator[None]:
                 module.training = mode
 
 
-def check_vocabulary(encoder) -> None:
-    """Raises InputError for a tokenizer that cannot be this model's."""
+def check_vocabulary(encoder: "Encoder") -> None:
+    """Check that the tokenizer can be this model's.
+
+    Raises:
+        InputError: it has no vocabulary, or token ids that the model has no rows for.
+    """
     tokenizer, table = encoder.tokenizer, word_table(encoder.base)
     kind = type(tokenizer).__name__
     added = tokenizer.added_tokens_decoder
@@ -242,8 +292,8 @@ def check_vocabulary(encoder) -> None:
             )
 
 
-def word_table(base) -> nn.Embedding | None:
-    """The model's table of token embeddings, if it is an ordinary one."""
+def word_table(base: PreTrainedModel) -> nn.Embedding | None:
+    """Return the model's table of token embeddings, if it is an ordinary one."""
     try:
         table = base.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -251,25 +301,29 @@ def word_table(base) -> nn.Embedding | None:
     return table if isinstance(table, nn.Embedding) else None
 
 
-def stated_positions(config) -> int | None:
+def stated_positions(config: PretrainedConfig) -> int | None:
+    """Return the number of positions that a model's configuration states, if it does."""
     stated = getattr(config, "max_position_embeddings", None)
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
 class LookupRecorder(TorchFunctionMode):
-    """Records every lookup in an embedding table: the indices, and the table."""
+    """Record every lookup in an embedding table: the indices, and the table."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.lookups: list[tuple[Tensor, Tensor]] = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call the function; note the lookup if it is one."""
         if function is F.embedding and len(args) > 1:
             self.lookups.append((args[0], args[1]))
         return function(*args, **(kwargs or {}))
 
-    def positions(self, rows: list[dict], words: nn.Embedding | None) -> int | None:
-        """The number of tokens that a table of positions has rows for; None if no such table was read.
+    def positions(self, rows: list[Row], words: nn.Embedding | None) -> int | None:
+        """Return the number of tokens that a table of positions has rows for; None if no such table was read.
 
         The table of positions is the one that a text of T tokens reads at i, i + 1, ..., i + T - 1. Its first i rows are
         reserved: RoBERTa's has 514 rows and i = 2, so a text may have 512 tokens.

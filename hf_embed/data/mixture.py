@@ -34,6 +34,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -57,6 +58,10 @@ from hf_embed.data.sources import (
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.errors import InputError, RankError, masked
+
+if TYPE_CHECKING:
+    from hf_embed.arguments import ContrastiveTrainingArguments
+    from hf_embed.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -360,14 +365,13 @@ class Mixture(torch.utils.data.Dataset):
         return "\n".join(f"{name:{width}}  {size:12,} rows  {p:7.2%} of the batches" for name, size, p in rows)
 
 
-def make_mixture(sources: list[Source], encoder, args) -> Mixture:
+def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments") -> Mixture:
     """Tokenize the sources' tables and open their streams, as `args` (ContrastiveTrainingArguments) say.
 
     Raises InputError for whatever is wrong with a source, naming it.
     """
     check_sources(sources)
     global_batch = args.per_device_train_batch_size * args.world_size
-    seed = args.seed if args.data_seed is None else args.data_seed
     tables, cut = [], {}
     for source in tqdm(sources, desc="Tokenizing sources", disable=args.disable_tqdm or args.process_index > 0):
         max_length = min(source.max_length or encoder.max_length, encoder.max_length)
@@ -387,7 +391,13 @@ def make_mixture(sources: list[Source], encoder, args) -> Mixture:
         else:
             tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
             table = Stream(
-                source, tokenizer, args.process_index, args.world_size, seed, args.shuffle_buffer_size, args.drop_empty_rows
+                source,
+                tokenizer,
+                args.process_index,
+                args.world_size,
+                data_seed(args),
+                args.shuffle_buffer_size,
+                args.drop_empty_rows,
             )
         if len(table) < global_batch:
             short = f"{source.label}: {len(table)} rows, fewer than the {global_batch} of a global batch"
@@ -398,6 +408,11 @@ def make_mixture(sources: list[Source], encoder, args) -> Mixture:
         cut[source.name] = table.share_cut if isinstance(table, Stream) else share_cut(table)
     warn_of_cut_texts(cut)
     return Mixture(sources, tables, args.source_alpha)
+
+
+def data_seed(args: "ContrastiveTrainingArguments") -> int:
+    """Return the seed of the order of the rows."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def check_prompts(prompts: dict[str, str], tokenizer, max_length: int, where: str) -> None:

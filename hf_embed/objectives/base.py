@@ -104,11 +104,13 @@ class FunctionObjective(ContrastiveObjective):
     Of the attributes that an objective has, those that the callable has are taken from it.
     """
 
+    temperature: float = 1.0
+
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.temperature = getattr(function, "temperature", 1.0)
-        self.learn_temperature = getattr(function, "learn_temperature", False)
-        self.mlm_weight = getattr(function, "mlm_weight", 0.0)
+        for name in ("temperature", "learn_temperature", "mlm_weight"):
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
 
     def __call__(
         self,

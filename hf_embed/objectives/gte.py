@@ -13,7 +13,7 @@ C candidates, which are the N queries or the N * (V - 1) documents.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,90 +96,150 @@ class ImprovedContrastive(ContrastiveObjective):
         first_row: int = 0,
         temperature: Tensor | None = None,
     ) -> Tensor:
-        """Mean loss of the own rows, a scalar. Its gradient can be taken once, and flows through `all_embeddings` alone,
-        where the own rows stand too.
+        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
 
-        Args:
-            embeddings: (B, V, D) of the own rows.
-            text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
-            all_embeddings, all_text_ids: the same for all ranks' rows, (N, V, D) and (N, V); default: the own.
-            first_row: number of the first own row among all rows.
-            temperature: a learned one; default: the fixed one.
+        Its gradient can be taken once, and flows through `all_embeddings` alone, where the own rows stand too.
         """
-        if all_embeddings is None:
+        if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
         if temperature is None:
             temperature = all_embeddings.new_tensor(self.temperature)
         queries, documents = all_embeddings.split([1, all_embeddings.shape[1] - 1], dim=1)
         queries = F.normalize(queries.flatten(0, 1), dim=-1)  # (N, D)
         documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), the documents of a row together
-        own = range(first_row, first_row + len(embeddings))
-        return _MeanLoss.apply(queries, documents, temperature, all_text_ids, own, self)
+        own_rows = range(first_row, first_row + len(embeddings))
+        return _MeanLoss.apply(queries, documents, temperature, all_text_ids, own_rows, self)
 
 
 class _MeanLoss(torch.autograd.Function):
-    """Unit queries (N, D), unit documents (N * (V - 1), D) and the temperature () to the mean loss () of the rows `own`."""
+    """Map unit queries (N, D), unit documents (N * (V - 1), D) and the temperature () to the mean loss () of the own rows."""
 
     @staticmethod
-    def forward(ctx, queries, documents, temperature, ids, own: range, objective: ImprovedContrastive) -> Tensor:
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        documents: Tensor,
+        temperature: Tensor,
+        text_ids: Tensor,
+        own_rows: range,
+        objective: ImprovedContrastive,
+    ) -> Tensor:
         gradients = [torch.zeros_like(t) for t in (queries, documents, temperature)] if any(ctx.needs_input_grad) else None
-        tile_rows = objective.tile_rows or max(1, TILE_SIZE // (2 * ids.numel()))
+        tile_rows = objective.tile_rows or max(1, TILE_SIZE // (2 * text_ids.numel()))
         loss = queries.new_zeros(())
         with torch.autocast(queries.device.type, enabled=False):
-            for start in range(own.start, own.stop, tile_rows):
-                rows = range(start, min(start + tile_rows, own.stop))
-                loss += tile_loss(queries, documents, temperature, ids, rows, objective, gradients)
-        ctx.rows, ctx.gradients = len(own), gradients
-        return loss / len(own)
+            for start in range(own_rows.start, own_rows.stop, tile_rows):
+                rows = range(start, min(start + tile_rows, own_rows.stop))
+                loss += tile_loss(queries, documents, temperature, text_ids, rows, objective, gradients)
+        ctx.row_count, ctx.gradients = len(own_rows), gradients
+        return loss / len(own_rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradient of this loss can be taken once: it is as large as the batch and is not kept")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(gradient.mul_(grad_output / ctx.rows) for gradient in gradients), None, None, None
+        return *(gradient.mul_(grad_output / ctx.row_count) for gradient in gradients), None, None, None
 
 
-def tile_loss(queries, documents, temperature, ids, rows: range, objective, gradients: list[Tensor] | None) -> Tensor:
-    """Summed loss, (), of the rows numbered `rows`. Its gradient by the first three arguments is added to `gradients`."""
-    per_row = len(documents) // len(queries)
-    candidates = {"query": queries, "doc": documents}
-    candidate_ids = {"query": ids[:, 0], "doc": ids[:, 1:].flatten()}
-    answered = torch.zeros_like(ids[:, 1:])  # by each document: the row's positive answers its query, its negatives none
-    answered[:, 0] = ids[:, 0]
-    partner_ids = {"query": ids[:, 1], "doc": answered.flatten()}
-    own = {"query": slice(rows.start, rows.stop), "doc": slice(rows.start * per_row, rows.stop * per_row, per_row)}
-    texts = {side: candidates[side][own[side]] for side in own}  # (T, D)
-    number = torch.arange(rows.start, rows.stop, device=ids.device)
-    positives = {"query_to_doc": number * per_row, "doc_to_query": None if objective.positive_once else number}
-    positive = (texts["query"] * texts["doc"]).sum(-1)  # (T,)
+def tile_loss(
+    queries: Tensor,
+    documents: Tensor,
+    temperature: Tensor,
+    text_ids: Tensor,
+    rows: range,
+    objective: ImprovedContrastive,
+    gradients: list[Tensor] | None,
+) -> Tensor:
+    """Return the summed loss, (), of the rows numbered `rows`.
+
+    The gradients by the first three arguments are added to `gradients`, if they are wanted.
+    """
+    sides = candidates_of(queries, documents, text_ids, rows)
+    tile_ids = text_ids[rows.start : rows.stop]  # (T, V)
+    positive = (sides["query"].tile_vectors * sides["doc"].tile_vectors).sum(-1)  # s(q_i, d_i), (T,)
     limit = None if objective.margin is None else positive - objective.margin
-
-    blocks = []
+    logits = {}
     for direction in objective.directions:
-        left, right = direction.split("_to_")
-        scores = texts[left] @ candidates[right].T  # (T, C)
-        # j != i needs no rule of its own: a text's id equals its own.
-        dropped = false_negatives(
-            ids[own["query"]], candidate_ids[right], positives.get(direction), partner_ids[right], scores, limit
-        )
-        blocks.append((left, right, scores.div_(temperature).masked_fill_(dropped, float("-inf"))))
-    log_z = torch.stack([logits.logsumexp(1) for *_, logits in blocks], dim=1)  # (T, directions)
-    share = 1 / len(blocks)
-    if objective.partition_mode == "joint":
-        log_z, share = log_z.logsumexp(1, keepdim=True).expand_as(log_z), 1.0
-
+        keep_positive = direction == "query_to_doc" or (direction == "doc_to_query" and not objective.positive_once)
+        logits[direction] = masked_logits(direction, sides, tile_ids, temperature, keep_positive, limit)
+    # log Z_i of each direction's loss, (T, directions), and the weight of these losses in the gradient.
+    log_z, loss_weight = torch.stack([block.logsumexp(1) for block in logits.values()], dim=1), 1 / len(logits)
+    if objective.partition_mode == "joint":  # one Z_i for all directions
+        log_z, loss_weight = log_z.logsumexp(1, keepdim=True).expand_as(log_z), 1.0
     if gradients is not None:
-        of_temperature, of = gradients[2], {"query": gradients[0], "doc": gradients[1]}
-        for (left, right, logits), z in zip(blocks, log_z.unbind(1)):
-            weights = logits.sub_(z.unsqueeze(1)).exp_()
-            # The logits were log(weights) + z; where a weight is 0, its product with the logit is too.
-            of_temperature -= share / temperature * (torch.xlogy(weights, weights).sum() + (weights.sum(1) * z).sum())
-            weights.mul_(share / temperature)
-            of[left][own[left]].addmm_(weights, candidates[right])
-            of[right].addmm_(weights.T, texts[left])
-        of["query"][own["query"]] -= texts["doc"] / temperature
-        of["doc"][own["doc"]] -= texts["query"] / temperature
-        of_temperature += positive.sum() / temperature**2
-    return (log_z.mean(1) - positive / temperature).sum()
+        add_gradients(logits, log_z, loss_weight, sides, temperature, positive, gradients)
+    return (log_z.mean(1) - positive / temperature).sum()  # loss_i = log Z_i - s(q_i, d_i) / t
+
+
+class Candidates(NamedTuple):
+    """The queries or the documents of all rows, and the tile's among them."""
+
+    vectors: Tensor  # (C, D), unit length
+    ids: Tensor  # (C,) hash of each text, 0 for an absent one
+    partner_ids: Tensor  # (C,) hash of the text that each stands in a pair with, 0 for none
+    tile_places: slice  # where the queries of the tile stand, or their positives
+
+    @property
+    def tile_vectors(self) -> Tensor:
+        """The tile's queries, or their positives, (T, D)."""
+        return self.vectors[self.tile_places]
+
+
+def candidates_of(queries: Tensor, documents: Tensor, text_ids: Tensor, rows: range) -> dict[str, Candidates]:
+    """Return both sides of the similarities, by the names that directions have for them."""
+    per_row = len(documents) // len(queries)
+    answered = torch.zeros_like(text_ids[:, 1:])  # by each document: the row's positive answers its query, its negatives none
+    answered[:, 0] = text_ids[:, 0]
+    places = slice(rows.start, rows.stop)
+    positive_places = slice(rows.start * per_row, rows.stop * per_row, per_row)
+    return {
+        "query": Candidates(queries, text_ids[:, 0], text_ids[:, 1], places),
+        "doc": Candidates(documents, text_ids[:, 1:].flatten(), answered.flatten(), positive_places),
+    }
+
+
+def masked_logits(
+    direction: str,
+    sides: dict[str, Candidates],
+    tile_ids: Tensor,
+    temperature: Tensor,
+    keep_positive: bool,
+    limit: Tensor | None,
+) -> Tensor:
+    """Return s_ic / t of the tile's texts and a direction's candidates, (T, C); -inf for what is left out of Z_i."""
+    left, right = (sides[side] for side in direction.split("_to_"))
+    scores = left.tile_vectors @ right.vectors.T  # (T, C)
+    # j != i needs no rule of its own: a text's id equals its own.
+    positives = torch.arange(len(right.vectors), device=scores.device)[right.tile_places] if keep_positive else None
+    dropped = false_negatives(tile_ids, right.ids, positives, right.partner_ids, scores, limit)
+    return scores.div_(temperature).masked_fill_(dropped, float("-inf"))
+
+
+def add_gradients(
+    logits: dict[str, Tensor],
+    log_z: Tensor,
+    loss_weight: float,
+    sides: dict[str, Candidates],
+    temperature: Tensor,
+    positive: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    """Add the gradients of a tile's loss by queries, documents and temperature to `gradients`; overwrite the logits."""
+    by_side, by_temperature = {"query": gradients[0], "doc": gradients[1]}, gradients[2]
+    for (direction, block), log_z_i in zip(logits.items(), log_z.unbind(1)):
+        left, right = direction.split("_to_")
+        # w_ic = e^{s_ic / t} / Z_i
+        weights = block.sub_(log_z_i.unsqueeze(1)).exp_()
+        # d log Z_i / dt = - sum_c w_ic s_ic / t^2, where s_ic / t = log w_ic + log Z_i; where w_ic is 0, so is the product.
+        sum_of_logits = torch.xlogy(weights, weights).sum() + (weights.sum(1) * log_z_i).sum()
+        by_temperature -= loss_weight / temperature * sum_of_logits
+        # d log Z_i / d s_ic = w_ic / t, and s_ic is the product of left_i and right_c.
+        weights.mul_(loss_weight / temperature)
+        by_side[left][sides[left].tile_places].addmm_(weights, sides[right].vectors)
+        by_side[right].addmm_(weights.T, sides[left].tile_vectors)
+    # The gradient of - s(q_i, d_i) / t.
+    by_side["query"][sides["query"].tile_places] -= sides["doc"].tile_vectors / temperature
+    by_side["doc"][sides["doc"].tile_places] -= sides["query"].tile_vectors / temperature
+    by_temperature += positive.sum() / temperature**2

@@ -1,0 +1,88 @@
+"""From what `train_dataset` may be to the batches of one rank."""
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+
+from hf_embed.data.mixture import Mixture, Source, data_seed, make_mixture
+from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
+from hf_embed.errors import InputError
+
+if TYPE_CHECKING:
+    from hf_embed.arguments import ContrastiveTrainingArguments
+    from hf_embed.encoder import Encoder
+
+TrainData: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source]
+
+
+def tokenize_all(
+    rows: TrainData, encoder: "Encoder", args: "ContrastiveTrainingArguments", name: str, paired: bool | None = None
+) -> tuple[Dataset | Mixture, list[int]]:
+    """Tokenize the rows to train on.
+
+    Args:
+        rows: one table; or a stream, a dict of sources by name, or a list of sources, which become a `Mixture`.
+        encoder: whose tokenizer, maximum length and prompts are used.
+        args: the settings of the training.
+        name: what messages call the rows.
+        paired: see `hf_embed.data.sources.text_columns`.
+
+    Returns:
+        The rows, and the number of texts in a row of each source.
+
+    Raises:
+        InputError: whatever is wrong with the rows.
+    """
+    if not isinstance(rows, Dataset):
+        mixture = make_mixture(as_sources(rows, args, name), encoder, args)
+        return mixture, mixture.views
+    tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
+    if len(tokens) < args.world_size:
+        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
+    warn_of_cut_texts({name: share_cut(tokens)})
+    return tokens, [max(2, most_texts(tokens))]
+
+
+def as_sources(
+    rows: IterableDataset | dict[str, Dataset | IterableDataset] | list[Source],
+    args: "ContrastiveTrainingArguments",
+    name: str,
+) -> list[Source]:
+    """Return the sources that `rows` are.
+
+    Raises:
+        InputError: they are something else, or splits of one dataset.
+    """
+    if isinstance(rows, list) and all(isinstance(source, Source) for source in rows):
+        return rows
+    if isinstance(rows, dict):
+        if splits := {"train", "validation", "test"} & set(rows):
+            raise InputError(f"{name}: a dict is of sources by name, and '{min(splits)}' looks like a split; choose one split")
+        return [Source(key, table) for key, table in rows.items()]
+    if isinstance(rows, IterableDataset) and args.max_steps > 0:
+        # An epoch is the whole run: else its last update would accumulate fewer batches than the others.
+        batches = args.max_steps * args.gradient_accumulation_steps
+        return [Source(name, rows, size=batches * args.per_device_train_batch_size * args.world_size)]
+    return [Source(name, rows)]  # which says what it cannot be
+
+
+def batch_sampler(
+    rows: Dataset | Mixture, args: "ContrastiveTrainingArguments", batch_size: int
+) -> GlobalBatchSampler | SourceBatchSampler:
+    """Return the sampler of this rank's batches of tokenized rows."""
+    settings = {"batch_size": batch_size, "rank": args.process_index, "ranks": args.world_size, "seed": data_seed(args)}
+    if isinstance(rows, Mixture):
+        return SourceBatchSampler(rows.sizes, rows.probabilities, streams=rows.streams, **settings)
+    return GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **settings)
+
+
+class EpochDataLoader(DataLoader):
+    """Tell the sampler the epoch; Trainer calls `set_epoch`."""
+
+    batch_sampler: GlobalBatchSampler | SourceBatchSampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the batches be those of an epoch."""
+        self.batch_sampler.set_epoch(epoch)
