@@ -20,7 +20,7 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
-from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
+from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import is_remote, text_encoder
 
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
             if tokenizer.eos_token_id is None:
                 raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id does
-        if pooling == "cls_mlp" and not hasattr(getattr(self.base, "pooler", None), "dense"):
+        if POOLINGS[pooling].model_pooler and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
                 "take pooling cls_mlp_train (head while training only) or cls"
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         attend_fully(self.base)
         self.check_forward()
         self.max_length = check_max_length(max_length, self.positions, tokenizer)
-        if pooling == "cls_mlp_train":
+        if POOLINGS[pooling].training_head:
             self.train_head = new_head(self.width, self.config).to(self.device, self.dtype)
 
     def check_forward(self) -> None:
@@ -172,11 +172,11 @@ class Encoder(nn.Module):
 
         `words` (b, T, width) are these tokens' rows of the word table, if they have been read already.
         """
-        everything = self.pooling in MULTI_LAYER
+        everything = POOLINGS[self.pooling].layers is not None
         with contextlib.nullcontext() if words is None else serve_words(word_table(self.base), input_ids, words):
             output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything, **further)
         states = output.hidden_states if everything else (output[0],)
-        if self.pooling == "cls_mlp":
+        if POOLINGS[self.pooling].model_pooler:
             return self.dense(output.pooler_output)
         if states[-1].shape[:2] != input_ids.shape:
             raise InputError(

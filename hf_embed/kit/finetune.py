@@ -27,10 +27,10 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import card
-from hf_embed.checkpoint.layout import has_mlp_head, read_settings
 from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
 from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.save import put_in_place
+from hf_embed.checkpoint.settings import has_mlp_head, read_settings
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import world
