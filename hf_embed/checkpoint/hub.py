@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from hf_embed.checkpoint.card import with_name
+from hf_embed.checkpoint.card import with_repository
 from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
         CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items() if name != "README.md"
     ]
     if "README.md" in named:
-        card = with_name(named["README.md"].read_text(encoding="utf-8"), repo)
+        card = with_repository(named["README.md"].read_text(encoding="utf-8"), repo)
         added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), card.encode()))
     return added
 
