@@ -7,24 +7,22 @@ Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 """
 
 import logging
-import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import HubStrategy, seed_worker
-from transformers.utils import PushInProgress
 
-from hf_embed.adapters import check_adapters, has_adapters
+from hf_embed.adapters import check_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import needs_runtime, save_encoder
+from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
 from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
@@ -37,16 +35,12 @@ from hf_embed.evaluation.sts import STS, check_sts
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.mlm import mask_tokens, split_masked_lm
 from hf_embed.objectives import SimCSE
-from hf_embed.tempscale import applied_tempscale, apply_tempscale
-from hf_embed.tempscale.fold import folded
+from hf_embed.tempscale import apply_tempscale
 from hf_embed.trainer_settings import check_before, check_evaluation, check_metric, check_training, warn_of_ignored
 from hf_embed.unused import settle_unused
 from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-# In a checkpoint: the tensors of the training model that the plain checkpoint beside it does not hold.
-TRAINING_TENSORS = "training.safetensors"
 
 
 class Progress(ProgressCallback):
@@ -266,37 +260,14 @@ class ContrastiveTrainer(Trainer):
         sharded = state_dict is not None
         save_encoder(self.encoder, output_dir, verify=final and not sharded, state_dict=state_dict)
         if not final:
-            tensors = self._training_tensors(state_dict or self.encoder.state_dict())
-            if tensors:
-                save_file(tensors, Path(output_dir, TRAINING_TENSORS))
+            save_training_tensors(output_dir, self.encoder, self.encoder, state_dict or self.encoder.state_dict())
         torch.save(without_secrets(self.args), Path(output_dir, hub.TRAINING_ARGS))
-
-    def _training_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Heads used while training; with adapters, whose plain checkpoint is merged, all that is trained; with TempScale the
-        weights that it is folded into there."""
-        trained = {name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad}
-        peft = has_adapters(self.encoder.backbone)
-        scaled = applied_tempscale(self.encoder.backbone) and not peft  # the plain checkpoint has these folded
-        scaled = {f"backbone.{name}" for name in folded(self.encoder.backbone)[0]} if scaled else set()
-        return {
-            name: tensor.detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)  # tied tensors apart: safetensors wants each its own
-            for name, tensor in state_dict.items()
-            if not name.startswith("backbone.") or (peft and name in trained) or name in scaled
-        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        folder = Path(resume_from_checkpoint)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: no checkpoint there (no config.json); give a checkpoint-N folder")
-        if not has_adapters(self.encoder.backbone):
-            load_backbone(self.encoder.backbone, folder)
-        if (folder / TRAINING_TENSORS).is_file():
-            self.encoder.load_state_dict(load_file(folder / TRAINING_TENSORS), strict=False)
+        load_training_state(resume_from_checkpoint, self.encoder, self.encoder)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -309,8 +280,7 @@ class ContrastiveTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
-        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        hub.persist(partial(super().init_hf_repo, token, private), repo, hub.command(self.args.output_dir, repo))
+        hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
 
     def push_to_hub(
         self,
@@ -340,7 +310,7 @@ class ContrastiveTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
-        args, copy = self.args, Path(self.args.output_dir, "_pushing")
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None:
@@ -348,25 +318,12 @@ class ContrastiveTrainer(Trainer):
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(checkpoint_folder, copy, symlinks=True)
-        message = f"Training in progress, step {self.state.global_step}"
-        api = HfApi(token=args.hub_token)
-        where = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
-        jobs = [api.create_commit(operations=hub.additions(copy, self.hub_model_id), commit_message=message, **where)]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            resumable = hub.additions(copy, self.hub_model_id, everything=True, inside=name)
-            jobs.append(api.create_commit(operations=resumable, commit_message=f"{message}, checkpoint", **where))
-        self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, self.hub_model_id, args, self.state.global_step)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        for job in self.push_in_progress.jobs if getattr(self, "push_in_progress", None) else []:
-            if error := job.exception():
-                logger.warning(f"a checkpoint did not reach the Hub: {(hub.reason(error) or (error, False))[0]}")
+        hub.finish_push(getattr(self, "push_in_progress", None), self.args)
         self.push_in_progress = None
-        shutil.rmtree(Path(self.args.output_dir, "_pushing"), ignore_errors=True)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `save_model` wrote; Trainer's own would replace it."""
@@ -505,13 +462,3 @@ def to_grid(embeddings: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor
     rows, views = shape
     grid = embeddings.new_zeros(rows * views, embeddings.shape[1])
     return grid.index_copy(0, slots, embeddings).view(rows, views, -1)
-
-
-def load_backbone(backbone: PreTrainedModel, folder: Path) -> None:
-    tensors = {}
-    for shard in folder.glob("model*.safetensors"):
-        tensors |= load_file(shard)
-    missing, unexpected = backbone.load_state_dict(tensors, strict=False)
-    tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
-    if unexpected or set(missing) - tied:
-        raise InputError(f"{folder}: the checkpoint is of another model ({(list(missing) + unexpected)[:3]} ...)")
