@@ -5,17 +5,19 @@ before the training: prompts and prefixes are no weights, and quantised weights 
 """
 
 import copy
+from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
 
 
-def has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Return whether PEFT has put adapters around `model` or within it."""
     return hasattr(model, "peft_config")
 
 
-def check_adapters(model: nn.Module) -> None:
+def check_adapters(model: PreTrainedModel) -> None:
     """Raise InputError, naming their kind, if the adapters of `model` cannot be merged into its weights."""
     if not has_adapters(model):
         return
@@ -32,25 +34,31 @@ def check_adapters(model: nn.Module) -> None:
         raise unmergeable(model, f" ({reason})") from error
 
 
-def check_kinds(model: nn.Module) -> None:
-    """Raise InputError for adapters that are no weights at all (prompts, prefixes, gates that depend on the text), and for a
-    model with adapters of several kinds, which does not show the model within it."""
+def check_kinds(model: PreTrainedModel) -> None:
+    """Raise InputError for adapters that are no weights at all, and for adapters of several kinds.
+
+    Prompts, prefixes and gates that depend on the text are no weights. A model with adapters of several kinds does not show
+    the model within it.
+    """
     if type(model).__name__ == "PeftMixedModel":
         raise InputError("PeftMixedModel is not supported; take adapters of one kind: get_peft_model without mixed=True")
-    for config in model.peft_config.values():
+    configs: list[Any] = list(model.peft_config.values())
+    for config in configs:
         if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type == "XLORA":
             raise unmergeable(model)
 
 
-def unmergeable(model: nn.Module, reason: str = "") -> InputError:
-    kinds = " and ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
+def unmergeable(model: PreTrainedModel, reason: str = "") -> InputError:
+    """Return the error for the adapters of `model`."""
+    types = [config.peft_type for config in model.peft_config.values()]
+    kinds = " and ".join(sorted({str(getattr(kind, "value", kind)) for kind in types}))
     return InputError(
         f"PEFT adapters of the kind {kinds} cannot be merged into the model's weights{reason}, so no ordinary checkpoint can "
         "hold them; take adapters that can be merged, e.g. peft.LoraConfig"
     )
 
 
-def merge_adapters(model: nn.Module) -> nn.Module:
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """Merge the active adapters of `model` into its weights, in place, drop the others, and return the model without adapters.
 
     Adapters that are switched off (`disable_adapters`) are dropped, for the model computes without them.
@@ -59,11 +67,12 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
     if hasattr(model, "get_base_model"):
-        return model.unload() if disabled else model.merge_and_unload()
-    adapted = {}  # outermost first: what is within an adapted module goes with it
+        wrapper: Any = model  # a PeftModel
+        return wrapper.unload() if disabled else wrapper.merge_and_unload()
+    adapted: dict[str, Any] = {}  # outermost first: what is within an adapted module goes with it
     for name, module in model.named_modules():
-        own = isinstance(module, BaseTunerLayer) or hasattr(module, "unload_and_optionally_merge_module")
-        if own and not any(name.startswith(f"{outer}.") for outer in adapted):
+        is_adapter = isinstance(module, BaseTunerLayer) or hasattr(module, "unload_and_optionally_merge_module")
+        if is_adapter and not any(name.startswith(f"{outer}.") for outer in adapted):
             adapted[name] = module
     for name, module in adapted.items():
         if hasattr(module, "unload_and_optionally_merge_module"):

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from hf_embed.errors import InputError, without_secrets
-from hf_embed.pooling import check_pooling
+from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before
 
 
@@ -28,9 +28,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
     """
 
     pooling: str | None = field(
-        default=None, metadata={"help": "cls, cls_mlp, cls_mlp_train, mean, last, weighted_mean, first_last or top2. "
-                                        "Default: the model's own, else mean."}
-    )  # fmt: skip
+        default=None, metadata={"help": f"One of {', '.join(POOLINGS)}. Default: the model's own, else mean."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a text; longer texts are cut. Default: the model's, at most 512."}
     )

@@ -27,7 +27,7 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
-from hf_embed.pooling import MULTI_LAYER, Dense, check_pooling, pool
+from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import is_remote, text_encoder
 
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         self.default_prompt_name = default_prompt_name
         self.prompt()  # is the default one there?
         self.config.use_cache = False
-        if pooling == "cls_mlp" and not hasattr(getattr(self.base, "pooler", None), "dense"):
+        if POOLINGS[pooling].model_pooler and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
                 "take pooling cls_mlp_train (head while training only) or cls"
@@ -184,10 +184,11 @@ class Encoder(nn.Module):
         Raises:
             InputError: the model's first output is not the states of these tokens.
         """
-        everything = self.pooling in MULTI_LAYER
+        entry = POOLINGS[self.pooling]
+        everything = entry.layers is not None
         with serve_words(self.word_table, input_ids, words):
             output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything, **further)
-        if self.pooling == "cls_mlp":
+        if entry.model_pooler:
             return output.pooler_output
         states = output.hidden_states if everything else (output[0],)
         if states[-1].shape[:2] != input_ids.shape:

@@ -4,7 +4,7 @@ import copy
 import logging
 
 import transformers
-from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.errors import InputError
 
@@ -21,13 +21,13 @@ ENCODERS = {
 }
 
 
-def loading_class(config) -> str:
-    """The name of the class in transformers that loads a model of this configuration as a text encoder."""
+def loading_class(config: PreTrainedConfig) -> str:
+    """Return the name of the class in transformers that loads a model of this configuration as a text encoder."""
     return ENCODERS.get(config.model_type, "AutoModel")
 
 
-def text_encoder(model: nn.Module) -> nn.Module:
-    """The model that encodes text: the encoder of T5 and its kin, with the same weights; any other model as it is.
+def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that encodes text: the encoder of T5 and its kin, with the same weights; any other model as it is.
 
     Raises:
         InputError: an encoder-decoder whose encoder is no model of its own, such as BART.
@@ -45,6 +45,6 @@ def text_encoder(model: nn.Module) -> nn.Module:
     return encoder.train(model.training)
 
 
-def is_remote(part) -> bool:
-    """Whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
+def is_remote(part: PreTrainedModel | PreTrainedConfig | PreTrainedTokenizerBase) -> bool:
+    """Return whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
     return getattr(type(part), "_auto_class", None) is not None or type(part).__module__.startswith("transformers_modules.")

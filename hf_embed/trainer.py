@@ -8,65 +8,62 @@ Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from huggingface_hub import HfApi
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import HubStrategy, seed_worker
-from transformers.utils import PushInProgress
 
-from hf_embed.adapters import has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
-from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
-from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
-from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
+from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
+from hf_embed.data.collator import RaggedCollator, to_rows
+from hf_embed.data.mixture import Mixture, check_prompts
+from hf_embed.data.sampling import GlobalBatchSampler
+from hf_embed.data.tokenization import most_texts
+from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sampler, tokenize_all
 from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import STS, check_sts
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.mlm import mask_tokens
-from hf_embed.objectives.base import Objective, as_objective
-from hf_embed.objectives.simcse import SimCSE
+from hf_embed.objectives import Objective, SimCSE, as_objective
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
-from hf_embed.tempscale import applied_tempscale
-from hf_embed.tempscale.fold import folded
 from hf_embed.trainer_settings import check_batch, check_settings, check_training, warn_of_ignored
 from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-# In a checkpoint: the tensors of the training model that the plain checkpoint beside it does not hold.
-TRAINING_TENSORS = "training.safetensors"
-
-TrainData = Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source]
-EvalData = Dataset | Task | dict[str, Dataset | Task]
+EvalData: TypeAlias = Dataset | Task | dict[str, Dataset | Task]
 
 
 class Progress(ProgressCallback):
-    """The console shows the mean loss, alignment and uniformity; loggers and `log_history` have the rest."""
+    """Show the mean loss, alignment and uniformity on the console; loggers and `log_history` have the rest."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Show a log without the numbers of each source."""
         shown = {key: value for key, value in (logs or {}).items() if not key.startswith(("loss_", "norm_", "masked_"))}
         super().on_log(args, state, control, logs=shown, **kwargs)
-
-
-class EpochDataLoader(DataLoader):
-    """Tells its sampler the epoch; Trainer calls `set_epoch`."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
 
 
 class ContrastiveTrainer(Trainer):
@@ -94,6 +91,8 @@ class ContrastiveTrainer(Trainer):
         InputError: what is wrong with the data or the settings, before the first step.
     """
 
+    args: ContrastiveTrainingArguments
+    objective: Objective
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
     def __init__(
@@ -280,63 +279,37 @@ class ContrastiveTrainer(Trainer):
     # ---- saving and loading ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A plain checkpoint, verified when it is the final one, and what resuming needs beyond it."""
-        if not self.args.should_save:
+        """Write a plain checkpoint, verified when it is the final one, and what resuming needs beyond it."""
+        args = self.args
+        if not args.should_save:
             return
-        output_dir = output_dir or self.args.output_dir
-        final = Path(output_dir) == Path(self.args.output_dir)
-        sharded = state_dict is not None
-        tensors = {name.removeprefix("encoder."): tensor for name, tensor in (state_dict or self.step.state_dict()).items()}
-        save_encoder(self.encoder, output_dir, verify=final and not sharded, state_dict=tensors if sharded else None)
+        folder = str(output_dir or args.output_dir)
+        final = Path(folder) == Path(str(args.output_dir))
+        of_encoder = None if state_dict is None else with_file_names(state_dict)
+        save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder)
         if not final:
-            tensors = self._training_tensors(tensors)
-            if tensors:
-                save_file(tensors, Path(output_dir, TRAINING_TENSORS))
-        torch.save(without_secrets(self.args), Path(output_dir, hub.TRAINING_ARGS))
-
-    def _training_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Heads used while training; with adapters, whose plain checkpoint is merged, all that is trained; with TempScale the
-        weights that it is folded into there."""
-        trained = {name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad}
-        peft = has_adapters(self.encoder.backbone)
-        scaled = applied_tempscale(self.encoder.backbone) and not peft  # the plain checkpoint has these folded
-        scaled = {f"backbone.{name}" for name in folded(self.encoder.backbone)[0]} if scaled else set()
-        return {
-            name: tensor.detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)  # tied tensors apart: safetensors wants each its own
-            for name, tensor in state_dict.items()
-            if not name.startswith("backbone.") or (peft and name in trained) or name in scaled
-        }
+            save_training_tensors(folder, self.step, self.encoder, state_dict or self.step.state_dict())
+        torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        folder = Path(resume_from_checkpoint)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: no checkpoint there (no config.json); give a checkpoint-N folder")
-        if not has_adapters(self.encoder.backbone):
-            load_backbone(self.encoder.backbone, folder)
-        if (folder / TRAINING_TENSORS).is_file():
-            tensors = load_file(folder / TRAINING_TENSORS)
-            of_encoder = ("backbone.", "dense.")
-            tensors = {f"encoder.{name}" if name.startswith(of_encoder) else name: t for name, t in tensors.items()}
-            self.step.load_state_dict(tensors, strict=False)
+        else:
+            load_training_state(resume_from_checkpoint, self.step, self.encoder)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
             return
-        logger.info(f"taking the best model, {self.state.best_model_checkpoint} ({self.state.best_metric:.2f})")
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = str(self.state.best_model_checkpoint)
+        logger.info(f"taking the best model, {best} ({self.state.best_metric:.2f})")
+        self._load_from_checkpoint(best)
 
     # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
-        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        hub.persist(partial(super().init_hf_repo, token, private), repo, hub.command(self.args.output_dir, repo))
+        hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
 
     def push_to_hub(
         self,
@@ -345,7 +318,8 @@ class ContrastiveTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
 
         Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
@@ -366,7 +340,7 @@ class ContrastiveTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
-        args, copy = self.args, Path(self.args.output_dir, "_pushing")
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None:
@@ -374,27 +348,14 @@ class ContrastiveTrainer(Trainer):
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(checkpoint_folder, copy, symlinks=True)
-        message = f"Training in progress, step {self.state.global_step}"
-        api = HfApi(token=args.hub_token)
-        where = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
-        jobs = [api.create_commit(operations=hub.additions(copy, self.hub_model_id), commit_message=message, **where)]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            resumable = hub.additions(copy, self.hub_model_id, everything=True, inside=name)
-            jobs.append(api.create_commit(operations=resumable, commit_message=f"{message}, checkpoint", **where))
-        self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, self.hub_model_id, args, self.state.global_step)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        for job in self.push_in_progress.jobs if getattr(self, "push_in_progress", None) else []:
-            if error := job.exception():
-                logger.warning(f"a checkpoint did not reach the Hub: {(hub.reason(error) or (error, False))[0]}")
+        hub.finish_push(getattr(self, "push_in_progress", None), self.args)
         self.push_in_progress = None
-        shutil.rmtree(Path(self.args.output_dir, "_pushing"), ignore_errors=True)
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Keep the card that `save_model` wrote; Trainer's own would replace it."""
 
 
@@ -403,59 +364,3 @@ def named_tasks(sets: Dataset | Task | dict[str, Dataset | Task] | None) -> dict
     if sets is not None and not isinstance(sets, dict):
         sets = {getattr(sets, "kind", "sts"): sets}
     return {name: STS(check_sts(task, name)) if isinstance(task, Dataset) else task for name, task in (sets or {}).items()}
-
-
-def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -> tuple[Dataset | Mixture, list[int]]:
-    """What `train_dataset` may be to rows of tokens, and the number of texts in a row of each source."""
-    if isinstance(rows, Dataset):
-        tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
-        if len(tokens) < args.world_size:
-            raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
-        warn_of_cut_texts({name: share_cut(tokens)})
-        return tokens, [max(2, most_texts(tokens))]
-    if isinstance(rows, IterableDataset):
-        # An epoch is the whole run: else its last update would accumulate fewer batches than the others.
-        batches = args.max_steps * args.gradient_accumulation_steps
-        known = batches * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
-        rows = [Source(name, rows, size=known)]
-    elif isinstance(rows, dict):
-        if splits := {"train", "validation", "test"} & set(rows):
-            raise InputError(f"{name}: a dict is of sources by name, and '{min(splits)}' looks like a split; choose one split")
-        rows = [Source(key, table) for key, table in rows.items()]
-    elif not isinstance(rows, list) or not all(isinstance(source, Source) for source in rows):
-        rows = [Source(name, rows)]  # which says what it cannot be
-    mixture = make_mixture(rows, encoder, args)
-    return mixture, mixture.views
-
-
-def batch_sampler(rows: Dataset | Mixture, args, batch_size: int) -> GlobalBatchSampler | SourceBatchSampler:
-    """This rank's batches of `rows`, which are tokenized."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    share = {"batch_size": batch_size, "rank": args.process_index, "ranks": args.world_size, "seed": seed}
-    if isinstance(rows, Mixture):
-        return SourceBatchSampler(rows.sizes, rows.probabilities, streams=rows.streams, **share)
-    return GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **share)
-
-
-def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:
-    """Put embeddings (texts, D) into their slots of (B, V, D), in float32 at least; an absent text is zero.
-
-    With `twice` each embedding is both views of its row: one pass, under one dropout mask.
-    """
-    if embeddings.dtype in (torch.float16, torch.bfloat16):
-        embeddings = embeddings.float()
-    if twice:
-        embeddings = embeddings.repeat_interleave(2, 0)
-    rows, views = shape
-    empty = embeddings.new_zeros(rows * views, embeddings.shape[1])
-    return empty.index_copy(0, slots, embeddings).view(rows, views, -1)
-
-
-def load_backbone(backbone: PreTrainedModel, folder: Path) -> None:
-    tensors = {}
-    for shard in folder.glob("model*.safetensors"):
-        tensors |= load_file(shard)
-    missing, unexpected = backbone.load_state_dict(tensors, strict=False)
-    tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
-    if unexpected or set(missing) - tied:
-        raise InputError(f"{folder}: the checkpoint is of another model ({(list(missing) + unexpected)[:3]} ...)")

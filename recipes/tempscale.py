@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from hf_embed import Encoder
-from hf_embed.checkpoint.card import store_results, stored_results, sweep_table, write_card
+from hf_embed.checkpoint.card import store_results, stored_results, write_card
+from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_pairs

@@ -15,7 +15,7 @@ from test_tempscale import SMALL
 from transformers import AutoModel
 
 from hf_embed import Encoder, InputError, Retrieval, ZeroShot
-from hf_embed.checkpoint.card import sweep_table
+from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.evaluation.sts import STS
 from hf_embed.kit.calibrate import fold_scores, halves, plot_sweep, sweep
 from hf_embed.kit.finetune import embed_with

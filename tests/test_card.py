@@ -10,7 +10,7 @@ from conftest import tiny_encoder
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from hf_embed.checkpoint.card import duration, is_ours, model_card, write_card
+from hf_embed.checkpoint.card import duration, is_generated, model_card, write_card
 from hf_embed.kit.finetune import shown
 from hf_embed.kit.plan import on_the_hub
 from hf_embed.pooling import POOLINGS
@@ -104,7 +104,7 @@ def test_names_stay_text():
 def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     encoder, path = tiny_encoder(), tmp_path / "README.md"
     write_card(encoder, tmp_path)
-    assert is_ours(path.read_text())
+    assert is_generated(path.read_text())
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     write_card(encoder, tmp_path)  # made anew from the folder
     made = path.read_text()

@@ -10,42 +10,21 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_embed.checkpoint.files import read_json, read_text, write_whole
+from hf_embed.checkpoint.layout import DenseModule, modules_of, of_kind
+from hf_embed.checkpoint.tables import Results, comparison_table, mteb_table, seeds_table, sweep_table
+from hf_embed.encoder import Encoder
 from hf_embed.objectives import OBJECTIVES
-from hf_embed.pooling import saved_pooling
+from hf_embed.pooling import POOLINGS, Dense, saved_pooling
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
 from hf_embed.text_models import loading_class
 
-TAKE = {
-    "cls": ["vectors = output.last_hidden_state[:, 0]"],
-    "cls_mlp": ["vectors = output.pooler_output"],
-    "mean": [
-        'mask = batch["attention_mask"].unsqueeze(-1)',
-        "vectors = (output.last_hidden_state * mask).sum(1) / mask.sum(1)",
-    ],
-    "last": [
-        'last = batch["attention_mask"].sum(1) - 1  # padding is on the right',
-        "vectors = output.last_hidden_state[torch.arange(len(last)), last]",
-    ],
-    "weighted_mean": [
-        'weights = (batch["attention_mask"].cumsum(1) * batch["attention_mask"]).unsqueeze(-1)  # 1, 2, 3 ... along the tokens',
-        "vectors = (output.last_hidden_state * weights).sum(1) / weights.sum(1)",
-    ],
-    "first_last": [
-        'mask = batch["attention_mask"].unsqueeze(-1)',
-        "states = (output.hidden_states[1] + output.hidden_states[-1]) / 2",
-        "vectors = (states * mask).sum(1) / mask.sum(1)",
-    ],
-    "top2": [
-        'mask = batch["attention_mask"].unsqueeze(-1)',
-        "states = (output.hidden_states[-2] + output.hidden_states[-1]) / 2",
-        "vectors = (states * mask).sum(1) / mask.sum(1)",
-    ],
-}
 EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
@@ -56,98 +35,142 @@ CODE = (
     "`trust_remote_code=True`. Read them first.\n\n"
 )
 MARK = "<!-- hf_embed made this card: {} -->"
+TEXTS = ["a cat", "a dog sleeping by the fire"]  # which the snippets encode
 
 
-def write_card(encoder, folder: str | Path, results: dict | None = None, overwrite: bool = False) -> None:
-    """Make the card of `folder`, unless someone has written or changed one there (`overwrite`: even then).
+def write_card(encoder: Encoder, folder: str | Path, results: Results | None = None, overwrite: bool = False) -> None:
+    """Make the card of `folder`, unless someone has written or changed one there.
 
-    `results` as in results.json, which is read if they are not given.
+    Args:
+        results: as in results.json, which is read if they are not given.
+        overwrite: make it even then.
     """
     path = Path(folder, "README.md")
-    if path.is_file() and not overwrite and not is_ours(path.read_text(encoding="utf-8")):
+    if path.is_file() and not overwrite and not is_generated(read_text(path)):
         return
     if results is None:
         results = stored_results(folder)
     write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
 
 
-def is_ours(card: str) -> bool:
-    """Whether a card is as `model_card` made it."""
-    text, mark, rest = card.rpartition(MARK.partition("{")[0])
-    return bool(mark) and rest == f"{digest(text)} -->\n"
+def is_generated(text: str) -> bool:
+    """Return whether a card is as `model_card` made it."""
+    body, mark, rest = text.rpartition(MARK.partition("{")[0])
+    return bool(mark) and rest == f"{digest(body)} -->\n"
 
 
-def with_name(card: str, name: str) -> str:
-    """A card of ours with snippets that load `name`, OWNER/NAME; one that someone has edited as it is."""
-    if not is_ours(card):
-        return card
-    text = card.rpartition(MARK.partition("{")[0])[0].replace(json.dumps(FOLDER), json.dumps(name))
-    return text + MARK.format(digest(text)) + "\n"
+def with_repository(text: str, repository: str) -> str:
+    """Return a generated card with snippets that load `repository`, OWNER/NAME; one that someone has edited as it is."""
+    if not is_generated(text):
+        return text
+    body = text.rpartition(MARK.partition("{")[0])[0]
+    return with_mark(body.replace(json.dumps(FOLDER), json.dumps(repository)))
+
+
+def with_mark(body: str) -> str:
+    """Return a card with the mark at its end by which `is_generated` knows it."""
+    return body + MARK.format(digest(body)) + "\n"
 
 
 def digest(text: str) -> str:
+    """Return a short hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def stored_results(folder: str | Path) -> dict:
+def stored_results(folder: str | Path) -> Results:
+    """Return what results.json in `folder` holds; {} without the file."""
     path = Path(folder, "results.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
-def store_results(folder: str | Path, results: dict) -> None:
+def store_results(folder: str | Path, results: Results) -> None:
+    """Write results.json in `folder`."""
     write_whole(Path(folder, "results.json"), json.dumps(results, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file aside and move it to its place: whatever happens, the old one or the new one is there as a whole."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+def model_card(encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER) -> str:
+    """Return the card of an encoder.
 
-
-def model_card(encoder, results: dict | None = None, picture: bool = False, name: str = FOLDER) -> str:
-    """The card of an encoder.
-
-    `results` are as in results.json; `picture` says that geometry.png lies beside it; `name` is what its snippets load.
+    Args:
+        results: as in results.json.
+        picture: whether geometry.png lies beside it.
+        name: what its snippets load.
     """
-    results, pooling = results or {}, saved_pooling(encoder.pooling)
-    take = [*TAKE[pooling], *dense_lines(encoder, pooling, json.dumps(name))]
-    take += ["vectors = torch.nn.functional.normalize(vectors, dim=-1)"] if encoder.normalize else []
-    take += [f"vectors = vectors[:, :{encoder.truncate_dim}]"] if encoder.truncate_dim else []
-    texts = ["a cat", "a dog sleeping by the fire"]
-    sections = [results_section(results, picture), sweep_section(encoder, results.get("tempscale")), mteb_section(results)]
-    sections += [training_section(results.get("train")), prompts_section(encoder), limits_section(encoder, results)]
-    sections += [papers_section(encoder, results)]
-    fill = {
-        "metadata": metadata(encoder, results),
+    results = results or {}
+    sections = [
+        results_section(results, picture),
+        sweep_section(encoder, results.get("tempscale")),
+        code_section("MTEB", mteb_table(results.get("mteb", []))),
+        training_section(results.get("train")),
+        prompts_section(encoder),
+        limits_section(encoder, results),
+        papers_section(encoder, results),
+    ]
+    fields = {
+        "metadata": metadata(results),
         "title": "Text embeddings",
         "architecture": type(encoder.base).__name__,
         "parameters": f"{sum(parameter.numel() for parameter in encoder.base.parameters()):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
-        "pooling": pooling,
+        "pooling": saved_pooling(encoder.pooling),
         "normalize": normalize_note(encoder),
         "tempscale": tempscale_note(encoder),
+        "sections": "\n".join(f"\n{section}" for section in sections if section),
+    }
+    template = read_text(Path(__file__).with_name("model_card.md"))
+    return with_mark(template.format(**fields, **snippet_fields(encoder, name)).rstrip() + "\n\n")
+
+
+# ---- the code that loads it ----
+
+
+def snippet_fields(encoder: Encoder, name: str) -> dict[str, str]:
+    """Return what the template's snippets are filled with."""
+    loader = loading_class(encoder.config)
+    return {
         "name": json.dumps(name),
         "trust": ", trust_remote_code=True" if encoder.remote_code else "",
         "code": CODE if encoder.remote_code else "",
-        "loader": loading_class(encoder.config),
-        "imports": ", ".join(sorted([loading_class(encoder.config), "AutoTokenizer"])),
-        "texts": json.dumps(texts),
-        "prompted": json.dumps([encoder.prompt() + text for text in texts]).replace("`", "\\u0060"),
-        "take": "\n".join(take),
-        "sections": "\n".join(f"\n{section}" for section in sections if section),
+        "loader": loader,
+        "imports": ", ".join(sorted([loader, "AutoTokenizer"])),
+        "texts": json.dumps(TEXTS),
+        "prompted": json.dumps([encoder.prompt() + text for text in TEXTS]).replace("`", "\\u0060"),
+        "vectors": "\n".join(vector_lines(encoder, json.dumps(name))),
     }
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    text = template.format(**fill).rstrip() + "\n\n"
-    return text + MARK.format(digest(text)) + "\n"
 
 
-def normalize_note(encoder) -> str:
+def vector_lines(encoder: Encoder, name: str) -> list[str]:
+    """Return code from the model's `output` to `vectors`, as `Encoder.encode` gives them."""
+    lines = [*POOLINGS[saved_pooling(encoder.pooling)].card, *dense_lines(encoder, name)]
+    if encoder.normalize:
+        lines.append("vectors = torch.nn.functional.normalize(vectors, dim=-1)")
+    if encoder.truncate_dim:
+        lines.append(f"vectors = vectors[:, :{encoder.truncate_dim}]")
+    return lines
+
+
+def dense_lines(encoder: Encoder, name: str) -> list[str]:
+    """Return code for the layers behind the pooling, which AutoModel does not know."""
+    if not encoder.dense:
+        return []
+    lines = ["from safetensors.torch import load_file", "from transformers.utils import cached_file"]
+    layers = cast("list[Dense]", list(encoder.dense))
+    modules = of_kind(modules_of(encoder, {}), DenseModule)[-len(layers) :]  # before them may be the model's own pooler
+    for layer, module in zip(layers, modules):
+        lines.append(f'dense = load_file(cached_file({name}, "{module.path}/model.safetensors"))')
+        lines.append('out = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
+        out = f"torch.nn.{type(layer.activation).__name__}()(out)"
+        if isinstance(layer.residual, torch.nn.Linear):
+            out += ' + torch.nn.functional.linear(vectors, dense["residual.weight"])'
+        elif layer.residual is not None:
+            out += " + vectors"
+        lines.append(f"vectors = {out}")
+    return lines
+
+
+def normalize_note(encoder: Encoder) -> str:
+    """Return what the card says of the vectors' length and of how to compare them."""
     note = "unit vectors" if encoder.normalize else "not normalised"
     if encoder.truncate_dim:
         note += f", of which the first {encoder.dimension} numbers are kept (`truncate_dim`)"
@@ -156,25 +179,11 @@ def normalize_note(encoder) -> str:
     return note if encoder.normalize and not encoder.truncate_dim else f"{note}; compare with the cosine"
 
 
-def dense_lines(encoder, pooling: str, name: str) -> list[str]:
-    """Code for the layers behind the pooling, which AutoModel does not know."""
-    lines, first = [], 3 if pooling == "cls_mlp" else 2
-    for i, layer in enumerate(encoder.dense):
-        lines.append(f'dense = load_file(cached_file({name}, "{first + i}_Dense/model.safetensors"))')
-        lines.append('out = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
-        out = f"torch.nn.{type(layer.activation).__name__}()(out)"
-        if isinstance(layer.residual, torch.nn.Linear):
-            out += ' + torch.nn.functional.linear(vectors, dense["residual.weight"])'
-        elif layer.residual is not None:
-            out += " + vectors"
-        lines.append(f"vectors = {out}")
-    return ["from safetensors.torch import load_file", "from transformers.utils import cached_file", *lines] if lines else []
-
-
 # ---- metadata that the Hub reads ----
 
 
-def metadata(encoder, results: dict) -> str:
+def metadata(results: Results) -> str:
+    """Return the card's first lines, in YAML."""
     train = results.get("train", {})
     about = ModelCardData(
         library_name="sentence-transformers",
@@ -185,68 +194,77 @@ def metadata(encoder, results: dict) -> str:
         language=train.get("language") or None,
         license=train.get("license") or None,
         model_name="Text embeddings",
-        eval_results=[EvalResult(**result) for result in eval_results(results)] or None,
+        eval_results=eval_results(results) or None,
     )
     return f"---\n{about.to_yaml()}\n---"
 
 
-def eval_results(results: dict) -> list[dict]:
-    """The scores of results.json as the Hub's model-index takes them."""
-    found, after = [], results.get("after", {})
-
-    def add(kind: str, task: str, dataset: str, metric: str, value: float | None, split: str | None = None) -> None:
-        if value is not None and math.isfinite(value):
-            names = {"task_type": kind, "task_name": task, "dataset_type": slug(dataset), "dataset_name": dataset}
-            found.append(names | {"dataset_split": split, "metric_type": metric, "metric_name": metric, "metric_value": value})
-
-    for name, score in after.get("sts", {}).items():
-        add("semantic-similarity", "Semantic Similarity", name, "spearman_cosine", score)
+def eval_results(results: Results) -> list[EvalResult]:
+    """Return the scores of results.json as the Hub's model-index takes them."""
+    after = results.get("after", {})
+    found = [
+        eval_result("semantic-similarity", "Semantic Similarity", name, "spearman_cosine", score)
+        for name, score in after.get("sts", {}).items()
+    ]
     for name, scores in after.get("retrieval", {}).items():
         for metric in ("ndcg@10", "mrr@10", "recall@100"):
-            if metric in scores:
-                add("information-retrieval", "Information Retrieval", name, metric.replace("@", "_at_"), scores[metric])
+            label = metric.replace("@", "_at_")
+            found.append(eval_result("information-retrieval", "Information Retrieval", name, label, scores.get(metric)))
     for name, scores in after.get("zero_shot", {}).items():
-        add("zero-shot-classification", "Zero-Shot Classification", name, "accuracy", scores["accuracy"])
+        found.append(eval_result("zero-shot-classification", "Zero-Shot Classification", name, "accuracy", scores["accuracy"]))
     for row in results.get("mteb", []):
-        add(row["type"], row["type"], f"MTEB {row['task']}", row["metric"], row["score"], row["split"])
-    return found
+        task, name = row["type"], f"MTEB {row['task']}"
+        found.append(eval_result(task, task, name, row["metric"], row["score"], row["split"]))
+    return [result for result in found if result.metric_value is not None and math.isfinite(result.metric_value)]
+
+
+def eval_result(kind: str, task: str, dataset: str, metric: str, value: float | None, split: str | None = None) -> EvalResult:
+    """Return a score as the Hub's model-index takes it; `kind` is the Hub's name of the task."""
+    return EvalResult(
+        task_type=kind,
+        task_name=task,
+        dataset_type=slug(dataset),
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=metric,
+        metric_value=value,
+    )
 
 
 def slug(name: str) -> str:
+    """Return a name of letters, digits and -_./ alone."""
     return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
 
 
 # ---- sections; each "" where there is nothing to say ----
 
 
-def block(title: str, lines: list[str], before: str = "") -> str:
-    """A section with literal lines. Indented, they are code: Markdown and HTML in them stay text."""
+def code_section(title: str, lines: list[str], before: str = "") -> str:
+    """Return a section with literal lines. Indented, they are code: Markdown and HTML in them stay text."""
     if not lines:
         return ""
-    return "\n".join([f"## {title}", "", *([before, ""] if before else []), *(f"    {plain(line)}".rstrip() for line in lines)])
+    code = [f"    {one_line(line)}".rstrip() for line in lines]
+    return "\n".join([f"## {title}", "", *([before, ""] if before else []), *code])
 
 
-def plain(line: str) -> str:
-    """One line, whatever a name contains."""
-    return "".join(letter if letter.isprintable() else " " for letter in line)
+def one_line(text: str) -> str:
+    """Return `text` as one line, whatever a name in it contains."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def results_section(results: dict, picture: bool) -> str:
-    lines = table(results) if results.get("after") else []
+def results_section(results: Results, picture: bool) -> str:
+    """Return the scores before and after the training, and those of the seeds."""
+    lines = comparison_table(results) if results.get("after") else []
     lines += ["", *seeds_table(results)] if results.get("seeds") else []
-    section = block("Results", lines)
+    section = code_section("Results", lines)
     if section and picture:
         section += "\n\n![Alignment against uniformity along the training](geometry.png)"
     return section
 
 
-def mteb_section(results: dict) -> str:
-    rows = results.get("mteb", [])
-    width = max((len(row["task"]) for row in rows), default=0)
-    return block("MTEB", [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows])
-
-
-def training_section(train: dict | None) -> str:
+def training_section(train: dict[str, Any] | None) -> str:
+    """Return what the model was trained on, and how."""
     if not train:
         return ""
     objective = dict(train["objective"])
@@ -264,23 +282,26 @@ def training_section(train: dict | None) -> str:
     if train.get("hardware"):
         lines.append(f"took        {duration(train['seconds'])} on {train['hardware']}")
     lines.append("with        " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
-    return block("Training", lines)
+    return code_section("Training", lines)
 
 
 def duration(seconds: float | None) -> str:
+    """Return a time in words."""
     if seconds is None:
         return "some time"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
 
 
-def prompts_section(encoder) -> str:
+def prompts_section(encoder: Encoder) -> str:
+    """Return the prompts by name."""
     default = encoder.default_prompt_name
     lines = [f"{name:9} {text!r}{' (the default)' * (name == default)}" for name, text in encoder.prompts.items()]
-    return block("Prompts", lines, "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`.")
+    return code_section("Prompts", lines, "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`.")
 
 
-def limits_section(encoder, results: dict) -> str:
+def limits_section(encoder: Encoder, results: Results) -> str:
+    """Return what the model cannot do, and what its scores do not say."""
     lines = [f"Texts are cut after {encoder.max_length} tokens."]
     if results.get("after") or results.get("mteb"):
         lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
@@ -291,7 +312,8 @@ def limits_section(encoder, results: dict) -> str:
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 
 
-def papers_section(encoder, results: dict) -> str:
+def papers_section(encoder: Encoder, results: Results) -> str:
+    """Return the papers of the objective and of TempScale."""
     objective = results.get("train", {}).get("objective", {})
     names = [objective.get("name"), "ImprovedContrastive" if "objective" in objective else None]
     names += ["TempScale"] if getattr(encoder.base.config, "temp_scale", None) else []
@@ -299,8 +321,8 @@ def papers_section(encoder, results: dict) -> str:
     return "\n".join(["## Papers", "", *(f"- {paper}" for paper in found)]) if found else ""
 
 
-def tempscale_note(encoder) -> str:
-    """What the card says of attention's temperature."""
+def tempscale_note(encoder: Encoder) -> str:
+    """Return what the card says of attention's temperature."""
     entry = getattr(encoder.base.config, "temp_scale", None)
     if not entry:
         return ""
@@ -314,70 +336,9 @@ def tempscale_note(encoder) -> str:
     )
 
 
-def sweep_section(encoder, sweep: dict | None) -> str:
-    """What the card says of the search for the temperature that this model has; nothing of a search for another."""
+def sweep_section(encoder: Encoder, sweep: dict[str, Any] | None) -> str:
+    """Return the search for the temperature that this model has; nothing of a search for another."""
     entry = getattr(encoder.base.config, "temp_scale", None) or {"temperature": 1}
     if not sweep or entry["temperature"] != sweep["temperature"]:
         return ""
-    return block("The temperature", sweep_table(sweep))
-
-
-# ---- tables, for the console too ----
-
-
-def swept_columns(sweep: dict) -> list[str]:
-    """The tasks, and their mean if there are several."""
-    names = [name for name in sweep["curve"][0] if name != "temperature"]
-    return names if len(names) > 2 else names[:1]
-
-
-def sweep_table(sweep: dict) -> list[str]:
-    """A line for each temperature, the chosen one starred; then what it gained."""
-    names = swept_columns(sweep)
-    lines = ["temperature" + "".join(f"  {name:>12}" for name in names)]
-    for row in sweep["curve"]:
-        star = "*" if row["temperature"] == sweep["temperature"] else " "
-        lines.append(f"{row['temperature']:>10g}{star}" + "".join(f"  {row[name]:>12.2f}" for name in names))
-    return [
-        *lines,
-        "",
-        f"best: {sweep['temperature']:g}, {sweep['gain']:+.2f} against 1 on the queries that chose it, "
-        f"{sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
-    ]
-
-
-def table(results: dict) -> list[str]:
-    """before -> after, a line for each evaluation set, then alignment and uniformity."""
-    before, after = labelled(results["before"]), labelled(results["after"])
-    width = max(map(len, before))
-    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
-    for label, a in before.items():
-        b, digits = after[label], digits_of(label)
-        lines.append(f"{label:{width}}  {a:8.{digits}f}  {b:8.{digits}f}  {b - a:+8.{digits}f}")
-    return lines
-
-
-def seeds_table(results: dict) -> list[str]:
-    """Mean, smallest and largest over the seeds of a run, a line for each measure, and the seed that this model is of."""
-    seeds = {seed: labelled(scores) for seed, scores in results["seeds"].items()}
-    kept = seeds[str(results["seed"])]
-    width = max(map(len, kept))
-    lines = [f"{f'{len(seeds)} seeds':{width}}  {'mean':>8}  {'min':>8}  {'max':>8}  {'seed ' + str(results['seed']):>8}"]
-    for label, value in kept.items():
-        values, digits = [scores[label] for scores in seeds.values()], digits_of(label)
-        numbers = (sum(values) / len(values), min(values), max(values), value)
-        lines.append(f"{label:{width}}  " + "  ".join(f"{n:8.{digits}f}" for n in numbers))
-    return lines
-
-
-def labelled(scores: dict) -> dict[str, float]:
-    """A model's scores as results.json has them, each under the name that tables give it."""
-    found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
-    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
-        found |= {f"{name} ({label} x 100)": of[metric] for name, of in scores.get(kind, {}).items()}
-    found |= {f"{key} (lower is better)": scores[key] for key in ("alignment", "uniformity") if key in scores}
-    return {label: math.nan if value is None else value for label, value in found.items()}
-
-
-def digits_of(label: str) -> int:
-    return 3 if "lower is better" in label else 2
+    return code_section("The temperature", sweep_table(sweep))

@@ -3,21 +3,31 @@
 Only what a model is made of goes there, by exact names: no optimizer state, no checkpoints, no data, no logs, no links. Large
 files that an earlier, broken push has uploaded are known by their hash and not sent again; files that the repository has are
 not committed again.
+
+The commit is made here and not by `HfApi.upload_folder`: where Xet is installed, that splits a commit that fails into smaller
+ones, so that half a model can be seen; it refuses a branch for a pull request; and it uploads a card only as the file has it.
 """
 
-import json
 import logging
 import os
 import re
+import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers import TrainingArguments
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
-from hf_embed.checkpoint.card import with_name
+from hf_embed.checkpoint.card import with_repository
+from hf_embed.checkpoint.files import read_json, read_text
 from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
@@ -44,6 +54,8 @@ MODULE_FILES = ("config.json", "model.safetensors")
 TRAINING_ARGS = "training_args.bin"
 TRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubled after each try
+Result = TypeVar("Result")
+COPY = "_pushing"  # in the output folder: the checkpoint that is being uploaded
 
 
 def push_folder(
@@ -56,9 +68,10 @@ def push_folder(
     token: str | None = None,
     everything: bool = False,
 ) -> str:
-    """Upload a saved model to `repo`, "name" or "owner/name", made if it is not there. Returns the commit's address.
+    """Upload a saved model to a repository, which is made if it is not there. Returns the commit's address.
 
     Args:
+        repo: "name" or "owner/name".
         private: of a repository that is made.
         revision: a branch; made if it is not there. Default: main.
         create_pr: open a pull request in place of a commit.
@@ -91,34 +104,81 @@ def push_folder(
         return commit.pr_url or commit.commit_url
 
     flags = {"private": private, "create_pr": create_pr, "everything": everything}
-    return persist(upload, repo, command(folder, repo, revision, **flags))
+    return with_retries(upload, repo, command(folder, repo, revision, **flags))
+
+
+# ---- from training ----
+
+
+def init_repository(make: Callable[[], None], args: TrainingArguments) -> None:
+    """Make the repository of a training by `make`. Raises InputError for a name or a token that the Hub refuses."""
+    folder = Path(str(args.output_dir))
+    repo = args.hub_model_id or folder.absolute().name
+    with_retries(make, repo, command(folder, repo))
+
+
+def push_checkpoint(checkpoint: str, repo: str, args: TrainingArguments, step: int) -> PushInProgress:
+    """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile.
+
+    Two commits: the model, and all that resuming needs, where `args.hub_strategy` asks for it.
+    """
+    copy = Path(str(args.output_dir), COPY)
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(checkpoint, copy, symlinks=True)
+    message = f"Training in progress, step {step}"
+    api = HfApi(token=args.hub_token)
+
+    def commit(operations: list[CommitOperationAdd], message: str) -> Future[Any]:
+        return api.create_commit(repo, operations, commit_message=message, revision=args.hub_revision, run_as_future=True)
+
+    jobs = [commit(additions(copy, repo), message)]
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
+        jobs.append(commit(additions(copy, repo, everything=True, inside=name), f"{message}, checkpoint"))
+    return PushInProgress(jobs)  # type: ignore[arg-type] # its hint says one Future
+
+
+def finish_push(push: PushInProgress | None, args: TrainingArguments) -> None:
+    """Warn of a checkpoint that did not reach the Hub, and remove the copy that it was uploaded from."""
+    jobs: Any = push.jobs if push is not None else []
+    for job in jobs:
+        if error := job.exception():
+            logger.warning(f"a checkpoint did not reach the Hub: {(reason(error) or (error, False))[0]}")
+    shutil.rmtree(Path(str(args.output_dir), COPY), ignore_errors=True)
+
+
+# ---- the files ----
 
 
 def has_model(folder: Path) -> bool:
+    """Return whether a folder holds a model, or an adapter, with all its weights."""
     names = {path.name for path in folder.glob("*")}
     adapter, model = ({"adapter_config.json", "adapter_model.safetensors"}, {"config.json", "model.safetensors"})
     return adapter <= names or model <= names or ("config.json" in names and any(map(SHARD.fullmatch, names)))
 
 
 def additions(folder: Path, repo: str, everything: bool = False, inside: str = "") -> list[CommitOperationAdd]:
-    """The files to upload, by their paths in the repository, below `inside`; in the card the model has the name that it has
-    there."""
+    """Return the files to upload, by their paths in `repo`, below `inside`. The card has the name of the repository.
+
+    Raises:
+        InputError: a link in the place of one of the model's own files, even where `everything` is uploaded.
+    """
     paths = model_files(folder)
     paths = all_files(folder) if everything else paths
     named = {path.relative_to(folder).as_posix(): path for path in paths}
-    added = [
-        CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items() if name != "README.md"
-    ]
-    if "README.md" in named:
-        card = with_name(named["README.md"].read_text(encoding="utf-8"), repo)
-        added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), card.encode()))
+    card = named.pop("README.md", None)
+    added = [CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items()]
+    if card is not None:
+        text = with_repository(read_text(card), repo)
+        added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), text.encode()))
     return added
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What a model is made of: regular files of known names, its modules' folders, and the code that its config names.
+    """Return what a model is made of: regular files of known names, its modules' folders, the code that its config names.
 
-    Raises InputError where one of them is a link, for it may lead anywhere, or where a module is not in a folder of its own.
+    Raises:
+        InputError: one of them is a link, which may lead anywhere, or a module is not in a folder of its own.
     """
     paths = [path for path in sorted(folder.iterdir()) if path.name in FILES or SHARD.fullmatch(path.name)]
     for module in module_folders(folder):
@@ -136,10 +196,10 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def module_folders(folder: Path) -> list[Path]:
-    """The folders of the modules that modules.json lists, beside the transformer in the folder itself."""
-    modules = read_object(folder / "modules.json") or []
-    folders = [folder / module["path"] for module in modules if module["path"]]
-    for module, path in zip([module for module in modules if module["path"]], folders):
+    """Return the folders of the modules that modules.json lists, beside the transformer in the folder itself."""
+    modules = [module for module in read_config(folder / "modules.json") or [] if module["path"]]
+    folders = [folder / module["path"] for module in modules]
+    for module, path in zip(modules, folders):
         if not MODULE.fullmatch(module["path"]) or path.is_symlink() or not path.is_dir():
             raise InputError(f"{folder}: modules.json names '{module['path']}', which is no folder like 1_Pooling in there")
         if module["type"].endswith("Transformer"):
@@ -147,33 +207,41 @@ def module_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def read_object(path: Path):
-    """What a JSON file holds; None where there is no file."""
+def read_config(path: Path) -> Any:
+    """Return what a JSON file holds; None where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
 
 
 def code_files(folder: Path) -> list[Path]:
-    """The code that a model brings: the files that `auto_map` names in its configs, and those that they import."""
-    found = {}
-    for config in (folder / "config.json", folder / "tokenizer_config.json"):
-        auto_map = (read_object(config) or {}).get("auto_map") or {}
-        listed = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
-        for name in [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]:
-            file = re.fullmatch(r"(\w+)\.\w+", name or "")  # OWNER/REPO--file.Class stays where it is
-            if file and (folder / f"{file[1]}.py").is_file():
-                path = folder / f"{file[1]}.py"
-                try:
-                    found |= dict.fromkeys([path, *map(Path, get_relative_import_files(path))])
-                except OSError as error:
-                    raise InputError(f"{path}: imports {error.filename}, which cannot be read") from error
+    """Return the code that a model brings: the files that `auto_map` names in its configs, and those that they import."""
+    found: dict[Path, None] = {}
+    for name in code_names(folder):
+        path = folder / f"{name}.py"
+        if path.is_file():
+            try:
+                found |= dict.fromkeys([path, *map(Path, get_relative_import_files(path))])
+            except OSError as error:
+                raise InputError(f"{path}: imports {error.filename}, which cannot be read") from error
     return [path for path in found if path.parent == folder]
 
 
+def code_names(folder: Path) -> list[str]:
+    """Return the names of the Python files, in the folder itself, that `auto_map` of the configs names."""
+    names: list[str] = []
+    for config in (folder / "config.json", folder / "tokenizer_config.json"):
+        auto_map = (read_config(config) or {}).get("auto_map") or {}
+        listed = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        classes = [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]
+        found = [re.fullmatch(r"(\w+)\.\w+", name or "") for name in classes]  # OWNER/REPO--file.Class stays where it is
+        names += [file[1] for file in found if file]
+    return names
+
+
 def all_files(folder: Path) -> list[Path]:
-    """The files in `folder` and in the folders within; no links, no dotfiles, no `training_args.bin`."""
+    """Return the files in `folder` and in the folders within; no links, no dotfiles, no `training_args.bin`."""
     found, links = [], 0
     for parent, folders, files in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -187,12 +255,15 @@ def all_files(folder: Path) -> list[Path]:
 
 
 def command(folder: str | Path, repo: str, revision: str | None = None, **flags: bool) -> str:
-    """What finishes a push."""
+    """Return the command line that finishes a push."""
     words = [f"--revision {revision}"] if revision else []
     return " ".join([f"python recipes/push.py {folder} {repo}", *words, *(f"--{flag}" for flag, on in flags.items() if on)])
 
 
-def persist(upload, repo: str, command: str) -> str:
+# ---- the network ----
+
+
+def with_retries(upload: Callable[[], Result], repo: str, command: str) -> Result:
     """Call `upload` until it succeeds, at most five times. Raises InputError for what trying again cannot mend."""
     wait = FIRST_WAIT
     for attempt in range(1, TRIES + 1):
@@ -214,8 +285,8 @@ def persist(upload, repo: str, command: str) -> str:
 
 
 def reason(error: BaseException) -> tuple[str, bool] | None:
-    """What went wrong in one line, and whether it is worth another try; None for an error that is not of the network."""
-    while not isinstance(error, OSError) and not of_client(error) and error.__cause__ is not None:
+    """Return what went wrong in one line, and whether it is worth another try; None for an error that is not of the network."""
+    while not isinstance(error, OSError) and not is_of_client(error) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         code = error.response.status_code
@@ -229,11 +300,11 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
         if code in known:
             return known[code], False
         return f"the Hub answered {code} ({said})", code in (409, 412, 429) or code >= 500
-    if of_client(error) or isinstance(error, ConnectionError | TimeoutError):
+    if is_of_client(error) or isinstance(error, ConnectionError | TimeoutError):
         return f"the connection failed ({type(error).__name__}: {masked(' '.join(str(error).split()))[:200]})", True
     return None
 
 
-def of_client(error: BaseException) -> bool:
-    """Whether an error is of the HTTP client that huggingface_hub uses, httpx or its successor."""
+def is_of_client(error: BaseException) -> bool:
+    """Return whether an error is of the HTTP client that huggingface_hub uses, httpx or its successor."""
     return type(error).__module__.split(".")[0].startswith("httpx")

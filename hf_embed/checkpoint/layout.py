@@ -1,4 +1,4 @@
-"""The sentence-transformers files beside a checkpoint, written and read.
+"""The modules that sentence-transformers makes a model of: one list, made from an encoder and written, or read from a folder.
 
 They are how sentence-transformers, mteb and `Encoder.from_pretrained` know pooling, max length, prompts and normalisation:
 
@@ -7,421 +7,367 @@ They are how sentence-transformers, mteb and `Encoder.from_pretrained` know pool
 """
 
 import json
-import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
+from hf_embed.checkpoint.files import Allowed, Files, read_weights, write_json
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.pooling import MULTI_LAYER, Dense, saved_pooling
+from hf_embed.pooling import POOLINGS, Dense, saved_pooling
 
-logger = logging.getLogger(__name__)
-
-# Our pooling names and sentence-transformers' flags.
-ST_POOLING = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken", "weighted_mean": "weightedmean_tokens"}
-ST_FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
-# sentence-transformers 6 calls them so.
-ST_MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last", "weightedmean": "weighted_mean"}
-
-# sentence-transformers' modules that can be represented here, in the only order that can. Dropout may stand anywhere.
-ORDER = ["Transformer", "WeightedLayerPooling", "Pooling", "Dense", "Normalize"]
+# sentence-transformers' flags of poolings, in the order of its own files; all of them are written.
+FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
+TANH = "torch.nn.modules.activation.Tanh"
 # What sentence-transformers looks for, in its order.
 TRANSFORMER_CONFIGS = [
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
-EMPTY = [None, False, "", [], {}]
-SENTENCE = {"module_input_name": ["sentence_embedding"], "module_output_name": ["sentence_embedding", None]}
-WIDTH = {"word_embedding_dimension": int, "embedding_dimension": int}  # of no consequence
-# The keys that a file or a module's config may have. With a type, the key is read here or no vector depends on it; with a
-# list, these are the values that change nothing. Every other key that is not empty is refused: its meaning would be lost.
-KEYS = {
-    "modules.json": {"idx": int, "name": str, "path": str, "type": str, "kwargs": list},
-    "config_sentence_transformers.json": {
-        "__version__": object,
-        "requirements": object,
-        "model_type": ["SentenceTransformer"],
-        "prompts": dict,
-        "default_prompt_name": str,
-        "similarity_fn_name": str,
-        "truncate_dim": int,
-    },
-    "Transformer": {
+MODEL_CONFIG = "config_sentence_transformers.json"
+# The keys that a file may have. With a type, the key is read here or no vector depends on it; with a list, these are the
+# values that change nothing. Every other key that is not empty is refused: its meaning would be lost.
+MODULES_KEYS: dict[str, Allowed] = {"idx": int, "name": str, "path": str, "type": str, "kwargs": list}
+MODEL_KEYS: dict[str, Allowed] = {
+    "__version__": object,
+    "requirements": object,
+    "model_type": ["SentenceTransformer"],
+    "prompts": dict,
+    "default_prompt_name": str,
+    "similarity_fn_name": str,
+    "truncate_dim": int,
+}
+SENTENCE_KEYS: dict[str, Allowed] = {
+    "module_input_name": ["sentence_embedding"],
+    "module_output_name": ["sentence_embedding", None],
+}
+WIDTH_KEYS: dict[str, Allowed] = {"word_embedding_dimension": int, "embedding_dimension": int}  # of no consequence
+
+
+@dataclass
+class Module:
+    """A module as modules.json lists it: its folder below the model's own, its config.json and its weights.
+
+    One that was listed in a folder has neither config nor weights before `read`.
+    """
+
+    kind: ClassVar[str]
+    keys: ClassVar[dict[str, Allowed]]  # what its config.json may have
+    has_weights: ClassVar[bool] = False
+
+    path: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def write(self, folder: str) -> None:
+        """Write config.json and the weights to the module's folder below `folder`."""
+        target = Path(folder, self.path)
+        target.mkdir()
+        write_json(target / "config.json", self.config)
+        if self.tensors:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, target / "model.safetensors")
+
+    def read(self, files: Files) -> Self:
+        """Read config.json and the weights. Raises InputError for a config that cannot be represented."""
+        self.config = files.config(f"{self.path}/config.json", self.keys)
+        if self.has_weights:
+            self.tensors = files.tensors(self.path)
+        return self
+
+
+class TransformerModule(Module):
+    """The model itself, at the folder's top in what is written here."""
+
+    kind = "Transformer"
+    keys = {
         "max_seq_length": int,
         "do_lower_case": bool,
         "unpad_inputs": bool,  # another layout in memory, for flash attention
         "transformer_task": ["feature-extraction"],
         "modality_config": [{"text": {"method": "forward", "method_output_name": "last_hidden_state"}}],
         "module_output_name": ["token_embeddings"],
-    },
-    "WeightedLayerPooling": {"layer_start": int, "num_hidden_layers": int} | WIDTH,
-    "Pooling": {"pooling_mode": str | list, "include_prompt": bool} | WIDTH | {f"pooling_mode_{f}": bool for f in ST_FLAGS},
-    "Dense": {"in_features": int, "out_features": int, "bias": bool, "activation_function": str, "use_residual": bool}
-    | SENTENCE,
-    "Normalize": SENTENCE,
-    "Dropout": {"dropout": object},
+    }
+    file: str = TRANSFORMER_CONFIGS[0]  # where `config` stands, below the model's folder
+
+    @classmethod
+    def of(cls, max_length: int) -> Self:
+        """Return the module of a model whose texts have at most `max_length` tokens."""
+        return cls(config={"max_seq_length": max_length, "do_lower_case": False})
+
+    def write(self, folder: str) -> None:
+        """Write the settings, whose file is not called config.json: that is the model's."""
+        write_json(Path(folder, self.file), self.config)
+
+    def read(self, files: Files) -> Self:
+        """Read the settings as sentence-transformers finds them. Raises InputError for a chat template and for unknown keys."""
+        prefix = f"{self.path}/" if self.path else ""
+        found = ((prefix + file, files.json(prefix + file)) for file in TRANSFORMER_CONFIGS)
+        nothing: tuple[str, dict[str, Any]] = (prefix + TRANSFORMER_CONFIGS[0], {})
+        self.file, self.config = next(((file, config) for file, config in found if config), nothing)
+        modalities = self.config.get("modality_config")
+        if isinstance(modalities, dict) and "message" in modalities:
+            raise files.refused(f"the chat template that texts go through by modality_config of {self.file}")
+        for key, value in self.config.items():  # of loading; sentence-transformers heeds no trust_remote_code from a file
+            if key.endswith(("_args", "_kwargs")) and isinstance(value, dict):
+                self.config[key] = {name: argument for name, argument in value.items() if name != "trust_remote_code"}
+        files.check_keys(self.file, self.config, self.keys)
+        return self
+
+
+class LayerPoolingModule(Module):
+    """A weighted mean of the layers' states, before the pooling."""
+
+    kind = "WeightedLayerPooling"
+    keys = {"layer_start": int, "num_hidden_layers": int} | WIDTH_KEYS
+    has_weights = True
+
+    @classmethod
+    def of(cls, width: int, depth: int, layers: tuple[int, int]) -> Self:
+        """Return the module that averages two `layers`, as `Pooling` has them, of a model with `depth` layers."""
+        weights = torch.zeros(depth)
+        for number in layer_numbers(layers, depth):
+            weights[max(number, 1) - 1] += 1
+        config = {"word_embedding_dimension": width, "layer_start": 1, "num_hidden_layers": depth}
+        return cls(config=config, tensors={"layer_weights": weights})
+
+    def layers(self, files: Files, backbone: PreTrainedModel, mend: str) -> tuple[int, int] | None:
+        """Return the two layers that are averaged, as `Pooling` has them; None if it is the last layer alone.
+
+        Raises:
+            InputError: weights that no pooling here has. `mend` says what to do about it.
+        """
+        depth: int = backbone.config.num_hidden_layers
+        weights = self.tensors["layer_weights"].tolist()
+        first = self.config.get("layer_start", 4) or 0
+        used = {first + i: weight for i, weight in enumerate(weights) if weight}
+        pairs = [
+            entry.layers for entry in POOLINGS.values() if entry.layers and layer_numbers(entry.layers, depth) == tuple(used)
+        ]
+        known = bool(pairs) or tuple(used) == (depth,)
+        fits = self.config.get("num_hidden_layers", 12) == depth == first + len(weights) - 1
+        if not fits or len(set(used.values())) != 1 or not known:
+            raise files.refused(f"layer weights {weights} of '{self.path}'", mend)
+        if not backbone.config.output_hidden_states:
+            raise files.refused(
+                f"'{self.path}' beside a config.json without output_hidden_states, by which it has no effect,", mend
+            )
+        return pairs[0] if pairs else None
+
+
+class PoolingModule(Module):
+    """The states of a text's tokens to one vector."""
+
+    kind = "Pooling"
+    keys = {"pooling_mode": str | list, "include_prompt": bool} | WIDTH_KEYS | {f"pooling_mode_{flag}": bool for flag in FLAGS}
+
+    @classmethod
+    def of(cls, width: int, flag: str) -> Self:
+        """Return the module with this flag of `FLAGS`."""
+        return cls(config={"word_embedding_dimension": width} | {f"pooling_mode_{known}": known == flag for known in FLAGS})
+
+    def modes(self) -> list[str]:
+        """Return the flags, or the names of sentence-transformers 6, whose vectors it concatenates."""
+        flags = [flag for flag in FLAGS if self.config.get(f"pooling_mode_{flag}")]
+        modes = self.config.get("pooling_mode") or flags or ["mean"]
+        return [modes] if isinstance(modes, str) else modes
+
+
+class DenseModule(Module):
+    """A layer behind the pooling."""
+
+    kind = "Dense"
+    keys = {"in_features": int, "out_features": int, "bias": bool, "activation_function": str, "use_residual": bool}
+    keys |= SENTENCE_KEYS
+    has_weights = True
+
+    @classmethod
+    def of(cls, layer: Dense, tensors: dict[str, Tensor]) -> Self:
+        """Return the module of a layer, with these of its tensors: linear.weight, linear.bias, residual.weight."""
+        linear, activation = layer.linear, type(layer.activation)
+        config = {
+            "in_features": linear.in_features,
+            "out_features": linear.out_features,
+            "bias": linear.bias is not None,
+            "activation_function": f"{activation.__module__}.{activation.__qualname__}",
+        }
+        return cls(config=config | ({"use_residual": True} if layer.residual is not None else {}), tensors=tensors)
+
+    @classmethod
+    def of_pooler(cls, width: int, tensors: dict[str, Tensor]) -> Self:
+        """Return the module that stands for the model's own pooler, with these of its tensors: weight, bias."""
+        config = {"in_features": width, "out_features": width, "bias": True, "activation_function": TANH}
+        return cls(config=config, tensors={f"linear.{name}": tensor for name, tensor in tensors.items()})
+
+    def layer(self, files: Files) -> Dense:
+        """Return the layer. Raises InputError if config and weights do not make one."""
+        package, _, kind = (self.config.get("activation_function", TANH) or "").rpartition(".")
+        activation = getattr(nn, kind, None) if f"{package}.".startswith("torch.nn.") else None
+        try:
+            if activation is None:
+                raise TypeError("an activation that is not of torch.nn")
+            linear = nn.Linear(self.config["in_features"], self.config["out_features"], bias=self.config.get("bias", True))
+            dense = Dense(linear, activation(), residual=self.config.get("use_residual", False))
+            dense.load_state_dict(self.tensors)
+        except (TypeError, KeyError, RuntimeError) as error:
+            sizes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+            raise files.refused(f"the module Dense ('{self.path}'), {json.dumps(self.config)} with weights {sizes},") from error
+        return dense
+
+
+class NormalizeModule(Module):
+    """The vectors to unit length."""
+
+    kind = "Normalize"
+    keys = SENTENCE_KEYS
+
+
+class DropoutModule(Module):
+    """Dropout, which changes no vector but in training. It is left out, wherever it stands."""
+
+    kind = "Dropout"
+    keys = {"dropout": object}
+
+
+# The modules that can be represented here, in the only order that can. Dropout may stand anywhere.
+KINDS: dict[str, type[Module]] = {
+    "Transformer": TransformerModule,
+    "WeightedLayerPooling": LayerPoolingModule,
+    "Pooling": PoolingModule,
+    "Dense": DenseModule,
+    "Normalize": NormalizeModule,
+    "Dropout": DropoutModule,
 }
+ORDER = list(KINDS)
+Kind = TypeVar("Kind", bound=Module)
+
+
+def layer_numbers(layers: tuple[int, int], depth: int) -> tuple[int, int]:
+    """Return the numbers of two layers of a model with `depth` layers, whose last is -1 or `depth`.
+
+    >>> layer_numbers((1, -1), depth=12), layer_numbers((-2, -1), depth=12)
+    ((1, 12), (11, 12))
+    """
+    one, other = (layer if layer >= 0 else depth + 1 + layer for layer in layers)
+    return one, other
+
+
+def of_kind(modules: Sequence[Module], kind: type[Kind]) -> list[Kind]:
+    """Return the modules of one kind."""
+    return [module for module in modules if isinstance(module, kind)]
 
 
 def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
-def write_sentence_transformers_files(encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    pooling, dimension = saved_pooling(encoder.pooling), encoder.width
-    modules = [("", "Transformer")]
+# ---- writing ----
 
-    def add(name: str, config: dict, tensors: dict[str, Tensor] | None = None) -> None:
-        # Every module but layer pooling counts up: 1_Pooling, 2_Dense, 3_Normalize.
-        path = f"{len([m for m in modules if m[1] != 'WeightedLayerPooling'])}_{name.removeprefix('Weighted')}"
-        modules.append((path, name))
-        Path(folder, path).mkdir()
-        write_json(folder, f"{path}/config.json", config)
-        if tensors:
-            save_file(tensors, Path(folder, path, "model.safetensors"))
 
-    if pooling in MULTI_LAYER:
-        layers = encoder.config.num_hidden_layers
-        weights = torch.zeros(layers)
-        weights[-1] += 1
-        weights[0 if pooling == "first_last" else max(layers - 2, 0)] += 1
-        add(
-            "WeightedLayerPooling",
-            {"word_embedding_dimension": dimension, "layer_start": 1, "num_hidden_layers": layers},
-            {"layer_weights": weights},
-        )
-    flag = ST_POOLING.get("cls" if pooling == "cls_mlp" else pooling, "mean_tokens")
-    add("Pooling", {"word_embedding_dimension": dimension} | {f"pooling_mode_{f}": f == flag for f in ST_FLAGS})
-    if pooling == "cls_mlp":
-        saved = {}
-        for shard in Path(folder).glob("model*.safetensors"):
-            saved |= load_file(shard)
-        add(
-            "Dense",
-            {"in_features": dimension, "out_features": dimension, "bias": True,
-             "activation_function": "torch.nn.modules.activation.Tanh"},
-            {f"linear.{name}": saved[f"pooler.dense.{name}"] for name in ("weight", "bias")},
-        )  # fmt: skip
-    dense = strip_prefix(encoder.state_dict() if state_dict is None else state_dict, "dense.")
-    for i, layer in enumerate(encoder.dense):
-        linear, activation = layer.linear, type(layer.activation)
-        add(
-            "Dense",
-            {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None,
-             "activation_function": f"{activation.__module__}.{activation.__qualname__}"}
-            | ({"use_residual": True} if layer.residual is not None else {}),
-            {name: tensor.detach().cpu().contiguous() for name, tensor in strip_prefix(dense, f"{i}.").items()},
-        )  # fmt: skip
+def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
+    """Return the modules of an encoder, each with its folder.
+
+    Args:
+        tensors: those of the layers behind the pooling, `dense.0.linear.weight` and so on, and of the model's own pooler,
+            `pooler.dense.weight` and `pooler.dense.bias`, where it is the pooling; {} where only the folders matter.
+    """
+    pooling, width = POOLINGS[saved_pooling(encoder.pooling)], encoder.width
+    modules: list[Module] = [TransformerModule.of(encoder.max_length)]
+    if pooling.layers is not None:
+        modules.append(LayerPoolingModule.of(width, encoder.config.num_hidden_layers, pooling.layers))
+    modules.append(PoolingModule.of(width, pooling.flag))
+    if pooling.model_pooler:
+        modules.append(DenseModule.of_pooler(width, strip_prefix(tensors, "pooler.dense.")))
+    for i, layer in enumerate(cast("list[Dense]", list(encoder.dense))):
+        modules.append(DenseModule.of(layer, strip_prefix(tensors, f"dense.{i}.")))
     if encoder.normalize:
-        add("Normalize", {})
+        modules.append(NormalizeModule())
+    number_folders(modules)
+    return modules
 
+
+def number_folders(modules: list[Module]) -> None:
+    """Give each module behind the transformer its folder: 1_Pooling, 2_Dense, 3_Normalize. Layer pooling is not counted, so
+    that it is 1_LayerPooling."""
+    counted = 1
+    for module in modules[1:]:
+        module.path = f"{counted}_{module.kind.removeprefix('Weighted')}"
+        counted += not isinstance(module, LayerPoolingModule)
+
+
+def write_sentence_transformers_files(encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the modules beside the checkpoint in `folder`. `state_dict` replaces the encoder's own."""
+    tensors = encoder.state_dict() if state_dict is None else state_dict
+    pooler = read_weights(folder) if POOLINGS[saved_pooling(encoder.pooling)].model_pooler else {}
+    modules = modules_of(encoder, tensors | {name: pooler[name] for name in pooler if name.startswith("pooler.dense.")})
+    for module in modules:
+        module.write(folder)
     listed = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(modules)
+        {"idx": i, "name": str(i), "path": module.path, "type": f"sentence_transformers.models.{module.kind}"}
+        for i, module in enumerate(modules)
     ]
-    write_json(folder, "modules.json", listed)
-    write_json(folder, "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
-    write_json(
-        folder,
-        "config_sentence_transformers.json",
-        {"prompts": encoder.prompts, "default_prompt_name": encoder.default_prompt_name}
-        | {"similarity_fn_name": encoder.similarity_fn_name}
-        | ({"truncate_dim": encoder.truncate_dim} if encoder.truncate_dim else {}),
-    )
-
-
-def write_json(folder: str, name: str, content: object) -> None:
-    Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder, "modules.json"), listed)
+    config = {
+        "prompts": encoder.prompts,
+        "default_prompt_name": encoder.default_prompt_name,
+        "similarity_fn_name": encoder.similarity_fn_name,
+    }
+    write_json(Path(folder, MODEL_CONFIG), config | ({"truncate_dim": encoder.truncate_dim} if encoder.truncate_dim else {}))
 
 
 # ---- reading ----
 
 
-class Files:
-    """The files of a local folder, or of a model on the Hub (`hub`: revision, token, cache_dir, local_files_only)."""
-
-    def __init__(self, name: str, **hub):
-        self.name, self.hub = name, hub
-
-    def path(self, file: str) -> str | None:
-        return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False, **self.hub)
-
-    def json(self, file: str, kind: type = dict):
-        """What a JSON file says, a `kind`; None without the file."""
-        path = self.path(file)
-        if path is None:
-            return None
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"model '{self.name}': {file} is not JSON ({error}); correct it or copy it anew") from error
-        if not isinstance(content, kind):
-            raise InputError(f"model '{self.name}': {file} has no {kind.__name__} at its top; copy it anew")
-        return content
-
-    def config(self, kind: str, file: str) -> dict:
-        """The config of a module, checked; {} without the file."""
-        config = self.json(file) or {}
-        self.check_keys(kind, file, config)
-        return config
-
-    def check_keys(self, kind: str, file: str, config: dict) -> None:
-        for key, value in config.items():
-            known = KEYS[kind].get(key, EMPTY)
-            if not (value in known if isinstance(known, list) else isinstance(value, known) or value in EMPTY):
-                shown = json.dumps(value)
-                raise self.refused(f"{key} {shown if len(shown) < 100 else shown[:100] + ' ...'} of {file}")
-
-    def tensors(self, path: str) -> dict[str, Tensor]:
-        """The weights of a module."""
-        if file := self.path(f"{path}/model.safetensors"):
-            return load_file(file)
-        if file := self.path(f"{path}/pytorch_model.bin"):
-            return torch.load(file, map_location="cpu", weights_only=True)
-        raise InputError(f"model '{self.name}': '{path}' has no weights (model.safetensors or pytorch_model.bin); copy it anew")
-
-    def refused(self, what: str, mend: str = "load it with sentence-transformers") -> InputError:
-        return InputError(f"model '{self.name}': {what} cannot be represented here; {mend}")
-
-
-def read_settings(name: str, backbone, tokenizer=None, pooling: str | None = None, **hub) -> dict:
-    """What the sentence-transformers files beside a checkpoint say, as arguments of `Encoder`.
-
-    `pooling` replaces the folder's own, which then need not be one that can be represented here. Raises InputError for
-    whatever else would make other vectors than sentence-transformers makes.
-    """
-    files = Files(name, **hub)
-    modules = read_modules(files)
-    if modules is None:
-        return plain_settings(files, backbone, tokenizer, pooling)
-    own = None
-    try:
-        own = read_pooling(files, modules, backbone)
-    except InputError as error:
-        if pooling is None:
-            raise
-        logger.warning(f"pooling {pooling} is taken as given, for the folder's own cannot be read: {error}")
-    dense = [path for kind, path in modules if kind == "Dense"]
-    if own == "cls_mlp":
-        head, *dense = dense
-        if pooling not in (None, "cls_mlp"):
-            logger.warning(
-                f"model '{name}': pooling {pooling} leaves out the layer '{head}', the head of its own pooling, cls_mlp"
-            )
-    for kind, path in modules:
-        if kind == "Normalize":
-            files.config(kind, f"{path}/config.json")
-        if kind == "Dropout":
-            logger.warning(f"model '{name}': the module Dropout ('{path}') is left out; it changes no vector but in training")
-    settings = {"pooling": pooling or own, "normalize": any(kind == "Normalize" for kind, _ in modules)}
-    settings["dense"] = read_dense_layers(files, dense, backbone)
-    return settings | read_transformer(files, modules[0][1], backbone, tokenizer) | read_model_config(files)
-
-
-def plain_settings(files: Files, backbone, tokenizer, pooling: str | None) -> dict:
-    """Of a checkpoint without modules.json, for which sentence-transformers has defaults: mean pooling in most cases."""
-    left = [file for file in ("1_Pooling/config.json", "config_sentence_transformers.json") if files.path(file)]
-    if left and pooling is None:
-        raise InputError(
-            f"model '{files.name}': there is {left[0]}, but no modules.json, so sentence-transformers reads none of it; give "
-            "pooling=, or copy modules.json too"
-        )
-    if left:
-        logger.warning(f"model '{files.name}': {' and '.join(left)} are not read, for there is no modules.json")
-    if pooling is not None:
-        return {"pooling": pooling}
-    if getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"model '{files.name}': sentence-transformers puts texts through its chat template, which cannot be represented "
-            "here; give pooling= (for a decoder, last): texts are then taken as they are"
-        )
-    architectures = getattr(backbone.config, "architectures", None) or [""]
-    if architectures[0].endswith("ForCausalLM") and getattr(backbone.config, "is_causal", True):
-        logger.warning(f"model '{files.name}': a causal language model, so pooling is last, as in sentence-transformers")
-        return {"pooling": "last"}
-    return {}
-
-
-def transformer_folder(name: str, **hub) -> dict[str, str]:
-    """Where below `name` the transformer and its tokenizer are, for their from_pretrained: {} or {"subfolder": ...}."""
+def transformer_folder(name: str, **hub: Any) -> dict[str, str]:
+    """Return where below `name` the transformer and its tokenizer are, for their from_pretrained: {} or {"subfolder": ...}."""
     modules = read_modules(Files(name, **hub))
-    return {"subfolder": modules[0][1]} if modules and modules[0][1] else {}
+    return {"subfolder": modules[0].path} if modules and modules[0].path else {}
 
 
-def read_modules(files: Files) -> list[tuple[str, str]] | None:
-    """(kind, folder) of every module, a Transformer first; None without modules.json. Raises InputError unless all are
-    sentence-transformers' own, known here, and in an order that can be represented."""
+def read_modules(files: Files) -> list[Module] | None:
+    """Return the modules that modules.json lists, a Transformer first, not read yet; None without modules.json.
+
+    Raises:
+        InputError: a module that is not sentence-transformers' own or not known here, or an order that cannot be represented.
+    """
     listed = files.json("modules.json", list)
     if listed is None:
         return None
-    modules, before = [], None
-    for module in listed:
-        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("path", "type")):
-            raise InputError(f"model '{files.name}': modules.json lists {module!r}, which has no path and type; copy it anew")
-        files.check_keys("modules.json", "modules.json", module)
-        path, (package, _, kind) = module["path"], module["type"].rpartition(".")
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise InputError(f"model '{files.name}': modules.json names '{path}', which is outside of the folder; correct it")
-        if not package.startswith("sentence_transformers."):
-            raise files.refused(f"the module {module['type']} ('{path}'), which is code of the model's own,")
-        if kind not in KEYS:
-            raise files.refused(f"the module {kind} ('{path}')")
-        modules.append((kind, path))
-        if sum(module.get("name") == other.get("name") for other in listed if isinstance(other, dict)) > 1:
-            raise files.refused(f"the module {kind} ('{path}'), whose name '{module.get('name')}' another has too,")
-        if kind == "Dropout":
+    modules: list[Module] = []
+    before: str | None = None
+    for entry in listed:
+        module = read_module(files, entry)
+        name = entry.get("name")
+        modules.append(module)
+        if sum(name == other.get("name") for other in listed if isinstance(other, dict)) > 1:
+            raise files.refused(f"the module {module.kind} ('{module.path}'), whose name '{name}' another has too,")
+        if isinstance(module, DropoutModule):
             continue
-        twice = kind == before and kind not in ("Dense", "Normalize")
-        if twice or (before and ORDER.index(kind) < ORDER.index(before)):
-            raise files.refused(f"the module {kind} ('{path}') behind {before}")
-        before = kind
-    if not modules or modules[0][0] != "Transformer":
+        twice = module.kind == before and not isinstance(module, DenseModule | NormalizeModule)
+        if before is not None and (twice or ORDER.index(module.kind) < ORDER.index(before)):
+            raise files.refused(f"the module {module.kind} ('{module.path}') behind {before}")
+        before = module.kind
+    if not modules or not isinstance(modules[0], TransformerModule):
         raise files.refused("a modules.json whose first module is no Transformer")
     return modules
 
 
-def read_transformer(files: Files, path: str, backbone, tokenizer) -> dict:
-    """max_length, as sentence-transformers finds it. Raises InputError where it would tokenize otherwise."""
-    prefix = f"{path}/" if path else ""
-    found = ((prefix + file, files.json(prefix + file)) for file in TRANSFORMER_CONFIGS)
-    file, config = next(((file, config) for file, config in found if config), (prefix + TRANSFORMER_CONFIGS[0], {}))
-    modalities = config.get("modality_config")
-    if isinstance(modalities, dict) and "message" in modalities:
-        raise files.refused(f"the chat template that texts go through by modality_config of {file}")
-    for key, value in config.items():  # arguments of loading; sentence-transformers heeds no trust_remote_code from a file
-        if key.endswith(("_args", "_kwargs")) and isinstance(value, dict):
-            config[key] = {name: argument for name, argument in value.items() if name != "trust_remote_code"}
-    files.check_keys("Transformer", file, config)
-    if tokenizer is None:
-        return {}
-    longest = tokenizer.model_max_length
-    if not isinstance(longest, int | float):
-        raise InputError(
-            f"model '{files.name}': model_max_length {longest!r} of tokenizer_config.json is no number; correct it"
-        )
-    if config.get("do_lower_case") and not lower_cases(tokenizer):
-        raise files.refused(
-            f"do_lower_case of {file}", "set it in tokenizer_config.json, or load it with sentence-transformers"
-        )
-    if config.get("max_seq_length"):
-        return {"max_length": config["max_seq_length"]}
-    positions = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet says -1
-    return {"max_length": int(min(longest, positions) if positions > 0 else longest)}
-
-
-def lower_cases(tokenizer) -> bool:
-    sample = "Ein ÄRGER in İstanbul"
-    return tokenizer.tokenize(sample) == tokenizer.tokenize(sample.lower())
-
-
-def read_model_config(files: Files) -> dict:
-    file = "config_sentence_transformers.json"
-    config = files.config(file, file)
-    if config.get("requirements"):
-        logger.warning(f"model '{files.name}' asks for {json.dumps(config['requirements'])}, which is not checked here")
-    prompts = config.get("prompts") or {}
-    if not all(isinstance(text, str | None) for text in prompts.values()):
-        raise InputError(f"model '{files.name}': prompts {prompts!r} are no texts by name; correct {file}")
-    prompts = {key: text or "" for key, text in prompts.items()}
-    return {
-        # sentence-transformers always has these two, empty.
-        "prompts": {key: text for key, text in prompts.items() if text or key not in ("query", "document")},
-        "default_prompt_name": config.get("default_prompt_name"),
-        "similarity_fn_name": config.get("similarity_fn_name") or "cosine",
-        "truncate_dim": config.get("truncate_dim"),
-    }
-
-
-def read_pooling(files: Files, modules: list[tuple[str, str]], backbone) -> str:
-    """Our name for what the modules up to the first Dense do."""
-    mend = "give pooling=, or load it with sentence-transformers"
-    paths = dict(reversed(modules))  # the first of each kind
-    if "Pooling" not in paths:
-        raise files.refused("a modules.json without Pooling", mend)
-    file = f"{paths['Pooling']}/config.json"
-    config = files.config("Pooling", file)
-    if not config.get("include_prompt", True):
-        raise files.refused("pooling without the prompt (include_prompt false)", mend)
-    modes = config.get("pooling_mode") or [flag for flag in ST_FLAGS if config.get(f"pooling_mode_{flag}")] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else modes
-    names = {flag: ours for ours, flag in ST_POOLING.items()} | ST_MODES
-    if len(modes) != 1 or modes[0] not in names:
-        raise files.refused(f"pooling {' + '.join(modes)}", mend)
-    pooling = names[modes[0]]
-    if "WeightedLayerPooling" in paths:
-        layers = read_layers(files, paths["WeightedLayerPooling"], backbone, mend)
-        if layers and pooling != "mean":
-            raise files.refused(f"pooling {pooling} of the layers of '{paths['WeightedLayerPooling']}'", mend)
-        pooling = layers or pooling
-    if pooling == "cls" and "Dense" in paths and is_pooler(files, paths["Dense"], backbone):
-        return "cls_mlp"
-    return pooling
-
-
-def read_layers(files: Files, path: str, backbone, mend: str) -> str | None:
-    """Our name for a mean over layers; None if it is the last layer alone."""
-    file = f"{path}/config.json"
-    config, last = files.config("WeightedLayerPooling", file), backbone.config.num_hidden_layers
-    weights = files.tensors(path)["layer_weights"].tolist()
-    first = config.get("layer_start", 4) or 0
-    used = {first + i: weight for i, weight in enumerate(weights) if weight}
-    names = {(last,): None, (last - 1, last): "top2", (1, last): "first_last"}
-    fits = config.get("num_hidden_layers", 12) == last == first + len(weights) - 1
-    if not fits or len(set(used.values())) != 1 or tuple(used) not in names:
-        raise files.refused(f"layer weights {weights} of '{path}'", mend)
-    if not backbone.config.output_hidden_states:
-        raise files.refused(f"'{path}' beside a config.json without output_hidden_states, by which it has no effect,", mend)
-    return names[tuple(used)]
-
-
-def has_mlp_head(name: str, backbone) -> bool:
-    """Whether the folder's own pooling is cls_mlp."""
-    files = Files(name)
-    modules = read_modules(files)
-    try:
-        return bool(modules) and read_pooling(files, modules, backbone) == "cls_mlp"
-    except InputError:
-        return False
-
-
-def is_pooler(files: Files, path: str, backbone) -> bool:
-    """Whether a Dense module is the backbone's own pooler, which is how the MLP head is saved."""
-    pooler = getattr(getattr(backbone, "pooler", None), "dense", None)
-    dense = read_dense(files, path)
-    if pooler is None or dense.residual is not None or not isinstance(dense.activation, nn.Tanh):
-        return False
-    own, saved = pooler.state_dict(), dense.linear.state_dict()
-    return own.keys() == saved.keys() and all(torch.equal(saved[key].to(own[key]), own[key]) for key in own)
-
-
-def read_dense_layers(files: Files, paths: list[str], backbone) -> list[Dense]:
-    """The layers behind the pooling, in the precision and on the device of the backbone."""
-    layers, width = [], getattr(backbone.config, "hidden_size", None)
-    for path in paths:
-        layer = read_dense(files, path)
-        if width is not None and layer.linear.in_features != width:
-            raise files.refused(f"the module Dense ('{path}'), which takes {layer.linear.in_features} numbers and not {width},")
-        width = layer.linear.out_features
-        layers.append(layer.to(next(backbone.parameters())))
-    return layers
-
-
-def read_dense(files: Files, path: str) -> Dense:
-    file = f"{path}/config.json"
-    config = files.config("Dense", file)
-    package, _, kind = (config.get("activation_function", "torch.nn.modules.activation.Tanh") or "").rpartition(".")
-    activation = getattr(nn, kind, None) if f"{package}.".startswith("torch.nn.") else None
-    tensors = files.tensors(path)
-    try:
-        dense = Dense(
-            nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True)),
-            activation(),
-            residual=config.get("use_residual", False),
-        )
-        dense.load_state_dict(tensors)
-    except (TypeError, KeyError, RuntimeError) as error:
-        sizes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise files.refused(f"the module Dense ('{path}'), {json.dumps(config)} with weights {sizes},") from error
-    return dense
+def read_module(files: Files, entry: Any) -> Module:
+    """Return the module of one entry of modules.json."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("path", "type")):
+        raise InputError(f"model '{files.name}': modules.json lists {entry!r}, which has no path and type; copy it anew")
+    files.check_keys("modules.json", entry, MODULES_KEYS)
+    path, (package, _, kind) = entry["path"], entry["type"].rpartition(".")
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise InputError(f"model '{files.name}': modules.json names '{path}', which is outside of the folder; correct it")
+    if not package.startswith("sentence_transformers."):
+        raise files.refused(f"the module {entry['type']} ('{path}'), which is code of the model's own,")
+    if kind not in KINDS:
+        raise files.refused(f"the module {kind} ('{path}')")
+    return KINDS[kind](path)

@@ -3,13 +3,19 @@
 import contextlib
 import logging
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.checkpoint.layout import Files, read_settings, transformer_folder
+from hf_embed.checkpoint.files import Files
+from hf_embed.checkpoint.layout import transformer_folder
+from hf_embed.checkpoint.settings import read_settings
+from hf_embed.encoder import Encoder, check_max_length
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
@@ -28,9 +34,19 @@ MOST_TOKENS = 10**9
 
 
 def load_encoder(
-    cls, name: str, pooling=None, max_length=None, normalize=None, trust_remote_code=False, new_pooler=False, **model_kwargs
-):
-    """See Encoder.from_pretrained. With `new_pooler` the weights need not hold a pooler: it is trained from nothing.
+    cls: type[Encoder],
+    name: str,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    normalize: bool | None = None,
+    trust_remote_code: bool = False,
+    new_pooler: bool = False,
+    **model_kwargs: Any,
+) -> Encoder:
+    """Return the encoder of a folder or of a model on the Hub, as `Encoder.from_pretrained` describes it.
+
+    Args:
+        new_pooler: the weights need not hold a pooler: it is trained from nothing.
 
     Raises:
         InputError: the model cannot be reached; weights or tokenizer files are missing, broken or of another model; a setting
@@ -49,11 +65,7 @@ def load_encoder(
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
     settings |= {} if normalize is None else {"normalize": normalize}
     stated = settings.pop("max_length", None)
-    if settings.get("similarity_fn_name", "cosine") != "cosine":
-        logger.warning(
-            f"model '{name}': similarity() and mteb compare its vectors by {settings['similarity_fn_name']}, as it says; "
-            "training and the evaluations of this package do so by the cosine"
-        )
+    warn_of_similarity(name, settings.get("similarity_fn_name", "cosine"))
     encoder = cls(backbone, tokenizer, **settings, max_length=max_length).eval()
     if max_length is None:
         encoder.max_length = length_of(encoder, name, stated)
@@ -64,8 +76,17 @@ def load_encoder(
     return encoder
 
 
-def find_transformer(name: str, **hub) -> dict[str, str]:
-    """`transformer_folder`; InputError if the model cannot be reached."""
+def warn_of_similarity(name: str, similarity: str) -> None:
+    """Say that training and evaluation compare vectors by the cosine, where the model's own similarity is another."""
+    if similarity != "cosine":
+        logger.warning(
+            f"model '{name}': similarity() and mteb compare its vectors by {similarity}, as it says; "
+            "training and the evaluations of this package do so by the cosine"
+        )
+
+
+def find_transformer(name: str, **hub: Any) -> dict[str, str]:
+    """Return what `transformer_folder` does. Raises InputError if the model cannot be reached."""
     try:
         return transformer_folder(name, **hub)
     except InputError:
@@ -74,13 +95,11 @@ def find_transformer(name: str, **hub) -> dict[str, str]:
         raise unreachable(name, error) from error
 
 
-def length_of(encoder, name: str, stated: int | None) -> int:
-    """After how many tokens to cut texts: as the folder states, if the model takes so many; else as the encoder does.
+def length_of(encoder: Encoder, name: str, stated: int | None) -> int:
+    """Return after how many tokens to cut texts: as the folder states, if the model takes so many; else as the encoder does.
 
-    Says so in a warning where that is earlier than sentence-transformers cuts them.
+    A warning says so where that is earlier than sentence-transformers cuts them.
     """
-    from hf_embed.encoder import check_max_length
-
     limit, longest = encoder.positions, encoder.tokenizer.model_max_length
     if stated is None or (limit is None and stated > MOST_TOKENS):
         longest = min(limit or longest, longest)
@@ -97,11 +116,16 @@ def length_of(encoder, name: str, stated: int | None) -> int:
 
 
 def load_model(
-    name: str, auto_class: str | None = None, trust_remote_code: bool = False, **kwargs
+    name: str, auto_class: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of its parameters that the weights file does not have.
+    """Return the model, and the names of its parameters that the weights file does not have.
 
-    `auto_class` is a class of transformers; default: the one that loads this model as a text encoder.
+    Args:
+        auto_class: a class of transformers; default: the one that loads this model as a text encoder.
+        kwargs: for its from_pretrained.
+
+    Raises:
+        InputError: the model cannot be reached, or its weights are not its own or not whole.
     """
     kwargs = {"dtype": "auto"} | kwargs
     try:
@@ -122,6 +146,7 @@ def load_model(
 
 
 def refuse_adapter(files: Files) -> None:
+    """Raise InputError for a folder with an adapter in place of a model."""
     if (adapter := files.json("adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path") or "an unnamed model"
         raise InputError(
@@ -131,7 +156,7 @@ def refuse_adapter(files: Files) -> None:
 
 
 def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
-    """Raises InputError for weights of another shape, of more layers than the model has, quantised or not finite."""
+    """Raise InputError for weights of another shape, of more layers than the model has, quantised or not finite."""
     name = files.name
     if report["mismatched_keys"]:
         key, found, wanted = sorted(report["mismatched_keys"])[0]
@@ -154,14 +179,14 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
 
 
 def weight_files(files: Files) -> list[str]:
-    """The safetensors files of a model, where they lie on this machine."""
+    """Return the safetensors files of a model, where they lie on this machine."""
     index = files.json("model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     return [path for path in map(files.path, names) if path]
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs):
-    """The tokenizer of a model. Raises InputError if its files are missing or not whole."""
+def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model. Raises InputError if its files are missing or not whole."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
@@ -170,15 +195,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs):
         raise InputError(f"model '{name}': it needs a {type(tokenizer).__name__}, not a tokenizer of plain text; take another")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
-    if type(model).__name__ == "BPE" and len(tokenizer) > 300 and not has_merges(model):
+    if isinstance(model, BPE) and len(tokenizer) > 300 and not has_merges(model):
         raise InputError(f"model '{name}': its tokenizer has a vocabulary, but no merges; save merges.txt beside vocab.json")
     where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
     check_added_tokens(Files(name, **where).json("tokenizer_config.json") or {}, tokenizer, name)
     return tokenizer
 
 
-def check_added_tokens(config: dict, tokenizer, name: str) -> None:
-    """Raises InputError if a token that tokenizer_config.json puts before or after each text is not put there.
+def check_added_tokens(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise InputError if a token that tokenizer_config.json puts before or after each text is not put there.
 
     Since version 5, transformers goes by tokenizer.json alone: models that pool the end-of-text token would pool a word.
     """
@@ -191,19 +216,19 @@ def check_added_tokens(config: dict, tokenizer, name: str) -> None:
             )
 
 
-def has_merges(model) -> bool:
-    """Whether a byte-pair encoding joins anything: without merges each letter is a token of its own."""
+def has_merges(model: BPE) -> bool:
+    """Return whether a byte-pair encoding joins anything: without merges each letter is a token of its own."""
     return any(len(model.tokenize(word)) < len(word) for word in ("the", "and", "ing", "tion", "ation"))
 
 
 def listed(names: list[str]) -> str:
-    """ "'a'", or "'a' and 11 more"."""
+    """Name the first of `names` and count the others: 'a' and 11 more."""
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 @contextlib.contextmanager
-def own_code(backbone):
-    """The config without `auto_map` where transformers' own class was taken: that code is not saved."""
+def own_code(backbone: PreTrainedModel) -> Iterator[None]:
+    """Take `auto_map` out of the config for a while, if the class is transformers' own: that code is not saved."""
     auto_map = None if is_remote(backbone) or is_remote(backbone.config) else vars(backbone.config).pop("auto_map", None)
     try:
         yield
@@ -213,6 +238,7 @@ def own_code(backbone):
 
 
 def unreachable(name: str, error: Exception, what: str = "cannot be loaded") -> InputError:
+    """Return the error for a model whose loading raised `error`."""
     if "trust_remote_code=True" in str(error):
         return InputError(
             f"model '{name}' brings Python code of its own, which is not run unless you say so: read it, then give "

@@ -10,17 +10,21 @@ import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_embed.adapters import has_adapters, merge_adapters
 from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.verify import verify_folder, verify_loadable
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.pooling import MULTI_LAYER
+from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
@@ -30,14 +34,24 @@ STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 
 def save_encoder(
-    encoder, folder: str, verify: bool = True, state_dict: dict[str, Tensor] | None = None, allow_runtime: bool = False
+    encoder: Encoder,
+    folder: str,
+    verify: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    allow_runtime: bool = False,
 ) -> None:
     """Write `encoder` to `folder` as a plain checkpoint; adapters are merged into a copy first, TempScale is folded.
 
-    `state_dict` replaces the encoder's own (FSDP gathers it). Raises ExportError, and leaves the folder as it was, if
-    AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more than 1e-5 of their
-    norm; and InputError if TempScale cannot be folded. With `allow_runtime` it then stays out of the weights: this package's
-    loader applies it, others do not, and the card says so.
+    Args:
+        verify: check the folder before it is put in place.
+        state_dict: replaces the encoder's own (FSDP gathers it).
+        allow_runtime: TempScale that cannot be folded stays out of the weights: this package's loader applies it, others do
+            not, and the card says so.
+
+    Raises:
+        ExportError: AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more
+            than 1e-5 of their norm. The folder is as it was.
+        InputError: TempScale cannot be folded.
     """
     runtime = needs_runtime(encoder, allow_runtime)
     if verify:
@@ -71,31 +85,54 @@ def put_in_place(new: str, folder: str) -> None:
         path.unlink()
 
 
-def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True) -> dict[str, Tensor]:
+def write_checkpoint(
+    encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True
+) -> dict[str, Tensor]:
     """Write the weights, config and tokenizer. Returns the tensors that were written, by name."""
-    backbone, settings = encoder.backbone, {}
-    scaling = applied_tempscale(backbone)
-    if has_adapters(backbone):  # merged into a copy, the one in training goes on as it is
-        backbone = copy.deepcopy(backbone)
-        if state_dict is not None:
-            backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
-            state_dict = None
-        if scaling:
-            remove_tempscale(backbone)
-        backbone = merge_adapters(backbone)
-        if scaling and fold:
-            fold_tempscale(backbone, scaling)
-        elif scaling:
-            backbone.config.temp_scale = scaling.to_dict()
+    backbone = encoder.backbone
+    settings: dict[str, Any] = {}
+    if has_adapters(backbone):
+        backbone, state_dict = merged_copy(backbone, state_dict, fold), None
     else:
-        state_dict = state_dict and strip_prefix(state_dict, "backbone.")
-        if scaling and fold:
-            tensors, settings = folded(backbone, state_dict)
-            state_dict = (state_dict or backbone.state_dict()) | tensors
+        state_dict, settings = tensors_to_save(backbone, state_dict, fold)
     if type(backbone).__module__.startswith("transformers_modules."):
         type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever class it came in
     with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone):
         backbone.save_pretrained(folder, state_dict=state_dict)
+    write_tokenizer(encoder, folder)
+    return backbone.state_dict() if state_dict is None else state_dict
+
+
+def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool) -> PreTrainedModel:
+    """Return a copy of `backbone` with its adapters merged, and TempScale folded or noted in its config. The one in training
+    goes on as it is."""
+    scaling = applied_tempscale(backbone)
+    backbone = copy.deepcopy(backbone)
+    if state_dict is not None:
+        backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
+    if scaling:
+        remove_tempscale(backbone)
+    backbone = merge_adapters(backbone)
+    if scaling and fold:
+        fold_tempscale(backbone, scaling)
+    elif scaling:
+        backbone.config.temp_scale = scaling.to_dict()
+    return backbone
+
+
+def tensors_to_save(
+    backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool
+) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    """Return the tensors to save in place of the model's own, if any, and the settings of its config, with TempScale folded."""
+    tensors = strip_prefix(state_dict, "backbone.") if state_dict else None
+    if not (applied_tempscale(backbone) and fold):
+        return tensors, {}
+    changed, settings = folded(backbone, tensors)
+    return (tensors or backbone.state_dict()) | changed, settings
+
+
+def write_tokenizer(encoder: Encoder, folder: str) -> None:
+    """Write the tokenizer as the encoder uses it."""
     tokenizer = copy.deepcopy(encoder.tokenizer)
     if not is_remote(tokenizer):
         tokenizer.init_kwargs.pop("auto_map", None)
@@ -103,13 +140,14 @@ def write_checkpoint(encoder, folder: str, state_dict: dict[str, Tensor] | None 
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved as it is now, not as it was loaded
     tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
     tokenizer.save_pretrained(folder)
-    return backbone.state_dict() if state_dict is None else state_dict
 
 
 @contextlib.contextmanager
-def config_for_saving(config, pooling: str, settings: dict):
-    """The config with `settings`. Poolings over several layers need the model to hand them out, in every loader."""
-    settings = {"output_hidden_states": config.output_hidden_states or pooling in MULTI_LAYER} | settings
+def config_for_saving(config: PreTrainedConfig, pooling: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Give the config `settings` for a while. Poolings over several layers need the model to hand out the states of all, in
+    every loader."""
+    all_layers = POOLINGS[pooling].layers is not None
+    settings = {"output_hidden_states": config.output_hidden_states or all_layers} | settings
     before = {key: getattr(config, key) for key in settings}
     try:
         for key, value in settings.items():
@@ -120,8 +158,8 @@ def config_for_saving(config, pooling: str, settings: dict):
             setattr(config, key, value)
 
 
-def needs_runtime(encoder, allowed: bool) -> bool:
-    """Whether TempScale has to stay out of the weights. Raises InputError if that is not allowed."""
+def needs_runtime(encoder: Encoder, allowed: bool) -> bool:
+    """Return whether TempScale has to stay out of the weights. Raises InputError if that is not allowed."""
     if applied_tempscale(encoder.backbone) is None:
         return False
     try:

@@ -3,20 +3,23 @@
 import contextlib
 import importlib.util
 import tempfile
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hf_embed.checkpoint.layout import read_settings
 from hf_embed.checkpoint.load import own_code
+from hf_embed.checkpoint.settings import read_settings
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import TEXTS
-from hf_embed.pooling import MULTI_LAYER, pool, saved_pooling
+from hf_embed.pooling import POOLINGS, pool, saved_pooling
 from hf_embed.text_models import loading_class
 
+Encode = Callable[[list[str]], Tensor]  # N texts to their vectors (N, D), on the CPU
 # The largest difference of two vectors, as a share of their norm.
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 1e-2  # of single texts; sentence-transformers pools in half precision too
@@ -26,11 +29,14 @@ class ExportError(RuntimeError):
     """The saved folder would not give the encoder's own vectors."""
 
 
-def verify_folder(encoder, folder: str, weights: dict[str, Tensor]) -> None:
-    """Raise ExportError unless `folder` gives what was meant to be saved.
+def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> None:
+    """Check that `folder` gives what was meant to be saved.
 
     Its tensors are `weights`, bit for bit; and AutoModel and sentence-transformers (where it is installed) give the encoder's
     vectors, of single texts and of an unequal batch, to 1e-5 of their norm.
+
+    Raises:
+        ExportError: one of these does not hold.
     """
     dtype = next(encoder.backbone.parameters()).dtype
     half = dtype in (torch.float16, torch.bfloat16)
@@ -54,29 +60,31 @@ def verify_folder(encoder, folder: str, weights: dict[str, Tensor]) -> None:
                 )
 
 
-def verify_weights(model, weights: dict[str, Tensor]) -> None:
+def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Raise ExportError unless `model` has `weights`, bit for bit."""
     loaded = model.state_dict()
     for name, tensor in weights.items():
         if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].device)):
             raise ExportError(f"not saved: '{name}' is not the trained one in the folder ({type(model).__name__})")
 
 
-def through_automodel(encoder, folder: str, model):
-    """A function from texts to vectors, as the card tells users to write it."""
+def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel) -> Encode:
+    """Return a function from texts to vectors, as the card tells users to write it."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=encoder.remote_code)
     tokenizer.padding_side = "right"
-    pooling, dense = saved_pooling(encoder.pooling), read_settings(folder, model).get("dense", [])
+    pooling = POOLINGS[saved_pooling(encoder.pooling)]
+    dense = read_settings(folder, model).get("dense", [])
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> Tensor:
         texts = [encoder.prompt() + text for text in texts]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
-        if pooling == "cls_mlp":
+        if pooling.model_pooler:
             vectors = output.pooler_output
         else:
-            layers = output.hidden_states if pooling in MULTI_LAYER else (output[0],)
-            vectors = pool(pooling, layers, batch["attention_mask"])
+            layers = (output[0],) if pooling.layers is None else output.hidden_states
+            vectors = pool(pooling.name, layers, batch["attention_mask"])
         for layer in dense:
             vectors = layer(vectors)
         return encoder.finish(vectors.float()).cpu()
@@ -84,37 +92,47 @@ def through_automodel(encoder, folder: str, model):
     return encode
 
 
-def through_sentence_transformers(encoder, folder: str, dtype: torch.dtype):
+def through_sentence_transformers(encoder: Encoder, folder: str, dtype: torch.dtype) -> Encode:
+    """Return a function from texts to the vectors that sentence-transformers makes of them."""
     from sentence_transformers import SentenceTransformer
 
     with quiet():
-        settings = {"trust_remote_code": encoder.remote_code, "model_kwargs": {"dtype": dtype}}
-        model = SentenceTransformer(folder, device=str(encoder.device), **settings)
+        model = SentenceTransformer(
+            folder, device=str(encoder.device), trust_remote_code=encoder.remote_code, model_kwargs={"dtype": dtype}
+        )
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
-def verify_loadable(encoder) -> None:
-    """Raise InputError if a saved folder would load as another model or tokenizer: known before the training, not after it.
+def verify_loadable(encoder: Encoder) -> None:
+    """Check that a saved folder would load as the same model and tokenizer, before the training and not after it.
 
     AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
+
+    Raises:
+        InputError: one of them would be of another class, or needs a processor.
     """
-    base, loader = encoder.base, loading_class(encoder.config)
-    kind = type(base).__name__
     with tempfile.TemporaryDirectory() as folder, quiet():
         with own_code(encoder.base):
             encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
-        loaded = AutoTokenizer.from_pretrained(folder, **trusted)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
         try:
             config = AutoConfig.from_pretrained(folder, **trusted)
-            AutoProcessor.from_pretrained(
-                folder, **trusted
-            )  # which sentence-transformers asks for; of a text model it is the tokenizer
+            # sentence-transformers asks for a processor; of a text model it is the tokenizer.
+            AutoProcessor.from_pretrained(folder, **trusted)
         except Exception as error:
             raise InputError(
-                f"{kind} needs a processor beside its tokenizer ({type(error).__name__}); take a text model"
+                f"{type(encoder.base).__name__} needs a processor beside its tokenizer ({type(error).__name__}); "
+                "take a text model"
             ) from error
+    verify_class(encoder.base, config)
+    verify_tokenizer(encoder, tokenizer)
+
+
+def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Raise InputError unless a model of the class of `base` is what transformers makes of `config`."""
+    loader = loading_class(base.config)
     found, known = None, transformers.AutoModel._model_mapping
     if loader != "AutoModel":
         found = getattr(transformers, loader)
@@ -124,9 +142,13 @@ def verify_loadable(encoder) -> None:
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
         named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
         raise InputError(
-            f"{kind} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
+            f"{type(base).__name__} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
             f"take a model that {loader}.from_pretrained gives"
         )
+
+
+def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
+    """Raise InputError unless the tokenizer that was saved and `loaded` gives the tokens of the encoder's own."""
     for text in TEXTS:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(
@@ -136,8 +158,8 @@ def verify_loadable(encoder) -> None:
 
 
 @contextlib.contextmanager
-def quiet():
-    """Loading for a check says nothing."""
+def quiet() -> Iterator[None]:
+    """Silence transformers for a while: loading for a check says nothing."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

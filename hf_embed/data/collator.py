@@ -1,6 +1,7 @@
 """Rows to one flat ragged batch. No padding: that is decided per chunk, when the whole batch is known."""
 
 import torch
+from torch import Tensor
 
 
 class RaggedCollator:
@@ -53,3 +54,17 @@ class RaggedCollator:
             "text_ids": text_ids,
             "source": source,
         }
+
+
+def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:
+    """Put embeddings (texts, D) into their slots of (B, V, D), in float32 at least; an absent text is zero.
+
+    With `twice` each embedding is both views of its row: one pass, under one dropout mask.
+    """
+    if embeddings.dtype in (torch.float16, torch.bfloat16):
+        embeddings = embeddings.float()
+    if twice:
+        embeddings = embeddings.repeat_interleave(2, 0)
+    rows, views = shape
+    empty = embeddings.new_zeros(rows * views, embeddings.shape[1])
+    return empty.index_copy(0, slots, embeddings).view(rows, views, -1)

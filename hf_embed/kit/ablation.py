@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PrinterCallback
 
-from hf_embed.checkpoint.card import write_whole
+from hf_embed.checkpoint.files import write_whole
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, as_flags
 from hf_embed.kit.finetune import make_trainer, number, read_seeds

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_embed.checkpoint.card import swept_columns
+from hf_embed.checkpoint.tables import swept_columns
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval

@@ -26,11 +26,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint import card
-from hf_embed.checkpoint.layout import has_mlp_head, read_settings
+from hf_embed.checkpoint import card, tables
 from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
 from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.save import put_in_place
+from hf_embed.checkpoint.settings import has_mlp_head, read_settings
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import get_rank
@@ -148,7 +148,7 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
         with quiet():
             encoder = Encoder.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         card.write_card(encoder, folder, results)
-        print("\n" + "\n".join(card.seeds_table(results)))
+        print("\n" + "\n".join(tables.seeds_table(results)))
         print(saved_to(folder, encoder.remote_code))
     return results
 
@@ -389,7 +389,7 @@ def finish(trainer: ContrastiveTrainer, before: dict, after: dict, about: dict, 
         if tasks:
             evaluations = [h for h in trainer.state.log_history if "eval_spearman" in h]
             plot_trajectory([before | {"step": 0}, *evaluations], folder / "geometry.png")
-            print("\n" + "\n".join(card.table(results)))
+            print("\n" + "\n".join(tables.comparison_table(results)))
         card.write_card(trainer.encoder, folder, results)
         print(saved_to(folder, trainer.encoder.remote_code))
     return results

@@ -1,0 +1,233 @@
+"""What the sentence-transformers files beside a checkpoint say, as arguments of `Encoder`.
+
+Whatever would make other vectors here than sentence-transformers makes is refused (InputError), by name.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_embed.checkpoint.files import Files
+from hf_embed.checkpoint.layout import (
+    MODEL_CONFIG,
+    MODEL_KEYS,
+    DenseModule,
+    DropoutModule,
+    LayerPoolingModule,
+    Module,
+    NormalizeModule,
+    PoolingModule,
+    TransformerModule,
+    of_kind,
+    read_modules,
+)
+from hf_embed.errors import InputError
+from hf_embed.pooling import POOLINGS, Dense, find_pooling
+
+logger = logging.getLogger(__name__)
+
+Settings = dict[str, Any]  # arguments of `Encoder`
+POOLING_MEND = "give pooling=, or load it with sentence-transformers"
+
+
+def read_settings(
+    name: str,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: str | None = None,
+    **hub: Any,
+) -> Settings:
+    """Return what the files of a folder or a model on the Hub say, as arguments of `Encoder`.
+
+    Args:
+        tokenizer: without it nothing is said of the length of texts.
+        pooling: replaces the folder's own, which then need not be one that can be represented here.
+        hub: as in `Files`.
+
+    Raises:
+        InputError: whatever else would make other vectors than sentence-transformers makes.
+    """
+    files = Files(name, **hub)
+    modules = read_modules(files)
+    if modules is None:
+        return plain_settings(files, backbone, tokenizer, pooling)
+    own = own_pooling(files, modules, backbone, pooling)
+    dense = of_kind(modules, DenseModule)
+    if own is not None and POOLINGS[own].model_pooler:
+        head, *dense = dense
+        if pooling not in (None, own):
+            logger.warning(
+                f"model '{name}': pooling {pooling} leaves out the layer '{head.path}', the head of its own pooling, {own}"
+            )
+    for module in modules:
+        if isinstance(module, NormalizeModule):
+            module.read(files)
+        if isinstance(module, DropoutModule):
+            logger.warning(
+                f"model '{name}': the module Dropout ('{module.path}') is left out; it changes no vector but in training"
+            )
+    settings: Settings = {"pooling": pooling or own, "normalize": bool(of_kind(modules, NormalizeModule))}
+    settings["dense"] = read_dense_layers(files, dense, backbone)
+    (transformer,) = of_kind(modules, TransformerModule)
+    return settings | read_transformer(files, transformer, backbone, tokenizer) | read_model_config(files)
+
+
+def plain_settings(
+    files: Files, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pooling: str | None
+) -> Settings:
+    """Return those of a checkpoint without modules.json, for which sentence-transformers has defaults: mostly mean pooling."""
+    left = [file for file in ("1_Pooling/config.json", MODEL_CONFIG) if files.path(file)]
+    if left and pooling is None:
+        raise InputError(
+            f"model '{files.name}': there is {left[0]}, but no modules.json, so sentence-transformers reads none of it; give "
+            "pooling=, or copy modules.json too"
+        )
+    if left:
+        logger.warning(f"model '{files.name}': {' and '.join(left)} are not read, for there is no modules.json")
+    if pooling is not None:
+        return {"pooling": pooling}
+    if getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"model '{files.name}': sentence-transformers puts texts through its chat template, which cannot be represented "
+            "here; give pooling= (for a decoder, last): texts are then taken as they are"
+        )
+    architectures = getattr(backbone.config, "architectures", None) or [""]
+    if architectures[0].endswith("ForCausalLM") and getattr(backbone.config, "is_causal", True):
+        logger.warning(f"model '{files.name}': a causal language model, so pooling is last, as in sentence-transformers")
+        return {"pooling": "last"}
+    return {}
+
+
+# ---- the pooling ----
+
+
+def own_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedModel, given: str | None) -> str | None:
+    """Return the folder's own pooling; None, after a warning, if it cannot be read and another is `given`."""
+    try:
+        return read_pooling(files, modules, backbone)
+    except InputError as error:
+        if given is None:
+            raise
+        logger.warning(f"pooling {given} is taken as given, for the folder's own cannot be read: {error}")
+        return None
+
+
+def read_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedModel) -> str:
+    """Return the name in `POOLINGS` of what the modules up to the first Dense do."""
+    mode, pooling = read_mode(files, of_kind(modules, PoolingModule))
+    layers = None
+    if layer_poolings := of_kind(modules, LayerPoolingModule):
+        layers = layer_poolings[0].read(files).layers(files, backbone, POOLING_MEND)
+    if layers is not None:
+        averaged = find_pooling(mode, layers)
+        if averaged is None:
+            raise files.refused(f"pooling {pooling} of the layers of '{layer_poolings[0].path}'", POOLING_MEND)
+        return averaged
+    head = find_pooling(mode, model_pooler=True)
+    dense = of_kind(modules, DenseModule)
+    if head is not None and dense and is_pooler(files, dense[0], backbone):
+        return head
+    return pooling
+
+
+def read_mode(files: Files, poolings: Sequence[PoolingModule]) -> tuple[str, str]:
+    """Return sentence-transformers' word for the pooling of the last layer, and its name in `POOLINGS`."""
+    if not poolings:
+        raise files.refused("a modules.json without Pooling", POOLING_MEND)
+    module = poolings[0].read(files)
+    if not module.config.get("include_prompt", True):
+        raise files.refused("pooling without the prompt (include_prompt false)", POOLING_MEND)
+    modes = module.modes()
+    pooling = find_pooling(modes[0]) if len(modes) == 1 else None
+    if pooling is None:
+        raise files.refused(f"pooling {' + '.join(modes)}", POOLING_MEND)
+    return modes[0], pooling
+
+
+def has_mlp_head(name: str, backbone: PreTrainedModel) -> bool:
+    """Return whether the folder's own pooling goes through the model's own pooler."""
+    files = Files(name)
+    modules = read_modules(files)
+    if not modules:
+        return False
+    try:
+        return POOLINGS[read_pooling(files, modules, backbone)].model_pooler
+    except InputError:
+        return False
+
+
+def is_pooler(files: Files, module: DenseModule, backbone: PreTrainedModel) -> bool:
+    """Return whether a Dense module is the backbone's own pooler, which is how the MLP head is saved."""
+    pooler = getattr(getattr(backbone, "pooler", None), "dense", None)
+    layer = module.read(files).layer(files)
+    if pooler is None or layer.residual is not None or not isinstance(layer.activation, nn.Tanh):
+        return False
+    own, saved = pooler.state_dict(), layer.linear.state_dict()
+    return own.keys() == saved.keys() and all(torch.equal(saved[key].to(own[key]), own[key]) for key in own)
+
+
+# ---- the other modules ----
+
+
+def read_dense_layers(files: Files, modules: Sequence[DenseModule], backbone: PreTrainedModel) -> list[Dense]:
+    """Return the layers behind the pooling, in the precision and on the device of the backbone."""
+    layers, width = [], getattr(backbone.config, "hidden_size", None)
+    for module in modules:
+        layer = module.read(files).layer(files)
+        taken = layer.linear.in_features
+        if width is not None and taken != width:
+            raise files.refused(f"the module Dense ('{module.path}'), which takes {taken} numbers and not {width},")
+        width = layer.linear.out_features
+        layers.append(layer.to(next(backbone.parameters())))
+    return layers
+
+
+def read_transformer(
+    files: Files, module: TransformerModule, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Settings:
+    """Return max_length, as sentence-transformers finds it. Raises InputError where it would tokenize otherwise."""
+    config = module.read(files).config
+    if tokenizer is None:
+        return {}
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise InputError(
+            f"model '{files.name}': model_max_length {longest!r} of tokenizer_config.json is no number; correct it"
+        )
+    if config.get("do_lower_case") and not lower_cases(tokenizer):
+        raise files.refused(
+            f"do_lower_case of {module.file}", "set it in tokenizer_config.json, or load it with sentence-transformers"
+        )
+    if config.get("max_seq_length"):
+        return {"max_length": config["max_seq_length"]}
+    positions = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet says -1
+    return {"max_length": int(min(longest, positions) if positions > 0 else longest)}
+
+
+def lower_cases(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer takes capitals for small letters."""
+    sample = "Ein ÄRGER in İstanbul"
+    return tokenizer.tokenize(sample) == tokenizer.tokenize(sample.lower())
+
+
+def read_model_config(files: Files) -> Settings:
+    """Return the settings of the model as a whole."""
+    config = files.config(MODEL_CONFIG, MODEL_KEYS)
+    if config.get("requirements"):
+        logger.warning(f"model '{files.name}' asks for {json.dumps(config['requirements'])}, which is not checked here")
+    prompts = config.get("prompts") or {}
+    if not all(isinstance(text, str | None) for text in prompts.values()):
+        raise InputError(f"model '{files.name}': prompts {prompts!r} are no texts by name; correct {MODEL_CONFIG}")
+    prompts = {key: text or "" for key, text in prompts.items()}
+    return {
+        # sentence-transformers always has these two, empty.
+        "prompts": {key: text for key, text in prompts.items() if text or key not in ("query", "document")},
+        "default_prompt_name": config.get("default_prompt_name"),
+        "similarity_fn_name": config.get("similarity_fn_name") or "cosine",
+        "truncate_dim": config.get("truncate_dim"),
+    }

@@ -1,0 +1,78 @@
+"""The tables of scores that the console and a model's card show, as lines of text.
+
+`Results` is what results.json holds. The scores in it, `before` and `after` and of each of the `seeds`, are
+
+    {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}},
+     "alignment": number, "uniformity": number}
+"""
+
+import math
+from typing import Any
+
+Results = dict[str, Any]
+Scores = dict[str, Any]
+
+
+def comparison_table(results: Results) -> list[str]:
+    """Return before -> after, a line for each evaluation set, then alignment and uniformity."""
+    before, after = labelled(results["before"]), labelled(results["after"])
+    width = max(map(len, before))
+    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
+    for label, old in before.items():
+        new, digits = after[label], digits_of(label)
+        lines.append(f"{label:{width}}  {old:8.{digits}f}  {new:8.{digits}f}  {new - old:+8.{digits}f}")
+    return lines
+
+
+def seeds_table(results: Results) -> list[str]:
+    """Return mean, smallest and largest over the seeds of a run, a line for each measure, and the seed of this model."""
+    seeds = {seed: labelled(scores) for seed, scores in results["seeds"].items()}
+    kept = seeds[str(results["seed"])]
+    width = max(map(len, kept))
+    lines = [f"{f'{len(seeds)} seeds':{width}}  {'mean':>8}  {'min':>8}  {'max':>8}  {'seed ' + str(results['seed']):>8}"]
+    for label, value in kept.items():
+        values, digits = [scores[label] for scores in seeds.values()], digits_of(label)
+        numbers = (sum(values) / len(values), min(values), max(values), value)
+        lines.append(f"{label:{width}}  " + "  ".join(f"{number:8.{digits}f}" for number in numbers))
+    return lines
+
+
+def mteb_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each task of mteb."""
+    width = max((len(row["task"]) for row in rows), default=0)
+    return [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
+
+
+def sweep_table(sweep: dict[str, Any]) -> list[str]:
+    """Return a line for each temperature that was tried, the chosen one starred; then what it gained."""
+    names = swept_columns(sweep)
+    lines = ["temperature" + "".join(f"  {name:>12}" for name in names)]
+    for row in sweep["curve"]:
+        star = "*" if row["temperature"] == sweep["temperature"] else " "
+        lines.append(f"{row['temperature']:>10g}{star}" + "".join(f"  {row[name]:>12.2f}" for name in names))
+    return [
+        *lines,
+        "",
+        f"best: {sweep['temperature']:g}, {sweep['gain']:+.2f} against 1 on the queries that chose it, "
+        f"{sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
+    ]
+
+
+def swept_columns(sweep: dict[str, Any]) -> list[str]:
+    """Return the tasks of a search for the temperature, and their mean if there are several."""
+    names = [name for name in sweep["curve"][0] if name != "temperature"]
+    return names if len(names) > 2 else names[:1]
+
+
+def labelled(scores: Scores) -> dict[str, float]:
+    """Return a model's scores, each under the name that tables give it."""
+    found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
+    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
+        found |= {f"{name} ({label} x 100)": metrics[metric] for name, metrics in scores.get(kind, {}).items()}
+    found |= {f"{key} (lower is better)": scores[key] for key in ("alignment", "uniformity") if key in scores}
+    return {label: math.nan if value is None else value for label, value in found.items()}
+
+
+def digits_of(label: str) -> int:
+    """Return the decimals that a measure is shown with."""
+    return 3 if "lower is better" in label else 2
