@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel,
 from hf_embed import Encoder, InputError
 from hf_embed.tempscale import (
     TempScaleConfig,
+    applied_tempscale,
     apply_tempscale,
     fold_tempscale,
     register_tempscale,
@@ -168,7 +169,7 @@ def test_layers_of_their_own(name, temperature):
     if name in shared:
         with pytest.raises(InputError, match=f"one {shared[name]} for several layers"):
             fold_tempscale(model, TempScaleConfig(temperature))
-        assert not hasattr(model, "_tempscale")
+        assert applied_tempscale(model) is None
     else:
         assert apart(states(fold_tempscale(model, TempScaleConfig(temperature))), expected) < 1e-5
 
@@ -522,7 +523,7 @@ def test_export_folds(tmp_path, lora):
     assert torch.equal(vectors(encoder), scaled)
     loaded = Encoder.from_pretrained(tmp_path)
     assert apart(vectors(loaded), scaled) < 1e-5
-    assert loaded.base.config.temp_scale["folded"] is True and not hasattr(loaded.base, "_tempscale")
+    assert loaded.base.config.temp_scale["folded"] is True and applied_tempscale(loaded.base) is None
     assert "at temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))

@@ -11,10 +11,12 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_embed.errors import InputError
 from hf_embed.tempscale.config import TempScaleConfig
@@ -23,13 +25,28 @@ from hf_embed.tempscale.registry import Handler, attentions, is_cross
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class Applied:
-    """What `apply_tempscale` did to a model: kept on it, to be undone or folded."""
+    """What `apply_tempscale` did to a model, to be undone or folded.
 
-    def __init__(self, config: TempScaleConfig, temperatures: dict[str, float]):
-        self.config, self.temperatures = config, temperatures  # of each attention module, by name
-        self.handles = []
-        self.numbers: list[tuple[nn.Module, str, float]] = []  # attributes that were divided, and what they were
+    It is kept in the model's own dictionary, under `STATE`: a deep copy of the model then has its own, which names the copy's
+    modules. A table of models beside them would know nothing of copies.
+    """
+
+    config: TempScaleConfig
+    temperatures: dict[str, float]  # of each attention module, by name
+    handles: list[RemovableHandle] = field(default_factory=list)
+    numbers: list[tuple[nn.Module, str, float]] = field(
+        default_factory=list
+    )  # attributes that were divided, and what they were
+
+
+STATE = "hf_embed_tempscale"
+
+
+def applied_to(model: nn.Module) -> Applied | None:
+    """Return what `apply_tempscale` did to `model` (or to the model within a PEFT model); None if it is not scaled."""
+    return vars(base_of(model)).get(STATE)
 
 
 class Divide:
@@ -96,9 +113,9 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def applied_tempscale(model: nn.Module) -> TempScaleConfig | None:
-    """What is applied to `model`, not folded into it."""
-    applied = getattr(base_of(model), "_tempscale", None)
-    return applied and applied.config
+    """Return the config that is applied to `model`, not folded into it; None if there is none."""
+    applied = applied_to(model)
+    return applied.config if applied else None
 
 
 def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
@@ -138,7 +155,7 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
         setattr(attention, handler.attribute, number / applied.temperatures[name])
     if any(is_cross(name) for name, _ in model.named_modules()):
         logger.warning(f"TempScale leaves the attention of {type(model).__name__} to other texts (cross-attention) as it is")
-    model._tempscale = applied
+    vars(model)[STATE] = applied
     model.config.temp_scale = config.to_dict()
     return whole
 
@@ -160,8 +177,8 @@ def temperatures_of(model: nn.Module, found: dict, config: TempScaleConfig) -> d
 
 def check_unscaled(model: nn.Module) -> None:
     entry = getattr(model.config, "temp_scale", None)
-    if getattr(model, "_tempscale", None) is not None:
-        raise InputError(f"the model is scaled already ({model._tempscale.config}); remove_tempscale first")
+    if applied := applied_to(model):
+        raise InputError(f"the model is scaled already ({applied.config}); remove_tempscale first")
     if entry and entry.get("folded"):
         raise InputError(f"TempScale is folded into this model's weights already ({entry}); unfold_tempscale first")
 
@@ -208,14 +225,14 @@ def divided_numbers(found: dict) -> dict[str, float]:
 def remove_tempscale(model: nn.Module) -> nn.Module:
     """Undo `apply_tempscale`: the model is what it was, bit for bit. Raises InputError if it is not scaled."""
     whole, model = model, base_of(model)
-    applied = getattr(model, "_tempscale", None)
+    applied = applied_to(model)
     if applied is None:
         raise InputError("there is no TempScale to remove: it was not applied, or is folded")
     for handle in applied.handles:
         handle.remove()
     for attention, attribute, value in applied.numbers:
         setattr(attention, attribute, value)
-    del model._tempscale, model.config.temp_scale
+    del vars(model)[STATE], model.config.temp_scale
     return whole
 
 

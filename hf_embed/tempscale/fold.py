@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from hf_embed.errors import InputError
 from hf_embed.tempscale.attention import (
+    Applied,
     applied_tempscale,
+    applied_to,
     apply_tempscale,
     base_of,
     bias_tables,
@@ -42,8 +44,6 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
         except InputError:
             remove_tempscale(model)
             raise
-    if getattr(base_of(model), "_tempscale", None) is None:
-        raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
     tensors, settings = folded(model)
     remove_tempscale(model)
     write(model, tensors, settings)
@@ -70,18 +70,25 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
 
     `state_dict` is taken for the model's own (FSDP gathers it).
     """
+    applied = applied_for_folding(model)
     if model is not base_of(model):
         raise InputError("TempScale cannot be folded into a model with PEFT adapters; merge_and_unload first")
     check_foldable(model)
-    applied = model._tempscale
     tensors, settings = scaled(model, applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
+
+
+def applied_for_folding(model: nn.Module) -> Applied:
+    applied = applied_to(model)
+    if applied is None:
+        raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
+    return applied
 
 
 def check_foldable(model: nn.Module) -> None:
     """Raises InputError if weights cannot hold what is applied to `model`."""
     model = base_of(model)
-    applied, found = model._tempscale, attentions(model)
+    applied, found = applied_for_folding(model), attentions(model)
     if applied.config.growth:
         raise InputError("TempScale that grows with length cannot be folded: weights do not know how long the text is")
     for attention, handler in found.values():
