@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel,
 from hf_embed import Encoder, InputError
 from hf_embed.tempscale import (
     TempScaleConfig,
+    applied_tempscale,
     apply_tempscale,
     fold_tempscale,
     register_tempscale,
@@ -21,6 +22,8 @@ from hf_embed.tempscale import (
     tempscale,
     unfold_tempscale,
 )
+from hf_embed.tempscale.attention import bias_tables, handed_biases
+from hf_embed.tempscale.config import layer_numbers
 from hf_embed.tempscale.registry import HANDLERS, attentions, hands_over_scaling
 
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -146,6 +149,26 @@ def test_every_registered_class_is_tested():
 
 # ---- temperatures by layer and by length ----
 
+T5_TABLE = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "factors"),
+    [
+        ("t5", {T5_TABLE.format(0): 0.5}, {"1": 0.5 / 0.8, "2": 0.8 / 1.0}),
+        ("umt5", {T5_TABLE.format(0): 0.5, T5_TABLE.format(1): 0.8, T5_TABLE.format(2): 1.0}, {}),
+        ("mpnet", {"encoder.relative_attention_bias": 0.5}, {"1": 0.5 / 0.8, "2": 0.5 / 1.0}),
+        ("bert", {}, {}),
+    ],
+)  # fmt: skip
+def test_the_examples_of_position_biases(name, tables, factors):
+    model = make(name, **{"num_layers" if name.endswith("t5") else "num_hidden_layers": 3})
+    found = attentions(model)
+    temperatures = dict(zip(found, (0.5, 0.8, 1.0)))
+    assert bias_tables(model, found, temperatures) == tables
+    handed = {attention.split(".")[2]: factor for attention, factor in handed_biases(found, tables, temperatures)}
+    assert handed == pytest.approx(factors)
+
 
 @pytest.mark.parametrize("temperature", [[0.7, 0.4], {"0": 0.7, "1": 0.4}])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gemma2", "umt5", "t5", "mpnet"])
@@ -168,7 +191,7 @@ def test_layers_of_their_own(name, temperature):
     if name in shared:
         with pytest.raises(InputError, match=f"one {shared[name]} for several layers"):
             fold_tempscale(model, TempScaleConfig(temperature))
-        assert not hasattr(model, "_tempscale")
+        assert applied_tempscale(model) is None
     else:
         assert apart(states(fold_tempscale(model, TempScaleConfig(temperature))), expected) < 1e-5
 
@@ -265,6 +288,16 @@ def test_a_copy_is_scaled_by_itself():
     assert torch.equal(states(remove_tempscale(copied)), states(model))
 
 
+def test_a_compiled_model_is_the_model_within_it():
+    model = apply_tempscale(make("bert"), T)
+    compiled = torch.compile(model)
+    assert applied_tempscale(compiled) == TempScaleConfig(T)
+    with pytest.raises(InputError, match="scaled already"):
+        apply_tempscale(compiled, T)
+    remove_tempscale(compiled)
+    assert applied_tempscale(model) is None
+
+
 def test_context_ends_with_an_error_too():
     model = make("bert")
     before = states(model)
@@ -333,6 +366,10 @@ def test_config_round_trip():
 def test_bad_temperatures(temperature, message):
     with pytest.raises(InputError, match=message):
         TempScaleConfig(temperature)
+
+
+def test_layer_numbers():
+    assert [list(layer_numbers(key)) for key in ("3", "2-5", 4)] == [[3], [2, 3, 4, 5], [4]]
 
 
 def test_other_bad_settings():
@@ -522,7 +559,7 @@ def test_export_folds(tmp_path, lora):
     assert torch.equal(vectors(encoder), scaled)
     loaded = Encoder.from_pretrained(tmp_path)
     assert apart(vectors(loaded), scaled) < 1e-5
-    assert loaded.base.config.temp_scale["folded"] is True and not hasattr(loaded.base, "_tempscale")
+    assert loaded.base.config.temp_scale["folded"] is True and applied_tempscale(loaded.base) is None
     assert "at temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))

@@ -34,7 +34,7 @@ def model_meta(encoder):
     """mteb's ModelMeta of an encoder: its results are filed under this name and revision."""
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-    name = encoder.config._name_or_path or type(encoder.base).__name__
+    name = encoder.config.name_or_path or type(encoder.base).__name__
     if Path(name).exists() or name.count("/") != 1:  # mteb wants OWNER/NAME
         name = f"local/{Path(name).resolve().name if Path(name).exists() else name.replace('/', '-')}"
     about = {

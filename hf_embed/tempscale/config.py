@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from hf_embed.errors import InputError
 
@@ -43,7 +44,7 @@ class TempScaleConfig:
     reference_length: int = 128
     exponent: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         values = self.temperature
         values = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else [values]
         for value in values:
@@ -68,7 +69,7 @@ class TempScaleConfig:
             raise InputError(f"TempScale exponent is {self.exponent!r}; it must be a number above 0")
 
     def of_layers(self, layers: int, attending: Collection[int] | None = None) -> list[float]:
-        """The temperature of each of so many layers, of which `attending` have attention (default: all).
+        """Return the temperature of each of so many layers, of which `attending` have attention (default: all).
 
         Raises InputError for layers that there are not, or that have no attention.
         """
@@ -89,12 +90,13 @@ class TempScaleConfig:
                 raise InputError(f"TempScale names layer {key}, which has no attention; the layers {named} have it")
         return temperatures
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments, as `from_dict` and a model's config.json take them."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, settings: dict) -> "TempScaleConfig":
-        """Raises InputError for a key that is none of the arguments."""
+    def from_dict(cls, settings: dict[str, Any]) -> "TempScaleConfig":
+        """Make a config of its arguments. Raises InputError for a key that is none of them."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(settings) - names:
             raise InputError(f"TempScale: unknown key '{min(unknown)}'; there are {', '.join(sorted(names))}")
@@ -102,7 +104,11 @@ class TempScaleConfig:
 
 
 def layer_numbers(key: str | int) -> range:
-    """ "3" -> 3; "2-5" -> 2, 3, 4, 5."""
+    """Return the layers that a key names.
+
+    >>> list(layer_numbers("3")), list(layer_numbers("2-5"))
+    ([3], [2, 3, 4, 5])
+    """
     first, dash, last = str(key).partition("-")
     if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
         raise InputError(f"TempScale layers '{key}': give a number or a range, '3' or '2-5'")

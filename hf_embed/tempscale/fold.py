@@ -5,15 +5,19 @@
 Rotary position embeddings turn queries and commute with it; a norm behind the projection is divided in its place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
 from hf_embed.tempscale.attention import (
+    Applied,
     applied_tempscale,
+    applied_to,
     apply_tempscale,
     base_of,
     bias_tables,
@@ -22,7 +26,7 @@ from hf_embed.tempscale.attention import (
     temperatures_of,
 )
 from hf_embed.tempscale.config import TempScaleConfig
-from hf_embed.tempscale.registry import attentions
+from hf_embed.tempscale.registry import Attentions, attentions
 
 
 def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = None) -> nn.Module:
@@ -42,46 +46,54 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
         except InputError:
             remove_tempscale(model)
             raise
-    if getattr(base_of(model), "_tempscale", None) is None:
-        raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
     tensors, settings = folded(model)
     remove_tempscale(model)
-    write(model, tensors, settings)
+    write(base_of(model), tensors, settings)
     return model
 
 
 def unfold_tempscale(model: nn.Module) -> nn.Module:
     """Undo `fold_tempscale`: the weights are what they were, to within one more rounding. Returns the model.
 
-    Raises InputError if nothing is folded.
+    Raises:
+        InputError: nothing is folded into the model.
     """
-    entry = dict(getattr(model.config, "temp_scale", None) or {})
+    config: Any = model.config
+    entry = dict(getattr(config, "temp_scale", None) or {})
     if not entry.pop("folded", False):
         raise InputError("no TempScale is folded into this model")
-    found = attentions(model)
-    temperatures = temperatures_of(model, found, TempScaleConfig.from_dict(entry))
-    write(model, *scaled(model, {name: 1 / t for name, t in temperatures.items()}))
-    del model.config.temp_scale
+    base = base_of(model)
+    temperatures = temperatures_of(base, attentions(base), TempScaleConfig.from_dict(entry))
+    write(base, *scaled(base, {name: 1 / temperature for name, temperature in temperatures.items()}))
+    del config.temp_scale
     return model
 
 
-def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Of a scaled model: what a folded one has in place of its tensors, by name, and in its config. Raises as `fold_tempscale`.
+def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a folded model has in place of the tensors of this scaled one, by name, and in its config.
 
-    `state_dict` is taken for the model's own (FSDP gathers it).
+    `state_dict` is taken for the model's own (FSDP gathers it). Raises as `fold_tempscale`.
     """
+    applied = applied_for_folding(model)
     if model is not base_of(model):
         raise InputError("TempScale cannot be folded into a model with PEFT adapters; merge_and_unload first")
     check_foldable(model)
-    applied = model._tempscale
-    tensors, settings = scaled(model, applied.temperatures, state_dict)
+    tensors, settings = scaled(base_of(model), applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
 
 
+def applied_for_folding(model: nn.Module) -> Applied:
+    """Return what is applied to `model`. Raises InputError if nothing is."""
+    applied = applied_to(model)
+    if applied is None:
+        raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
+    return applied
+
+
 def check_foldable(model: nn.Module) -> None:
-    """Raises InputError if weights cannot hold what is applied to `model`."""
-    model = base_of(model)
-    applied, found = model._tempscale, attentions(model)
+    """Raise InputError if weights cannot hold what is applied to `model`."""
+    base = base_of(model)
+    applied, found = applied_for_folding(base), attentions(base)
     if applied.config.growth:
         raise InputError("TempScale that grows with length cannot be folded: weights do not know how long the text is")
     for attention, handler in found.values():
@@ -91,18 +103,22 @@ def check_foldable(model: nn.Module) -> None:
                 f"TempScale cannot be folded: which weights make the queries of {kind} is not known; if a submodule does, "
                 f"say so: register_tempscale('{kind}', query='q_proj')"
             )
-    if len(set(applied.temperatures.values())) == 1:
-        return
-    shared = {handler.attribute for _, handler in found.values() if getattr(model.config, handler.attribute or "", None)}
-    tables = bias_tables(model, found, applied.temperatures)
+    if len(set(applied.temperatures.values())) > 1 and (shared := shared_by_layers(base, found, applied.temperatures)):
+        raise InputError(f"TempScale: {type(base).__name__} has one {shared} for several layers; fold one temperature")
+
+
+def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: dict[str, float]) -> str | None:
+    """Return the name of a number or table that several layers share, and that has room for one temperature only."""
+    attributes = {handler.attribute for _, handler in found.values() if handler.attribute}
+    shared = {attribute for attribute in attributes if getattr(model.config, attribute, None)}
+    tables = bias_tables(model, found, temperatures)
     if 0 < len(tables) < len(found):
-        shared |= {next(iter(tables)).rpartition(".")[2]}
-    if shared:
-        raise InputError(f"TempScale: {type(model).__name__} has one {min(shared)} for several layers; fold one temperature")
+        shared.add(next(iter(tables)).rpartition(".")[2])
+    return min(shared, default=None)
 
 
 def is_foldable(model: nn.Module) -> bool:
-    """Whether weights can hold what is applied to `model`, if anything is."""
+    """Return whether weights can hold what is applied to `model`, if anything is."""
     try:
         if applied_tempscale(model) is not None:
             check_foldable(model)
@@ -111,17 +127,19 @@ def is_foldable(model: nn.Module) -> bool:
     return True
 
 
-def scaled(model: nn.Module, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None):
-    """({tensor's name: tensor}, {config key: number}) that divide the scores of each attention by its temperature."""
+def scaled(
+    model: PreTrainedModel, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return what divides the scores of each attention by its temperature: {parameter: tensor} and {config key: number}."""
     state_dict = dict(model.named_parameters()) if state_dict is None else state_dict
     found = attentions(model)
     tensors, caps = {}, {}
     for name, (attention, handler) in found.items():
+        part = partial(handler.part, attention) if handler.part else None
         for child in projections(attention, handler):
-            part = partial(handler.part, attention) if handler.part else None
             tensors |= divided(model, f"{name}.{child}", temperatures[name], state_dict, part, handler.norm_offset)
         cap = getattr(model.config, handler.attribute, None) if handler.attribute else None
-        if cap is not None:
+        if handler.attribute and cap is not None:
             caps[handler.attribute] = cap / temperatures[name]
     for name, temperature in bias_tables(model, found, temperatures).items():
         tensors |= divided(model, name, temperature, state_dict)
@@ -129,9 +147,17 @@ def scaled(model: nn.Module, temperatures: dict[str, float], state_dict: Mapping
 
 
 @torch.no_grad()
-def divided(model, name: str, temperature: float, state_dict, part=None, norm_offset: float = 0.0) -> dict[str, Tensor]:
-    """New parameters of a linear layer, a norm or an embedding, with which its output is divided."""
-    module, tensors = model.get_submodule(name), {}
+def divided(
+    model: nn.Module,
+    name: str,
+    temperature: float,
+    state_dict: Mapping[str, Tensor],
+    part: Callable[[int, torch.device], Tensor] | None = None,
+    norm_offset: float = 0.0,
+) -> dict[str, Tensor]:
+    """Return new parameters for a linear layer, a norm or an embedding, with which its output is divided."""
+    module = model.get_submodule(name)
+    tensors: dict[str, Tensor] = {}
     keys = dict(module.named_parameters())
     if "weight" not in keys or not set(keys) <= {"weight", "bias"}:
         raise InputError(f"{name} is a {type(module).__name__} and cannot be folded; merge adapters (merge_and_unload) first")
@@ -149,11 +175,12 @@ def divided(model, name: str, temperature: float, state_dict, part=None, norm_of
 
 
 @torch.no_grad()
-def write(model: nn.Module, tensors: dict[str, Tensor], settings: dict) -> None:
+def write(model: PreTrainedModel, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Put tensors into the parameters of a model, and settings into its config and its attention modules."""
     for name, tensor in tensors.items():
         model.get_parameter(name).copy_(tensor)
     for key, value in settings.items():
         setattr(model.config, key, value)
     for attention, handler in attentions(model).values():
-        if handler.attribute in settings:
+        if handler.attribute and handler.attribute in settings:
             setattr(attention, handler.attribute, settings[handler.attribute])

@@ -19,6 +19,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +30,22 @@ from hf_embed.errors import InputError
 CROSS = ("crossattention", "cross_attn", "encoder_attn", "encdecattention")
 
 
+# (attention, width, device) -> (width,) bool, True where the last dimension of an output is divided.
+Part = Callable[[nn.Module, int, torch.device], Tensor]
+
+
 @dataclass(frozen=True)
 class Handler:
     """What of an attention module is divided by the temperature; see `register_tempscale`."""
 
     query: tuple[str, ...]
-    part: Callable | None = None
+    part: Part | None = None
     norm_offset: float = 0.0
     bias_table: str | None = None
     attribute: str | None = None
 
 
+Attentions = dict[str, tuple[nn.Module, Handler]]  # the attention modules of a model, by name
 HANDLERS: dict[str, Handler] = {}
 
 
@@ -47,12 +53,12 @@ def register_tempscale(
     attention: type | str,
     *,
     query: str | tuple[str, ...],
-    part: Callable[[nn.Module, int, torch.device], Tensor] | None = None,
+    part: Part | None = None,
     norm_offset: float = 0.0,
     bias_table: str | None = None,
     attribute: str | None = None,
 ) -> None:
-    """Let TempScale know an attention class.
+    """Let TempScale know an attention class: `register_tempscale("MyAttention", query="q_proj")`.
 
     Args:
         attention: the class, or its name; "modeling_deberta.Name" where models share a name.
@@ -76,8 +82,8 @@ HANDED_OVER = {"attention_mask", "scaling", "dropout", "is_causal", "sliding_win
 
 
 @functools.cache
-def hands_over_scaling(kind: type) -> bool:
-    """Whether the scores of an attention class are queries times keys times its `scaling`, and nothing besides.
+def hands_over_scaling(kind: type[nn.Module]) -> bool:
+    """Return whether the scores of an attention class are queries times keys times its `scaling`, and nothing besides.
 
     So it is where the class calls transformers' attention interface once, with `scaling=self.scaling`; says `self.scaling`
     nowhere else; hands over nothing but `HANDED_OVER`; and gives its mask as it was given it. A mask that is made in the
@@ -87,6 +93,8 @@ def hands_over_scaling(kind: type) -> bool:
         forward = inspect.getsource(inspect.unwrap(kind.forward))
         function = ast.parse(textwrap.dedent(forward)).body[0]
     except (OSError, TypeError, SyntaxError):  # no source to read
+        return False
+    if not isinstance(function, ast.FunctionDef):
         return False
     calls = [n for n in ast.walk(function) if isinstance(n, ast.Call) and any(k.arg == "scaling" for k in n.keywords)]
     once = forward.count("self.scaling") == forward.count("scaling=self.scaling") == len(calls) == 1
@@ -98,7 +106,7 @@ def hands_over_scaling(kind: type) -> bool:
 
 
 def is_given(mask: ast.expr, function: ast.FunctionDef) -> bool:
-    """Whether a mask in a function is None, one of its arguments, or a choice among them: nothing that is computed there."""
+    """Return whether a mask is None, an argument of the function, or a choice among them: nothing that is computed there."""
     arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
 
     def is_choice(value: ast.expr) -> bool:
@@ -113,21 +121,27 @@ def is_given(mask: ast.expr, function: ast.FunctionDef) -> bool:
 
 
 def is_cross(name: str) -> bool:
+    """Return whether a submodule of this name is attention to another text."""
     return any(word in name.lower() for word in CROSS)
 
 
 def handler_of(module: nn.Module) -> Handler | None:
+    """Return what is divided in an attention module; None for a module of any other kind."""
     name = type(module).__name__
     known = HANDLERS.get(f"{type(module).__module__.rpartition('.')[2]}.{name}") or HANDLERS.get(name)
-    return known or (INTERFACE if "attention" in name.lower() and hands_over_scaling(type(module)) else None)
+    if known is None and "attention" in name.lower() and hands_over_scaling(type(module)):  # type: ignore[arg-type]
+        return INTERFACE
+    return known
 
 
-def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Handler]]:
-    """The self-attention modules of a model by name, in the order of its layers, each once however often it is used.
+def attentions(model: nn.Module) -> Attentions:
+    """Return the self-attention modules of a model by name, in the order of its layers, each once however often it is used.
 
-    Raises InputError naming the class of an attention that is not known: half a model scaled would be a silent mistake.
+    Raises:
+        InputError: an attention is of a class that is not known, by name: half a model scaled would be a silent mistake.
     """
-    found, others = {}, {}
+    found: Attentions = {}
+    others: dict[str, str] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if is_cross(name) or "cross" in kind.lower():
@@ -146,6 +160,7 @@ def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Handler]]:
 
 
 def unsupported(model: nn.Module, kind: str | None) -> str:
+    """Return the message about a model with an attention of this kind, or with none, and how to mend it."""
     what = f"its attention is a {kind}" if kind else "no attention was found in it"
     return (
         f"TempScale does not know {type(model).__name__}: {what}; if its scores are queries times keys, with nothing added but "
@@ -155,15 +170,19 @@ def unsupported(model: nn.Module, kind: str | None) -> str:
 
 
 def first_third(attention: nn.Module, width: int, device: torch.device) -> Tensor:
-    """Of queries, keys and values one after the other, the queries."""
+    """Return a mask of the query columns in a fused projection, queries | keys | values."""
     return torch.arange(width, device=device) < width // 3
 
 
 def keys_of_heads(attention: nn.Module, width: int, device: torch.device) -> Tensor:
-    """Of queries, keys and values head by head, the keys; all of a projection that makes keys alone."""
-    if width == attention.all_head_size:
+    """Return a mask of the key columns in a projection fused head by head, queries | keys | values of each head.
+
+    A projection that is as wide as all heads together makes keys alone: all of it.
+    """
+    sizes: Any = attention
+    if width == sizes.all_head_size:
         return torch.ones(width, dtype=torch.bool, device=device)
-    return torch.arange(width, device=device) // attention.attention_head_size % 3 == 1
+    return torch.arange(width, device=device) // sizes.attention_head_size % 3 == 1
 
 
 for name in ("Bert", "Roberta", "RobertaPreLayerNorm", "XLMRoberta", "XLMRobertaXL", "Camembert", "Electra"):

@@ -1,0 +1,100 @@
+"""Every private name of another library that this package relies on, each behind a function or constant.
+
+A private name may change with any release. tests/test_library_internals.py has one test for each, so that an upgrade tells at
+once which one moved; only this file has to follow then. No other module may use a private name of another library.
+"""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import PushInProgress, cached_file
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.trainer_utils import TrainerMemoryTracker
+
+__all__ = ["PushInProgress"]  # transformers calls it internal: `Trainer.push_in_progress` has to be one
+
+# Private methods of `Trainer` that `ContrastiveTrainer` replaces, and the parameters that they are called with.
+REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_finish_current_push": (),
+}
+# Private methods of `evaluate.Metric` that a metric has to define.
+METRIC_METHODS = ("_info", "_compute")
+
+
+# ---- transformers: configs and models ----
+
+
+def attention_backend(config: PreTrainedConfig) -> str | dict | None:
+    """Return the attention that a model runs on: "sdpa", "flash_attention_2", a dict of them by submodel, or None."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def saves_its_code(kind: type) -> bool:
+    """Return whether `register_for_auto_class` was called on a class, so that `save_pretrained` copies its code."""
+    return getattr(kind, "_auto_class", None) is not None
+
+
+def layers_to_wrap(model: nn.Module) -> Any:
+    """Return the class names of the layers that FSDP wraps one by one."""
+    return model._no_split_modules
+
+
+def forget_adapters(model: nn.Module) -> None:
+    """Let `save_pretrained` write the whole model, whose adapters are merged, instead of adapters alone."""
+    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def optional_file(name: str, file: str, **hub: Any) -> str | None:
+    """Return the local path of a file of a model folder or Hub repository; None if there is no such file."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+# ---- transformers: the trainer ----
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Keep `Trainer` from wrapping the model in `DataParallel`, which it does where one process sees several GPUs."""
+    args._n_gpu = 1
+
+
+def train_batch_size(trainer: "Trainer") -> int:
+    """Return the rows of a batch on this rank, as `auto_find_batch_size` has set them."""
+    return trainer._train_batch_size
+
+
+def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":
+    """Return what measures memory for `skip_memory_metrics=False`; to be started and stopped around an evaluation."""
+    return trainer._memory_tracker
+
+
+def save_without_push(trainer: "Trainer") -> None:
+    """Save the model, and do not push it even where `push_to_hub` is set."""
+    trainer.save_model(_internal_call=True)
+
+
+# ---- torch, datasets, argparse ----
+
+
+def uncompiled(model: nn.Module) -> nn.Module | None:
+    """Return the model that `torch.compile` was given; None if `model` is not compiled."""
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None
+
+
+def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:
+    """Set what `Dataset.map` names its cache by, so that the same file is not tokenized twice."""
+    rows._fingerprint = fingerprint
+
+
+def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return all flags of a parser."""
+    return parser._actions
