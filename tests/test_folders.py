@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
 from hf_embed.evaluation.mteb import model_meta, run_mteb
-from hf_embed.kit.finetune import load_model
+from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import ModelArguments
 
 LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens, of which no tiny model takes all

@@ -19,10 +19,11 @@ def read_code_search(path: str) -> Retrieval:
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
         rows = read_file(path)
-        columns = [next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES)]
-        if None in columns:
+        docstring, code = (next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES))
+        if docstring is None or code is None:
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
-        pairs = [tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)]
+        texts = (row_texts(row, [docstring, code], f"{path}, row {i}") for i, row in enumerate(rows, 1))
+        pairs = [(query, document) for query, document in texts]
     if not pairs:
         raise InputError(f"{path}: no function with a docstring")
     return pairs_to_retrieval(pairs)

@@ -17,17 +17,22 @@ import importlib.util
 import inspect
 import json
 import random
+import shutil
 import sysconfig
 import textwrap
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
+from torch import Tensor
 
+from hf_embed.data.mixture import read_sources
 from hf_embed.errors import InputError
+from hf_embed.mining import MiningArguments, mine_hard_negatives
 
 # "python" is the standard library. What hf_embed needs brings the others along.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
@@ -37,8 +42,12 @@ MAX_FILES = 150  # of a package, chosen at random: parsing all of torch and tran
 # Texts are cut to this many characters (a token is about four), and shorter ones than the least say too little.
 LONGEST = {"summary": 300, "body": 500, "code": 500}
 SHORTEST = {"summary": 20, "body": 60, "code": 80}
+Pair = tuple[str, str]  # query, document
 # kind of pair -> query and document
 KINDS = {"body": ("summary", "body"), "name": ("name", "summary"), "code": ("summary", "code")}
+
+
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 @dataclass
@@ -65,7 +74,7 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
     if max_files is not None and len(files) > max_files:
         files = sorted(random.Random(0).sample(files, max_files))
     prefix = "" if package == "python" else f"{root.name}."
-    by_summary = {}
+    by_summary: dict[str, Definition] = {}
     for path in files:
         module = prefix + ".".join(path.relative_to(root).with_suffix("").parts)
         for definition in parse_file(path, module.removesuffix(".__init__")):
@@ -99,7 +108,7 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
 
     def definitions(node: ast.AST, name: str) -> Iterator[Definition]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if isinstance(child, Documented):
                 qualified = f"{name}.{child.name}"
                 if (docstring := ast.get_docstring(child, clean=False)) and not child.name.startswith("__"):
                     yield from describe(child, qualified, module, inspect.cleandoc(docstring), lines)
@@ -110,14 +119,14 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
     yield from definitions(tree, module)
 
 
-def describe(node, name: str, module: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
+def describe(node: Documented, name: str, module: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
     summary, _, body = docstring.partition("\n\n")
     summary = " ".join(summary.split())
     if not SHORTEST["summary"] <= len(summary) <= LONGEST["summary"] or " " not in summary:
         return
     written = node.body[0]  # the docstring's statement
-    code = lines[node.lineno - 1 : written.lineno - 1] + lines[written.end_lineno : node.end_lineno]
-    code = textwrap.dedent("\n".join(code)).strip() if len(node.body) > 1 else ""
+    kept = lines[node.lineno - 1 : written.lineno - 1] + lines[written.end_lineno : node.end_lineno]
+    code = textwrap.dedent("\n".join(kept)).strip() if len(node.body) > 1 else ""
     body = body.strip()
     yield Definition(
         name, module, summary,
@@ -129,7 +138,7 @@ def describe(node, name: str, module: str, docstring: str, lines: list[str]) -> 
 def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES, least: int = 500) -> list[str]:
     """Long texts that every machine has: of each module of the installed packages, all its docstrings' texts, one after the
     other, where they are at least so many characters."""
-    pages = {}
+    pages: dict[str, list[str]] = {}
     for package in packages:
         try:
             definitions = read_definitions(package, max_files)
@@ -158,20 +167,7 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, tests, seen = {}, {"body": [], "code": []}, set()
-    for package in packages:
-        try:
-            found = read_definitions(package, max_files)
-        except InputError:
-            continue
-        for definition in found:
-            if not held_out(definition):
-                seen.update((definition.summary, definition.body, definition.code))
-                for kind in KINDS:
-                    if pair := pair_of(definition, kind):
-                        pairs.setdefault(f"{package}.{kind}", []).append(pair)
-        for kind in tests:
-            tests[kind] += [pair for d in found if held_out(d) and (pair := pair_of(d, kind))]
+    pairs, tests, trained = collect_pairs(packages, max_files)
     entries = []
     for name, rows in pairs.items():
         if len(rows) < 2:
@@ -181,7 +177,9 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
         entries.append({"name": name, "file": f"{name}.jsonl"})
     Path(folder, "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
     for name, kind in {"doc_search": "body", "code_search": "code"}.items():
-        fresh = [pair for pair in tests[kind] if not seen.intersection(pair)]  # texts copied from module to module are no test
+        fresh = [
+            pair for pair in tests[kind] if not trained.intersection(pair)
+        ]  # texts that are copied between modules test nothing
         write_beir(folder / name, list(dict(fresh).items()))
     return {
         "packages": len({name.rsplit(".", 1)[0] for name in pairs}), "sources": len(entries),
@@ -189,12 +187,54 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
     }  # fmt: skip
 
 
-def pair_of(definition: Definition, kind: str) -> tuple[str, str] | None:
+def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], set[str]]:
+    """Pairs to train on, by PACKAGE.KIND; pairs of held-out modules to test on, by kind; and the texts that are trained on."""
+    pairs: dict[str, list[Pair]] = {}
+    tests: dict[str, list[Pair]] = {"body": [], "code": []}
+    trained: set[str] = set()
+    for package in packages:
+        try:
+            found = read_definitions(package, max_files)
+        except InputError:
+            continue
+        for definition in found:
+            if not held_out(definition):
+                trained.update((definition.summary, definition.body, definition.code))
+                for kind in KINDS:
+                    if pair := pair_of(definition, kind):
+                        pairs.setdefault(f"{package}.{kind}", []).append(pair)
+        for kind in tests:
+            tests[kind] += [pair for d in found if held_out(d) and (pair := pair_of(d, kind))]
+    return pairs, tests, trained
+
+
+def mine_negatives(folder: Path, embed: Callable[..., Tensor]) -> Path:
+    """Mine a hard negative for each pair of the sources in `folder`, on every rank. Returns the file of the mined sources."""
+    mined, state = folder / "mined", PartialState()
+    if state.is_main_process:
+        shutil.rmtree(mined, ignore_errors=True)
+    state.wait_for_everyone()
+    entries = []
+    for source in read_sources(str(folder / "sources.yaml")):
+        file = f"{source.name}.jsonl"
+        if source.name.endswith(".name"):  # names are too short to have hard negatives
+            file = f"../{file}"
+        else:
+            pairs = list(zip(source.rows["query"][:], source.rows["positive"][:]))
+            mine_hard_negatives(pairs, [], embed, mined / file, MiningArguments(num_negatives=1))
+        entries.append({"name": source.name, "file": file})
+    if state.is_main_process:
+        (mined / "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    state.wait_for_everyone()
+    return mined / "sources.yaml"
+
+
+def pair_of(definition: Definition, kind: str) -> Pair | None:
     query, document = (getattr(definition, part) for part in KINDS[kind])
     return (query, document) if query and document else None
 
 
-def write_beir(folder: Path, pairs: list[tuple[str, str]]) -> None:
+def write_beir(folder: Path, pairs: list[Pair]) -> None:
     """A BEIR folder in which every query has one relevant document, the one it stands with."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, prefix, texts in (("queries", "q", [q for q, _ in pairs]), ("corpus", "d", [d for _, d in pairs])):
