@@ -585,7 +585,7 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
 
 def load_for_a_recipe(folder, tmp_path, masked_lm=False, dropout=None):
     args = ContrastiveTrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
-    model, _ = load_model(ModelArguments(model_name_or_path=str(folder), dropout=dropout), args, masked_lm)
+    model, _, args = load_model(ModelArguments(model_name_or_path=str(folder), dropout=dropout), args, masked_lm)
     return model, args
 
 

@@ -1,7 +1,9 @@
 """The run of a `Plan`: the trainer, the scores before, the training and the saved folder; `hf_embed.kit.report` is the rest."""
 
 from pathlib import Path
+from typing import cast
 
+from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 
 from hf_embed.checkpoint.card import write_card
@@ -64,9 +66,9 @@ def check_adapter(trainer: ContrastiveTrainer) -> None:
 
 def save_adapter(encoder: Encoder, folder: Path) -> None:
     """The adapters by themselves, as PEFT saves them, without the place where the base model lies here."""
-    base = encoder.config._name_or_path
-    for config in encoder.backbone.peft_config.values():
+    base, adapted = encoder.base.name_or_path, cast(PeftModel, encoder.backbone)
+    for config in adapted.peft_config.values():
         config.base_model_name_or_path = shown(base)
-    encoder.backbone.save_pretrained(str(folder))
+    adapted.save_pretrained(str(folder))
     readme = folder / "README.md"
     readme.write_text(readme.read_text(encoding="utf-8").replace(base, shown(base)), encoding="utf-8")

@@ -58,7 +58,7 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
 
 def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[str, Any]) -> LoadedModel:
     """Load a masked language model, whose head the auxiliary trains. Raises InputError where the folder's settings are lost."""
-    folder = find_transformer(name)
+    folder: dict[str, Any] = find_transformer(name)
     tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
     model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
     if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
