@@ -177,9 +177,8 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
         entries.append({"name": name, "file": f"{name}.jsonl"})
     Path(folder, "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
     for name, kind in {"doc_search": "body", "code_search": "code"}.items():
-        fresh = [
-            pair for pair in tests[kind] if not trained.intersection(pair)
-        ]  # texts that are copied between modules test nothing
+        # Texts that are copied from module to module test nothing.
+        fresh = [pair for pair in tests[kind] if not trained.intersection(pair)]
         write_beir(folder / name, list(dict(fresh).items()))
     return {
         "packages": len({name.rsplit(".", 1)[0] for name in pairs}), "sources": len(entries),
