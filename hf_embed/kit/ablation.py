@@ -166,7 +166,9 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
     before = trainer.evaluate()
     trainer.train()
     evaluated = [before | {"step": 0}, *(entry for entry in trainer.state.log_history if "eval_spearman" in entry)]
-    path = [{"step": entry["step"]} | {key: number(entry[f"eval_{key}"], 4) for key in METRICS} for entry in evaluated]
+    path: list[dict[str, Any]] = [
+        {"step": entry["step"]} | {key: number(entry[f"eval_{key}"], 4) for key in METRICS} for entry in evaluated
+    ]
     if main:
         scores = [point["spearman"] for point in path]
         print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
@@ -192,7 +194,7 @@ def settings(plan: Plan) -> dict[str, Any]:
 def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Of the runs of a variant: mean, smallest and largest."""
 
-    def band(values: list[float]) -> list[float]:
+    def band(values: list[Any]) -> list[float]:
         return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
 
     last = {key: band([path[-1][key] for path in paths]) for key in METRICS}

@@ -257,9 +257,8 @@ def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments,
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"):
         pairs = add_positives(
-            rows.rows, positive.positive, args.seed, rows.name, positive.synonyms, model, args.device,
-            model_args.trust_remote_code,
-        )  # fmt: skip
+            rows.rows, positive.positive, args.seed, rows.name, positive.synonyms, model, model_args.trust_remote_code
+        )
     return rows._replace(rows=pairs)
 
 
