@@ -1,4 +1,6 @@
-"""Make a small BERT encoder from nothing but plain text and a teacher. The quickstart encoder was made by this command:
+"""Make a small BERT encoder from nothing but plain text and a teacher.
+
+The quickstart encoder was made by this command:
 
     python recipes/pretrain_encoder.py --teacher MODEL --train_file sentences.txt.gz --output_dir outputs/encoder
 
@@ -35,6 +37,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 @dataclass
 class Arguments:
+    """All flags."""
+
     teacher: str = field(metadata={"help": "a BERT to learn from: a Hub name or a folder"})
     train_file: str = field(metadata={"help": "plain text, one sentence a line; .gz is fine"})
     output_dir: str
@@ -63,6 +67,7 @@ class Arguments:
 
 
 def main() -> None:
+    """Distill the teacher into a student with a small vocabulary of its own."""
     (args,) = parse([Arguments])
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -84,13 +89,14 @@ def main() -> None:
 
 
 def read_lines(path: str) -> list[str]:
+    """Read the lines of a file that are not empty."""
     opener = gzip.open if path.endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8") as lines:
         return [line.strip() for line in lines if line.strip()]
 
 
 def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> tuple[Tokenizer, list[int]]:
-    """The teacher's WordPiece tokenizer with the `size` pieces the sentences use most; and each piece's teacher id."""
+    """Make the teacher's WordPiece tokenizer with the `size` pieces the sentences use most; and each piece's teacher id."""
     teacher.no_truncation()
     teacher.no_padding()
     encodings = teacher.encode_batch(sentences, add_special_tokens=False)
@@ -110,7 +116,7 @@ def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> t
 
 
 def new_student(args: Arguments, teacher: BertModel, teacher_ids: Tensor) -> BertModel:
-    """A BERT whose word and position tables start as the leading directions of the teacher's."""
+    """Make a BERT whose word and position tables start as the leading directions of the teacher's."""
     student = BertModel(
         BertConfig(
             vocab_size=len(teacher_ids), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
@@ -131,7 +137,7 @@ def new_student(args: Arguments, teacher: BertModel, teacher_ids: Tensor) -> Ber
 
 
 def tokenize(args: Arguments, tokenizer: Tokenizer, sentences: list[str]) -> list[list[int]]:
-    """The token ids of as many sentences as the two stages need."""
+    """Return the token ids of as many sentences as the two stages need."""
     texts: list[list[int]] = []
     needed = args.sentence_tokens + args.long_tokens
     while needed > 0 and len(texts) < len(sentences):
@@ -142,7 +148,7 @@ def tokenize(args: Arguments, tokenizer: Tokenizer, sentences: list[str]) -> lis
 
 
 def two_stages(args: Arguments, texts: list[list[int]], rng: random.Random) -> list[list[list[int]]]:
-    """The batches of both stages: single sentences, then joined ones."""
+    """Make the batches of both stages: single sentences, then joined ones."""
     total, first_long = 0, len(texts)
     for i, ids in enumerate(texts):
         total += len(ids)
@@ -154,7 +160,7 @@ def two_stages(args: Arguments, texts: list[list[int]], rng: random.Random) -> l
 
 
 def batches(texts: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:
-    """Batches of about `batch_tokens` tokens, texts of nearly one length together, in random order."""
+    """Make batches of about `batch_tokens` tokens, texts of nearly one length together, in random order."""
     texts = sorted(texts, key=lambda ids: (len(ids), rng.random()))
     start, found = 0, []
     while start < len(texts):
@@ -166,7 +172,7 @@ def batches(texts: list[list[int]], batch_tokens: int, rng: random.Random) -> li
 
 
 def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[list[int]]:
-    """Sentences strung together; the lengths of the results are spread evenly between 32 and `max_length`."""
+    """Join sentences; the lengths of the results are spread evenly between 32 and `max_length`."""
     joined: list[list[int]] = []
     current: list[int] = []
     wanted = rng.randint(32, max_length)
@@ -216,7 +222,7 @@ def distill(
 
 
 def pad(batch: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
-    """Token ids with [CLS] and [SEP], (B, T), and where there are any, (B, T) bool."""
+    """Return token ids with [CLS] and [SEP], (B, T), and where there are any, (B, T) bool."""
     cls, sep, padding = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))  # which lead the vocabulary
     rows = [torch.tensor([cls, *text, sep]) for text in batch]
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
@@ -225,7 +231,7 @@ def pad(batch: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def teacher_states(teacher: BertModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """The teacher's layer-normalised states, (S, E)."""
+    """Return the teacher's layer-normalised states, (S, E)."""
     states = teacher(input_ids, attention_mask=mask).last_hidden_state[mask].float()
     return F.layer_norm(states, states.shape[-1:])
 

@@ -50,6 +50,8 @@ FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy"
 
 @dataclass
 class AblationArguments:
+    """The flag of the variants."""
+
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS)[:4],
         metadata={"help": f"Of {', '.join(VARIANTS)}; in a YAML file also a name and its flags each, as in "
@@ -115,8 +117,9 @@ def run_variants(
     folder: Path,
     earlier: EarlierRun,
 ) -> dict[str, Any]:
-    """Train each variant with each seed; `read_plan` makes a run's plan of its flags, `earlier` goes. Returns what results.json
-    holds:
+    """Train each variant with each seed; `read_plan` makes a run's plan of its flags, `earlier` goes.
+
+    Returns what results.json holds:
 
         {"dropout": {"flags": {},
                      "seeds": {"1": [{"step": 0, "spearman": 42.6, "alignment": 0.44, "uniformity": -1.7}, ...]},
@@ -143,11 +146,12 @@ def run_variants(
 
 
 def slug(name: str) -> str:
+    """Make a folder's name of a variant's."""
     return re.sub(r"\W+", "-", name.replace("%", "-percent")).strip("-")
 
 
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
-    """The path of a run that is there. Raises InputError if it had other settings."""
+    """Read the path of a run that is there. Raises InputError if it had other settings."""
     done = json.loads(file.read_text(encoding="utf-8"))
     if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
         raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
@@ -179,7 +183,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
 
 
 def settings(plan: Plan) -> dict[str, Any]:
-    """What a run's path depends on, as JSON has it."""
+    """Return what a run's path depends on, as JSON has it."""
     training = plan.args.to_dict()
     for key in ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "overwrite_output_dir"):
         training.pop(key, None)
@@ -192,18 +196,18 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 
 def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Of the runs of a variant: mean, smallest and largest."""
+    """Sum up the runs of a variant: mean, smallest and largest of each metric."""
 
-    def band(values: list[Any]) -> list[float]:
+    def mean_and_limits(values: list[Any]) -> list[float]:
         return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
 
-    last = {key: band([path[-1][key] for path in paths]) for key in METRICS}
-    best = band([max(point["spearman"] for point in path) for path in paths])
+    last = {key: mean_and_limits([path[-1][key] for path in paths]) for key in METRICS}
+    best = mean_and_limits([max(point["spearman"] for point in path) for path in paths])
     return {"before": paths[0][0]["spearman"], "best": best} | last
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """A line for each variant: the last step's scores, and the best STS on the way."""
+    """Make a line for each variant: the last step's scores, and the best STS on the way."""
     width = max(len(name) for name in [*results, "variant"])
     several = any(len(result["seeds"]) > 1 for result in results.values())
     span = 22 if several else 14
@@ -222,8 +226,10 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def plot_variants(results: dict[str, Any], path: str | Path) -> None:
-    """Alignment against uniformity, a line for each variant, a point at each evaluation (means over the seeds), arrows along
-    time. Told apart by colour, and by marker too."""
+    """Draw alignment against uniformity, a line for each variant.
+
+    There is a point at each evaluation (means over the seeds), and arrows follow time. Lines differ in colour and in marker.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,6 +255,9 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
 
 
 def look(line: int) -> tuple[str, str]:
-    """Colour and marker of a line by its number. When the colours are used up the markers move on by one, so that 64 differ."""
+    """Return the colour and marker of a line by its number.
+
+    When the colours are used up, the markers move on by one, so that 64 lines differ.
+    """
     rounds, place = divmod(line, len(COLOURS))
     return COLOURS[place], MARKERS[(place + rounds) % len(MARKERS)]

@@ -49,18 +49,19 @@ class Parser(HfArgumentParser):
                 action.nargs, action.const = "?", "latest"
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message, where argparse would print it and exit."""
         raise InputError(f"{message}; --help lists the flags")
 
     def action_of(self, flag: str) -> argparse.Action | None:
-        """What `--FLAG` does, or None where there is no such flag."""
+        """Return what `--FLAG` does, or None where there is no such flag."""
         return next((action for action in self._actions if f"--{flag}" in action.option_strings), None)
 
     def names(self) -> set[str]:
-        """The flags that a file may set."""
+        """Return the flags that a file may set."""
         return {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind) if field.init}
 
     def suggestion(self, word: str) -> str:
-        """The flag that a misspelt word is close to, as the end of a message."""
+        """Return the flag that a misspelt word is close to, as the end of a message."""
         close = difflib.get_close_matches(word, self.names(), 1)
         return f" (did you mean '{close[0]}'?)" if close else ""
 
@@ -73,7 +74,7 @@ class Flags:
     values: dict[str, Any]
 
     def make(self, kind: type[Settings]) -> Settings:
-        """An instance of one of the dataclasses. Raises InputError for values that it refuses."""
+        """Make an instance of one of the dataclasses. Raises InputError for values that it refuses."""
         names = [field.name for field in dataclasses.fields(flag_class(kind)) if field.init]
         try:
             return kind(**{name: copy.deepcopy(self.values[name]) for name in names})
@@ -83,11 +84,15 @@ class Flags:
             raise InputError(" ".join(str(error).split())) from error
 
     def override(self, **values: Any) -> "Flags":
-        """The same flags, some with other values, of the flags' own types."""
+        """Return the same flags, some with other values, of the flags' own types."""
         return dataclasses.replace(self, values=self.values | values)
 
     def override_as_given(self, values: dict[str, Any]) -> "Flags":
-        """The same flags, some with values as a YAML file has them. Raises InputError for an unknown flag or a bad value."""
+        """Return the same flags, some with values as a YAML file has them.
+
+        Raises:
+            InputError: an unknown flag, or a value that it does not take.
+        """
         converted = {}
         for flag, value in values.items():
             action = self.parser.action_of(flag)
@@ -98,13 +103,13 @@ class Flags:
 
 
 def parse(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> list[Any]:
-    """Instances of the dataclasses `kinds` from the command line; see `read_flags`."""
+    """Make an instance of each dataclass of the command line; see `read_flags`."""
     flags = read_flags(kinds, preset, argv)
     return [flags.make(kind) for kind in kinds]
 
 
 def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> Flags:
-    """The values of the flags of all fields of the dataclasses `kinds`.
+    """Read the flags of the dataclasses `kinds`: each of their fields is one.
 
     `--config FILE.yaml` gives defaults; a flag on the command line overrides them. `preset` names the file to take where the
     user gives none, from the flags given. Raises InputError for an unknown flag or key, and for a value of the wrong type.
@@ -123,7 +128,10 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
 
 
 def flag_class(kind: type) -> Any:
-    """`kind` as HfArgumentParser reads it: a tuple is a list there, and a field with {"flag": False} as metadata is no flag."""
+    """Make a dataclass of the flags of `kind`, as HfArgumentParser reads it.
+
+    A tuple is a list there, and a field with {"flag": False} as its metadata is no flag.
+    """
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         annotation, read = hints[field.name], copy.copy(field)  # the parser writes into it
@@ -136,12 +144,12 @@ def flag_class(kind: type) -> Any:
 
 
 def model_first(argv: list[str]) -> list[str]:
-    """Arguments whose first may be the model, without its flag."""
+    """Put the model's flag before the first argument, if that is no flag."""
     return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of `option` (`--x V` or `--x=V`), and the arguments without it."""
+    """Return the value of `option` (`--x V` or `--x=V`), and the arguments without it."""
     for i, word in enumerate(argv):
         if word == option:
             if i + 1 == len(argv):
@@ -153,7 +161,7 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def given_flags(argv: list[str]) -> list[str]:
-    """The names of the flags on a command line."""
+    """Return the names of the flags on a command line."""
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
@@ -176,7 +184,7 @@ def set_defaults(parser: Parser, path: str, given: list[str]) -> None:
 
 
 def convert(parser: Parser, action: argparse.Action, value: object) -> object:
-    """A value from a YAML file as the type of the flag. Raises InputError for one that the flag does not take."""
+    """Convert a value from a YAML file to the type of the flag. Raises InputError for one that the flag does not take."""
     if action.nargs == "+":
         return [convert_one(parser, action, item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):
@@ -187,7 +195,7 @@ def convert(parser: Parser, action: argparse.Action, value: object) -> object:
 
 
 def convert_one(parser: Parser, action: argparse.Action, value: object) -> object:
-    """A single value, with the messages of argparse."""
+    """Convert a single value, with the messages of argparse."""
     kind = action.type if callable(action.type) else str
     text = json.dumps(value) if isinstance(value, dict) else str(value)
     try:
@@ -204,8 +212,11 @@ def convert_one(parser: Parser, action: argparse.Action, value: object) -> objec
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` gives a process one CPU thread unless OMP_NUM_THREADS says otherwise: where no accelerator does the
-    work, half a laptop or more would stand idle."""
+    """Use all CPU cores where no accelerator does the work.
+
+    `accelerate launch` gives a process one CPU thread unless OMP_NUM_THREADS says otherwise: half a laptop or more would stand
+    idle.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -214,7 +225,10 @@ def use_all_cores() -> None:
 
 @contextlib.contextmanager
 def full_disk_in_one_line() -> Iterator[None]:
-    """Files are written aside and then moved, so what was there before a disk was full is whole."""
+    """Turn the errors of a full disk into an InputError.
+
+    Files are written aside and then moved, so what was there before is whole.
+    """
     try:
         yield
     except Exception as error:
@@ -231,6 +245,7 @@ class MaskedFormatter(logging.Formatter):
     """Messages, and the errors with them, without the secrets of addresses."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a message without secrets."""
         return masked(super().format(record))
 
 

@@ -13,8 +13,11 @@ CODES = ("code", "func_code_string")
 
 
 def read_code_search(path: str) -> Retrieval:
-    """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
-    as in CodeSearchNet, or of a Python package, by folder or name."""
+    """Read docstrings (queries) and the functions that they stand in (documents).
+
+    `path` is a jsonl file with the columns docstring and code, as in CodeSearchNet, or a Python package, by folder or name.
+    Raises InputError for a file without these columns, and where there is no function with a docstring.
+    """
     if "://" not in path and not Path(path).is_file():
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:

@@ -62,9 +62,12 @@ class Definition:
 
 
 def read_definitions(package: str, max_files: int | None = None) -> list[Definition]:
-    """The definitions of a package (by name; "python": the standard library) or a folder of Python files; each summary once.
+    """Read the definitions of a package or a folder of Python files; each summary once.
 
-    Raises InputError if there is no such package or folder.
+    A package is given by its name; "python" is the standard library.
+
+    Raises:
+        InputError: there is no such package or folder.
     """
     root = package_folder(package)
     files = sorted(
@@ -83,6 +86,7 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
 
 
 def package_folder(package: str) -> Path:
+    """Find the folder of a package's files, without importing it. Raises InputError if there is none."""
     if package == "python":
         return Path(sysconfig.get_paths()["stdlib"])
     if Path(package).is_dir():
@@ -97,6 +101,7 @@ def package_folder(package: str) -> Path:
 
 
 def parse_file(path: Path, module: str) -> Iterator[Definition]:
+    """Yield the definitions in a file; a file that is no Python of this version has none."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -120,6 +125,7 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
 
 
 def describe(node: Documented, name: str, module: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
+    """Yield the definition at `node`, if its summary is neither too short nor too long."""
     summary, _, body = docstring.partition("\n\n")
     summary = " ".join(summary.split())
     if not SHORTEST["summary"] <= len(summary) <= LONGEST["summary"] or " " not in summary:
@@ -136,8 +142,11 @@ def describe(node: Documented, name: str, module: str, docstring: str, lines: li
 
 
 def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES, least: int = 500) -> list[str]:
-    """Long texts that every machine has: of each module of the installed packages, all its docstrings' texts, one after the
-    other, where they are at least so many characters."""
+    """Read long texts that every machine has.
+
+    A text is that of all docstrings of a module of the installed packages, one after the other, where it has at least `least`
+    characters.
+    """
     pages: dict[str, list[str]] = {}
     for package in packages:
         try:
@@ -152,18 +161,20 @@ def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES,
 
 
 def held_out(definition: Definition) -> bool:
-    """Whether a definition is for testing: one module in eight, by its name, so that every run agrees."""
+    """Tell whether a definition is for testing: one module in eight is, by its name, so that every run agrees."""
     return zlib.crc32(definition.module.encode()) % 8 == 0
 
 
 def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES) -> dict[str, int]:
-    """Write what a run on docstrings needs into `folder`, in the formats that a run on any other data needs:
+    """Write what a run on docstrings needs into `folder`.
+
+    The formats are those of any other data:
 
         PACKAGE.KIND.jsonl ...   a source for each package and kind of pair: {"query": ..., "positive": ...}
         sources.yaml             which lists them
         doc_search/  code_search/   BEIR folders of the held-out modules: summary -> body, summary -> code
 
-    Packages that are not installed are left out. -> what was collected, for printing: {"packages": 13, ...}
+    Packages that are not installed are left out. Returns what was collected, for printing: {"packages": 13, ...}.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +198,11 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
 
 
 def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], set[str]]:
-    """Pairs to train on, by PACKAGE.KIND; pairs of held-out modules to test on, by kind; and the texts that are trained on."""
+    """Collect pairs from packages.
+
+    Returns:
+        Pairs to train on, by PACKAGE.KIND; pairs of held-out modules to test on, by kind; and the texts that are trained on.
+    """
     pairs: dict[str, list[Pair]] = {}
     tests: dict[str, list[Pair]] = {"body": [], "code": []}
     trained: set[str] = set()
@@ -229,12 +244,13 @@ def mine_negatives(folder: Path, embed: Callable[..., Tensor]) -> Path:
 
 
 def pair_of(definition: Definition, kind: str) -> Pair | None:
+    """Return a definition's pair of a kind, if it has both texts."""
     query, document = (getattr(definition, part) for part in KINDS[kind])
     return (query, document) if query and document else None
 
 
 def write_beir(folder: Path, pairs: list[Pair]) -> None:
-    """A BEIR folder in which every query has one relevant document, the one it stands with."""
+    """Write a BEIR folder in which every query has one relevant document, the one it stands with."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, prefix, texts in (("queries", "q", [q for q, _ in pairs]), ("corpus", "d", [d for _, d in pairs])):
         lines = (json.dumps({"_id": f"{prefix}{i}", "text": text}) for i, text in enumerate(texts))

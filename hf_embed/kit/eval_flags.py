@@ -13,6 +13,8 @@ from hf_embed.kit.code_search import read_code_search
 
 @dataclass
 class EvalArguments:
+    """Flags of the evaluation sets."""
+
     eval_sts_file: list[str] = field(
         default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
     )
@@ -38,7 +40,7 @@ class EvalArguments:
 
 
 def read_tasks(args: EvalArguments) -> dict[str, Task]:
-    """The tasks that the flags name. Raises InputError for bad files and for names given twice."""
+    """Read the tasks that the flags name. Raises InputError for bad files and for names given twice."""
     labels = named_paths(args.zero_shot_labels, "--zero_shot_labels")
     if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
         raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")
@@ -58,7 +60,7 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, str]:
-    """{NAME: PATH} of NAME=PATH items."""
+    """Read NAME=PATH items as {NAME: PATH}. Raises InputError for others, and for a name given twice."""
     paths = {}
     for item in items:
         name, equals, path = item.partition("=")

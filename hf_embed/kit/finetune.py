@@ -18,7 +18,7 @@ from hf_embed.trainer import ContrastiveTrainer
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
-    """The trainer of a plan, which tokenizes the rows. Several sources are listed on the console.
+    """Make the trainer of a plan, which tokenizes the rows. Several sources are listed on the console.
 
     Raises InputError for what cannot be trained or saved as asked.
     """
@@ -34,7 +34,7 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
-    """The scores of the model as it is, before the training; none without evaluation sets."""
+    """Score the model as it is, before the training; without evaluation sets there are no scores."""
     return trainer.evaluate() if trainer.eval_dataset else {}
 
 
@@ -53,7 +53,7 @@ def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
 
 
 def check_adapter(trainer: ContrastiveTrainer) -> None:
-    """Raises InputError where the adapters would not be all that is trained, or cannot be gathered."""
+    """Raise InputError where the adapters would not be all that is trained, or cannot be gathered."""
     for wrong, what in (
         (trainer.encoder.backbone is trainer.encoder.base, "without --lora_r there is no adapter"),
         (trainer.sharded, "FSDP and ZeRO shard the adapters; the merged model is saved"),
@@ -65,7 +65,7 @@ def check_adapter(trainer: ContrastiveTrainer) -> None:
 
 
 def save_adapter(encoder: Encoder, folder: Path) -> None:
-    """The adapters by themselves, as PEFT saves them, without the place where the base model lies here."""
+    """Save the adapters by themselves, as PEFT does, without the place where the base model lies here."""
     base, adapted = encoder.config.name_or_path, cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = shown(base)

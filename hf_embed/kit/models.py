@@ -77,7 +77,7 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
 
 
 def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration with all its dropout rates at `rate`. Raises InputError if it has none."""
+    """Load the model's configuration, with all its dropout rates at `rate`. Raises InputError if it has none."""
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     try:
@@ -110,7 +110,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
 
 
 def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises InputError for a name that is the end of no module's: PEFT is content if one of several is found."""
+    """Raise InputError for a name that is the end of no module's: PEFT is content if one of several is found."""
     modules = [name for name, module in model.named_modules() if not list(module.children())]
     for target in names:
         if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in modules):
@@ -121,7 +121,7 @@ def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def embed_with(encoder: Encoder) -> Callable[..., Tensor]:
-    """The encoder as evaluation tasks call it."""
+    """Return the encoder as evaluation tasks call it."""
 
     def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
         return encoder.encode(texts, prompt_name, convert_to_tensor=True)

@@ -42,7 +42,7 @@ class EarlierRun(TrainerCallback):
 
 
 def earlier_files(folder: Path) -> list[Path]:
-    """Checkpoints, logs and runs of single seeds: the new run, if it is resumed, might take them for its own."""
+    """List checkpoints, logs and runs of single seeds, which the new run, if it is resumed, might take for its own."""
     there = sorted(folder.glob("*"))
     paths = [path for path in there if RUNNING.fullmatch(path.name)]
     for seed in there:

@@ -37,6 +37,8 @@ TRUST = "Run the Python code that the model brings, if it has any: read it befor
 
 @dataclass
 class ModelArguments:
+    """Flags of the model."""
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
     )
@@ -64,6 +66,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """Flags of the rows to train on."""
+
     train_file: str | None = field(
         default=None, metadata={"help": "txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."}
     )
@@ -86,6 +90,8 @@ DATA_FLAGS = ("train_file", "dataset_name", "sources")
 
 @dataclass
 class RunArguments:
+    """Flags of the run and its card."""
+
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     seeds: str | None = field(
         default=None, metadata={"help": "1,2,3: train with each, keep the best by the evaluation sets, and report all."}
@@ -100,6 +106,8 @@ class RunArguments:
 
 @dataclass
 class MatryoshkaArguments:
+    """The flag of `Matryoshka` around a recipe's own objective."""
+
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Train these widths of the embedding too, e.g. 384 256 128 64."}
     )
@@ -114,6 +122,8 @@ class MatryoshkaArguments:
 
 @dataclass
 class PositiveArguments:
+    """Flags of what single sentences are paired with."""
+
     positive: str = field(default="dropout", metadata={"help": f"What a sentence is paired with: {', '.join(KNOWN)}."})
     synonyms: str | None = field(default=None, metadata={"help": "Of synonym: lines of a word, a tab, its synonyms."})
     fill_model: str | None = field(default=None, metadata={"help": "Of mask_fill: a masked LM. Default: the model itself."})
@@ -155,11 +165,12 @@ class Plan:
 
 
 def read_flags(own: Sequence[type], preset: Path, unless: Sequence[str], argv: list[str] | None = None) -> cli.Flags:
-    """The flags that all fine-tuning recipes have, and those of a recipe's own dataclasses, checked.
+    """Read and check the flags that all fine-tuning recipes have, and those of a recipe's own dataclasses.
 
     Args:
         own: dataclasses, for example of the objective: every field with its help text is a flag.
-        preset: the YAML file of settings to take where none is given by `--config`, nor one of the flags `unless`.
+        preset: the YAML file of settings to take where the user gives none by `--config`.
+        unless: flags; where one of them is given, the preset is not taken.
         argv: the command line; default: the process's.
     """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
@@ -170,12 +181,16 @@ def read_flags(own: Sequence[type], preset: Path, unless: Sequence[str], argv: l
 
 
 def without_data(flags: cli.Flags) -> bool:
-    """Whether no data to train on is given."""
+    """Tell whether no data to train on is given."""
     return not any(flags.values[flag] for flag in DATA_FLAGS)
 
 
 def uses_quickstart(flags: cli.Flags) -> bool:
-    """Whether to train the built-in encoder on the built-in texts. Raises InputError for a model of the user's without data."""
+    """Tell whether to train the built-in encoder on the built-in texts.
+
+    Raises:
+        InputError: a model of the user's, but no data.
+    """
     if without_data(flags) and flags.values["model_name_or_path"]:
         raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
     return without_data(flags)
@@ -207,7 +222,7 @@ def settle_offline(
 
 
 def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
-    """The rows to train on; without data, those of a file in `hf_embed/quickstart`."""
+    """Read the rows to train on; without data, those of a file in `hf_embed/quickstart`."""
     if built_in is not None and uses_quickstart(flags):
         return Rows(read_file(str(QUICKSTART / built_in)), f"quickstart/{built_in}", [])
     data = flags.make(DataArguments)
@@ -216,7 +231,7 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
 
 
 def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, Task]:
-    """The evaluation sets; without any and without data, the STS set in `hf_embed/quickstart`."""
+    """Read the evaluation sets; without any and without data, an STS file in `hf_embed/quickstart`."""
     tasks = read_tasks(flags.make(EvalArguments))
     if built_in is not None and not tasks and uses_quickstart(flags):
         return {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
@@ -246,7 +261,7 @@ def make_plan(
 
 
 def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments, args: ContrastiveTrainingArguments) -> Rows:
-    """Rows of anchor and positive, of rows of a single text."""
+    """Make rows of anchor and positive of rows of a single text."""
     kind, _ = parse_positive(positive.positive)
     if kind in WITHOUT_ROWS:
         return rows
@@ -263,21 +278,21 @@ def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments,
 
 
 def settled(args: ContrastiveTrainingArguments, **values: Any) -> ContrastiveTrainingArguments:
-    """A copy with other values, which are not checked again: the checks would derive further values from them."""
+    """Return a copy with other values, which are not checked again: the checks would derive further values from them."""
     changed = copy.copy(args)
     vars(changed).update(values)
     return changed
 
 
 def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
-    """A copy that evaluates nothing, with a warning if it should have."""
+    """Return a copy that evaluates nothing, with a warning if it should have."""
     if args.eval_strategy != "no" or args.load_best_model_at_end:
         logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
     return settled(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
 
 
 def on_the_hub(name: str | None) -> str | None:
-    """A model's or data set's name, OWNER/NAME, if that is where it comes from."""
+    """Return a model's or data set's name, OWNER/NAME, if it is on the Hub."""
     files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
     named = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(files) and not Path(name).exists()
     return name if named else None
@@ -307,7 +322,7 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool) -> cli.Flags
 
 
 def find_checkpoint(given: str, folder: Path) -> str:
-    """The checkpoint that `--resume_from_checkpoint` names, or the newest."""
+    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest."""
     if given in ("latest", "true", "True"):
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is None:
@@ -319,7 +334,7 @@ def find_checkpoint(given: str, folder: Path) -> str:
 
 
 def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
-    """The rows to train on, of one set or of several sources, and their name in messages."""
+    """Read the rows to train on, of one set or of several sources, and their name in messages."""
     given = [flag for flag in DATA_FLAGS if getattr(data, flag)]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
@@ -336,6 +351,6 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
 
 
 def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:
-    """The names, OWNER/NAME, of what comes from the Hub."""
+    """Return the names, OWNER/NAME, of what comes from the Hub."""
     names = [data.dataset_name or ""] if isinstance(rows, Dataset) else [source.origin or "" for source in rows]
     return sorted({name for name in names if on_the_hub(name)})

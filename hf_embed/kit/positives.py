@@ -40,33 +40,37 @@ ChangeTexts = Callable[..., list[list[str]]]  # of several
 
 
 def delete(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Delete a share of the words."""
     gone = places(words, share, draw)
     return [word for i, word in enumerate(words) if i not in gone]
 
 
 def delete_one_word(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Delete one of the words."""
     gone = draw.randrange(len(words))
     return words[:gone] + words[gone + 1 :]
 
 
 def crop(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Delete a share of the words at the ends."""
     kept = len(words) - len(places(words, share, draw))
     start = draw.randint(0, len(words) - kept)
     return words[start : start + kept]
 
 
 def repeat(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Say a share of the words twice."""
     twice = places(words, share, draw)
     return [word for i, word in enumerate(words) for _ in range(1 + (i in twice))]
 
 
 def places(words: list[str], share: float, draw: random.Random) -> set[int]:
-    """The places of a share of the words, but one at least and never all."""
+    """Draw the places of a share of the words, of one at least and never of all."""
     return set(draw.sample(range(len(words)), min(max(1, round(share * len(words))), len(words) - 1)))
 
 
 def replace(words: list[str], share: float, draw: random.Random, table: dict[str, list[str]]) -> list[str]:
-    """Of the words that the table knows, as many as `share` of all."""
+    """Replace as many words as `share` of all, of those that the table knows."""
     known = [i for i, word in enumerate(words) if word.lower() in table]
     chosen = draw.sample(known, min(max(1, round(share * len(words))), len(known)))
     return [draw.choice(table[word.lower()]) if i in chosen else word for i, word in enumerate(words)]
@@ -98,7 +102,11 @@ KNOWN = tuple(f"{kind}:SHARE" if maker.takes_share else kind for kind, maker in 
 
 
 def parse_positive(positive: str) -> tuple[str, float]:
-    """ "crop:0.3" -> ("crop", 0.3). Raises InputError for an unknown kind and for a share that is not between 0 and 1."""
+    """Read "crop:0.3" as ("crop", 0.3).
+
+    Raises:
+        InputError: an unknown kind, or a share that is not between 0 and 1.
+    """
     kind, colon, written = positive.partition(":")
     if kind not in MAKERS or bool(colon) != MAKERS[kind].takes_share:
         raise InputError(f"positive '{positive}'; there are {', '.join(KNOWN)}")
@@ -115,7 +123,7 @@ def add_positives(
     rows: Dataset, positive: str, seed: int = 0, name: str = "train_dataset", synonyms: str | None = None,
     model: str | None = None, trust_remote_code: bool = False,
 ) -> Dataset:  # fmt: skip
-    """Rows of a single text to rows of anchor and positive; for "dropout" and "same_mask" the rows as they are.
+    """Make rows of anchor and positive of rows of a single text; for "dropout" and "same_mask" the rows stay as they are.
 
     A sentence too short to be changed is its own positive; such rows are counted in a warning.
 
@@ -154,7 +162,7 @@ def add_positives(
 
 
 def make_pairs(batch: dict, numbers: list[int], column: str, change: ChangeTexts, seed: int) -> dict[str, list]:
-    """The anchors and positives of a batch of rows, which have the numbers `numbers`."""
+    """Make the anchors and positives of a batch of rows, which have the numbers `numbers`."""
     anchors = batch[column]
     words = {i: text.split() for i, text in enumerate(anchors) if isinstance(text, str)}
     long = [i for i, split in words.items() if len(split) > 1]
@@ -171,7 +179,7 @@ def one_by_one(change: ChangeWords, texts: list[list[str]], share: float, draws:
 
 
 def read_synonyms(path: str | None) -> dict[str, list[str]]:
-    """The synonyms of each word. Raises InputError for a file that is missing or no such table."""
+    """Read the synonyms of each word. Raises InputError for a file that is missing or no such table."""
     if path is None:
         raise InputError("positive synonym needs --synonyms FILE, lines of a word, a tab, and synonyms separated by commas")
     if not Path(path).is_file():
@@ -209,6 +217,7 @@ class MaskFill:
 
     @torch.inference_mode()
     def __call__(self, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
+        """Replace a share of the words of each text."""
         texts, mask = [list(words) for words in texts], self.tokenizer.mask_token
         chosen = [sorted(places(words, share, draw)) for words, draw in zip(texts, draws)]
         for start in range(0, len(texts), 64):

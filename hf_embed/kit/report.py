@@ -6,8 +6,9 @@ import math
 import os
 import platform
 import textwrap
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -78,7 +79,7 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
 
 
 def load_saved(plan: Plan) -> Encoder:
-    """The saved folder, loaded anew, as a user will."""
+    """Load the saved folder anew, as a user will."""
     with quiet():
         trusted = plan.model_args.trust_remote_code
         encoder = Encoder.from_pretrained(str(plan.folder), trust_remote_code=trusted, dtype=torch.float32)
@@ -86,13 +87,13 @@ def load_saved(plan: Plan) -> Encoder:
 
 
 def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, after: dict[str, float]) -> dict[str, Any]:
-    """What was trained on what and how, as results.json has it; `after` is of the saved folder."""
+    """Say what was trained on what and how, as results.json has it; `after` are the saved folder's scores."""
     args, name = plan.args, plan.model_args.model_name_or_path
     score = score_of(plan, after)
     return {
         "model": shown(name or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(name), "datasets": plan.datasets,
-        "rows": len(trainer.train_dataset),
+        "rows": len(cast(Sized, trainer.train_dataset)),
         "language": plan.run.language, "license": plan.run.license,
         "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
         "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
@@ -107,14 +108,14 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
 
 
 def score_of(plan: Plan, scores: dict[str, float]) -> dict[str, Any]:
-    """The metric by which models are chosen, and its value."""
+    """Return the metric by which models are chosen, and its value."""
     metric = (plan.args.metric_for_best_model or main_metric(plan.tasks)).removeprefix("eval_") if plan.tasks else None
     return {"metric": metric, "score": number(scores.get(f"eval_{metric}", math.nan), 4),
             "greater_is_better": plan.args.greater_is_better is not False}  # fmt: skip
 
 
 def chose_a_step(trainer: ContrastiveTrainer) -> bool:
-    """Whether the evaluation sets chose the model among several steps; warns where they should have and could not."""
+    """Tell whether the evaluation sets chose the model among several steps; warn where they should have and could not."""
     state = trainer.state
     if not trainer.args.load_best_model_at_end:
         return False
@@ -127,7 +128,7 @@ def chose_a_step(trainer: ContrastiveTrainer) -> bool:
 
 
 def changed(plan: Plan) -> dict[str, Any]:
-    """Of a plan's settings, those that are not at their default and that a result depends on."""
+    """Return those of a plan's settings that a result depends on and that are not at their default."""
     names = RESULT_SETTINGS - (SOURCE_SETTINGS if isinstance(plan.rows, Dataset) else set())
     if plan.args.max_steps > 0:
         names -= {"num_train_epochs"}
@@ -145,25 +146,32 @@ def changed(plan: Plan) -> dict[str, Any]:
 
 
 def shown(name: str) -> str:
-    """Of a file or folder named by its full path, its own name: where it lies here is nobody's business. Secrets are masked."""
+    """Return what others may see of the name of a file or folder.
+
+    Of a full path that is the last part: where it lies here is nobody's business. Secrets are masked.
+    """
     return Path(name).name if Path(name).is_absolute() else masked(name)
 
 
 def hardware(args: ContrastiveTrainingArguments) -> str:
-    """The devices of a run, for example "8 x NVIDIA H100" or "2 CPU cores"."""
+    """Name the devices of a run, for example "8 x NVIDIA H100" or "2 CPU cores"."""
     if args.device.type == "cuda":
         return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     return f"{psutil.cpu_count(logical=False) or os.cpu_count()} {args.device.type.upper()} cores"
 
 
 def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
-    """The scores of an encoder, under the names that the trainer gives them."""
+    """Score an encoder; the metrics are named as the trainer names them."""
     return {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(encoder)).items()}
 
 
 def summary(metrics: dict[str, float], tasks: dict[str, Task]) -> dict[str, Any]:
-    """{"sts": {NAME: Spearman}, "alignment": x, "uniformity": y, "retrieval": {NAME: {METRIC: value}}, "zero_shot": ...}, of
-    the kinds that there are."""
+    """Sum up metrics for results.json.
+
+        {"sts": {NAME: Spearman}, "alignment": x, "uniformity": y, "retrieval": {NAME: {METRIC: value}}, "zero_shot": ...}
+
+    of the kinds of tasks that there are.
+    """
     if not metrics:
         return {}
     scores: dict[str, Any] = {}
@@ -176,7 +184,7 @@ def summary(metrics: dict[str, float], tasks: dict[str, Task]) -> dict[str, Any]
 
 
 def number(value: float, digits: int) -> float | None:
-    """Rounded for results.json, which knows no NaN."""
+    """Round a number for results.json, which knows no NaN."""
     return round(value, digits) if math.isfinite(value) else None
 
 
@@ -192,7 +200,7 @@ def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, floa
 
 
 def saved_to(folder: Path, remote_code: bool = False) -> str:
-    """The last line of a recipe: where the model is, and how to load it."""
+    """Return the last line that a recipe prints: where the model is, and how to load it."""
     loader = loading_class(AutoConfig.from_pretrained(folder, trust_remote_code=remote_code))
     call = f"{loader}.from_pretrained({str(folder)!r}{', trust_remote_code=True' if remote_code else ''})"
     return f"\nsaved to {folder}: {call} loads it; README.md says how to pool"

@@ -27,7 +27,7 @@ from hf_embed.ranges import SEED
 
 
 def read_seeds(given: str) -> list[int]:
-    """ "1,2,3" -> [1, 2, 3]."""
+    """Read "1,2,3" as [1, 2, 3]. Raises InputError for what are no different seeds."""
     words = [word.strip() for word in given.split(",") if word.strip()]
     seeds = [int(word) if word.isdecimal() else -1 for word in words]
     if not seeds or not all(seed in SEED for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -36,10 +36,10 @@ def read_seeds(given: str) -> list[int]:
 
 
 def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
-    """Train what the flags say, once or with each of `--seeds`; of several, the best by the evaluation sets is what OUTPUT_DIR
-    is then, with all seeds' scores in its card.
+    """Train what the flags say, once or with each of `--seeds`.
 
-    A seed's run is OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay.
+    Of several, the best by the evaluation sets is what OUTPUT_DIR is then, with all seeds' scores in its card. A seed's run is
+    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay.
 
     Args:
         flags: with the output folder settled.
@@ -74,7 +74,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 
 
 def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
-    """The flags of the run with one of the seeds, in a folder of its own."""
+    """Make the flags of the run with one of the seeds, in a folder of its own."""
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     checkpoint = last and find_checkpoint(last, folder)
     return flags.override(
@@ -83,7 +83,7 @@ def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
 
 
 def finished_run(folder: Path, plan: Plan) -> dict[str, Any]:
-    """The results of a seed's run that is finished. Raises InputError if it had other settings."""
+    """Read the results of a seed's run that is finished. Raises InputError if it had other settings."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if results["train"]["settings"] != json.loads(json.dumps(changed(plan))):
         raise InputError(f"{folder} holds a run with other settings; replace all by --overwrite_output_dir")
