@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from hf_embed import Encoder
 from hf_embed.evaluation.mteb import run_mteb
 from hf_embed.evaluation.sts import STS, read_sts
-from hf_embed.kit.finetune import embed_with
+from hf_embed.kit.models import embed_with
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from recipe import QUIETLY, run_recipe, write_jsonl
 
 from hf_embed import Encoder
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.kit.finetune import embed_with
+from hf_embed.kit.models import embed_with
 from hf_embed.mining import MiningArguments, mine_hard_negatives
 
 LOSSES = {

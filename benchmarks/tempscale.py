@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from hf_embed import Encoder, Retrieval
 from hf_embed.data.sources import read_texts
 from hf_embed.kit.calibrate import sweep
-from hf_embed.kit.finetune import embed_with
+from hf_embed.kit.models import embed_with
 from hf_embed.tempscale import fold_tempscale, tempscale
 
 

@@ -21,8 +21,9 @@ from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_tasks
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.finetune import embed_with, summary
+from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import TRUST
+from hf_embed.kit.report import summary
 from hf_embed.ranges import COUNT, check_ranges
 
 

@@ -11,22 +11,58 @@ recipes/gte_pretrain.py, with the model of outputs/gte_pretrain or of --model_na
 end.
 """
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 
 from hf_embed import Encoder, InputError
-from hf_embed.data.mixture import read_sources
-from hf_embed.kit.cli import run
-from hf_embed.kit.docstrings import write_sources
-from hf_embed.kit.finetune import embed_with, run_gte
-from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.kit.cli import Flags, run
+from hf_embed.kit.docstrings import mine_negatives, write_sources
+from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
+from hf_embed.kit.models import embed_with, load_model
+from hf_embed.kit.plan import (
+    DATA_FLAGS,
+    MatryoshkaArguments,
+    Plan,
+    make_plan,
+    read_evaluation,
+    read_flags,
+    read_rows,
+    settle_offline,
+)
+from hf_embed.kit.report import report
+from hf_embed.kit.seeds import train_each_seed
+from hf_embed.objectives import ImprovedContrastive
 
 DATA = Path("outputs/docstrings")
 PRETRAINED = Path("outputs/gte_pretrain")
+CONFIG = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"  # without data
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train once, or with each of `--seeds`; return what results.json holds."""
+    flags = read_flags([ImprovedContrastive, MatryoshkaArguments], CONFIG, unless=DATA_FLAGS, argv=argv)
+    flags = settle_offline(flags, "gte_finetune", mined_docstrings, model=str(PRETRAINED))
+    return train_each_seed(flags, read_plan, train)
+
+
+def read_plan(flags: Flags) -> Plan:
+    """Load the rows and the evaluation sets."""
+    rows = read_rows(flags)
+    tasks = read_evaluation(flags)
+    objective = flags.make(MatryoshkaArguments).wrap(flags.make(ImprovedContrastive))
+    return make_plan(flags, objective, rows, tasks)
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Load the model, train and save it, and score it before and after."""
+    model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
+    trainer = make_trainer(plan, model)
+    before = score_model(trainer)
+    trained = fine_tune(plan, trainer)
+    return report(plan, trainer, before, trained)
 
 
 def mined_docstrings(model: str) -> tuple[str, list[str]]:
@@ -36,30 +72,11 @@ def mined_docstrings(model: str) -> tuple[str, list[str]]:
         raise InputError(f"no model in {PRETRAINED} or no data in {DATA}: run recipes/gte_pretrain.py first")
     state = PartialState()
     embed = embed_with(Encoder.from_pretrained(model, dtype=torch.float32).to(state.device))
-    folder = DATA / "mined"
-    if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not there:
-            write_sources(DATA)
+    if state.is_main_process and not there:
+        write_sources(DATA)
     state.wait_for_everyone()
-    entries = []
-    for source in read_sources(DATA / "sources.yaml"):
-        file = f"{source.name}.jsonl"
-        if source.name.endswith(".name"):  # names are too short to have hard negatives
-            file = f"../{file}"
-        else:
-            pairs = list(zip(source.rows["query"][:], source.rows["positive"][:]))
-            mine_hard_negatives(pairs, [], embed, folder / file, MiningArguments(num_negatives=1))
-        entries.append({"name": source.name, "file": file})
-    if state.is_main_process:
-        (folder / "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
-    state.wait_for_everyone()
-    return str(folder / "sources.yaml"), [f"doc_search={DATA}/doc_search", f"code_search={DATA}/code_search"]
-
-
-def main() -> None:
-    config = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"
-    run_gte("gte_finetune", config, mined_docstrings, offline_model=str(PRETRAINED))
+    sources = mine_negatives(DATA, embed)
+    return str(sources), [f"doc_search={DATA}/doc_search", f"code_search={DATA}/code_search"]
 
 
 if __name__ == "__main__":

@@ -11,17 +11,57 @@ are installed on this machine, and the built-in encoder learns to search them: o
 """
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
-from hf_embed.kit.cli import run
+from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.docstrings import write_sources
-from hf_embed.kit.finetune import run_gte
+from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
+from hf_embed.kit.models import load_model
+from hf_embed.kit.plan import (
+    DATA_FLAGS,
+    MatryoshkaArguments,
+    Plan,
+    make_plan,
+    read_evaluation,
+    read_flags,
+    read_rows,
+    settle_offline,
+)
+from hf_embed.kit.report import report
+from hf_embed.kit.seeds import train_each_seed
+from hf_embed.objectives import ImprovedContrastive
 
 DATA = Path("outputs/docstrings")
+CONFIG = Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml"  # without data
 
 
-def docstrings(_: str | None) -> tuple[str, list[str]]:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train once, or with each of `--seeds`; return what results.json holds."""
+    flags = read_flags([ImprovedContrastive, MatryoshkaArguments], CONFIG, unless=DATA_FLAGS, argv=argv)
+    flags = settle_offline(flags, "gte_pretrain", docstrings)
+    return train_each_seed(flags, read_plan, train)
+
+
+def read_plan(flags: Flags) -> Plan:
+    """Load the rows and the evaluation sets."""
+    rows = read_rows(flags)
+    tasks = read_evaluation(flags)
+    objective = flags.make(MatryoshkaArguments).wrap(flags.make(ImprovedContrastive))
+    return make_plan(flags, objective, rows, tasks)
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Load the model, train and save it, and score it before and after."""
+    model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
+    trainer = make_trainer(plan, model)
+    before = score_model(trainer)
+    trained = fine_tune(plan, trainer)
+    return report(plan, trainer, before, trained)
+
+
+def docstrings(_: str) -> tuple[str, list[str]]:
     """Collect pairs from the installed packages; -> the file of sources and the evaluation sets."""
     state = PartialState()
     if state.is_main_process:
@@ -29,10 +69,6 @@ def docstrings(_: str | None) -> tuple[str, list[str]]:
         print(", ".join(f"{count:,} {what}" for what, count in found.items()), f"from docstrings, in {DATA}")
     state.wait_for_everyone()
     return str(DATA / "sources.yaml"), [f"doc_search={DATA}/doc_search", f"code_search={DATA}/code_search"]
-
-
-def main() -> None:
-    run_gte("gte_pretrain", Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml", docstrings)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from hf_embed.data.sources import leave_out, read_file, read_texts, row_texts, t
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.finetune import embed_with
+from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import TRUST
 from hf_embed.mining import MiningArguments, mine_hard_negatives
 from hf_embed.ranges import COUNT, check_ranges

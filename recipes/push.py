@@ -21,6 +21,8 @@ from hf_embed.kit.plan import TRUST
 
 @dataclass
 class Arguments:
+    """All flags; the folder and the repository stand before them."""
+
     private: bool = field(default=False, metadata={"help": "Of a repository that is made."})
     revision: str | None = field(default=None, metadata={"help": "A branch; made if it is not there."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
@@ -31,6 +33,7 @@ class Arguments:
 
 
 def main() -> None:
+    """Upload a folder."""
     words = sys.argv[1:]
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         if "--help" not in words:

@@ -10,20 +10,29 @@ the flags in which it differs. Printed: a table. In OUTPUT_DIR: results.json, ab
 command again runs what is missing.
 """
 
-import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hf_embed.kit import cli
 from hf_embed.kit.ablation import AblationArguments, run_ablation
-from hf_embed.kit.plan import plan_simcse
+from hf_embed.kit.cli import Flags, run
+from hf_embed.kit.plan import Plan, PositiveArguments, make_plan, read_evaluation, read_flags, read_rows
+from hf_embed.objectives import SimCSE
 
-CONFIG = Path(__file__).with_name("configs") / "simcse_ablation_quickstart.yaml"
+CONFIG = Path(__file__).with_name("configs") / "simcse_ablation_quickstart.yaml"  # of the built-in model
 
 
-def main() -> None:
-    run_ablation(partial(plan_simcse, None, False, CONFIG, "sentences.txt", more=(AblationArguments,)), sys.argv[1:])
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train each variant with each of `--seeds`; return what results.json holds of them."""
+    flags = read_flags([SimCSE, PositiveArguments, AblationArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
+    return run_ablation(flags, read_plan)
+
+
+def read_plan(flags: Flags) -> Plan:
+    """Load the rows and the evaluation sets of one run, as unsup_simcse.py does."""
+    rows = read_rows(flags, built_in="sentences.txt")
+    tasks = read_evaluation(flags, built_in="sts.tsv")
+    return make_plan(flags, flags.make(SimCSE), rows, tasks, positive=flags.make(PositiveArguments))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

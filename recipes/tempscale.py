@@ -26,9 +26,10 @@ from hf_embed.kit.calibrate import GRID, halves, plot_sweep, sweep
 from hf_embed.kit.cli import model_first, parse, run
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.finetune import embed_with, saved_to
+from hf_embed.kit.models import embed_with
 from hf_embed.kit.overwrite import clear_results
 from hf_embed.kit.plan import QUICKSTART, TRUST
+from hf_embed.kit.report import saved_to
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded

@@ -9,18 +9,40 @@ A training file is a txt with one sentence a line, or a table with a column text
 """
 
 from pathlib import Path
+from typing import Any
 
-from hf_embed.kit.cli import run
-from hf_embed.kit.finetune import run_simcse
+from hf_embed.kit.cli import Flags, run
+from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
+from hf_embed.kit.models import load_model
+from hf_embed.kit.plan import Plan, PositiveArguments, make_plan, read_evaluation, read_flags, read_rows, settle_quickstart
+from hf_embed.kit.report import report
+from hf_embed.kit.seeds import train_each_seed
+from hf_embed.objectives import SimCSE
+
+CONFIG = Path(__file__).with_name("configs") / "unsup_simcse_quickstart.yaml"  # of the built-in model
 
 
-def main() -> None:
-    run_simcse(
-        "unsup_simcse",
-        paired=False,
-        quickstart_config=Path(__file__).with_name("configs") / "unsup_simcse_quickstart.yaml",
-        quickstart_file="sentences.txt",
-    )
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train once, or with each of `--seeds`; return what results.json holds."""
+    flags = read_flags([SimCSE, PositiveArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
+    flags = settle_quickstart(flags, "unsup_simcse")
+    return train_each_seed(flags, read_plan, train)
+
+
+def read_plan(flags: Flags) -> Plan:
+    """Load the rows, give each a positive, and load the evaluation sets."""
+    rows = read_rows(flags, built_in="sentences.txt")
+    tasks = read_evaluation(flags, built_in="sts.tsv")
+    return make_plan(flags, flags.make(SimCSE), rows, tasks, positive=flags.make(PositiveArguments))
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Load the model, train and save it, and score it before and after."""
+    model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
+    trainer = make_trainer(plan, model)
+    before = score_model(trainer)
+    trained = fine_tune(plan, trainer)
+    return report(plan, trainer, before, trained)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import error_of
-from test_recipes import QUIET, RECIPES, UNSUP, files, flags, sup  # noqa: F401
+from test_recipes import QUIET, RECIPES, UNSUP, files, flags, load_recipe, sup  # noqa: F401
 from worker import WORDS
 
 from hf_embed import Encoder
 from hf_embed.kit import ablation
-from hf_embed.kit.ablation import VARIANTS, AblationArguments, plot_variants, read_variants, run_ablation, summary, table
-from hf_embed.kit.finetune import read_seeds, run_simcse
-from hf_embed.kit.plan import plan_simcse
+from hf_embed.kit.ablation import VARIANTS, plot_variants, read_variants, summary, table
+from hf_embed.kit.seeds import read_seeds
 
+ABLATION = load_recipe("simcse_ablation")
 SMALL = ["--eval_steps", 1, "--max_steps", 2, "--learning_rate", "1e-3"]
 
 
@@ -32,9 +31,8 @@ def sentences(files, tmp_path):  # noqa: F811
 
 
 def run(sentences, folder, *more) -> dict:
-    plan = partial(plan_simcse, None, False, UNSUP["quickstart_config"], "sentences.txt", more=(AblationArguments,))
     argv = [*QUIET, *flags(sentences), *SMALL, "--output_dir", folder, *more]
-    return run_ablation(plan, [str(word) for word in argv])
+    return ABLATION.main([str(word) for word in argv])
 
 
 def test_variants_and_seeds(sentences, tmp_path, capsys):
@@ -64,7 +62,7 @@ def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
     """What the ablation says of a variant is what unsup_simcse.py with the same flags comes to."""
     path = run(sentences, tmp_path / "out", "--variants", "delete one word")["delete one word"]["seeds"]["1"]
     argv = [*QUIET, *flags(sentences), *SMALL, "--positive", "delete_one_word", "--seed", 1, "--output_dir", tmp_path / "one"]
-    alone = run_simcse("x", argv=[str(word) for word in argv], **UNSUP)
+    alone = UNSUP.main([str(word) for word in argv])
     assert alone["before"]["sts"]["s"] == pytest.approx(path[0]["spearman"], abs=0.01)
     assert alone["after"]["sts"]["s"] == pytest.approx(path[-1]["spearman"], abs=0.01)
 
@@ -73,7 +71,8 @@ def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     first = run(sentences, folder, "--variants", "dropout", "same mask")
     made = []
-    monkeypatch.setattr(ablation, "make_trainer", lambda plan, make=ablation.make_trainer: made.append(plan) or make(plan))
+    make = ablation.make_trainer
+    monkeypatch.setattr(ablation, "make_trainer", lambda plan, model: made.append(plan) or make(plan, model))
     assert run(sentences, folder, "--variants", "dropout", "same mask") == first and not made
     (folder / "runs" / "same-mask-seed-1" / "path.json").unlink()
     assert run(sentences, folder, "--variants", "dropout", "same mask") == first and len(made) == 1
@@ -118,7 +117,7 @@ def test_variants_of_a_yaml_file(sentences, tmp_path):
 
 
 def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "make_trainer", lambda plan: pytest.fail("a run was started"))
+    monkeypatch.setattr(ablation, "make_trainer", lambda plan, model: pytest.fail("a run was started"))
     config = tmp_path / "bad.yaml"
     for variants, message in (
         ("{a > b: {}, a < b: {}}", "another variant's name differs in signs only"),
@@ -138,9 +137,8 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
 
 
 def test_an_sts_set_is_needed(sentences, tmp_path):
-    plan = partial(plan_simcse, None, False, UNSUP["quickstart_config"], "sentences.txt", more=(AblationArguments,))
     argv = ["--train_file", sentences["nli"], "--model_name_or_path", sentences["model"], "--output_dir", tmp_path / "o"]
-    assert "give --eval_sts_file NAME=PATH" in error_of(run_ablation, plan, [str(word) for word in [*QUIET, *argv, *SMALL]])
+    assert "give --eval_sts_file NAME=PATH" in error_of(ABLATION.main, [str(word) for word in [*QUIET, *argv, *SMALL]])
 
 
 def test_picture_of_many_variants(tmp_path):
@@ -221,6 +219,4 @@ def test_a_positive_needs_one_set_of_sentences(files, tmp_path):  # noqa: F811
         "--output_dir",
         tmp_path / "o",
     ]
-    assert "give --train_file or --dataset_name, not --sources" in error_of(
-        run_simcse, "x", argv=[*QUIET, *map(str, argv)], **UNSUP
-    )
+    assert "give --train_file or --dataset_name, not --sources" in error_of(UNSUP.main, [*QUIET, *map(str, argv)])

@@ -18,7 +18,7 @@ from hf_embed import Encoder, InputError, Retrieval, ZeroShot
 from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.evaluation.sts import STS
 from hf_embed.kit.calibrate import fold_scores, halves, plot_sweep, sweep
-from hf_embed.kit.finetune import embed_with
+from hf_embed.kit.models import embed_with
 from hf_embed.tempscale import tempscale
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]

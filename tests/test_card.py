@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_embed.checkpoint.card import duration, is_generated, model_card, write_card
-from hf_embed.kit.finetune import shown
 from hf_embed.kit.plan import on_the_hub
+from hf_embed.kit.report import shown
 from hf_embed.pooling import POOLINGS
 
 TRAIN = {

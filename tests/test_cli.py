@@ -3,10 +3,10 @@
 import pytest
 from conftest import error_of
 
-from hf_embed import ContrastiveTrainingArguments, InputError
+from hf_embed import ContrastiveTrainingArguments, InputError, SimCSE
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments
-from hf_embed.kit.plan import DataArguments, SimCSEArguments
+from hf_embed.kit.plan import DataArguments
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def parse(tmp_path):
     def function(yaml, *flags):
         path = tmp_path / "run.yaml"
         path.write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
-        kinds = [DataArguments, EvalArguments, SimCSEArguments, ContrastiveTrainingArguments]
+        kinds = [DataArguments, EvalArguments, SimCSE, ContrastiveTrainingArguments]
         return {k: v for part in cli.parse(kinds, argv=["--config", str(path), *flags]) for k, v in vars(part).items()}
 
     return function
@@ -139,7 +139,7 @@ def test_bad_prompts_say_what_is_wanted(value, parse):
 
 @pytest.mark.parametrize(("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: No such"), ([], "needs a file")])
 def test_bad_config_flag(flags, expected):
-    assert expected in error_of(cli.parse, [SimCSEArguments], argv=["--config", *flags])
+    assert expected in error_of(cli.parse, [SimCSE], argv=["--config", *flags])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_preset_is_taken_where_no_config_is_given(flags, temperature, tmp_path):
     preset.write_text("temperature: 0.3")
     other.write_text("temperature: 0.4")
     flags = [flag.replace("OTHER", str(other)) for flag in flags]
-    (settings,) = cli.parse([SimCSEArguments], lambda given: None if "mlm_weight" in given else str(preset), flags)
+    (settings,) = cli.parse([SimCSE], lambda given: None if "mlm_weight" in given else str(preset), flags)
     assert settings.temperature == temperature
 
 

@@ -55,11 +55,11 @@ def test_files_and_recipes_named_in_the_readme_exist():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file", "quiet"}))
 def test_flags_named_in_the_readme_exist(flag):
-    from hf_embed import ContrastiveTrainingArguments
+    from hf_embed import ContrastiveTrainingArguments, ImprovedContrastive
     from hf_embed.kit import ablation, plan
 
     kinds = [plan.ModelArguments, plan.DataArguments, plan.EvalArguments, plan.RunArguments,
-             plan.GTEArguments, plan.PositiveArguments, ablation.AblationArguments,
+             ImprovedContrastive, plan.MatryoshkaArguments, plan.PositiveArguments, ablation.AblationArguments,
              ContrastiveTrainingArguments]  # fmt: skip
     names = {name for kind in kinds for name in kind.__dataclass_fields__} | {"config", "help"}
     names |= {f"no_{name}" for kind in kinds for name, field in kind.__dataclass_fields__.items() if field.default is True}

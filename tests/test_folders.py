@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
 from hf_embed.evaluation.mteb import model_meta, run_mteb
-from hf_embed.kit.finetune import load_model
+from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import ModelArguments
 
 LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens, of which no tiny model takes all
@@ -585,7 +585,7 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
 
 def load_for_a_recipe(folder, tmp_path, masked_lm=False, dropout=None):
     args = ContrastiveTrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
-    model, _ = load_model(ModelArguments(model_name_or_path=str(folder), dropout=dropout), args, masked_lm)
+    model, _, args = load_model(ModelArguments(model_name_or_path=str(folder), dropout=dropout), args, masked_lm)
     return model, args
 
 

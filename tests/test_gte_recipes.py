@@ -12,18 +12,19 @@ import pytest
 import yaml
 from conftest import error_of, tiny_encoder
 from safetensors.torch import load_file
-from test_recipes import QUIET, RECIPES, recipe
+from test_recipes import QUIET, RECIPES, load_recipe, recipe
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainingArguments, Encoder
+from hf_embed import ContrastiveTrainingArguments, Encoder, ImprovedContrastive
 from hf_embed.data import mixture
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit import cli, docstrings
 from hf_embed.kit.eval_flags import EvalArguments
-from hf_embed.kit.finetune import run_gte
-from hf_embed.kit.plan import DataArguments, GTEArguments, ModelArguments, RunArguments
+from hf_embed.kit.plan import DataArguments, MatryoshkaArguments, ModelArguments, RunArguments
 
-KINDS = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
+KINDS = [ModelArguments, DataArguments, EvalArguments, RunArguments, MatryoshkaArguments, ImprovedContrastive,
+         ContrastiveTrainingArguments]  # fmt: skip
+GTE = load_recipe("gte_pretrain")
 
 
 def write_jsonl(path, rows):
@@ -58,7 +59,9 @@ def gte(*argv):
     def offline(model):
         raise AssertionError("not offline")
 
-    return run_gte("gte", Path("no.yaml"), offline, argv=[*map(str, argv)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GTE, "docstrings", offline)
+        return GTE.main([*map(str, argv)])
 
 
 @contextlib.contextmanager
@@ -71,10 +74,9 @@ def only_for_tokenizing(args, local=True, desc=""):
 def offline(tmp_path, monkeypatch):
     """Runs a recipe's main() in an empty folder, on the docstrings of two packages."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(RECIPES)
 
     def run(name, *argv):
-        module = __import__(name)
+        module = load_recipe(name)
         if hasattr(module, "write_sources"):
             monkeypatch.setattr(
                 module, "write_sources", lambda folder: docstrings.write_sources(folder, ("evaluate", "accelerate"))

@@ -7,21 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import error_of
-from test_recipes import QUIET, ROOT, flags, make_files, recipe, sup
+from test_recipes import QUIET, ROOT, flags, load_recipe, make_files, recipe, sup
 from transformers import TrainerCallback
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import save
-from hf_embed.kit.ablation import AblationArguments, run_ablation
 from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
-from hf_embed.kit.plan import plan_simcse
 from hf_embed.trainer import ContrastiveTrainer
 
 
@@ -70,7 +67,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(
     ("failure", "target"),
-    [("model", "hf_embed.kit.finetune.load_model"), ("evaluation", "hf_embed.trainer.score_tasks"),
+    [("model", "hf_embed.kit.models.load_encoder"), ("evaluation", "hf_embed.trainer.score_tasks"),
      ("first forward", "hf_embed.encoder.Encoder.forward"), ("first optimizer step", "torch.optim.AdamW.step")],
 )  # fmt: skip
 def test_nothing_is_lost_before_the_first_step_is_done(old, monkeypatch, failure, target):
@@ -225,13 +222,8 @@ def test_results_go_and_the_named_modules_stay(tmp_path):
 
 
 def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):
-    import importlib.util
-
     out, _ = old
-    spec = importlib.util.spec_from_file_location("recipe_tempscale", Path(__file__).parent.parent / "recipes/tempscale.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load_recipe("tempscale")
     before = digest(out)
     argv = ["tempscale.py", "--temperature", "0.9", "--output_dir", str(out), "--overwrite_output_dir"]
     monkeypatch.setattr("sys.argv", argv)
@@ -252,15 +244,15 @@ def test_an_ablation_keeps_its_runs_until_the_first_step(old, tmp_path, monkeypa
     argv = [*QUIET, "--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "texts.txt", "--eval_sts_file",
             f"s={tmp_path / 'sts.tsv'}", "--output_dir", out, "--variants", "dropout", "same mask", "--max_steps", 1,
             "--eval_steps", 1, "--per_device_train_batch_size", 4]  # fmt: skip
-    unsup = partial(plan_simcse, None, False, Path("unused"), "sentences.txt", more=(AblationArguments,))
-    run_ablation(unsup, [*map(str, argv)])
+    run_ablation = load_recipe("simcse_ablation").main
+    run_ablation([*map(str, argv)])
     before = digest(out)
     with monkeypatch.context() as patch:
         patch.setattr("torch.optim.AdamW.step", FAILURES["first forward"])
         with pytest.raises(torch.OutOfMemoryError):
-            run_ablation(unsup, [*map(str, argv), "--overwrite_output_dir", "--seeds", "1,2"])
+            run_ablation([*map(str, argv), "--overwrite_output_dir", "--seeds", "1,2"])
     assert digest(out) == before
-    run_ablation(unsup, [*map(str, argv), "--overwrite_output_dir", "--temperature", "0.1", "--seeds", "2"])
+    run_ablation([*map(str, argv), "--overwrite_output_dir", "--temperature", "0.1", "--seeds", "2"])
     assert {path.parent.name for path in out.glob("runs/*/path.json")} == {"dropout-seed-2", "same-mask-seed-2"}
 
 

@@ -29,8 +29,8 @@ from hf_embed import (
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.sts import STS as StsTask
 from hf_embed.evaluation.tasks import metric_names, score_tasks
-from hf_embed.kit.finetune import read_seeds
 from hf_embed.kit.plan import ModelArguments, RunArguments
+from hf_embed.kit.seeds import read_seeds
 from hf_embed.mining import MiningArguments
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.trainer_settings import RANGES

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,24 +20,31 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainingArguments, Encoder, InputError
+from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.kit import cli
 from hf_embed.kit.ablation import VARIANTS, AblationArguments, read_variants
 from hf_embed.kit.eval_flags import EvalArguments
-from hf_embed.kit.finetune import run_simcse
-from hf_embed.kit.plan import QUICKSTART, DataArguments, ModelArguments, RunArguments, SimCSEArguments
+from hf_embed.kit.plan import QUICKSTART, DataArguments, ModelArguments, RunArguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
-SUP = {"paired": True, "quickstart_config": RECIPES / "configs/sup_simcse_quickstart.yaml",
-       "quickstart_file": "triplets.csv"}  # fmt: skip
-UNSUP = {"paired": False, "quickstart_config": RECIPES / "configs/unsup_simcse_quickstart.yaml",
-         "quickstart_file": "sentences.txt"}  # fmt: skip
+
+
+def load_recipe(name: str) -> ModuleType:
+    """A recipe as a module, without its folder on the path."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
+
+
+SUP, UNSUP = load_recipe("sup_simcse"), load_recipe("unsup_simcse")
 
 
 def sup(*argv) -> dict:
-    return run_simcse("sup_simcse", argv=[*QUIET, *map(str, argv)], **SUP)
+    return SUP.main([*QUIET, *map(str, argv)])
 
 
 def recipe(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
@@ -69,7 +77,7 @@ def flags(files, *more) -> list:
 def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     monkeypatch.chdir(tmp_path)
     argv = [*QUIET, "--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps"]
-    results = run_simcse("x", argv=[*argv, "2"], **setup)
+    results = setup.main([*argv, "2"])
     folder = tmp_path / "outputs" / "quickstart"
     assert json.loads((folder / "results.json").read_text()) == results
     for part in ("before", "after"):
@@ -80,7 +88,7 @@ def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     out = capsys.readouterr().out
     assert "before" in out and "STS quickstart" in out
     assert "## Results" in (folder / "README.md").read_text()
-    run_simcse("x", argv=[*argv, "1"], **setup)  # made anew
+    setup.main([*argv, "1"])  # made anew
 
 
 def test_after_is_what_the_saved_folder_scores(tmp_path, files):
@@ -219,10 +227,7 @@ def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_help(path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load_recipe(path.stem)
     monkeypatch.setattr(sys, "argv", [path.name, "--help"])
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -241,7 +246,7 @@ def test_a_full_disk_is_one_line(tmp_path, files):
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*simcse*.yaml")), ids=lambda p: p.stem)
 def test_presets_parse(path):
-    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, AblationArguments, SimCSEArguments]
+    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, AblationArguments, SimCSE]
     *_, ablation, simcse, args = cli.parse([*kinds, ContrastiveTrainingArguments], argv=["--config", str(path), "--use_cpu"])
     assert simcse.temperature == 0.05
     stored = yaml.safe_load(path.read_text())

@@ -22,7 +22,7 @@ from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import score_tasks
 from hf_embed.kit.calibrate import fold_scores
-from hf_embed.kit.finetune import embed_with
+from hf_embed.kit.models import embed_with
 
 WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
 ROWS = Dataset.from_dict(

@@ -28,7 +28,7 @@ from hf_embed.evaluation.sts import read_named_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.code_search import read_code_search
-from hf_embed.kit.finetune import shown
+from hf_embed.kit.report import shown
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SECRET = "hf_s3cr3ts3cr3ts3cr3ts3cr3t"

@@ -24,8 +24,8 @@ from transformers.utils.logging import get_verbosity, set_verbosity
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
-from hf_embed.kit.finetune import changed
 from hf_embed.kit.plan import ModelArguments, Plan, RunArguments
+from hf_embed.kit.report import changed
 from hf_embed.trainer_settings import IGNORED, REFUSED
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12

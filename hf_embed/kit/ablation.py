@@ -5,25 +5,31 @@ runs of one seed see the same batches, so what differs is the variant alone. Eve
 run again.
 """
 
+import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PrinterCallback
 
 from hf_embed.checkpoint.files import write_whole
 from hf_embed.errors import InputError
-from hf_embed.kit.cli import FROM_HAND, as_flags
-from hf_embed.kit.finetune import make_trainer, number, read_seeds
+from hf_embed.kit.cli import FROM_HAND, Flags
+from hf_embed.kit.finetune import make_trainer
+from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
+from hf_embed.kit.report import number
+from hf_embed.kit.seeds import read_seeds
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {},
     "no dropout": {"dropout": 0.0},
     "same mask": {"positive": "same_mask"},
@@ -35,12 +41,17 @@ VARIANTS = {
     "fill 15%": {"positive": "mask_fill:0.15"},
     "next sentence": {"positive": "next_sentence"},
 }
+METRICS = ("spearman", "alignment", "uniformity")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito's
+MARKERS = "os^DvPX*"
 # Of every run: no model is kept, and the path is what counts.
 FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
 
 
 @dataclass
 class AblationArguments:
+    """The flag of the variants."""
+
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS)[:4],
         metadata={"help": f"Of {', '.join(VARIANTS)}; in a YAML file also a name and its flags each, as in "
@@ -48,7 +59,7 @@ class AblationArguments:
     )  # fmt: skip
 
 
-def read_variants(given: list[str]) -> dict[str, dict]:
+def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:
     """{name: flags}, of names that are known, or of a JSON dict in one word. Raises InputError for an unknown name."""
     if len(given) == 1 and given[0].startswith("{"):
         variants = json.loads(given[0])
@@ -65,24 +76,31 @@ def read_variants(given: list[str]) -> dict[str, dict]:
     return {name: VARIANTS[name] for name in given}
 
 
-def run_ablation(plan: Callable[[list[str]], Plan], argv: list[str]) -> dict:
+def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, Any]:
     """Run what is missing of the variants and seeds that the flags name; write results.json and ablation.png, print the table.
 
-    `plan` reads the flags of a run: `hf_embed.kit.finetune.plan_simcse` with `AblationArguments`. Raises InputError, before the
-    first step of the first run, if one of the runs cannot be.
+    Args:
+        flags: of all runs, `AblationArguments` among them.
+        read_plan: makes the plan of a run of its flags.
+
+    Returns:
+        What results.json says of the variants; see `run_variants`.
+
+    Raises:
+        InputError: one of the runs cannot be. This is said before the first step of the first run.
     """
-    base = plan(argv)
-    *_, given = base.more
-    variants, seeds = read_variants(given.variants), read_seeds(base.run.seeds or "1")
+    base = read_plan(flags)
+    changes, seeds = read_variants(flags.make(AblationArguments).variants), read_seeds(base.run.seeds or "1")
     if not any(task.kind == "sts" for task in base.tasks.values()):
         raise InputError("an ablation is told by an STS set; give --eval_sts_file NAME=PATH")
-    folder = Path("outputs/simcse_ablation" if base.args.output_dir in (None, "trainer_output") else base.args.output_dir)
+    given = base.args.output_dir
+    folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
-    for flags in variants.values():
-        plan([*argv, *as_flags(flags)])
+    for of_variant in changes.values():
+        read_plan(flags.override_as_given(of_variant))
     old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
-    results = run_variants(plan, argv, variants, seeds, folder, EarlierRun(old))
+    results = run_variants(flags, read_plan, changes, seeds, folder, EarlierRun(old))
     if base.args.process_index == 0:
         write_whole(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
         plot_variants(results, folder / "ablation.png")
@@ -92,14 +110,16 @@ def run_ablation(plan: Callable[[list[str]], Plan], argv: list[str]) -> dict:
 
 
 def run_variants(
-    plan: Callable[[list[str]], Plan],
-    argv: list[str],
-    variants: dict[str, dict],
+    flags: Flags,
+    read_plan: Callable[[Flags], Plan],
+    variants: dict[str, dict[str, Any]],
     seeds: list[int],
     folder: Path,
     earlier: EarlierRun,
-) -> dict:
-    """Train each variant with each seed; `plan` reads a run's flags, `earlier` goes. Returns what results.json holds:
+) -> dict[str, Any]:
+    """Train each variant with each seed; `read_plan` makes a run's plan of its flags, `earlier` goes.
+
+    Returns what results.json holds:
 
         {"dropout": {"flags": {},
                      "seeds": {"1": [{"step": 0, "spearman": 42.6, "alignment": 0.44, "uniformity": -1.7}, ...]},
@@ -109,30 +129,39 @@ def run_variants(
     Raises InputError if the folder holds runs with other flags.
     """
     results = {}
-    for name, flags in variants.items():
+    for name, changes in variants.items():
+        of_variant = flags.override(**FIXED).override_as_given(changes)
         paths = {}
         for seed in seeds:
             output = folder / "runs" / f"{slug(name)}-seed-{seed}"
-            words = [*argv, *as_flags(FIXED | flags | {"seed": seed, "output_dir": str(output)})]
-            paths[str(seed)] = one_run(plan, words, f"{name}, seed {seed}", output / "path.json", earlier)
-        results[name] = {"flags": flags, "seeds": paths} | summary(list(paths.values()))
+            plan = read_plan(of_variant.override(seed=seed, output_dir=str(output)))
+            file = output / "path.json"
+            if file.is_file() and file not in earlier.paths:
+                paths[str(seed)] = finished_path(plan, file)
+            else:
+                paths[str(seed)] = run_path(dataclasses.replace(plan, earlier=earlier), f"{name}, seed {seed}", file)
+                gc.collect()  # a trainer and its model hold each other
+        results[name] = {"flags": changes, "seeds": paths} | summary(list(paths.values()))
     return results
 
 
 def slug(name: str) -> str:
+    """Make a folder's name of a variant's."""
     return re.sub(r"\W+", "-", name.replace("%", "-percent")).strip("-")
 
 
-def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, file: Path, earlier: EarlierRun) -> list[dict]:
-    """The path of a run: its scores before the first step and at each evaluation."""
-    this = plan(words)
-    if file.is_file() and file not in earlier.paths:
-        done = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [key for key, value in settings(this).items() if done["settings"].get(key) != value]:
-            raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
-        return done["path"]
-    trainer = make_trainer(this)
-    trainer.add_callback(earlier)
+def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
+    """Read the path of a run that is there. Raises InputError if it had other settings."""
+    done = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
+        raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
+    return done["path"]
+
+
+def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
+    """Train, and return the path of the run: its scores before the first step and at each evaluation."""
+    trainer = make_trainer(plan, load_model(plan.model_args, plan.args, plan.objective.mlm_weight > 0))
+    trainer.add_callback(plan.earlier)
     trainer.watch.warned = True  # the picture says it
     main = trainer.is_world_process_zero()
     if main:
@@ -141,46 +170,44 @@ def one_run(plan: Callable[[list[str]], Plan], words: list[str], title: str, fil
     before = trainer.evaluate()
     trainer.train()
     evaluated = [before | {"step": 0}, *(entry for entry in trainer.state.log_history if "eval_spearman" in entry)]
-    keys = ("spearman", "alignment", "uniformity")
-    path = [{"step": entry["step"]} | {key: number(entry[f"eval_{key}"], 4) for key in keys} for entry in evaluated]
+    path: list[dict[str, Any]] = [
+        {"step": entry["step"]} | {key: number(entry[f"eval_{key}"], 4) for key in METRICS} for entry in evaluated
+    ]
     if main:
         scores = [point["spearman"] for point in path]
         print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"settings": settings(this), "path": path}, indent=1) + "\n")
+        write_whole(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
-    del trainer
-    gc.collect()  # a trainer and its model hold each other
     return path
 
 
-def settings(plan: Plan) -> dict:
-    """What a run's path depends on, as JSON has it."""
+def settings(plan: Plan) -> dict[str, Any]:
+    """Return what a run's path depends on, as JSON has it."""
     training = plan.args.to_dict()
     for key in ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "overwrite_output_dir"):
         training.pop(key, None)
-    positive, _ = plan.more
     # Rows as they are, whatever files they come from.
     sets = json.dumps({name: vars(task) for name, task in plan.tasks.items()}, default=lambda rows: rows[:])
     about = {"data": plan.source, "evaluation set": hashlib.sha256(sets.encode()).hexdigest()}
     about["number of processes"] = plan.args.world_size
-    parts = [vars(plan.model_args), vars(plan.objective), vars(positive), training, about]
+    parts = [vars(plan.model_args), vars(plan.objective), vars(plan.positive), training, about]
     return json.loads(json.dumps({key: value for part in parts for key, value in part.items()}, default=str))
 
 
-def summary(paths: list[list[dict]]) -> dict:
-    """Of the runs of a variant: mean, smallest and largest."""
+def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Sum up the runs of a variant: mean, smallest and largest of each metric."""
 
-    def band(values: list[float]) -> list[float]:
+    def mean_and_limits(values: list[Any]) -> list[float]:
         return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
 
-    last = {key: band([path[-1][key] for path in paths]) for key in ("spearman", "alignment", "uniformity")}
-    best = band([max(point["spearman"] for point in path) for path in paths])
+    last = {key: mean_and_limits([path[-1][key] for path in paths]) for key in METRICS}
+    best = mean_and_limits([max(point["spearman"] for point in path) for path in paths])
     return {"before": paths[0][0]["spearman"], "best": best} | last
 
 
-def table(results: dict) -> list[str]:
-    """A line for each variant: the last step's scores, and the best STS on the way."""
+def table(results: dict[str, Any]) -> list[str]:
+    """Make a line for each variant: the last step's scores, and the best STS on the way."""
     width = max(len(name) for name in [*results, "variant"])
     several = any(len(result["seeds"]) > 1 for result in results.values())
     span = 22 if several else 14
@@ -198,29 +225,39 @@ def table(results: dict) -> list[str]:
     return lines
 
 
-def plot_variants(results: dict, path: str | Path) -> None:
-    """Alignment against uniformity, a line for each variant, a point at each evaluation (means over the seeds), arrows along
-    time. Told apart by colour, and by marker too."""
+def plot_variants(results: dict[str, Any], path: str | Path) -> None:
+    """Draw alignment against uniformity, a line for each variant.
+
+    There is a point at each evaluation (means over the seeds), and arrows follow time. Lines differ in colour and in marker.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe and Ito's
-    for i, (name, result) in enumerate(results.items()):
+    for line, (name, result) in enumerate(results.items()):
         paths = result["seeds"].values()
         y, x = (np.mean([[point[key] for point in path] for path in paths], axis=0) for key in ("alignment", "uniformity"))
-        look = {"color": colours[i % len(colours)], "marker": "os^DvPX*"[i // len(colours) + i % 8 - 8], "markersize": 6}
+        colour, marker = look(line)
         label = f"{name}: STS {result['spearman'][0]:.1f}, best {result['best'][0]:.1f}"
-        axes.plot(x, y, linewidth=1, label=label, **look)
-        for k in range(len(x) - 1):
-            middle = (x[k] + x[k + 1]) / 2, (y[k] + y[k + 1]) / 2
-            arrow = {"arrowstyle": "-|>", "color": look["color"], "mutation_scale": 12}
-            axes.annotate("", xy=middle, xytext=(x[k], y[k]), arrowprops=arrow)
+        axes.plot(x, y, linewidth=1, label=label, color=colour, marker=marker, markersize=6)
+        arrow = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 12}
+        for start, end in itertools.pairwise(zip(x, y)):
+            middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+            axes.annotate("", xy=middle, xytext=start, arrowprops=arrow)
     axes.set_xlabel("uniformity (lower is better)")
     axes.set_ylabel("alignment (lower is better)")
     axes.set_title("The embeddings along training: arrows follow time, both axes are better when lower")
     axes.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def look(line: int) -> tuple[str, str]:
+    """Return the colour and marker of a line by its number.
+
+    When the colours are used up, the markers move on by one, so that 64 lines differ.
+    """
+    rounds, place = divmod(line, len(COLOURS))
+    return COLOURS[place], MARKERS[(place + rounds) % len(MARKERS)]

@@ -1,6 +1,8 @@
 """What recipes share on the command line: flags from dataclasses, `--config FILE.yaml`, and errors in one line."""
 
+import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -11,7 +13,10 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import psutil
 import torch
@@ -29,49 +34,122 @@ FROM_HAND = "trust_remote_code"  # no file may give this permission
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def parse(dataclasses_: list[type], preset: Callable[[list[str]], str | None] | None = None, argv: list[str] | None = None):
-    """Instances of the dataclasses from the command line.
-
-    `--config FILE.yaml` gives values for flags; a flag on the command line overrides the file. `preset` names the file to
-    take where the user gives none, from the flags given. Raises InputError for an unknown flag or key.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config, argv = take_option(argv, "--config")
-    parser = Parser(dataclasses_)
-    if config is None and preset is not None:
-        config = preset(given_flags(argv))
-    if config is not None:
-        argv = from_yaml(config, parser, given_flags(argv)) + argv
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    except InputError:
-        raise
-    except ValueError as error:  # transformers' own checks of its arguments
-        raise InputError(" ".join(str(error).split())) from error
-    if rest:
-        raise InputError(f"unknown flag {rest[0]}{suggestion(rest[0].lstrip('-'), parser)}; --help lists the flags")
-    return parsed
-
-
-def model_first(argv: list[str]) -> list[str]:
-    """Arguments whose first may be the model, without its flag."""
-    return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
+Settings = TypeVar("Settings")
+Preset = Callable[[list[str]], str | None]
 
 
 class Parser(HfArgumentParser):
-    def __init__(self, dataclasses_: list[type]):
-        super().__init__(dataclasses_, allow_abbrev=False)
+    """A parser of the flags of dataclasses, which raises InputError."""
+
+    def __init__(self, kinds: Sequence[type]):
+        super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
         for action in self._actions:
             action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
             if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint
                 action.nargs, action.const = "?", "latest"
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Raise the message, where argparse would print it and exit."""
         raise InputError(f"{message}; --help lists the flags")
+
+    def action_of(self, flag: str) -> argparse.Action | None:
+        """Return what `--FLAG` does, or None where there is no such flag."""
+        return next((action for action in self._actions if f"--{flag}" in action.option_strings), None)
+
+    def names(self) -> set[str]:
+        """Return the flags that a file may set."""
+        return {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind) if field.init}
+
+    def suggestion(self, word: str) -> str:
+        """Return the flag that a misspelt word is close to, as the end of a message."""
+        close = difflib.get_close_matches(word, self.names(), 1)
+        return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The value of every flag, from defaults, `--config` and the command line: what settings objects are made of."""
+
+    parser: Parser
+    values: dict[str, Any]
+
+    def make(self, kind: type[Settings]) -> Settings:
+        """Make an instance of one of the dataclasses. Raises InputError for values that it refuses."""
+        names = [field.name for field in dataclasses.fields(flag_class(kind)) if field.init]
+        try:
+            return kind(**{name: copy.deepcopy(self.values[name]) for name in names})
+        except InputError:
+            raise
+        except ValueError as error:  # transformers' own checks of its arguments
+            raise InputError(" ".join(str(error).split())) from error
+
+    def override(self, **values: Any) -> "Flags":
+        """Return the same flags, some with other values, of the flags' own types."""
+        return dataclasses.replace(self, values=self.values | values)
+
+    def override_as_given(self, values: dict[str, Any]) -> "Flags":
+        """Return the same flags, some with values as a YAML file has them.
+
+        Raises:
+            InputError: an unknown flag, or a value that it does not take.
+        """
+        converted = {}
+        for flag, value in values.items():
+            action = self.parser.action_of(flag)
+            if action is None:
+                raise InputError(f"unknown flag --{flag}={value}{self.parser.suggestion(flag)}; --help lists the flags")
+            converted[action.dest] = convert(self.parser, action, value)
+        return self.override(**converted)
+
+
+def parse(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> list[Any]:
+    """Make an instance of each dataclass of the command line; see `read_flags`."""
+    flags = read_flags(kinds, preset, argv)
+    return [flags.make(kind) for kind in kinds]
+
+
+def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> Flags:
+    """Read the flags of the dataclasses `kinds`: each of their fields is one.
+
+    `--config FILE.yaml` gives defaults; a flag on the command line overrides them. `preset` names the file to take where the
+    user gives none, from the flags given. Raises InputError for an unknown flag or key, and for a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config, argv = take_option(argv, "--config")
+    parser = Parser(kinds)
+    if config is None and preset is not None:
+        config = preset(given_flags(argv))
+    if config is not None:
+        set_defaults(parser, config, given_flags(argv))
+    namespace, rest = parser.parse_known_args(argv)
+    if rest:
+        raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
+    return Flags(parser, vars(namespace))
+
+
+def flag_class(kind: type) -> Any:
+    """Make a dataclass of the flags of `kind`, as HfArgumentParser reads it.
+
+    A tuple is a list there, and a field with {"flag": False} as its metadata is no flag.
+    """
+    hints, fields = get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        annotation, read = hints[field.name], copy.copy(field)  # the parser writes into it
+        if get_origin(annotation) is tuple:
+            annotation, read.default = list[get_args(annotation)[0]], dataclasses.MISSING  # type: ignore[misc]
+            read.default_factory = partial(list, field.default)
+        if field.metadata.get("flag", True):
+            fields.append((field.name, annotation, read))
+    return dataclasses.make_dataclass(kind.__name__, fields)
+
+
+def model_first(argv: list[str]) -> list[str]:
+    """Put the model's flag before the first argument, if that is no flag."""
+    return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of `option` (`--x V` or `--x=V`), and the arguments without it."""
+    """Return the value of `option` (`--x V` or `--x=V`), and the arguments without it."""
     for i, word in enumerate(argv):
         if word == option:
             if i + 1 == len(argv):
@@ -83,69 +161,78 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def given_flags(argv: list[str]) -> list[str]:
+    """Return the names of the flags on a command line."""
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
-def known(parser: HfArgumentParser) -> set[str]:
-    return {field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init}
-
-
-def suggestion(word: str, parser: HfArgumentParser) -> str:
-    close = difflib.get_close_matches(word, known(parser), 1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def from_yaml(path: str, parser: HfArgumentParser, given: list[str]) -> list[str]:
-    """The file's settings as command-line words, those left out that the user gave as flags."""
+def set_defaults(parser: Parser, path: str, given: list[str]) -> None:
+    """Make the values of a YAML file the parser's defaults, those left out that the user gave as flags."""
     settings = read_yaml(path, f"--config {path}") or {}
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected 'flag: value' lines")
-    actions = {action.dest: action for action in parser._actions}
-    words = []
     for key, value in settings.items():
         if str(key).replace("-", "_") == FROM_HAND:
             raise InputError(f"--config {path}: {FROM_HAND} lets a model's own code run; give it on the command line")
-        if key not in known(parser):
-            raise InputError(f"--config {path}: unknown key '{key}'{suggestion(str(key), parser)}")
-        if key in given or f"no_{key}" in given or value is None:
-            continue
-        if value is False and actions[key].type is not string_to_bool:  # YAML reads a bare `no` as False
-            value = "no" if "no" in (actions[key].choices or ()) else None
-        if value is None or value == []:
-            continue
-        words += as_flags({key: value})
-    return words
+        action = parser.action_of(key)
+        if action is None or key not in parser.names():
+            raise InputError(f"--config {path}: unknown key '{key}'{parser.suggestion(str(key))}")
+        if value is False and action.type is not string_to_bool:  # YAML reads a bare `no` as False
+            value = "no" if "no" in (action.choices or ()) else None
+        if key not in given and f"no_{key}" not in given and value is not None and value != []:
+            parser.set_defaults(**{key: convert(parser, action, value)})
+            action.required = False
 
 
-def as_flags(settings: dict) -> list[str]:
-    """{"learning_rate": 1e-3, "dims": [64, 32]} -> ["--learning_rate=0.001", "--dims", "64", "32"]."""
-    words = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            if flags := [item for item in value if str(item).startswith("--")]:
-                raise InputError(f"{key}: '{flags[0]}' looks like a flag; give it on the command line")
-            words += [f"--{key}", *map(str, value)]
-        else:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
+def convert(parser: Parser, action: argparse.Action, value: object) -> object:
+    """Convert a value from a YAML file to the type of the flag. Raises InputError for one that the flag does not take."""
+    if action.nargs == "+":
+        return [convert_one(parser, action, item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        if len(value) != 1:
+            parser.error(str(argparse.ArgumentError(action, "expected one argument")))
+        value = value[0]
+    return convert_one(parser, action, value)
+
+
+def convert_one(parser: Parser, action: argparse.Action, value: object) -> object:
+    """Convert a single value, with the messages of argparse."""
+    kind = action.type if callable(action.type) else str
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    try:
+        converted = kind(text)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(argparse.ArgumentError(action, str(error))))
+    except (TypeError, ValueError):
+        name = kind.__name__ if isinstance(kind, type) else repr(kind)
+        parser.error(str(argparse.ArgumentError(action, f"invalid {name} value: {text!r}")))
+    if action.choices is not None and converted not in action.choices:
+        choices = ", ".join(map(repr, action.choices))
+        parser.error(str(argparse.ArgumentError(action, f"invalid choice: {converted!r} (choose from {choices})")))
+    return converted
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` gives a process one CPU thread unless OMP_NUM_THREADS says otherwise: where no accelerator does the
-    work, half a laptop or more would stand idle."""
+    """Use all CPU cores where no accelerator does the work.
+
+    `accelerate launch` gives a process one CPU thread unless OMP_NUM_THREADS says otherwise: half a laptop or more would stand
+    idle.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
-        cores = psutil.cpu_count(logical=False) or os.cpu_count()
+        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 @contextlib.contextmanager
-def full_disk_in_one_line():
-    """Files are written aside and then moved, so what was there before a disk was full is whole."""
+def full_disk_in_one_line() -> Iterator[None]:
+    """Turn the errors of a full disk into an InputError.
+
+    Files are written aside and then moved, so what was there before is whole.
+    """
     try:
         yield
     except Exception as error:
-        cause = error
+        cause: BaseException | None = error
         while cause is not None and getattr(cause, "errno", None) not in FULL and "No space left" not in str(cause):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
@@ -158,15 +245,16 @@ class MaskedFormatter(logging.Formatter):
     """Messages, and the errors with them, without the secrets of addresses."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a message without secrets."""
         return masked(super().format(record))
 
 
-def show_masked(kind: type, error: BaseException, trace) -> None:
+def show_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an error that nobody has caught, without the secrets of addresses."""
     print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2. Secrets are never shown."""
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter("%(message)s"))

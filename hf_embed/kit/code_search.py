@@ -13,16 +13,20 @@ CODES = ("code", "func_code_string")
 
 
 def read_code_search(path: str) -> Retrieval:
-    """Docstrings (queries) and the functions they stand in (documents): of a jsonl file with the columns docstring and code,
-    as in CodeSearchNet, or of a Python package, by folder or name."""
+    """Read docstrings (queries) and the functions that they stand in (documents).
+
+    `path` is a jsonl file with the columns docstring and code, as in CodeSearchNet, or a Python package, by folder or name.
+    Raises InputError for a file without these columns, and where there is no function with a docstring.
+    """
     if "://" not in path and not Path(path).is_file():
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
         rows = read_file(path)
-        columns = [next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES)]
-        if None in columns:
+        docstring, code = (next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES))
+        if docstring is None or code is None:
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
-        pairs = [tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)]
+        texts = (row_texts(row, [docstring, code], f"{path}, row {i}") for i, row in enumerate(rows, 1))
+        pairs = [(query, document) for query, document in texts]
     if not pairs:
         raise InputError(f"{path}: no function with a docstring")
     return pairs_to_retrieval(pairs)

@@ -1,16 +1,20 @@
 """Evaluation sets from the command line, for every recipe alike."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import STS, read_named_sts
+from hf_embed.evaluation.tasks import Task
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit.code_search import read_code_search
 
 
 @dataclass
 class EvalArguments:
+    """Flags of the evaluation sets."""
+
     eval_sts_file: list[str] = field(
         default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
     )
@@ -35,18 +39,18 @@ class EvalArguments:
     )  # fmt: skip
 
 
-def read_tasks(args: EvalArguments) -> dict[str, object]:
-    """The tasks that the flags name. Raises InputError for bad files and for names given twice."""
+def read_tasks(args: EvalArguments) -> dict[str, Task]:
+    """Read the tasks that the flags name. Raises InputError for bad files and for names given twice."""
     labels = named_paths(args.zero_shot_labels, "--zero_shot_labels")
     if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
         raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")
-    readers = {
+    readers: dict[str, Callable[[str, str], Task]] = {
         "eval_sts_file": lambda name, path: STS(read_named_sts(path)),
         "eval_retrieval_dir": lambda name, path: read_retrieval(path),
         "eval_zero_shot": lambda name, path: read_zero_shot(path, args.zero_shot_template, labels.get(name)),
         "eval_code_search": lambda name, path: read_code_search(path),
     }
-    tasks = {}
+    tasks: dict[str, Task] = {}
     for flag, read in readers.items():
         for name, path in named_paths(getattr(args, flag), f"--{flag}").items():
             if name in tasks:
@@ -56,7 +60,7 @@ def read_tasks(args: EvalArguments) -> dict[str, object]:
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, str]:
-    """{NAME: PATH} of NAME=PATH items."""
+    """Read NAME=PATH items as {NAME: PATH}. Raises InputError for others, and for a name given twice."""
     paths = {}
     for item in items:
         name, equals, path = item.partition("=")

@@ -6,9 +6,10 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # What a run leaves on its way, and what is left where one was killed in the middle of it.
 RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
@@ -27,7 +28,8 @@ class EarlierRun(TrainerCallback):
     def __init__(self, paths: Iterable[Path]):
         self.paths, self.waiting = list(paths), True
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove the paths, on one rank, while the others wait."""
         if args.process_index == 0:
             for path in self.paths:
                 remove(path)
@@ -40,7 +42,7 @@ class EarlierRun(TrainerCallback):
 
 
 def earlier_files(folder: Path) -> list[Path]:
-    """Checkpoints, logs and runs of single seeds: the new run, if it is resumed, might take them for its own."""
+    """List checkpoints, logs and runs of single seeds, which the new run, if it is resumed, might take for its own."""
     there = sorted(folder.glob("*"))
     paths = [path for path in there if RUNNING.fullmatch(path.name)]
     for seed in there:

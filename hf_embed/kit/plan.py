@@ -1,12 +1,18 @@
 """From flags and files to a `Plan`: everything that can be wrong with them is said before a model is made."""
 
+import copy
+import dataclasses
+import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
@@ -17,11 +23,13 @@ from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.overwrite import EarlierRun, earlier_files
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
-from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
-from hf_embed.objectives.gte import DIRECTIONS
+from hf_embed.objectives import Matryoshka, SimCSE
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.trainer_settings import check_metric
+
+logger = logging.getLogger(__name__)
 
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
 TRUST = "Run the Python code that the model brings, if it has any: read it before."
@@ -29,6 +37,8 @@ TRUST = "Run the Python code that the model brings, if it has any: read it befor
 
 @dataclass
 class ModelArguments:
+    """Flags of the model."""
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
     )
@@ -45,7 +55,7 @@ class ModelArguments:
         default=False, metadata={"help": "With LoRA: keep the adapters by themselves too, in OUTPUT_DIR/adapter."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rate, whole = Range(least=0, below=1), Range(least=0, whole=True)
         check_ranges(self, {"dropout": rate, "lora_r": whole, "lora_alpha": COUNT, "lora_dropout": rate})
         defaults = {name: field_.default for name, field_ in type(self).__dataclass_fields__.items()}
@@ -56,6 +66,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """Flags of the rows to train on."""
+
     train_file: str | None = field(
         default=None, metadata={"help": "txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."}
     )
@@ -78,6 +90,8 @@ DATA_FLAGS = ("train_file", "dataset_name", "sources")
 
 @dataclass
 class RunArguments:
+    """Flags of the run and its card."""
+
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     seeds: str | None = field(
         default=None, metadata={"help": "1,2,3: train with each, keep the best by the evaluation sets, and report all."}
@@ -86,185 +100,229 @@ class RunArguments:
     license: str | None = field(default=None, metadata={"help": "For the card, as the Hub writes it, e.g. apache-2.0."})
     show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self, {"show_searches": Range(least=0, whole=True)})
 
 
 @dataclass
-class SimCSEArguments:
-    temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
-    hard_negative_weight: float = field(default=0.0, metadata={"help": "Logit added to a row's own hard negatives."})
-    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modelling auxiliary."})
-    mask_other_positives: bool = field(
-        default=True,
-        metadata={"help": "Other positives of the same anchor are no negatives. False is the paper's form of the loss."},
-    )
+class MatryoshkaArguments:
+    """The flag of `Matryoshka` around a recipe's own objective."""
 
-    def objective(self) -> SimCSE:
-        return SimCSE(**vars(self))
-
-
-@dataclass
-class GTEArguments:
-    temperature: float = field(default=0.01, metadata={"help": "Softmax temperature of the loss."})
-    directions: list[str] = field(
-        default_factory=lambda: list(DIRECTIONS),
-        metadata={"help": "The sums in the loss: query_to_doc query_to_query doc_to_query doc_to_doc. query_to_doc alone is "
-                          "the vanilla in-batch loss."},
-    )  # fmt: skip
-    partition_mode: str = field(
-        default="joint",
-        metadata={"help": "One softmax over all directions, or one per direction.", "choices": ["joint", "per_direction"]},
-    )
-    positive_once: bool = field(default=False, metadata={"help": "Count the positive once in the joint softmax."})
-    margin: float | None = field(
-        default=None, metadata={"help": "Leave out candidates that score above the positive's score less this margin."}
-    )
-    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature too."})
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Train these widths of the embedding too, e.g. 384 256 128 64."}
     )
 
-    def objective(self) -> ImprovedContrastive | Matryoshka:
-        settings = dict(vars(self))
-        dims = settings.pop("matryoshka_dims")
-        objective = ImprovedContrastive(**settings)
-        return objective if dims is None else Matryoshka(objective, dims)
+    def __post_init__(self) -> None:
+        self.wrap(SimCSE())  # which checks the widths
+
+    def wrap(self, objective: Any) -> Any:
+        """Return the objective, on all the widths that are given."""
+        return objective if self.matryoshka_dims is None else Matryoshka(objective, tuple(self.matryoshka_dims))
 
 
 @dataclass
 class PositiveArguments:
+    """Flags of what single sentences are paired with."""
+
     positive: str = field(default="dropout", metadata={"help": f"What a sentence is paired with: {', '.join(KNOWN)}."})
     synonyms: str | None = field(default=None, metadata={"help": "Of synonym: lines of a word, a tab, its synonyms."})
     fill_model: str | None = field(default=None, metadata={"help": "Of mask_fill: a masked LM. Default: the model itself."})
 
 
-@dataclass
+class Rows(NamedTuple):
+    """What to train on, its name in messages, and which data sets of the Hub it comes from."""
+
+    rows: Dataset | list[Source]
+    name: str
+    datasets: list[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run is of: all that flags and files say, read and checked."""
 
     model_args: ModelArguments
     run: RunArguments
     args: ContrastiveTrainingArguments
-    objective: object
+    objective: Any
     rows: Dataset | list[Source]
     source: str  # the rows' name
     tasks: dict[str, Task]
-    paired: bool | None = None
-    more: list = field(default_factory=list)  # flags of the recipe besides
+    paired: bool | None = None  # whether rows are pairs; None: whatever their columns say
+    positive: PositiveArguments | None = None
     datasets: list[str] = field(default_factory=list)  # on the Hub
+    earlier: EarlierRun = field(default_factory=lambda: EarlierRun([]))  # what goes after the first step
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished model goes."""
+        return Path(str(self.args.output_dir))
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the run takes the place of what is in its folder."""
+        return self.run.overwrite_output_dir and not self.args.resume_from_checkpoint
 
 
-def plan_simcse(
-    name: str | None,
-    paired: bool,
-    quickstart_config: Path,
-    quickstart_file: str,
-    argv: list[str] | None = None,
-    more: tuple = (),
-) -> Plan:
-    """Read and check flags and files.
+def read_flags(own: Sequence[type], preset: Path, unless: Sequence[str], argv: list[str] | None = None) -> cli.Flags:
+    """Read and check the flags that all fine-tuning recipes have, and those of a recipe's own dataclasses.
 
-    `name` is of the default output folder, None: the caller sees to the folder. `more`: other dataclasses of flags.
+    Args:
+        own: dataclasses, for example of the objective: every field with its help text is a flag.
+        preset: the YAML file of settings to take where the user gives none by `--config`.
+        unless: flags; where one of them is given, the preset is not taken.
+        argv: the command line; default: the process's.
     """
-    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, SimCSEArguments, ContrastiveTrainingArguments]
+    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
+    flags = cli.read_flags(kinds, lambda given: None if set(unless) & set(given) else str(preset), argv)
+    for kind in kinds:
+        flags.make(kind)  # each checks itself
+    return flags
 
-    def preset(given: list[str]) -> str | None:  # the built-in encoder brings its settings
-        return None if "model_name_or_path" in given else str(quickstart_config)
 
-    kinds += [*([] if paired else [PositiveArguments]), *more]
-    model_args, data, evaluation, run, simcse, args, *others = cli.parse(kinds, preset, argv)
-    positive, objective = None if paired else others[0], simcse.objective()
-    quickstart = not any(getattr(data, flag) for flag in DATA_FLAGS)
-    if quickstart and model_args.model_name_or_path:
+def without_data(flags: cli.Flags) -> bool:
+    """Tell whether no data to train on is given."""
+    return not any(flags.values[flag] for flag in DATA_FLAGS)
+
+
+def uses_quickstart(flags: cli.Flags) -> bool:
+    """Tell whether to train the built-in encoder on the built-in texts.
+
+    Raises:
+        InputError: a model of the user's, but no data.
+    """
+    if without_data(flags) and flags.values["model_name_or_path"]:
         raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
-    if name:
-        settle_output_dir(args, run, "quickstart" if quickstart else name, quickstart)
+    return without_data(flags)
 
-    if quickstart:
-        rows, source = read_file(str(QUICKSTART / quickstart_file)), f"quickstart/{quickstart_file}"
-    else:
-        rows, source = read_train_rows(data)
-    tasks = read_tasks(evaluation)
-    if quickstart and not tasks:
-        tasks = {"quickstart": STS(read_sts(str(QUICKSTART / "sts.tsv")))}
+
+def settle_quickstart(flags: cli.Flags, name: str) -> cli.Flags:
+    """Settle the output folder, outputs/NAME or, of the built-in texts, outputs/quickstart, which is made anew each time."""
+    quickstart = uses_quickstart(flags)
+    return settle_output_dir(flags, "quickstart" if quickstart else name, made_anew=quickstart)
+
+
+def settle_offline(
+    flags: cli.Flags, name: str, make_data: Callable[[str], tuple[str, list[str]]], model: str | None = None
+) -> cli.Flags:
+    """Settle the output folder and, without data of the user's, the data.
+
+    `make_data(model)` makes it, on every rank: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir`
+    takes them. The model is the user's or, without one, `model` or the built-in one.
+    """
+    offline, given = without_data(flags), flags.values["model_name_or_path"]
+    flags = settle_output_dir(flags, name, made_anew=offline and not given)
+    if not offline:
+        return flags
+    sources, sets = make_data(given or model or str(QUICKSTART / "encoder"))
+    if given and PartialState().is_main_process:
+        print(f"no --sources, --train_file or --dataset_name: {given} is trained on {sources}")
+    sets = sets + flags.values["eval_retrieval_dir"]
+    return flags.override(model_name_or_path=given or model, sources=sources, eval_retrieval_dir=sets)
+
+
+def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
+    """Read the rows to train on; without data, those of a file in `hf_embed/quickstart`."""
+    if built_in is not None and uses_quickstart(flags):
+        return Rows(read_file(str(QUICKSTART / built_in)), f"quickstart/{built_in}", [])
+    data = flags.make(DataArguments)
+    rows, name = read_train_rows(data)
+    return Rows(rows, name, hub_datasets(data, rows))
+
+
+def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, Task]:
+    """Read the evaluation sets; without any and without data, an STS file in `hf_embed/quickstart`."""
+    tasks = read_tasks(flags.make(EvalArguments))
+    if built_in is not None and not tasks and uses_quickstart(flags):
+        return {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
+    return tasks
+
+
+def make_plan(
+    flags: cli.Flags,
+    objective: Any,
+    rows: Rows,
+    tasks: dict[str, Task],
+    paired: bool | None = None,
+    positive: PositiveArguments | None = None,
+) -> Plan:
+    """Put together what has been read. Of single sentences, `positive` says what each is paired with."""
+    model_args, args = flags.make(ModelArguments), flags.make(ContrastiveTrainingArguments)
     check_metric(args, tasks)
-    if positive:
-        rows, paired = pair_up(rows, positive, model_args, args, source)
-    return Plan(model_args, run, args, objective, rows, source, tasks, paired, others, hub_datasets(data, rows))
+    if not tasks:
+        args = without_evaluation(args)
+    if positive is not None:
+        kind, _ = parse_positive(positive.positive)
+        args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
+        rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
+    run = flags.make(RunArguments)
+    plan = Plan(model_args, run, args, objective, rows.rows, rows.name, tasks, paired, positive, rows.datasets)
+    return dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder))) if plan.replaces else plan
 
 
-def pair_up(rows: Dataset, positive: PositiveArguments, model_args: ModelArguments, args, name: str) -> tuple[Dataset, bool]:
-    """The rows to train on, and whether they are pairs."""
+def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments, args: ContrastiveTrainingArguments) -> Rows:
+    """Make rows of anchor and positive of rows of a single text."""
     kind, _ = parse_positive(positive.positive)
-    if kind not in WITHOUT_ROWS and not isinstance(rows, Dataset):
+    if kind in WITHOUT_ROWS:
+        return rows
+    if not isinstance(rows.rows, Dataset):
         raise InputError(
             f"--positive {kind} is made for one set of sentences; give --train_file or --dataset_name, not --sources"
         )
-    args.same_dropout_mask |= kind == "same_mask"
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"):
-        rows = add_positives(
-            rows, positive.positive, args.seed, name, positive.synonyms, model, args.device, model_args.trust_remote_code
+        pairs = add_positives(
+            rows.rows, positive.positive, args.seed, rows.name, positive.synonyms, model, model_args.trust_remote_code
         )
-    return rows, kind not in WITHOUT_ROWS
+    return rows._replace(rows=pairs)
 
 
-def plan_gte(name: str, offline_config: Path, offline_data: Callable, offline_model: str | None = None, argv=None) -> Plan:
-    """Read and check flags and files.
+def settled(args: ContrastiveTrainingArguments, **values: Any) -> ContrastiveTrainingArguments:
+    """Return a copy with other values, which are not checked again: the checks would derive further values from them."""
+    changed = copy.copy(args)
+    vars(changed).update(values)
+    return changed
 
-    Without data of the user's, settings come from `offline_config`, and `offline_data(model)` makes the data, on every rank: it
-    returns a file of sources and the evaluation sets as `--eval_retrieval_dir` takes them. The model is the user's or, without
-    one, `offline_model`.
-    """
-    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, GTEArguments, ContrastiveTrainingArguments]
 
-    def preset(given: list[str]) -> str | None:
-        return None if set(DATA_FLAGS) & set(given) else str(offline_config)
-
-    model_args, data, evaluation, run, gte, args = cli.parse(kinds, preset, argv)
-    objective = gte.objective()
-    offline, own_model = not any(getattr(data, flag) for flag in DATA_FLAGS), bool(model_args.model_name_or_path)
-    settle_output_dir(args, run, name, offline and not own_model)
-    if offline:
-        model_args.model_name_or_path = model_args.model_name_or_path or offline_model
-        data.sources, sets = offline_data(model_args.model_name_or_path)
-        evaluation.eval_retrieval_dir = sets + evaluation.eval_retrieval_dir
-        if own_model and args.process_index == 0:
-            print(f"no --sources, --train_file or --dataset_name: {model_args.model_name_or_path} is trained on {data.sources}")
-    rows, source = read_train_rows(data)
-    tasks = read_tasks(evaluation)
-    check_metric(args, tasks)
-    return Plan(model_args, run, args, objective, rows, source, tasks, datasets=hub_datasets(data, rows))
+def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
+    """Return a copy that evaluates nothing, with a warning if it should have."""
+    if args.eval_strategy != "no" or args.load_best_model_at_end:
+        logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
+    return settled(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
 
 
 def on_the_hub(name: str | None) -> str | None:
-    """A model's or data set's name, OWNER/NAME, if that is where it comes from."""
+    """Return a model's or data set's name, OWNER/NAME, if it is on the Hub."""
     files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
     named = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(files) and not Path(name).exists()
     return name if named else None
 
 
-def settle_output_dir(args: ContrastiveTrainingArguments, run: RunArguments, name: str, quickstart: bool) -> None:
-    """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from."""
-    if args.output_dir in (None, "trainer_output"):
-        args.output_dir = f"outputs/{name}"
-        run.overwrite_output_dir |= quickstart  # outputs/quickstart is made anew each time
-    folder = Path(args.output_dir)
+def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool) -> cli.Flags:
+    """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from.
+
+    Where none is given it is outputs/NAME, which `made_anew` replaces without asking.
+    """
+    given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
+    default = given in (None, "trainer_output")
+    folder = Path(f"outputs/{name}" if default else os.path.expanduser(given))
+    overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
-    args.resume_from_checkpoint = args.resume_from_checkpoint or None
-    if args.resume_from_checkpoint and not run.seeds:  # of several seeds each has its own
-        args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or args.resume_from_checkpoint):
+    if resume and not flags.values["seeds"]:  # of several seeds each has its own
+        resume = find_checkpoint(resume, folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
         raise InputError(
             f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
+    return flags.override(
+        output_dir=str(folder) if default else given, resume_from_checkpoint=resume, overwrite_output_dir=overwrite
+    )
 
 
 def find_checkpoint(given: str, folder: Path) -> str:
-    """The checkpoint that `--resume_from_checkpoint` names, or the newest."""
+    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest."""
     if given in ("latest", "true", "True"):
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is None:
@@ -276,7 +334,7 @@ def find_checkpoint(given: str, folder: Path) -> str:
 
 
 def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
-    """The rows to train on, of one set or of several sources, and their name in messages."""
+    """Read the rows to train on, of one set or of several sources, and their name in messages."""
     given = [flag for flag in DATA_FLAGS if getattr(data, flag)]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
@@ -287,11 +345,12 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     if data.dataset_name:
         rows, name = read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
     else:
-        rows, name = read_file(data.train_file, quoting=data.quoting), masked(data.train_file)
+        file = data.train_file or ""
+        rows, name = read_file(file, quoting=data.quoting), masked(file)
     return leave_out(rows, data.ignore_columns, name), name
 
 
-def hub_datasets(data: DataArguments, rows) -> list[str]:
-    """The names, OWNER/NAME, of what comes from the Hub."""
-    names = [data.dataset_name] if data.dataset_name else [source.origin or "" for source in rows] if data.sources else []
+def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:
+    """Return the names, OWNER/NAME, of what comes from the Hub."""
+    names = [data.dataset_name or ""] if isinstance(rows, Dataset) else [source.origin or "" for source in rows]
     return sorted({name for name in names if on_the_hub(name)})

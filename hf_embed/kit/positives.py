@@ -20,8 +20,10 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -31,45 +33,85 @@ from hf_embed.errors import InputError
 logger = logging.getLogger(__name__)
 
 
+ChangeWords = Callable[..., list[str]]  # of a sentence
+ChangeTexts = Callable[..., list[list[str]]]  # of several
+
+# Functions of a sentence's words; `share` is above 0 and below 1, or 0 for a kind that takes none.
+
+
 def delete(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Delete a share of the words."""
     gone = places(words, share, draw)
     return [word for i, word in enumerate(words) if i not in gone]
 
 
 def delete_one_word(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Delete one of the words."""
     gone = draw.randrange(len(words))
     return words[:gone] + words[gone + 1 :]
 
 
 def crop(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Delete a share of the words at the ends."""
     kept = len(words) - len(places(words, share, draw))
     start = draw.randint(0, len(words) - kept)
     return words[start : start + kept]
 
 
 def repeat(words: list[str], share: float, draw: random.Random) -> list[str]:
+    """Say a share of the words twice."""
     twice = places(words, share, draw)
     return [word for i, word in enumerate(words) for _ in range(1 + (i in twice))]
 
 
 def places(words: list[str], share: float, draw: random.Random) -> set[int]:
-    """A share of the words, but one at least and never all."""
+    """Draw the places of a share of the words, of one at least and never of all."""
     return set(draw.sample(range(len(words)), min(max(1, round(share * len(words))), len(words) - 1)))
 
 
-OF_WORDS: dict[str, Callable] = {"delete_one_word": delete_one_word, "delete": delete, "crop": crop, "repeat": repeat}
+def replace(words: list[str], share: float, draw: random.Random, table: dict[str, list[str]]) -> list[str]:
+    """Replace as many words as `share` of all, of those that the table knows."""
+    known = [i for i, word in enumerate(words) if word.lower() in table]
+    chosen = draw.sample(known, min(max(1, round(share * len(words))), len(known)))
+    return [draw.choice(table[word.lower()]) if i in chosen else word for i, word in enumerate(words)]
+
+
+class Maker(NamedTuple):
+    """A kind of positive: what changes the words of a sentence, given a share of them and a source of random numbers.
+
+    Kinds without such a function need more than the words, and are made in `add_positives`.
+    """
+
+    change: ChangeWords | None = None
+    takes_share: bool = False  # KIND:SHARE, as in crop:0.3
+
+
+MAKERS = {
+    "dropout": Maker(),
+    "same_mask": Maker(),
+    "delete_one_word": Maker(delete_one_word),
+    "delete": Maker(delete, takes_share=True),
+    "crop": Maker(crop, takes_share=True),
+    "repeat": Maker(repeat, takes_share=True),
+    "synonym": Maker(takes_share=True),
+    "mask_fill": Maker(takes_share=True),
+    "next_sentence": Maker(),
+}
 WITHOUT_ROWS = ("dropout", "same_mask")
-SHARED = ("delete", "crop", "repeat", "synonym", "mask_fill")  # take a share
-KNOWN = (*WITHOUT_ROWS, "delete_one_word", *(f"{kind}:SHARE" for kind in SHARED), "next_sentence")
+KNOWN = tuple(f"{kind}:SHARE" if maker.takes_share else kind for kind, maker in MAKERS.items())
 
 
 def parse_positive(positive: str) -> tuple[str, float]:
-    """ "crop:0.3" -> ("crop", 0.3). Raises InputError for an unknown kind and for a share that is not between 0 and 1."""
-    kind, colon, share = positive.partition(":")
-    if kind not in (*WITHOUT_ROWS, *OF_WORDS, *SHARED, "next_sentence") or bool(colon) != (kind in SHARED):
+    """Read "crop:0.3" as ("crop", 0.3).
+
+    Raises:
+        InputError: an unknown kind, or a share that is not between 0 and 1.
+    """
+    kind, colon, written = positive.partition(":")
+    if kind not in MAKERS or bool(colon) != MAKERS[kind].takes_share:
         raise InputError(f"positive '{positive}'; there are {', '.join(KNOWN)}")
     try:
-        share = float(share or 0)
+        share = float(written or 0)
     except ValueError:
         share = -1.0
     if colon and not 0 < share < 1:
@@ -79,16 +121,20 @@ def parse_positive(positive: str) -> tuple[str, float]:
 
 def add_positives(
     rows: Dataset, positive: str, seed: int = 0, name: str = "train_dataset", synonyms: str | None = None,
-    model: str | None = None, device: str | torch.device = "cpu", trust_remote_code: bool = False,
+    model: str | None = None, trust_remote_code: bool = False,
 ) -> Dataset:  # fmt: skip
-    """Rows of a single text to rows of anchor and positive; for "dropout" and "same_mask" the rows as they are.
+    """Make rows of anchor and positive of rows of a single text; for "dropout" and "same_mask" the rows stay as they are.
 
     A sentence too short to be changed is its own positive; such rows are counted in a warning.
 
     Args:
+        rows: with a column of texts.
         positive: one of the kinds above.
+        seed: of what is drawn.
+        name: what messages call the rows.
         synonyms: for "synonym", a file with a word, a tab, and its synonyms separated by commas, in each line.
-        model: for "mask_fill", the masked language model, on `device`; `trust_remote_code` lets its own code run.
+        model: for "mask_fill", the masked language model.
+        trust_remote_code: let that model's own code run.
 
     Raises:
         InputError: an unknown kind or a bad share; a table or a model that is missing or of no use.
@@ -99,25 +145,15 @@ def add_positives(
     column = text_columns(rows.column_names, name, paired=False)[0]
     texts = rows.select_columns([column])
     if kind == "next_sentence":
-        following = texts.select(range(1, len(texts))).rename_column(column, "positive")
-        anchors = texts.select(range(len(texts) - 1)).rename_column(column, "anchor")
-        return Dataset.from_dict({"anchor": anchors["anchor"][:], "positive": following["positive"][:]})
+        sentences = texts[column][:]
+        return Dataset.from_dict({"anchor": sentences[:-1], "positive": sentences[1:]})
     if kind == "mask_fill":
-        change_all = partial(MaskFill(model, device, trust_remote_code), share=share)
-    else:
-        change = partial(replace, table=read_synonyms(synonyms)) if kind == "synonym" else OF_WORDS[kind]
-        change_all = partial(one_by_one, change, share=share)
-
-    def make(batch: dict, numbers: list[int]) -> dict:
-        anchors = batch[column]
-        words = {i: text.split() for i, text in enumerate(anchors) if isinstance(text, str)}
-        long = [i for i, split in words.items() if len(split) > 1]
-        draws = [random.Random(f"{seed} {numbers[i]}") for i in long]
-        positives = list(anchors)
-        for i, changed in zip(long, change_all([words[i] for i in long], draws=draws)):
-            positives[i] = " ".join(changed)
-        return {"anchor": anchors, "positive": positives}
-
+        change: ChangeTexts = MaskFill(model, trust_remote_code)
+    elif kind == "synonym":
+        change = partial(one_by_one, partial(replace, table=read_synonyms(synonyms)))
+    elif change_words := MAKERS[kind].change:
+        change = partial(one_by_one, change_words)
+    make = partial(make_pairs, column=column, change=partial(change, share=share), seed=seed)
     pairs = texts.map(make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
     same = sum(a == b for batch in pairs.iter(10_000) for a, b in zip(batch["anchor"], batch["positive"]))
     if same:
@@ -125,19 +161,33 @@ def add_positives(
     return pairs
 
 
-def one_by_one(change: Callable, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
+def make_pairs(batch: dict, numbers: list[int], column: str, change: ChangeTexts, seed: int) -> dict[str, list]:
+    """Make the anchors and positives of a batch of rows, which have the numbers `numbers`."""
+    anchors = batch[column]
+    words = {i: text.split() for i, text in enumerate(anchors) if isinstance(text, str)}
+    long = [i for i, split in words.items() if len(split) > 1]
+    draws = [random.Random(f"{seed} {numbers[i]}") for i in long]
+    positives = list(anchors)
+    for i, changed in zip(long, change([words[i] for i in long], draws=draws)):
+        positives[i] = " ".join(changed)
+    return {"anchor": anchors, "positive": positives}
+
+
+def one_by_one(change: ChangeWords, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
+    """Change each text by itself."""
     return [change(words, share=share, draw=draw) for words, draw in zip(texts, draws)]
 
 
 def read_synonyms(path: str | None) -> dict[str, list[str]]:
+    """Read the synonyms of each word. Raises InputError for a file that is missing or no such table."""
     if path is None:
         raise InputError("positive synonym needs --synonyms FILE, lines of a word, a tab, and synonyms separated by commas")
     if not Path(path).is_file():
         raise InputError(f"--synonyms {path}: no such file")
     table = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        word, _, others = line.partition("\t")
-        others = [other.strip() for other in others.split(",") if other.strip()]
+        word, _, listed = line.partition("\t")
+        others = [other.strip() for other in listed.split(",") if other.strip()]
         if line.strip() and not (word.strip() and others):
             raise InputError(f"--synonyms {path}, line {number}: expected a word, a tab, and synonyms separated by commas")
         if others:
@@ -147,17 +197,10 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
     return table
 
 
-def replace(words: list[str], share: float, draw: random.Random, table: dict[str, list[str]]) -> list[str]:
-    """Of the words that the table knows, as many as `share` of all."""
-    known = [i for i, word in enumerate(words) if word.lower() in table]
-    chosen = draw.sample(known, min(max(1, round(share * len(words))), len(known)))
-    return [draw.choice(table[word.lower()]) if i in chosen else word for i, word in enumerate(words)]
-
-
 class MaskFill:
     """Masked words, each replaced by the model's best guess."""
 
-    def __init__(self, name: str | None, device: str | torch.device, trust_remote_code: bool = False):
+    def __init__(self, name: str | None, trust_remote_code: bool = False):
         trusted = {"trust_remote_code": trust_remote_code}
         if name is None:
             raise InputError("positive mask_fill needs a masked language model")
@@ -170,10 +213,11 @@ class MaskFill:
             ) from error
         if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
             raise InputError(f"positive mask_fill: '{name}' has no masked-language-modelling head (no {missing[0]})")
-        self.model, self.tokenizer = model.eval().to(device), AutoTokenizer.from_pretrained(name, **trusted)
+        self.model, self.tokenizer = model.eval().to(PartialState().device), AutoTokenizer.from_pretrained(name, **trusted)
 
     @torch.inference_mode()
     def __call__(self, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
+        """Replace a share of the words of each text."""
         texts, mask = [list(words) for words in texts], self.tokenizer.mask_token
         chosen = [sorted(places(words, share, draw)) for words, draw in zip(texts, draws)]
         for start in range(0, len(texts), 64):

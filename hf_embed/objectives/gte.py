@@ -12,8 +12,8 @@ Shapes: B own rows, N rows of all ranks, V texts a row (query, document, then V 
 C candidates, which are the N queries or the N * (V - 1) documents.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,13 +62,21 @@ class ImprovedContrastive(ContrastiveObjective):
         "Li et al.: Towards General Text Embeddings with Multi-stage Contrastive Learning, https://arxiv.org/abs/2308.03281"
     )
 
-    temperature: float = 0.01
-    directions: tuple[str, ...] = DIRECTIONS
-    partition_mode: str = "joint"
-    positive_once: bool = False
-    margin: float | None = None
-    learn_temperature: bool = False
-    tile_rows: int | None = None
+    temperature: float = field(default=0.01, metadata={"help": "Softmax temperature of the loss."})
+    directions: tuple[str, ...] = field(
+        default=DIRECTIONS,
+        metadata={"help": "The sums in the loss: query_to_doc query_to_query doc_to_query doc_to_doc. query_to_doc alone is "
+                          "the vanilla in-batch loss."},
+    )  # fmt: skip
+    partition_mode: Literal["joint", "per_direction"] = field(
+        default="joint", metadata={"help": "One softmax over all directions, or one per direction."}
+    )
+    positive_once: bool = field(default=False, metadata={"help": "Count the positive once in the joint softmax."})
+    margin: float | None = field(
+        default=None, metadata={"help": "Leave out candidates that score above the positive's score less this margin."}
+    )
+    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature too."})
+    tile_rows: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         self.directions = tuple(self.directions)

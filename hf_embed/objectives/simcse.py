@@ -3,7 +3,7 @@
 Shapes: B own rows, N rows of all ranks, V texts a row (anchor, positive, then V - 2 negatives), D wide.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -42,10 +42,13 @@ class SimCSE(ContrastiveObjective):
         "Gao, Yao, Chen: SimCSE: Simple Contrastive Learning of Sentence Embeddings, https://arxiv.org/abs/2104.08821"
     )
 
-    temperature: float = 0.05
-    hard_negative_weight: float = 0.0
-    mlm_weight: float = 0.0
-    mask_other_positives: bool = True
+    temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
+    hard_negative_weight: float = field(default=0.0, metadata={"help": "Logit added to a row's own hard negatives."})
+    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modelling auxiliary."})
+    mask_other_positives: bool = field(
+        default=True,
+        metadata={"help": "Other positives of the same anchor are no negatives. False is the paper's form of the loss."},
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0)})

@@ -1,0 +1,130 @@
+"""The model that a plan names, with dropout, LoRA and heads as its flags ask."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
+from hf_embed.checkpoint.load import load_model as load_backbone
+from hf_embed.checkpoint.settings import has_mlp_head, read_settings
+from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+from hf_embed.kit.plan import QUICKSTART, ModelArguments, settled
+from hf_embed.step import reset_dense
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
+            "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
+ENCODER_SETTINGS = ("pooling", "max_length", "normalize")
+
+
+class LoadedModel(NamedTuple):
+    """A model, and the training arguments with what its folder says of it where the model itself cannot carry that."""
+
+    model: PreTrainedModel | Encoder
+    tokenizer: PreTrainedTokenizerBase
+    args: ContrastiveTrainingArguments
+
+
+def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, masked_lm: bool) -> LoadedModel:
+    """Load a model in float32, with dropout, LoRA and a new MLP head as asked.
+
+    It is an Encoder where the folder says how it pools, so that its settings stay; with `masked_lm` it is the masked language
+    model.
+    """
+    name = model_args.model_name_or_path or str(QUICKSTART / "encoder")
+    set_seed(args.seed)
+    kwargs: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}
+    if model_args.attn_implementation:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    if model_args.dropout is not None:
+        kwargs["config"] = with_dropout(name, model_args.dropout, model_args.trust_remote_code)
+    if masked_lm and model_args.lora_r:
+        raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
+    if masked_lm:
+        return load_masked_lm(name, args, kwargs)
+    settings = {key: getattr(args, key) for key in ENCODER_SETTINGS}
+    new_pooler = settings["pooling"] == "cls_mlp"  # a new head, as in the paper's code, unless the folder has a trained one
+    encoder = load_encoder(Encoder, name, **settings, new_pooler=new_pooler, **kwargs)
+    if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
+        reset_dense(encoder.backbone.pooler.dense, encoder.config)
+    if model_args.lora_r:
+        add_adapters(encoder, model_args)
+    return LoadedModel(encoder, encoder.tokenizer, args)
+
+
+def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[str, Any]) -> LoadedModel:
+    """Load a masked language model, whose head the auxiliary trains. Raises InputError where the folder's settings are lost."""
+    folder: dict[str, Any] = find_transformer(name)
+    tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
+    model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
+    if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
+        raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
+    own = read_settings(name, model.base_model, tokenizer, args.pooling)
+    if own.get("max_length", 0) > MOST_TOKENS:
+        del own["max_length"]
+    kept = (*ENCODER_SETTINGS, "prompts")
+    if lost := [key for key, value in own.items() if key not in kept and value not in (None, [], "cosine")]:
+        raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")
+    known = [key for key in kept if own.get(key) not in (None, {})]
+    args = settled(args, **{key: own[key] for key in known if getattr(args, key) is None})  # as the folder says, unless told
+    if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
+        model.base_model.pooler = type(model.base_model)(model.config).pooler
+    return LoadedModel(model, tokenizer, args)
+
+
+def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load the model's configuration, with all its dropout rates at `rate`. Raises InputError if it has none."""
+    if not 0 <= rate < 1:
+        raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **find_transformer(name))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise unreachable(name, error) from error
+    known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]
+    if not known:
+        raise InputError(f"--dropout: {type(config).__name__} has no dropout rate to set")
+    for key in known:
+        setattr(config, key, rate)
+    return config
+
+
+def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
+    """Put LoRA adapters around the backbone. Raises InputError for modules that cannot be adapted."""
+    targets = model_args.lora_target_modules or ["all-linear"]
+    check_lora_targets(encoder.backbone, targets)
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout, target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
+    )  # fmt: skip
+    try:
+        encoder.backbone = get_peft_model(encoder.backbone, config)
+    except (ValueError, TypeError) as error:  # a module of a kind that PEFT does not adapt, for one
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
+
+
+def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise InputError for a name that is the end of no module's: PEFT is content if one of several is found."""
+    modules = [name for name, module in model.named_modules() if not list(module.children())]
+    for target in names:
+        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in modules):
+            ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+            raise InputError(
+                f"--lora_target_modules {target}: no such module in the model; its linear layers are {', '.join(ends)}"
+            )
+
+
+def embed_with(encoder: Encoder) -> Callable[..., Tensor]:
+    """Return the encoder as evaluation tasks call it."""
+
+    def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
+        return encoder.encode(texts, prompt_name, convert_to_tensor=True)
+
+    return embed

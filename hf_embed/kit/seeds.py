@@ -1,0 +1,114 @@
+"""`--seeds 1,2,3`: one run with each seed; the best by the evaluation sets is kept, and all are reported."""
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_embed.checkpoint.card import store_results, write_card
+from hf_embed.checkpoint.save import put_in_place
+from hf_embed.checkpoint.tables import seeds_table
+from hf_embed.checkpoint.verify import quiet
+from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+from hf_embed.kit.cli import Flags
+from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.kit.plan import Plan, find_checkpoint
+from hf_embed.kit.report import changed, saved_to
+from hf_embed.ranges import SEED
+
+
+def read_seeds(given: str) -> list[int]:
+    """Read "1,2,3" as [1, 2, 3]. Raises InputError for what are no different seeds."""
+    words = [word.strip() for word in given.split(",") if word.strip()]
+    seeds = [int(word) if word.isdecimal() else -1 for word in words]
+    if not seeds or not all(seed in SEED for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds '{given}': give different whole numbers below 2^32, 1,2,3 for example")
+    return seeds
+
+
+def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
+    """Train what the flags say, once or with each of `--seeds`.
+
+    Of several, the best by the evaluation sets is what OUTPUT_DIR is then, with all seeds' scores in its card. A seed's run is
+    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay.
+
+    Args:
+        flags: with the output folder settled.
+        read_plan: makes a plan of flags.
+        train: runs a plan, and returns what its results.json holds.
+
+    Returns:
+        What results.json in OUTPUT_DIR holds.
+    """
+    plan = read_plan(flags)
+    if not plan.run.seeds:
+        return train(plan)
+    seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint
+    if not plan.tasks:
+        raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
+    if plan.args.push_to_hub:
+        raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
+    earlier = EarlierRun([] if resume else earlier_files(plan.folder))
+    runs = {}
+    for seed in seeds:
+        folder = plan.folder / f"seed-{seed}"
+        if resume and (folder / "results.json").is_file():
+            runs[seed] = finished_run(folder, plan)
+            continue
+        if PartialState().is_main_process:
+            print(f"\nseed {seed}")
+        of_seed = read_plan(seed_flags(flags, seed, folder, bool(resume)))
+        runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier))
+        gc.collect()  # a trainer and its model hold each other
+    with plan.args.main_process_first():
+        return keep_best(plan.folder, runs, plan.model_args.trust_remote_code)
+
+
+def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
+    """Make the flags of the run with one of the seeds, in a folder of its own."""
+    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    checkpoint = last and find_checkpoint(last, folder)
+    return flags.override(
+        seeds=None, seed=seed, output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=checkpoint
+    )
+
+
+def finished_run(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Read the results of a seed's run that is finished. Raises InputError if it had other settings."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if results["train"]["settings"] != json.loads(json.dumps(changed(plan))):
+        raise InputError(f"{folder} holds a run with other settings; replace all by --overwrite_output_dir")
+    return results
+
+
+def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict[str, Any]:
+    """Copy the best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
+    scores = {seed: run["train"].get("score") or run["train"]["chosen_by"] for seed, run in runs.items()}
+    sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
+    best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])
+    results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
+    results["train"] = results["train"] | {"chosen_by": scores[best]}
+    if PartialState().is_main_process:
+        left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
+            names = os.listdir(copied)
+            put_in_place(str(copied), str(folder))
+        clear_results(folder, keep=names)
+        store_results(folder, results)
+        with quiet():
+            encoder = Encoder.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        write_card(encoder, folder, results)
+        print("\n" + "\n".join(seeds_table(results)))
+        print(saved_to(folder, encoder.remote_code))
+    return results
