@@ -6,7 +6,7 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
+from hf_embed.library_internals import uncompiled
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import is_remote, text_encoder
@@ -132,7 +133,7 @@ class Encoder(nn.Module):
     @property
     def remote_code(self) -> bool:
         """Whether code of the model's own is at work, which loaders run only with `trust_remote_code=True`."""
-        return any(map(is_remote, (self.base, self.config, self.tokenizer)))
+        return is_remote(self.base) or is_remote(self.config) or is_remote(self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -350,8 +351,7 @@ class Encoder(nn.Module):
         """
         from hf_embed.checkpoint.load import load_encoder
 
-        settings = {"pooling": pooling, "max_length": max_length, "normalize": normalize}
-        return load_encoder(cls, name_or_path, trust_remote_code=trust_remote_code, **settings, **model_kwargs)
+        return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -362,9 +362,9 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         InputError: no model at all; adapters that cannot be taken along; a model that no loader would make by itself (DPR's).
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if (plain := uncompiled(model)) is not None:
         logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
-        model = model._orig_mod
+        model = cast(PreTrainedModel, plain)
     if not hasattr(model, "config"):
         raise InputError(
             f"the model is of the type {type(model).__name__}; give a PreTrainedModel (of one that is wrapped, model.module)"
@@ -393,7 +393,7 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
 def loaded_classes(config: PretrainedConfig) -> list[type]:
     """Return the classes that transformers' loaders of text encoders would make of a configuration."""
     found = [mapping[type(config)] for mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING) if type(config) in mapping]
-    return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,)) if kind is not None]
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -465,7 +465,7 @@ def attend_fully(base: PreTrainedModel) -> None:
     """Give BigBird full attention: its sparse one goes off for good after the first short batch, and vectors change."""
     if getattr(base.config, "attention_type", None) == "block_sparse" and hasattr(base, "set_attention_type"):
         logger.warning(f"{type(base).__name__}: block-sparse attention is replaced by full attention, which short texts need")
-        base.set_attention_type("original_full")
+        base.set_attention_type("original_full")  # type: ignore[operator]
         base.config.attention_type = "original_full"
 
 

@@ -9,7 +9,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 
 
-def split_masked_lm(model: nn.Module | None) -> tuple[PreTrainedModel, nn.Module]:
+def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrainedModel, nn.Module]:
     """Return the backbone of an `AutoModelForMaskedLM` and its head, which maps token states (b, T, D) to logits (b, T, words).
 
     Raises:

@@ -28,6 +28,7 @@ from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError
+from hf_embed.library_internals import layers_to_wrap
 from hf_embed.mlm import split_masked_lm
 from hf_embed.objectives.base import Objective
 from hf_embed.tempscale import apply_tempscale
@@ -137,7 +138,7 @@ class TrainingStep(nn.Module):
 
     @property
     def _no_split_modules(self) -> set[str] | list[str] | None:  # FSDP asks which layers to wrap
-        return self.encoder.base._no_split_modules
+        return layers_to_wrap(self.encoder.base)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute each layer in the backward pass (Trainer's --activation_checkpointing)."""
@@ -166,7 +167,8 @@ def make_step(
     train_head: nn.Module | None = None
     mlm_head: nn.Module | None = None
     if isinstance(model, TrainingStep):
-        model, train_head, mlm_head = model.encoder, model.train_head, model.mlm_head
+        train_head, mlm_head = model.train_head, model.mlm_head
+        model = model.encoder
     if objective.mlm_weight and mlm_head is None:
         model, mlm_head = split_masked_lm(model)
     encoder = make_encoder(model, tokenizer, args)

@@ -9,9 +9,10 @@ Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 import copy
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset
@@ -44,6 +45,7 @@ from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import STS, check_sts
 from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.library_internals import PushInProgress, memory_tracker, save_without_push, train_batch_size
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective, SimCSE, as_objective
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
@@ -93,6 +95,7 @@ class ContrastiveTrainer(Trainer):
 
     args: ContrastiveTrainingArguments
     objective: Objective
+    push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
     def __init__(
@@ -165,7 +168,7 @@ class ContrastiveTrainer(Trainer):
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         args = self.args
-        sampler = batch_sampler(self.train_dataset, args, self._train_batch_size)
+        sampler = batch_sampler(self.train_dataset, args, train_batch_size(self))
         if isinstance(sampler, GlobalBatchSampler) and sampler.left_out:
             logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
         return EpochDataLoader(
@@ -221,10 +224,11 @@ class ContrastiveTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the losses of the sources, the learned temperature and the numbers of `hf_embed.watch` to a log of training."""
         if "loss" in logs:  # on every rank
-            for source, losses in sorted(self.source_losses.items()):
-                mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
-                logs[f"loss_{self.train_dataset.names[source]}"] = round(mean.item(), 4)
-            self.source_losses.clear()
+            if isinstance(self.train_dataset, Mixture):
+                for source, losses in sorted(self.source_losses.items()):
+                    mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+                    logs[f"loss_{self.train_dataset.names[source]}"] = round(mean.item(), 4)
+                self.source_losses.clear()
             if self.temperature is not None:
                 logs["temperature"] = self.temperature.item()
             if self.is_world_process_zero():
@@ -253,27 +257,38 @@ class ContrastiveTrainer(Trainer):
         Raises:
             InputError: there is no evaluation set.
         """
-        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(tasks, str):
-            tasks = {tasks: self.eval_dataset[tasks]}
+        tasks = self.tasks
+        if isinstance(eval_dataset, str):
+            tasks = {eval_dataset: tasks[eval_dataset]}
         elif eval_dataset is not None:
-            tasks = named_tasks(tasks)
+            tasks = named_tasks(eval_dataset)
         if not tasks:
             raise InputError("evaluation needs an eval_dataset with the columns sentence1, sentence2 and score")
-        self._memory_tracker.start()
-        self.model.eval()
+        memory = memory_tracker(self)
+        memory.start()
+        self.placed_model.eval()
         with torch.inference_mode():
             scores = score_tasks(tasks, self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._memory_tracker.stop_and_update_metrics(metrics)
+        memory.stop_and_update_metrics(metrics)
         return metrics
 
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The evaluation sets by name."""
+        return cast(dict[str, Task], self.eval_dataset or {})
+
+    @property
+    def placed_model(self) -> nn.Module:
+        """The model as it is placed now: under FSDP only this one has its weights together."""
+        return cast(nn.Module, self.model)
+
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
-        """Return vectors (N, D) through the model as it is placed now: under FSDP only that one has its weights together."""
+        """Return vectors (N, D), finished as `encode` does."""
         texts = [self.encoder.prompt(prompt_name) + text for text in texts]
-        embeddings = embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, sharded=self.sharded)
+        embeddings = embed_texts(self.placed_model, self.encoder, texts, self.args.chunk_tokens, self.sharded)
         return self.encoder.finish(embeddings.float())
 
     # ---- saving and loading ----
@@ -311,15 +326,14 @@ class ContrastiveTrainer(Trainer):
         """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
         hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # it takes nothing for Trainer's own card, and returns the commit's address
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    ) -> str | Future[str] | None:
         """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
 
         Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
@@ -328,13 +342,13 @@ class ContrastiveTrainer(Trainer):
         self.callback_handler.on_push_begin(args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        self.save_model(_internal_call=True)
+        save_without_push(self)
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
         push = partial(
-            hub.push_folder, args.output_dir, self.hub_model_id, bool(private or args.hub_private_repo),
-            revision or args.hub_revision, commit_message=commit_message, token=token or args.hub_token,
+            hub.push_folder, str(args.output_dir), str(self.hub_model_id), bool(private or args.hub_private_repo),
+            revision or args.hub_revision, commit_message=str(commit_message), token=token or args.hub_token,
         )  # fmt: skip
         return push() if blocking else HfApi().run_as_future(push)
 
@@ -348,11 +362,11 @@ class ContrastiveTrainer(Trainer):
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, self.hub_model_id, args, self.state.global_step)
+        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, str(self.hub_model_id), args, self.state.global_step)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        hub.finish_push(getattr(self, "push_in_progress", None), self.args)
+        hub.finish_push(self.push_in_progress, self.args)
         self.push_in_progress = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -22,6 +22,7 @@ from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
+from hf_embed.library_internals import use_one_gpu
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     check_metric(args, tasks)
     if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
         logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
-        args._n_gpu = 1
+        use_one_gpu(args)
 
 
 def check_world(args: TrainingArguments) -> None:
