@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -25,9 +25,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import HubStrategy, seed_worker
 
@@ -50,22 +47,11 @@ from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective, SimCSE, as_objective
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
 from hf_embed.trainer_settings import check_batch, check_settings, check_training, warn_of_ignored
-from hf_embed.watch import Watch
+from hf_embed.watch import Progress, Watch
 
 logger = logging.getLogger(__name__)
 
 EvalData: TypeAlias = Dataset | Task | dict[str, Dataset | Task]
-
-
-class Progress(ProgressCallback):
-    """Show the mean loss, alignment and uniformity on the console; loggers and `log_history` have the rest."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
-    ) -> None:
-        """Show a log without the numbers of each source."""
-        shown = {key: value for key, value in (logs or {}).items() if not key.startswith(("loss_", "norm_", "masked_"))}
-        super().on_log(args, state, control, logs=shown, **kwargs)
 
 
 class ContrastiveTrainer(Trainer):
@@ -94,6 +80,8 @@ class ContrastiveTrainer(Trainer):
     """
 
     args: ContrastiveTrainingArguments
+    model: nn.Module  # as it is placed: under FSDP this one has its weights together
+    eval_dataset: dict[str, Task] | None
     objective: Objective
     push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
@@ -257,7 +245,7 @@ class ContrastiveTrainer(Trainer):
         Raises:
             InputError: there is no evaluation set.
         """
-        tasks = self.tasks
+        tasks = self.eval_dataset or {}
         if isinstance(eval_dataset, str):
             tasks = {eval_dataset: tasks[eval_dataset]}
         elif eval_dataset is not None:
@@ -266,7 +254,7 @@ class ContrastiveTrainer(Trainer):
             raise InputError("evaluation needs an eval_dataset with the columns sentence1, sentence2 and score")
         memory = memory_tracker(self)
         memory.start()
-        self.placed_model.eval()
+        self.model.eval()
         with torch.inference_mode():
             scores = score_tasks(tasks, self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
@@ -275,20 +263,10 @@ class ContrastiveTrainer(Trainer):
         memory.stop_and_update_metrics(metrics)
         return metrics
 
-    @property
-    def tasks(self) -> dict[str, Task]:
-        """The evaluation sets by name."""
-        return cast(dict[str, Task], self.eval_dataset or {})
-
-    @property
-    def placed_model(self) -> nn.Module:
-        """The model as it is placed now: under FSDP only this one has its weights together."""
-        return cast(nn.Module, self.model)
-
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return vectors (N, D), finished as `encode` does."""
         texts = [self.encoder.prompt(prompt_name) + text for text in texts]
-        embeddings = embed_texts(self.placed_model, self.encoder, texts, self.args.chunk_tokens, self.sharded)
+        embeddings = embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, self.sharded)
         return self.encoder.finish(embeddings.float())
 
     # ---- saving and loading ----

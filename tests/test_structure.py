@@ -1,0 +1,71 @@
+"""Imports run one way, no attribute of ours is guessed, no module outgrows a reader; see benchmarks/structure.py."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "structure.py"
+
+# Functions over 40 lines or 7 parameters, and why.
+LONG = {
+    "trainer.__init__": "the arguments of transformers' Trainer, and four of ours",
+    "encoder.__init__": "an encoder's settings",
+    "encoder.encode": "sentence-transformers' and mteb's arguments",
+}
+RECIPE_LINES = range(50, 81)
+OTHER_RECIPES = {
+    "pretrain_encoder": "a training of its own",
+    "simcse_ablation": "runs the steps of unsup_simcse.py for each variant",
+    "push": "uploads a folder",
+}
+
+
+@pytest.fixture(scope="module")
+def structure():
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+def test_imports_run_one_way(structure):
+    assert structure.climbing() == []
+    assert structure.cycles() == []
+
+
+def test_no_attribute_of_ours_is_guessed(structure):
+    assert structure.guessed_attributes() == []
+
+
+def test_functions_are_short_or_have_a_reason(structure):
+    assert {name for name, *_ in structure.long_functions()} <= set(LONG)
+
+
+def test_modules_can_be_read_in_one_go(structure):
+    modules = structure.modules()
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules.items()}
+    assert lines["trainer"] < 350
+    recipes = {name.removeprefix("recipes."): count for name, count in lines.items() if name.startswith("recipes.")}
+    assert {name: count for name, count in recipes.items() if count not in RECIPE_LINES and name not in OTHER_RECIPES} == {}
+    assert max(lines.values()) < 500
+
+
+def test_the_checks_find_what_they_are_for(structure, tmp_path, monkeypatch):
+    """A small package with an import that climbs, a cycle, a guess, and a function with too many parameters."""
+    package = tmp_path / "hf_embed"
+    (package / "kit").mkdir(parents=True)
+    (package / "errors.py").write_text("from hf_embed.kit.cli import run\n")
+    (package / "kit" / "cli.py").write_text("from hf_embed import errors\n\n\ndef run(a, b, c, d, e, f, g, h):\n    pass\n")
+    (package / "encoder.py").write_text(
+        "class Encoder:\n    def __init__(self):\n        self.pooling = getattr(self, 'pooling', None)\n\n\n"
+        "def save():\n    from hf_embed.checkpoint import save\n\n\ndef card():\n    from hf_embed.checkpoint import card\n"
+    )
+    (package / "checkpoint").mkdir()
+    for name in ("save", "card"):
+        (package / "checkpoint" / f"{name}.py").write_text("")
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setitem(structure.modules.__globals__, "ROOT", tmp_path)
+    assert structure.climbing() == [("encoder", "checkpoint.card"), ("errors", "kit.cli")]
+    assert [sorted(set(cycle)) for cycle in structure.cycles()] == [["errors", "kit.cli"]]
+    assert structure.guessed_attributes() == ["encoder, line 3: getattr(self, 'pooling', None)"]
+    assert structure.long_functions() == [("kit.cli.run", 2, 8)]
