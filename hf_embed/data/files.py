@@ -67,7 +67,7 @@ class Table:
 
 def kind_of(path: str) -> str:
     """Return the ending of a path or an address, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
-    suffixes = [s.lower() for s in Path(urlsplit(path).path if "://" in path else path).suffixes]
+    suffixes = [suffix.lower() for suffix in Path(urlsplit(path).path if "://" in path else path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
     return suffixes[-1][1:] if suffixes else ""
@@ -185,7 +185,7 @@ def table_columns(path: str, table: Table) -> list[str]:
 
 def other_separator(header: str, own: str = "") -> str | None:
     """Return a separator that stands in the name of a file's only column."""
-    return next((s for s in ";|\t," if s != own and s in header), None)
+    return next((separator for separator in ";|\t," if separator != own and separator in header), None)
 
 
 def shortened(text: str) -> str:

@@ -220,8 +220,8 @@ def check_entry(entry: dict, where: str) -> None:
         raise InputError(f"{where}: give file: or dataset:, one of them")
     for key, (kind, words) in TYPES.items():
         value = entry.get(key)
-        texts = value if isinstance(value, list) else []
-        if key in entry and (not isinstance(value, kind) or value in ("", []) or not all(isinstance(t, str) for t in texts)):
+        only_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
+        if key in entry and (not isinstance(value, kind) or value in ("", []) or not only_texts):
             raise InputError(f"{where}: {key} is {value!r}; give {words}")
 
 
@@ -349,7 +349,7 @@ class Stream:
         try:
             batch = next(batches, None)
             rows = range(len(batch[self.columns[0]]) if batch else 0)
-            return None if batch is None else [self.texts({c: batch[c][i] for c in self.columns}) for i in rows]
+            return None if batch is None else [self.texts({name: batch[name][i] for name in self.columns}) for i in rows]
         except InputError as error:
             raise RankError(str(error)) from error
         except Exception as error:  # of the readers and of what is between them and the rows
@@ -387,7 +387,9 @@ class Mixture(torch.utils.data.Dataset):
     def __str__(self) -> str:
         width = max(map(len, self.names))
         rows = zip(self.names, self.sizes, self.probabilities)
-        return "\n".join(f"{name:{width}}  {size:12,} rows  {p:7.2%} of the batches" for name, size, p in rows)
+        return "\n".join(
+            f"{name:{width}}  {size:12,} rows  {probability:7.2%} of the batches" for name, size, probability in rows
+        )
 
 
 def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments") -> Mixture:

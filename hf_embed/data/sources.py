@@ -82,7 +82,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
                 raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
-        data_files = [p if "://" in p else glob.escape(p) for p in paths]
+        data_files = [file if "://" in file else glob.escape(file) for file in paths]
         return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
@@ -154,7 +154,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
         InputError: there are no such columns, or one judges the pairs, which then may not all be positives.
     """
     found = {column.lower(): column for column in names}
-    single = next((found[c] for c in ("text", "sentence") if c in found), None)
+    single = next((found[column] for column in ("text", "sentence") if column in found), None)
     if single is None and len(names) == 1:
         single = names[0]
         if separator := files.other_separator(single):
@@ -162,26 +162,36 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
                 f"{name}: there is one column, '{files.shortened(single)}'; its name holds {files.SEPARATOR_NAMES[separator]}, "
                 "which looks like the file's separator: write the file again, or rename the column"
             )
-    pair = next((pair for pair in LAYOUTS if all(c in found for c in pair)), None)
+    pair = next((pair for pair in LAYOUTS if all(column in found for column in pair)), None)
     if paired is not True and single is not None and (pair is None or paired is False):
         columns = [single]
     elif paired is not False and pair is not None:
-        columns = [found[c] for c in pair]
-        negatives = [c for c in names if NEGATIVE.fullmatch(c)]
-        columns += sorted(negatives, key=lambda c: [int(n) for n in re.findall(r"\d+", c)])
+        columns = [found[column] for column in pair]
+        negatives = [column for column in names if NEGATIVE.fullmatch(column)]
+        columns += sorted(negatives, key=numbers_in)
     else:
         wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
         raise InputError(f"{name}: found the columns {', '.join(names)}; accepted are {wanted}; rename them")
+    ignored = [column for column in names if column not in columns]
     if len(columns) > 1:
-        refuse_judgements([c for c in names if c not in columns], name)
-    if ignored := [c for c in names if c not in columns]:
+        refuse_judgements(ignored, name)
+    if ignored:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
 
 
+def numbers_in(column: str) -> list[int]:
+    """Return the numbers in a column's name: negative_10 comes behind negative_9."""
+    return [int(digits) for digits in re.findall(r"\d+", column)]
+
+
 def refuse_judgements(unused: list[str], name: str) -> None:
     """Refuse a column that judges the pairs: a pair of label 0 is none, and trained on as it stands it would be a positive."""
-    judging = [c for c in unused if JUDGING.intersection(re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c).lower()))]
+    judging = []
+    for column in unused:
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()  # relevanceScore: relevance_score
+        if JUDGING.intersection(re.split(r"[\W_\d]+", words)):
+            judging.append(column)
     if judging:
         raise InputError(
             f"{name}: the column '{judging[0]}' judges the pairs and would not be used: every pair would be trained as a "

@@ -131,7 +131,7 @@ def tokenize_rows(
         accepted = []
         for i, number in enumerate(numbers):
             try:
-                row = row_texts({c: batch[c][i] for c in columns}, columns, f"{name}, row {number + 1}")
+                row = row_texts({column: batch[column][i] for column in columns}, columns, f"{name}, row {number + 1}")
             except InputError as error:
                 if not drop_empty_rows:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
