@@ -43,7 +43,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line, read_yaml
+from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line
 from hf_embed.data.sampling import generator
 from hf_embed.data.sources import (
     DROP_ADVICE,
@@ -57,7 +57,8 @@ from hf_embed.data.sources import (
     text_columns,
     unformatted,
 )
-from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_rows, truncated_share, warn_of_truncation
+from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
+from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
 
 if TYPE_CHECKING:
@@ -423,13 +424,10 @@ def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTraini
     check_prompts(prompts, encoder.tokenizer, max_length, source.label)
     if source.negatives and not any(NEGATIVE.fullmatch(column) for column in column_names(source.rows)):
         raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
+    tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
     if isinstance(source.rows, Dataset):
         with quiet_bars():
-            return tokenize_rows(
-                source.rows, encoder.tokenizer, max_length, source.label, None, prompts, args.drop_empty_rows,
-                source.negatives,
-            )  # fmt: skip
-    tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
+            return tokenize_table(source.rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
     rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
     return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
 

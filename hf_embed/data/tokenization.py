@@ -104,17 +104,31 @@ def tokenize_rows(
     paired: bool | None = None,
     prompts: dict[str, str] | None = None,
     drop_empty_rows: bool = False,
+) -> Dataset:
+    """Tokenize a table of text rows; the prompt "query" goes before anchors, "document" before the others.
+
+    The other arguments are those of `tokenize_table`.
+    """
+    prompts = prompts or {}
+    row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
+    return tokenize_table(rows, row_tokenizer, name, paired, drop_empty_rows)
+
+
+def tokenize_table(
+    rows: Dataset,
+    tokenizer: RowTokenizer,
+    name: str,
+    paired: bool | None = None,
+    drop_empty_rows: bool = False,
     negatives: int | None = None,
 ) -> Dataset:
     """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `truncated`.
 
     Args:
         rows: with the columns that `hf_embed.data.sources` accepts.
-        tokenizer: the model's.
-        max_length: tokens of a text.
+        tokenizer: of their texts.
         name: what messages call the rows.
         paired: see `hf_embed.data.sources.text_columns`.
-        prompts: "query" is put before anchors, "document" before the others.
         drop_empty_rows: drop and count rows with an empty text.
         negatives: how many of each row's negatives to take, the first ones; default: all.
 
@@ -124,8 +138,6 @@ def tokenize_rows(
     rows = unformatted(rows)
     columns = text_columns(rows.column_names, name, paired)
     refuse_lists(islice(rows, 20), columns, name)
-    prompts = prompts or {}
-    convert_texts = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         accepted = []
@@ -137,7 +149,7 @@ def tokenize_rows(
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
             else:
                 accepted.append(row if negatives is None else row[: 2 + negatives])
-        return convert_texts(accepted)
+        return tokenizer(accepted)
 
     tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
     if len(tokens) < len(rows):
