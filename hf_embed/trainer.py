@@ -29,7 +29,7 @@ from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
-from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
+from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
 from hf_embed.distributed import gather_rows, get_world_size
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
@@ -429,7 +429,7 @@ def tokenize_all(rows, encoder: Encoder, args, name: str, paired: bool | None) -
         tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
         if len(tokens) < args.world_size:
             raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
-        warn_of_truncation({name: truncated_share(tokens)})
+        warn_of_cut_texts({name: share_cut(tokens)})
         return tokens, [max(2, most_texts(tokens))]
     if isinstance(rows, IterableDataset):
         # An epoch is the whole run: else its last update would accumulate fewer batches than the others.
