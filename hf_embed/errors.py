@@ -14,7 +14,7 @@ Settings = TypeVar("Settings")
 
 
 def masked(text: str, *addresses: str) -> str:
-    """`text` with each address in it cut down to scheme, host and path, and without tokens of the Hub.
+    """Reduce each address in `text` to scheme, host and path, and mask tokens of the Hub.
 
     User name, password, query and fragment of an address may be secret. Of the `addresses` given, these parts are masked
     wherever they stand, for errors of other libraries quote them one by one.
@@ -33,7 +33,7 @@ def masked(text: str, *addresses: str) -> str:
 
 
 def without_secrets(settings: Settings) -> Settings:
-    """A copy of an object with settings, for a file: what is named as a secret, `hub_token` and the like, is None there."""
+    """Copy an object with settings, for a file: what is named as a secret, `hub_token` and the like, is None in the copy."""
     clean = copy.copy(settings)
     for name, value in vars(settings).items():
         secret = SECRET_WORDS & set(name.lower().split("_")) or name.lower().endswith("api_key")
@@ -45,7 +45,7 @@ def without_secrets(settings: Settings) -> Settings:
 class InputError(ValueError):
     """Something the user gave is wrong. The message says what, where and how to mend it, in one line; secrets are masked."""
 
-    def __init__(self, message: str = ""):
+    def __init__(self, message: str = "") -> None:
         super().__init__(masked(str(message)))
 
 

@@ -5,7 +5,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import get_args
+from typing import Any, get_args
 
 from hf_embed.errors import InputError
 
@@ -20,10 +20,9 @@ class Range:
     below: float = math.inf
     whole: bool = False
 
-    def __contains__(self, value) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real) or not math.isfinite(value):
-            return False
-        return self.least <= value <= self.most and self.above < value < self.below
+    def __contains__(self, value: Any) -> bool:
+        number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        return number and math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
@@ -39,7 +38,7 @@ FINITE = Range()
 SEED = Range(least=0, most=2**32 - 1, whole=True)  # numpy takes no others
 
 
-def check_ranges(settings, ranges: dict[str, Range]) -> None:
+def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
     """Check a dataclass's numbers, the choices that its fields name, and that a switch is True or False.
 
     A field may be None where its type or its default says so. Of a list, every element has to be in range, and there
@@ -48,7 +47,7 @@ def check_ranges(settings, ranges: dict[str, Range]) -> None:
     Raises:
         InputError: the first setting that is wrong, with the numbers that it may be.
     """
-    types = {}  # as they were written: transformers' parser overwrites `field.type`
+    types: dict[str, Any] = {}  # as they were written: transformers' parser overwrites `field.type`
     for kind in reversed(type(settings).__mro__):
         types |= inspect.get_annotations(kind)
     for field in dataclasses.fields(settings):

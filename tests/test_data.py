@@ -20,7 +20,7 @@ from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.sources import ACCEPTED, read_file, row_texts, text_columns
-from hf_embed.data.tokenization import share_cut, text_id, tokenize_rows, warn_of_cut_texts
+from hf_embed.data.tokenization import text_id, tokenize_rows, truncated_share, warn_of_truncation
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +247,7 @@ def test_tokens_and_ids(tokenizer):
     expected = [["a cat", "a kitten", "a tree", "a house"], ["dogs", "a puppy"]]
     assert rows["input_ids"][:] == [tokenizer(row)["input_ids"] for row in expected]
     assert rows["text_ids"][:] == [[text_id(ids) for ids in tokenizer(row)["input_ids"]] for row in expected]
-    assert rows["cut"][:] == [0, 0]
+    assert rows["truncated"][:] == [0, 0]
 
 
 def test_prompts_are_tokenized_but_not_hashed(tokenizer):
@@ -262,19 +262,19 @@ def test_long_texts_are_cut_where_the_tokenizer_cuts(tokenizer):
     rows = tokenize_rows(Dataset.from_dict({"text": texts}), tokenizer, 6)
     expected = tokenizer(texts, truncation=True, max_length=6)["input_ids"]
     assert [ids for row in rows["input_ids"] for ids in row] == expected
-    assert [len(ids) for ids in expected] == [6, 6] and rows["cut"][:] == [1, 0]
+    assert [len(ids) for ids in expected] == [6, 6] and rows["truncated"][:] == [1, 0]
 
 
 @pytest.mark.parametrize(("long", "warned"), [(5, False), (6, True)])
 def test_truncation_warning_above_five_percent(long, warned, tokenizer, caplog):
     texts = ["one two three four five six"] * long + ["short"] * (100 - long)
     tokens = tokenize_rows(Dataset.from_dict({"text": texts}), tokenizer, 4, "file.txt")
-    warn_of_cut_texts({"file.txt": share_cut(tokens), "other.txt": 0.01})
+    warn_of_truncation({"file.txt": truncated_share(tokens), "other.txt": 0.01})
     assert caplog.messages == ["texts cut to max_length tokens: 6% in file.txt"] * warned
 
 
 def test_truncation_of_many_sets_is_one_line(caplog):
-    warn_of_cut_texts({f"s{i}": i / 100 for i in range(20)})
+    warn_of_truncation({f"s{i}": i / 100 for i in range(20)})
     assert caplog.messages == [
         "texts cut to max_length tokens: 19% in s19, 18% in s18, 17% in s17, 16% in s16, 15% in s15 and less in 9 more"
     ]

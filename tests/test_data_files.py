@@ -655,7 +655,7 @@ def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
     for text in texts:
         expected = tokenizer(text, truncation=True, max_length=12)["input_ids"]
         found = RowTokenizer(tokenizer, 12)([[text]])
-        assert found["input_ids"] == [[expected]] and found["cut"] == [int(len(tokenizer(text)["input_ids"]) > 12)]
+        assert found["input_ids"] == [[expected]] and found["truncated"] == [int(len(tokenizer(text)["input_ids"]) > 12)]
     assert (len(beginning(texts[0], 12, tokenizer)) < 1000) == (side == "right")
 
 

@@ -1,0 +1,1 @@
+"""From files and datasets to the batches of a training."""

@@ -1,5 +1,7 @@
 """Rows to one flat ragged batch. No padding: that is decided per chunk, when the whole batch is known."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,11 @@ class RaggedCollator:
     def __init__(self, views: list[int], once: bool = False):
         self.views, self.once = views, once
 
-    def __call__(self, rows: list[dict]) -> dict:
-        ids, lengths, slots = [], [], []
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        """Return the batch of some rows: the example's entries, and "source", the number of the rows' source."""
+        ids: list[int] = []
+        lengths: list[int] = []
+        slots: list[int] = []
         source = rows[0].get("source", 0)
         views = self.views[source]  # the same on every rank, whatever texts its rows have
         text_ids = torch.zeros(len(rows), views, dtype=torch.int64)

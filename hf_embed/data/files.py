@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import datasets
 import fsspec
 import pyarrow
-import yaml
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
@@ -53,7 +53,12 @@ DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, as pandas a
 
 @dataclass(frozen=True)
 class Table:
-    """How a csv or tsv file is read: `header` False names its columns 0, 1, 2 ...; tsv files have no quoting anyway."""
+    """How a csv or tsv file is read.
+
+    Args:
+        header: whether the first row names the columns; if not, their names are 0, 1, 2 ...
+        quoting: whether quotes enclose cells; never in tsv files.
+    """
 
     header: bool = True
     quoting: bool = True
@@ -61,13 +66,14 @@ class Table:
 
 def kind_of(path: str) -> str:
     """Return the ending of a path or an address, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
-    suffixes = [s.lower() for s in Path(urlsplit(path).path if "://" in path else path).suffixes]
+    suffixes = [suffix.lower() for suffix in Path(urlsplit(path).path if "://" in path else path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
     return suffixes[-1][1:] if suffixes else ""
 
 
 def unreadable(path: str, reason: str) -> InputError:
+    """Return the error of a file that cannot be read."""
     return InputError(f"{path}: cannot be read as {kind_of(path)}: {masked(reason, path)}")
 
 
@@ -77,6 +83,7 @@ DOWNLOADED: dict[str, str] = {}  # where addresses lie once `download` has been 
 
 
 def download(address: str) -> None:
+    """Download a file into the cache of `datasets`, unless it is there."""
     try:
         DOWNLOADED[address] = datasets.DownloadManager().download(address)
     except Exception as error:  # of the many clients
@@ -84,8 +91,8 @@ def download(address: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str):
-    """The bytes of a file or an address, unpacked where the name ends in .gz."""
+def opened(path: str) -> Iterator[BufferedReader]:
+    """Open a file or an address for its bytes, unpacked where the name ends in .gz."""
     packed = (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
     local = DOWNLOADED.get(path, path)
     with fsspec.open(local, "rb") if "://" in local else open(local, "rb") as file:
@@ -93,9 +100,10 @@ def opened(path: str):
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a UTF-8 file, with their line ends; a byte-order mark is left out.
+    """Read the lines of a UTF-8 file, with their numbers and line ends; a byte-order mark is left out.
 
-    Raises InputError for a file in another encoding, one with NUL bytes, and one that cannot be read or unpacked.
+    Raises:
+        InputError: the file has another encoding or NUL bytes, or cannot be read or unpacked.
     """
     try:
         with opened(path) as file:
@@ -120,7 +128,8 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
         raise unreadable(path, first_line(error)) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -128,7 +137,7 @@ def first_line(error: Exception) -> str:
 
 
 def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
-    """The first line, the last line and the cells of each row, the header among them. Blank lines are no rows."""
+    """Read the rows, the header among them: their first line, their last line and their cells. Blank lines are no rows."""
     separator = SEPARATORS[kind_of(path)]
     if separator == "\t" or not table.quoting:
         for number, line in lines(path):
@@ -150,16 +159,20 @@ def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
 
 
 def table_columns(path: str, table: Table) -> list[str]:
-    """The names of the columns. Raises InputError where the separator looks like another one."""
-    _, _, cells = next(table_rows(path, table), (0, 0, None))
-    if cells is None:
+    """Return the names of the columns.
+
+    Raises:
+        InputError: there is no row, or the separator looks like another one.
+    """
+    _, _, cells = next(table_rows(path, table), (0, 0, []))
+    if not cells:
         raise unreadable(path, "there are only blank lines")
     if any("\r" in cell for cell in cells):
         raise unreadable(path, "its lines end in lone carriage returns; save it with line feeds")
     own = SEPARATORS[kind_of(path)]
     if len(cells) == 1 and (other := other_separator(cells[0], own)):
-        rename = {"\t": "tsv", ",": "csv"}.get(other)
-        mend = f"give the file the ending .{rename}" if rename else f"save it with {SEPARATOR_NAMES[own]}"
+        ending = {"\t": "tsv", ",": "csv"}.get(other)
+        mend = f"give the file the ending .{ending}" if ending else f"save it with {SEPARATOR_NAMES[own]}"
         raise InputError(
             f"{path}: there is one column, '{shortened(cells[0])}'; the separator looks like {SEPARATOR_NAMES[other]}, and is "
             f"{SEPARATOR_NAMES[own]} in {kind_of(path)} files: {mend}"
@@ -170,12 +183,12 @@ def table_columns(path: str, table: Table) -> list[str]:
 
 
 def other_separator(header: str, own: str = "") -> str | None:
-    """A separator that stands in the name of a file's only column."""
-    return next((s for s in ";|\t," if s != own and s in header), None)
+    """Return a separator that stands in the name of a file's only column."""
+    return next((separator for separator in ";|\t," if separator != own and separator in header), None)
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text, in one line."""
+    """Return the beginning of a text, in one line."""
     start = " ".join(text[:61].split())
     return start if len(text) <= 60 else f"{start[:60]}..."
 
@@ -196,10 +209,14 @@ def common_columns(paths: list[str], table: Table) -> list[str]:
 
 
 def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
-    """`table_rows` behind the header, none of them with more cells than there are columns."""
-    rows, width = table_rows(path, table), None
+    """Read the rows of `table_rows` behind the header.
+
+    Raises:
+        InputError: a row has more cells than there are columns.
+    """
+    rows, width = table_rows(path, table), 0
     for first, last, cells in rows:
-        if width is None:
+        if not width:
             width = len(cells)
             if table.header:
                 continue
@@ -213,16 +230,18 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
 
 
 def survey_tables(paths: list[str], table: Table) -> Features:
+    """Return the columns of csv or tsv files, all of them texts; warn of quoted cells with line breaks."""
     names, rows = common_columns(paths, table), 0
     for path in paths:
-        broken, count, last = [], 0, 0
+        broken: list[tuple[int, int]] = []  # the first and the last line of rows with line breaks
+        count = last = 0
         for first, last, _ in body_rows(path, table):
             count += 1
             if last > first:
                 broken.append((first, last))
         rows += count
         if broken:
-            inside = sum(b - a for a, b in broken)
+            inside = sum(end - start for start, end in broken)
             logger.warning(
                 f"{masked(path)}: {len(broken):,} of {count:,} rows have line breaks in a quoted cell, the first in lines "
                 f"{broken[0][0]} to {broken[0][1]}; {inside:,} of the file's {last:,} lines are within such cells;{NO_QUOTING}"
@@ -234,9 +253,9 @@ def survey_tables(paths: list[str], table: Table) -> Features:
 
 
 def json_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """The objects of a file and the lines that they stand in (of one list: their numbers). Blank lines are no rows."""
+    """Read the objects of a file and the lines that they stand in (of one list: their numbers). Blank lines are no rows."""
     numbered = lines(path)
-    start, head = next(((n, line) for n, line in numbered if not line.isspace()), (0, ""))
+    start, head = next(((number, line) for number, line in numbered if not line.isspace()), (0, ""))
     if head.lstrip().startswith("[") or (kind_of(path) == "json" and not is_json(head)):
         items = parsed("".join(chain([head], (line for _, line in numbered))), path, start)
         if not isinstance(items, list):
@@ -255,6 +274,7 @@ def json_rows(path: str) -> Iterator[tuple[int, dict]]:
 
 
 def is_json(text: str) -> bool:
+    """Return whether a text is a JSON value."""
     try:
         DECODER.decode(text)
     except ValueError:
@@ -262,8 +282,12 @@ def is_json(text: str) -> bool:
     return True
 
 
-def parsed(text: str, path: str, number: int):
-    """JSON whose texts can be encoded. `number` is of the first line."""
+def parsed(text: str, path: str, number: int) -> Any:
+    """Parse JSON, whose first line has this number.
+
+    Raises:
+        InputError: it is no JSON, or one of its texts cannot be encoded.
+    """
     try:
         found = DECODER.decode(text.rstrip())  # an error behind the line end would be in the next line
     except json.JSONDecodeError as error:
@@ -280,8 +304,8 @@ def parsed(text: str, path: str, number: int):
 
 
 def survey_json(paths: list[str]) -> Features:
-    """The type of each column, whatever its first rows have."""
-    kinds = {}
+    """Return the type of each column, whatever its first rows have."""
+    kinds: dict[str, set[str | None]] = {}
     for path in paths:
         for _, row in json_rows(path):
             for key, value in row.items():
@@ -289,7 +313,8 @@ def survey_json(paths: list[str]) -> Features:
     return Features({key: type_of(found - {None}) for key, found in kinds.items()})
 
 
-def kind_of_value(value) -> str | None:
+def kind_of_value(value: object) -> str | None:
+    """Return a word for the type of a value; None for null."""
     if isinstance(value, list):
         return "texts" if all(item is None or isinstance(item, str) for item in value) else "any"
     if isinstance(value, bool):
@@ -299,8 +324,8 @@ def kind_of_value(value) -> str | None:
     return {str: "text", float: "float", type(None): None}.get(type(value), "any")
 
 
-def type_of(kinds: set[str]):
-    """The narrowest type that holds all values of a column."""
+def type_of(kinds: set[str | None]) -> Any:
+    """Return the narrowest type of `datasets` that holds all values of a column."""
     if kinds <= {"text"}:  # or null alone
         return Value("string")
     if kinds <= {"text", "texts"}:  # a text alone is a list of one
@@ -311,9 +336,12 @@ def type_of(kinds: set[str]):
     return datasets.Json()
 
 
-def as_column(values: list, feature) -> pyarrow.Array:
+def as_column(values: list, feature: Any) -> pyarrow.Array:
+    """Return the values of a column in its type."""
     if isinstance(feature, List):
-        return pyarrow.array([[v] if isinstance(v, str) else v for v in values], pyarrow.list_(pyarrow.string()))
+        return pyarrow.array(
+            [[value] if isinstance(value, str) else value for value in values], pyarrow.list_(pyarrow.string())
+        )
     if isinstance(feature, Value):
         return pyarrow.array(values, feature.pa_type)
     texts = pyarrow.array([None if value is None else json.dumps(value) for value in values], pyarrow.string())
@@ -324,6 +352,7 @@ def as_column(values: list, feature) -> pyarrow.Array:
 
 
 def rows_of(path: str, table: Table) -> Iterator[dict]:
+    """Read the rows of a file of any kind."""
     kind = kind_of(path)
     if kind in SEPARATORS:
         names = table_columns(path, table)
@@ -339,7 +368,11 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
 
 
 def survey(paths: list[str], table: Table) -> Features:
-    """The columns of files and their types; InputError for whatever is wrong with them."""
+    """Read files to their end, and return their columns and types.
+
+    Raises:
+        InputError: whatever is wrong with them.
+    """
     kind = kind_of(paths[0])
     if kind in SEPARATORS:
         features = survey_tables(paths, table)
@@ -356,7 +389,9 @@ def survey(paths: list[str], table: Table) -> Features:
 
 
 def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    batch, size = [], 0
+    """Group rows, so that a batch has neither many rows nor many characters."""
+    batch: list[dict] = []
+    size = 0
     for row in rows:
         batch.append(row)
         size += sum(len(value) for value in row.values() if isinstance(value, str | list))
@@ -368,7 +403,7 @@ def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def load(paths: list[str], table: Table) -> Dataset:
-    """All rows of text files, in a file of datasets' cache that is made once."""
+    """Load all rows of text files, from a file in the cache of `datasets` that is made once."""
     for path in paths:
         if "://" in path:
             download(path)
@@ -376,26 +411,31 @@ def load(paths: list[str], table: Table) -> Dataset:
     local = [os.path.abspath(DOWNLOADED.get(path, path)) for path in paths]
     stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in local]
     identity = hashlib.sha256(repr((stamps, table, features)).encode()).hexdigest()[:32]
-    path = Path(datasets.config.HF_DATASETS_CACHE, "hf_embed", f"{identity}.arrow")
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")  # each process has its own, and the same in it
-        try:
-            with ArrowWriter(features=features, path=str(unfinished)) as writer:
-                for batch in batches(chain.from_iterable(rows_of(p, table) for p in paths)):
-                    columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
-                    writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
-                writer.finalize()
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    rows = Dataset.from_file(str(path))
+    cached = Path(datasets.config.HF_DATASETS_CACHE, "hf_embed", f"{identity}.arrow")
+    if not cached.is_file():
+        write_arrow(cached, features, chain.from_iterable(rows_of(path, table) for path in paths))
+    rows = Dataset.from_file(str(cached))
     rows._fingerprint = identity
     return rows
 
 
+def write_arrow(path: Path, features: Features, rows: Iterable[dict]) -> None:
+    """Write rows to an Arrow file, under another name until it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")  # each process has its own, and the same in it
+    try:
+        with ArrowWriter(features=features, path=str(unfinished)) as writer:
+            for batch in batches(rows):
+                columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
+                writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+            writer.finalize()
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:
-    """The rows of text files, read anew in every pass.
+    """Return the rows of text files as a stream, read anew in every pass.
 
     The columns are those of the first rows. A jsonl stream may lack those of `optional` there: ANY_NEGATIVES stands for all
     negatives that begin later, whatever they are called. Negatives that begin later and have no place are refused, unless
@@ -416,6 +456,7 @@ def stream(paths: list[str], table: Table, optional: list[str] | None) -> Iterab
 
 
 def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool) -> Iterator[dict]:
+    """Read the rows of a stream; with `refuse`, raise InputError where a column of negatives begins late."""
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
@@ -430,37 +471,3 @@ def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: b
                     cells = [row[key] if isinstance(row[key], list) else [row[key]] for key in late]
                     row["negatives"] = list(chain.from_iterable(cells))
             yield {name: row.get(name) for name in columns}
-
-
-# ---- yaml ----
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which no key stands twice; of two, PyYAML takes the last without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise TwiceError(f"line {key_node.start_mark.line + 1}: the key '{key}' is there twice; keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class TwiceError(yaml.YAMLError):
-    pass
-
-
-def read_yaml(path: str, name: str):
-    """What a YAML file holds. Raises InputError, which calls the file `name`: missing, not YAML, or with a key twice."""
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8: {error}") from error
-    except TwiceError as error:
-        raise InputError(f"{name}, {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error

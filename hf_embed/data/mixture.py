@@ -41,8 +41,9 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line, read_yaml
+from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line
 from hf_embed.data.sampling import generator
 from hf_embed.data.sources import (
     DROP_ADVICE,
@@ -56,7 +57,8 @@ from hf_embed.data.sources import (
     text_columns,
     unformatted,
 )
-from hf_embed.data.tokenization import RowTokenizer, most_texts, share_cut, tokenize_rows, warn_of_cut_texts
+from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
+from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class Source:
     size: int | None = None
     origin: str | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not (number and math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (else leave it out)")
@@ -133,10 +135,12 @@ class Source:
 
     @property
     def label(self) -> str:
+        """What messages call the source."""
         return f"source '{self.name}'" + (f" ({self.origin})" if self.origin else "")
 
 
 def check_sources(sources: list[Source]) -> None:
+    """Check that there are sources, and that their names differ."""
     names = [source.name for source in sources]
     if not names:
         raise InputError("no source to train on; list at least one")
@@ -162,7 +166,11 @@ KEYS = {"name", "rows", *TYPES, *SETTINGS}
 
 
 def read_sources(path: str) -> list[Source]:
-    """The sources that a YAML file lists. Raises InputError naming the file, the source and the key."""
+    """Read the sources that a YAML file lists.
+
+    Raises:
+        InputError: what is wrong, with the file, the source and the key.
+    """
     entries = read_yaml(path, path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: expected a list of sources, each '- name: ...' with file: or dataset:")
@@ -173,8 +181,8 @@ def read_sources(path: str) -> list[Source]:
 
 
 @contextlib.contextmanager
-def quiet_bars():
-    """Dozens of sources need no progress bar each."""
+def quiet_bars() -> Iterator[None]:
+    """Show no progress bars of `datasets`: dozens of sources need none each."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -185,10 +193,26 @@ def quiet_bars():
 
 
 def read_source(entry: dict, number: int, path: str) -> Source:
+    """Read the source that an entry of a YAML file describes, the `number`-th.
+
+    Raises:
+        InputError: what is wrong, with the file, the source and the key.
+    """
     name = entry.get("name")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: source {number} has no name{f' but {name!r}' if name else ''}; give it one, a text")
     where = f"{path}, source '{name}'"
+    check_entry(entry, where)
+    try:
+        rows, origin = read_entry(entry, Path(path).parent)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    settings = {key: entry[key] for key in SETTINGS if key in entry}
+    return Source(name, rows, **settings, size=entry.get("rows"), origin=origin)
+
+
+def check_entry(entry: dict, where: str) -> None:
+    """Check the keys of an entry, and the types of their values."""
     for key in entry:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, 1)
@@ -197,32 +221,30 @@ def read_source(entry: dict, number: int, path: str) -> Source:
         raise InputError(f"{where}: give file: or dataset:, one of them")
     for key, (kind, words) in TYPES.items():
         value = entry.get(key)
-        texts = value if isinstance(value, list) else []
-        if key in entry and (not isinstance(value, kind) or value in ("", []) or not all(isinstance(t, str) for t in texts)):
+        only_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
+        if key in entry and (not isinstance(value, kind) or value in ("", []) or not only_texts):
             raise InputError(f"{where}: {key} is {value!r}; give {words}")
+
+
+def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, str]:
+    """Return the rows of an entry, with the columns that it takes, and where they are from."""
     streaming, columns = entry.get("streaming", False), entry.get("columns")
-    try:
-        if "file" in entry:
-            files = expand(entry["file"], Path(path).parent)
-            rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True), optional=late_negatives(entry))
-            origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
-        else:
-            if "quoting" in entry:
-                raise InputError("quoting is of csv files; a dataset has none")
-            origin = entry["dataset"]
-            rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)
-        ignored = entry.get("ignore_columns", [])
-        rows = leave_out(rows, [ignored] if isinstance(ignored, str) else ignored, "ignore_columns")
-        if columns is not None:
-            rows = take_columns(rows, columns)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    settings = {key: entry[key] for key in SETTINGS if key in entry}
-    return Source(name, rows, **settings, size=entry.get("rows"), origin=origin)
+    if "file" in entry:
+        files = expand(entry["file"], folder)
+        rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True), optional=late_negatives(entry))
+        origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
+    else:
+        if "quoting" in entry:
+            raise InputError("quoting is of csv files; a dataset has none")
+        origin = entry["dataset"]
+        rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)
+    ignored = entry.get("ignore_columns", [])
+    rows = leave_out(rows, [ignored] if isinstance(ignored, str) else ignored, "ignore_columns")
+    return rows if columns is None else take_columns(rows, columns), origin
 
 
 def late_negatives(entry: dict) -> list[str] | None:
-    """The columns of negatives that a source says it takes, which a jsonl stream may show late; None: it does not say."""
+    """Return the columns of negatives that a source says it takes, and a jsonl stream may show late; None: it does not say."""
     if "columns" in entry:
         named = [entry["columns"].get(key) for key in ("negative", "negatives")]
         return [column for part in named for column in (part if isinstance(part, list) else [part]) if column is not None]
@@ -230,7 +252,7 @@ def late_negatives(entry: dict) -> list[str] | None:
 
 
 def expand(files: str | list[str], folder: Path) -> list[str]:
-    """Files named by path, pattern or URL; paths are relative to `folder`."""
+    """List the files that are named by path, pattern or URL; paths are relative to `folder`."""
     found = []
     for file in [files] if isinstance(files, str) else files:
         full = file if "://" in file else str(folder / file)
@@ -238,7 +260,7 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
     return found
 
 
-def take_columns(rows: Dataset | IterableDataset, columns: dict):
+def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | IterableDataset:
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), text."""
     if not set(columns) <= set(COLUMNS):
         raise InputError(f"columns: expected a mapping from {', '.join(COLUMNS)} to the file's columns")
@@ -270,7 +292,7 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict):
 
 
 class Stream:
-    """The rows of an iterable dataset by number: this rank's share of it, shuffled in a buffer, over and over.
+    """The rows of an iterable dataset by number: this rank's part of it, shuffled in a buffer, over and over.
 
     Each pass is shuffled anew, from (seed, pass). Rows can be read forwards only; a number further on reads up to there.
     """
@@ -279,14 +301,16 @@ class Stream:
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
         self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
-        self.size, self.read, self.endless = source.size, 0, None
+        self.size = source.size or 0  # a source has one
+        self.read = 0  # how many rows have been read from `endless`
+        self.endless: Iterator[list[str]] | None = None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
             raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
         first = list(islice(source.rows, PROBED_ROWS))
         refuse_lists(first, self.columns, source.label)
         probe = [texts for row in first if (texts := self.texts(row))]
-        self.share_cut = sum(tokenizer(probe)["cut"]) / max(1, sum(map(len, probe)))
+        self.truncated_share = sum(tokenizer(probe)["truncated"]) / max(1, sum(map(len, probe)))
 
     def __len__(self) -> int:
         return self.size
@@ -300,11 +324,12 @@ class Stream:
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def one_pass(self, turn: int) -> IterableDataset:
-        """A dataset of its own: `set_epoch` on a common one would reach into the passes of other worker processes."""
+        """Shuffle a dataset of its own: `set_epoch` on a common one would reach into the passes of other worker processes."""
         shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
         return split_dataset_by_node(shuffled, self.rank, self.ranks)
 
-    def passes(self):
+    def passes(self) -> Iterator[list[str]]:
+        """Read pass after pass, without end."""
         turn = 0
         while True:
             taken = dropped = 0
@@ -321,17 +346,18 @@ class Stream:
             turn += 1
 
     def next_texts(self, batches: Iterator[dict]) -> list[list[str] | None] | None:
-        """The texts of the next batch's rows, None for a row that is dropped; None behind the last batch."""
+        """Read the texts of the next batch's rows, None for a row that is dropped; return None behind the last batch."""
         try:
             batch = next(batches, None)
             rows = range(len(batch[self.columns[0]]) if batch else 0)
-            return None if batch is None else [self.texts({c: batch[c][i] for c in self.columns}) for i in rows]
+            return None if batch is None else [self.texts({name: batch[name][i] for name in self.columns}) for i in rows]
         except InputError as error:
             raise RankError(str(error)) from error
         except Exception as error:  # of the readers and of what is between them and the rows
             raise RankError(f"{self.label}: cannot be read on: {first_line(error)}") from error
 
     def texts(self, row: dict) -> list[str] | None:
+        """Return the texts of a row, or None if it is dropped."""
         try:
             texts = row_texts(row, self.columns, f"{self.label}, the row {str(row)[:60]}...")
         except InputError as error:
@@ -349,8 +375,8 @@ class Mixture(torch.utils.data.Dataset):
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
-        shares = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
-        self.probabilities = [share / sum(shares) for share in shares]
+        weights = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
+        self.probabilities = [weight / sum(weights) for weight in weights]
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -362,52 +388,58 @@ class Mixture(torch.utils.data.Dataset):
     def __str__(self) -> str:
         width = max(map(len, self.names))
         rows = zip(self.names, self.sizes, self.probabilities)
-        return "\n".join(f"{name:{width}}  {size:12,} rows  {p:7.2%} of the batches" for name, size, p in rows)
+        return "\n".join(
+            f"{name:{width}}  {size:12,} rows  {probability:7.2%} of the batches" for name, size, probability in rows
+        )
 
 
 def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments") -> Mixture:
-    """Tokenize the sources' tables and open their streams, as `args` (ContrastiveTrainingArguments) say.
+    """Tokenize the sources' tables and open their streams, as `args` say.
 
-    Raises InputError for whatever is wrong with a source, naming it.
+    Raises:
+        InputError: whatever is wrong with a source, by its name.
     """
     check_sources(sources)
-    global_batch = args.per_device_train_batch_size * args.world_size
-    tables, cut = [], {}
+    tables, truncated = [], {}
     for source in tqdm(sources, desc="Tokenizing sources", disable=args.disable_tqdm or args.process_index > 0):
-        max_length = min(source.max_length or encoder.max_length, encoder.max_length)
-        if source.max_length and source.max_length > encoder.max_length:
-            raise InputError(f"{source.label}: max_length {source.max_length} is above the run's {encoder.max_length}")
-        own = {"query": source.query_prompt, "document": source.document_prompt}
-        prompts = {key: encoder.prompts.get(key, "") if own[key] is None else own[key] for key in own}
-        check_prompts(prompts, encoder.tokenizer, max_length, source.label)
-        if source.negatives and not any(NEGATIVE.fullmatch(column) for column in column_names(source.rows)):
-            raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
-        if isinstance(source.rows, Dataset):
-            with quiet_bars():
-                table = tokenize_rows(
-                    source.rows, encoder.tokenizer, max_length, source.label, None, prompts, args.drop_empty_rows,
-                    source.negatives,
-                )  # fmt: skip
-        else:
-            tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
-            table = Stream(
-                source,
-                tokenizer,
-                args.process_index,
-                args.world_size,
-                data_seed(args),
-                args.shuffle_buffer_size,
-                args.drop_empty_rows,
-            )
-        if len(table) < global_batch:
-            short = f"{source.label}: {len(table)} rows, fewer than the {global_batch} of a global batch"
-            if args.small_sources == "refuse":
-                raise InputError(f"{short}; set small_sources to repeat, or take a smaller batch")
-            logger.warning(f"{short}; rows stand several times in its batches (never as negatives of themselves)")
+        table = tokenize_source(source, encoder, args)
+        check_size(source, len(table), args)
         tables.append(table)
-        cut[source.name] = table.share_cut if isinstance(table, Stream) else share_cut(table)
-    warn_of_cut_texts(cut)
+        truncated[source.name] = table.truncated_share if isinstance(table, Stream) else truncated_share(table)
+    warn_of_truncation(truncated)
     return Mixture(sources, tables, args.source_alpha)
+
+
+def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments") -> "Dataset | Stream":
+    """Tokenize a source's table, or open its stream, with its own settings where it has some.
+
+    Raises:
+        InputError: a setting does not suit the model or the rows; wrong columns, or an empty text.
+    """
+    max_length = min(source.max_length or encoder.max_length, encoder.max_length)
+    if source.max_length and source.max_length > encoder.max_length:
+        raise InputError(f"{source.label}: max_length {source.max_length} is above the run's {encoder.max_length}")
+    own = {"query": source.query_prompt, "document": source.document_prompt}
+    prompts = {key: encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items()}
+    check_prompts(prompts, encoder.tokenizer, max_length, source.label)
+    if source.negatives and not any(NEGATIVE.fullmatch(column) for column in column_names(source.rows)):
+        raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
+    tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
+    if isinstance(source.rows, Dataset):
+        with quiet_bars():
+            return tokenize_table(source.rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
+    rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
+    return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
+
+
+def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") -> None:
+    """Refuse a source that is smaller than a global batch, or warn of it, as `args.small_sources` says."""
+    global_batch = args.per_device_train_batch_size * args.world_size
+    if rows < global_batch:
+        short = f"{source.label}: {rows} rows, fewer than the {global_batch} of a global batch"
+        if args.small_sources == "refuse":
+            raise InputError(f"{short}; set small_sources to repeat, or take a smaller batch")
+        logger.warning(f"{short}; rows stand several times in its batches (never as negatives of themselves)")
 
 
 def data_seed(args: "ContrastiveTrainingArguments") -> int:
@@ -415,7 +447,8 @@ def data_seed(args: "ContrastiveTrainingArguments") -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def check_prompts(prompts: dict[str, str], tokenizer, max_length: int, where: str) -> None:
+def check_prompts(prompts: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> None:
+    """Check that each prompt leaves room for a text."""
     for key, prompt in prompts.items():
         tokens = len(tokenizer(prompt)["input_ids"])
         if prompt and tokens >= max_length:

@@ -1,13 +1,15 @@
 """Which rows a rank sees at which step: a function of (seed, epoch, step) and nothing else."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Random numbers that depend on all the given ones, and on their order."""
+    """Return a generator of random numbers that depend on all the given ones, and on their order."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number) % 2**63
@@ -15,11 +17,11 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """One rank's rows of each global batch.
+    """Draw one rank's rows of each global batch.
 
     An epoch is one permutation of all rows, drawn from (seed, epoch), and global batch g its g-th run of
-    `ranks * batch_size` rows: the same rows whatever the number of ranks, each rank taking its share in rank order.
-    The last batch may be smaller; what cannot be shared evenly among the ranks (fewer than `ranks` rows), or would be a
+    `ranks * batch_size` rows: the same rows whatever the number of ranks, each rank taking an equal part in rank order.
+    The last batch may be smaller; what cannot be divided evenly among the ranks (fewer than `ranks` rows), or would be a
     batch of one row, without negatives, is left out of that epoch.
 
         >>> list(GlobalBatchSampler(rows=5, batch_size=2, rank=0, ranks=1, seed=1))
@@ -30,12 +32,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.rows, self.batch_size, self.rank, self.ranks = rows, batch_size, rank, ranks
         self.seed, self.epoch = seed, 0
         full, rest = divmod(rows, batch_size * ranks)
-        share = rest // ranks  # rows of the last, smaller batch on each rank
+        last_size = rest // ranks  # rows of the last, smaller batch on each rank
         self.sizes = [batch_size] * full
-        if not drop_last and share * ranks > 1:
-            self.sizes.append(share)
+        if not drop_last and last_size * ranks > 1:
+            self.sizes.append(last_size)
 
     def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be that of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -43,10 +46,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     @property
     def left_out(self) -> int:
-        """How many rows an epoch does not use."""
+        """The number of rows that an epoch does not use."""
         return self.rows - self.ranks * sum(self.sizes)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.rows, generator=generator(self.seed, self.epoch)).tolist()
         first = 0
         for size in self.sizes:
@@ -56,7 +59,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
-    """One rank's rows of each global batch, where a batch is of one source: pairs (source, row).
+    """Draw one rank's rows of each global batch, where a batch is of one source: pairs (source, row).
 
     The source of every step is drawn with the given probabilities from (seed, epoch), alike on all ranks. The rows of a source
     are one endless sequence, cut into global batches in the order in which they are drawn, over all epochs: a permutation
@@ -84,34 +87,35 @@ class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
         self.steps = max(1, sum(sizes) // (batch_size * ranks))
 
     def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be that of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.steps
 
     def draws(self, epoch: int) -> list[int]:
-        """The source of each step of an epoch."""
+        """Draw the source of each step of an epoch."""
         return torch.multinomial(
             self.probabilities, self.steps, replacement=True, generator=generator(self.seed, epoch)
         ).tolist()  # fmt: skip
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         drawn = Counter(source for epoch in range(self.epoch) for source in self.draws(epoch))
-        orders = {}  # of each source, the permutation in use and its number
+        orders: dict[int, tuple[int, Tensor]] = {}  # of each source, the number of the permutation in use, and it
         for source in self.draws(self.epoch):
             first = drawn[source] * self.batch_size
             drawn[source] += 1
             if source in self.streams:
-                numbers = range(first, first + self.batch_size)
+                numbers = list(range(first, first + self.batch_size))
             else:
                 first = first * self.ranks + self.rank * self.batch_size
-                numbers = [self.row(source, n, orders) for n in range(first, first + self.batch_size)]
+                numbers = [self.row(source, place, orders) for place in range(first, first + self.batch_size)]
             yield [(source, number) for number in numbers]
 
-    def row(self, source: int, n: int, orders: dict) -> int:
-        """The n-th row of a source's endless sequence."""
-        turn, place = divmod(n, self.sizes[source])
-        if orders.get(source, (None,))[0] != turn:
+    def row(self, source: int, place: int, orders: dict[int, tuple[int, Tensor]]) -> int:
+        """Return the row at a place of a source's endless sequence; keep the permutation that it is in."""
+        turn, place = divmod(place, self.sizes[source])
+        if source not in orders or orders[source][0] != turn:
             seeded = generator(self.seed, source + 1, turn)
             orders[source] = turn, torch.randperm(self.sizes[source], generator=seeded)
-        return orders[source][1][place].item()
+        return int(orders[source][1][place])

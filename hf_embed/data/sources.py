@@ -42,12 +42,17 @@ KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 def read_file(
     path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True, optional: list[str] | None = None
 ) -> Dataset | IterableDataset:
-    """Rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
+    """Read the rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
 
-    Several files, of one kind and with the same columns, follow each other. A tsv file is read without quoting, as most
-    corpora are written, a csv file too with `quoting=False`. With `header=False` the columns of csv and tsv files are named
-    0, 1, 2 ... With `streaming` nothing is stored: the rows are read anew in every pass; `optional` are columns that a jsonl
-    stream may lack in its first rows. Raises InputError if a file is missing, empty, of another kind, or wrong in a line.
+    Args:
+        path: a file, or several of one kind and with the same columns, whose rows follow each other.
+        header: whether csv and tsv files have one; without it the columns are named 0, 1, 2 ...
+        streaming: store nothing, and read the rows anew in every pass.
+        quoting: whether quotes enclose cells of csv files. In tsv files they never do, as most corpora are written.
+        optional: columns that a jsonl stream may lack in its first rows; see `hf_embed.data.files.stream`.
+
+    Raises:
+        InputError: a file is missing, empty, of another kind, or wrong in a line.
     """
     paths = [path] if isinstance(path, str) else path
     kind = check_files(paths)
@@ -62,13 +67,14 @@ def read_file(
 
 
 def first_cells(path: str) -> list[str] | None:
-    """What may be the header of a csv or tsv file, in lower case; None for a file of another kind."""
+    """Return what may be the header of a csv or tsv file, in lower case; None for a file of another kind."""
     if check_files([path]) not in files.SEPARATORS:
         return None
     return [cell.lower() for cell in files.table_columns(path, files.Table())]
 
 
 def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
+    """Read parquet files; InputError for what cannot be read."""
     path = paths[0]
     try:
         if path.endswith(".gz"):  # datasets does not unpack these
@@ -76,7 +82,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
                 raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
-        data_files = [p if "://" in p else glob.escape(p) for p in paths]
+        data_files = [file if "://" in file else glob.escape(file) for file in paths]
         return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
@@ -85,7 +91,11 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
 
 
 def check_files(paths: list[str]) -> str:
-    """The one kind that all the files are of. Raises InputError for one that is missing, empty or of no such kind."""
+    """Return the one kind that all the files are of.
+
+    Raises:
+        InputError: a file is missing, empty or of no such kind.
+    """
     endings = set()
     for path in paths:
         file = Path(path)
@@ -106,11 +116,15 @@ def check_files(paths: list[str]) -> str:
 
 
 def read_hub(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-    """Rows of a Hub dataset (or a local folder that `datasets.load_dataset` reads)."""
+    """Load the rows of a Hub dataset (or of a local folder that `datasets.load_dataset` reads).
+
+    Raises:
+        InputError: it cannot be loaded, or has several splits.
+    """
     try:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
-        reason = str(error).strip().splitlines()[0]
+        reason = files.first_line(error)
         raise InputError(
             f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; or give a local file"
         ) from error
@@ -120,7 +134,7 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
 
 
 def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Rows as plain Python values: of the columns that `with_format` left, or as the user's own `with_transform` makes them."""
+    """Return the rows as plain Python values: the columns that `with_format` left, or what `with_transform` makes of them."""
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     if rows.format["type"] == "custom":
@@ -129,13 +143,18 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def text_columns(names: list[str], name: str, paired: bool | None = None) -> list[str]:
-    """Which of the columns `names` hold texts, in the order anchor, positive, negatives.
+    """Choose the columns that hold texts, in the order anchor, positive, negatives.
 
-    `paired` True asks for anchor and positive, False for single texts, None takes what is there. Raises InputError naming
-    what was found and what is accepted, and for a column that judges the pairs: they may not all be positives.
+    Args:
+        names: of all columns.
+        name: what messages call the rows.
+        paired: True asks for anchor and positive, False for single texts, None takes what is there.
+
+    Raises:
+        InputError: there are no such columns, or one judges the pairs, which then may not all be positives.
     """
     found = {column.lower(): column for column in names}
-    single = next((found[c] for c in ("text", "sentence") if c in found), None)
+    single = next((found[column] for column in ("text", "sentence") if column in found), None)
     if single is None and len(names) == 1:
         single = names[0]
         if separator := files.other_separator(single):
@@ -143,26 +162,36 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
                 f"{name}: there is one column, '{files.shortened(single)}'; its name holds {files.SEPARATOR_NAMES[separator]}, "
                 "which looks like the file's separator: write the file again, or rename the column"
             )
-    pair = next((pair for pair in LAYOUTS if all(c in found for c in pair)), None)
+    pair = next((pair for pair in LAYOUTS if all(column in found for column in pair)), None)
     if paired is not True and single is not None and (pair is None or paired is False):
         columns = [single]
     elif paired is not False and pair is not None:
-        columns = [found[c] for c in pair]
-        negatives = [c for c in names if NEGATIVE.fullmatch(c)]
-        columns += sorted(negatives, key=lambda c: [int(n) for n in re.findall(r"\d+", c)])
+        columns = [found[column] for column in pair]
+        negatives = [column for column in names if NEGATIVE.fullmatch(column)]
+        columns += sorted(negatives, key=numbers_in)
     else:
         wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
         raise InputError(f"{name}: found the columns {', '.join(names)}; accepted are {wanted}; rename them")
+    ignored = [column for column in names if column not in columns]
     if len(columns) > 1:
-        refuse_judgements([c for c in names if c not in columns], name)
-    if ignored := [c for c in names if c not in columns]:
+        refuse_judgements(ignored, name)
+    if ignored:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
 
 
+def numbers_in(column: str) -> list[int]:
+    """Return the numbers in a column's name: negative_10 comes behind negative_9."""
+    return [int(digits) for digits in re.findall(r"\d+", column)]
+
+
 def refuse_judgements(unused: list[str], name: str) -> None:
-    """A pair of label 0 is none; trained on as it stands, it would be a positive."""
-    judging = [c for c in unused if JUDGING.intersection(re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c).lower()))]
+    """Refuse a column that judges the pairs: a pair of label 0 is none, and trained on as it stands it would be a positive."""
+    judging = []
+    for column in unused:
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()  # relevanceScore: relevance_score
+        if JUDGING.intersection(re.split(r"[\W_\d]+", words)):
+            judging.append(column)
     if judging:
         raise InputError(
             f"{name}: the column '{judging[0]}' judges the pairs and would not be used: every pair would be trained as a "
@@ -172,11 +201,12 @@ def refuse_judgements(unused: list[str], name: str) -> None:
 
 
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    """Return the names of the columns, of a stream that does not know them those of its first row."""
     return rows.column_names or list(next(iter(rows)))
 
 
 def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
-    """`rows` without `columns`; InputError if one of them is not there."""
+    """Return `rows` without `columns`; InputError if one of them is not there."""
     if not columns:
         return rows
     found = column_names(rows)
@@ -186,7 +216,7 @@ def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) ->
 
 
 def read_texts(path: str) -> list[str]:
-    """The texts of a txt, a line each, or of a file's column text (or sentence); empty ones left out."""
+    """Read the texts of a txt, a line each, or of a file's column text (or sentence); empty ones are left out."""
     rows = read_file(path)
     column = text_columns(rows.column_names, path, paired=False)[0]
     texts = rows[column][:]
@@ -197,8 +227,11 @@ def read_texts(path: str) -> list[str]:
 
 
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
-    """The texts of one row: anchor, positive, negatives. Raises InputError with `where` if one is empty or no text, and for
-    negatives that are a list written as a text."""
+    """Return the texts of one row: anchor, positive, negatives.
+
+    Raises:
+        InputError: one is empty or no text, or the negatives are a list written as a text. The message begins with `where`.
+    """
     texts = []
     for i, column in enumerate(columns):
         cell, is_negative = row[column], i >= 2
@@ -229,7 +262,7 @@ def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
 
 
 def is_list(text: str) -> bool:
-    """Whether a text is a list of texts as pandas, numpy and json write it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
+    """Return whether a text is a list of texts as pandas, numpy and json write it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
     text = re.sub(r"^array\((.*?)(,\s*dtype=.*)?\)$", r"\1", text.strip(), flags=re.DOTALL)
     if not (text.startswith("[") and text.endswith("]")):
         return False

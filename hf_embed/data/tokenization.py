@@ -8,13 +8,14 @@ from itertools import islice
 
 import pyarrow.compute
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns, unformatted
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Above this share of cut texts a run says so.
+# Above this share of truncated texts a run says so.
 TRUNCATION_WARNING = 0.05
 
 
@@ -23,11 +24,11 @@ def text_id(tokens: list[int]) -> int:
     return int.from_bytes(hashlib.blake2b(array("q", tokens), digest_size=8).digest(), "big", signed=True) or 1
 
 
-def beginning(text: str, max_length: int, tokenizer) -> str:
-    """As much of a very long text as decides its first `max_length` tokens; tokenizers take seconds for a megabyte.
+def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return as much of a very long text as decides its first `max_length` tokens; tokenizers take seconds for a megabyte.
 
     A word has a token at least, and no tokenizer looks further than a word or two: behind four words for each token nothing
-    matters. The text is cut between words, and still has more than `max_length` tokens.
+    matters. What is returned ends between words, and still has more than `max_length` tokens.
     """
     words = 4 * max_length
     if len(text) < 10 * words or tokenizer.truncation_side == "left":
@@ -38,13 +39,13 @@ def beginning(text: str, max_length: int, tokenizer) -> str:
 
 @dataclass
 class RowTokenizer:
-    """Rows of texts to token ids and text hashes, `cut` texts among them:
+    """Map rows of texts to token ids and text hashes, and count the truncated texts of each row.
 
         [["a cat", "a kitten", "a dog"]]
         -> {"input_ids": [[[101, 1037, 4937, 102], [101, 1037, 18401, 102], [101, 1037, 3899, 102]]],
-            "text_ids": [[6027..., -1185..., 7743...]], "cut": [0]}
+            "text_ids": [[6027..., -1185..., 7743...]], "truncated": [0]}
 
-    `cut` counts the row's texts that were longer than `max_length` tokens. `text_ids` say which texts are the same to the
+    `truncated` counts the row's texts that were longer than `max_length` tokens. `text_ids` say which texts are the same to the
     model: they are hashes of the tokens after truncation, so texts that differ only in case under an uncased tokenizer, or only
     behind `max_length`, have the same hash.
 
@@ -54,30 +55,32 @@ class RowTokenizer:
     that differ only in the last tokens before `max_length`, as many as the longest prompt has, have the same hash too.
     """
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     max_length: int
     query_prompt: str = ""
     document_prompt: str = ""
     text_length: int = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         prompts = self.tokenizer([self.query_prompt, self.document_prompt], add_special_tokens=False)["input_ids"]
         self.text_length = self.max_length - max(map(len, prompts))
 
     def __call__(self, rows: list[list[str]]) -> dict[str, list]:
+        """Return the three columns of the rows."""
         prompted = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
-        ids, cut = self.tokenize(prompted, self.max_length)
-        texts = ids
+        ids, long = self.tokenize(prompted, self.max_length)
+        hashed = ids
         if self.query_prompt or self.document_prompt:
-            texts, _ = self.tokenize([text for row in rows for text in row], self.text_length)
-        start, out = 0, {"input_ids": [], "text_ids": [], "cut": []}
+            hashed, _ = self.tokenize([text for row in rows for text in row], self.text_length)
+        start = 0
+        columns: dict[str, list] = {"input_ids": [], "text_ids": [], "truncated": []}
         for row in rows:
             stop = start + len(row)
-            out["input_ids"].append(ids[start:stop])
-            out["text_ids"].append([text_id(tokens) for tokens in texts[start:stop]])
-            out["cut"].append(len(cut.intersection(range(start, stop))))
+            columns["input_ids"].append(ids[start:stop])
+            columns["text_ids"].append([text_id(tokens) for tokens in hashed[start:stop]])
+            columns["truncated"].append(len(long.intersection(range(start, stop))))
             start = stop
-        return out
+        return columns
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[list[list[int]], set[int]]:
         """Return the token ids of texts, truncated to `max_length`, and the numbers of the texts that were longer."""
@@ -87,44 +90,66 @@ class RowTokenizer:
             raise InputError(f"the text {empty[0][:60]!r} is no token to this tokenizer, so it has no vector; delete the row")
         long = [i for i, tokens in enumerate(ids) if len(tokens) > max_length]
         if long:
-            shortened = self.tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
-            for i, tokens in zip(long, shortened):
+            truncated = self.tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
+            for i, tokens in zip(long, truncated):
                 ids[i] = tokens
         return ids, set(long)
 
 
 def tokenize_rows(
     rows: Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     name: str = "train_dataset",
     paired: bool | None = None,
     prompts: dict[str, str] | None = None,
     drop_empty_rows: bool = False,
+) -> Dataset:
+    """Tokenize a table of text rows; the prompt "query" goes before anchors, "document" before the others.
+
+    The other arguments are those of `tokenize_table`.
+    """
+    prompts = prompts or {}
+    row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
+    return tokenize_table(rows, row_tokenizer, name, paired, drop_empty_rows)
+
+
+def tokenize_table(
+    rows: Dataset,
+    tokenizer: RowTokenizer,
+    name: str,
+    paired: bool | None = None,
+    drop_empty_rows: bool = False,
     negatives: int | None = None,
 ) -> Dataset:
-    """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `cut`.
+    """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `truncated`.
 
-    The prompt "query" goes before anchors, "document" before the others; of each row's negatives the first `negatives` are
-    taken (default: all). Raises InputError for wrong columns or an empty text (see sources.py).
+    Args:
+        rows: with the columns that `hf_embed.data.sources` accepts.
+        tokenizer: of their texts.
+        name: what messages call the rows.
+        paired: see `hf_embed.data.sources.text_columns`.
+        drop_empty_rows: drop and count rows with an empty text.
+        negatives: how many of each row's negatives to take, the first ones; default: all.
+
+    Raises:
+        InputError: wrong columns, an empty text, or too few rows.
     """
     rows = unformatted(rows)
     columns = text_columns(rows.column_names, name, paired)
     refuse_lists(islice(rows, 20), columns, name)
-    prompts = prompts or {}
-    convert_texts = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
 
-    def convert(batch: dict, numbers: list[int]) -> dict:
-        texts = []
+    def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        accepted = []
         for i, number in enumerate(numbers):
             try:
-                row = row_texts({c: batch[c][i] for c in columns}, columns, f"{name}, row {number + 1}")
+                row = row_texts({column: batch[column][i] for column in columns}, columns, f"{name}, row {number + 1}")
             except InputError as error:
                 if not drop_empty_rows:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
             else:
-                texts.append(row if negatives is None else row[: 2 + negatives])
-        return convert_texts(texts)
+                accepted.append(row if negatives is None else row[: 2 + negatives])
+        return tokenizer(accepted)
 
     tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
     if len(tokens) < len(rows):
@@ -135,18 +160,18 @@ def tokenize_rows(
 
 
 def most_texts(tokens: Dataset) -> int:
-    """The largest number of texts in a row."""
+    """Return the largest number of texts in a row."""
     return pyarrow.compute.max(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
 
 
-def share_cut(tokens: Dataset) -> float:
-    """The share of texts that were longer than allowed."""
+def truncated_share(tokens: Dataset) -> float:
+    """Return the share of texts that were longer than allowed."""
     texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
-    return pyarrow.compute.sum(tokens.data["cut"]).as_py() / texts
+    return pyarrow.compute.sum(tokens.data["truncated"]).as_py() / texts
 
 
-def warn_of_cut_texts(shares: dict[str, float]) -> None:
-    """One line for all sets of texts, {name: share that was cut}, the worst first."""
+def warn_of_truncation(shares: dict[str, float]) -> None:
+    """Warn in one line of all sets of texts, {name: share that was truncated}, the worst first."""
     worst = sorted(((share, name) for name, share in shares.items() if share > TRUNCATION_WARNING), reverse=True)
     if worst:
         named = ", ".join(f"{share:.0%} in {name}" for share, name in worst[:5])

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from hf_embed.data.mixture import Mixture, Source, data_seed, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
-from hf_embed.data.tokenization import most_texts, share_cut, tokenize_rows, warn_of_cut_texts
+from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def tokenize_all(
     tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
     if len(tokens) < args.world_size:
         raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
-    warn_of_cut_texts({name: share_cut(tokens)})
+    warn_of_truncation({name: truncated_share(tokens)})
     return tokens, [max(2, most_texts(tokens))]
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_embed.data.files import read_yaml
+from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
 
 logger = logging.getLogger(__name__)

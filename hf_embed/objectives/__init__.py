@@ -1,3 +1,5 @@
+"""Losses on embeddings: pure functions, by the protocol in base.py."""
+
 from hf_embed.objectives.base import ContrastiveObjective, Objective, as_objective
 from hf_embed.objectives.gte import ImprovedContrastive
 from hf_embed.objectives.matryoshka import Matryoshka

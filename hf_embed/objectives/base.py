@@ -83,11 +83,11 @@ class Objective(Protocol):
 
 
 class ContrastiveObjective:
-    """The base of objectives, with a default for all that an `Objective` has beside its temperature and its call."""
+    """The base of objectives, with a default for all that an `Objective` has beside its call."""
 
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    temperature: float
+    temperature: float = 1.0
     learn_temperature: bool = False
     mlm_weight: float = 0.0
 
@@ -103,8 +103,6 @@ class FunctionObjective(ContrastiveObjective):
 
     Of the attributes that an objective has, those that the callable has are taken from it.
     """
-
-    temperature: float = 1.0
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function

@@ -81,7 +81,7 @@ class ImprovedContrastive(ContrastiveObjective):
     def __post_init__(self) -> None:
         self.directions = tuple(self.directions)
         check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
-        if unknown := [d for d in self.directions if d not in DIRECTIONS]:
+        if unknown := [name for name in self.directions if name not in DIRECTIONS]:
             raise InputError(f"unknown direction '{unknown[0]}'; there are {', '.join(DIRECTIONS)}")
         if len(set(self.directions)) < len(self.directions):
             raise InputError(f"directions are {' '.join(self.directions)}; name each once, for a sum counts once")
@@ -132,7 +132,8 @@ class _MeanLoss(torch.autograd.Function):
         own_rows: range,
         objective: ImprovedContrastive,
     ) -> Tensor:
-        gradients = [torch.zeros_like(t) for t in (queries, documents, temperature)] if any(ctx.needs_input_grad) else None
+        inputs = (queries, documents, temperature)
+        gradients = [torch.zeros_like(tensor) for tensor in inputs] if any(ctx.needs_input_grad) else None
         tile_rows = objective.tile_rows or max(1, TILE_SIZE // (2 * text_ids.numel()))
         loss = queries.new_zeros(())
         with torch.autocast(queries.device.type, enabled=False):

@@ -22,7 +22,8 @@ def false_negatives(
         positives: (B,) number of each row's own positive among the candidates: always kept. None: it is not among them.
         partner_ids: (C,) hash of the text that each candidate stands in a pair with, 0 for none. A candidate paired with the
             anchor or its positive is an answer to the same query, or asks for the same document: no negative either.
-        scores, limit: (B, C) and (B,): also leave out what scores above the row's limit. No gradient flows here.
+        scores: (B, C) of each row and candidate, where there is a limit. No gradient flows here.
+        limit: (B,) also leave out what scores above the row's limit.
 
     Returns:
         (B, C) bool, True for a candidate to leave out.
