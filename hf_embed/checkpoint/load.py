@@ -58,10 +58,7 @@ def load_encoder(
     folder = find_transformer(name, **hub)
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
     tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
-    entry = getattr(backbone.config, "temp_scale", None)
-    if entry and not entry.get("folded"):
-        del backbone.config.temp_scale
-        apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
+    apply_stated_tempscale(backbone)
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
     settings |= {} if normalize is None else {"normalize": normalize}
     stated = settings.pop("max_length", None)
@@ -74,6 +71,14 @@ def load_encoder(
     if random := influences(encoder, missing):
         raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would be random; {MEND}")
     return encoder
+
+
+def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
+    """Apply the TempScale that the config states and the weights do not hold."""
+    entry = getattr(backbone.config, "temp_scale", None)
+    if entry and not entry.get("folded"):
+        del backbone.config.temp_scale
+        apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
 
 
 def warn_of_similarity(name: str, similarity: str) -> None:
