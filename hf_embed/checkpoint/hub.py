@@ -71,10 +71,12 @@ def push_folder(
     """Upload a saved model to a repository, which is made if it is not there. Returns the commit's address.
 
     Args:
+        folder: what `save_pretrained` or a run has written.
         repo: "name" or "owner/name".
         private: of a repository that is made.
         revision: a branch; made if it is not there. Default: main.
         create_pr: open a pull request in place of a commit.
+        commit_message: the commit's, or the title of the pull request.
         token: default: the one you are logged in with.
         everything: upload the folder as it is, checkpoints, optimizer state and logs too; but no links, no dotfiles, and no
             `training_args.bin`.

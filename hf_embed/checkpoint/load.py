@@ -46,7 +46,14 @@ def load_encoder(
     """Return the encoder of a folder or of a model on the Hub, as `Encoder.from_pretrained` describes it.
 
     Args:
+        cls: the class of the encoder.
+        name: a folder, or a model on the Hub.
+        pooling: in place of the folder's own.
+        max_length: in place of the folder's own.
+        normalize: in place of the folder's own.
+        trust_remote_code: run the Python code that the model brings.
         new_pooler: the weights need not hold a pooler: it is trained from nothing.
+        **model_kwargs: for `AutoModel.from_pretrained`.
 
     Raises:
         InputError: the model cannot be reached; weights or tokenizer files are missing, broken or of another model; a setting
@@ -126,8 +133,10 @@ def load_model(
     """Return the model, and the names of its parameters that the weights file does not have.
 
     Args:
+        name: a folder, or a model on the Hub.
         auto_class: a class of transformers; default: the one that loads this model as a text encoder.
-        kwargs: for its from_pretrained.
+        trust_remote_code: run the Python code that the model brings.
+        **kwargs: for its from_pretrained.
 
     Raises:
         InputError: the model cannot be reached, or its weights are not its own or not whole.

@@ -45,9 +45,11 @@ def read_settings(
     """Return what the files of a folder or a model on the Hub say, as arguments of `Encoder`.
 
     Args:
+        name: the folder, or the model on the Hub.
+        backbone: its model, loaded.
         tokenizer: without it nothing is said of the length of texts.
         pooling: replaces the folder's own, which then need not be one that can be represented here.
-        hub: as in `Files`.
+        **hub: as in `Files`.
 
     Raises:
         InputError: whatever else would make other vectors than sentence-transformers makes.
