@@ -230,7 +230,13 @@ def test_the_same_vectors_there_and_back(make, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["Dense with a narrower residual", "truncate_dim behind Normalize", "a default prompt by another name"]
+    "name",
+    [
+        "Dense with a narrower residual",
+        "Dense is the pooler, and another",
+        "truncate_dim behind Normalize",
+        "a default prompt by another name",
+    ],
 )
 def test_the_cards_code_gives_the_vectors(make, tmp_path, name):
     encoder = Encoder.from_pretrained(SAME[name](make))

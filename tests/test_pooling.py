@@ -1,14 +1,19 @@
-"""Every pooling against a loop over texts and tokens."""
+"""Every pooling against a loop over texts and tokens; and a new one, which is one entry of the table."""
 
 import itertools
+import json
+import re
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 from torch.testing import assert_close
+from worker import WORDS
 
-from hf_embed import Encoder, InputError
-from hf_embed.pooling import POOLINGS, check_pooling, pool
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
+from hf_embed.pooling import POOLINGS, Pooling, check_pooling, find_pooling, pool, saved_pooling
 from hf_embed.step import TrainingStep, new_head
 
 LENGTHS = [1, 4, 7, 2]
@@ -93,3 +98,71 @@ def test_unknown_pooling_names_the_known():
     with pytest.raises(InputError) as error:
         check_pooling("max")
     assert all(name in str(error.value) for name in ["'max'", *POOLINGS]) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_entries_are_complete(name):
+    """What is saved is found again by its flag and by its newer name, and has code for the card."""
+    entry = POOLINGS[saved_pooling(name)]
+    assert POOLINGS[name].name == name and POOLINGS[name].description
+    for mode in (entry.flag, entry.mode):
+        assert find_pooling(mode, entry.layers, entry.model_pooler) == entry.name
+    assert entry.card[-1].startswith("vectors = ") and "\n" not in "".join(entry.card)
+
+
+# ---- a new pooling ----
+
+
+def largest(states, mask):
+    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)
+
+
+MAX = Pooling(
+    name="max",
+    description="the largest number of each dimension over the tokens",
+    function=largest,
+    flag="max_tokens",
+    mode="max",
+    card=(
+        'padding = batch["attention_mask"].unsqueeze(-1) == 0',
+        "vectors = output.last_hidden_state.masked_fill(padding, -torch.inf).amax(1)",
+    ),
+)
+TEXTS = ["a cat", "a dog sleeping by the fire"]  # of the card
+
+
+def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
+    """Trained, saved, and loaded by the card's code, sentence-transformers and Encoder, which says which it is."""
+    monkeypatch.setitem(POOLINGS, "max", MAX)
+    args = ContrastiveTrainingArguments(
+        str(tmp_path / "out"), pooling="max", max_steps=2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word}"} for word in WORDS])
+    run = ContrastiveTrainer(tiny_model(), args, train_dataset=rows, processing_class=quickstart_tokenizer())
+    run.train()
+    run.save_model()
+    expected = run.encoder.encode(TEXTS, convert_to_tensor=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pooling `max`" in card
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace('"FOLDER"', repr(str(tmp_path / "out"))), names)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    loaded = Encoder.from_pretrained(tmp_path / "out")
+    for vectors in (names["vectors"], theirs, loaded.encode(TEXTS, convert_to_tensor=True)):
+        assert_close(vectors, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert loaded.pooling == "max"
+    mean = Encoder.from_pretrained(tmp_path / "out", pooling="mean")  # control: it counts
+    assert not torch.allclose(mean.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-2)
+
+
+def test_a_new_pooling_of_two_layers_is_one_entry(tmp_path, monkeypatch):
+    entry = Pooling(
+        name="ends_max", description="the largest numbers of the first and the last layer's average", function=largest,
+        flag="max_tokens", mode="max", card=("vectors = ...",), layers=(1, -1),
+    )  # fmt: skip
+    monkeypatch.setitem(POOLINGS, "ends_max", entry)
+    encoder = tiny_encoder(pooling="ends_max")
+    encoder.save_pretrained(tmp_path)  # which checks what sentence-transformers makes of it
+    assert json.loads((tmp_path / "modules.json").read_text())[1]["path"] == "1_LayerPooling"
+    assert Encoder.from_pretrained(tmp_path).pooling == "ends_max"

@@ -42,6 +42,8 @@ def write_card(encoder: Encoder, folder: str | Path, results: Results | None = N
     """Make the card of `folder`, unless someone has written or changed one there.
 
     Args:
+        encoder: the model in the folder.
+        folder: where README.md goes.
         results: as in results.json, which is read if they are not given.
         overwrite: make it even then.
     """
@@ -92,6 +94,7 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
     """Return the card of an encoder.
 
     Args:
+        encoder: the model that it is about.
         results: as in results.json.
         picture: whether geometry.png lies beside it.
         name: what its snippets load.

@@ -56,7 +56,7 @@ class Files:
 
     Args:
         name: the folder, or the model's name on the Hub.
-        hub: what `cached_file` takes: revision, token, cache_dir, local_files_only, subfolder.
+        **hub: what `cached_file` takes: revision, token, cache_dir, local_files_only, subfolder.
     """
 
     def __init__(self, name: str, **hub: Any):

@@ -71,10 +71,12 @@ def push_folder(
     """Upload a saved model to a repository, which is made if it is not there. Returns the commit's address.
 
     Args:
+        folder: what `save_pretrained` or a run has written.
         repo: "name" or "owner/name".
         private: of a repository that is made.
         revision: a branch; made if it is not there. Default: main.
         create_pr: open a pull request in place of a commit.
+        commit_message: the commit's, or the title of the pull request.
         token: default: the one you are logged in with.
         everything: upload the folder as it is, checkpoints, optimizer state and logs too; but no links, no dotfiles, and no
             `training_args.bin`.
@@ -84,12 +86,7 @@ def push_folder(
             a push that failed five times. The folder is as it was; the message has the command that finishes the push.
     """
     folder = Path(folder)
-    if not has_model(folder):
-        raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(f"'{repo}' is no name for a repository: {str(error).splitlines()[0]}") from error
+    check_names(folder, repo)
     token = token or get_token()
     if token is None:
         raise InputError("no Hub token; run `hf auth login`, or set HF_TOKEN to one that may write")
@@ -105,6 +102,16 @@ def push_folder(
 
     flags = {"private": private, "create_pr": create_pr, "everything": everything}
     return with_retries(upload, repo, command(folder, repo, revision, **flags))
+
+
+def check_names(folder: Path, repo: str) -> None:
+    """Raise InputError for a folder that is no model, or a name that no repository can have."""
+    if not has_model(folder):
+        raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"'{repo}' is no name for a repository: {str(error).splitlines()[0]}") from error
 
 
 # ---- from training ----

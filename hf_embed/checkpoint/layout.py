@@ -145,13 +145,11 @@ class LayerPoolingModule(Module):
         depth: int = backbone.config.num_hidden_layers
         weights = self.tensors["layer_weights"].tolist()
         first = self.config.get("layer_start", 4) or 0
-        used = {first + i: weight for i, weight in enumerate(weights) if weight}
-        pairs = [
-            entry.layers for entry in POOLINGS.values() if entry.layers and layer_numbers(entry.layers, depth) == tuple(used)
-        ]
-        known = bool(pairs) or tuple(used) == (depth,)
+        used = tuple(first + i for i, weight in enumerate(weights) if weight)
+        pairs = [entry.layers for entry in POOLINGS.values() if entry.layers and layer_numbers(entry.layers, depth) == used]
+        equal = len({weight for weight in weights if weight}) == 1
         fits = self.config.get("num_hidden_layers", 12) == depth == first + len(weights) - 1
-        if not fits or len(set(used.values())) != 1 or not known:
+        if not (fits and equal and (pairs or used == (depth,))):
             raise files.refused(f"layer weights {weights} of '{self.path}'", mend)
         if not backbone.config.output_hidden_states:
             raise files.refused(
@@ -274,6 +272,7 @@ def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
     """Return the modules of an encoder, each with its folder.
 
     Args:
+        encoder: the encoder that is saved, or described in a card.
         tensors: those of the layers behind the pooling, `dense.0.linear.weight` and so on, and of the model's own pooler,
             `pooler.dense.weight` and `pooler.dense.bias`, where it is the pooling; {} where only the folders matter.
     """
@@ -293,8 +292,10 @@ def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
 
 
 def number_folders(modules: list[Module]) -> None:
-    """Give each module behind the transformer its folder: 1_Pooling, 2_Dense, 3_Normalize. Layer pooling is not counted, so
-    that it is 1_LayerPooling."""
+    """Give each module behind the transformer its folder: 1_Pooling, 2_Dense, 3_Normalize.
+
+    Layer pooling, which comes before the pooling, is not counted, so that it is 1_LayerPooling.
+    """
     counted = 1
     for module in modules[1:]:
         module.path = f"{counted}_{module.kind.removeprefix('Weighted')}"

@@ -46,7 +46,14 @@ def load_encoder(
     """Return the encoder of a folder or of a model on the Hub, as `Encoder.from_pretrained` describes it.
 
     Args:
+        cls: the class of the encoder.
+        name: a folder, or a model on the Hub.
+        pooling: in place of the folder's own.
+        max_length: in place of the folder's own.
+        normalize: in place of the folder's own.
+        trust_remote_code: run the Python code that the model brings.
         new_pooler: the weights need not hold a pooler: it is trained from nothing.
+        **model_kwargs: for `AutoModel.from_pretrained`.
 
     Raises:
         InputError: the model cannot be reached; weights or tokenizer files are missing, broken or of another model; a setting
@@ -58,10 +65,7 @@ def load_encoder(
     folder = find_transformer(name, **hub)
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
     tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
-    entry = getattr(backbone.config, "temp_scale", None)
-    if entry and not entry.get("folded"):
-        del backbone.config.temp_scale
-        apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
+    apply_stated_tempscale(backbone)
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
     settings |= {} if normalize is None else {"normalize": normalize}
     stated = settings.pop("max_length", None)
@@ -74,6 +78,14 @@ def load_encoder(
     if random := influences(encoder, missing):
         raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would be random; {MEND}")
     return encoder
+
+
+def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
+    """Apply the TempScale that the config states and the weights do not hold."""
+    entry = getattr(backbone.config, "temp_scale", None)
+    if entry and not entry.get("folded"):
+        del backbone.config.temp_scale
+        apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
 
 
 def warn_of_similarity(name: str, similarity: str) -> None:
@@ -121,8 +133,10 @@ def load_model(
     """Return the model, and the names of its parameters that the weights file does not have.
 
     Args:
+        name: a folder, or a model on the Hub.
         auto_class: a class of transformers; default: the one that loads this model as a text encoder.
-        kwargs: for its from_pretrained.
+        trust_remote_code: run the Python code that the model brings.
+        **kwargs: for its from_pretrained.
 
     Raises:
         InputError: the model cannot be reached, or its weights are not its own or not whole.

@@ -43,6 +43,8 @@ def save_encoder(
     """Write `encoder` to `folder` as a plain checkpoint; adapters are merged into a copy first, TempScale is folded.
 
     Args:
+        encoder: the model, which stays as it is.
+        folder: made if it is not there; an earlier model in it is replaced, other files stay.
         verify: check the folder before it is put in place.
         state_dict: replaces the encoder's own (FSDP gathers it).
         allow_runtime: TempScale that cannot be folded stays out of the weights: this package's loader applies it, others do
@@ -104,8 +106,10 @@ def write_checkpoint(
 
 
 def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool) -> PreTrainedModel:
-    """Return a copy of `backbone` with its adapters merged, and TempScale folded or noted in its config. The one in training
-    goes on as it is."""
+    """Return a copy of `backbone` with its adapters merged, and TempScale folded or noted in its config.
+
+    The one in training goes on as it is. `state_dict` replaces its tensors.
+    """
     scaling = applied_tempscale(backbone)
     backbone = copy.deepcopy(backbone)
     if state_dict is not None:
@@ -144,8 +148,10 @@ def write_tokenizer(encoder: Encoder, folder: str) -> None:
 
 @contextlib.contextmanager
 def config_for_saving(config: PreTrainedConfig, pooling: str, settings: dict[str, Any]) -> Iterator[None]:
-    """Give the config `settings` for a while. Poolings over several layers need the model to hand out the states of all, in
-    every loader."""
+    """Give the config `settings` for a while.
+
+    Poolings over several layers need the model to hand out the states of all layers, in every loader.
+    """
     all_layers = POOLINGS[pooling].layers is not None
     settings = {"output_hidden_states": config.output_hidden_states or all_layers} | settings
     before = {key: getattr(config, key) for key in settings}

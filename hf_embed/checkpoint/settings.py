@@ -45,9 +45,11 @@ def read_settings(
     """Return what the files of a folder or a model on the Hub say, as arguments of `Encoder`.
 
     Args:
+        name: the folder, or the model on the Hub.
+        backbone: its model, loaded.
         tokenizer: without it nothing is said of the length of texts.
         pooling: replaces the folder's own, which then need not be one that can be represented here.
-        hub: as in `Files`.
+        **hub: as in `Files`.
 
     Raises:
         InputError: whatever else would make other vectors than sentence-transformers makes.
@@ -64,13 +66,12 @@ def read_settings(
             logger.warning(
                 f"model '{name}': pooling {pooling} leaves out the layer '{head.path}', the head of its own pooling, {own}"
             )
-    for module in modules:
-        if isinstance(module, NormalizeModule):
-            module.read(files)
-        if isinstance(module, DropoutModule):
-            logger.warning(
-                f"model '{name}': the module Dropout ('{module.path}') is left out; it changes no vector but in training"
-            )
+    for normalize in of_kind(modules, NormalizeModule):
+        normalize.read(files)
+    for dropout in of_kind(modules, DropoutModule):
+        logger.warning(
+            f"model '{name}': the module Dropout ('{dropout.path}') is left out; it changes no vector but in training"
+        )
     settings: Settings = {"pooling": pooling or own, "normalize": bool(of_kind(modules, NormalizeModule))}
     settings["dense"] = read_dense_layers(files, dense, backbone)
     (transformer,) = of_kind(modules, TransformerModule)
@@ -119,34 +120,34 @@ def own_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedMod
 
 def read_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedModel) -> str:
     """Return the name in `POOLINGS` of what the modules up to the first Dense do."""
-    mode, pooling = read_mode(files, of_kind(modules, PoolingModule))
-    layers = None
+    mode = read_mode(files, of_kind(modules, PoolingModule))
+    pooling, said, layers = find_pooling(mode), mode, None
     if layer_poolings := of_kind(modules, LayerPoolingModule):
         layers = layer_poolings[0].read(files).layers(files, backbone, POOLING_MEND)
     if layers is not None:
-        averaged = find_pooling(mode, layers)
-        if averaged is None:
-            raise files.refused(f"pooling {pooling} of the layers of '{layer_poolings[0].path}'", POOLING_MEND)
-        return averaged
-    head = find_pooling(mode, model_pooler=True)
+        said = f"{pooling or mode} of the layers of '{layer_poolings[0].path}'"
+        pooling = find_pooling(mode, layers)
+    if pooling is None:
+        raise files.refused(f"pooling {said}", POOLING_MEND)
     dense = of_kind(modules, DenseModule)
+    head = find_pooling(mode, layers, model_pooler=True)
     if head is not None and dense and is_pooler(files, dense[0], backbone):
         return head
     return pooling
 
 
-def read_mode(files: Files, poolings: Sequence[PoolingModule]) -> tuple[str, str]:
-    """Return sentence-transformers' word for the pooling of the last layer, and its name in `POOLINGS`."""
+def read_mode(files: Files, poolings: Sequence[PoolingModule]) -> str:
+    """Return sentence-transformers' word for the pooling, its flag or its newer name."""
     if not poolings:
         raise files.refused("a modules.json without Pooling", POOLING_MEND)
     module = poolings[0].read(files)
     if not module.config.get("include_prompt", True):
         raise files.refused("pooling without the prompt (include_prompt false)", POOLING_MEND)
     modes = module.modes()
-    pooling = find_pooling(modes[0]) if len(modes) == 1 else None
-    if pooling is None:
+    known = {mode for entry in POOLINGS.values() for mode in (entry.flag, entry.mode)}
+    if len(modes) != 1 or modes[0] not in known:
         raise files.refused(f"pooling {' + '.join(modes)}", POOLING_MEND)
-    return modes[0], pooling
+    return modes[0]
 
 
 def has_mlp_head(name: str, backbone: PreTrainedModel) -> bool:

@@ -33,7 +33,9 @@ def save_training_tensors(folder: str | Path, trained: nn.Module, encoder: Encod
     """Write what the plain checkpoint in `folder` does not hold of the module that is trained, if there is anything.
 
     Args:
+        folder: a checkpoint's, with the plain checkpoint.
         trained: the module that is trained, with `encoder` in it.
+        encoder: the encoder.
         state_dict: its tensors (FSDP gathers them), by its own names or those of the files.
     """
     names = training_names(trained, encoder)

@@ -1,0 +1,89 @@
+"""What a checkpoint holds of a training beyond the plain model, by names that do not depend on the module that is trained."""
+
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_embed import Encoder, apply_tempscale
+from hf_embed.checkpoint.training_state import TRAINING_TENSORS, load_training_state, save_training_tensors
+from hf_embed.pooling import Dense
+
+
+class Step(nn.Module):
+    """A module to train with an encoder in it, and what exists only while training."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.train_head = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+        self.log_temperature = nn.Parameter(torch.randn(1))
+
+
+def encoder_of(kind: str, seed: int = 0) -> Encoder:
+    if kind == "lora":
+        model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["query"]))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        return Encoder(model, quickstart_tokenizer())
+    encoder = tiny_encoder(seed=seed, dense=[Dense(nn.Linear(32, 8), nn.Tanh())])
+    if kind == "tempscale":
+        apply_tempscale(encoder.backbone, 0.8)
+    return encoder
+
+
+def expected_names(kind: str) -> set[str]:
+    """The names in the file, as every version has written them."""
+    names = {"train_head.0.weight", "train_head.0.bias", "log_temperature"}
+    if kind == "lora":
+        layers = [f"backbone.base_model.model.encoder.layer.{i}.attention.self.query.lora_" for i in range(3)]
+        return names | {f"{layer}{part}.default.weight" for layer in layers for part in "AB"}
+    names |= {"dense.0.linear.weight", "dense.0.linear.bias"}
+    if kind == "tempscale":
+        queries = [f"backbone.encoder.layer.{i}.attention.self.query." for i in range(3)]
+        names |= {query + part for query in queries for part in ("weight", "bias")}
+    return names
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "tempscale"])
+def test_there_and_back(tmp_path, kind):
+    saved, other = Step(encoder_of(kind)), Step(encoder_of(kind, seed=1))
+    saved.encoder.save_pretrained(tmp_path, verify=False)
+    save_training_tensors(tmp_path, saved, saved.encoder, saved.state_dict())
+    assert load_file(tmp_path / TRAINING_TENSORS).keys() == expected_names(kind)
+    state = saved.state_dict()
+    assert not all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())  # control
+    load_training_state(tmp_path, other, other.encoder)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_the_names_are_those_of_an_encoder_that_is_trained_by_itself(tmp_path):
+    """As until version 0.1: the encoder itself has the head, and is what is trained."""
+    step = Step(encoder_of("plain"))
+    step.encoder.save_pretrained(tmp_path, verify=False)
+    save_training_tensors(tmp_path, step, step.encoder, step.state_dict())
+    encoder = encoder_of("plain", seed=1)
+    encoder.train_head = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+    encoder.log_temperature = nn.Parameter(torch.zeros(1))
+    load_training_state(tmp_path, encoder, encoder)
+    for name, tensor in encoder.state_dict().items():
+        other = step.state_dict()[f"encoder.{name}" if name.startswith(("backbone.", "dense.")) else name]
+        assert torch.equal(tensor, other), name
+
+
+def test_nothing_more_than_the_plain_checkpoint_makes_no_file(tmp_path):
+    encoder = tiny_encoder()
+    save_training_tensors(tmp_path, encoder, encoder, encoder.state_dict())
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_checkpoint_and_one_of_another_model(tmp_path):
+    encoder = tiny_encoder()
+    assert "no checkpoint there (no config.json)" in error_of(load_training_state, tmp_path, encoder, encoder)
+    tiny_encoder("distilbert").save_pretrained(tmp_path, verify=False)
+    assert "the checkpoint is of another model" in error_of(load_training_state, tmp_path, encoder, encoder)
