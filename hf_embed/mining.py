@@ -167,6 +167,15 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
     return counts
 
 
+def describe(counts: Counter[str]) -> list[str]:
+    """Return lines for people of the counts that `mine_hard_negatives` returns."""
+    rules = ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score")
+    return [
+        f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for",
+        *(f"left out by {rule}: {counts[rule]:,} candidates" for rule in rules if counts[rule]),
+    ]
+
+
 # ---- files that are made once ----
 
 

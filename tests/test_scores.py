@@ -21,7 +21,7 @@ from hf_embed.evaluation.metrics import SpearmanCosine
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import STS, named_tasks
 from hf_embed.evaluation.tasks import EvaluationTask, Task, metric_names, score_tasks
-from hf_embed.kit.calibrate import fold_scores
+from hf_embed.kit.calibrate import part_scores
 from hf_embed.kit.finetune import embed_with
 
 WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
@@ -160,7 +160,7 @@ def test_one_document_is_found():
 
 def test_a_temperature_is_not_chosen_by_a_collapsed_model():
     for kind in ("sts", "retrieval"):
-        assert "nothing to choose a temperature by" in error_of(fold_scores, TASKS[kind], jitter(1e-6), 2)
+        assert "nothing to choose a temperature by" in error_of(part_scores, TASKS[kind], jitter(1e-6), 2)
 
 
 def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):

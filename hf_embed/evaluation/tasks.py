@@ -101,6 +101,22 @@ def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
     return metrics
 
 
+def score_table(scores: Mapping[str, float], tasks: Mapping[str, Task]) -> list[str]:
+    """Return tables for people of what `score_tasks` returns, one for the tasks that report the same metrics."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, task in tasks.items():
+        alike.setdefault(task.reported, []).append(name)
+    lines = []
+    for metrics, names in alike.items():
+        width = max(map(len, [*names, "average"]))
+        lines += ["", f"{'':{width}}" + "".join(f"  {metric:>10}" for metric in metrics)]
+        for name in names:
+            lines.append(f"{name:{width}}" + "".join(f"  {scores[f'{name}_{metric}']:10.3f}" for metric in metrics))
+        if len(names) > 1:
+            lines.append(f"{'average':{width}}" + "".join(f"  {scores[metric]:10.3f}" for metric in metrics))
+    return lines
+
+
 def main_metric(tasks: Mapping[str, Task]) -> str:
     """Return the mean that stands for all tasks: Spearman if there is an STS set, else the first task's."""
     kinds = {task.kind: task.main for task in tasks.values()}
