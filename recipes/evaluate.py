@@ -1,4 +1,4 @@
-"""Score any checkpoint: ours, a Hub model, a sentence-transformers folder.
+"""Score any checkpoint: one of this package, a Hub model, a sentence-transformers folder.
 
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
     python recipes/evaluate.py --model_name_or_path princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts

@@ -125,8 +125,11 @@ def main_metric(tasks: Mapping[str, Task]) -> str:
 
 def metric_names(tasks: Mapping[str, Task]) -> set[str]:
     """Return the names under which `score_tasks` gives metrics, as far as the tasks say what they log."""
-    keys = {name: {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())} for name, task in tasks.items()}
-    return {key for of in keys.values() for key in of} | {f"{name}_{key}" for name, of in keys.items() for key in of}
+    names = set()
+    for name, task in tasks.items():
+        metrics = {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())}
+        names |= metrics | {f"{name}_{metric}" for metric in metrics}
+    return names
 
 
 def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""Length collapse: do the embeddings of long texts draw together? (https://arxiv.org/abs/2410.24200)
+"""Length collapse: do the embeddings of long texts draw together?
 
-The same texts, cut to 16, 32, 64 ... tokens: what differs is the length alone. And the texts as they are, in bins of length.
-Of each group of N texts:
+The paper is https://arxiv.org/abs/2410.24200. The same texts, cut to 16, 32, 64 ... tokens: what differs is the length alone.
+And the texts as they are, in bins of length. Of each group of N texts:
 
     mean_cosine      mean over pairs; rises where embeddings draw together
     uniformity       log E exp(-2 ||x - y||^2) over pairs; rises with it
