@@ -1,11 +1,29 @@
 """Hard negatives: for each query the nearest documents that are not its answer.
 
+    from hf_embed import Encoder
+    from hf_embed.mining import MiningArguments, mine_hard_negatives
+
+    encoder = Encoder.from_pretrained("BAAI/bge-base-en-v1.5")
+    pairs = [("how long do cats sleep", "Cats sleep about 14 hours a day."), ...]
+
+    def embed(texts, prompt_name):
+        return encoder.encode(texts, prompt_name, convert_to_tensor=True)
+
+    mine_hard_negatives(pairs, more_documents, embed, "mined.jsonl", MiningArguments(num_negatives=7))
+
 1. Queries and documents are encoded, a shard at a time.
 2. For each query the nearest documents are found exactly, by blocked matrix products (or FAISS).
 3. Its positives are left out, and what may be an unlabelled positive: the first ranks, and what scores too near the positive.
 
-Every shard of vectors and every block of rows is a file in `OUTPUT.work`, made once: ranks share the work, and a run that was
-stopped goes on with what is missing.
+Every shard of vectors and every block of rows is a file, made once: ranks share the work, and a run that was stopped goes on
+with what is missing. They lie beside the output, in a folder that goes when all is done:
+
+    mined.jsonl.work/
+        identity                which model and texts the vectors are of
+        queries/000000.npy      unit vectors of the first SHARD queries, float32
+        documents/000000.npy    the same of documents
+        rows-HASH/000000.json   the first BLOCK rows and their counts; other settings have another HASH
+        output                  all rows, renamed to mined.jsonl when it is whole
 
 A positive's false friends are common: of the nearest "negatives" in a web corpus most are answers that nobody marked. The
 threshold relative to the positive, 95% of its score, is the one that NV-Retriever found best
@@ -19,9 +37,10 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +50,26 @@ from tqdm.auto import tqdm
 
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
+from hf_embed.evaluation.tasks import Embed
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
-from hf_embed.search import search
+from hf_embed.search import exact_search
 
 SHARD = 8192  # texts in a file of vectors
 BLOCK = 2048  # rows in a file of results
 
 
+Pairs = Sequence[tuple[str, str]]  # queries, and documents that answer them
+Candidate = tuple[float, int]  # score, and number of the document
+
+
 @dataclass
 class MiningArguments:
+    """Which of the nearest documents become negatives.
+
+    Raises:
+        InputError: a number out of its range, or ranks or scores that leave no room for a negative.
+    """
+
     num_negatives: int = field(default=3, metadata={"help": "Negatives of a row."})
     range_min: int = field(default=0, metadata={"help": "Leave out so many of the nearest documents."})
     range_max: int = field(default=100, metadata={"help": "Look no further than this rank."})
@@ -57,73 +87,100 @@ class MiningArguments:
     use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); needs faiss-cpu."})
     seed: int = field(default=42)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         cosine, whole = Range(least=-1, most=1), Range(whole=True)
         check_ranges(
             self,
             {"num_negatives": COUNT, "range_min": whole, "range_max": whole, "relative_margin": FINITE,
              "absolute_margin": FINITE, "max_score": cosine, "min_score": cosine, "seed": whole},
         )  # fmt: skip
-        if None not in (self.min_score, self.max_score) and self.min_score >= self.max_score:
+        if self.min_score is not None and self.max_score is not None and self.min_score >= self.max_score:
             raise InputError(f"min_score {self.min_score} is not below max_score {self.max_score}: nothing would be left")
         if not 0 <= self.range_min <= self.range_max - self.num_negatives:
             raise InputError(f"ranks {self.range_min} to {self.range_max} have no room for {self.num_negatives} negatives")
 
 
 def mine_hard_negatives(
-    pairs: list[tuple[str, str]],
+    pairs: Pairs,
     corpus: Iterable[str],
-    embed: Callable,
+    embed: Embed,
     output_file: str | Path,
     args: MiningArguments,
     identity: str = "",
-) -> Counter:
+) -> Counter[str]:
     """Write a jsonl with a row {"query", "positive", "negatives": [...]} for each pair, in their order. Every rank calls this.
 
     Args:
         pairs: queries and documents that answer them. A query may stand in several; none of its documents is its negative.
         corpus: texts to choose negatives from, besides the pairs' documents; one that stands twice counts once.
-        embed: `embed(texts, prompt_name)` -> (N, D).
+        embed: `embed(texts, prompt_name)` -> (N, D), where the prompt is "query" or "document".
+        output_file: the jsonl; a run that was stopped has its work in a folder beside it.
+        args: how many negatives, and which.
         identity: what the vectors depend on besides the texts (the model); vectors of another identity are not reused.
 
-    Returns counts: rows, negatives, rows with `fewer` than asked for, and the candidates that each rule left out. Raises
-    InputError if `output_file` is there, or a work folder beside it is of another model or other texts.
+    Returns:
+        Counts, on the first rank: `rows`, `negatives`, rows with `fewer` than asked for, and the candidates that each rule
+        left out, by the rule's name.
+
+    Raises:
+        InputError: `output_file` is there; the work folder beside it is of another model or other texts; there are fewer than
+            two documents; a vector is not finite; FAISS is asked for and not installed.
     """
     output = Path(output_file)
     if output.exists():
         raise InputError(f"{output}: is there already; remove it or name another file")
     if args.use_faiss:
         import_faiss()
-    queries = list(dict.fromkeys(query for query, _ in pairs))
-    corpus = [text for text in corpus if text and text.strip()]  # an empty text is nobody's negative
-    documents = list(dict.fromkeys([document for _, document in pairs] + corpus))
+    queries, documents = distinct_texts(pairs, corpus)
     if len(documents) < 2:
         raise InputError(f"{output}: {len(documents)} document(s); there is nothing to choose negatives from")
     work = output.with_name(output.name + ".work")
     claim(work, digest([identity], queries, documents))
     query_vectors = encode_shards(queries, embed, "query", work / "queries")
     document_vectors = encode_shards(documents, embed, "document", work / "documents")
-    search = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
-    rows = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings do not share rows, but vectors
-    paths = make_files(rows, ".json", len(pairs), BLOCK, search.write, "Searching")
-    counts = Counter()
-    if get_rank() == 0:
-        unfinished = work / "output"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for path in paths:
-                block = json.loads(path.read_text(encoding="utf-8"))
-                counts.update(block["counts"])
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
-        unfinished.rename(output)
-        shutil.rmtree(work)
+    rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
+    folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings do not share rows, but vectors
+    blocks = make_files(folder, ".json", len(pairs), BLOCK, rows.write, "Searching")
+    counts = join_blocks(blocks, work, output) if get_rank() == 0 else Counter()
     barrier()
     return counts
+
+
+def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the different queries, and the different documents of the pairs and the corpus, in order."""
+    queries = list(dict.fromkeys(query for query, _ in pairs))
+    texts = [text for text in corpus if text and text.strip()]  # an empty text is nobody's negative
+    return queries, list(dict.fromkeys([document for _, document in pairs] + texts))
+
+
+def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
+    """Write the rows of all blocks to `output`, remove the work folder, and return the sums of the counts."""
+    counts: Counter[str] = Counter()
+    unfinished = work / "output"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for path in blocks:
+            block = json.loads(path.read_text(encoding="utf-8"))
+            counts.update(block["counts"])
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
+    unfinished.rename(output)
+    shutil.rmtree(work)
+    return counts
+
+
+def describe(counts: Counter[str]) -> list[str]:
+    """Return lines for people of the counts that `mine_hard_negatives` returns."""
+    rules = ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score")
+    return [
+        f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for",
+        *(f"left out by {rule}: {counts[rule]:,} candidates" for rule in rules if counts[rule]),
+    ]
 
 
 # ---- files that are made once ----
 
 
 def digest(*lists: Iterable[str]) -> str:
+    """Return a hash of lists of texts."""
     hashed = hashlib.blake2b(digest_size=8)
     for texts in lists:
         for text in texts:
@@ -133,7 +190,7 @@ def digest(*lists: Iterable[str]) -> str:
 
 
 def claim(folder: Path, identity: str) -> None:
-    """Take a work folder that is new, or was left by a run of the same identity."""
+    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another."""
     path = folder / "identity"
     if path.is_file() and path.read_text() != identity:
         raise InputError(f"{folder}: left by a run with another model or other texts; remove the folder to start anew")
@@ -144,9 +201,20 @@ def claim(folder: Path, identity: str) -> None:
     barrier()
 
 
-def make_files(folder: Path, ending: str, items: int, size: int, make: Callable, title: str) -> list[Path]:
-    """A file for every `size` of `items`; those that are there are kept, the ranks share the others. `make(range, path)` writes
-    one. -> all paths, on every rank, when all are there."""
+def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[[range, Path], None], title: str) -> list[Path]:
+    """Make a file for every `size` of `items` items: those that are there are kept, and the ranks share the others.
+
+    Args:
+        folder: where the files are; each is written under another name, and renamed when it is whole.
+        ending: of the files' names.
+        items: how many items there are in all.
+        size: how many of them a file has.
+        make: `make(numbers, path)` writes the file of the items with these numbers.
+        title: of the progress bar.
+
+    Returns:
+        All paths, on every rank, when all files are there.
+    """
     rank, ranks = get_rank(), get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
     parts = [range(start, min(start + size, items)) for start in range(0, items, size)]
@@ -164,6 +232,7 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable,
 
 
 def barrier() -> None:
+    """Wait until every rank is here."""
     if get_world_size() > 1:
         torch.distributed.barrier()
 
@@ -171,8 +240,8 @@ def barrier() -> None:
 # ---- vectors ----
 
 
-def encode_shards(texts: list[str], embed: Callable, prompt_name: str, folder: Path) -> list[Path]:
-    """Unit vectors of texts, float32, as files of SHARD texts."""
+def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path) -> list[Path]:
+    """Write unit vectors of texts, float32, as files of SHARD texts. Raises InputError for vectors that are not finite."""
 
     def write(numbers: range, path: Path) -> None:
         parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
@@ -188,12 +257,13 @@ def encode_shards(texts: list[str], embed: Callable, prompt_name: str, folder: P
 
 
 def read_vectors(paths: list[Path], numbers: list[int]) -> Tensor:
-    """The vectors (len(numbers), D) of the texts with these numbers."""
-    shards = {i: np.load(paths[i], mmap_mode="r") for i in {n // SHARD for n in numbers}}
-    return torch.from_numpy(np.stack([shards[n // SHARD][n % SHARD] for n in numbers]))
+    """Return the vectors (len(numbers), D) of the texts with these numbers."""
+    shards = {shard: np.load(paths[shard], mmap_mode="r") for shard in {number // SHARD for number in numbers}}
+    return torch.from_numpy(np.stack([shards[number // SHARD][number % SHARD] for number in numbers]))
 
 
-def read_shards(paths: list[Path], device: str) -> Iterable[Tensor]:
+def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
+    """Yield the vectors of each file, (SHARD, D) or fewer, on a device."""
     for path in paths:
         yield torch.from_numpy(np.load(path)).to(device)
 
@@ -201,7 +271,8 @@ def read_shards(paths: list[Path], device: str) -> Iterable[Tensor]:
 # ---- search and choice ----
 
 
-def import_faiss():
+def import_faiss() -> Any:
+    """Return the module faiss. Raises InputError if it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -210,7 +281,7 @@ def import_faiss():
 
 
 def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """A function from unit queries (Q, D) and k to the scores and numbers, (Q, k), of the nearest documents."""
+    """Return a function from unit queries (Q, D) and k to the scores and numbers, (Q, k), of the nearest documents."""
     if use_faiss:
         shards = list(read_shards(document_vectors, "cpu"))
         index = import_faiss().IndexFlatIP(shards[0].shape[1])
@@ -218,17 +289,25 @@ def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor,
             index.add(shard.numpy())
         return lambda queries, k: index.search(queries.numpy(), min(k, index.ntotal))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return lambda queries, k: search(queries.to(device), read_shards(document_vectors, device), k)
+    return lambda queries, k: exact_search(queries.to(device), read_shards(document_vectors, device), k)
 
 
 class Rows:
-    """Pairs to rows with negatives."""
+    """The search: makes pairs to rows with negatives, a block at a time."""
 
-    def __init__(self, pairs, queries, documents, query_vectors, document_vectors, args: MiningArguments):
+    def __init__(
+        self,
+        pairs: Pairs,
+        queries: list[str],
+        documents: list[str],
+        query_vectors: list[Path],
+        document_vectors: list[Path],
+        args: MiningArguments,
+    ):
         self.pairs, self.documents, self.args = pairs, documents, args
         self.query_vectors, self.document_vectors = query_vectors, document_vectors
-        self.query_number = {query: i for i, query in enumerate(queries)}
-        self.document_number = {document: i for i, document in enumerate(documents)}
+        self.query_number = {query: number for number, query in enumerate(queries)}
+        self.document_number = {document: number for number, document in enumerate(documents)}
         # of each query, the documents that are no negatives: its positives, and itself
         self.taken = {query: {self.document_number.get(query)} for query in queries}
         for query, document in pairs:
@@ -237,36 +316,49 @@ class Rows:
         self.depth = args.range_max + max(map(len, self.taken.values()))
 
     def write(self, numbers: range, path: Path) -> None:
-        pairs, counts, rows = self.pairs[numbers.start : numbers.stop], Counter(), []
+        """Write the rows of the pairs with these numbers, and what was counted on the way."""
+        pairs, rows = self.pairs[numbers.start : numbers.stop], []
+        counts: Counter[str] = Counter()
         queries = read_vectors(self.query_vectors, [self.query_number[query] for query, _ in pairs])
         positives = read_vectors(self.document_vectors, [self.document_number[document] for _, document in pairs])
         scores, found = (part.tolist() for part in self.find(queries, self.depth))
         for i, (query, document) in enumerate(pairs):
-            candidates = [(s, n) for s, n in zip(scores[i], found[i]) if n not in self.taken[query]][: self.args.range_max]
-            negatives = choose(
-                candidates, float(queries[i] @ positives[i]), self.args, counts, f"{self.args.seed} {numbers[i]}"
-            )
+            nearest = [(score, number) for score, number in zip(scores[i], found[i]) if number not in self.taken[query]]
+            positive = float(queries[i] @ positives[i])
+            negatives = choose(nearest[: self.args.range_max], positive, self.args, counts, f"{self.args.seed} {numbers[i]}")
             counts.update(rows=1, negatives=len(negatives), fewer=len(negatives) < self.args.num_negatives)
-            rows.append({"query": query, "positive": document, "negatives": [self.documents[n] for _, n in negatives]})
+            texts = [self.documents[number] for _, number in negatives]
+            rows.append({"query": query, "positive": document, "negatives": texts})
         path.write_text(json.dumps({"counts": counts, "rows": rows}), encoding="utf-8")
 
 
-def choose(candidates: list[tuple[float, int]], positive: float, args: MiningArguments, counts: Counter, seed: str):
-    """The negatives among candidates (score, number), nearest first. `positive` is the positive's score; `counts` is told how
-    many each rule leaves out."""
-    rules = {
-        "range_min": lambda rank, score: rank >= args.range_min,
-        "relative_margin": lambda rank, score: score <= positive - abs(positive) * args.relative_margin,
-        "absolute_margin": lambda rank, score: score <= positive - args.absolute_margin,
-        "max_score": lambda rank, score: score <= args.max_score,
-        "min_score": lambda rank, score: score >= args.min_score,
+def choose(
+    candidates: list[Candidate], positive: float, args: MiningArguments, counts: Counter[str], seed: str
+) -> list[Candidate]:
+    """Return the negatives among candidates, nearest first.
+
+    Args:
+        candidates: nearest first.
+        positive: the score of the positive.
+        args: the rules.
+        counts: how many candidates each rule leaves out is added here.
+        seed: of a random choice.
+    """
+    rules: dict[str, Callable[[int, float, float], bool]] = {
+        "range_min": lambda rank, score, limit: rank >= limit,
+        "relative_margin": lambda rank, score, limit: score <= positive - abs(positive) * limit,
+        "absolute_margin": lambda rank, score, limit: score <= positive - limit,
+        "max_score": lambda rank, score, limit: score <= limit,
+        "min_score": lambda rank, score, limit: score >= limit,
     }
-    kept = list(enumerate(candidates))
+    ranked = list(enumerate(candidates))
     for name, passes in rules.items():
-        if getattr(args, name) is not None:
-            before, kept = len(kept), [(rank, c) for rank, c in kept if passes(rank, c[0])]
-            counts[name] += before - len(kept)
-    kept = [candidate for _, candidate in kept]
+        limit = getattr(args, name)
+        if limit is not None:
+            passed = [(rank, candidate) for rank, candidate in ranked if passes(rank, candidate[0], limit)]
+            counts[name] += len(ranked) - len(passed)
+            ranked = passed
+    kept = [candidate for _, candidate in ranked]
     if args.sampling_strategy == "random" and len(kept) > args.num_negatives:
         kept = sorted(random.Random(seed).sample(kept, args.num_negatives), reverse=True)
     return kept[: args.num_negatives]

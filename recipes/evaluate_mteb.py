@@ -12,19 +12,19 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from hf_embed import Encoder
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.inference import load_for_encoding
 from hf_embed.kit.plan import TRUST
 from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
 class Arguments:
+    """Flags of this recipe."""
+
     model_name_or_path: str = field(metadata={"help": "May stand first, without its flag."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "mteb's names, e.g. STSBenchmark SciFact."})
     benchmark: list[str] = field(default_factory=list, metadata={"help": "mteb's benchmarks, e.g. 'MTEB(eng, v2)'."})
@@ -34,11 +34,12 @@ class Arguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT, "max_length": COUNT})
 
 
 def main() -> None:
+    """Run the tasks, print the scores, and store them with those of earlier runs."""
     (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
     model = Path(args.model_name_or_path)
     if args.output_dir is None and not model.is_dir():
@@ -47,10 +48,7 @@ def main() -> None:
     if (args.pooling or args.max_length) and (folder / "config.json").is_file():
         raise InputError("--pooling and --max_length make another model of it; say where its results go: --output_dir FOLDER")
     tasks = find_tasks(args.tasks, args.benchmark)
-    encoder = Encoder.from_pretrained(
-        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
-    )
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_for_encoding(args)
     rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)
     print("\n" + "\n".join(lines(rows)))
     results = stored_results(folder)

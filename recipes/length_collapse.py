@@ -12,14 +12,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from hf_embed import Encoder
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import masked
 from hf_embed.kit.cli import model_first, parse, run
 from hf_embed.kit.docstrings import read_pages
-from hf_embed.kit.length_collapse import LENGTHS, collapse, length_report, lines, plot_collapse
+from hf_embed.kit.inference import load_for_encoding
+from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
 from hf_embed.kit.plan import QUICKSTART, TRUST
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, tempscale
@@ -27,6 +25,8 @@ from hf_embed.tempscale import TempScaleConfig, tempscale
 
 @dataclass
 class Arguments:
+    """Flags of this recipe."""
+
     model_name_or_path: str = field(
         default=str(QUICKSTART / "encoder"), metadata={"help": "May stand first, without its flag."}
     )
@@ -39,29 +39,21 @@ class Arguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str = field(default="outputs/length_collapse")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "lengths": Range(least=4, whole=True)})
 
 
 def main() -> None:
+    """Measure the model as it is and at each temperature; print, store and plot the reports."""
     (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]
     texts = (read_texts(args.texts) if args.texts else read_pages())[: args.max_texts]
-    encoder = Encoder.from_pretrained(
-        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
-    )
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_for_encoding(args)
     reports = {"as it is": length_report(encoder, texts, tuple(args.lengths))}
     for config in configs:
         with tempscale(encoder.backbone, config):
             reports[f"TempScale {config.temperature:g}"] = length_report(encoder, texts, tuple(args.lengths))
-    for name, report in reports.items():
-        print(f"\n{name}\n")
-        print("\n".join(lines(report)))
-    print("\nmean cosine of the same texts, from the shortest cut to the longest:")
-    for name, report in reports.items():
-        cut = report["cut"]
-        print(f"  {name:16} {cut[0]['mean_cosine']:.3f} -> {cut[-1]['mean_cosine']:.3f}, {collapse(report):+.3f}")
+    print("\n".join(report_lines(reports)))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"model": args.model_name_or_path, "texts": masked(args.texts or "docstrings"), "reports": reports}

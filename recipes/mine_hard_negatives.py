@@ -16,19 +16,21 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_embed import Encoder
 from hf_embed.data.sources import leave_out, read_file, read_texts, row_texts, text_columns
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.cli import parse, run
+from hf_embed.kit.inference import load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import TRUST
-from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.mining import MiningArguments, describe, mine_hard_negatives
 from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
 class Arguments:
+    """Flags of this recipe, beside those of `MiningArguments`."""
+
     model_name_or_path: str
     output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
     train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
@@ -39,44 +41,42 @@ class Arguments:
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self, {"max_length": COUNT})
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
-    """(query, document) pairs, and the texts to choose negatives from besides their documents."""
+    """Read (query, document) pairs, and the texts to choose negatives from besides their documents."""
     if (args.train_file is None) == (args.retrieval_dir is None):
         raise InputError("give --train_file FILE or --retrieval_dir DIR, one of them")
-    if args.retrieval_dir:
+    pairs, corpus = [], []
+    if args.retrieval_dir is not None:
         task = read_retrieval(args.retrieval_dir)
-        pairs = [(task.queries[q], task.corpus[d]) for q, documents in task.qrels.items() for d in documents if task.corpus[d]]
+        judged = [(query, document) for query, documents in task.qrels.items() for document in documents]
+        pairs = [(task.queries[query], task.corpus[document]) for query, document in judged if task.corpus[document]]
         corpus = list(task.corpus.values())
-    else:
+    elif args.train_file is not None:
         rows = leave_out(read_file(args.train_file), args.ignore_columns, args.train_file)
         columns = text_columns(rows.column_names, args.train_file, paired=True)[:2]
-        pairs = [tuple(row_texts(row, columns, f"{args.train_file}, row {i}")) for i, row in enumerate(rows, 1)]
-        corpus = []
+        for number, row in enumerate(rows, 1):
+            query, document = row_texts(row, columns, f"{args.train_file}, row {number}")
+            pairs.append((query, document))
     if args.corpus_file:
         corpus += read_texts(args.corpus_file)
     return pairs, corpus
 
 
 def main() -> None:
+    """Read the pairs, load the model, mine, and say what was found and left out."""
     args, mining = parse([Arguments, MiningArguments])
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
-    encoder = Encoder.from_pretrained(
-        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
-    ).to(state.device)
+    encoder = load_for_encoding(args, state.device)
     weights = [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
     identity = f"{args.model_name_or_path} {weights} {encoder.settings}"
     counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)
     if state.is_main_process:
-        print(f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for")
-        for rule in ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score"):
-            if counts[rule]:
-                print(f"left out by {rule}: {counts[rule]:,} candidates")
-        print(f"wrote {args.output_file}")
+        print("\n".join([*describe(counts), f"wrote {args.output_file}"]))
 
 
 if __name__ == "__main__":

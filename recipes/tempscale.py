@@ -14,34 +14,31 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from hf_embed import Encoder
-from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_pairs
-from hf_embed.kit.calibrate import GRID, halves, plot_sweep, sweep
+from hf_embed.kit.calibrate import TEMPERATURES, check_foldable_at, check_output_dir, halves, save_folded, sweep
 from hf_embed.kit.cli import model_first, parse, run
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.inference import load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.overwrite import clear_results
 from hf_embed.kit.plan import QUICKSTART, TRUST
 from hf_embed.kit.report import saved_to
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
-from hf_embed.tempscale.fold import folded
+from hf_embed.tempscale import TempScaleConfig
 
 
 @dataclass
 class Arguments:
+    """Flags of this recipe."""
+
     model_name_or_path: str = field(
         default=str(QUICKSTART / "encoder"), metadata={"help": "May stand first, without its flag."}
     )
     temperature: float | None = field(default=None, metadata={"help": "Take this one, without a search."})
-    grid: list[float] = field(default_factory=lambda: list(GRID), metadata={"help": "To search; then around the best."})
+    grid: list[float] = field(default_factory=lambda: list(TEMPERATURES), metadata={"help": "To search; then around the best."})
     folds: int = field(default=5, metadata={"help": "Of the cross-validation."})
     pairs: str | None = field(
         default=None, metadata={"help": "A file with anchor and positive: each anchor looks for its own."}
@@ -54,55 +51,36 @@ class Arguments:
     output_dir: str = field(default="outputs/tempscale")
     overwrite_output_dir: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})
-
-
-def check(args: Arguments, tasks: dict) -> None:
-    for temperature in args.grid if args.temperature is None else [args.temperature]:
-        TempScaleConfig(temperature)
-    if args.temperature is not None and tasks:
-        raise InputError(
-            f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"
-        )
-    folder = Path(args.output_dir)
-    if folder.resolve() == Path(args.model_name_or_path).resolve():
-        raise InputError(f"--output_dir {folder} is the model's own folder; name another")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-        raise InputError(f"--output_dir {folder} holds files; name another folder, or replace them by --overwrite_output_dir")
+        for temperature in self.grid if self.temperature is None else [self.temperature]:
+            TempScaleConfig(temperature)
 
 
 def main() -> None:
+    """Read the sets, find the temperature that suits them, fold it into the weights, and save the model with its scores."""
     args, evaluation = parse([Arguments, EvalArguments], argv=model_first(sys.argv[1:]))
     tasks = read_tasks(evaluation)
     if args.pairs:
         tasks["pairs"] = read_pairs(args.pairs)
     if args.texts:
         tasks["halves"] = halves(read_texts(args.texts)[: args.max_texts])
-    check(args, tasks)
+    if tasks and args.temperature is not None:
+        raise InputError(
+            f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"
+        )
+    folder = Path(args.output_dir)
+    check_output_dir(folder, Path(args.model_name_or_path), args.overwrite_output_dir)
     if not tasks and args.temperature is None:
         tasks["halves"] = halves(read_pages()[: args.max_texts])
-    encoder = Encoder.from_pretrained(
-        args.model_name_or_path, args.pooling, args.max_length, trust_remote_code=args.trust_remote_code
-    )
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    with tempscale(encoder.backbone, args.temperature or args.grid[0]):
-        folded(encoder.backbone)  # whatever stands in the way of saving is said before the search, not after
-    folder, temperature, results = Path(args.output_dir), args.temperature, {}
-    if train := stored_results(args.model_name_or_path).get("train"):
-        results["train"] = train  # scores are not carried over: they are of the model as it was
-    if temperature is None:
+    encoder = load_for_encoding(args)
+    check_foldable_at(encoder, args.temperature or args.grid[0])
+    if args.temperature is None:
         result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
         print("\n".join(["", *sweep_table(result)]))
-        results["tempscale"], temperature = result, result["temperature"]
-    if temperature != 1:
-        fold_tempscale(encoder.backbone, temperature)
-    encoder.save_pretrained(str(folder))  # first: what was there stays, with its scores, if this fails
-    clear_results(folder, keep=["README.md"])  # someone may have edited it
-    store_results(folder, results)
-    if "tempscale" in results:
-        plot_sweep(results["tempscale"], folder / "tempscale.png")
-    write_card(encoder, folder)
+        save_folded(encoder, result["temperature"], folder, args.model_name_or_path, result)
+    else:
+        save_folded(encoder, args.temperature, folder, args.model_name_or_path)
     print(saved_to(folder, encoder.remote_code))
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModel
 from hf_embed import Encoder, InputError, Retrieval, ZeroShot
 from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.evaluation.sts import STS
-from hf_embed.kit.calibrate import fold_scores, halves, plot_sweep, sweep
+from hf_embed.kit.calibrate import halves, part_scores, plot_sweep, sweep
 from hf_embed.kit.models import embed_with
 from hf_embed.tempscale import tempscale
 
@@ -52,37 +52,37 @@ def sts():
 def test_scores_of_folds(encoder, search, sts):
     embed = embed_with(encoder)
     fold = np.random.default_rng(0).permutation(12) % 3
-    got = fold_scores(search, embed, 3)
+    got = part_scores(search, embed, 3)
     assert got[0] == pytest.approx(search.score(embed)["ndcg@10"])
     for f in range(3):
         for place, chosen in ((1 + f, fold != f), (4 + f, fold == f)):
             part = dataclasses.replace(search, qrels={q: d for c, (q, d) in zip(chosen, search.qrels.items()) if c})
             assert got[place] == pytest.approx(part.score(embed)["ndcg@10"])
-    got = fold_scores(sts, embed, 3)
+    got = part_scores(sts, embed, 3)
     assert got[0] == pytest.approx(sts.score(embed)["spearman"])
     assert got[4] == pytest.approx(STS(sts.rows.select(np.flatnonzero(fold == 0))).score(embed)["spearman"])
     with pytest.raises(InputError, match="12 queries are too few for 7 folds"):
-        fold_scores(search, embed, 7)
+        part_scores(search, embed, 7)
     with pytest.raises(InputError, match="not on zero_shot"):
-        fold_scores(ZeroShot(["a", "b"], [0, 1], ["a", "b"]), embed, 2)
+        part_scores(ZeroShot(["a", "b"], [0, 1], ["a", "b"]), embed, 2)
 
 
 def test_a_fold_of_equal_scores_is_refused(encoder):
     rows = [{"sentence1": f"the {a}", "sentence2": f"a {a}", "score": int(i == 3)} for i, a in enumerate(WORDS)]
     with pytest.raises(InputError, match="12 pairs in 3 folds leave one with equal scores only"):
-        fold_scores(STS(Dataset.from_list(rows)), embed_with(encoder), 3)
+        part_scores(STS(Dataset.from_list(rows)), embed_with(encoder), 3)
 
 
 def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path):
     embed, tasks = embed_with(encoder), {"r": search, "s": sts}
     before = encoder.encode(TEXTS)
     grid, expected = [0.3, 0.6, 1.0, 1.5], {}
-    result = sweep(encoder.backbone, embed, tasks, grid, folds=3)
+    result = sweep(encoder.backbone, embed, tasks, grid, parts=3)
     assert np.array_equal(encoder.encode(TEXTS), before)  # and the model is as it was
     curve = {row["temperature"]: row["mean"] for row in result["curve"]}
     for t in curve:
         with tempscale(encoder.backbone, t):
-            expected[t] = np.mean([fold_scores(task, embed, 3) for task in tasks.values()], axis=0)
+            expected[t] = np.mean([part_scores(task, embed, 3) for task in tasks.values()], axis=0)
     assert curve == pytest.approx({t: s[0] for t, s in expected.items()})
     best_of_grid = max(grid, key=lambda t: (expected[t][0], -abs(t - 1)))
     assert set(curve) == {*grid, round(best_of_grid - 0.05, 4), round(best_of_grid + 0.05, 4)}

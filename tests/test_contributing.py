@@ -18,7 +18,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 SECTIONS = {
-    title: body for title, body in SECTION.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")) if blocks(body, "diff")
+    title: body
+    for title, body in SECTION.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    if blocks(body, "diff")
 }
 
 

@@ -19,7 +19,7 @@ from hf_embed.evaluation.tasks import main_metric, score_tasks
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit.code_search import read_code_search
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.search import search
+from hf_embed.search import exact_search
 
 
 def vector(text):
@@ -117,7 +117,7 @@ def test_prompts_are_for_queries_and_documents():
 def test_search_is_exact(block, k):
     generator = torch.Generator().manual_seed(0)
     queries, rows = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (9, 53))
-    scores, numbers = search(queries, rows.split(block), k)
+    scores, numbers = exact_search(queries, rows.split(block), k)
     expected = (queries @ rows.T).sort(dim=1, descending=True)
     assert torch.equal(numbers, expected.indices[:, :k])
     assert torch.allclose(scores, expected.values[:, :k])

@@ -19,9 +19,9 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Retrieval
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
 from hf_embed.evaluation.metrics import SpearmanCosine
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.sts import STS
-from hf_embed.evaluation.tasks import score_tasks
-from hf_embed.kit.calibrate import fold_scores
+from hf_embed.evaluation.sts import STS, named_tasks
+from hf_embed.evaluation.tasks import EvaluationTask, Task, metric_names, score_tasks
+from hf_embed.kit.calibrate import part_scores
 from hf_embed.kit.models import embed_with
 
 WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
@@ -160,7 +160,7 @@ def test_one_document_is_found():
 
 def test_a_temperature_is_not_chosen_by_a_collapsed_model():
     for kind in ("sts", "retrieval"):
-        assert "nothing to choose a temperature by" in error_of(fold_scores, TASKS[kind], jitter(1e-6), 2)
+        assert "nothing to choose a temperature by" in error_of(part_scores, TASKS[kind], jitter(1e-6), 2)
 
 
 def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
@@ -258,3 +258,44 @@ def test_a_judged_query_that_is_a_document_counts(caplog):
 def test_a_text_that_only_ends_like_the_query_is_another():
     task = Retrieval({"a": "river"}, {"a": "upriver", "b": "stone"}, {"a": {"b": 1}})
     assert task.rank(embed, 2)[1]["a"] and set(task.rank(embed, 2)[1]["a"]) == {"a", "b"}
+
+
+# ---- what a task is ----
+
+
+class Plain:
+    """The least that a user's own task has."""
+
+    kind, main, reported = "plain", "words", ("words",)
+
+    def score(self, embed):
+        return {"words": 1.0, "letters": 2.0}
+
+
+class Frank(Plain):
+    """It says what it logs besides, without deriving from the base."""
+
+    logged = ("letters",)
+
+
+class Derived(EvaluationTask):
+    kind, main, reported = "derived", "words", ("words",)
+
+
+def test_tasks_of_users_own():
+    assert all(isinstance(task, Task) for task in (Plain(), Frank(), Derived()))
+    assert metric_names({"p": Plain()}) == {"words", "p_words"}
+    assert metric_names({"f": Frank()}) == {"words", "letters", "f_words", "f_letters"}
+    assert metric_names({"d": Derived()}) == {"words", "d_words"} and Derived().logged == ("words",)
+    with pytest.raises(NotImplementedError, match="Derived.score"):
+        Derived().score(None)
+
+
+def test_evaluation_sets_by_name():
+    sts = Dataset.from_list([{"sentence1": "a", "sentence2": "b", "score": i} for i in range(2)])
+    plain = Plain()
+    assert named_tasks(None) == {} and named_tasks(plain) == {"plain": plain}
+    assert list(named_tasks(sts)) == ["sts"] and isinstance(named_tasks(sts)["sts"], STS)
+    assert [type(task) for task in named_tasks({"a": sts, "b": plain}).values()] == [STS, Plain]
+    message = error_of(named_tasks, {"mine": sts.remove_columns("score")})
+    assert message.startswith("mine: no column score")

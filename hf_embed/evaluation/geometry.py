@@ -9,6 +9,7 @@ Shapes: N texts, P pairs, D wide.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,26 +18,29 @@ ROUNDING = 1e-6
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., D) at length 1, in float64; NaN for one that is zero or not finite."""
+    """Return vectors (..., D) at length 1, in float64; NaN for one that is zero or not finite."""
     vectors = np.asarray(vectors, dtype=np.float64)
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
 
 
 def ordered(cosines: np.ndarray) -> bool:
-    """Whether there is an order in some row of (Q, K): finite, and some further apart than rounding puts them."""
+    """Return whether some row of (Q, K) has an order: all are finite, and some further apart than rounding puts them."""
     return bool(np.isfinite(cosines).all() and (np.ptp(cosines, axis=-1) > ROUNDING).any())
 
 
 def alignment(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean squared distance of positive pairs, (P, D) and (P, D). NaN without a pair."""
+    """Return the mean squared distance of positive pairs, (P, D) and (P, D). NaN without a pair."""
     if len(first) == 0:
         return float("nan")
     return float(((unit(first) - unit(second)) ** 2).sum(-1).mean())
 
 
 def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
-    """log of the mean Gaussian potential over all pairs i < j of (N, D); NaN for fewer than two texts. O(block * N) memory."""
+    """Return the log of the mean Gaussian potential over all pairs i < j of (N, D); NaN for fewer than two texts.
+
+    It needs O(block * N) memory.
+    """
     vectors, total = unit(vectors), 0.0
     n = len(vectors)
     if n < 2:
@@ -48,22 +52,22 @@ def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
     return float(np.log(total / (n * (n - 1) / 2)))
 
 
-def plot_trajectory(history: list[dict], path: str | Path) -> None:
-    """Alignment against uniformity along a run, a point per evaluation, coloured by STS. `history` as in `log_history`."""
+def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
+    """Plot alignment against uniformity along a run, a point per evaluation, coloured by STS. `history` as in `log_history`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = [h for h in history if np.isfinite(h.get("eval_alignment", np.nan) + h.get("eval_uniformity", np.nan))]
+    points = [log for log in history if np.isfinite(log.get("eval_alignment", np.nan) + log.get("eval_uniformity", np.nan))]
     if not points:
         return
-    x = [h["eval_uniformity"] for h in points]
-    y = [h["eval_alignment"] for h in points]
+    x = [point["eval_uniformity"] for point in points]
+    y = [point["eval_alignment"] for point in points]
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     axes.plot(x, y, color="0.7", linewidth=1, zorder=1)
-    dots = axes.scatter(x, y, c=[h["eval_spearman"] for h in points], cmap="viridis", s=36, zorder=2)
-    offset = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 9}
+    dots = axes.scatter(x, y, c=[point["eval_spearman"] for point in points], cmap="viridis", s=36, zorder=2)
+    offset: dict[str, Any] = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 9}
     axes.annotate(f"step {points[0].get('step', 0)}", (x[0], y[0]), **offset)
     if len(points) > 1:
         axes.annotate(f"step {points[-1]['step']}", (x[-1], y[-1]), **offset)

@@ -1,8 +1,10 @@
 """The metrics as `evaluate.Metric` objects, for scripts that use the library `evaluate`.
 
-The package itself calls the functions. Nothing imports this module: a recipe runs with its own folder first on the path, and
-there `import evaluate` would find recipes/evaluate.py.
+They load offline, which `evaluate.load` does not. The package itself calls the functions, and nothing imports this module: a
+recipe runs with its own folder first on the path, and there `import evaluate` would find recipes/evaluate.py.
 """
+
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -17,34 +19,34 @@ VECTORS = datasets.Features(
 
 
 class SpearmanCosine(evaluate.Metric):
-    """`SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": x 100}; loads offline."""
+    """Spearman x 100: `SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": ...}."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("float64")
         features = datasets.Features({"predictions": number, "references": number})
         return evaluate.MetricInfo(description=__doc__, citation="", features=features)
 
-    def _compute(self, predictions, references):
-        return {"spearman": 100 * spearman(predictions, references)}
+    def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
+        return {"spearman": 100 * spearman(np.array(predictions), np.array(references))}
 
 
 class Alignment(evaluate.Metric):
-    """`Alignment().compute(predictions=f_x, references=f_x_plus)` -> {"alignment": ...}; loads offline."""
+    """Alignment: `Alignment().compute(predictions=f_x, references=f_x_plus)` -> {"alignment": ...}."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(description=__doc__, citation="", features=VECTORS)
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
         return {"alignment": alignment(np.array(predictions), np.array(references))}
 
 
 class Uniformity(evaluate.Metric):
-    """`Uniformity().compute(predictions=vectors)` -> {"uniformity": ...}; loads offline."""
+    """Uniformity: `Uniformity().compute(predictions=vectors)` -> {"uniformity": ...}."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__, citation="", features=datasets.Features({"predictions": VECTORS["predictions"]})
         )
 
-    def _compute(self, predictions):
+    def _compute(self, predictions: Sequence) -> dict[str, float]:
         return {"uniformity": uniformity(np.array(predictions))}

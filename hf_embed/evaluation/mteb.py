@@ -5,7 +5,9 @@
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets.exceptions import DatasetNotFoundError
@@ -13,10 +15,24 @@ from huggingface_hub.errors import HTTPError
 
 from hf_embed.errors import InputError
 
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models.model_meta import ModelMeta
+    from mteb.types import PromptType
 
-def texts_and_prompt(batches, prompt_type, prompts: dict[str, str], task_metadata=None) -> tuple[list[str], str | None]:
-    """All texts of mteb's batches, and the name of the prompt to put before them: by mteb's rules, a prompt called like the
-    task or its kind comes before "query" and "document".
+    from hf_embed.encoder import Encoder
+
+
+def texts_and_prompt(
+    batches: Iterable[Mapping[str, list[str]]],
+    prompt_type: "PromptType | None",
+    prompts: dict[str, str],
+    task_metadata: "TaskMetadata | None" = None,
+) -> tuple[list[str], str | None]:
+    """Return all texts of mteb's batches, and the name of the prompt to put before them.
+
+    By mteb's rules a prompt called like the task or its kind comes before "query" and "document".
 
     >>> texts_and_prompt([{"text": ["a cat", "a dog"]}, {"text": ["rain"]}], None, {})
     (['a cat', 'a dog', 'rain'], None)
@@ -30,8 +46,8 @@ def texts_and_prompt(batches, prompt_type, prompts: dict[str, str], task_metadat
     return texts, name
 
 
-def model_meta(encoder):
-    """mteb's ModelMeta of an encoder: its results are filed under this name and revision."""
+def model_meta(encoder: "Encoder") -> "ModelMeta":
+    """Return mteb's ModelMeta of an encoder: its results are filed under this name and revision."""
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
     name = encoder.config.name_or_path or type(encoder.base).__name__
@@ -50,8 +66,8 @@ def model_meta(encoder):
     return ModelMeta.create_empty(about)
 
 
-def fingerprint(encoder) -> str:
-    """Of all that a vector depends on: other weights or another pooling are another model to mteb, with results of its own."""
+def fingerprint(encoder: "Encoder") -> str:
+    """Return a hash of all that a vector depends on: with other weights or another pooling mteb keeps results of their own."""
     settings = sorted(encoder.settings.items())
     found = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -60,8 +76,12 @@ def fingerprint(encoder) -> str:
     return found.hexdigest()[:16]
 
 
-def find_tasks(names: list[str], benchmarks: list[str]) -> list:
-    """mteb's tasks by name, and those of benchmarks. Raises InputError for a name that mteb does not know."""
+def find_tasks(names: list[str], benchmarks: list[str]) -> list["AbsTask"]:
+    """Return mteb's tasks by name, and those of benchmarks.
+
+    Raises:
+        InputError: a name that mteb does not know, or none at all.
+    """
     import mteb
 
     tasks = []
@@ -80,19 +100,23 @@ def find_tasks(names: list[str], benchmarks: list[str]) -> list:
     return tasks
 
 
-def run_mteb(encoder, tasks: list, folder: str | Path, batch_size: int = 512) -> list[dict]:
-    """Evaluate on `tasks`; what `folder` has results of is not run again. A dict for each task and split:
+def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, batch_size: int = 512) -> list[dict[str, Any]]:
+    """Evaluate on `tasks`; what `folder` has results of is not run again.
 
-        {"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}
+    Returns:
+        A dict for each task and split; `score` is mteb's main score x 100, the mean over a task's subsets:
 
-    `score` is mteb's main score x 100, the mean over a task's subsets. Raises InputError where the data of a task are neither
-    here nor to be had.
+            {"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}
+
+    Raises:
+        InputError: the data of a task are neither here nor to be had.
     """
     import mteb
 
     cache = mteb.ResultCache(Path(folder))
+    model: Any = encoder  # it has what mteb calls, though not the names of all arguments
     try:
-        results = mteb.evaluate(encoder, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+        results = mteb.evaluate(model, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
     except (ConnectionError, HTTPError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -107,8 +131,8 @@ def run_mteb(encoder, tasks: list, folder: str | Path, batch_size: int = 512) ->
     return rows
 
 
-def lines(rows: list[dict]) -> list[str]:
-    """A table for people, and the mean over the tasks."""
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table for people, and the mean over the tasks, of what `run_mteb` returns."""
     width = max(len(row["task"]) for row in rows)
     out = [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
     return [*out, f"{'mean':{width}}  {'':>10}  {sum(row['score'] for row in rows) / len(rows):>6.2f}"]

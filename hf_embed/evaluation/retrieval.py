@@ -9,9 +9,10 @@ Shapes: Q queries, k retrieved documents, D wide.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +24,19 @@ from hf_embed.data.sources import read_file, read_hub, row_texts, text_columns
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
-from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks, embed_own_share
-from hf_embed.search import merge, search
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks, embed_own_share
+from hf_embed.search import exact_search, merge
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("test", "dev", "validation", "train")
 QRELS = ("query-id", "corpus-id", "score")
-LINE = "line in the file"  # a key of ours in a BEIR row
+Row = dict[str, Any]
+LINE = "line in the file"  # a key that is added to a BEIR row
 
 
 @dataclass
-class Retrieval:
+class Retrieval(EvaluationTask):
     """Queries, documents and which belong together.
 
     Args:
@@ -44,6 +46,9 @@ class Retrieval:
 
     Where queries are taken from the corpus, as in ArguAna, a query is not looked for among its own answers: a document that
     has the query's id and its text, with or without a title before it, is left out, unless it is judged.
+
+    Raises:
+        InputError: no query has a relevant document.
     """
 
     queries: dict[str, str]
@@ -55,7 +60,7 @@ class Retrieval:
     main = "ndcg@10"
     reported = ("ndcg@10", "mrr@10", "recall@100", "map@100")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.qrels = {query: found for query, found in self.qrels.items() if max(found.values(), default=0) > 0}
         if not self.qrels:
             raise InputError("no query has a relevant document")
@@ -67,50 +72,55 @@ class Retrieval:
             )
 
     def is_query(self, name: str) -> bool:
+        """Return whether the query and the document of this id have the same text."""
         query, document = (" ".join(texts[name].split()) for texts in (self.queries, self.corpus))
         return f" {document}".endswith(f" {query}")  # behind the title
 
     @property
-    def logged(self) -> list[str]:
+    def logged(self) -> Sequence[str]:
+        """All metrics that `score` returns."""
         return [f"{metric}@{k}" for k in self.cutoffs for metric in ("ndcg", "map", "recall", "mrr")]
 
-    def score(self, embed: Callable) -> dict[str, float]:
-        """ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document. NaN, with a warning,
-        where no query is nearer to one document than to another: the documents' order in the file would decide."""
+    def score(self, embed: Embed) -> dict[str, float]:
+        """Return ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document.
+
+        They are NaN, with a warning, where no query is nearer to one document than to another: the documents' order in the
+        file would decide.
+        """
         per_query = self.per_query(embed)
         return {key: 100 * float(np.mean([m[key] for m in per_query])) for key in per_query[0]}
 
-    def per_query(self, embed: Callable) -> list[dict[str, float]]:
-        """The metrics, 0 to 1, of each query of `qrels`; NaN where there is no order in any query's documents."""
+    def per_query(self, embed: Embed) -> list[dict[str, float]]:
+        """Return the metrics, 0 to 1, of each query of `qrels`; NaN where there is no order in any query's documents."""
         scores, found = self.rank(embed, max(self.cutoffs))
         if len(self.corpus) > 1 and not ordered(scores.numpy()):
             logger.warning(f"no nDCG of {len(found):,} queries: {NO_ORDER}")
             return [dict.fromkeys(ranking_metrics([], {"": 1}, self.cutoffs), math.nan) for _ in self.qrels]
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
-    def rank(self, embed: Callable, k: int) -> tuple[Tensor, dict[str, list[str]]]:
-        """Cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first; of equal cosines the
-        larger id first, as in trec_eval.
+    def rank(self, embed: Embed, k: int) -> tuple[Tensor, dict[str, list[str]]]:
+        """Return cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first.
 
-        Each rank encodes and searches its share of the corpus, a block at a time; vectors are not kept.
+        Of equal cosines the larger id is first, as in trec_eval. Each rank encodes and searches its share of the corpus, a
+        block at a time; vectors are not kept.
         """
         rank, ranks = get_rank(), get_world_size()
         ids, texts = list(self.corpus), list(self.corpus.values())
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
-        blocks = embed_own_share(texts, embed, "document")
-        blocks = (F.normalize(block.float(), dim=-1) for block in blocks)  # searched where they were encoded
-        scores, numbers = search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
+        documents = embed_own_share(texts, embed, "document")
+        blocks = (F.normalize(block.float(), dim=-1) for block in documents)  # searched where they were encoded
+        scores, numbers = exact_search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
         parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank))
-        scores, numbers = merge([s for s, _ in parts], [n for _, n in parts], k + 1)
+        scores, numbers = merge([part[0] for part in parts], [part[1] for part in parts], k + 1)
         found = {}
-        for q, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
-            ranked = [document for _, document in sorted(((score, ids[n]) for score, n in zip(*row)), reverse=True)]
-            found[q] = [document for document in ranked if not (document == q and q in self.itself)][:k]
+        for query, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
+            ranked = [document for _, document in sorted(((score, ids[number]) for score, number in zip(*row)), reverse=True)]
+            found[query] = [document for document in ranked if not (document == query and query in self.itself)][:k]
         return scores, found
 
 
 def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[int, ...]) -> dict[str, float]:
-    """Metrics of one query, 0 to 1, defined as in trec_eval.
+    """Return the metrics of one query, 0 to 1, defined as in trec_eval.
 
     ndcg@k: sum of grade / log2(1 + rank) over the first k, divided by the best that could be had.
     map@k: precision at each relevant rank up to k, summed, divided by the number of relevant documents.
@@ -133,10 +143,13 @@ def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[i
 
 
 def read_retrieval(path: str) -> Retrieval:
-    """A BEIR folder or Hub dataset, `PATH` or `PATH:SPLIT`; without a split the first of test, dev, validation, train (on the
-    Hub, test).
+    """Read a BEIR folder or a Hub dataset, `PATH` or `PATH:SPLIT`.
 
-    Judgements of documents or queries that are not there are left out and counted in a warning.
+    Without a split it is the first of test, dev, validation and train that is there (on the Hub, test). Judgements of
+    documents or queries that are not there are left out and counted in a warning.
+
+    Raises:
+        InputError: a file or split that is not there, a line that cannot be read, or no judgement that is left.
     """
     folder, _, split = path.rpartition(":") if not Path(path).exists() and ":" in path else (path, "", None)
     if Path(folder).is_dir():
@@ -152,16 +165,17 @@ def read_retrieval(path: str) -> Retrieval:
     return make_retrieval(queries, corpus, judged, folder)
 
 
-def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list[tuple], name: str) -> Retrieval:
-    """From rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
-    queries = texts_by_id(queries, lambda row: row["text"] or "", f"{name}/queries")
-    corpus = texts_by_id(corpus, lambda row: f"{row.get('title') or ''} {row['text'] or ''}".strip(), f"{name}/corpus")
-    qrels, absent = {}, {"documents": set(), "queries": set()}
+def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterable[tuple], name: str) -> Retrieval:
+    """Make a task of rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
+    query_texts = texts_by_id(queries, lambda row: row["text"] or "", f"{name}/queries")
+    documents = texts_by_id(corpus, lambda row: f"{row.get('title') or ''} {row['text'] or ''}".strip(), f"{name}/corpus")
+    qrels: dict[str, dict[str, int]] = {}
+    absent: dict[str, set[str]] = {"documents": set(), "queries": set()}
     for query, document, grade in judged:
         query, document = str(query), str(document)
-        if document not in corpus:
+        if document not in documents:
             absent["documents"].add(document)
-        elif query not in queries:
+        elif query not in query_texts:
             absent["queries"].add(query)
         elif int(grade) > 0:
             qrels.setdefault(query, {})[document] = int(grade)
@@ -170,12 +184,13 @@ def make_retrieval(queries: Iterable[dict], corpus: Iterable[dict], judged: list
             logger.warning(f"{name}: the qrels name {len(ids)} {kind} that are not there, {min(ids)} for one; left out")
     if not qrels:
         raise InputError(f"{name}: no query has a relevant document that is there; check the ids in qrels and corpus")
-    return Retrieval(queries, corpus, qrels)
+    return Retrieval(query_texts, documents, qrels)
 
 
-def texts_by_id(rows: Iterable[dict], text_of: Callable[[dict], str], name: str) -> dict[str, str]:
-    """{id: text}; InputError where two different texts have one id. `line` says where a row of a file stands."""
-    texts, places = {}, {}
+def texts_by_id(rows: Iterable[Row], text_of: Callable[[Row], str], name: str) -> dict[str, str]:
+    """Return {id: text}; `name` is what messages call the rows. Raises InputError where two different texts have one id."""
+    texts: dict[str, str] = {}
+    places: dict[str, int | None] = {}
     for row in rows:
         key, line = str(row["_id"]), row.get(LINE)
         if texts.setdefault(key, text_of(row)) != text_of(row):
@@ -186,13 +201,14 @@ def texts_by_id(rows: Iterable[dict], text_of: Callable[[dict], str], name: str)
 
 
 def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
-    """(query id, document id, grade) judgements; columns by the header's names where these are BEIR's, else by position."""
+    """Read (query id, document id, grade) judgements; columns by the names in a BEIR header, else by position."""
     there = [name for name in ([split] if split else SPLITS) if (folder / f"{name}.tsv").is_file()]
     if not there:
         found = ", ".join(sorted(path.stem for path in folder.glob("*.tsv"))) or "none"
         raise InputError(f"{folder / f'{split or SPLITS[0]}.tsv'}: no such file; the splits there: {found}")
     path = str(folder / f"{there[0]}.tsv")
-    grades, order, first, width = {}, (0, 1, 2), True, 3
+    grades: dict[tuple[str, str], int] = {}
+    order, first, width = [0, 1, 2], True, 3
     for number, line in lines(path):
         if line.isspace():
             continue
@@ -213,14 +229,15 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
 
 
 def is_number(text: str) -> bool:
+    """Return whether a text is a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:
         return False
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows with "_id" and "text", line by line: in corpora other fields vary from row to row. `LINE` is where a row stands."""
+def read_jsonl(path: Path) -> list[Row]:
+    """Read rows with "_id" and "text", line by line: in corpora other fields vary from row to row. `LINE` is a row's line."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []
@@ -242,17 +259,21 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_pairs(path: str) -> Retrieval:
-    """Rows to train on (anchor, positive) as a search: each anchor looks for its positive among all positives."""
+    """Read rows to train on (anchor, positive) as a search: each anchor looks for its positive among all positives."""
     rows = read_file(path)
     columns = text_columns(rows.column_names, path, paired=True)[:2]
-    return pairs_to_retrieval([tuple(row_texts(row, columns, f"{path}, row {i}")) for i, row in enumerate(rows, 1)])
+    return pairs_to_retrieval([row_texts(row, columns, f"{path}, row {number}") for number, row in enumerate(rows, 1)])
 
 
-def pairs_to_retrieval(pairs: list[tuple[str, str]]) -> Retrieval:
-    """Each query has the documents it stands with; equal texts are one query, or one document."""
+def pairs_to_retrieval(pairs: Sequence[Sequence[str]]) -> Retrieval:
+    """Make a task of (query, document) pairs; equal texts are one query, or one document.
+
+    >>> pairs_to_retrieval([("a cat", "cats"), ("a dog", "dogs"), ("a cat", "felines")]).qrels
+    {'q0': {'d0': 1, 'd2': 1}, 'q1': {'d1': 1}}
+    """
     queries = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
     corpus = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(document for _, document in pairs))}
-    qrels = {}
+    qrels: dict[str, dict[str, int]] = {}
     for query, document in pairs:
         qrels.setdefault(queries[query], {})[corpus[document]] = 1
     return Retrieval({i: text for text, i in queries.items()}, {i: text for text, i in corpus.items()}, qrels)

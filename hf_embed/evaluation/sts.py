@@ -2,12 +2,14 @@
 
 Spearman x 100 over all pairs of a set at once, which is the "all" aggregation of the SimCSE paper (appendix B). Beside it
 alignment over the set's positives, the pairs in the top fifth of its scale, and uniformity over all its sentences.
+
+Shapes: N different sentences, P pairs, D wide.
 """
 
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from scipy.stats import spearmanr
 from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
-from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, Task, embed_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
 
 
 def read_sts(path: str) -> Dataset:
-    """An STS file: columns score, sentence1, sentence2 by name where there is a header, else by position."""
+    """Read an STS file: columns score, sentence1, sentence2 by name where there is a header, else by position."""
     cells = first_cells(path)
     header = cells is None or bool(set(cells) & set(COLUMNS))
     rows = read_file(path, header)
@@ -68,7 +70,11 @@ def read_sts(path: str) -> Dataset:
 
 
 def check_sts(rows: Dataset, name: str) -> Dataset:
-    """`rows` with float scores; InputError for a missing column, a score that is no finite number, or an empty sentence."""
+    """Return `rows` with scores that are floats; `name` is what messages call them.
+
+    Raises:
+        InputError: a missing column, a score that is no finite number, an empty sentence, or scores that are all equal.
+    """
     if missing := [c for c in COLUMNS if c not in rows.column_names]:
         raise InputError(
             f"{name}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
@@ -94,7 +100,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
 
 
 def read_named_sts(path: str) -> Dataset:
-    """An STS file, or OWNER/DATASET:SPLIT on the Hub."""
+    """Read an STS file, or OWNER/DATASET:SPLIT on the Hub."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(\w+)", path)
     if hub and not Path(path).exists():
         return check_sts(read_hub(hub[1], split=hub[2]), path)
@@ -102,11 +108,23 @@ def read_named_sts(path: str) -> Dataset:
 
 
 def seven_tasks() -> dict[str, "STS"]:
+    """Read the seven STS tasks of the SimCSE paper from the Hub."""
     return {name: STS(check_sts(read_hub(hub, split="test"), hub)) for name, hub in SEVEN_TASKS.items()}
 
 
+def named_tasks(sets: Dataset | Task | Mapping[str, Dataset | Task] | None) -> dict[str, Task]:
+    """Return tasks by name; a `Dataset` is an STS set, and is checked. A single one is named by its kind.
+
+    Raises:
+        InputError: a `Dataset` is no STS set.
+    """
+    if sets is not None and not isinstance(sets, dict):
+        sets = {sets.kind if isinstance(sets, Task) else "sts": sets}
+    return {name: STS(check_sts(task, name)) if isinstance(task, Dataset) else task for name, task in (sets or {}).items()}
+
+
 @dataclass
-class STS:
+class STS(EvaluationTask):
     """Sentence pairs with scores: `rows` as `check_sts` gives them."""
 
     rows: Dataset
@@ -115,8 +133,8 @@ class STS:
     main = "spearman"
     reported = ("spearman", "alignment", "uniformity")
 
-    def score(self, embed: Callable) -> dict[str, float]:
-        """spearman x 100, alignment, uniformity."""
+    def score(self, embed: Embed) -> dict[str, float]:
+        """Return spearman x 100, alignment and uniformity."""
         vectors, first, second = self.vectors(embed)
         scores = np.array(self.rows["score"][:])
         positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
@@ -126,13 +144,13 @@ class STS:
             "uniformity": uniformity(vectors),
         }
 
-    def cosines(self, embed: Callable) -> np.ndarray:
-        """Of the pairs, (P,)."""
+    def cosines(self, embed: Embed) -> np.ndarray:
+        """Return the cosines of the pairs, (P,)."""
         _, first, second = self.vectors(embed)
         return (first * second).sum(-1)
 
-    def vectors(self, embed: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Unit vectors of the different sentences, (N, D), and of the pairs' first and second ones, (P, D) each."""
+    def vectors(self, embed: Embed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return unit vectors of the different sentences, (N, D), and of the pairs' first and second ones, (P, D) each."""
         rows = self.rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
         texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
         vectors = unit(embed_on_all_ranks(texts, embed))

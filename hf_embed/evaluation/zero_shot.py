@@ -6,22 +6,22 @@ A label becomes a text by a template, "this is an example of {label}"; nothing i
 import json
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 from hf_embed.data.sources import first_cells, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
-from hf_embed.evaluation.tasks import NO_ORDER, embed_on_all_ranks
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ZeroShot:
+class ZeroShot(EvaluationTask):
     """Texts, the number of each one's label, and the labels' texts."""
 
     texts: list[str]
@@ -32,8 +32,11 @@ class ZeroShot:
     main = "accuracy"
     reported = ("accuracy", "f1")
 
-    def score(self, embed: Callable) -> dict[str, float]:
-        """accuracy and f1 (the mean over labels), x 100; NaN, with a warning, where every text is as near to every label."""
+    def score(self, embed: Embed) -> dict[str, float]:
+        """Return accuracy and f1 (the mean over labels), x 100.
+
+        They are NaN, with a warning, where every text is as near to every label.
+        """
         texts, labels = (unit(embed_on_all_ranks(part, embed)) for part in (self.texts, self.label_texts))
         cosines = texts @ labels.T  # (N, labels)
         if not ordered(cosines):
@@ -48,28 +51,19 @@ class ZeroShot:
 
 
 def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> ZeroShot:
-    """A file with the columns label and text, by name where there is a header, else by position.
+    """Read a file with the columns label and text, by name where there is a header, else by position.
 
-    `labels_file` is a JSON object {label: its name}; else a label's name is the label with spaces for underscores.
-    Raises InputError for a template without {label}, missing columns, fewer than two labels, or a label without a name.
+    Args:
+        path: csv, tsv, jsonl or parquet.
+        template: how a label's name becomes a text, with {label} in it.
+        labels_file: a JSON object {label: its name}; else a label's name is the label with spaces for underscores.
+
+    Raises:
+        InputError: a template without {label}, missing columns, fewer than two labels, or a label without a name.
     """
     if "{label}" not in template:
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
-    cells = first_cells(path)
-    rows = read_file(path, header=cells is None or bool({"label", "text"} & set(cells)))
-    names = {c.lower(): c for c in rows.column_names}
-    if not {"label", "text"} <= set(names):
-        if {"label", "text"} & set(names):
-            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
-        if len(rows.column_names) != 2:
-            raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
-        names = dict(zip(("label", "text"), rows.column_names))
-        labels = rows[names["label"]][:]
-        if len(labels) > 20 and len(set(map(str, labels))) > len(labels) / 2:
-            raise InputError(f"{path}: hardly a label stands twice; the first column is the label, the second the text")
-    rows = rows.select_columns([names["label"], names["text"]]).rename_columns(
-        {names[c]: c for c in ("label", "text") if names[c] != c}
-    )
+    rows = label_and_text(path)
     for i, row in enumerate(rows, 1):
         row_texts(row, ["text"], f"{path}, row {i}")
         if row["label"] is None or not str(row["label"]).strip():
@@ -77,14 +71,36 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     labels = sorted(set(map(str, rows["label"])))
     if len(labels) < 2:
         raise InputError(f"{path}: every label is {labels[0]}; classification needs at least two")
-    names = {label: label.replace("_", " ") for label in labels}
-    if labels_file:
-        try:
-            names = json.loads(Path(labels_file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--zero_shot_labels {labels_file}: cannot be read as JSON: {error}") from error
-        if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
-            raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
+    names = read_label_names(labels_file, labels) if labels_file else {label: label.replace("_", " ") for label in labels}
     number = {label: i for i, label in enumerate(labels)}
     texts = [template.replace("{label}", names[label]) for label in labels]
     return ZeroShot(rows["text"][:], [number[str(label)] for label in rows["label"]], texts)
+
+
+def label_and_text(path: str) -> Dataset:
+    """Read a file's rows, with exactly the columns label and text."""
+    cells = first_cells(path)
+    rows = read_file(path, header=cells is None or bool({"label", "text"} & set(cells)))
+    columns = {column.lower(): column for column in rows.column_names}
+    if not {"label", "text"} <= set(columns):
+        if {"label", "text"} & set(columns):
+            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
+        if len(rows.column_names) != 2:
+            raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
+        columns = dict(zip(("label", "text"), rows.column_names))
+        labels = rows[columns["label"]][:]
+        if len(labels) > 20 and len(set(map(str, labels))) > len(labels) / 2:
+            raise InputError(f"{path}: hardly a label stands twice; the first column is the label, the second the text")
+    renamed = {columns[name]: name for name in ("label", "text") if columns[name] != name}
+    return rows.select_columns([columns["label"], columns["text"]]).rename_columns(renamed)
+
+
+def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
+    """Read the names of labels from a JSON object. Raises InputError for a label that has none."""
+    try:
+        names = json.loads(Path(labels_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--zero_shot_labels {labels_file}: cannot be read as JSON: {error}") from error
+    if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
+        raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
+    return names

@@ -1,35 +1,45 @@
 """Which temperature suits a model and its texts: a sweep, and an honest account of what it gains.
 
 Whoever takes the best of eight temperatures takes the luckiest too. So the gain is cross-validated: queries are dealt into
-folds, each fold is scored at the temperature that is best on the others, and compared with itself at temperature 1. (The two
-temperatures beside the best of the grid are tried for the best on all queries; a fold may choose them, or not.)
+parts, each part is scored at the temperature that is best on the others, and compared with itself at temperature 1. (The two
+temperatures beside the best are tried for the best on all queries; a part may choose them, or not.)
 
 Without labels the second half of a text is what its first half looks for. (Geometry alone is no
 guide: docs/results.md has a model whose retrieval gains two points while its embeddings draw a little closer together.)
 
-Shapes: F folds, Q queries or pairs of a task.
+Shapes: P parts, Q queries or pairs of a task.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 from tqdm.auto import tqdm
 
+from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.checkpoint.tables import swept_columns
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS, spearman
-from hf_embed.evaluation.tasks import NO_ORDER, Task
-from hf_embed.tempscale.attention import tempscale
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
+from hf_embed.kit.overwrite import clear_results
+from hf_embed.tempscale import fold_tempscale, tempscale
+from hf_embed.tempscale.fold import folded
 
-GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-STEP = 0.05  # on either side of the best of the grid
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+STEP = 0.05  # on either side of the best of these
 
 
 def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
-    """A retrieval set without labels: of each text of at least so many words, the first half looks for the second."""
+    """Make a retrieval set without labels: the first half of each text looks for the second.
+
+    Raises:
+        InputError: fewer than two texts have `least` words.
+    """
     words = [text.split() for text in dict.fromkeys(texts)]
     words = [text for text in words if len(text) >= least]
     if len(words) < 2:
@@ -37,76 +47,140 @@ def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
     return pairs_to_retrieval([(" ".join(text[: len(text) // 2]), " ".join(text[len(text) // 2 :])) for text in words])
 
 
-def fold_scores(task: Task, embed: Callable, folds: int) -> np.ndarray:
-    """The task's main metric on all queries, on all but those of fold 1, 2 ... F, and on those of fold 1, 2 ... F: (1 + 2F,).
+def part_scores(task: Task, embed: Embed, parts: int) -> np.ndarray:
+    """Return the task's main metric on all queries, on all but those of part 1 to P, and on those of part 1 to P: (1 + 2P,).
 
-    nDCG@10 x 100 of a retrieval set, Spearman x 100 of an STS set. Raises InputError for another kind, or too few queries.
+    It is nDCG@10 x 100 of a retrieval set, Spearman x 100 of an STS set.
+
+    Raises:
+        InputError: a task of another kind, too few queries, or cosines that have no order.
     """
     if isinstance(task, Retrieval):
         values = np.array([100 * metrics["ndcg@10"] for metrics in task.per_query(embed)])
-        metric = lambda chosen: values[chosen].mean()  # noqa: E731
+        has_order = bool(np.isfinite(values).all())
+
+        def metric(chosen: np.ndarray) -> float:
+            return values[chosen].mean()
     elif isinstance(task, STS):
         values, scores = task.cosines(embed), np.array(task.rows["score"][:])
-        metric = lambda chosen: 100 * spearman(values[chosen], scores[chosen])  # noqa: E731
+        has_order = ordered(values[None])
+
+        def metric(chosen: np.ndarray) -> float:
+            return 100 * spearman(values[chosen], scores[chosen])
     else:
         raise InputError(f"a temperature is chosen on retrieval or STS sets, not on {task.kind}")
-    if not ordered(values[None]) if isinstance(task, STS) else not np.isfinite(values).all():
+    if not has_order:
         raise InputError(f"nothing to choose a temperature by: {NO_ORDER}")
-    if len(values) < 2 * folds:
-        raise InputError(f"{len(values)} queries are too few for {folds} folds; give more, or fewer --folds")
-    fold = np.random.default_rng(0).permutation(len(values)) % folds
+    if len(values) < 2 * parts:
+        raise InputError(f"{len(values)} queries are too few for {parts} folds; give more, or fewer --folds")
+    part_of = np.random.default_rng(0).permutation(len(values)) % parts  # (Q,)
     everything = np.ones(len(values), bool)
-    scores = [metric(c) for c in [everything, *(fold != f for f in range(folds)), *(fold == f for f in range(folds))]]
-    if not np.isfinite(scores).all():
-        raise InputError(f"{len(values)} pairs in {folds} folds leave one with equal scores only; give more, or fewer --folds")
-    return np.array(scores)
+    others, own = [part_of != part for part in range(parts)], [part_of == part for part in range(parts)]
+    found = np.array([metric(chosen) for chosen in [everything, *others, *own]])
+    if not np.isfinite(found).all():
+        raise InputError(f"{len(values)} pairs in {parts} folds leave one with equal scores only; give more, or fewer --folds")
+    return found
 
 
-def sweep(model, embed: Callable, tasks: dict[str, Task], grid: Iterable[float] = GRID, folds: int = 5) -> dict:
-    """Score `tasks` at the temperatures of `grid`, at 1, and, if there is more than one, at two more around the best.
+def sweep(
+    model: nn.Module,
+    embed: Embed,
+    tasks: Mapping[str, Task],
+    temperatures: Iterable[float] = TEMPERATURES,
+    parts: int = 5,
+) -> dict[str, Any]:
+    """Score `tasks` at `temperatures`, at 1, and, if several are given, at two more around the best.
 
-    `model` is what `embed` embeds with. Every temperature costs one encoding of the texts.
+    Args:
+        model: what `embed` embeds with.
+        embed: a function from texts to vectors. Every temperature costs one encoding of the texts.
+        tasks: STS and retrieval sets by name.
+        temperatures: to try.
+        parts: of the cross-validation.
 
-        {"temperature": 0.8, "curve": [{"temperature": 0.6, "mine": 39.0, "mean": 39.0}, ...],
-         "gain": 1.3,                    of the best temperature against 1, mean over tasks, on the queries that chose it
-         "cross_validated_gain": 1.2,    on queries that did not
-         "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8]}
+    Returns:
+        The temperature that is best on all queries, and what it gains:
+
+            {"temperature": 0.8, "curve": [{"temperature": 0.6, "mine": 39.0, "mean": 39.0}, ...],
+             "gain": 1.3,                    of the best temperature against 1, mean over tasks, on the queries that chose it
+             "cross_validated_gain": 1.2,    on queries that did not
+             "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8]}     chosen on all queries but those of a part
     """
-    scores: dict[float, np.ndarray] = {}
+    scores: dict[float, np.ndarray] = {}  # (tasks, 1 + 2P) at each temperature
 
-    def visit(temperatures: Iterable[float]) -> None:
-        for temperature in tqdm(sorted({round(t, 4) for t in temperatures} - scores.keys()), desc="Temperatures"):
+    def visit(wanted: Iterable[float]) -> None:
+        for temperature in tqdm(sorted({round(t, 4) for t in wanted} - scores.keys()), desc="Temperatures"):
             with tempscale(model, temperature):
-                scores[temperature] = np.stack([fold_scores(task, embed, folds) for task in tasks.values()])
+                scores[temperature] = np.stack([part_scores(task, embed, parts) for task in tasks.values()])
 
-    grid = list(grid)
-    visit([*grid, 1.0])
-    best = best_of({t: s[:, 0].mean() for t, s in scores.items()})
-    if len(grid) > 1:
-        visit(t for t in (best - STEP, best + STEP) if t > 0)
-        best = best_of({t: s[:, 0].mean() for t, s in scores.items()})
-    mean = {t: s.mean(0) for t, s in scores.items()}  # (1 + 2F,)
-    chosen = [best_of({t: s[1 + f] for t, s in mean.items()}) for f in range(folds)]
-    held_out = [mean[t][1 + folds + f] - mean[1.0][1 + folds + f] for f, t in enumerate(chosen)]
+    temperatures = list(temperatures)
+    visit([*temperatures, 1.0])
+    if len(temperatures) > 1:
+        best = best_of({temperature: found[:, 0].mean() for temperature, found in scores.items()})
+        visit(temperature for temperature in (best - STEP, best + STEP) if temperature > 0)
+    return summarise(scores, list(tasks), parts)
+
+
+def summarise(scores: dict[float, np.ndarray], names: list[str], parts: int) -> dict[str, Any]:
+    """Return what `sweep` returns, of the scores (tasks, 1 + 2P) at each temperature, 1 among them."""
+    mean = {temperature: found.mean(0) for temperature, found in scores.items()}  # (1 + 2P,)
+    best = best_of({temperature: found[0] for temperature, found in mean.items()})
+    chosen, held_out = [], []
+    for part in range(parts):
+        others, own = 1 + part, 1 + parts + part  # the places of all queries but the part's, and of the part's
+        chosen.append(best_of({temperature: found[others] for temperature, found in mean.items()}))
+        held_out.append(mean[chosen[-1]][own] - mean[1.0][own])
+    curve = []
+    for temperature in sorted(scores):
+        by_task = {name: float(found[0]) for name, found in zip(names, scores[temperature])}
+        curve.append({"temperature": temperature} | by_task | {"mean": float(mean[temperature][0])})
     return {
         "temperature": best,
-        "curve": [
-            {"temperature": t} | {name: float(s[0]) for name, s in zip(tasks, scores[t])} | {"mean": float(mean[t][0])}
-            for t in sorted(scores)
-        ],
+        "curve": curve,
         "gain": float(mean[best][0] - mean[1.0][0]),
         "cross_validated_gain": float(np.mean(held_out)),
         "fold_temperatures": chosen,
     }
 
 
-def best_of(scores: dict[float, float]) -> float:
-    """The temperature that scores best; of equals the one nearest to 1."""
-    return max(scores, key=lambda t: (round(scores[t], 6), -abs(t - 1)))
+def best_of(scores: Mapping[float, float]) -> float:
+    """Return the temperature that scores best; of equals the one nearest to 1."""
+    return max(scores, key=lambda temperature: (round(scores[temperature], 6), -abs(temperature - 1)))
 
 
-def plot_sweep(result: dict, path: str | Path) -> None:
-    """Change against temperature 1, a line for each task."""
+def check_output_dir(folder: Path, model: Path, overwrite: bool) -> None:
+    """Raise InputError if `folder` is the model's own, or holds files that may not be replaced."""
+    if folder.resolve() == model.resolve():
+        raise InputError(f"--output_dir {folder} is the model's own folder; name another")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise InputError(f"--output_dir {folder} holds files; name another folder, or replace them by --overwrite_output_dir")
+
+
+def check_foldable_at(encoder: Encoder, temperature: float) -> None:
+    """Raise InputError for whatever stands in the way of saving: it is known before the search, not after."""
+    with tempscale(encoder.backbone, temperature):
+        folded(encoder.backbone)
+
+
+def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str, result: dict[str, Any] | None = None) -> None:
+    """Save an encoder with a temperature in its weights, and beside it the card, and what `sweep` returned.
+
+    Of the results of the folder `origin`, where the model is from, how it was trained is kept: the scores are of the model as
+    it was.
+    """
+    results = {"train": train} if (train := stored_results(origin).get("train")) else {}
+    if temperature != 1:
+        fold_tempscale(encoder.backbone, temperature)
+    encoder.save_pretrained(str(folder))  # first: what was there stays, with its scores, if this fails
+    clear_results(folder, keep=["README.md"])  # someone may have edited it
+    store_results(folder, results if result is None else results | {"tempscale": result})
+    if result is not None:
+        plot_sweep(result, folder / "tempscale.png")
+    write_card(encoder, folder)
+
+
+def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
+    """Plot the change against temperature 1, a line for each task, of what `sweep` returns."""
     import matplotlib
 
     matplotlib.use("Agg")

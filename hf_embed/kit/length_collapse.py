@@ -1,7 +1,7 @@
-"""Length collapse: do the embeddings of long texts draw together? (https://arxiv.org/abs/2410.24200)
+"""Length collapse: do the embeddings of long texts draw together?
 
-The same texts, cut to 16, 32, 64 ... tokens: what differs is the length alone. And the texts as they are, in bins of length.
-Of each group of N texts:
+The paper is https://arxiv.org/abs/2410.24200. The same texts, cut to 16, 32, 64 ... tokens: what differs is the length alone.
+And the texts as they are, in bins of length. Of each group of N texts:
 
     mean_cosine      mean over pairs; rises where embeddings draw together
     uniformity       log E exp(-2 ||x - y||^2) over pairs; rises with it
@@ -13,7 +13,9 @@ Of each group of N texts:
 Shapes: N texts, T tokens, D wide.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +24,23 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import uniformity, unit
 
+Report = dict[str, list[dict[str, Any]]]
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LAYER_SAMPLE = 64  # texts whose token states are looked at, layer by layer
 
 
-def length_report(encoder: Encoder, texts: list[str], lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[dict]]:
-    """{"cut": [...], "natural": [...]}, in each a dict for a group: tokens, texts, and the measures above.
+def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LENGTHS) -> Report:
+    """Measure texts cut to the `wanted` lengths, and as they are.
 
-    "cut" takes the texts that fill the largest length that half of them, or 100 of them, fill; "tokens" is the length. In
-    "natural" it is the upper end of the bin.
+    Returns:
+        {"cut": [...], "natural": [...]}, in each a dict for a group: tokens, texts, and the measures above. "cut" takes the
+        texts that fill the largest length that half of them, or 100 of them, fill; "tokens" is the length. In "natural" it is
+        the upper end of the bin.
 
     Raises:
         InputError: fewer than two texts, or none of the shortest length.
     """
-    lengths = sorted({min(length, encoder.max_length) for length in lengths})
+    lengths = sorted({min(length, encoder.max_length) for length in wanted})
     if len(texts) < 2:
         raise InputError(f"{len(texts)} text(s): embeddings can only draw together where there are two")
     tokens = np.array([len(ids) for ids in encoder.tokenizer(texts, verbose=False)["input_ids"]])
@@ -45,17 +50,18 @@ def length_report(encoder: Encoder, texts: list[str], lengths: tuple[int, ...] =
         raise InputError(
             f"of {len(texts)} texts {(tokens >= lengths[0]).sum()} have {lengths[0]} tokens or more; give longer texts"
         )
-    long = [text for text, n in zip(texts, tokens) if n >= filled[-1]]
-    report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in filled], "natural": []}
+    long = [text for text, count in zip(texts, tokens) if count >= filled[-1]]
+    report: Report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in filled], "natural": []}
     for lower, upper in zip([0, *lengths], lengths):
         last = upper == lengths[-1]  # whatever is longer is cut
-        inside = [text for text, n in zip(texts, tokens) if lower < n and (n <= upper or last)]
+        inside = [text for text, count in zip(texts, tokens) if lower < count and (count <= upper or last)]
         if len(inside) > 1:
             report["natural"].append({"tokens": upper} | measure(encoder, inside, upper))
     return report
 
 
-def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict:
+def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict[str, Any]:
+    """Return the measures of one group, its texts cut to `max_length` tokens."""
     before = encoder.max_length
     encoder.max_length = max_length
     try:
@@ -67,12 +73,12 @@ def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict:
 
 
 def geometry(vectors: np.ndarray) -> dict[str, float]:
-    """Of unit vectors (N, D)."""
-    n, total = len(vectors), vectors.sum(0)
+    """Return the measures of unit vectors (N, D)."""
+    count, total = len(vectors), vectors.sum(0)
     values = np.linalg.svd(vectors, compute_uv=False)
     shares = values[values > 1e-12] / values.sum()
     return {
-        "mean_cosine": float((total @ total - n) / (n * (n - 1))),
+        "mean_cosine": float((total @ total - count) / (count * (count - 1))),
         "uniformity": uniformity(vectors),
         "effective_rank": float(np.exp(-(shares * np.log(shares)).sum())),
         "to_mean": float((vectors @ total).mean() / max(np.linalg.norm(total), 1e-12)),
@@ -81,8 +87,10 @@ def geometry(vectors: np.ndarray) -> dict[str, float]:
 
 @torch.inference_mode()
 def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[float]:
-    """The share of the token states' energy outside their mean over the text, for the word embeddings and each layer, means
-    over the texts."""
+    """Return the share of the token states' energy outside their mean over the text, a mean over the texts.
+
+    There is a number for the word embeddings and for each layer.
+    """
     shares = []
     for start in range(0, len(texts), batch):
         inputs = encoder.tokenizer(
@@ -102,13 +110,25 @@ def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[f
     return torch.cat(shares, dim=1).mean(1).tolist()
 
 
-def collapse(report: dict) -> float:
-    """By how much the mean cosine of the same texts rises from their shortest cut to the longest."""
+def collapse(report: Report) -> float:
+    """Return by how much the mean cosine of the same texts rises from their shortest cut to the longest."""
     return report["cut"][-1]["mean_cosine"] - report["cut"][0]["mean_cosine"]
 
 
-def lines(report: dict) -> list[str]:
-    """A table for people."""
+def report_lines(reports: dict[str, Report]) -> list[str]:
+    """Return, for people, a table for each report by its name, and how each collapses."""
+    out = []
+    for name, report in reports.items():
+        out += ["", name, "", *lines(report)]
+    out += ["", "mean cosine of the same texts, from the shortest cut to the longest:"]
+    for name, report in reports.items():
+        cut = report["cut"]
+        out.append(f"  {name:16} {cut[0]['mean_cosine']:.3f} -> {cut[-1]['mean_cosine']:.3f}, {collapse(report):+.3f}")
+    return out
+
+
+def lines(report: Report) -> list[str]:
+    """Return a table for people."""
     out = []
     for kind, title in (("cut", "the same texts, cut to"), ("natural", "texts as they are, up to")):
         if not report[kind]:
@@ -124,9 +144,11 @@ def lines(report: dict) -> list[str]:
     return out[:-1]
 
 
-def plot_collapse(reports: dict[str, dict], path: str | Path) -> None:
-    """Mean cosine and uniformity against length, and the high-frequency share along the layers, of the cut texts; a line
-    for each report, by its name."""
+def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
+    """Plot mean cosine and uniformity against length, and the high-frequency share along the layers, of the cut texts.
+
+    There is a line for each report, by its name.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,7 +159,7 @@ def plot_collapse(reports: dict[str, dict], path: str | Path) -> None:
     for (name, report), colour, style in zip(reports.items(), colours, styles):
         cut = report["cut"]
         tokens = [row["tokens"] for row in cut]
-        look = {"color": colour, "linestyle": style, "marker": "o", "label": name}
+        look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "label": name}
         left.plot(tokens, [row["mean_cosine"] for row in cut], **look)
         middle.plot(tokens, [row["uniformity"] for row in cut], **look)
         for row, width in ((cut[0], 1), (cut[-1], 2.5)) if len(cut) > 1 else ((cut[0], 2.5),):
@@ -145,7 +167,7 @@ def plot_collapse(reports: dict[str, dict], path: str | Path) -> None:
             right.plot(row["high_frequency"], color=colour, linestyle=style, linewidth=width, label=label)
     for axes, title in ((left, "mean cosine"), (middle, "uniformity")):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [str(n) for n in tokens])
+        axes.set_xticks(tokens, list(map(str, tokens)))
         axes.set_xlabel("tokens of the same texts")
         axes.set_title(f"{title} (lower: more apart)")
         axes.legend()

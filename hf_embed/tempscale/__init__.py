@@ -1,3 +1,5 @@
+"""TempScale: sharper attention, on a live model or in its weights, without training."""
+
 from hf_embed.tempscale.attention import applied_tempscale, apply_tempscale, remove_tempscale, tempscale
 from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.fold import fold_tempscale, unfold_tempscale

@@ -80,7 +80,11 @@ def remove_tempscale(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def tempscale(model: nn.Module, config: TempScaleConfig | float) -> Iterator[nn.Module]:
-    """Scale `model` within a `with` block: `with tempscale(model, 0.9):`. Afterwards it is as before."""
+    """Scale a model within a `with` block; afterwards it is as before.
+
+    with tempscale(model, 0.9):
+        vectors = encoder.encode(texts)
+    """
     apply_tempscale(model, config)
     try:
         yield model
@@ -250,6 +254,7 @@ class Divide:
         self.temperature, self.part, self.lengths = temperature, part, lengths
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Return what takes the output's place."""
         divisor: float | Tensor = self.temperature
         if self.lengths is not None:
             divisor = divisor * self.lengths.factor(output)
@@ -265,6 +270,7 @@ class ScaleBias:
         self.place, self.factor = list(inspect.signature(attention.forward).parameters).index("position_bias"), factor
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return what takes the arguments' place."""
         if len(args) > self.place:
             return (*args[: self.place], args[self.place] * self.factor, *args[self.place + 1 :]), kwargs
         return args, kwargs | {"position_bias": kwargs["position_bias"] * self.factor}
@@ -278,6 +284,12 @@ class Lengths:
         self.tokens = torch.zeros(0)  # (B,)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Count the tokens of each text.
+
+        Raises:
+            InputError: the attention mask has more dimensions than (texts, tokens).
+            RuntimeError: layers would run again in the backward pass, when the numbers are those of another batch.
+        """
         if getattr(model, "is_activation_checkpointing", False) and model.training:
             raise RuntimeError("TempScale with growth cannot be trained under activation checkpointing; use gradient_caching")
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
