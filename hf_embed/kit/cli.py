@@ -117,7 +117,7 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     argv = list(sys.argv[1:] if argv is None else argv)
     config, argv = take_option(argv, "--config")
     parser = Parser(kinds)
-    if config is None and preset is not None:
+    if config is None and preset is not None and not {"-h", "--help"} & set(argv):  # help shows the flags' own defaults
         config = preset(given_flags(argv))
     if config is not None:
         set_defaults(parser, config, given_flags(argv))
