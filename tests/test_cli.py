@@ -233,4 +233,5 @@ def test_flags_are_overridden_and_not_changed(tmp_path):
     assert (changed.seed, changed.metric_for_best_model, changed.do_eval) == (4, None, False)
     assert "unknown flag --temprature=1 (did you mean 'temperature'?)" in error_of(flags.override_as_given, {"temprature": 1})
     assert "argument --seed: invalid int value: 'x'" in error_of(flags.override_as_given, {"seed": "x"})
+    assert "ignored explicit argument 'True'" in error_of(flags.override_as_given, {"no_mask_other_positives": True})
     assert "temperature is -1.0" in error_of(flags.override(temperature=-1.0).make, SimCSE)
