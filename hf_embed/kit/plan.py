@@ -164,17 +164,19 @@ class Plan:
         return self.run.overwrite_output_dir and not self.args.resume_from_checkpoint
 
 
-def read_flags(own: Sequence[type], preset: Path, unless: Sequence[str], argv: list[str] | None = None) -> cli.Flags:
+def read_flags(
+    own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = (), argv: list[str] | None = None
+) -> cli.Flags:
     """Read and check the flags that all fine-tuning recipes have, and those of a recipe's own dataclasses.
 
     Args:
         own: dataclasses, for example of the objective: every field with its help text is a flag.
-        preset: the YAML file of settings to take where the user gives none by `--config`.
+        preset: a YAML file of settings, which is taken where the user gives none by `--config`.
         unless: flags; where one of them is given, the preset is not taken.
         argv: the command line; default: the process's.
     """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
-    flags = cli.read_flags(kinds, lambda given: None if set(unless) & set(given) else str(preset), argv)
+    flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     for kind in kinds:
         flags.make(kind)  # each checks itself
     return flags
