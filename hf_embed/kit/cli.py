@@ -188,6 +188,9 @@ def convert(parser: Parser, action: argparse.Action, value: object) -> object:
     """Convert a value from a YAML file to the type of the flag. Raises InputError for one that the flag does not take."""
     if action.nargs == 0:  # --no_FLAG, for one
         parser.error(str(argparse.ArgumentError(action, f"ignored explicit argument {str(value)!r}")))
+    for item in value if isinstance(value, list) else []:
+        if str(item).startswith("--"):
+            raise InputError(f"{action.dest}: '{item}' looks like a flag; give it on the command line")
     if action.nargs == "+":
         return [convert_one(parser, action, item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):
