@@ -41,11 +41,13 @@ def main() -> None:
         words = ["", "", *words]
     folder, repo, *words = words
     (args,) = parse([Arguments], argv=words)
-    settings = vars(args)
-    trusted = settings.pop("trust_remote_code")
-    if settings.pop("new_card"):
-        write_card(Encoder.from_pretrained(folder, trust_remote_code=trusted), folder, overwrite=True)
-    print(push_folder(folder, repo, **settings))
+    if args.new_card:
+        write_card(Encoder.from_pretrained(folder, trust_remote_code=args.trust_remote_code), folder, overwrite=True)
+    address = push_folder(
+        folder, repo, private=args.private, revision=args.revision, create_pr=args.create_pr,
+        commit_message=args.commit_message, everything=args.everything,
+    )  # fmt: skip
+    print(address)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Flags and YAML: who wins, what values mean, and what is refused in one line."""
 
+from dataclasses import dataclass, field
+
 import pytest
 from conftest import error_of
 
@@ -52,6 +54,11 @@ def parse(tmp_path):
         # BUG: words that begin with "-" are taken for flags; also -1.0e-5, which argparse thinks no number.
         ("train_file: -a.txt", "train_file", "-a.txt"),
         ("hard_negative_weight: -1e-5", "hard_negative_weight", -1e-5),
+        # BUG: a switch that is on by default could not be turned off.
+        ("mask_other_positives: false", "mask_other_positives", False),
+        ("quoting: no", "quoting", False),
+        ("ignore_columns: [-1, label]", "ignore_columns", ["-1", "label"]),
+        ("max_length: [32]", "max_length", 32),
     ],
 )
 def test_yaml_value(yaml, key, value, parse):
@@ -114,6 +121,27 @@ def test_bad_yaml(yaml, expected, parse, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("yaml", "expected"),
+    [
+        ("temperature: warm", "argument --temperature: invalid float value: 'warm'"),
+        ("max_length: 3.5", "argument --max_length/--max-length: invalid int value: '3.5'"),
+        (
+            "eval_strategy: often",
+            "argument --eval_strategy/--eval-strategy: invalid choice: 'often' (choose from 'no'",
+        ),
+        ("gradient_caching: perhaps", "argument --gradient_caching/--gradient-caching: Truthy value expected"),
+        ("max_length: [32, 64]", "argument --max_length/--max-length: expected one argument"),
+    ],
+)
+def test_bad_value_in_yaml_is_said_as_on_the_command_line(yaml, expected, parse):
+    assert expected in error_of(parse, yaml)
+    key, value = yaml.split(": ")
+    assert parse(yaml, f"--{key}=1" if "eval" not in key else "--eval_strategy=no")  # which the flag overrides
+    if "[" not in value:
+        assert expected in error_of(parse, "", f"--{key}", value)
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--learnin_rate", "1"], "--learnin_rate"),
@@ -167,3 +195,42 @@ def test_run_ends_in_one_line_and_code_2(capsys):
 def test_run_hides_no_other_error():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)
+
+
+@dataclass
+class Needy:
+    model: str
+    widths: tuple[int, ...] = field(default=(3, 2), metadata={"help": "Some widths."})
+    inner: int = field(default=1, metadata={"flag": False})
+
+    def __post_init__(self):
+        if 0 in self.widths:
+            raise InputError("a width is 0")
+
+
+def test_flags_from_any_dataclass(tmp_path):
+    """A tuple is a list on the command line; a field may be no flag; what is required may come from the file."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: mine\nwidths: [8, 4]")
+    (made,) = cli.parse([Needy], argv=["--config", str(path)])
+    assert (made.model, made.widths, made.inner) == ("mine", [8, 4], 1)
+    assert cli.parse([Needy], argv=["--model", "m"])[0].widths == [3, 2]
+    assert "the following arguments are required: --model" in error_of(cli.parse, [Needy], argv=[])
+    assert "unknown flag --inner" in error_of(cli.parse, [Needy], argv=["--model", "m", "--inner", "2"])
+    assert error_of(cli.parse, [Needy], argv=["--model", "m", "--widths", "0"]) == "a width is 0"
+
+
+def test_flags_are_overridden_and_not_changed(tmp_path):
+    kinds = [SimCSE, ContrastiveTrainingArguments]
+    flags = cli.read_flags(kinds, argv=["--temperature", "0.1", "--seed", "3", "--load_best_model_at_end", "--eval_strategy",
+                                        "epoch", "--save_strategy", "epoch", "--use_cpu"])  # fmt: skip
+    args = flags.make(ContrastiveTrainingArguments)
+    other = flags.override(seed=4, load_best_model_at_end=False).override_as_given({"temperature": 1, "eval-strategy": "no"})
+    assert (flags.make(SimCSE).temperature, other.make(SimCSE).temperature) == (0.1, 1.0)
+    assert flags.make(ContrastiveTrainingArguments) == args and args.metric_for_best_model == "auto"
+    changed = other.make(ContrastiveTrainingArguments)  # as if it were given so: nothing is left that was derived before
+    assert (changed.seed, changed.metric_for_best_model, changed.do_eval) == (4, None, False)
+    assert "unknown flag --temprature=1 (did you mean 'temperature'?)" in error_of(flags.override_as_given, {"temprature": 1})
+    assert "argument --seed: invalid int value: 'x'" in error_of(flags.override_as_given, {"seed": "x"})
+    assert "ignored explicit argument 'True'" in error_of(flags.override_as_given, {"no_mask_other_positives": True})
+    assert "temperature is -1.0" in error_of(flags.override(temperature=-1.0).make, SimCSE)

@@ -197,6 +197,22 @@ def test_a_bad_row_that_one_rank_meets_is_said(files):
     assert "source 'web'" in errors[0] and "q 151" in errors[0] and "the text is empty" in errors[0]
 
 
+def test_offline_data_is_made_once_for_all_seeds(files, monkeypatch):
+    made, model = [], str(files / "model")
+
+    def docstrings(model):
+        made.append(model)
+        return str(files / "sources.yaml"), [f"r={files / 'beir'}"]
+
+    monkeypatch.setattr(GTE, "docstrings", docstrings)
+    argv = [*QUIET, "--model_name_or_path", model, "--max_length", 32, "--max_steps", 1, "--per_device_train_batch_size", 4]
+    results = GTE.main([*map(str, [*argv, "--output_dir", files / "out", "--seeds", "1,2"])])
+    assert made == [model] and set(results["seeds"]) == {"1", "2"}
+    assert results["train"]["data"] == "sources.yaml" and results["train"]["settings"]["dropout"] == 0  # of the preset
+    for seed in results["seeds"]:
+        assert json.loads((files / "out" / f"seed-{seed}" / "results.json").read_text())["train"]["seed"] == int(seed)
+
+
 BAD = {
     "two kinds of data": (["--train_file", "{folder}/a.jsonl"], "--train_file and --sources are both given"),
     "unknown direction": (["--directions", "query_to_docs"], "unknown direction 'query_to_docs'"),

@@ -43,7 +43,8 @@ class Parser(HfArgumentParser):
 
     def __init__(self, kinds: Sequence[type]):
         super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
-        for action in self._actions:
+        self.actions = {option: action for action in self._actions for option in action.option_strings}
+        for action in self.actions.values():
             action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
             if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint
                 action.nargs, action.const = "?", "latest"
@@ -54,7 +55,7 @@ class Parser(HfArgumentParser):
 
     def action_of(self, flag: str) -> argparse.Action | None:
         """Return what `--FLAG` does, or None where there is no such flag."""
-        return next((action for action in self._actions if f"--{flag}" in action.option_strings), None)
+        return self.actions.get(f"--{flag}")
 
     def names(self) -> set[str]:
         """Return the flags that a file may set."""
@@ -117,7 +118,7 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     argv = list(sys.argv[1:] if argv is None else argv)
     config, argv = take_option(argv, "--config")
     parser = Parser(kinds)
-    if config is None and preset is not None:
+    if config is None and preset is not None and not {"-h", "--help"} & set(argv):  # help shows the flags' own defaults
         config = preset(given_flags(argv))
     if config is not None:
         set_defaults(parser, config, given_flags(argv))
@@ -185,6 +186,11 @@ def set_defaults(parser: Parser, path: str, given: list[str]) -> None:
 
 def convert(parser: Parser, action: argparse.Action, value: object) -> object:
     """Convert a value from a YAML file to the type of the flag. Raises InputError for one that the flag does not take."""
+    if action.nargs == 0:  # --no_FLAG, for one
+        parser.error(str(argparse.ArgumentError(action, f"ignored explicit argument {str(value)!r}")))
+    for item in value if isinstance(value, list) else []:
+        if str(item).startswith("--"):
+            raise InputError(f"{action.dest}: '{item}' looks like a flag; give it on the command line")
     if action.nargs == "+":
         return [convert_one(parser, action, item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):

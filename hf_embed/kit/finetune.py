@@ -66,7 +66,7 @@ def check_adapter(trainer: ContrastiveTrainer) -> None:
 
 def save_adapter(encoder: Encoder, folder: Path) -> None:
     """Save the adapters by themselves, as PEFT does, without the place where the base model lies here."""
-    base, adapted = encoder.config.name_or_path, cast(PeftModel, encoder.backbone)
+    base, adapted = str(encoder.config.name_or_path), cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = shown(base)
     adapted.save_pretrained(str(folder))

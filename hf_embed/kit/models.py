@@ -1,7 +1,7 @@
 """The model that a plan names, with dropout, LoRA and heads as its flags ask."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -51,7 +51,7 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     new_pooler = settings["pooling"] == "cls_mlp"  # a new head, as in the paper's code, unless the folder has a trained one
     encoder = load_encoder(Encoder, name, **settings, new_pooler=new_pooler, **kwargs)
     if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
-        reset_dense(encoder.backbone.pooler.dense, encoder.config)
+        reset_dense(cast(nn.Linear, encoder.backbone.get_submodule("pooler.dense")), encoder.config)
     if model_args.lora_r:
         add_adapters(encoder, model_args)
     return LoadedModel(encoder, encoder.tokenizer, args)
@@ -64,7 +64,7 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
     model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
     if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
         raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
-    own = read_settings(name, model.base_model, tokenizer, args.pooling)
+    own = read_settings(name, cast(PreTrainedModel, model.base_model), tokenizer, args.pooling)
     if own.get("max_length", 0) > MOST_TOKENS:
         del own["max_length"]
     kept = (*ENCODER_SETTINGS, "prompts")
@@ -105,7 +105,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
         modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
     )  # fmt: skip
     try:
-        encoder.backbone = get_peft_model(encoder.backbone, config)
+        encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
     except (ValueError, TypeError) as error:  # a module of a kind that PEFT does not adapt, for one
         raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
 
@@ -125,6 +125,6 @@ def embed_with(encoder: Encoder) -> Callable[..., Tensor]:
     """Return the encoder as evaluation tasks call it."""
 
     def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
-        return encoder.encode(texts, prompt_name, convert_to_tensor=True)
+        return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))
 
     return embed

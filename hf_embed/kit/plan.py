@@ -132,7 +132,7 @@ class PositiveArguments:
 class Rows(NamedTuple):
     """What to train on, its name in messages, and which data sets of the Hub it comes from."""
 
-    rows: Dataset | list[Source]
+    data: Dataset | list[Source]
     name: str
     datasets: list[str]
 
@@ -164,17 +164,19 @@ class Plan:
         return self.run.overwrite_output_dir and not self.args.resume_from_checkpoint
 
 
-def read_flags(own: Sequence[type], preset: Path, unless: Sequence[str], argv: list[str] | None = None) -> cli.Flags:
+def read_flags(
+    own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = (), argv: list[str] | None = None
+) -> cli.Flags:
     """Read and check the flags that all fine-tuning recipes have, and those of a recipe's own dataclasses.
 
     Args:
         own: dataclasses, for example of the objective: every field with its help text is a flag.
-        preset: the YAML file of settings to take where the user gives none by `--config`.
+        preset: a YAML file of settings, which is taken where the user gives none by `--config`.
         unless: flags; where one of them is given, the preset is not taken.
         argv: the command line; default: the process's.
     """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
-    flags = cli.read_flags(kinds, lambda given: None if set(unless) & set(given) else str(preset), argv)
+    flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     for kind in kinds:
         flags.make(kind)  # each checks itself
     return flags
@@ -256,7 +258,7 @@ def make_plan(
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
     run = flags.make(RunArguments)
-    plan = Plan(model_args, run, args, objective, rows.rows, rows.name, tasks, paired, positive, rows.datasets)
+    plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets)
     return dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder))) if plan.replaces else plan
 
 
@@ -265,16 +267,16 @@ def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments,
     kind, _ = parse_positive(positive.positive)
     if kind in WITHOUT_ROWS:
         return rows
-    if not isinstance(rows.rows, Dataset):
+    if not isinstance(rows.data, Dataset):
         raise InputError(
             f"--positive {kind} is made for one set of sentences; give --train_file or --dataset_name, not --sources"
         )
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"):
         pairs = add_positives(
-            rows.rows, positive.positive, args.seed, rows.name, positive.synonyms, model, model_args.trust_remote_code
+            rows.data, positive.positive, args.seed, rows.name, positive.synonyms, model, model_args.trust_remote_code
         )
-    return rows._replace(rows=pairs)
+    return rows._replace(data=pairs)
 
 
 def settled(args: ContrastiveTrainingArguments, **values: Any) -> ContrastiveTrainingArguments:
