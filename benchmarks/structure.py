@@ -29,11 +29,17 @@ TIERS = [
 EXCEPTIONS = {("encoder", "checkpoint.load"), ("encoder", "checkpoint.save")}
 NO_CORE = ("tempscale", "kit", "recipes")
 
-# Attributes of foreign objects that have the name of an attribute of ours.
+# Guesses about objects that are not ours, of attributes whose names some class of ours has too.
 FOREIGN = {
-    "temp_scale": "an entry in a model's config.json, which older folders and other models do not have",
-    "config": "of what a user gives as a model",
-    "filename": "of an OSError",
+    "getattr(model.config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
+    "getattr(backbone.config, 'temp_scale', None)": "the same",
+    "getattr(encoder.base.config, 'temp_scale', None)": "the same",
+    "hasattr(model, 'config')": "whatever a user gives as a model",
+    "getattr(backend, 'model', None)": "a tokenizer may have no backend",
+    "getattr(cause, 'filename', None)": "any exception",
+    "getattr(getattr(backbone, 'pooler', None), 'dense', None)": "many architectures have no such pooler",
+    "hasattr(getattr(self.base, 'pooler', None), 'dense')": "the same",
+    "getattr(backbone.config, 'hidden_size', None)": "some configurations call it otherwise",
 }
 
 
@@ -144,13 +150,14 @@ def own_attributes() -> set[str]:
 
 def guessed_attributes() -> list[str]:
     """Places that ask an object, by `getattr` with a default or `hasattr`, for an attribute that classes of ours have."""
-    own, found = own_attributes() - set(FOREIGN), []
+    own, found = own_attributes(), []
     for name, path in modules().items():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
                 continue
             guess = call.func.id == "hasattr" or (call.func.id == "getattr" and len(call.args) == 3)
-            if guess and isinstance(call.args[1], ast.Constant) and call.args[1].value in own:
+            named = guess and isinstance(call.args[1], ast.Constant) and call.args[1].value in own
+            if named and ast.unparse(call) not in FOREIGN:
                 found.append(f"{name}, line {call.lineno}: {ast.unparse(call)}")
     return found
 

@@ -246,7 +246,7 @@ class Encoder(nn.Module):
 
     def encode(
         self,
-        texts: str | list[str],
+        texts: str | list[str] | DataLoader,
         prompt_name: str | None = None,
         batch_size: int = 512,
         convert_to_tensor: bool = False,

@@ -40,7 +40,7 @@ from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sample
 from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
-from hf_embed.evaluation.sts import STS, check_sts
+from hf_embed.evaluation.sts import named_tasks
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.library_internals import PushInProgress, memory_tracker, save_without_push, train_batch_size
 from hf_embed.mlm import mask_tokens
@@ -349,10 +349,3 @@ class ContrastiveTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Keep the card that `save_model` wrote; Trainer's own would replace it."""
-
-
-def named_tasks(sets: Dataset | Task | dict[str, Dataset | Task] | None) -> dict[str, Task]:
-    """Tasks by name; a `Dataset` is an STS set, and is checked. A single one is named by its kind."""
-    if sets is not None and not isinstance(sets, dict):
-        sets = {getattr(sets, "kind", "sts"): sets}
-    return {name: STS(check_sts(task, name)) if isinstance(task, Dataset) else task for name, task in (sets or {}).items()}

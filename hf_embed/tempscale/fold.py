@@ -133,7 +133,8 @@ def scaled(
     """Return what divides the scores of each attention by its temperature: {parameter: tensor} and {config key: number}."""
     state_dict = dict(model.named_parameters()) if state_dict is None else state_dict
     found = attentions(model)
-    tensors, caps = {}, {}
+    tensors: dict[str, Tensor] = {}
+    caps: dict[str, float] = {}
     for name, (attention, handler) in found.items():
         part = partial(handler.part, attention) if handler.part else None
         for child in projections(attention, handler):
