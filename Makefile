@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-docs test-lowest test-newest lint types venv
+.PHONY: demo test test-slow test-docs test-lowest test-newest lint venv
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
@@ -41,8 +41,6 @@ test-newest:
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: venv
 	$(BIN)/mypy
 
 # Makes the environment, or installs what is missing in it. A PyTorch that is there already stays.

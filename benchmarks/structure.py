@@ -31,6 +31,7 @@ NO_CORE = ("tempscale", "kit", "recipes")
 
 # Guesses about objects that are not ours, of attributes whose names some class of ours has too.
 FOREIGN = {
+    "getattr(config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
     "getattr(model.config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
     "getattr(backbone.config, 'temp_scale', None)": "the same",
     "getattr(encoder.base.config, 'temp_scale', None)": "the same",

@@ -176,11 +176,16 @@ class Encoder(nn.Module):
         return last.linear.out_features if isinstance(last, Dense) else self.width
 
     def pool(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
-        """Return pooled token states (b, width) of padded token ids and their mask, both (b, T).
+        """Pool the token states of a chunk.
 
         Args:
+            input_ids: (b, T) padded token ids.
+            mask: (b, T) 1 on tokens and 0 on padding.
             words: (b, T, width) these tokens' rows of the word table, if they have been read already.
             further: what else the tokenizer returns, by name.
+
+        Returns:
+            (b, width)
 
         Raises:
             InputError: the model's first output is not the states of these tokens.
@@ -341,7 +346,9 @@ class Encoder(nn.Module):
 
         Args:
             name_or_path: a folder, or OWNER/NAME on the Hub.
-            pooling: in place of the folder's own; so are max_length and normalize.
+            pooling: in place of the folder's own.
+            max_length: the same.
+            normalize: the same.
             trust_remote_code: run the Python code that the model brings, where it has its own architecture.
             model_kwargs: for `AutoModel.from_pretrained`.
 

@@ -81,10 +81,15 @@ class TrainingStep(nn.Module):
         mlm: tuple[Tensor, Tensor] | None = None,
         sharded: bool = False,
     ) -> dict[str, Tensor]:
-        """Compute all that the loss needs of a flat batch; the arguments are those of `Encoder.forward`.
+        """Compute all that the loss needs of a flat batch.
 
         Args:
+            input_ids: (S,), as for `Encoder.forward`; so are lengths, chunk_tokens, gradient_caching and sharded.
+            lengths: N numbers that sum to S.
+            chunk_tokens: padded tokens of a chunk.
+            gradient_caching: compute a chunk again in the backward pass.
             mlm: masked token ids and labels, both (S,), of the masked-language-modelling auxiliary.
+            sharded: ranks make equally many chunks.
 
         Returns:
             "embeddings" (N, D), not normalised; with `mlm` "mlm", the summed cross-entropy of the masked tokens; with a learned

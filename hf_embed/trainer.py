@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -40,7 +40,7 @@ from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sample
 from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
-from hf_embed.evaluation.sts import named_tasks
+from hf_embed.evaluation.sts import EvalData, named_tasks
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.library_internals import PushInProgress, memory_tracker, save_without_push, train_batch_size
 from hf_embed.mlm import mask_tokens
@@ -50,8 +50,6 @@ from hf_embed.trainer_settings import check_batch, check_settings, check_trainin
 from hf_embed.watch import Progress, Watch
 
 logger = logging.getLogger(__name__)
-
-EvalData: TypeAlias = Dataset | Task | dict[str, Dataset | Task]
 
 
 class ContrastiveTrainer(Trainer):

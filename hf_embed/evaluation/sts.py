@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from datasets import Dataset
@@ -112,7 +113,10 @@ def seven_tasks() -> dict[str, "STS"]:
     return {name: STS(check_sts(read_hub(hub, split="test"), hub)) for name, hub in SEVEN_TASKS.items()}
 
 
-def named_tasks(sets: Dataset | Task | Mapping[str, Dataset | Task] | None) -> dict[str, Task]:
+EvalData: TypeAlias = Dataset | Task | Mapping[str, Dataset | Task]
+
+
+def named_tasks(sets: EvalData | None) -> dict[str, Task]:
     """Return tasks by name; a `Dataset` is an STS set, and is checked. A single one is named by its kind.
 
     Raises:
