@@ -86,6 +86,7 @@ class DataArguments:
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
+NO_DATA = "nothing to train on; give --train_file FILE or --dataset_name NAME"
 
 
 @dataclass
@@ -194,7 +195,7 @@ def uses_quickstart(flags: cli.Flags) -> bool:
         InputError: a model of the user's, but no data.
     """
     if without_data(flags) and flags.values["model_name_or_path"]:
-        raise InputError("nothing to train on; give --train_file FILE or --dataset_name NAME")
+        raise InputError(NO_DATA)
     return without_data(flags)
 
 
@@ -227,6 +228,8 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
     """Read the rows to train on; without data, those of a file in `hf_embed/quickstart`."""
     if built_in is not None and uses_quickstart(flags):
         return Rows(read_file(str(QUICKSTART / built_in)), f"quickstart/{built_in}", [])
+    if without_data(flags):
+        raise InputError(NO_DATA)
     data = flags.make(DataArguments)
     rows, name = read_train_rows(data)
     return Rows(rows, name, hub_datasets(data, rows))
@@ -300,7 +303,7 @@ def on_the_hub(name: str | None) -> str | None:
     return name if named else None
 
 
-def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool) -> cli.Flags:
+def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
     """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from.
 
     Where none is given it is outputs/NAME, which `made_anew` replaces without asking.
