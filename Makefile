@@ -19,7 +19,7 @@ test-slow: venv
 	$(PYTEST) -m "slow or not slow"
 
 test-docs: venv
-	$(PYTEST) tests/test_docs.py tests/test_docstrings.py
+	$(PYTEST) tests/test_docs.py tests/test_contributing.py
 
 # The core of the tests with other versions of the dependencies, each set in an environment of its own.
 CORE := $(addprefix tests/test_,objectives.py chunking.py encoder.py trainer.py distributed.py export.py loading.py tempscale.py \
