@@ -16,8 +16,8 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "ranges"],
-    ["adapters", "chunking", "data", "evaluation", "forward_check", "library_internals", "objectives", "pooling", "search",
+    ["errors", "distributed", "library_internals", "ranges"],
+    ["adapters", "chunking", "data", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models"],
     ["encoder"],
     ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "watch"],

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.library_internals import forget_adapters
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -83,5 +84,5 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
             module = module.get_base_layer()
         model.set_submodule(name, module)
     del model.peft_config
-    model._hf_peft_config_loaded = False  # else save_pretrained would save adapters
+    forget_adapters(model)
     return model

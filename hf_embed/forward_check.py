@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.library_internals import attention_backend
 from hf_embed.pooling import Dense
 
 if TYPE_CHECKING:
@@ -185,12 +186,12 @@ def touched(encoder: "Encoder") -> set[Tensor]:
     return leaves
 
 
-def is_measurable(backbone: nn.Module) -> bool:
+def is_measurable(backbone: PreTrainedModel) -> bool:
     """Return whether the weights are all here, on a device that can compute the model's attention."""
     parameters = list(backbone.parameters())
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in parameters):
         return False
-    attention = getattr(backbone.config, "_attn_implementation", None) or ""
+    attention = attention_backend(backbone.config) or ""
     return not (isinstance(attention, str) and "flash" in attention and parameters[0].device.type == "cpu")
 
 

@@ -7,6 +7,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.errors import InputError
+from hf_embed.library_internals import saves_its_code
 
 logger = logging.getLogger(__name__)
 
@@ -47,4 +48,4 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def is_remote(part: PreTrainedModel | PreTrainedConfig | PreTrainedTokenizerBase) -> bool:
     """Return whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
-    return getattr(type(part), "_auto_class", None) is not None or type(part).__module__.startswith("transformers_modules.")
+    return saves_its_code(type(part)) or type(part).__module__.startswith("transformers_modules.")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import cached_file
 
 from hf_embed.errors import InputError
+from hf_embed.library_internals import optional_file
 
 # The values that a key of a config file may have: a type or, where only some values change nothing, a list of these.
 Allowed = Any
@@ -64,7 +64,7 @@ class Files:
 
     def path(self, file: str) -> str | None:
         """Return where a file lies on this machine, after a download if need be; None without the file."""
-        return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False, **self.hub)
+        return optional_file(self.name, file, **self.hub)
 
     def json(self, file: str, kind: type = dict) -> Any:
         """Return what a JSON file says, a `kind`; None without the file."""

@@ -133,7 +133,7 @@ def verify_loadable(encoder: Encoder) -> None:
 def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Raise InputError unless a model of the class of `base` is what transformers makes of `config`."""
     loader = loading_class(base.config)
-    found, known = None, transformers.AutoModel._model_mapping
+    found, known = None, transformers.MODEL_MAPPING
     if loader != "AutoModel":
         found = getattr(transformers, loader)
     elif type(config) in known:  # AutoModel asks so; get() would find more

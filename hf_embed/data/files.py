@@ -33,6 +33,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.errors import InputError, masked
+from hf_embed.library_internals import set_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +416,7 @@ def load(paths: list[str], table: Table) -> Dataset:
     if not cached.is_file():
         write_arrow(cached, features, chain.from_iterable(rows_of(path, table) for path in paths))
     rows = Dataset.from_file(str(cached))
-    rows._fingerprint = identity
+    set_fingerprint(rows, identity)
     return rows
 
 

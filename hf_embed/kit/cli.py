@@ -26,6 +26,7 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
+from hf_embed.library_internals import parser_actions
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Parser(HfArgumentParser):
 
     def __init__(self, kinds: Sequence[type]):
         super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
-        self.actions = {option: action for action in self._actions for option in action.option_strings}
+        self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
         for action in self.actions.values():
             action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
             if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint

@@ -14,6 +14,7 @@ from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import clear_results
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.report import shown
+from hf_embed.library_internals import save_without_push
 from hf_embed.trainer import ContrastiveTrainer
 
 
@@ -42,7 +43,7 @@ def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
     """Train, and save the model; what an earlier run left in the folder goes once the first step is done."""
     trainer.add_callback(plan.earlier)
     trained = trainer.train(resume_from_checkpoint=plan.args.resume_from_checkpoint)
-    trainer.save_model(_internal_call=True)  # pushed with its results, by the report
+    save_without_push(trainer)  # pushed with its results, by the report
     if plan.replaces and trainer.is_world_process_zero():
         clear_results(plan.folder)
         write_card(trainer.encoder, plan.folder)
