@@ -16,7 +16,7 @@ import torch
 import transformers.trainer
 import transformers.utils.hub
 from accelerate import FullyShardedDataParallelPlugin
-from conftest import tiny_encoder, tiny_model
+from conftest import tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import MODEL_MAPPING, AutoModel, BertConfig, BertModel, Trainer, TrainingArguments
@@ -59,11 +59,13 @@ def test_saves_its_code(tmp_path):
 
 
 def test_layers_to_wrap():
-    encoder = tiny_encoder()
-    assert "BertLayer" in internals.layers_to_wrap(encoder.base)
+    model = tiny_model()
+    assert "BertLayer" in internals.layers_to_wrap(model)
+    whole = torch.nn.Sequential(model)
+    whole._no_split_modules = internals.layers_to_wrap(model)  # accelerate asks the outermost module
     plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
-    plugin.set_auto_wrap_policy(encoder)  # accelerate asks the encoder
-    assert type(encoder.base.encoder.layer[0]) in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    plugin.set_auto_wrap_policy(whole)
+    assert type(model.encoder.layer[0]) in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
 
 
 def test_forget_adapters(tmp_path):

@@ -65,7 +65,7 @@ def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict[str, An
     before = encoder.max_length
     encoder.max_length = max_length
     try:
-        vectors = unit(encoder.encode(texts))
+        vectors = unit(np.asarray(encoder.encode(texts)))
         layers = high_frequency(encoder, texts[:LAYER_SAMPLE])
     finally:
         encoder.max_length = before

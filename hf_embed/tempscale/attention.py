@@ -82,8 +82,8 @@ def remove_tempscale(model: nn.Module) -> nn.Module:
 def tempscale(model: nn.Module, config: TempScaleConfig | float) -> Iterator[nn.Module]:
     """Scale a model within a `with` block; afterwards it is as before.
 
-        with tempscale(model, 0.9):
-            vectors = encoder.encode(texts)
+    with tempscale(model, 0.9):
+        vectors = encoder.encode(texts)
     """
     apply_tempscale(model, config)
     try:
