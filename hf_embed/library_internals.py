@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import PushInProgress, cached_file
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ METRIC_METHODS = ("_info", "_compute")
 # ---- transformers: configs and models ----
 
 
-def attention_backend(config: PreTrainedConfig) -> str | dict | None:
+def attention_backend(config: Any) -> str | dict | None:
     """Return the attention that a model runs on: "sdpa", "flash_attention_2", a dict of them by submodel, or None."""
     return getattr(config, "_attn_implementation", None)
 

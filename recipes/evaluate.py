@@ -18,26 +18,18 @@ from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.inference import load_for_encoding
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.plan import TRUST
 from hf_embed.kit.report import summary
-from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
-class Arguments:
+class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str
     seven_sts: bool = field(default=False, metadata={"help": "The paper's seven STS tasks, from the Hub."})
-    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
-    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None, metadata={"help": "Write results.json there."})
-
-    def __post_init__(self) -> None:
-        check_ranges(self, {"max_length": COUNT})
 
 
 def main() -> None:
@@ -48,7 +40,7 @@ def main() -> None:
         tasks |= seven_tasks()
     if not tasks:
         raise InputError("nothing to score on; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
-    encoder = load_for_encoding(args)
+    encoder = load_for_encoding(args.model_name_or_path, args)
     scores = score_tasks(tasks, embed_with(encoder))
     print(f"{args.model_name_or_path}: pooling {encoder.pooling}, at most {encoder.max_length} tokens; scores x 100")
     print("\n".join(score_table(scores, tasks)))

@@ -16,22 +16,18 @@ from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.kit.cli import model_first, parse, run
-from hf_embed.kit.inference import load_for_encoding
-from hf_embed.kit.plan import TRUST
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
-class Arguments:
+class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(metadata={"help": "May stand first, without its flag."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "mteb's names, e.g. STSBenchmark SciFact."})
     benchmark: list[str] = field(default_factory=list, metadata={"help": "mteb's benchmarks, e.g. 'MTEB(eng, v2)'."})
     batch_size: int = field(default=512)
-    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
-    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -48,7 +44,7 @@ def main() -> None:
     if (args.pooling or args.max_length) and (folder / "config.json").is_file():
         raise InputError("--pooling and --max_length make another model of it; say where its results go: --output_dir FOLDER")
     tasks = find_tasks(args.tasks, args.benchmark)
-    encoder = load_for_encoding(args)
+    encoder = load_for_encoding(args.model_name_or_path, args)
     rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)
     print("\n" + "\n".join(lines(rows)))
     results = stored_results(folder)

@@ -16,15 +16,15 @@ from hf_embed.data.sources import read_texts
 from hf_embed.errors import masked
 from hf_embed.kit.cli import model_first, parse, run
 from hf_embed.kit.docstrings import read_pages
-from hf_embed.kit.inference import load_for_encoding
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
-from hf_embed.kit.plan import QUICKSTART, TRUST
+from hf_embed.kit.plan import QUICKSTART
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig, tempscale
 
 
 @dataclass
-class Arguments:
+class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(
@@ -34,9 +34,6 @@ class Arguments:
     max_texts: int = field(default=200, metadata={"help": "Take the first so many."})
     lengths: list[int] = field(default_factory=lambda: list(LENGTHS), metadata={"help": "Tokens to cut to."})
     temperature: list[float] = field(default_factory=lambda: [0.9], metadata={"help": "TempScale's, to compare with."})
-    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
-    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str = field(default="outputs/length_collapse")
 
     def __post_init__(self) -> None:
@@ -48,7 +45,7 @@ def main() -> None:
     (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]
     texts = (read_texts(args.texts) if args.texts else read_pages())[: args.max_texts]
-    encoder = load_for_encoding(args)
+    encoder = load_for_encoding(args.model_name_or_path, args)
     reports = {"as it is": length_report(encoder, texts, tuple(args.lengths))}
     for config in configs:
         with tempscale(encoder.backbone, config):

@@ -20,15 +20,13 @@ from hf_embed.data.sources import leave_out, read_file, read_texts, row_texts, t
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.inference import load_for_encoding
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.plan import TRUST
 from hf_embed.mining import MiningArguments, describe, mine_hard_negatives
-from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass
-class Arguments:
+class Arguments(EncodingArguments):
     """Flags of this recipe, beside those of `MiningArguments`."""
 
     model_name_or_path: str
@@ -37,12 +35,6 @@ class Arguments:
     ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of it to leave out, e.g. a label."})
     retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, in place of a file."})
     corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
-    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
-    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
-
-    def __post_init__(self) -> None:
-        check_ranges(self, {"max_length": COUNT})
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
@@ -71,7 +63,7 @@ def main() -> None:
     args, mining = parse([Arguments, MiningArguments])
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
-    encoder = load_for_encoding(args, state.device)
+    encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     weights = [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
     identity = f"{args.model_name_or_path} {weights} {encoder.settings}"
     counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)

@@ -16,22 +16,21 @@ from pathlib import Path
 
 from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.data.sources import read_texts
-from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import read_pairs
-from hf_embed.kit.calibrate import TEMPERATURES, check_foldable_at, check_output_dir, halves, save_folded, sweep
+from hf_embed.kit.calibrate import TEMPERATURES, check_foldable_at, check_request, halves, save_folded, sweep
 from hf_embed.kit.cli import model_first, parse, run
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.inference import load_for_encoding
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.plan import QUICKSTART, TRUST
+from hf_embed.kit.plan import QUICKSTART
 from hf_embed.kit.report import saved_to
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.tempscale import TempScaleConfig
 
 
 @dataclass
-class Arguments:
+class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(
@@ -45,9 +44,6 @@ class Arguments:
     )
     texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt with one a line, or a column text."})
     max_texts: int = field(default=1000, metadata={"help": "Of --texts, take the first so many."})
-    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
-    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     output_dir: str = field(default="outputs/tempscale")
     overwrite_output_dir: bool = False
 
@@ -65,15 +61,11 @@ def main() -> None:
         tasks["pairs"] = read_pairs(args.pairs)
     if args.texts:
         tasks["halves"] = halves(read_texts(args.texts)[: args.max_texts])
-    if tasks and args.temperature is not None:
-        raise InputError(
-            f"--temperature {args.temperature:g} is taken as it is, and data for a search given; leave one of them out"
-        )
     folder = Path(args.output_dir)
-    check_output_dir(folder, Path(args.model_name_or_path), args.overwrite_output_dir)
+    check_request(args.temperature, tasks, folder, Path(args.model_name_or_path), args.overwrite_output_dir)
     if not tasks and args.temperature is None:
         tasks["halves"] = halves(read_pages()[: args.max_texts])
-    encoder = load_for_encoding(args)
+    encoder = load_for_encoding(args.model_name_or_path, args)
     check_foldable_at(encoder, args.temperature or args.grid[0])
     if args.temperature is None:
         result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)

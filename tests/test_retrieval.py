@@ -1,6 +1,7 @@
 """Retrieval against pytrec_eval, zero-shot classification against scikit-learn; exact search; files, and what is refused."""
 
 import gzip
+import inspect
 import json
 import logging
 import random
@@ -14,6 +15,7 @@ from conftest import error_of
 from sklearn.metrics import accuracy_score, f1_score
 
 from hf_embed import Retrieval, ZeroShot
+from hf_embed.distributed import gather_objects
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.tasks import main_metric, score_tasks
 from hf_embed.evaluation.zero_shot import read_zero_shot
@@ -221,7 +223,7 @@ def test_code_search_of_a_file(tmp_path):
 def test_code_search_of_a_package():
     retrieval = read_code_search("hf_embed")
     codes = {retrieval.queries[q]: retrieval.corpus[d] for q, found in retrieval.qrels.items() for d in found}
-    key = "A picklable object of every rank, in rank order."
+    key = inspect.getdoc(gather_objects).split("\n\n")[0]
     assert codes[key].startswith("def gather_objects(thing") and key not in codes[key]
 
 

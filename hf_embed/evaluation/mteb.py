@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def texts_and_prompt(
-    batches: Iterable[Mapping[str, list[str]]],
+    batches: Iterable[Any],
     prompt_type: "PromptType | None",
     prompts: dict[str, str],
     task_metadata: "TaskMetadata | None" = None,
 ) -> tuple[list[str], str | None]:
-    """Return all texts of mteb's batches, and the name of the prompt to put before them.
+    """Return all texts of mteb's batches, {"text": [...]} each, and the name of the prompt to put before them.
 
     By mteb's rules a prompt called like the task or its kind comes before "query" and "document".
 

@@ -148,8 +148,15 @@ def best_of(scores: Mapping[float, float]) -> float:
     return max(scores, key=lambda temperature: (round(scores[temperature], 6), -abs(temperature - 1)))
 
 
-def check_output_dir(folder: Path, model: Path, overwrite: bool) -> None:
-    """Raise InputError if `folder` is the model's own, or holds files that may not be replaced."""
+def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: Path, model: Path, overwrite: bool) -> None:
+    """Check what is asked for, before anything is loaded.
+
+    Raises:
+        InputError: a temperature and data to find one; a folder that is the model's own, or holds files that may not be
+            replaced.
+    """
+    if temperature is not None and tasks:
+        raise InputError(f"--temperature {temperature:g} is taken as it is, and data for a search given; leave one of them out")
     if folder.resolve() == model.resolve():
         raise InputError(f"--output_dir {folder} is the model's own folder; name another")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
