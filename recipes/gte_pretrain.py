@@ -19,16 +19,7 @@ from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.docstrings import write_sources
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
 from hf_embed.kit.models import load_model
-from hf_embed.kit.plan import (
-    DATA_FLAGS,
-    MatryoshkaArguments,
-    Plan,
-    make_plan,
-    read_evaluation,
-    read_flags,
-    read_rows,
-    settle_offline,
-)
+from hf_embed.kit.plan import MatryoshkaArguments, Plan, make_plan, read_evaluation, read_flags, read_rows, settle_offline
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
 from hf_embed.objectives import ImprovedContrastive
@@ -39,7 +30,7 @@ CONFIG = Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml"  #
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train once, or with each of `--seeds`; return what results.json holds."""
-    flags = read_flags([ImprovedContrastive, MatryoshkaArguments], CONFIG, unless=DATA_FLAGS, argv=argv)
+    flags = read_flags([ImprovedContrastive, MatryoshkaArguments], CONFIG, argv=argv)
     flags = settle_offline(flags, "gte_pretrain", docstrings)
     return train_each_seed(flags, read_plan, train)
 

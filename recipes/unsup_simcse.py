@@ -3,6 +3,7 @@
     python recipes/unsup_simcse.py                    # offline, on a laptop CPU, in a few minutes
     python recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
     python recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
+    python recipes/unsup_simcse.py --positive delete:0.1                    # a tenth of the words deleted
 
 A training file is a txt with one sentence a line, or a table with a column text or sentence. Flags of
 `transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help` lists them all.

@@ -166,14 +166,14 @@ class Plan:
 
 
 def read_flags(
-    own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = (), argv: list[str] | None = None
+    own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = DATA_FLAGS, argv: list[str] | None = None
 ) -> cli.Flags:
     """Read and check the flags that all fine-tuning recipes have, and those of a recipe's own dataclasses.
 
     Args:
         own: dataclasses, for example of the objective: every field with its help text is a flag.
         preset: a YAML file of settings, which is taken where the user gives none by `--config`.
-        unless: flags; where one of them is given, the preset is not taken.
+        unless: flags; where one of them is given, by default data, the preset is not taken.
         argv: the command line; default: the process's.
     """
     kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
