@@ -50,7 +50,7 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> 
         loaders["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     for texts in batches:
-        expected = encoder.encode(texts, convert_to_tensor=True).cpu()
+        expected = torch.as_tensor(encoder.encode(texts, convert_to_tensor=True)).cpu()
         for loader, encode in loaders.items():
             difference = ((encode(texts) - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
             if not difference <= tolerance:  # also catches NaN
