@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -208,7 +209,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         raise InputError(f"model '{name}': it needs a {type(tokenizer).__name__}, not a tokenizer of plain text; take another")
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = getattr(backend, "model", None)
+    model = backend.model if isinstance(backend, Tokenizer) else None
     if isinstance(model, BPE) and len(tokenizer) > 300 and not has_merges(model):
         raise InputError(f"model '{name}': its tokenizer has a vocabulary, but no merges; save merges.txt beside vocab.json")
     where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
