@@ -16,7 +16,7 @@ import torch
 import transformers.trainer
 import transformers.utils.hub
 from accelerate import FullyShardedDataParallelPlugin
-from conftest import tiny_model
+from conftest import tiny_encoder, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import MODEL_MAPPING, AutoModel, BertConfig, BertModel, Trainer, TrainingArguments
