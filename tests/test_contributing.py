@@ -26,13 +26,24 @@ SECTIONS = {
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_an_addition_is_what_the_page_shows(title, tmp_path):
-    for part in ("hf_embed", "recipes"):
+    for part in ("hf_embed", "recipes", "tests"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for diff in blocks(SECTIONS[title], "diff"):
         assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) <= 2
         applied = subprocess.run(["git", "apply", "-"], input=diff, text=True, capture_output=True, cwd=tmp_path)
         assert applied.returncode == 0, applied.stderr
-    lint = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", str(ROOT / "ruff.toml"), "hf_embed", "recipes"]
+    lint = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "--config",
+        str(ROOT / "ruff.toml"),
+        "hf_embed",
+        "recipes",
+        "tests",
+    ]
     checked = subprocess.run(lint, text=True, capture_output=True, cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
