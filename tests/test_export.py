@@ -15,6 +15,7 @@ from conftest import DECODERS, quickstart_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from test_pooling import by_loop
 from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
 
 from hf_embed import Encoder, InputError
@@ -46,21 +47,10 @@ def by_card(folder, pooling: str, normalize: bool = False) -> np.ndarray:
     batch = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         output = AutoModel.from_pretrained(folder)(**batch)
-    states, mask = output.last_hidden_state, batch["attention_mask"][..., None]
-    if pooling == "cls":
-        vectors = states[:, 0]
-    elif pooling == "cls_mlp":
+    if pooling == "cls_mlp":
         vectors = output.pooler_output
-    elif pooling == "last":
-        vectors = states[range(len(states)), batch["attention_mask"].sum(1) - 1]
     else:
-        if pooling == "first_last":
-            states = (output.hidden_states[1] + output.hidden_states[-1]) / 2
-        elif pooling == "top2":
-            states = (output.hidden_states[-2] + output.hidden_states[-1]) / 2
-        elif pooling == "weighted_mean":
-            mask = mask * torch.arange(1, mask.shape[1] + 1)[None, :, None]
-        vectors = (states * mask).sum(1) / mask.sum(1)
+        vectors = by_loop(pooling, output.hidden_states or (output.last_hidden_state,), batch["attention_mask"].sum(1))
     vectors = vectors.numpy()
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
 
