@@ -201,3 +201,8 @@ def find_pooling(mode: str, layers: tuple[int, int] | None = None, model_pooler:
 def saved_pooling(pooling: str) -> str:
     """Return the pooling of a saved encoder: a head that is for training only stays behind."""
     return POOLINGS[pooling].saved_as or pooling
+
+
+def uses_pooler(pooling: str | None) -> bool:
+    """Return whether a pooling, if one is named, is the model's own `pooler_output`."""
+    return pooling is not None and POOLINGS[pooling].model_pooler

@@ -31,6 +31,7 @@ from hf_embed.errors import InputError
 from hf_embed.library_internals import layers_to_wrap
 from hf_embed.mlm import split_masked_lm
 from hf_embed.objectives.base import Objective
+from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.unused import settle_unused
 
@@ -184,7 +185,7 @@ def make_step(
     settle_unused(encoder, args)
     objective.check_width(encoder.full_dimension)
     warn_of_settings_for_encode(encoder)
-    if encoder.pooling != "cls_mlp_train":
+    if not POOLINGS[encoder.pooling].training_head:
         train_head = None
     elif train_head is None:
         set_seed(args.seed)

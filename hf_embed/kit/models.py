@@ -15,6 +15,7 @@ from hf_embed.checkpoint.settings import has_mlp_head, read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, settled
+from hf_embed.pooling import uses_pooler
 from hf_embed.step import reset_dense
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
@@ -48,9 +49,9 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if masked_lm:
         return load_masked_lm(name, args, kwargs)
     settings = {key: getattr(args, key) for key in ENCODER_SETTINGS}
-    new_pooler = settings["pooling"] == "cls_mlp"  # a new head, as in the paper's code, unless the folder has a trained one
+    new_pooler = uses_pooler(args.pooling)  # a new head, as in the paper's code, unless the folder has a trained one
     encoder = load_encoder(Encoder, name, **settings, new_pooler=new_pooler, **kwargs)
-    if encoder.pooling == "cls_mlp" and not has_mlp_head(name, encoder.backbone):
+    if uses_pooler(encoder.pooling) and not has_mlp_head(name, encoder.backbone):
         reset_dense(cast(nn.Linear, encoder.backbone.get_submodule("pooler.dense")), encoder.config)
     if model_args.lora_r:
         add_adapters(encoder, model_args)
@@ -72,7 +73,7 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
         raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")
     known = [key for key in kept if own.get(key) not in (None, {})]
     args = settled(args, **{key: own[key] for key in known if getattr(args, key) is None})  # as the folder says, unless told
-    if args.pooling == "cls_mlp":  # masked-LM models come without a pooler
+    if uses_pooler(args.pooling):  # masked-LM models come without a pooler
         model.base_model.pooler = type(model.base_model)(model.config).pooler
     return LoadedModel(model, tokenizer, args)
 
@@ -102,7 +103,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION, r=model_args.lora_r, lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout, target_modules="all-linear" if targets == ["all-linear"] else targets,
-        modules_to_save=["pooler"] if encoder.pooling == "cls_mlp" else None,
+        modules_to_save=["pooler"] if uses_pooler(encoder.pooling) else None,
     )  # fmt: skip
     try:
         encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))

@@ -25,7 +25,7 @@ from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.overwrite import EarlierRun, earlier_files
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
-from hf_embed.objectives import Matryoshka, SimCSE
+from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.trainer_settings import check_metric
 
@@ -116,7 +116,7 @@ class MatryoshkaArguments:
     def __post_init__(self) -> None:
         self.wrap(SimCSE())  # which checks the widths
 
-    def wrap(self, objective: Any) -> Any:
+    def wrap(self, objective: Objective) -> Objective:
         """Return the objective, on all the widths that are given."""
         return objective if self.matryoshka_dims is None else Matryoshka(objective, tuple(self.matryoshka_dims))
 
@@ -145,7 +145,7 @@ class Plan:
     model_args: ModelArguments
     run: RunArguments
     args: ContrastiveTrainingArguments
-    objective: Any
+    objective: Objective
     rows: Dataset | list[Source]
     source: str  # the rows' name
     tasks: dict[str, Task]
@@ -245,7 +245,7 @@ def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, 
 
 def make_plan(
     flags: cli.Flags,
-    objective: Any,
+    objective: Objective,
     rows: Rows,
     tasks: dict[str, Task],
     paired: bool | None = None,

@@ -97,7 +97,7 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
         "rows": len(cast(Sized, trainer.train_dataset)),
         "language": plan.run.language, "license": plan.run.license,
         "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
-        "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(plan.objective),
+        "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(cast(Any, plan.objective)),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
         "score": score, "chosen_by": score if chose_a_step(trainer) else None,
