@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_embed.checkpoint.files import read_json
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.tasks import Embed
@@ -159,7 +160,7 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
     unfinished = work / "output"
     with open(unfinished, "w", encoding="utf-8") as file:
         for path in blocks:
-            block = json.loads(path.read_text(encoding="utf-8"))
+            block = read_json(path)
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
     unfinished.rename(output)

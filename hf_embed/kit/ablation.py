@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback
 
-from hf_embed.checkpoint.files import write_whole
+from hf_embed.checkpoint.files import read_json, write_whole
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.finetune import make_trainer
@@ -152,7 +152,7 @@ def slug(name: str) -> str:
 
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
     """Read the path of a run that is there. Raises InputError if it had other settings."""
-    done = json.loads(file.read_text(encoding="utf-8"))
+    done = read_json(file)
     if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
         raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
     return done["path"]
