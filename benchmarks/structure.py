@@ -170,17 +170,28 @@ def additions() -> dict[str, int]:
     return {title: len(re.findall(r"^\+\+\+ ", body, re.MULTILINE)) for title, body in sections if "```diff" in body}
 
 
-def count_lines(names: list[str]) -> int:
-    return sum(len(modules()[name].read_text(encoding="utf-8").splitlines()) for name in names)
+def code_lines(text: str) -> int:
+    """The lines of a module without its docstrings, comments and blank lines."""
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            skipped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(n not in skipped and bool(line.split("#")[0].strip()) for n, line in enumerate(text.splitlines(), 1))
+
+
+def count(names: list[str]) -> str:
+    texts = [modules()[name].read_text(encoding="utf-8") for name in names]
+    lines, code = sum(len(text.splitlines()) for text in texts), sum(map(code_lines, texts))
+    return f"{len(names)} modules, {lines:,} lines, of them {code:,} of code"
 
 
 def main() -> None:
     package = [name for name in modules() if not name.startswith("recipes.")]
     core = [name for name in package if name.split(".")[0] not in NO_CORE]
-    print(f"modules of the package   {len(package)}, {count_lines(package):,} lines")
-    print(f"  core                   {len(core)}, {count_lines(core):,} lines (all but tempscale and kit)")
     recipes = [name for name in modules() if name.startswith("recipes.")]
-    print(f"recipes                  {len(recipes)}, {count_lines(recipes):,} lines")
+    print(f"package                  {count(package)} (without docstrings, comments and blank lines)")
+    print(f"  core                   {count(core)} (all but tempscale and kit)")
+    print(f"recipes                  {count(recipes)}")
     print(f"import tiers             {len(TIERS)}")
     print(f"imports that climb       {len(climbing())}, beside {len(EXCEPTIONS)} inside methods of Encoder")
     print(f"cycles                   {len(cycles())}")
