@@ -33,9 +33,7 @@ from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
 from hf_embed.data.collator import RaggedCollator, to_rows
-from hf_embed.data.mixture import Mixture, check_prompts
-from hf_embed.data.sampling import GlobalBatchSampler
-from hf_embed.data.tokenization import most_texts
+from hf_embed.data.mixture import Mixture
 from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sampler, tokenize_all
 from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
@@ -131,15 +129,11 @@ class ContrastiveTrainer(Trainer):
         """Tokenize and check the rows to train on. Returns them, and the number of texts in a row of each source."""
         if rows is None:
             return None, [2]
-        encoder = self.encoder
         check_batch(args)
-        check_prompts(encoder.prompts, encoder.tokenizer, encoder.max_length, "prompts")
         with args.main_process_first(desc="tokenizing"):
-            tokens, views = tokenize_all(rows, encoder, args, name, paired)
-        if args.same_dropout_mask and (isinstance(tokens, Mixture) or most_texts(tokens) > 1):
-            raise InputError(f"{name}: same_dropout_mask needs rows of a single text, which is both views")
+            tokens, views = tokenize_all(rows, self.encoder, args, name, paired)
         self.objective.check_rows(max(views), name)
-        check_training(args, encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
+        check_training(args, self.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
         return tokens, views
 
     # ---- the step ----
@@ -155,7 +149,7 @@ class ContrastiveTrainer(Trainer):
             raise InputError("training needs a train_dataset")
         args = self.args
         sampler = batch_sampler(self.train_dataset, args, train_batch_size(self))
-        if isinstance(sampler, GlobalBatchSampler) and sampler.left_out:
+        if sampler.left_out:
             logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
         return EpochDataLoader(
             self.train_dataset,

@@ -71,6 +71,8 @@ class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
     A source in `streams` has no random access: its rows are numbered as this rank will read them.
     """
 
+    left_out = 0  # what does not fill a batch comes first in the next one of its source
+
     def __init__(
         self,
         sizes: list[int],

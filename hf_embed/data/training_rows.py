@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from hf_embed.data.mixture import Mixture, Source, data_seed, make_mixture
+from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError
@@ -35,14 +35,25 @@ def tokenize_all(
     Raises:
         InputError: whatever is wrong with the rows.
     """
+    check_prompts(encoder.prompts, encoder.tokenizer, encoder.max_length, "prompts")
     if not isinstance(rows, Dataset):
+        if args.same_dropout_mask:
+            raise not_single(name)
         mixture = make_mixture(as_sources(rows, args, name), encoder, args)
         return mixture, mixture.views
     tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
+    texts = most_texts(tokens)
+    if args.same_dropout_mask and texts > 1:
+        raise not_single(name)
     if len(tokens) < args.world_size:
         raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
     warn_of_truncation({name: truncated_share(tokens)})
-    return tokens, [max(2, most_texts(tokens))]
+    return tokens, [max(2, texts)]
+
+
+def not_single(name: str) -> InputError:
+    """Return the error about rows of several texts where both views are one text under one dropout mask."""
+    return InputError(f"{name}: same_dropout_mask needs rows of a single text, which is both views")
 
 
 def as_sources(
