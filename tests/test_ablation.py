@@ -88,6 +88,7 @@ def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
     assert len(made) == 3 and not (folder / "runs" / "same-mask-seed-1").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(sentences, tmp_path):
     """A real process, killed after its first run; the same command goes on."""
     folder = tmp_path / "out"

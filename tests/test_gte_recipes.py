@@ -87,6 +87,7 @@ def offline(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
     # BUG: the ranks took turns in making the data, while that has barriers of its own.
     monkeypatch.setattr(ContrastiveTrainingArguments, "main_process_first", only_for_tokenizing)

@@ -373,6 +373,7 @@ def test_a_checkpoint_that_does_not_arrive_does_not_end_the_training(server, tmp
     assert set(server.files("user/mine")) == OF_THE_MODEL - {"results.json", "2_Normalize/config.json"}
 
 
+@pytest.mark.slow
 def test_recipe_and_download_in_processes_of_their_own(server, model, tmp_path):
     """push.py, then AutoModel and Encoder load OWNER/NAME from the Hub: the vectors of the folder."""
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",

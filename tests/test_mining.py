@@ -227,6 +227,7 @@ def test_recipe_does_not_take_vectors_of_a_model_that_has_changed(files, monkeyp
     assert "left by a run with another model" in error_of(recipe.main)
 
 
+@pytest.mark.slow
 def test_recipe_on_one_and_two_ranks_and_after_a_kill(files):
     out = run(command(files, "one.jsonl"))
     assert "300 rows with" in out and "left out by relative_margin" in out

@@ -73,7 +73,7 @@ def flags(files, *more) -> list:
             "--per_device_train_batch_size", 4, *more]  # fmt: skip
 
 
-@pytest.mark.parametrize("setup", [SUP, UNSUP], ids=["sup", "unsup"])
+@pytest.mark.parametrize("setup", [SUP, pytest.param(UNSUP, marks=pytest.mark.slow)], ids=["sup", "unsup"])
 def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     monkeypatch.chdir(tmp_path)
     argv = [*QUIET, "--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps"]
@@ -91,6 +91,7 @@ def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     setup.main([*argv, "1"])  # made anew
 
 
+@pytest.mark.slow
 def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     out = tmp_path / "out"
     results = sup(*flags(files, "--output_dir", out, "--max_steps", 3, "--learning_rate", 1e-3))
