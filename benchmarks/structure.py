@@ -61,19 +61,39 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     inner = {node for function in functions(tree) for node in ast.walk(function)}
     typing = {node for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
               for node in ast.walk(block)}  # fmt: skip
+    inside = path.is_relative_to(ROOT / "hf_embed")
+    package = ["hf_embed", *path.relative_to(ROOT / "hf_embed").parent.parts] if inside else []
     for node in ast.walk(tree):
-        if node in typing or not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("hf_embed"):
+        if node in typing or not isinstance(node, ast.Import | ast.ImportFrom):
             continue
-        module = node.module.removeprefix("hf_embed").removeprefix(".")
-        for alias in node.names:
-            inside = f"{module}.{alias.name}".removeprefix(".")
-            yield inside if inside in modules() else module, node not in inner
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []  # of a relative import
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            names = [f"{module}.{name}" for name in names]
+        for name in names:
+            if name.split(".")[0] == "hf_embed":
+                yield module_of(name.removeprefix("hf_embed").removeprefix(".")), node not in inner
+
+
+def module_of(name: str) -> str:
+    """The module that an import of `name` loads: "errors" of "errors.InputError", "__init__" of "" and of "InputError"."""
+    while name and name not in modules():
+        name = name.rpartition(".")[0]
+    return name or "__init__"
 
 
 def tier(module: str) -> int:
     """The number of a module's tier, from 0."""
     package = module.split(".")[0]
-    return next(number for number, packages in enumerate(TIERS) if package in packages)
+    if package == "__init__":  # which imports everything that is public
+        return tier("trainer")
+    for number, packages in enumerate(TIERS):
+        if package in packages:
+            return number
+    raise LookupError(
+        f"{package} is in no tier; add it to TIERS in benchmarks/structure.py, CONTRIBUTING.md and docs/design.md"
+    )
 
 
 def climbing() -> list[tuple[str, str]]:
@@ -82,13 +102,13 @@ def climbing() -> list[tuple[str, str]]:
         (name, imported)
         for name, path in modules().items()
         for imported, at_load in imports(path)
-        if imported and tier(imported) > tier(name) and (at_load or (name, imported) not in EXCEPTIONS)
+        if tier(imported) > tier(name) and (at_load or (name, imported) not in EXCEPTIONS)
     ]
 
 
 def cycles() -> list[list[str]]:
     """Modules that import each other when they are loaded, directly or through others."""
-    graph = {name: {i for i, at_load in imports(path) if at_load and i} for name, path in modules().items()}
+    graph = {name: {i for i, at_load in imports(path) if at_load and i != "__init__"} for name, path in modules().items()}
     found, done = [], set()
 
     def visit(name: str, way: list[str]) -> None:

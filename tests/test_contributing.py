@@ -28,8 +28,9 @@ def apply(title: str, folder: Path) -> None:
     shutil.copy(ROOT / "setup.cfg", folder)  # the settings of pytest
     (diff,) = blocks(SECTIONS[title], "diff")
     assert 1 <= len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) <= 2
-    applied = subprocess.run(["git", "apply", "-"], input=diff, text=True, capture_output=True, cwd=folder)
-    assert applied.returncode == 0, applied.stderr
+    applied = subprocess.run(["git", "apply", "-C1", "-"], input=diff, text=True, capture_output=True, cwd=folder)
+    mend = f"CONTRIBUTING.md, '{title}': the code around the diff has changed, so make that diff anew, with one line of context"
+    assert applied.returncode == 0, f"{mend}: {applied.stderr}"
 
 
 def test_every_kind_of_addition_is_shown():

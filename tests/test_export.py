@@ -42,8 +42,8 @@ def load_st(folder) -> SentenceTransformer:
     return SentenceTransformer(str(folder), device="cpu")
 
 
-def by_card(folder, pooling: str, normalize: bool = False) -> np.ndarray:
-    """The vectors of TEXTS as README.md of a saved folder tells to make them, with transformers alone."""
+def by_transformers(folder, pooling: str, normalize: bool = False) -> np.ndarray:
+    """The vectors of TEXTS with transformers alone, pooled by a loop over the tokens."""
     batch = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         output = AutoModel.from_pretrained(folder)(**batch)
@@ -81,7 +81,7 @@ def saved(request, tmp_path_factory, qwen_tokenizer):
 
 
 LOADERS = {
-    "AutoModel": lambda folder, encoder: by_card(
+    "AutoModel": lambda folder, encoder: by_transformers(
         folder, "cls" if encoder.pooling == "cls_mlp_train" else encoder.pooling, encoder.normalize
     ),
     "SentenceTransformer": lambda folder, _: load_st(folder).encode(TEXTS),
@@ -357,7 +357,7 @@ def test_shards_replace_a_single_file(tmp_path, monkeypatch):
     in_shards(monkeypatch)
     encoder = tiny_encoder(seed=1)
     encoder.save_pretrained(tmp_path)
-    assert_close(by_card(tmp_path, "mean"), encoder.encode(TEXTS))
+    assert_close(by_transformers(tmp_path, "mean"), encoder.encode(TEXTS))
 
 
 # BUG: as above; AutoModel puts the adapter of adapter_config.json on top of the merged weights.
@@ -367,7 +367,7 @@ def test_merged_weights_replace_an_adapter(tmp_path):
     encoder.backbone.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     encoder.backbone.save_pretrained(tmp_path / "saved")
     encoder.save_pretrained(tmp_path / "saved")
-    assert_close(by_card(tmp_path / "saved", "mean"), encoder.encode(TEXTS))
+    assert_close(by_transformers(tmp_path / "saved", "mean"), encoder.encode(TEXTS))
 
 
 # BUG: the earlier model's card stays, with its pooling.

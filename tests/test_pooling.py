@@ -27,26 +27,31 @@ def layers_and_mask(width=9, layers=4, dim=5):
     return states, torch.tensor([[int(t < n) for t in range(width)] for n in LENGTHS])
 
 
+def mean(states, weight_of=lambda number: 1):
+    total, weights = 0, 0
+    for number, state in enumerate(states, 1):
+        total, weights = total + weight_of(number) * state, weights + weight_of(number)
+    return total / weights
+
+
+# Of one text: its states in each layer, a list of (tokens, D), to its vector.
+LOOPS = {
+    "cls": lambda layers: layers[-1][0],
+    "cls_mlp": lambda layers: layers[-1][0],
+    "cls_mlp_train": lambda layers: layers[-1][0],
+    "last": lambda layers: layers[-1][-1],
+    "mean": lambda layers: mean(layers[-1]),
+    "weighted_mean": lambda layers: mean(layers[-1], lambda number: number),
+    "first_last": lambda layers: (mean(layers[1]) + mean(layers[-1])) / 2,
+    "top2": lambda layers: (mean(layers[-2]) + mean(layers[-1])) / 2,
+}
+
+
 def by_loop(pooling, layers, lengths=LENGTHS):
     """What a pooling gives for texts of these lengths, without its heads: the reference for every test of poolings."""
-    rows = []
-    for i, n in enumerate(lengths):
-        last = layers[-1][i]
-        second = layers[{"first_last": 1, "top2": -2}.get(pooling, -1)][i]
-        if pooling in CLS:
-            rows.append(last[0])
-        elif pooling == "last":
-            rows.append(last[n - 1])
-        elif pooling not in ("mean", "weighted_mean", "first_last", "top2"):
-            raise NotImplementedError(f"say here, in a loop, what pooling '{pooling}' computes")
-        else:
-            total, weights = 0, 0
-            for t in range(n):
-                weight = t + 1 if pooling == "weighted_mean" else 1
-                total = total + weight * (last[t] + second[t]) / 2
-                weights += weight
-            rows.append(total / weights)
-    return torch.stack(rows)
+    if pooling not in LOOPS:
+        raise NotImplementedError(f"say in LOOPS, by a loop over the tokens, what pooling '{pooling}' computes")
+    return torch.stack([LOOPS[pooling]([layer[i][:n] for layer in layers]) for i, n in enumerate(lengths)])
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -266,19 +266,27 @@ def results_section(results: Results, picture: bool) -> str:
     return section
 
 
+def inner_name(objective: dict[str, Any]) -> str:
+    """Return the name of the objective within another, such as Matryoshka; "" if there is none.
+
+    Results of before version 0.1.0 do not have it: the recipes had only one such objective.
+    """
+    return objective["objective"].get("name", "ImprovedContrastive") if objective.get("objective") else ""
+
+
 def training_section(train: dict[str, Any] | None) -> str:
     """Return what the model was trained on, and how."""
     if not train:
         return ""
     objective = dict(train["objective"])
     name = objective.pop("name")
-    inner = objective.get("objective")
+    inner = inner_name(objective)
     lines = [
         f"from        {train['model']}",
         f"on          {train['data']}, {train['rows']:,} rows",
         f"objective   {name}: " + ", ".join(f"{key} {value}" for key, value in objective.items()),
     ]
-    equation = EQUATIONS.get(name) or EQUATIONS.get("ImprovedContrastive" if inner else "", "")
+    equation = EQUATIONS.get(name) or EQUATIONS.get(inner, "")
     lines += [f"            {equation}"] if equation else []
     lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows", f"seed        {train['seed']}"]
     lines += [f"set         {key} {value}" for key, value in train.get("settings", {}).items()]
@@ -318,7 +326,7 @@ def limits_section(encoder: Encoder, results: Results) -> str:
 def papers_section(encoder: Encoder, results: Results) -> str:
     """Return the papers of the objective and of TempScale."""
     objective = results.get("train", {}).get("objective", {})
-    names = [objective.get("name"), "ImprovedContrastive" if "objective" in objective else None]
+    names = [objective.get("name"), inner_name(objective)]
     names += ["TempScale"] if getattr(encoder.base.config, "temp_scale", None) else []
     found = [PAPERS[name] for name in names if PAPERS.get(name)]
     return "\n".join(["## Papers", "", *(f"- {paper}" for paper in found)]) if found else ""

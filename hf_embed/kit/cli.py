@@ -43,7 +43,10 @@ class Parser(HfArgumentParser):
     """A parser of the flags of dataclasses, which raises InputError."""
 
     def __init__(self, kinds: Sequence[type]):
-        super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
+        try:
+            super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
+        except argparse.ArgumentError as error:
+            raise InputError(f"two of {', '.join(kind.__name__ for kind in kinds)} have the same field: {error}") from error
         self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
         for action in self.actions.values():
             action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
@@ -119,10 +122,12 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     argv = list(sys.argv[1:] if argv is None else argv)
     config, argv = take_option(argv, "--config")
     parser = Parser(kinds)
+    source = f"--config {config}"
     if config is None and preset is not None and not {"-h", "--help"} & set(argv):  # help shows the flags' own defaults
         config = preset(given_flags(argv))
+        source = f"the recipe's preset {config}"
     if config is not None:
-        set_defaults(parser, config, given_flags(argv))
+        set_defaults(parser, config, source, given_flags(argv))
     namespace, rest = parser.parse_known_args(argv)
     if rest:
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
@@ -134,6 +139,8 @@ def flag_class(kind: type) -> Any:
 
     A tuple is a list there, and a field with {"flag": False} as its metadata is no flag.
     """
+    if not dataclasses.is_dataclass(kind):
+        raise InputError(f"{kind.__name__} is no dataclass, so it has no flags; put @dataclass before it")
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         annotation, read = hints[field.name], copy.copy(field)  # the parser writes into it
@@ -167,20 +174,24 @@ def given_flags(argv: list[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
-def set_defaults(parser: Parser, path: str, given: list[str]) -> None:
-    """Make the values of a YAML file the parser's defaults, those left out that the user gave as flags."""
-    settings = read_yaml(path, f"--config {path}") or {}
+def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> None:
+    """Make the values of a YAML file the parser's defaults, those left out that the user gave as flags.
+
+    `source` is what messages call the file.
+    """
+    settings = read_yaml(path, source) or {}
     if not isinstance(settings, dict):
-        raise InputError(f"--config {path}: expected 'flag: value' lines")
+        raise InputError(f"{source}: expected 'flag: value' lines")
     for key, value in settings.items():
         if str(key).replace("-", "_") == FROM_HAND:
-            raise InputError(f"--config {path}: {FROM_HAND} lets a model's own code run; give it on the command line")
+            raise InputError(f"{source}: {FROM_HAND} lets a model's own code run; give it on the command line")
         action = parser.action_of(key)
         if action is None or key not in parser.names():
-            raise InputError(f"--config {path}: unknown key '{key}'{parser.suggestion(str(key))}")
+            raise InputError(f"{source}: unknown key '{key}'{parser.suggestion(str(key))}")
         if value is False and action.type is not string_to_bool:  # YAML reads a bare `no` as False
             value = "no" if "no" in (action.choices or ()) else None
-        if key not in given and f"no_{key}" not in given and value is not None and value != []:
+        overridden, empty = {key, f"no_{key}"} & set(given), value is None or value == []
+        if not overridden and not empty:
             parser.set_defaults(**{key: convert(parser, action, value)})
             action.required = False
 

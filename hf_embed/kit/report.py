@@ -30,6 +30,7 @@ from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import Plan, on_the_hub
+from hf_embed.objectives import Matryoshka, Objective
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 
@@ -97,7 +98,7 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
         "rows": len(cast(Sized, trainer.train_dataset)),
         "language": plan.run.language, "license": plan.run.license,
         "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
-        "objective": {"name": type(plan.objective).__name__} | dataclasses.asdict(cast(Any, plan.objective)),
+        "objective": settings_of(plan.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
         "score": score, "chosen_by": score if chose_a_step(trainer) else None,
@@ -152,6 +153,14 @@ def shown(name: str) -> str:
     Of a full path that is the last part: where it lies here is nobody's business. Secrets are masked.
     """
     return Path(name).name if Path(name).is_absolute() else masked(name)
+
+
+def settings_of(objective: Objective) -> dict[str, Any]:
+    """Return the name of an objective's class and its settings; of one around another, the other's too."""
+    settings = {"name": type(objective).__name__} | dataclasses.asdict(cast(Any, objective))
+    if isinstance(objective, Matryoshka):
+        settings["objective"] = settings_of(objective.inner)
+    return settings
 
 
 def hardware(args: ContrastiveTrainingArguments) -> str:
