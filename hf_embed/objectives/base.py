@@ -1,7 +1,8 @@
 """What the trainer asks of an objective, the defaults of what is optional, and objectives made of plain functions.
 
 A new objective is a dataclass that derives from `ContrastiveObjective` and computes a loss from embeddings and text ids: no
-gathering, no model and no logging in it. `Objective` is what the trainer is typed with; `FunctionObjective` is made of plain functions.
+gathering, no model and no logging in it. `Objective` is the type that the trainer knows; a `FunctionObjective` is made of a
+plain function.
 
 The loss is a mean over the own rows, for ranks are averaged. A term of all rows, which every rank computes alike from
 `all_embeddings`, is right as it is: the average of the ranks is the term.
