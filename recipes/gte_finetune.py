@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 
 from hf_embed import Encoder, InputError
+from hf_embed.entry import recipe_command
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.docstrings import mine_negatives, write_sources
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
@@ -60,7 +61,7 @@ def mined_docstrings(model: str) -> tuple[str, list[str]]:
     """Mine negatives with `model` for the docstring and code sources; -> the file of sources and the evaluation sets."""
     there = (DATA / "sources.yaml").is_file()
     if model == str(PRETRAINED) and not (there and (PRETRAINED / "config.json").is_file()):
-        raise InputError(f"no model in {PRETRAINED} or no data in {DATA}: run recipes/gte_pretrain.py first")
+        raise InputError(f"no model in {PRETRAINED} or no data in {DATA}: run {recipe_command('gte_pretrain')} first")
     state = PartialState()
     embed = embed_with(Encoder.from_pretrained(model, dtype=torch.float32).to(state.device))
     if state.is_main_process and not there:

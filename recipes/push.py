@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from hf_embed import Encoder
 from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.hub import push_folder
+from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.plan import TRUST
@@ -37,7 +38,7 @@ def main() -> None:
     words = sys.argv[1:]
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         if "--help" not in words:
-            raise InputError("say what goes where: python recipes/push.py FOLDER REPO")
+            raise InputError(f"say what goes where: {recipe_command('push')} FOLDER REPO")
         words = ["", "", *words]
     folder, repo, *words = words
     (args,) = parse([Arguments], argv=words)

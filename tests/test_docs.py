@@ -9,6 +9,8 @@ import pytest
 from conftest import tiny_encoder
 from worker import WORDS
 
+from hf_embed.kit import command
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -53,6 +55,11 @@ def test_files_and_recipes_named_in_the_readme_exist():
         assert (ROOT / path).is_file(), path
 
 
+def test_commands_named_in_the_readme_exist():
+    named = set(re.findall(r"hf-embed ([a-z][\w-]+)", README))
+    assert named and named <= set(command.recipes())
+
+
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file", "quiet"}))
 def test_flags_named_in_the_readme_exist(flag):
     from hf_embed import ContrastiveTrainingArguments, ImprovedContrastive
@@ -63,6 +70,6 @@ def test_flags_named_in_the_readme_exist(flag):
              ContrastiveTrainingArguments]  # fmt: skip
     names = {name for kind in kinds for name in kind.__dataclass_fields__} | {"config", "help"}
     names |= {f"no_{name}" for kind in kinds for name, field in kind.__dataclass_fields__.items() if field.default is True}
-    for recipe in (ROOT / "recipes").glob("*.py"):  # their own: fields of dataclasses
+    for recipe in (ROOT / "recipes").glob("[!_]*.py"):  # their own: fields of dataclasses
         names |= set(re.findall(r"^    (\w+): .*= ", recipe.read_text(encoding="utf-8"), re.MULTILINE))
     assert flag in names

@@ -91,7 +91,7 @@ def offline(tmp_path, monkeypatch):
 def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
     # BUG: the ranks took turns in making the data, while that has barriers of its own.
     monkeypatch.setattr(ContrastiveTrainingArguments, "main_process_first", only_for_tokenizing)
-    assert "run recipes/gte_pretrain.py first" in error_of(offline, "gte_finetune")
+    assert "run python recipes/gte_pretrain.py first" in error_of(offline, "gte_finetune")
     offline("gte_pretrain", "--max_steps", 3, "--learning_rate", 1e-3)
     first = json.loads((tmp_path / "outputs/gte_pretrain/results.json").read_text())
     out = capsys.readouterr().out

@@ -28,6 +28,7 @@ from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import with_repository
 from hf_embed.checkpoint.files import read_json, read_text
+from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
@@ -264,7 +265,7 @@ def all_files(folder: Path) -> list[Path]:
 def command(folder: str | Path, repo: str, revision: str | None = None, **flags: bool) -> str:
     """Return the command line that finishes a push."""
     words = [f"--revision {revision}"] if revision else []
-    return " ".join([f"python recipes/push.py {folder} {repo}", *words, *(f"--{flag}" for flag, on in flags.items() if on)])
+    return " ".join([f"{recipe_command('push')} {folder} {repo}", *words, *(f"--{flag}" for flag, on in flags.items() if on)])
 
 
 # ---- the network ----

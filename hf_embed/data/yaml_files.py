@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from hf_embed.entry import shipped
 from hf_embed.errors import InputError
 
 
@@ -33,7 +34,7 @@ def read_yaml(path: str, name: str) -> Any:
         InputError: the file, which the message calls `name`, is missing or not YAML, or has a key twice.
     """
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)
+        return yaml.load(Path(shipped(path)).read_text(encoding="utf-8-sig"), UniqueKeys)
     except OSError as error:
         raise InputError(f"{name}: {error.strerror}") from error
     except UnicodeDecodeError as error:

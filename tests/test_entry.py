@@ -1,0 +1,126 @@
+"""The ways to start a recipe: a script of a clone, `python -m`, and the command `hf-embed` of an installed package."""
+
+import configparser
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import types
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import error_of
+
+from hf_embed import SimCSE, entry
+from hf_embed.kit import command, plan
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
+
+
+# ---- messages name the form that the user has used ----
+
+
+def test_the_form_of_a_script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/gte_finetune.py"])
+    assert entry.recipe_command("gte_pretrain") == "python recipes/gte_pretrain.py"
+
+
+def test_the_form_of_the_command(monkeypatch):
+    for first in ("hf-embed gte-finetune", "/usr/bin/hf-embed"):
+        monkeypatch.setattr(sys, "argv", [first])
+        assert entry.recipe_command("gte_pretrain") == "hf-embed gte-pretrain"
+
+
+def test_the_form_of_a_module(monkeypatch):
+    spec = types.SimpleNamespace(name="hf_embed.recipes.gte_finetune")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert entry.recipe_command("gte_pretrain") == "python -m hf_embed.recipes.gte_pretrain"
+
+
+def test_without_a_name_of_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [""])
+    assert entry.recipe_command("push") == "python recipes/push.py"
+
+
+# ---- files that ship ----
+
+
+def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "recipes/configs/sup_simcse_bert_base.yaml"
+    assert Path(entry.shipped(name)).is_file() and entry.shipped(name).endswith(name)
+    assert entry.shipped("recipes/configs/absent.yaml") == "recipes/configs/absent.yaml"
+    assert entry.shipped("configs/sup_simcse_bert_base.yaml") == "configs/sup_simcse_bert_base.yaml"
+    Path("recipes/configs").mkdir(parents=True)
+    Path(name).write_text("learning_rate: 1")
+    assert entry.shipped(name) == name  # the user's own file comes first
+
+
+def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = plan.read_flags([SimCSE], argv=["--config", "recipes/configs/sup_simcse_bert_base.yaml", "--use_cpu"])
+    assert flags.values["temperature"] == 0.05 and flags.values["model_name_or_path"] == "google-bert/bert-base-uncased"
+    error = error_of(plan.read_flags, [SimCSE], argv=["--config", "recipes/configs/absent.yaml"])
+    assert error == "--config recipes/configs/absent.yaml: No such file or directory"
+
+
+# ---- the command ----
+
+
+def test_the_command_lists_every_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-embed"])
+    command.main()
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == [name.replace("_", "-") for name in RECIPES]
+
+
+def test_an_unknown_recipe_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf-embed", "sup_simces"])
+    assert error_of(command.start) == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists them"
+
+
+def test_setup_lists_every_package():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    folders = {path.parent for path in (ROOT / "hf_embed").rglob("__init__.py")}
+    assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"hf_embed.recipes"}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The folder of programs of an environment with the wheel, and with the dependencies of this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT], check=True, env=ENVIRONMENT)
+    venv.create(folder / "env", with_pip=True)
+    python = folder / "env" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([python, *pip[1:], "install", "--no-deps", wheel], check=True, env=ENVIRONMENT)
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(ask, check=True, text=True, capture_output=True).stdout.strip()
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_from_any_folder(installed, tmp_path):
+    settings = {"cwd": tmp_path, "env": ENVIRONMENT, "text": True, "capture_output": True, "timeout": 600}
+    where = subprocess.run([installed / "python", "-c", "import hf_embed; print(hf_embed.__file__)"], **settings)
+    assert str(installed.parent) in where.stdout, where.stdout + where.stderr
+    short = ["--max_steps", "2", "--use_cpu"]
+    done = subprocess.run([installed / "hf-embed", "sup-simcse", *short], **settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "outputs/quickstart/results.json").read_text())["train"]["steps"] == 2
+    launch = [installed / "python", "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    again = [*launch, "-m", "hf_embed.recipes.unsup_simcse"]
+    done = subprocess.run([*again, *short, "--output_dir", "out"], **settings)
+    assert done.returncode == 0 and (tmp_path / "out" / "config.json").is_file(), done.stderr[-2000:]
+    done = subprocess.run([installed / "hf-embed", "gte-finetune"], **settings)
+    assert done.returncode == 2 and "run hf-embed gte-pretrain first" in done.stderr
+    done = subprocess.run([installed / "hf-embed", "evaluate", "--help"], **settings)
+    assert done.returncode == 0 and done.stdout.startswith("usage: hf-embed evaluate")
