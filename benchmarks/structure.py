@@ -36,7 +36,6 @@ FOREIGN = {
     "getattr(backbone.config, 'temp_scale', None)": "the same",
     "getattr(encoder.base.config, 'temp_scale', None)": "the same",
     "hasattr(model, 'config')": "whatever a user gives as a model",
-    "getattr(backend, 'model', None)": "a tokenizer may have no backend",
     "getattr(cause, 'filename', None)": "any exception",
     "getattr(getattr(backbone, 'pooler', None), 'dense', None)": "many architectures have no such pooler",
     "hasattr(getattr(self.base, 'pooler', None), 'dense')": "the same",

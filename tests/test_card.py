@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hf_embed.checkpoint.card import duration, is_generated, model_card, write_card
 from hf_embed.kit.plan import on_the_hub
 from hf_embed.kit.report import shown
+from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS
 
 TRAIN = {
@@ -117,3 +118,17 @@ def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     assert path.read_text() == "mine"
     write_card(encoder, tmp_path, overwrite=True)
     assert path.read_text() == made
+
+
+@pytest.mark.parametrize(
+    ("inner", "shown"),
+    [({"name": "SimCSE"}, "SimCSE"), ({"name": "ImprovedContrastive"}, "ImprovedContrastive"), ({}, "ImprovedContrastive")],
+    ids=["SimCSE", "ImprovedContrastive", "results of before"],
+)
+def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, shown):
+    """BUG: whatever it was, the card had the equation and the paper of ImprovedContrastive."""
+    objective = {"name": "Matryoshka", "objective": inner | {"temperature": 0.05}, "dims": [16], "weights": [1.0]}
+    card = model_card(tiny_encoder(), RESULTS | {"train": TRAIN | {"objective": objective}})
+    for name in ("SimCSE", "ImprovedContrastive"):
+        assert (OBJECTIVES[name].equation in card) == (OBJECTIVES[name].paper in card) == (name == shown)
+    assert OBJECTIVES["Matryoshka"].paper in card

@@ -234,3 +234,31 @@ def test_flags_are_overridden_and_not_changed(tmp_path):
     assert "argument --seed: invalid int value: 'x'" in error_of(flags.override_as_given, {"seed": "x"})
     assert "ignored explicit argument 'True'" in error_of(flags.override_as_given, {"no_mask_other_positives": True})
     assert "temperature is -1.0" in error_of(flags.override(temperature=-1.0).make, SimCSE)
+
+
+def test_a_field_that_two_dataclasses_have_is_refused():
+    @dataclass
+    class Mine:
+        max_length: int = 3
+
+    message = error_of(cli.read_flags, [Mine, ContrastiveTrainingArguments], argv=[])
+    assert message.startswith("two of Mine, ContrastiveTrainingArguments have the same field, rename one: ")
+    assert "--max_length" in message and "\n" not in message
+
+
+def test_a_class_without_fields_is_refused():
+    class Mine:
+        weight: float = 1.0
+
+    assert error_of(cli.read_flags, [Mine], argv=[]) == "Mine is no dataclass, so it has no flags; put @dataclass before it"
+
+
+def test_a_preset_is_named_as_one(tmp_path):
+    """A user who has given no --config should not be told about it."""
+    path = tmp_path / "preset.yaml"
+    path.write_text("temperture: 0.1")
+    expected = f"the recipe's preset {path}: unknown key 'temperture' (did you mean 'temperature'?)"
+    assert error_of(cli.read_flags, [SimCSE], lambda given: str(path), []) == expected
+    assert error_of(cli.read_flags, [SimCSE], None, ["--config", str(path)]) == expected.replace(
+        "the recipe's preset", "--config"
+    )

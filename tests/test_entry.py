@@ -112,6 +112,9 @@ def test_the_wheel_trains_from_any_folder(installed, tmp_path):
     settings = {"cwd": tmp_path, "env": ENVIRONMENT, "text": True, "capture_output": True, "timeout": 600}
     where = subprocess.run([installed / "python", "-c", "import hf_embed; print(hf_embed.__file__)"], **settings)
     assert str(installed.parent) in where.stdout, where.stdout + where.stderr
+    preset = "from hf_embed.entry import shipped; print(shipped('recipes/configs/sup_simcse_bert_base.yaml'))"
+    found = subprocess.run([installed / "python", "-c", preset], **settings).stdout.strip()
+    assert found.startswith(str(installed.parent)) and Path(found).is_file()
     short = ["--max_steps", "2", "--use_cpu"]
     done = subprocess.run([installed / "hf-embed", "sup-simcse", *short], **settings)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,9 +4,9 @@ import dataclasses
 
 from datasets import Dataset
 
-from hf_embed import ContrastiveTrainingArguments, SimCSE
+from hf_embed import ContrastiveTrainingArguments, Matryoshka, SimCSE
 from hf_embed.kit.plan import ModelArguments, Plan, PositiveArguments, RunArguments
-from hf_embed.kit.report import RESULT_SETTINGS, changed
+from hf_embed.kit.report import RESULT_SETTINGS, changed, settings_of
 from hf_embed.trainer_settings import IGNORED, REFUSED
 
 KINDS = (ModelArguments, ContrastiveTrainingArguments, PositiveArguments)
@@ -48,3 +48,10 @@ def test_what_is_changed_and_matters():
     assert "source_alpha" in changed(plan([], **settings)) and "optim" in changed(plan([], **settings))
     assert "num_train_epochs" not in changed(plan(rows, max_steps=5, **settings))
     assert changed(plan(rows, PositiveArguments("crop:0.1"))) == {"dropout": 0.2, "positive": "crop:0.1"}
+
+
+def test_an_objective_around_another_names_both():
+    assert settings_of(SimCSE(0.1)) == {"name": "SimCSE"} | dataclasses.asdict(SimCSE(0.1))
+    around = settings_of(Matryoshka(SimCSE(0.1), (8, 4)))
+    assert around["name"] == "Matryoshka" and around["dims"] == (8, 4)
+    assert around["objective"] == settings_of(SimCSE(0.1))

@@ -46,7 +46,9 @@ class Parser(HfArgumentParser):
         try:
             super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
         except argparse.ArgumentError as error:
-            raise InputError(f"two of {', '.join(kind.__name__ for kind in kinds)} have the same field: {error}") from error
+            raise InputError(
+                f"two of {', '.join(kind.__name__ for kind in kinds)} have the same field, rename one: {error}"
+            ) from error
         self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
         for action in self.actions.values():
             action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
@@ -175,7 +177,7 @@ def given_flags(argv: list[str]) -> list[str]:
 
 
 def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> None:
-    """Make the values of a YAML file the parser's defaults, those left out that the user gave as flags.
+    """Make the values of a YAML file the parser's defaults, except those that the user gave as flags.
 
     `source` is what messages call the file.
     """
