@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import error_of
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_embed import SimCSE, entry
 from hf_embed.kit import command, plan
+from hf_embed.kit import launch as launching
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
@@ -68,6 +70,98 @@ def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
     assert error == "--config recipes/configs/absent.yaml: No such file or directory"
 
 
+# ---- several processes ----
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Return a function that gives the arguments with which `launch` calls accelerate."""
+
+    def arguments(*words):
+        def stop(args):
+            raise KeyboardInterrupt(args)
+
+        monkeypatch.setattr(launching, "launch_command", stop)
+        monkeypatch.setattr(sys, "argv", ["hf-embed", "launch", *words])
+        with pytest.raises(SystemExit) as ended:
+            command.start()
+        assert ended.value.code == 130
+        return ended.value.__context__.args[0]
+
+    return arguments
+
+
+def test_launch_separates_the_flags_of_the_launcher_from_those_of_the_recipe(launched):
+    args = launched("--config_file", "recipes/accelerate/ddp_8gpu.yaml", "gte-pretrain", "--learning_rate", "1e-4")
+    assert args.module and args.training_script == "hf_embed.recipes.gte_pretrain"
+    assert args.training_script_args == ["--learning_rate", "1e-4"]
+    assert Path(args.config_file).is_file()
+
+
+def test_launch_takes_the_configuration_that_starts_several_processes_on_cpus(launched, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    args = launched("--num_processes", "3", "sup_simcse")
+    assert args.config_file.endswith("cpu_2.yaml") and args.num_processes == 3 and not args.cpu
+    assert launched("sup_simcse").config_file is None
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert launched("--num_processes", "3", "sup_simcse").config_file is None
+    assert launched("--cpu", "--num_processes", "3", "sup_simcse").config_file.endswith("cpu_2.yaml")
+
+
+def test_launch_refuses_in_one_line(monkeypatch):
+    def message(*words):
+        monkeypatch.setattr(sys, "argv", ["hf-embed", "launch", *words])
+        return error_of(command.start)
+
+    assert message("sup-simse") == "there is no recipe 'sup-simse' (did you mean 'sup-simcse'?); hf-embed lists them"
+    assert message("--num_processes", "2") == (
+        "name a recipe: hf-embed launch --config_file FILE RECIPE [FLAGS]; hf-embed lists them"
+    )
+    assert message("--bogus", "2", "sup-simcse") == (
+        "unrecognized arguments: --bogus; accelerate launch --help lists its flags"
+    )
+    assert message("--config_file", "absent.yaml", "sup-simcse").startswith(
+        "The passed configuration file `absent.yaml` does not exist."
+    )
+
+
+def test_the_status_of_a_process_that_failed(capsys):
+    def failure(status):
+        return ProcessFailure(local_rank=1, pid=1, exitcode=status, error_file="")
+
+    assert launching.status_of(failure(2), 1) == 2 and capsys.readouterr().err == ""
+    assert launching.status_of(failure(-9), 1) == 137
+    assert capsys.readouterr().err == ("error: process 1 was ended by SIGKILL, as the system does where memory runs out\n")
+
+
+ONE_PROCESS = "accelerate was asked for several processes and started one, as it does on CPUs"
+CHECK = "from hf_embed.kit.launch import check_processes; check_processes()"
+
+
+@pytest.mark.parametrize("set_by", ["launcher", "environment"])
+def test_one_process_in_place_of_several_is_noticed(set_by):
+    """The launcher sets MASTER_ADDR where it was asked for several; a cluster's environment has it in any case."""
+    as_launched = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("WORLD_SIZE", "MASTER_ADDR")}
+    start = f"env={{**os.environ, **{as_launched}}}"
+    child = f"import os, subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {CHECK!r}], {start}))"
+    outer = environment | (as_launched if set_by == "environment" else {})
+    done = subprocess.run([sys.executable, "-c", child], env=outer, cwd=ROOT, capture_output=True, text=True)
+    assert (ONE_PROCESS in done.stderr) == (set_by == "launcher"), done.stderr
+    assert (done.returncode != 0) == (set_by == "launcher")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--config_file", "recipes/accelerate/cpu_2.yaml"], ["--num_processes", "2"], []])
+def test_an_error_of_several_processes_is_one_line(words):
+    script = str(Path(sysconfig.get_path("scripts"), "hf-embed"))
+    call = [script, "launch", *words, "sup-simcse", "--learning_rte", "1"]
+    done = subprocess.run(call, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("hf_embed ")]  # that it loads PyTorch
+    assert errors == ["error: unknown flag --learning_rte (did you mean 'learning_rate'?); --help lists the flags"]
+
+
 # ---- the command ----
 
 
@@ -75,7 +169,7 @@ def test_the_command_lists_every_recipe(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hf-embed"])
     command.main()
     shown = capsys.readouterr().out
-    assert [line.split()[0] for line in shown.splitlines()[2:]] == [name.replace("_", "-") for name in RECIPES]
+    assert [line.split()[0] for line in shown.splitlines()[2:-2]] == [name.replace("_", "-") for name in RECIPES]
 
 
 def test_an_unknown_recipe_is_one_line(monkeypatch):

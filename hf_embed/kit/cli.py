@@ -26,6 +26,7 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
+from hf_embed.kit.launch import check_processes
 from hf_embed.library_internals import parser_actions
 
 logger = logging.getLogger(__name__)
@@ -286,6 +287,7 @@ def run(main: Callable[[], object]) -> None:
     use_all_cores()
     try:
         with full_disk_in_one_line():
+            check_processes()
             main()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process

@@ -3,6 +3,7 @@
 hf-embed                                  # the recipes
 hf-embed sup-simcse --help
 hf-embed sup-simcse --train_file nli.csv --output_dir outputs/mine
+hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml sup-simcse --train_file nli.csv
 """
 
 import ast
@@ -14,6 +15,9 @@ from pathlib import Path
 from hf_embed.entry import CONSOLE, PACKAGE, recipes_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import run
+from hf_embed.kit.launch import launch
+
+LAUNCH = "launch"  # which is no recipe
 
 
 def recipes() -> dict[str, str]:
@@ -31,20 +35,46 @@ def listing() -> str:
     known = recipes()
     width = max(map(len, known), default=0)
     lines = [f"  {name:{width}}  {line}" for name, line in known.items()]
-    return "\n".join([f"{CONSOLE} RECIPE [FLAGS]; {CONSOLE} RECIPE --help lists the flags of one:", "", *lines])
+    return "\n".join([
+        f"{CONSOLE} RECIPE [FLAGS]; {CONSOLE} RECIPE --help lists the flags of one:", "", *lines, "",
+        f"{CONSOLE} {LAUNCH} [FLAGS OF accelerate launch] RECIPE [FLAGS] runs one in several processes.",
+    ])  # fmt: skip
 
 
 def start() -> None:
-    """Run the recipe that the first argument names. Raises InputError for a name that there is not."""
-    name = sys.argv[1].replace("_", "-")
-    known = recipes()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise InputError(f"there is no recipe '{sys.argv[1]}'{hint}; {CONSOLE} lists them")
+    """Run the recipe that the first argument names, or `launch` it. Raises InputError for a name that there is not."""
+    if sys.argv[1] == LAUNCH:
+        start_several(sys.argv[2:])
+        return
+    name = known_recipe(sys.argv[1])
     module = importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}")
     sys.argv = [f"{CONSOLE} {name}", *sys.argv[2:]]
     module.main()
+
+
+def known_recipe(word: str) -> str:
+    """Return the name of a recipe. Raises InputError if there is no such recipe."""
+    name, known = word.replace("_", "-"), recipes()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise InputError(f"there is no recipe '{word}'{hint}; {CONSOLE} lists them")
+    return name
+
+
+def start_several(words: list[str]) -> None:
+    """Run a recipe in several processes; before its name stand the flags of `accelerate launch`.
+
+    Raises:
+        InputError: no recipe is named.
+    """
+    if words and not words[0].startswith("-"):
+        known_recipe(words[0])
+    known = recipes()
+    place = next((i for i, word in enumerate(words) if word.replace("_", "-") in known), None)
+    if place is None:
+        raise InputError(f"name a recipe: {CONSOLE} {LAUNCH} --config_file FILE RECIPE [FLAGS]; {CONSOLE} lists them")
+    launch(words[:place], words[place].replace("-", "_"), words[place + 1 :])
 
 
 def main() -> None:

@@ -1,0 +1,102 @@
+"""Several processes: `hf-embed launch`, which is `accelerate launch` of a recipe, and a check of what accelerate has started.
+
+`hf-embed launch` ends a user's error in the one line that the recipe prints. `accelerate launch` prints some thirty lines of
+its own beneath it.
+"""
+
+import logging
+import os
+import signal
+import sys
+from subprocess import CalledProcessError
+from typing import NoReturn
+
+import psutil
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from hf_embed.entry import CONSOLE, PACKAGE, recipes_folder, shipped
+from hf_embed.errors import InputError
+
+CPU_CONFIG = "recipes/accelerate/cpu_2.yaml"  # with MULTI_CPU, or --cpu, accelerate starts a single process
+LAUNCHERS = ("accelerate", "torch.distributed")  # whose messages and tracebacks say nothing that the recipe has not said
+
+
+def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
+    """Run a recipe in several processes.
+
+    Args:
+        flags: those of `accelerate launch`.
+        recipe: the name of the recipe's module.
+        arguments: of the recipe.
+
+    Raises:
+        InputError: flags or a configuration that accelerate does not take.
+        SystemExit: with the exit status of the process that failed first.
+    """
+    parser = launch_command_parser()
+    parser.error = refuse
+    args = parser.parse_args([*flags, "-m", f"{PACKAGE}.{recipe}", *arguments])
+    if args.config_file is not None:
+        args.config_file = shipped(args.config_file)
+    elif (args.num_processes or 0) > 1 and (args.cpu or not torch.accelerator.is_available()):
+        args.config_file, args.cpu = shipped(CPU_CONFIG), False
+    for name in LAUNCHERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        launch_command(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise SystemExit(status_of(failure, rank)) from None
+    except CalledProcessError as error:
+        raise SystemExit(error.returncode) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:  # the recipe runs in other processes: this is about how to start them
+        refuse(" ".join(str(error).split()))
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise what accelerate finds wrong."""
+    raise InputError(f"{message}; accelerate launch --help lists its flags")
+
+
+def status_of(failure: ProcessFailure, rank: int) -> int:
+    """Return the exit status of a process that failed; print the signal that has ended it, which it could not say itself."""
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    ended = signal.Signals(-failure.exitcode)
+    memory = ", as the system does where memory runs out" if ended == signal.SIGKILL else ""
+    print(f"error: process {rank} was ended by {ended.name}{memory}", file=sys.stderr)
+    return 128 + ended
+
+
+def check_processes() -> None:
+    """Check that accelerate has started as many processes as it was asked for.
+
+    On CPUs it starts a single one where `--num_processes` or a configuration of MULTI_CPU asks for several, and says nothing.
+    It has then set the address of a main process, which its own environment does not have, but no number of processes.
+
+    Raises:
+        InputError: it has not.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")):  # mpirun's
+        return
+    try:
+        of_launcher = psutil.Process().parent()
+        asked = of_launcher is not None and "MASTER_ADDR" not in of_launcher.environ()
+    except psutil.Error:
+        return
+    if asked:
+        folder = recipes_folder()
+        path = CPU_CONFIG if folder is None or folder.parent.samefile(os.getcwd()) else folder / "accelerate" / "cpu_2.yaml"
+        raise InputError(
+            "accelerate was asked for several processes and started one, as it does on CPUs; start them by "
+            f"accelerate launch --config_file {path} --num_processes N, or by {CONSOLE} launch --num_processes N RECIPE"
+        )
