@@ -50,6 +50,19 @@ def test_training_and_loading_snippets_run(tmp_path, monkeypatch):
     np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_onnx_snippets_give_the_encoder_s_vectors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_encoder(normalize=True).save_pretrained("out", verify=False)
+    section = (ROOT / "docs" / "use.md").read_text(encoding="utf-8").partition("## ONNX")[2]
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(compile(snippet, "use.md", "exec"), names)
+    assert names["vectors"].shape == (3, 32)
+    np.testing.assert_allclose(names["vectors"], names["encoder"].encode(names["texts"]), atol=1e-5)
+    assert np.abs(names["vectors"] - names["encoder"].encode(names["texts"][::-1])).max() > 1e-2
+
+
 def test_files_and_recipes_named_in_the_readme_exist():
     for path in re.findall(r"(?:recipes|docs|benchmarks)/[\w./]+\.(?:py|yaml|md)", README):
         assert (ROOT / path).is_file(), path
