@@ -1,7 +1,7 @@
 """GTE, stage 2: labelled pairs with hard negatives, the improved contrastive loss, from the model of stage 1.
 
     python recipes/gte_finetune.py                    # offline, after recipes/gte_pretrain.py, in a few minutes
-    accelerate launch --config_file recipes/accelerate/ddp_8gpu.yaml recipes/gte_finetune.py \
+    hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml gte-finetune \
         --config recipes/configs/gte_finetune_base.yaml --sources sources.yaml
     python recipes/gte_finetune.py --model_name_or_path outputs/gte_pretrain --train_file mined.jsonl \
         --eval_retrieval_dir scifact=beir/scifact

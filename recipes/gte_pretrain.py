@@ -1,7 +1,7 @@
 """GTE, stage 1: pairs from many sources, a very large batch, the improved contrastive loss.
 
     python recipes/gte_pretrain.py                    # offline, on a laptop CPU, in a few minutes
-    accelerate launch --config_file recipes/accelerate/ddp_8gpu.yaml recipes/gte_pretrain.py \
+    hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml gte-pretrain \
         --config recipes/configs/gte_pretrain_base.yaml --sources sources.yaml
     python recipes/gte_pretrain.py --sources sources.yaml --eval_retrieval_dir scifact=beir/scifact \
         --directions query_to_doc                                # the same with the vanilla in-batch loss

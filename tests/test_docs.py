@@ -70,7 +70,7 @@ def test_files_and_recipes_named_in_the_readme_exist():
 
 def test_commands_named_in_the_readme_exist():
     named = set(re.findall(r"hf-embed ([a-z][\w-]+)", README))
-    assert named and named <= set(command.recipes())
+    assert named and named <= {*command.recipes(), command.LAUNCH}
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--(\w+)", README)) - {"config_file", "quiet"}))
