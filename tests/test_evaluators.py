@@ -532,16 +532,9 @@ def flags(files):
 @pytest.mark.slow
 def test_from_the_command_line(files, tmp_path, capsys):
     """A training that is chosen by MAP; its card; and the same scores from evaluate.py."""
-    argv = [
-        "--train_file",
-        files["nli"],
-        "--model_name_or_path",
-        files["model"],
-        "--per_device_train_batch_size",
-        4,
-        *flags(files),
-    ]
-    argv += ["--max_steps", 2, "--eval_steps", 1, "--save_steps", 1, "--output_dir", tmp_path / "out"]
+    argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], *flags(files), "--learning_rate", 1e-2]
+    argv += ["--eval_strategy", "steps", "--save_strategy", "steps", "--load_best_model_at_end", "true", "--max_steps", 2]
+    argv += ["--per_device_train_batch_size", 4, "--eval_steps", 1, "--save_steps", 1, "--output_dir", tmp_path / "out"]
     results = sup(*argv, "--metric_for_best_model", "my reranking_rerank_map")
     assert set(results["after"]) == {"triplet", "pair_classification", "reranking"}
     assert results["train"]["chosen_by"]["metric"] == "my reranking_rerank_map"
