@@ -4,9 +4,13 @@
     python recipes/evaluate.py --model_name_or_path princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
     python recipes/evaluate.py --model_name_or_path outputs/gte_pretrain --eval_retrieval_dir scifact=beir/scifact:test \
         --eval_zero_shot intents=banking77.tsv --eval_code_search numpy=numpy
+    python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_triplet_file nli=nli-dev.csv \
+        --eval_pair_file quora=quora-dev.tsv --eval_reranking_file askubuntu=mteb/askubuntudupquestions-reranking:test
 
 STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code search: nDCG, MAP, recall and MRR x 100.
-Zero-shot classification: accuracy and F1 x 100. Printed, and in OUTPUT_DIR/results.json.
+Zero-shot classification: accuracy and F1 x 100. Triplets: accuracy x 100. Pair classification: average precision, the best
+accuracy and the best F1 x 100, with their thresholds. Reranking: MAP, MRR and nDCG x 100. Printed, and in
+OUTPUT_DIR/results.json.
 """
 
 from dataclasses import dataclass, field
