@@ -36,9 +36,9 @@ from hf_embed import (
     ZeroShot,
 )
 from hf_embed.evaluation import rows as rows_module
+from hf_embed.evaluation.judged import Judged
 from hf_embed.evaluation.pair_classification import read_pair_classification
 from hf_embed.evaluation.reranking import read_reranking
-from hf_embed.evaluation.rows import Judged
 from hf_embed.evaluation.sts import read_named_sts
 from hf_embed.evaluation.tasks import main_metric, metric_names, score_table, score_tasks
 from hf_embed.evaluation.triplets import read_triplets
@@ -335,6 +335,35 @@ def test_reranking_files_of_other_shapes(tmp_path):
     assert read_reranking(candidates).judged == [Judged("a", ["b"], ["c", "d"])]
 
 
+@pytest.mark.parametrize(
+    "header", [("query", "document", "label"), ("Question", "Answer", "Label"), ("anchor", "passage", "labels")]
+)
+def test_a_row_for_each_document(tmp_path, header, caplog):
+    """The rows of a query belong together, wherever they stand."""
+    rows = [
+        ("a", "d", 0, 7),
+        ("e", "g", "false", 7),
+        ("a", "b", 1, 7),
+        ("e", "f", "1", 7),
+        ("a", "c", 1.0, 7),
+        ("e", "h", 0, 7),
+    ]
+    path = write_rows(tmp_path / "a.csv", (*header, "id"), rows)
+    assert read_reranking(path).judged == SAMPLES
+    assert "columns id are not used" in caplog.text
+
+
+def test_a_row_of_documents_and_labels(tmp_path):
+    rows = [("a", ["b", "d", "c"], [1, 0, 1]), ("e", ["g", "h", "f"], [0, 0, 1])]
+    path = write_rows(tmp_path / "a.jsonl", ("query", "documents", "labels"), rows)
+    assert read_reranking(path).judged == SAMPLES
+
+
+def test_labels_beside_positives_and_negatives_are_not_used(tmp_path, caplog):
+    path = write_rows(tmp_path / "a.jsonl", ("question", "answer", "negative", "label"), [(*sample, 1) for sample in SAMPLES])
+    assert read_reranking(path).judged == SAMPLES and "columns label are not used" in caplog.text
+
+
 def test_samples_as_sentence_transformers_takes_them():
     dicts = [dict(zip(("query", "positive", "negative"), sample)) for sample in SAMPLES]
     assert Reranking(dicts).judged == Reranking(Dataset.from_list(dicts)).judged == Reranking(SAMPLES).judged == SAMPLES
@@ -350,7 +379,11 @@ def test_a_query_without_positives_or_negatives_is_left_out_and_counted(tmp_path
 
 BAD_RERANKING = {
     "none left": ("a.jsonl", ("query", "positive", "negative"), [("x", [], ["y"])], "no query has a positive and a negative"),
-    "pairs": ("a.csv", ("query", "document", "label"), [("a", "b", 1)], "no column positive; found query, document, label"),
+    "no labels": ("a.csv", ("query", "document", "y"), [("a", "b", 1)], "no column positive; found query, document, y"),
+    "a grade": ("a.csv", ("query", "document", "label"), [("a", "b", 2)], "row 1, column 'label': the label is '2', not 0 or 1"),
+    "one class": ("a.csv", ("query", "document", "label"), [("a", "b", 1)], "no query has a positive and a negative document"),
+    "uneven": ("a.jsonl", ("query", "documents", "labels"), [("a", ["b", "c"], [1])], "documents and labels are not one of each"),
+    "null document": ("a.jsonl", ("query", "passage", "label"), [("a", None, 1)], "row 1: passage and label are not one of each"),
     "empty query": ("a.jsonl", ("query", "positive", "negative"), [("", ["y"], ["z"])], "row 1, column 'query': the text is "),
     "empty item": ("a.jsonl", ("query", "pos", "neg"), [("a", ["y", ""], ["z"])], "row 1, column 'pos': the text is empty"),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from hf_embed.data.sources import first_cells, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import cell_text, hub_rows, text_lists
+from hf_embed.evaluation.rows import cell_text, hub_rows, label_number, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 PAIRS = [("sentence1", "sentence2"), ("sent1", "sent2"), ("text1", "text2"), ("question1", "question2")]
 LABELS = ("label", "labels", "is_duplicate")
 HEADER = {"sentence1", "sentence2", "sent1", "sent2", "text1", "text2", "question1", "question2", *LABELS}
-NUMBERS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
 @dataclass
@@ -70,14 +69,6 @@ class PairClassification(EvaluationTask):
             "pair_f1": 100 * best["f1"],
             "pair_f1_threshold": best["f1_threshold"],
         }
-
-
-def label_number(label: object, where: str) -> int:
-    """Return 0 or 1. Raises InputError, which begins with `where`, for another label."""
-    number = NUMBERS.get(str(label).strip().lower())
-    if number is None:
-        raise InputError(f"{where}: the label is {label!r}, not 0 or 1; correct it or delete the row")
-    return number
 
 
 def label_numbers(labels: Sequence[object], name: str) -> list[int]:

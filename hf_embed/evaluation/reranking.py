@@ -13,8 +13,9 @@ import numpy as np
 
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.judged import Judged, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
-from hf_embed.evaluation.rows import Judged, judged_rows, read_rows
+from hf_embed.evaluation.rows import read_rows
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Reranking(EvaluationTask):
 
     Args:
         samples: {"query": text, "positive": text or list of texts, "negative": text or list of texts} each; other names that
-            `hf_embed.evaluation.rows` lists will do, and so will the rows of a `Dataset`.
+            `hf_embed.evaluation.judged` lists will do, and so will the rows of a `Dataset`.
 
     Raises:
         InputError: no sample has documents of both sorts, or a sample is not like this.
@@ -44,12 +45,8 @@ class Reranking(EvaluationTask):
     def __post_init__(self) -> None:
         self.samples = list(self.samples)
         if not all(isinstance(sample, Judged) for sample in self.samples):
-            self.samples = judged_rows(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
-        self.judged = [sample for sample in cast("list[Judged]", self.samples) if sample.positives and sample.negatives]
-        if not self.judged:
-            raise InputError("no query has a positive and a negative document; there is nothing to order")
-        if left_out := len(self.samples) - len(self.judged):
-            logger.warning(f"{left_out:,} of {len(self.samples):,} queries have no positive or no negative document; left out")
+            self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
+        self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10, x 100, means over the queries.
@@ -76,12 +73,19 @@ class Reranking(EvaluationTask):
 
 
 def read_reranking(path: str) -> Reranking:
-    """Read queries, positives and negatives from a file or the Hub; see `hf_embed.evaluation.rows`.
+    """Read queries and their documents from a file or the Hub; see `hf_embed.evaluation.judged`.
 
     Raises:
         InputError: a missing column, an empty text, or no query with a positive and a negative document.
     """
-    samples = judged_rows(read_rows(path), path)
-    if not any(sample.positives and sample.negatives for sample in samples):
-        raise InputError(f"{path}: no query has a positive and a negative document; there is nothing to order")
-    return Reranking(samples)
+    return Reranking(with_both_sorts(judged_candidates(read_rows(path), path), path))
+
+
+def with_both_sorts(samples: list[Judged], name: str) -> list[Judged]:
+    """Return those with positives and negatives; warn of others. Raises InputError if there are none."""
+    found = [sample for sample in samples if sample.positives and sample.negatives]
+    if not found:
+        raise InputError(f"{name}: no query has a positive and a negative document; there is nothing to order")
+    if left_out := len(samples) - len(found):
+        logger.warning(f"{name}: {left_out:,} of {len(samples):,} queries have no positive or no negative document; left out")
+    return found

@@ -12,7 +12,8 @@ import numpy as np
 
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
-from hf_embed.evaluation.rows import FILL_IN, judged_rows, read_rows, text_lists
+from hf_embed.evaluation.judged import judged_rows
+from hf_embed.evaluation.rows import FILL_IN, read_rows, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Triplets(EvaluationTask):
 
 
 def read_triplets(path: str) -> Triplets:
-    """Read anchors, positives and negatives from a file or the Hub; see `hf_embed.evaluation.rows`.
+    """Read anchors, positives and negatives from a file or the Hub; see `hf_embed.evaluation.judged`.
 
     A row with several positives or negatives is a triplet of each positive with each negative.
 
