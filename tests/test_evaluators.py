@@ -380,10 +380,10 @@ def test_a_query_without_positives_or_negatives_is_left_out_and_counted(tmp_path
 BAD_RERANKING = {
     "none left": ("a.jsonl", ("query", "positive", "negative"), [("x", [], ["y"])], "no query has a positive and a negative"),
     "no labels": ("a.csv", ("query", "document", "y"), [("a", "b", 1)], "no column positive; found query, document, y"),
-    "a grade": ("a.csv", ("query", "document", "label"), [("a", "b", 2)], "row 1, column 'label': the label is '2', not 0 or 1"),
+    "a grade": ("a.csv", ("query", "document", "label"), [("a", "b", 2)], "row 1, column 'label': the label is '2', not 0"),
     "one class": ("a.csv", ("query", "document", "label"), [("a", "b", 1)], "no query has a positive and a negative document"),
-    "uneven": ("a.jsonl", ("query", "documents", "labels"), [("a", ["b", "c"], [1])], "documents and labels are not one of each"),
-    "null document": ("a.jsonl", ("query", "passage", "label"), [("a", None, 1)], "row 1: passage and label are not one of each"),
+    "uneven": ("a.jsonl", ("query", "documents", "labels"), [("a", ["b", "c"], [1])], "documents and labels are not one of"),
+    "null document": ("a.jsonl", ("query", "passage", "label"), [("a", None, 1)], "row 1: passage and label are not one of"),
     "empty query": ("a.jsonl", ("query", "positive", "negative"), [("", ["y"], ["z"])], "row 1, column 'query': the text is "),
     "empty item": ("a.jsonl", ("query", "pos", "neg"), [("a", ["y", ""], ["z"])], "row 1, column 'pos': the text is empty"),
 }  # fmt: skip
@@ -591,9 +591,7 @@ def test_two_ranks_score_as_one_and_encode_every_text_once(tmp_path):
     one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert one["scores"] == two[0]["scores"] == two[1]["scores"] and len(one["scores"]) > len(WORKER_TASKS)
     encoded = [Counter(map(tuple, found["encoded"])) for found in (one, *two)]
-    # A rank without a text of its own left encodes the first one, so that all make the same number of calls.
-    several = encoded[1] + encoded[2]
-    assert several.keys() == encoded[0].keys() and abs(len(two[0]["encoded"]) - len(two[1]["encoded"])) <= 4
+    assert encoded[1] + encoded[2] == encoded[0] and abs(encoded[1].total() - encoded[2].total()) <= 5  # of five calls
 
 
 def test_sets_log_what_they_say(caplog):

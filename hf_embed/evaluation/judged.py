@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 from datasets import Dataset
 
 from hf_embed.data.files import NEGATIVE
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.rows import cell_text, cell_texts, first_match, label_number
 
 logger = logging.getLogger(__name__)
@@ -113,4 +113,4 @@ def names_of(rows: Rows, name: str) -> list[str]:
 def warn_of_unused(names: list[str], used: list[str], name: str) -> None:
     """Warn of columns that are not used."""
     if unused := [column for column in names if column not in used]:
-        logger.warning(f"{name}: columns {', '.join(unused)} are not used")
+        logger.warning(f"{masked(name)}: columns {', '.join(unused)} are not used")

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import Judged, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
@@ -87,5 +87,7 @@ def with_both_sorts(samples: list[Judged], name: str) -> list[Judged]:
     if not found:
         raise InputError(f"{name}: no query has a positive and a negative document; there is nothing to order")
     if left_out := len(samples) - len(found):
-        logger.warning(f"{name}: {left_out:,} of {len(samples):,} queries have no positive or no negative document; left out")
+        logger.warning(
+            f"{masked(name)}: {left_out:,} of {len(samples):,} queries have no positive or no negative document; left out"
+        )
     return found
