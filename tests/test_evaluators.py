@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import subprocess
 import zlib
 from collections import Counter
 from functools import partial
@@ -21,7 +22,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     TripletEvaluator,
 )
 from test_distributed import launch, run
-from test_recipes import make_files, recipe, sup
+from test_recipes import RECIPES, make_files, sup
 from test_retrieval import embed
 from worker_evaluators import TASKS as WORKER_TASKS
 
@@ -575,13 +576,14 @@ def test_from_the_command_line(files, tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     for label in ("my triplet (triplet accuracy x 100)", "my pair (average precision x 100)", "my reranking (MAP x 100)"):
         assert label in shown and label in card
-    done = recipe(
-        "evaluate.py", "--model_name_or_path", tmp_path / "out", *flags(files), "--output_dir", tmp_path / "scores"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    scores = json.loads((tmp_path / "scores" / "results.json").read_text())
-    assert {kind: scores[kind] for kind in results["after"]} == results["after"]
-    assert "rerank_ndcg@10" in done.stdout and "my pair" in done.stdout
+    for ranks in (1, 2):
+        folder = tmp_path / f"scores of {ranks}"
+        argv = ["--model_name_or_path", tmp_path / "out", *flags(files), "--output_dir", folder]
+        done = subprocess.run(launch(ranks, RECIPES / "evaluate.py", *argv), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        scores = json.loads((folder / "results.json").read_text())
+        assert {kind: scores[kind] for kind in results["after"]} == results["after"]
+        assert done.stdout.count("rerank_ndcg@10") == done.stdout.count("my pair") == 1
 
 
 @pytest.mark.slow
