@@ -246,7 +246,7 @@ READ_PAIRS = PairClassification(["a cat", "a dog", "a hen"], ["one cat", "a trai
     "header",
     [
         ("sentence1", "sentence2", "label"), ("Sentence1", "sentence2", "Label"), ("sent1", "sent2", "labels"),
-        ("text1", "text2", "label"), ("question1", "question2", "is_duplicate"),
+        ("text1", "text2", "label"), ("question1", "question2", "is_duplicate"), ("Sentence A", "sentence_B", "labels"),
     ],
 )  # fmt: skip
 def test_pair_files(tmp_path, ending, header):
@@ -273,6 +273,21 @@ def test_labels(tmp_path, labels):
     assert read_pair_classification(write_rows(tmp_path / "a.jsonl", ("sentence1", "sentence2", "label"), rows)) == READ_PAIRS
     assert PairClassification(READ_PAIRS.sentences1, READ_PAIRS.sentences2, labels) == READ_PAIRS
     assert PairClassification(READ_PAIRS.sentences1, READ_PAIRS.sentences2, np.array(labels)) == READ_PAIRS
+
+
+def test_labels_that_are_named_the_other_way_round(tmp_path):
+    rows = Dataset.from_list([dict(zip(HEADER, row)) for row in PAIRS])
+    for names, is_right in (
+        (["not_duplicate", "duplicate"], True),
+        (["0", "1"], True),
+        (["entailment", "not_entailment"], False),
+    ):
+        rows.cast_column("label", ClassLabel(names=names)).to_parquet(str(tmp_path / "a.parquet"))
+        if is_right:
+            assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
+        else:
+            message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
+            assert "the label 0 of column 'label' is called entailment; 1 is for pairs that belong together" in message
 
 
 def pairs_with(*labels):
@@ -483,6 +498,21 @@ def test_a_mean_does_not_mix_kinds():
     two = {"t": tasks["t"], "u": Triplets(["a"], ["b"], ["c"])}
     scores = score_tasks(two, embed)
     assert scores["triplet_accuracy"] == (scores["t_triplet_accuracy"] + scores["u_triplet_accuracy"]) / 2
+
+
+@pytest.mark.parametrize(("name", "metric"), [("triplet", "accuracy"), ("pair", "f1")])
+def test_a_set_whose_name_makes_another_metrics_name(tmp_path, name, metric):
+    """The accuracy of the set "triplet" would be overwritten by the mean of the triplets' accuracies."""
+    tasks = small_tasks()
+    tasks[name] = tasks.pop("z")
+    for refused in (score_tasks, lambda tasks, embed: metric_names(tasks)):
+        message = error_of(refused, tasks, embed)
+        assert (
+            message.startswith(f"evaluation set '{name}': {name}_")
+            and "is another metric's name too; rename the set" in message
+        )
+    assert error_of(trainer_with, tmp_path, tasks).startswith(f"evaluation set '{name}'")
+    score_tasks({name: tasks[name]}, embed)  # alone it is right
 
 
 def test_metrics_that_may_choose_the_model(tmp_path):

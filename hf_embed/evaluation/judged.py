@@ -1,6 +1,6 @@
 """Queries with documents that do and do not answer them.
 
-They are read from rows with these columns, first match wins (case does not matter):
+They are read from rows with these columns, first match wins (case, spaces, hyphens and underscores do not matter):
 
     the query      anchor | query | sent0 | question
     positives      positive | sent1 | answer         also pos, positives, answers; positive_1, positive_2 ...

@@ -9,20 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from hf_embed.data.sources import first_cells, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import cell_text, hub_rows, label_number, text_lists
+from hf_embed.evaluation.rows import cell_text, hub_rows, label_number, plain, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)
 
-PAIRS = [("sentence1", "sentence2"), ("sent1", "sent2"), ("text1", "text2"), ("question1", "question2")]
-LABELS = ("label", "labels", "is_duplicate")
-HEADER = {"sentence1", "sentence2", "sent1", "sent2", "text1", "text2", "question1", "question2", *LABELS}
+# Names of columns, as `plain` makes them.
+PAIRS = [
+    ("sentence1", "sentence2"),
+    ("sent1", "sent2"),
+    ("sentencea", "sentenceb"),
+    ("text1", "text2"),
+    ("question1", "question2"),
+]
+LABELS = ("label", "labels", "isduplicate", "isparaphrase")
+HEADER = {name for pair in PAIRS for name in pair} | set(LABELS)
+# What the label 0 is not called where labels have names: in GLUE's RTE it is the entailment.
+MATCHES = ("true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
 
 
 @dataclass
@@ -113,20 +122,26 @@ def labelled_pairs(path: str) -> Dataset:
     """Read rows with exactly three columns: the pair's two texts and the label.
 
     Raises:
-        InputError: there are no such columns.
+        InputError: there are no such columns, or the label 0 is that of pairs which belong together, by its name.
     """
     rows, cells = hub_rows(path), None
     if rows is None:
         cells = first_cells(path)
-        header = cells is None or bool(HEADER & set(cells))
+        header = cells is None or not HEADER.isdisjoint(map(plain, cells))
         rows = read_file(path, header)
         if not header and len(rows.column_names) == 3:
             by_position, *texts = rows.column_names
             return rows.select_columns([*texts, by_position])
-    names = {name.lower(): name for name in rows.column_names}
+    names = {plain(name): name for name in reversed(rows.column_names)}
     pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
     label = next((name for name in LABELS if name in names), None)
     if pair is None or label is None:
         found = f"found the columns {', '.join(cells or rows.column_names)}"
         raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label: rename them")
+    kind = rows.features[names[label]]
+    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:
+        raise InputError(
+            f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, and "
+            "0 for others: exchange the two"
+        )
     return rows.select_columns([names[name] for name in (*pair, label)])

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from hf_embed.data.files import kind_of, shortened
-from hf_embed.data.sources import KINDS, is_list, numbers_in, read_file, read_hub
+from hf_embed.data.sources import KINDS, is_list, read_file, read_hub
 from hf_embed.errors import InputError
 
 FILL_IN = "fill it in or delete the row"
@@ -35,9 +35,17 @@ def read_rows(path: str) -> Dataset:
 
 
 def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> list[str]:
-    """Return the names, ordered by the numbers in them, that the first pattern matches which matches any."""
-    found = ([name for name in names if pattern.fullmatch(name)] for pattern in patterns)
-    return sorted(next(filter(None, found), []), key=numbers_in)
+    """Return the names, ordered by the numbers in them, that the first pattern matches which matches any.
+
+    A pattern has to match a name as it is, or as `plain` makes it.
+    """
+    found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
+    return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+
+
+def plain(name: str) -> str:
+    """Return a column's name without case, spaces, hyphens and underscores: "Sentence 1" is "sentence1"."""
+    return re.sub(r"[\s_-]+", "", name).lower()
 
 
 def cell_text(cell: object, where: str) -> str:

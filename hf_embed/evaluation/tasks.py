@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
+from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import unit
 
 THRESHOLD = "_threshold"  # the end of the names of cosines that are reported beside a score, and are none
@@ -94,7 +95,12 @@ class EvaluationTask:
 
 
 def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
-    """Return NAME_METRIC for every metric of every task; and METRIC, its mean over the tasks that have it (NaN aside)."""
+    """Return NAME_METRIC for every metric of every task; and METRIC, its mean over the tasks that have it (NaN aside).
+
+    Raises:
+        InputError: two of these would have one name.
+    """
+    check_names(tasks)
     metrics: dict[str, float] = {}
     by_metric: dict[str, list[float]] = {}
     for name, task in tasks.items():
@@ -131,13 +137,35 @@ def main_metric(tasks: Mapping[str, Task]) -> str:
 
 
 def metric_names(tasks: Mapping[str, Task]) -> set[str]:
-    """Return the names under which `score_tasks` gives metrics, as far as the tasks say what they log; thresholds are none."""
+    """Return the names under which `score_tasks` gives metrics, as far as the tasks say what they log; thresholds are none.
+
+    Raises:
+        InputError: two metrics would have one name.
+    """
+    check_names(tasks)
     names = set()
     for name, task in tasks.items():
-        logged = (*task.reported, *(task.logged if isinstance(task, LogsMore) else ()))
-        metrics = {metric for metric in logged if not metric.endswith(THRESHOLD)}
+        metrics = {metric for metric in logged_by(task) if not metric.endswith(THRESHOLD)}
         names |= metrics | {f"{name}_{metric}" for metric in metrics}
     return names
+
+
+def logged_by(task: Task) -> set[str]:
+    """Return the metrics that a task says it logs."""
+    return {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())}
+
+
+def check_names(tasks: Mapping[str, Task]) -> None:
+    """Raise InputError where a set's name makes NAME_METRIC the name of another metric.
+
+    The accuracy of a set that is named triplet would be triplet_accuracy, which is the mean over the sets of triplets.
+    """
+    taken = {metric for task in tasks.values() for metric in logged_by(task)}
+    for name, task in tasks.items():
+        for metric in sorted(logged_by(task)):
+            if f"{name}_{metric}" in taken:
+                raise InputError(f"evaluation set '{name}': {name}_{metric} is another metric's name too; rename the set")
+            taken.add(f"{name}_{metric}")
 
 
 def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> Iterator[Tensor]:
