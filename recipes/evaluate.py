@@ -10,7 +10,7 @@
 STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code search: nDCG, MAP, recall and MRR x 100.
 Zero-shot classification: accuracy and F1 x 100. Triplets: accuracy x 100. Pair classification: average precision, the best
 accuracy and the best F1 x 100, with their thresholds. Reranking: MAP, MRR and nDCG x 100. Printed, and in
-OUTPUT_DIR/results.json. Several processes share the texts among them: `accelerate launch recipes/evaluate.py ...`.
+OUTPUT_DIR/results.json. Several processes share the texts among them: `accelerate launch --config_file ...`.
 """
 
 from dataclasses import dataclass, field

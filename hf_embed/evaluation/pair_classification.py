@@ -141,7 +141,7 @@ def labelled_pairs(path: str) -> Dataset:
     kind = rows.features[names[label]]
     if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:
         raise InputError(
-            f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, and "
-            "0 for others: exchange the two"
+            f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, "
+            "and 0 for others: exchange the two"
         )
     return rows.select_columns([names[name] for name in (*pair, label)])
