@@ -4,7 +4,10 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.pair_classification import PairClassification
+from hf_embed.evaluation.reranking import Reranking
 from hf_embed.evaluation.retrieval import Retrieval
+from hf_embed.evaluation.triplets import Triplets
 from hf_embed.evaluation.zero_shot import ZeroShot
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
@@ -19,10 +22,13 @@ __all__ = [
     "ImprovedContrastive",
     "InputError",
     "Matryoshka",
+    "PairClassification",
+    "Reranking",
     "Retrieval",
     "SimCSE",
     "Source",
     "TempScaleConfig",
+    "Triplets",
     "ZeroShot",
     "apply_tempscale",
     "fold_tempscale",

@@ -4,13 +4,20 @@
     python recipes/evaluate.py --model_name_or_path princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
     python recipes/evaluate.py --model_name_or_path outputs/gte_pretrain --eval_retrieval_dir scifact=beir/scifact:test \
         --eval_zero_shot intents=banking77.tsv --eval_code_search numpy=numpy
+    python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_triplet_file nli=nli-dev.csv \
+        --eval_pair_file quora=quora-dev.tsv --eval_reranking_file askubuntu=mteb/askubuntudupquestions-reranking:test
 
 STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code search: nDCG, MAP, recall and MRR x 100.
-Zero-shot classification: accuracy and F1 x 100. Printed, and in OUTPUT_DIR/results.json.
+Zero-shot classification: accuracy and F1 x 100. Triplets: accuracy x 100. Pair classification: average precision, the best
+accuracy and the best F1 x 100, with their thresholds. Reranking: MAP, MRR and nDCG x 100. Printed, and in
+OUTPUT_DIR/results.json. Several processes share the texts among them: `accelerate launch --config_file ...`.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from accelerate import PartialState
 
 from hf_embed.checkpoint.card import store_results
 from hf_embed.errors import InputError
@@ -40,8 +47,11 @@ def main() -> None:
         tasks |= seven_tasks()
     if not tasks:
         raise InputError("nothing to score on; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
-    encoder = load_for_encoding(args.model_name_or_path, args)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     scores = score_tasks(tasks, embed_with(encoder))
+    if not state.is_main_process:
+        return
     print(f"{args.model_name_or_path}: pooling {encoder.pooling}, at most {encoder.max_length} tokens; scores x 100")
     print("\n".join(score_table(scores, tasks)))
     if args.output_dir:

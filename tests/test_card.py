@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_embed.checkpoint.card import duration, is_generated, model_card, write_card
+from hf_embed.checkpoint.tables import comparison_table
 from hf_embed.kit.plan import on_the_hub
 from hf_embed.kit.report import shown
 from hf_embed.objectives import OBJECTIVES
@@ -24,7 +25,10 @@ TRAIN = {
     "versions": {"torch": "2.13"}, "chosen_by": {"metric": "spearman", "score": 45.0, "greater_is_better": True},
 }  # fmt: skip
 SCORES = {"sts": {"dev": 40.0}, "alignment": 0.4, "uniformity": -1.0, "retrieval": {"faq": {"ndcg@10": 30.0, "mrr@10": 28.0}},
-          "zero_shot": {"topics": {"accuracy": 50.0}}}  # fmt: skip
+          "zero_shot": {"topics": {"accuracy": 50.0}}, "triplet": {"nli": {"triplet_accuracy": 80.0}},
+          "pair_classification": {"quora": {"pair_ap": 70.0, "pair_accuracy": 75.0, "pair_accuracy_threshold": 0.8123,
+                                            "pair_f1": None, "pair_f1_threshold": None}},
+          "reranking": {"ask": {"rerank_map": 60.0, "rerank_mrr@10": 65.0, "rerank_ndcg@10": 66.0}}}  # fmt: skip
 MTEB = [{"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}]
 RESULTS = {"before": SCORES, "after": SCORES, "train": TRAIN, "mteb": MTEB}
 BAD = "a`b **c** <script>x</script>\n---\nlicense: [gpl\n# title | d: {e}"
@@ -52,7 +56,8 @@ def test_every_snippet_gives_the_encoders_vectors(tmp_path, pooling, normalize):
 def test_what_it_says():
     card = model_card(tiny_encoder(prompts={"query": "look: "}), RESULTS, picture=True)
     for part in (
-        "## Results", "dev (Spearman x 100)", "(geometry.png)", "## MTEB", "82.03  cosine_spearman", "nli.csv, 1,200 rows",
+        "## Results", "dev (Spearman x 100)", "nli (triplet accuracy x 100)", "quora (average precision x 100)",
+        "ask (MAP x 100)", "(geometry.png)", "## MTEB", "82.03  cosine_spearman", "nli.csv, 1,200 rows",
         "SimCSE: temperature 0.05", "-log e^(cos", "learning_rate 0.001", "1 min 15 s on 2 CPU cores", "torch 2.13",
         "query     'look: '", "flatter it", "arxiv.org/abs/2104.08821",
     ):  # fmt: skip
@@ -71,8 +76,13 @@ def test_metadata():
     scores = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
     assert scores == {
         ("dev", "spearman_cosine"): 40.0, ("faq", "ndcg_at_10"): 30.0, ("faq", "mrr_at_10"): 28.0, ("topics", "accuracy"): 50.0,
-        ("MTEB STSBenchmark", "cosine_spearman"): 82.03,
+        ("MTEB STSBenchmark", "cosine_spearman"): 82.03, ("nli", "cosine_accuracy"): 80.0,
+        ("quora", "cosine_ap"): 70.0, ("quora", "cosine_accuracy"): 75.0, ("quora", "cosine_accuracy_threshold"): 0.8123,
+        ("ask", "map"): 60.0, ("ask", "mrr_at_10"): 65.0, ("ask", "ndcg_at_10"): 66.0,
     }  # fmt: skip
+    kinds = {result.dataset_name: (result.task_type, result.task_name) for result in data.eval_results}
+    assert kinds["nli"] == ("triplet", "Triplet") and kinds["quora"] == ("binary-classification", "Binary Classification")
+    assert kinds["ask"] == ("reranking", "Reranking")
     bare = ModelCard(model_card(tiny_encoder())).data
     assert bare.base_model is None and bare.eval_results is None
 
@@ -132,3 +142,10 @@ def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, show
     for name in ("SimCSE", "ImprovedContrastive"):
         assert (OBJECTIVES[name].equation in card) == (OBJECTIVES[name].paper in card) == (name == shown)
     assert OBJECTIVES["Matryoshka"].paper in card
+
+
+def test_a_table_shows_tasks_of_users_own():
+    """BUG: a run on such sets alone ended in a traceback, for the table had no line."""
+    scores = {"bitext": {"mine": {"bitext_accuracy": 30.0, "margin": 0.5}, "other": {"bitext_accuracy": None}}}
+    lines = comparison_table({"before": scores, "after": scores})
+    assert [line.split("  ")[0] for line in lines[1:]] == ["mine (bitext_accuracy)", "other (bitext_accuracy)"]

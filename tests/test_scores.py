@@ -15,7 +15,17 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from test_retrieval import embed
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Retrieval, SimCSE, ZeroShot, mining
+from hf_embed import (
+    ContrastiveTrainer,
+    ContrastiveTrainingArguments,
+    PairClassification,
+    Reranking,
+    Retrieval,
+    SimCSE,
+    Triplets,
+    ZeroShot,
+    mining,
+)
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
 from hf_embed.evaluation.metrics import SpearmanCosine
 from hf_embed.evaluation.retrieval import read_retrieval
@@ -46,8 +56,13 @@ TASKS = {
     "sts": STS(ROWS),
     "retrieval": found(),
     "zero_shot": ZeroShot([f"text {i}" for i in range(30)], [0] * 20 + [1] * 10, ["one", "two"]),
+    "triplet": Triplets(*([f"{side} {i}" for i in range(30)] for side in ("anchor", "positive", "negative"))),
+    "pair_classification": PairClassification(ROWS["sentence1"], ROWS["sentence2"], [i % 3 == 0 for i in range(40)]),
+    "reranking": Reranking(
+        [{"query": f"query {i}", "positive": f"text {i}", "negative": [f"text {i + j}" for j in (1, 2)]} for i in range(20)]
+    ),
 }
-METRICS = {"sts": ["spearman"], "retrieval": list(Retrieval.reported), "zero_shot": ["accuracy", "f1"]}
+METRICS = {"sts": ["spearman"]} | {kind: list(task.reported) for kind, task in TASKS.items() if kind != "sts"}
 
 
 def collapsed_encoder(dtype=torch.float32):
@@ -113,6 +128,9 @@ def test_one_bad_vector_spoils_what_it_is_in(caplog):
     assert math.isnan(found().score(one_bad(["river 0"]))["ndcg@10"])  # topk takes NaN for the largest
     assert math.isnan(found().score(one_bad(["query river 0"]))["ndcg@10"])
     assert math.isnan(TASKS["zero_shot"].score(one_bad(["text 3"]))["accuracy"])
+    assert math.isnan(TASKS["triplet"].score(one_bad(["negative 7"]))["triplet_accuracy"])
+    assert math.isnan(TASKS["pair_classification"].score(one_bad([ROWS[7]["sentence1"]]))["pair_ap"])
+    assert math.isnan(TASKS["reranking"].score(one_bad(["text 3"]))["rerank_map"])
 
 
 def test_an_empty_document_may_be_zero():

@@ -23,8 +23,11 @@ from hf_embed.checkpoint import hub
 from hf_embed.data.mixture import read_sources
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.errors import RankError, masked, without_secrets
+from hf_embed.evaluation.pair_classification import read_pair_classification
+from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_named_sts
+from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.code_search import read_code_search
@@ -214,7 +217,8 @@ def test_no_reader_shows_the_secrets_of_an_address(address, name, tmp_path, capl
     given, (yaml_file) = address(name), tmp_path / "sources.yaml"
     yaml_file.write_text(json.dumps([{"name": "a", "file": given}]))
     readers = [
-        read_file, read_texts, read_retrieval, read_named_sts, read_code_search, read_sources,
+        read_file, read_texts, read_retrieval, read_named_sts, read_code_search, read_sources, read_triplets,
+        read_pair_classification, read_reranking,
         lambda path: read_zero_shot(path, "{label}"), lambda path: read_zero_shot(str(RECIPES), "{label}", path),
         lambda path: list(read_file(path, streaming=True)), lambda path: read_file([path, "b.txt"]),
         lambda path: read_sources(yaml_file), lambda path: cli.parse([], argv=["--config", path]),

@@ -29,6 +29,18 @@ EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
+# What sentence-transformers calls some kinds of sets on the Hub: their task's type and name, and their metrics.
+AS_SENTENCE_TRANSFORMERS = {
+    "triplet": ("triplet", "Triplet", {"triplet_accuracy": "cosine_accuracy"}),
+    "pair_classification": (
+        "binary-classification", "Binary Classification",
+        {"pair_ap": "cosine_ap", "pair_accuracy": "cosine_accuracy", "pair_accuracy_threshold": "cosine_accuracy_threshold",
+         "pair_f1": "cosine_f1", "pair_f1_threshold": "cosine_f1_threshold"},
+    ),
+    "reranking": (
+        "reranking", "Reranking", {"rerank_map": "map", "rerank_mrr@10": "mrr_at_10", "rerank_ndcg@10": "ndcg_at_10"},
+    ),
+}  # fmt: skip
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
 CODE = (
     "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
@@ -215,6 +227,9 @@ def eval_results(results: Results) -> list[EvalResult]:
             found.append(eval_result("information-retrieval", "Information Retrieval", name, label, scores.get(metric)))
     for name, scores in after.get("zero_shot", {}).items():
         found.append(eval_result("zero-shot-classification", "Zero-Shot Classification", name, "accuracy", scores["accuracy"]))
+    for kind, (task_type, task, metrics) in AS_SENTENCE_TRANSFORMERS.items():
+        for name, scores in after.get(kind, {}).items():
+            found += [eval_result(task_type, task, name, label, scores.get(metric)) for metric, label in metrics.items()]
     for row in results.get("mteb", []):
         task, name = row["type"], f"MTEB {row['task']}"
         found.append(eval_result(task, task, name, row["metric"], row["score"], row["split"]))

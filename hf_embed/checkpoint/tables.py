@@ -4,10 +4,21 @@
 
     {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}},
      "alignment": number, "uniformity": number}
+
+and other kinds of sets as retrieval.
 """
 
 import math
 from typing import Any
+
+# The metric of a kind of set that its tables show, and what they call it; of other kinds it is the first one.
+SHOWN = {
+    "retrieval": ("ndcg@10", "nDCG@10"),
+    "zero_shot": ("accuracy", "accuracy"),
+    "triplet": ("triplet_accuracy", "triplet accuracy"),
+    "pair_classification": ("pair_ap", "average precision"),
+    "reranking": ("rerank_map", "MAP"),
+}
 
 Results = dict[str, Any]
 Scores = dict[str, Any]
@@ -67,8 +78,12 @@ def swept_columns(sweep: dict[str, Any]) -> list[str]:
 def labelled(scores: Scores) -> dict[str, float]:
     """Return a model's scores, each under the name that tables give it."""
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
-    for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
+    for kind, (metric, label) in SHOWN.items():
         found |= {f"{name} ({label} x 100)": metrics[metric] for name, metrics in scores.get(kind, {}).items()}
+    for kind in [kind for kind in scores if kind not in ("sts", "alignment", "uniformity", *SHOWN)]:  # of users' own tasks
+        for name, metrics in scores[kind].items():
+            metric = next(iter(metrics))
+            found[f"{name} ({metric})"] = metrics[metric]
     found |= {f"{key} (lower is better)": scores[key] for key in ("alignment", "uniformity") if key in scores}
     return {label: math.nan if value is None else value for label, value in found.items()}
 

@@ -8,10 +8,8 @@ Shapes: N different sentences, P pairs, D wide.
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -21,6 +19,7 @@ from scipy.stats import spearmanr
 from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
+from hf_embed.evaluation.rows import hub_rows
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, Task, embed_on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -101,11 +100,9 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
 
 
 def read_named_sts(path: str) -> Dataset:
-    """Read an STS file, or OWNER/DATASET:SPLIT on the Hub."""
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(\w+)", path)
-    if hub and not Path(path).exists():
-        return check_sts(read_hub(hub[1], split=hub[2]), path)
-    return read_sts(path)
+    """Read an STS file, or OWNER/DATASET:SPLIT on the Hub; see `hf_embed.evaluation.rows.hub_rows`."""
+    rows = hub_rows(path)
+    return read_sts(path) if rows is None else check_sts(rows, path)
 
 
 def seven_tasks() -> dict[str, "STS"]:

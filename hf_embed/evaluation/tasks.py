@@ -1,20 +1,26 @@
 """What a task is, an evaluation set that scores an embedding function; and what the kinds of tasks share.
 
 A new kind is a class that derives from `EvaluationTask`. Every rank calls a task's `score`, encodes its share of the texts by
-`embed_on_all_ranks`, and gets the same result. Metrics are x 100, but for alignment and uniformity.
+`embed_on_all_ranks`, and gets the same result. Metrics are x 100, but for alignment, uniformity and thresholds.
+
+Metrics of one name are averaged over the sets, so a kind gives its metrics names that no other kind has, unless they mean the
+same: `triplet_accuracy` is not the `accuracy` of zero-shot classification, nor `rerank_map` a `map@100`.
 
 Shapes: N texts, D wide.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
+from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import unit
 
+THRESHOLD = "_threshold"  # the end of the names of cosines that are reported beside a score, and are none
 NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
 
 
@@ -32,7 +38,7 @@ class Task(Protocol):
 
     @property
     def kind(self) -> str:
-        """Where its results stand in results.json: "sts", "retrieval", "zero_shot"."""
+        """Where its results stand in results.json: "sts", "retrieval", "zero_shot", "triplet" ..."""
         ...
 
     @property
@@ -89,7 +95,12 @@ class EvaluationTask:
 
 
 def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
-    """Return NAME_METRIC for every metric of every task; and METRIC, its mean over the tasks that have it (NaN aside)."""
+    """Return NAME_METRIC for every metric of every task; and METRIC, its mean over the tasks that have it (NaN aside).
+
+    Raises:
+        InputError: two of these would have one name.
+    """
+    check_names(tasks)
     metrics: dict[str, float] = {}
     by_metric: dict[str, list[float]] = {}
     for name, task in tasks.items():
@@ -109,11 +120,13 @@ def score_table(scores: Mapping[str, float], tasks: Mapping[str, Task]) -> list[
     lines = []
     for metrics, names in alike.items():
         width = max(map(len, [*names, "average"]))
-        lines += ["", f"{'':{width}}" + "".join(f"  {metric:>10}" for metric in metrics)]
+        columns = {metric: max(10, len(metric)) for metric in metrics}
+        lines += ["", f"{'':{width}}" + "".join(f"  {metric:>{wide}}" for metric, wide in columns.items())]
         for name in names:
-            lines.append(f"{name:{width}}" + "".join(f"  {scores[f'{name}_{metric}']:10.3f}" for metric in metrics))
+            cells = (f"  {scores[f'{name}_{metric}']:{wide}.3f}" for metric, wide in columns.items())
+            lines.append(f"{name:{width}}" + "".join(cells))
         if len(names) > 1:
-            lines.append(f"{'average':{width}}" + "".join(f"  {scores[metric]:10.3f}" for metric in metrics))
+            lines.append(f"{'average':{width}}" + "".join(f"  {scores[metric]:{wide}.3f}" for metric, wide in columns.items()))
     return lines
 
 
@@ -124,12 +137,35 @@ def main_metric(tasks: Mapping[str, Task]) -> str:
 
 
 def metric_names(tasks: Mapping[str, Task]) -> set[str]:
-    """Return the names under which `score_tasks` gives metrics, as far as the tasks say what they log."""
+    """Return the names under which `score_tasks` gives metrics, as far as the tasks say what they log; thresholds are none.
+
+    Raises:
+        InputError: two metrics would have one name.
+    """
+    check_names(tasks)
     names = set()
     for name, task in tasks.items():
-        metrics = {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())}
+        metrics = {metric for metric in logged_by(task) if not metric.endswith(THRESHOLD)}
         names |= metrics | {f"{name}_{metric}" for metric in metrics}
     return names
+
+
+def logged_by(task: Task) -> set[str]:
+    """Return the metrics that a task says it logs."""
+    return {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())}
+
+
+def check_names(tasks: Mapping[str, Task]) -> None:
+    """Raise InputError where a set's name makes NAME_METRIC the name of another metric.
+
+    The accuracy of a set that is named triplet would be triplet_accuracy, which is the mean over the sets of triplets.
+    """
+    taken = {metric for task in tasks.values() for metric in logged_by(task)}
+    for name, task in tasks.items():
+        for metric in sorted(logged_by(task)):
+            if f"{name}_{metric}" in taken:
+                raise InputError(f"evaluation set '{name}': {name}_{metric} is another metric's name too; rename the set")
+            taken.add(f"{name}_{metric}")
 
 
 def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> Iterator[Tensor]:
@@ -150,3 +186,27 @@ def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None =
     for rank, part in enumerate(gather_objects(vectors)):
         everyone[rank :: get_world_size()] = part
     return everyone
+
+
+def embed_once(texts: Sequence[str], embed: Embed, prompt_name: str | None = None) -> Callable[[Sequence[str]], np.ndarray]:
+    """Encode each different text once, and return a function from n of the texts to their unit vectors, (n, D).
+
+    So equal texts have equal vectors to the last bit, and their cosines are equal.
+    """
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    vectors = embed_on_all_ranks(list(place), embed, prompt_name)
+    return lambda chosen: unit(vectors[[place[text] for text in chosen]])
+
+
+def pair_cosines(
+    first: Sequence[str],
+    second: Sequence[str],
+    first_vectors: Callable[[Sequence[str]], np.ndarray],
+    second_vectors: Callable[[Sequence[str]], np.ndarray],
+    block: int = 4096,
+) -> np.ndarray:
+    """Return the cosines (P,) of P pairs of texts, a block at a time; the vectors as `embed_once` gives them."""
+    parts = []
+    for i in range(0, len(first), block):
+        parts.append((first_vectors(first[i : i + block]) * second_vectors(second[i : i + block])).sum(-1))
+    return np.concatenate(parts)

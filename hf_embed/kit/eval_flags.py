@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hf_embed.errors import InputError
+from hf_embed.evaluation.pair_classification import read_pair_classification
+from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import STS, read_named_sts
 from hf_embed.evaluation.tasks import Task
+from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit.code_search import read_code_search
 
@@ -16,8 +19,10 @@ class EvalArguments:
     """Flags of the evaluation sets."""
 
     eval_sts_file: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=PATH of an STS set; may be repeated.", "action": "extend"}
-    )
+        default_factory=list,
+        metadata={"help": "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub; may be "
+                          "repeated.", "action": "extend"},
+    )  # fmt: skip
     eval_retrieval_dir: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on "
@@ -37,6 +42,21 @@ class EvalArguments:
         metadata={"help": "NAME=PATH of a jsonl with docstring and code, or of a Python package: find the function that a "
                           "docstring describes.", "action": "extend"},
     )  # fmt: skip
+    eval_triplet_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=PATH of anchor, positive, negative, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub; "
+                          "may be repeated.", "action": "extend"},
+    )  # fmt: skip
+    eval_pair_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=PATH, or on the Hub likewise, of sentence1, sentence2 and label, 1 for pairs that belong "
+                          "together and 0 for others.", "action": "extend"},
+    )  # fmt: skip
+    eval_reranking_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=PATH, or on the Hub likewise, of query, positive, negative: texts, or lists of texts.",
+                  "action": "extend"},
+    )  # fmt: skip
 
 
 def read_tasks(args: EvalArguments) -> dict[str, Task]:
@@ -49,6 +69,9 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
         "eval_retrieval_dir": lambda name, path: read_retrieval(path),
         "eval_zero_shot": lambda name, path: read_zero_shot(path, args.zero_shot_template, labels.get(name)),
         "eval_code_search": lambda name, path: read_code_search(path),
+        "eval_triplet_file": lambda name, path: read_triplets(path),
+        "eval_pair_file": lambda name, path: read_pair_classification(path),
+        "eval_reranking_file": lambda name, path: read_reranking(path),
     }
     tasks: dict[str, Task] = {}
     for flag, read in readers.items():

@@ -27,7 +27,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import masked
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.retrieval import Retrieval
-from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
+from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric, score_tasks
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import Plan, on_the_hub
 from hf_embed.objectives import Matryoshka, Objective
@@ -186,7 +186,8 @@ def summary(metrics: dict[str, float], tasks: dict[str, Task]) -> dict[str, Any]
         return {}
     scores: dict[str, Any] = {}
     for name, task in tasks.items():
-        reported = {key: number(metrics[f"eval_{name}_{key}"], 2) for key in task.reported}
+        digits = {key: 4 if key.endswith(THRESHOLD) else 2 for key in task.reported}
+        reported = {key: number(metrics[f"eval_{name}_{key}"], digits[key]) for key in task.reported}
         scores.setdefault(task.kind, {})[name] = reported["spearman"] if task.kind == "sts" else reported
     if "sts" in scores:
         scores |= {key: number(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}

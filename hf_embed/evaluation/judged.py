@@ -1,0 +1,116 @@
+"""Queries with documents that do and do not answer them.
+
+They are read from rows with these columns, first match wins (case, spaces, hyphens and underscores do not matter):
+
+    the query      anchor | query | sent0 | question
+    positives      positive | sent1 | answer         also pos, positives, answers; positive_1, positive_2 ...
+    negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...
+
+Positives and negatives are a text, a list of texts, or null. `documents` are all candidates; those that are no positives are
+the negatives. Where a row has one document and its label instead, the rows of a query belong together:
+
+    the query, as above; document | passage | answer; label, 1 or 0         the latter two may be lists
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from datasets import Dataset
+
+from hf_embed.data.files import NEGATIVE
+from hf_embed.errors import InputError, masked
+from hf_embed.evaluation.rows import cell_text, cell_texts, first_match, label_number
+
+logger = logging.getLogger(__name__)
+
+Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
+
+QUERIES = [re.compile(name, re.IGNORECASE) for name in ("anchor", "query", "sent0", "question")]
+POSITIVES = [re.compile(name, re.IGNORECASE) for name in (r"pos(itive)?s?(_\d+)?", "sent1", r"answers?(_\d+)?")]
+NEGATIVES = [NEGATIVE, re.compile("documents", re.IGNORECASE)]
+DOCUMENTS = [re.compile(name, re.IGNORECASE) for name in ("documents?", "passages?", "answers?")]
+LABELS = [re.compile("labels?", re.IGNORECASE)]
+ACCEPTED = "query, positive, negative; anchor, positive, negative; sent0, sent1, hard_neg; question, answer, negative"
+
+
+class Judged(NamedTuple):
+    """A query, the documents that answer it, and some that do not."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+
+
+def judged_rows(rows: Rows, name: str) -> list[Judged]:
+    """Find the query, the positives and the negatives of each row.
+
+    Args:
+        rows: with the columns above, but not of the layout with labels.
+        name: what messages call the rows.
+
+    Raises:
+        InputError: a missing column, or a cell that is empty or no text.
+    """
+    names = names_of(rows, name)
+    queries, positives, negatives = (first_match(names, patterns) for patterns in (QUERIES, POSITIVES, NEGATIVES))
+    for columns, what in ((queries, "query"), (positives, "positive"), (negatives, "negative")):
+        if not columns:
+            raise InputError(f"{name}: no column {what}; found {', '.join(names)}; accepted are {ACCEPTED}; rename them")
+    warn_of_unused(names, [queries[0], *positives, *negatives], name)
+    found = []
+    for number, row in enumerate(rows, 1):
+        where = f"{name}, row {number}"
+        query = cell_text(row.get(queries[0]), f"{where}, column '{queries[0]}'")
+        right, wrong = (
+            [text for column in columns for text in cell_texts(row.get(column), f"{where}, column '{column}'")]
+            for columns in (positives, negatives)
+        )
+        if negatives[0].lower() == "documents":
+            wrong = [text for text in wrong if text not in set(right)]
+        found.append(Judged(query, right, wrong))
+    return found
+
+
+def judged_candidates(rows: Rows, name: str) -> list[Judged]:
+    """Return queries with their documents from rows of either layout.
+
+    Raises:
+        InputError: a missing column, an empty text, or a label other than 0 and 1.
+    """
+    names = names_of(rows, name)
+    queries, documents, labels = (first_match(names, patterns) for patterns in (QUERIES, DOCUMENTS, LABELS))
+    if not (queries and documents and labels) or first_match(names, [NEGATIVE, *POSITIVES[:2]]):
+        return judged_rows(rows, name)
+    query, document, label = queries[0], documents[0], labels[0]
+    warn_of_unused(names, [query, document, label], name)
+    found: dict[str, Judged] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{name}, row {number}"
+        text = cell_text(row.get(query), f"{where}, column '{query}'")
+        candidates = cell_texts(row.get(document), f"{where}, column '{document}'")
+        values = row.get(label) if isinstance(row.get(document), list) else [row.get(label)]
+        if not isinstance(values, list) or len(values) != len(candidates):
+            raise InputError(f"{where}: {document} and {label} are not one of each, or lists of one length; correct the row")
+        judged = found.setdefault(text, Judged(text, [], []))
+        for candidate, value in zip(candidates, values):
+            is_right = label_number(value, f"{where}, column '{label}'")
+            (judged.positives if is_right else judged.negatives).append(candidate)
+    return list(found.values())
+
+
+def names_of(rows: Rows, name: str) -> list[str]:
+    """Return the names of the columns. Raises InputError for a row that is no dict."""
+    if isinstance(rows, Dataset):
+        return rows.column_names
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise InputError(f"{name}: a row is a {type(row).__name__}; give a dict of query, positive, negative each")
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def warn_of_unused(names: list[str], used: list[str], name: str) -> None:
+    """Warn of columns that are not used."""
+    if unused := [column for column in names if column not in used]:
+        logger.warning(f"{masked(name)}: columns {', '.join(unused)} are not used")

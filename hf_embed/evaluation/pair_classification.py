@@ -1,0 +1,147 @@
+"""Pair classification: do the cosines of pairs that belong together lie above those of other pairs?
+
+Shapes: P pairs.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from hf_embed.data.sources import first_cells, read_file
+from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.ranking import average_precision, best_thresholds
+from hf_embed.evaluation.rows import cell_text, hub_rows, label_number, plain, text_lists
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
+
+logger = logging.getLogger(__name__)
+
+# Names of columns, as `plain` makes them.
+PAIRS = [
+    ("sentence1", "sentence2"),
+    ("sent1", "sent2"),
+    ("sentencea", "sentenceb"),
+    ("text1", "text2"),
+    ("question1", "question2"),
+]
+LABELS = ("label", "labels", "isduplicate", "isparaphrase")
+HEADER = {name for pair in PAIRS for name in pair} | set(LABELS)
+# What the label 0 is not called where labels have names: in GLUE's RTE it is the entailment.
+MATCHES = ("true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
+
+
+@dataclass
+class PairClassification(EvaluationTask):
+    """Pairs of texts, and whether they belong together; sentence-transformers' BinaryClassificationEvaluator.
+
+    Args:
+        sentences1, sentences2: P texts each, encoded without a prompt, or with the model's default one.
+        labels: P; 1 or True for a pair that belongs together, 0 or False for another.
+
+    Raises:
+        InputError: the lists differ in length, a text is empty, a label is another, or all are the same.
+    """
+
+    sentences1: Sequence[str]
+    sentences2: Sequence[str]
+    labels: Sequence[int | bool]
+
+    kind = "pair_classification"
+    main = "pair_ap"
+    reported = ("pair_ap", "pair_accuracy", "pair_accuracy_threshold", "pair_f1", "pair_f1_threshold")
+
+    def __post_init__(self) -> None:
+        lists = {"sentences1": self.sentences1, "sentences2": self.sentences2, "labels": list(map(str, self.labels))}
+        self.sentences1, self.sentences2, labels = text_lists(lists, "PairClassification")
+        self.labels = label_numbers(labels, "PairClassification")
+
+    def score(self, embed: Embed) -> dict[str, float]:
+        """Return pair_ap, the average precision x 100; the best pair_accuracy and pair_f1 x 100, each with its threshold.
+
+        A threshold is the cosine from which on a pair is taken to belong together, -1 to 1. All are NaN, with a warning,
+        where the cosines are all equal.
+        """
+        vectors = embed_once([*self.sentences1, *self.sentences2], embed)
+        cosines, labels = pair_cosines(self.sentences1, self.sentences2, vectors, vectors), np.array(self.labels)
+        if not ordered(cosines[None]):
+            logger.warning(f"no average precision of {len(cosines):,} pairs: {NO_ORDER}")
+            return dict.fromkeys(self.reported, math.nan)
+        best = best_thresholds(cosines, labels)
+        return {
+            "pair_ap": 100 * average_precision(cosines, labels),
+            "pair_accuracy": 100 * best["accuracy"],
+            "pair_accuracy_threshold": best["accuracy_threshold"],
+            "pair_f1": 100 * best["f1"],
+            "pair_f1_threshold": best["f1_threshold"],
+        }
+
+
+def label_numbers(labels: Sequence[object], name: str) -> list[int]:
+    """Return labels as 0 and 1. Raises InputError for other labels, or unless there are both."""
+    numbers = [label_number(label, f"{name}, row {i}") for i, label in enumerate(labels, 1)]
+    if len(set(numbers)) < 2:
+        raise InputError(f"{name}: every label is {numbers[0]}; average precision needs pairs of label 0 and of label 1")
+    return numbers
+
+
+# ---- reading ----
+
+
+def read_pair_classification(path: str) -> PairClassification:
+    """Read pairs from a file or the Hub: sentence1, sentence2, label by name, or label, sentence1, sentence2 by position.
+
+    A row may have three lists, as in mteb's older sets, whose one row holds all pairs.
+
+    Raises:
+        InputError: a missing column, an empty text, a label other than 0 and 1, or one that all pairs have.
+    """
+    rows = labelled_pairs(path)
+    first, second, label = rows.column_names
+    pairs: list[tuple[str, str]] = []
+    labels: list[int] = []
+    for number, row in enumerate(rows, 1):
+        cells, where = [row[column] for column in rows.column_names], f"{path}, row {number}"
+        lists = [len(cell) for cell in cells if isinstance(cell, list)]
+        if lists and (len(lists) < 3 or len(set(lists)) > 1):
+            raise InputError(f"{where}: {first}, {second} and {label} are not lists of one length; correct the row")
+        for place, (left, right, value) in enumerate(zip(*cells) if lists else [cells], 1):
+            item = f"{where}, item {place}" if lists else where
+            pairs.append((cell_text(left, f"{item}, column '{first}'"), cell_text(right, f"{item}, column '{second}'")))
+            labels.append(label_number(value, f"{item}, column '{label}'"))
+    if not pairs:
+        raise InputError(f"{path}: no rows")
+    label_numbers(labels, path)
+    return PairClassification([left for left, _ in pairs], [right for _, right in pairs], labels)
+
+
+def labelled_pairs(path: str) -> Dataset:
+    """Read rows with exactly three columns: the pair's two texts and the label.
+
+    Raises:
+        InputError: there are no such columns, or the label 0 is that of pairs which belong together, by its name.
+    """
+    rows, cells = hub_rows(path), None
+    if rows is None:
+        cells = first_cells(path)
+        header = cells is None or not HEADER.isdisjoint(map(plain, cells))
+        rows = read_file(path, header)
+        if not header and len(rows.column_names) == 3:
+            by_position, *texts = rows.column_names
+            return rows.select_columns([*texts, by_position])
+    names = {plain(name): name for name in reversed(rows.column_names)}
+    pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
+    label = next((name for name in LABELS if name in names), None)
+    if pair is None or label is None:
+        found = f"found the columns {', '.join(cells or rows.column_names)}"
+        raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label: rename them")
+    kind = rows.features[names[label]]
+    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:
+        raise InputError(
+            f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, "
+            "and 0 for others: exchange the two"
+        )
+    return rows.select_columns([names[name] for name in (*pair, label)])

@@ -1,0 +1,93 @@
+"""Reranking: are the documents that answer a query nearer to it than its other candidates?
+
+Shapes: C candidates of a query, D wide.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from hf_embed.errors import InputError, masked
+from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.judged import Judged, judged_candidates
+from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
+from hf_embed.evaluation.rows import read_rows
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Reranking(EvaluationTask):
+    """Queries, and of each the documents that answer it and some that do not; sentence-transformers' RerankingEvaluator.
+
+    Queries are encoded with the model's prompt "query", documents with its prompt "document". A query without documents of
+    both sorts is left out, and counted in a warning: its score would be the same whatever the model.
+
+    Args:
+        samples: {"query": text, "positive": text or list of texts, "negative": text or list of texts} each; other names that
+            `hf_embed.evaluation.judged` lists will do, and so will the rows of a `Dataset`.
+
+    Raises:
+        InputError: no sample has documents of both sorts, or a sample is not like this.
+    """
+
+    samples: Iterable[Judged | Mapping[str, Any]]
+
+    kind = "reranking"
+    main = "rerank_map"
+    reported = ("rerank_map", "rerank_mrr@10", "rerank_ndcg@10")
+
+    def __post_init__(self) -> None:
+        self.samples = list(self.samples)
+        if not all(isinstance(sample, Judged) for sample in self.samples):
+            self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
+        self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")
+
+    def score(self, embed: Embed) -> dict[str, float]:
+        """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10, x 100, means over the queries.
+
+        Of equal cosines a positive comes before a negative in the mean reciprocal rank, as in sentence-transformers; their
+        order does not matter to the other two. All are NaN, with a warning, where every candidate of every query is as near
+        to it.
+        """
+        queries = embed_once([sample.query for sample in self.judged], embed, "query")
+        candidates = [text for sample in self.judged for text in (*sample.positives, *sample.negatives)]
+        documents = embed_once(candidates, embed, "document")
+        per_query, finite, has_order = [], True, False
+        for query, positives, negatives in self.judged:
+            cosines = (documents(positives + negatives) * queries([query])).sum(-1)  # (C,)
+            labels = (np.arange(len(cosines)) < len(positives)).astype(int)
+            per_query.append(
+                [average_precision(cosines, labels), reciprocal_rank(cosines, labels, 10), ndcg(cosines, labels, 10)]
+            )
+            finite, has_order = finite and bool(np.isfinite(cosines).all()), has_order or ordered(cosines[None])
+        if not (finite and has_order):
+            logger.warning(f"no MAP of {len(self.judged):,} queries: {NO_ORDER}")
+            return dict.fromkeys(self.reported, math.nan)
+        return dict(zip(self.reported, (100 * np.mean(per_query, axis=0)).tolist()))
+
+
+def read_reranking(path: str) -> Reranking:
+    """Read queries and their documents from a file or the Hub; see `hf_embed.evaluation.judged`.
+
+    Raises:
+        InputError: a missing column, an empty text, or no query with a positive and a negative document.
+    """
+    return Reranking(with_both_sorts(judged_candidates(read_rows(path), path), path))
+
+
+def with_both_sorts(samples: list[Judged], name: str) -> list[Judged]:
+    """Return those with positives and negatives; warn of others. Raises InputError if there are none."""
+    found = [sample for sample in samples if sample.positives and sample.negatives]
+    if not found:
+        raise InputError(f"{name}: no query has a positive and a negative document; there is nothing to order")
+    if left_out := len(samples) - len(found):
+        logger.warning(
+            f"{masked(name)}: {left_out:,} of {len(samples):,} queries have no positive or no negative document; left out"
+        )
+    return found

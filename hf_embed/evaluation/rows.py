@@ -1,0 +1,87 @@
+"""Rows of labelled evaluation sets, from a file or the Hub, and their cells, checked."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+
+from hf_embed.data.files import kind_of, shortened
+from hf_embed.data.sources import KINDS, is_list, read_file, read_hub
+from hf_embed.errors import InputError
+
+FILL_IN = "fill it in or delete the row"
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+
+
+def hub_rows(path: str) -> Dataset | None:
+    """Return the rows of OWNER/DATASET:SPLIT or OWNER/DATASET:CONFIG:SPLIT on the Hub; None where `path` is that of a file.
+
+    Raises:
+        InputError: they cannot be loaded, or the split is not named.
+    """
+    name = re.fullmatch(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>\w+))?", path)
+    if not name or Path(path).exists() or (not name["split"] and kind_of(path) in KINDS):
+        return None
+    if not name["split"]:
+        raise InputError(f"{path}: no such file; of a dataset on the Hub name the split too, for example {path}:test")
+    return read_hub(name["name"], name["config"], name["split"])
+
+
+def read_rows(path: str) -> Dataset:
+    """Read a file that names its columns, or OWNER/DATASET:SPLIT on the Hub."""
+    rows = hub_rows(path)
+    return read_file(path) if rows is None else rows
+
+
+def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> list[str]:
+    """Return the names, ordered by the numbers in them, that the first pattern matches which matches any.
+
+    A pattern has to match a name as it is, or as `plain` makes it.
+    """
+    found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
+    return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+
+
+def plain(name: str) -> str:
+    """Return a column's name without case, spaces, hyphens and underscores: "Sentence 1" is "sentence1"."""
+    return re.sub(r"[\s_-]+", "", name).lower()
+
+
+def cell_text(cell: object, where: str) -> str:
+    """Return a cell that is a text. Raises InputError, which begins with `where`, for another."""
+    if not isinstance(cell, str) or not cell.strip():
+        kind = "missing" if cell is None else "empty" if isinstance(cell, str) else f"not a text ({shortened(repr(cell))})"
+        raise InputError(f"{where}: the text is {kind}; {FILL_IN}")
+    return cell
+
+
+def cell_texts(cell: object, where: str) -> list[str]:
+    """Return the texts of a cell: a text alone, a list of them, or null, which has none. Raises InputError for another."""
+    if isinstance(cell, str) and is_list(cell):
+        raise InputError(
+            f"{where}: the text is a list, {shortened(cell)}; write the rows as jsonl or parquet, or the texts into columns of "
+            "their own, negative_1, negative_2 ..."
+        )
+    cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
+    return [cell_text(text, where) for text in cells]
+
+
+def label_number(label: object, where: str) -> int:
+    """Return 0 or 1. Raises InputError, which begins with `where`, for another label."""
+    number = LABELS.get(str(label).strip().lower())
+    if number is None:
+        raise InputError(f"{where}: the label is {label!r}, not 0 or 1; correct it or delete the row")
+    return number
+
+
+def text_lists(lists: Mapping[str, Sequence[str]], name: str) -> list[list[str]]:
+    """Return the lists. Raises InputError where they differ in length or are empty, or a text is empty or none."""
+    lengths = {key: len(texts) for key, texts in lists.items()}
+    if len(set(lengths.values())) > 1 or not all(lengths.values()):
+        found = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
+        raise InputError(f"{name}: got {found}; give as many of each, and at least one")
+    for key, texts in lists.items():
+        for number, text in enumerate(texts, 1):
+            cell_text(text, f"{name}, row {number}, {key}")
+    return list(map(list, lists.values()))

@@ -1,0 +1,76 @@
+"""Triplets: is the anchor nearer to its positive than to its negative?
+
+Shapes: T triplets, D wide.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.judged import judged_rows
+from hf_embed.evaluation.rows import FILL_IN, read_rows, text_lists
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Triplets(EvaluationTask):
+    """Anchors, and of each a text that is near and one that is far; sentence-transformers calls it TripletEvaluator.
+
+    Anchors are encoded with the model's prompt "query", the others with its prompt "document".
+
+    Args:
+        anchors, positives, negatives: T texts each.
+
+    Raises:
+        InputError: the lists differ in length or are empty, or a text is empty.
+    """
+
+    anchors: Sequence[str]
+    positives: Sequence[str]
+    negatives: Sequence[str]
+
+    kind = "triplet"
+    main = "triplet_accuracy"
+    reported = ("triplet_accuracy",)
+
+    def __post_init__(self) -> None:
+        lists = {"anchors": self.anchors, "positives": self.positives, "negatives": self.negatives}
+        self.anchors, self.positives, self.negatives = text_lists(lists, "Triplets")
+
+    def score(self, embed: Embed) -> dict[str, float]:
+        """Return triplet_accuracy x 100: of how many triplets the positive's cosine is above the negative's. Equal is wrong.
+
+        It is NaN, with a warning, where every positive is as near as its negative.
+        """
+        anchors = embed_once(self.anchors, embed, "query")
+        documents = embed_once([*self.positives, *self.negatives], embed, "document")
+        right, wrong = (pair_cosines(self.anchors, texts, anchors, documents) for texts in (self.positives, self.negatives))
+        if not ordered(np.stack([right, wrong], axis=1)):
+            logger.warning(f"no accuracy of {len(right):,} triplets: {NO_ORDER}")
+            return {"triplet_accuracy": math.nan}
+        return {"triplet_accuracy": 100 * float((right > wrong).mean())}
+
+
+def read_triplets(path: str) -> Triplets:
+    """Read anchors, positives and negatives from a file or the Hub; see `hf_embed.evaluation.judged`.
+
+    A row with several positives or negatives is a triplet of each positive with each negative.
+
+    Raises:
+        InputError: a missing column, or a row without a positive or a negative.
+    """
+    triplets = []
+    for number, row in enumerate(judged_rows(read_rows(path), path), 1):
+        for texts, what in ((row.positives, "positive"), (row.negatives, "negative")):
+            if not texts:
+                raise InputError(f"{path}, row {number}: there is no {what}; {FILL_IN}")
+        triplets += [(row.query, right, wrong) for right in row.positives for wrong in row.negatives]
+    anchors, positives, negatives = map(list, zip(*triplets))
+    return Triplets(anchors, positives, negatives)
