@@ -18,9 +18,9 @@ MOST_PARAMETERS = 7
 TIERS = [
     ["errors", "distributed", "entry", "library_internals", "ranges"],
     ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
-     "tempscale", "text_models", "vectors"],
+     "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
-    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "watch"],
+    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "vector_files", "watch"],
     ["trainer"],
     ["kit"],
     ["recipes"],

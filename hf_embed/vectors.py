@@ -14,7 +14,7 @@ ranges of the batch at hand.) `binary` and `ubinary` are bit for bit what its `q
 Shapes: N or M vectors, D wide before they are packed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from hf_embed.errors import InputError
 
-Vectors = np.ndarray | Tensor | list[list[float]]
+Vectors = np.ndarray | Tensor | Sequence[np.ndarray] | Sequence[Tensor] | Sequence[Sequence[float]]
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
@@ -120,8 +120,8 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
 
 def as_matrix(vectors: Vectors) -> Tensor:
     """Return vectors, or a single one, as a tensor (N, D)."""
-    if isinstance(vectors, list) and vectors and isinstance(vectors[0], np.ndarray):
-        vectors = np.stack(vectors)
+    if isinstance(vectors, list) and vectors and isinstance(vectors[0], np.ndarray | Tensor):
+        vectors = torch.stack([torch.as_tensor(vector) for vector in vectors])
     return torch.atleast_2d(torch.as_tensor(vectors))
 
 
