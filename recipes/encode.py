@@ -40,7 +40,9 @@ class Arguments(EncodingArguments):
                   "choices": list(PRECISIONS)},
     )  # fmt: skip
     truncate_dim: int | None = field(default=None, metadata={"help": "Keep so many numbers of a vector. Default: the model's."})
-    normalize: bool | None = field(default=None, metadata={"help": "Write unit vectors, or not. Default: the model's own."})
+    normalize: bool | None = field(
+        default=None, metadata={"help": "True or False: write unit vectors, or not. Default: the model's own."}
+    )
     batch_size: int = field(default=512, metadata={"help": "Texts that are tokenized at a time."})
     chunk_tokens: int | None = field(
         default=None, metadata={"help": "Padded tokens that go through the model at once. Default: 16384, on a CPU 1024."}
