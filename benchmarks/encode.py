@@ -5,8 +5,8 @@
     python benchmarks/encode.py --model MODEL --sts stsb-dev.tsv    # bytes and Spearman of each precision, in place of speed
 
 Both sides encode in turns in one process, and each round gives a ratio, so a slow spell of the machine hits both. The vectors
-are compared first. An idle machine gives a narrow range. `short` are sentences, `long` are texts of --long_words words and more, `mixed` are both and what lies
-between, shuffled; `one` is a sentence at a time, as a search encodes its queries.
+are compared first. An idle machine gives a narrow range. `short` are sentences, `long` are texts of --long_words words and
+more, `mixed` are both and what lies between, shuffled; `one` is a sentence at a time, as a search encodes its queries.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
-from hf_embed.encoding import check_arguments, check_output, encode_by_length, evaluating, on_devices, text_list
+from hf_embed.encoding import check_arguments, check_output, check_sizes, encode_by_length, evaluating, on_devices, text_list
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
@@ -284,6 +284,7 @@ class Encoder(nn.Module):
             texts, prompt_name = texts_and_prompt(texts, prompt_type, self.prompts, others.get("task_metadata"))
         else:
             check_arguments(others, convert_to_tensor)
+        check_sizes(batch_size, chunk_tokens)
         check_output(self, truncate_dim, normalize, precision)
         before = self.prompt(prompt_name) if prompt is None else prompt
         listed = text_list(texts)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_embed.errors import InputError
+from hf_embed.ranges import COUNT
 from hf_embed.vectors import check_packable, check_precision
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def check_arguments(others: Mapping[str, Any], convert_to_tensor: bool) -> None:
         else:
             mend = f"; give {ELSEWHERE[name]}" if name in ELSEWHERE else ""
             raise TypeError(f"encode() has no argument '{name}'{mend}")
+
+
+def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
+    """Raise InputError for batches or chunks that are empty."""
+    for name, size in {"batch_size": batch_size, "chunk_tokens": 1 if chunk_tokens is None else chunk_tokens}.items():
+        if size not in COUNT:
+            raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
 def text_list(texts: Any) -> list[str]:
@@ -129,6 +137,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
     """Raise InputError for what `Encoder.encode` cannot give; the arguments are its own."""
     most, name = encoder.full_dimension, encoder.similarity_fn_name
+    if normalize not in (None, True, False):
+        raise InputError(f"normalize is {normalize!r}; it must be True, False or None, which is as the model was saved")
     if truncate_dim is not None and (type(truncate_dim) is not int or not 1 <= truncate_dim <= most):
         raise InputError(f"truncate_dim is {truncate_dim!r}; this model's vectors have 1 to {most} numbers to keep")
     check_precision(precision)

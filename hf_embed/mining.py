@@ -106,7 +106,7 @@ class MiningArguments:
 
 
 def mine_hard_negatives(
-    dataset: Dataset | Sequence[dict[str, str]],
+    dataset: Dataset | Sequence[dict[str, str]] | Any,
     encoder: Encoder,
     corpus: Iterable[str] = (),
     output_file: str | Path | None = None,
@@ -117,7 +117,8 @@ def mine_hard_negatives(
     """Return pairs with hard negatives. On several ranks each calls this, with an `output_file` that all can write.
 
     Args:
-        dataset: pairs, in two columns; rows with the same anchor are answers of one query, and no negatives of each other.
+        dataset: pairs, in two columns of a `Dataset` or a DataFrame, or a list of dicts; rows with the same anchor are answers
+            of one query, and no negatives of each other.
         encoder: what finds the negatives, by the cosine, with its prompts "query" and "document".
         corpus: texts to choose negatives from, besides the pairs' own.
         output_file: a jsonl to write the rows to as well. A run that is stopped then goes on where it was.
@@ -139,7 +140,7 @@ def mine_hard_negatives(
     args = MiningArguments(**rules)
     if output_file is None and get_world_size() > 1:
         raise InputError("mine_hard_negatives on several ranks: give output_file, which all of them can write")
-    table = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+    table = as_table(dataset)
     names = [anchor_column_name, positive_column_name]
     if None in names:
         names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
@@ -163,6 +164,20 @@ def mine_hard_negatives(
     if get_rank() == 0:
         logger.log(logging.WARNING if counts["fewer"] else logging.INFO, "; ".join(describe(counts)))
     return table.add_column("negatives", pyarrow.array(negatives, pyarrow.list_(pyarrow.string())))
+
+
+def as_table(rows: Dataset | Sequence[dict[str, str]] | Any) -> Dataset:
+    """Return rows as a table. Raises InputError for what has none, or has several."""
+    if isinstance(rows, Dataset):
+        return rows
+    if hasattr(rows, "iloc"):
+        return Dataset.from_pandas(rows, preserve_index=False)
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(
+            f"mine_hard_negatives: the rows are of the type {type(rows).__name__}; give a Dataset (one split of it), a "
+            "DataFrame or a list of dicts"
+        )
+    return Dataset.from_list(list(rows))
 
 
 def write_hard_negatives(

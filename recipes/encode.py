@@ -63,11 +63,10 @@ def main() -> None:
     model, file, output, *words = words
     (args,) = parse([Arguments], argv=words)
     state = PartialState(cpu=not torch.cuda.is_available())
-    rows = read_column(file, args.column)
-    (column,) = rows.column_names
+    column, texts = read_column(file, args.column)
     options = ("prompt_name", "precision", "truncate_dim", "normalize", "batch_size", "chunk_tokens")
     about = write_vectors(
-        load_for_encoding(model, args, state.device), rows[column], output, {"model": model, "file": file, "column": column},
+        load_for_encoding(model, args, state.device), texts, output, {"model": model, "file": file, "column": column},
         **{name: getattr(args, name) for name in options},
     )  # fmt: skip
     if state.is_main_process:

@@ -8,6 +8,8 @@ An empty line, or the end of the input, ends it. FILE is what recipes/encode.py 
 the texts its prompt "document". Printed are the score, by the model's own similarity, the row of the file, and the text.
 """
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,17 +51,19 @@ def main() -> None:
         words = ["", "", *words]
     model, file, *words = words
     (args,) = parse([Arguments], argv=words)
-    rows = read_column(file, args.column)
-    texts = rows[rows.column_names[0]]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"a search is one process; start it by {recipe_command('search')}")
+    _, texts = read_column(file, args.column)
     encoder = load_for_encoding(model, args)
     vectors, options, similarity = document_vectors(encoder, texts, file, args.embeddings)
+    room = 3 * shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # three lines of a text
     for query in args.query or typed():
         asked = np.asarray(encoder.encode_query(query, **options))
         if args.query or not sys.stdin.isatty():
             print(f"\n{query}")
         for hit in semantic_search(asked, vectors, args.top_k, similarity)[0]:
             number = int(hit["corpus_id"])
-            print(f"  {hit['score']:7.3f}  row {number + 1:<7} {' '.join(texts[number].split())}", flush=True)
+            print(f"  {hit['score']:7.3f}  row {number + 1:<7} {' '.join(texts[number].split())[:room]}", flush=True)
 
 
 def typed() -> Iterator[str]:

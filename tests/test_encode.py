@@ -106,6 +106,16 @@ def test_arguments_that_change_nothing_are_taken():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch_size": 0}, "batch_size is 0; it must be at least 1"), ({"batch_size": -5}, "at least 1"),
+     ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'")],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_refused(options, message):
+    """BUG: a negative batch_size gave no vectors."""
+    assert message in error_of(tiny_encoder().encode, TEXTS, **options)
+
+
+@pytest.mark.parametrize(
     "texts",
     [tuple(TEXTS), np.array(TEXTS), pd.Series(TEXTS, index=[9, 4, 2, 1, 0]), Dataset.from_dict({"text": TEXTS})["text"],
      (text for text in TEXTS)],

@@ -11,10 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import error_of, tiny_encoder
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from test_retrieval import embed, vector
 from worker import WORDS
 
@@ -315,7 +316,8 @@ def test_rules_columns_corpus_and_file_of_the_public_function(tmp_path):
     assert table.column_names == ["ask", "say", "negatives"]
     written = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["negatives"] for row in written] == list(table["negatives"])
-    assert mine_hard_negatives(named, encoder, ["a text of its own"], **columns, **rules)[:] == table[:]
+    frame = pandas.DataFrame(named, index=range(9, 49))
+    assert mine_hard_negatives(frame, encoder, ["a text of its own"], **columns, **rules)[:] == table[:]
     few = mine_hard_negatives(Dataset.from_list(rows[:2]), encoder, ["line\u2028separator"], relative_margin=None)
     assert sorted(few[0]["negatives"]) == sorted([rows[1]["positive"], "line\u2028separator"])  # and fewer than three
 
@@ -329,4 +331,8 @@ def test_what_the_public_function_refuses(tmp_path):
         mine_hard_negatives, [*rows, {"query": " ", "positive": "a"}], encoder
     )
     assert "found the columns left, right" in error_of(mine_hard_negatives, [{"left": "a", "right": "b"}], encoder)
+    for wrong in (DatasetDict({"train": Dataset.from_list(rows)}), [("a", "b")], "pairs.csv"):
+        assert "give a Dataset (one split of it), a DataFrame or a list of dicts" in error_of(
+            mine_hard_negatives, wrong, encoder
+        )
     assert "no column 'ask'" in error_of(mine_hard_negatives, rows, encoder, anchor_column_name="ask")

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Column
 
 from hf_embed.data.sources import read_file, text_columns
 from hf_embed.encoder import Encoder
@@ -34,8 +34,11 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
     return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def read_column(path: str, column: str | None = None) -> Dataset:
+def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
     """Read a file's column of texts, an entry for every row: the named one, or text (or sentence), or the only one.
+
+    Returns:
+        The column's name, and the column, of which parts are read when they are asked for.
 
     Raises:
         InputError: the file cannot be read, or has no such column.
@@ -45,7 +48,7 @@ def read_column(path: str, column: str | None = None) -> Dataset:
         column = text_columns(rows.column_names, path, paired=False)[0]
     if column not in rows.column_names:
         raise InputError(f"{path}: no column '{column}'; found {', '.join(rows.column_names)}")
-    return rows.select_columns([column])
+    return column, rows[column]
 
 
 def document_vectors(
