@@ -17,7 +17,7 @@ from recipe import QUIETLY, run_recipe, write_jsonl
 from hf_embed import Encoder
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.models import embed_with
-from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.mining import MiningArguments, write_hard_negatives
 
 LOSSES = {
     "improved": ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"],
@@ -76,7 +76,7 @@ def main() -> None:
         pairs = [(train.queries[q], train.corpus[d]) for q, documents in train.qrels.items() for d in documents]
         settings = MiningArguments(num_negatives=args.num_negatives)
         print(
-            mine_hard_negatives(pairs, train.corpus.values(), embed_with(Encoder.from_pretrained(args.model)), mined, settings)
+            write_hard_negatives(pairs, train.corpus.values(), embed_with(Encoder.from_pretrained(args.model)), mined, settings)
         )
 
     def score(model, output: Path) -> float:

@@ -17,10 +17,10 @@ MOST_PARAMETERS = 7
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
     ["errors", "distributed", "entry", "library_internals", "ranges"],
-    ["adapters", "chunking", "data", "evaluation", "forward_check", "objectives", "pooling", "search",
-     "tempscale", "text_models"],
+    ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
+     "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
-    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "watch"],
+    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "vector_files", "watch"],
     ["trainer"],
     ["kit"],
     ["recipes"],
@@ -36,6 +36,7 @@ FOREIGN = {
     "getattr(backbone.config, 'temp_scale', None)": "the same",
     "getattr(encoder.base.config, 'temp_scale', None)": "the same",
     "hasattr(model, 'config')": "whatever a user gives as a model",
+    "hasattr(texts, 'columns')": "whatever a user gives as texts",
     "getattr(cause, 'filename', None)": "any exception",
     "getattr(getattr(backbone, 'pooler', None), 'dense', None)": "many architectures have no such pooler",
     "hasattr(getattr(self.base, 'pooler', None), 'dense')": "the same",

@@ -4,52 +4,34 @@ Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the widt
 """
 
 import contextlib
-import logging
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
+from hf_embed.encoding import check_arguments, check_output, check_sizes, encode_by_length, evaluating, on_devices, text_list
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
-from hf_embed.library_internals import uncompiled
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
 from hf_embed.tempscale.attention import base_of
-from hf_embed.text_models import is_remote, text_encoder
+from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
+from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
-logger = logging.getLogger(__name__)
-
-Vectors = np.ndarray | Tensor | list[list[float]]
-
 # Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
-# Texts longer than this are cut unless the user asks for more: attention over them is what costs.
-DEFAULT_MAX_LENGTH = 512
-# What sentence-transformers calls them -> the function, (..., N, D) and (..., M, D) -> (..., N, M); more is nearer.
-SIMILARITIES = {
-    "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
-    "dot": lambda a, b: a.float() @ b.float().mT,
-    "euclidean": lambda a, b: -torch.cdist(a.float(), b.float()),
-    "manhattan": lambda a, b: -torch.cdist(a.float(), b.float(), p=1),
-}
+# The same without a backward pass, where a CPU has smaller things to keep.
+ENCODE_CHUNK_TOKENS = {"cpu": 1024, "default": 16384}
 
 
 class Encoder(nn.Module):
@@ -251,14 +233,20 @@ class Encoder(nn.Module):
 
     def encode(
         self,
-        texts: str | list[str] | DataLoader,
+        texts: str | Sequence[str] | DataLoader,
         prompt_name: str | None = None,
         batch_size: int = 512,
         convert_to_tensor: bool = False,
-        show_progress_bar: bool = False,
+        show_progress_bar: bool | None = False,
         chunk_tokens: int | None = None,
         prompt_type: Any = None,
-        **mteb: Any,
+        *,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        normalize: bool | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        precision: str = "float32",
+        **others: Any,
     ) -> np.ndarray | Tensor:
         """Encode texts, as trained.
 
@@ -266,55 +254,110 @@ class Encoder(nn.Module):
             texts: one text, or N of them; mteb gives its batches.
             prompt_name: "query", "document" or another name in `prompts`: put that prompt, if the model has it, before each
                 text. Without a name it is the default prompt, if the model has one.
-            batch_size: texts tokenized and sorted by length at a time; memory depends on `chunk_tokens`, not on this.
+            batch_size: texts tokenized at a time; memory depends on `chunk_tokens`, not on this.
             convert_to_tensor: give a tensor on the model's device instead of an array.
             show_progress_bar: of the texts, on the console.
-            chunk_tokens: padded tokens that go through the model at once.
+            chunk_tokens: padded tokens that go through the model at once. Default: 1024 on a CPU, 16384 elsewhere.
             prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name.
-            mteb: what else mteb says of its batches; it has no effect.
+            prompt: a text to put before each text, in place of a prompt of the model.
+            truncate_dim: give the first so many numbers of a vector; default: the model's own `truncate_dim`.
+            normalize: True gives unit vectors, also where they are truncated; False leaves them as they are pooled. Default: as
+                the model was saved, normalised or not, and truncated after that.
+            device: where to compute. The model is moved to a single device, and stays there; a list of devices shares the
+                texts, and each but the model's own has a copy of the model for this call.
+            precision: one of `hf_embed.vectors.PRECISIONS`: float32, int8, or the packed signs binary and ubinary.
+            others: convert_to_numpy and output_value, as sentence-transformers has them by default; with mteb's batches what
+                else mteb says of them, which has no effect.
 
         Returns:
-            (N, D) in float32, or (D,) for a single text.
+            (N, D) in float32, or (D,) for a single text; int8 with precision int8; (N, D / 8) of packed signs, in int8
+            (binary) or uint8 (ubinary).
 
         Raises:
-            InputError: an unknown prompt, an entry that is no text, or a text without a token.
+            InputError: an unknown prompt, an entry that is no text, or a text without a token; a `truncate_dim` that the model
+                does not have; a precision whose vectors could not be compared as the model's are; a device that is not here.
+            TypeError: an unknown argument.
         """
         if isinstance(texts, DataLoader):
             from hf_embed.evaluation.mteb import texts_and_prompt
 
-            texts, prompt_name = texts_and_prompt(texts, prompt_type, self.prompts, mteb.get("task_metadata"))
-        elif mteb:
-            raise TypeError(f"encode() has no argument '{next(iter(mteb))}'")
-        if isinstance(texts, str):
-            return self.encode([texts], prompt_name, 1, convert_to_tensor, False, chunk_tokens)[0]
-        prompt = self.prompt(prompt_name)
-        was_training = self.training
-        self.eval()
-        parts = []
-        try:
-            with torch.inference_mode():
-                for start in tqdm(range(0, len(texts), batch_size), desc="Encoding", disable=not show_progress_bar):
-                    part = put_before(prompt, texts[start : start + batch_size], start)
-                    parts.append(embed_texts(self, self, part, chunk_tokens).float())
-        finally:
-            self.train(was_training)
-        vectors = self.finish(torch.cat(parts) if parts else torch.zeros(0, self.full_dimension))
-        return vectors if convert_to_tensor else vectors.cpu().numpy()
+            texts, prompt_name = texts_and_prompt(texts, prompt_type, self.prompts, others.get("task_metadata"))
+        else:
+            check_arguments(others, convert_to_tensor)
+        check_sizes(batch_size, chunk_tokens)
+        check_output(self, truncate_dim, normalize, precision)
+        before = self.prompt(prompt_name) if prompt is None else prompt
+        listed = text_list(texts)
 
-    def finish(self, embeddings: Tensor) -> Tensor:
-        """Turn embeddings (N, D) into what `encode` gives: unit vectors where the model normalises, cut to `truncate_dim`."""
-        vectors = F.normalize(embeddings, dim=-1) if self.normalize else embeddings
-        return vectors[:, : self.truncate_dim]
+        def embed(encoder: Encoder, part: list[str], numbers: Sequence[int]) -> Tensor:
+            part = [before + text for text in part] if before else part
+            tokens = chunk_tokens or ENCODE_CHUNK_TOKENS.get(encoder.device.type, ENCODE_CHUNK_TOKENS["default"])
+            embeddings = embed_texts(encoder, encoder, part, tokens, numbers=numbers)
+            return quantize(self.finish(embeddings.float(), truncate_dim, normalize), precision)
 
-    def similarity(self, a: Vectors, b: Vectors) -> Tensor:
-        """Compare all vectors of `a`, (N, D), with all of `b`, (M, D), by `similarity_fn_name`: (N, M)."""
-        first, second = (torch.atleast_2d(torch.as_tensor(vectors)) for vectors in (a, b))
-        return SIMILARITIES[self.similarity_fn_name](first, second)
+        with evaluating(self):
+            encoders = on_devices(self, device)
+            if listed:
+                kept_on = self.device if convert_to_tensor else torch.device("cpu")
+                vectors = encode_by_length(encoders, embed, listed, batch_size, kept_on, bool(show_progress_bar))
+            else:
+                none = torch.zeros(0, self.full_dimension, device=self.device)
+                vectors = quantize(self.finish(none, truncate_dim, normalize), precision)
+        result = vectors if convert_to_tensor else vectors.cpu().numpy()
+        return result[0] if isinstance(texts, str) else result
 
-    def similarity_pairwise(self, a: Vectors, b: Vectors) -> Tensor:
-        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,)."""
-        first, second = (torch.atleast_2d(torch.as_tensor(vectors)).unsqueeze(1) for vectors in (a, b))
-        return SIMILARITIES[self.similarity_fn_name](first, second)[:, 0, 0]
+    def encode_query(self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any) -> np.ndarray | Tensor:
+        """Encode queries: `encode`, whose arguments these are, with the prompt "query", if the model has one."""
+        return self.encode(texts, prompt_name or "query", **options)
+
+    def encode_document(
+        self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any
+    ) -> np.ndarray | Tensor:
+        """Encode documents: `encode`, whose arguments these are, with the prompt "document", if the model has one."""
+        return self.encode(texts, prompt_name or "document", **options)
+
+    def finish(self, embeddings: Tensor, truncate_dim: int | None = None, normalize: bool | None = None) -> Tensor:
+        """Turn embeddings (N, D) into what `encode` gives: unit vectors where the model normalises, cut to `truncate_dim`.
+
+        The arguments are those of `encode`, in place of the model's own settings.
+        """
+        as_saved = self.normalize if normalize is None else False  # True normalises once, after the cut
+        vectors = F.normalize(embeddings, dim=-1) if as_saved else embeddings
+        vectors = vectors[:, : truncate_dim or self.truncate_dim]
+        return F.normalize(vectors, dim=-1) if normalize else vectors
+
+    def similarity(self, a: Vectors, b: Vectors, precision: str | None = None) -> Tensor:
+        """Compare all vectors of `a`, (N, D), with all of `b`, (M, D), by `similarity_fn_name`: (N, M).
+
+        Vectors of another precision than float32 are compared by the cosine, also with those in float32; packed signs as
+        numbers of 1 and -1, whose cosine is 1 - 2 * Hamming distance / D. They are known by their type and their width; int8
+        vectors of a `truncate_dim` of the call may need a word.
+
+        Args:
+            a: what `encode` gave.
+            b: the same.
+            precision: int8 or binary, of int8 vectors.
+
+        Raises:
+            InputError: different widths, or int8 vectors that may be packed or not.
+        """
+        first, second, compare = self.comparable(a, b, precision)
+        return compare(first, second)
+
+    def similarity_pairwise(self, a: Vectors, b: Vectors, precision: str | None = None) -> Tensor:
+        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,); the rest is as in `similarity`."""
+        first, second, compare = self.comparable(a, b, precision)
+        return compare(first.unsqueeze(1), second.unsqueeze(1))[:, 0, 0]
+
+    def comparable(self, a: Vectors, b: Vectors, precision: str | None) -> tuple[Tensor, Tensor, Compare]:
+        """Return vectors in float32, and what compares them."""
+        both, name = [], self.similarity_fn_name
+        for vectors in map(as_matrix, (a, b)):
+            kind = precision_of(vectors, self.dimension, self.full_dimension, precision)
+            name = name if kind == "float32" else "cosine"
+            both.append(as_floats(vectors, kind))
+        check_widths(*both)
+        return both[0], both[1], SIMILARITIES[name]
 
     @property
     def mteb_model_meta(self) -> "ModelMeta":
@@ -361,83 +404,28 @@ class Encoder(nn.Module):
         return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
 
 
-def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn.
-
-    The first output of the whole is logits, not token states.
-
-    Raises:
-        InputError: no model at all; adapters that cannot be taken along; a model that no loader would make by itself (DPR's).
-    """
-    if (plain := uncompiled(model)) is not None:
-        logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
-        model = cast(PreTrainedModel, plain)
-    if not hasattr(model, "config"):
-        raise InputError(
-            f"the model is of the type {type(model).__name__}; give a PreTrainedModel (of one that is wrapped, model.module)"
-        )
-    if has_adapters(model):
-        check_kinds(model)
-    whole = base_of(model)
-    base = getattr(whole, "base_model", whole)
-    if base is whole or not isinstance(base, PreTrainedModel):
-        return model
-    if has_adapters(model):
-        raise InputError(
-            f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
-            "put the adapters on that"
-        )
-    loaded = loaded_classes(base.config)
-    if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
-        raise InputError(
-            f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
-            "itself; load its weights into a model that AutoModel knows"
-        )
-    logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
-    return base
-
-
-def loaded_classes(config: PretrainedConfig) -> list[type]:
-    """Return the classes that transformers' loaders of text encoders would make of a configuration."""
-    found = [mapping[type(config)] for mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING) if type(config) in mapping]
-    return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,)) if kind is not None]
-
-
-def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with a padding token. Padding is masked, so any id does.
-
-    Raises:
-        InputError: it has no token that could be taken.
-    """
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def embed_texts(
-    model: nn.Module, encoder: Encoder, texts: list[str], chunk_tokens: int | None = None, sharded: bool = False
+    model: nn.Module,
+    encoder: Encoder,
+    texts: list[str],
+    chunk_tokens: int | None = None,
+    sharded: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Embed texts, (N, D), through `model`: the encoder, or what has it inside (the step in training, FSDP).
 
     Raises:
-        InputError: a text without a token.
+        InputError: a text without a token; `numbers`, from 0, are what the message counts by.
     """
     texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
-    rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
+    rows = encoder.tokenizer(
+        texts, truncation=True, max_length=encoder.max_length, return_attention_mask=False, return_token_type_ids=False
+    )["input_ids"]
     if empty := [i for i, row in enumerate(rows) if not row]:  # "" under a tokenizer without special tokens
-        raise InputError(f"text {empty[0] + 1} of these has no token, so it has no vector; leave empty texts out")
-    flat = torch.tensor([token for row in rows for token in row], device=encoder.device)
+        number = empty[0] if numbers is None else min(numbers[i] for i in empty)
+        raise InputError(f"text {number + 1} of these has no token, so it has no vector; leave empty texts out")
+    flat = torch.tensor(list(itertools.chain.from_iterable(rows)), device=encoder.device)
     return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
-
-
-def put_before(prompt: str, texts: Sequence[str], first: int = 0) -> list[str]:
-    """Put `prompt` before each text; `first` is the number of the first one, from 0. Raises InputError for what is no text."""
-    for number, text in enumerate(texts, first + 1):
-        if not isinstance(text, str):
-            raise InputError(f"text {number} is no text but {text!r}; fill it in, make it a string or leave it out")
-    return [prompt + text for text in texts]
 
 
 def default_chunk_tokens(device: torch.device) -> int:
@@ -466,26 +454,3 @@ def serve_words(table: nn.Embedding | None, input_ids: Tensor, words: Tensor | N
         yield
     finally:
         handle.remove()
-
-
-def attend_fully(base: PreTrainedModel) -> None:
-    """Give BigBird full attention: its sparse one goes off for good after the first short batch, and vectors change."""
-    if getattr(base.config, "attention_type", None) == "block_sparse" and hasattr(base, "set_attention_type"):
-        logger.warning(f"{type(base).__name__}: block-sparse attention is replaced by full attention, which short texts need")
-        base.set_attention_type("original_full")  # type: ignore[operator]
-        base.config.attention_type = "original_full"
-
-
-def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens that a text may have, of a model with positions for `limit` tokens (None: no limit).
-
-    Raises:
-        InputError: more than the model has positions for, or too few for a token of text.
-    """
-    if max_length is None:
-        return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
-    if limit is not None and max_length > limit:
-        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set at most {limit}")
-    if max_length < tokenizer.num_special_tokens_to_add() + 1:
-        raise InputError(f"max_length {max_length} leaves no room for a token of text")
-    return max_length

@@ -1,15 +1,11 @@
 """Hard negatives: for each query the nearest documents that are not its answer.
 
-    from hf_embed import Encoder
-    from hf_embed.mining import MiningArguments, mine_hard_negatives
+    from datasets import load_dataset
+    from hf_embed import Encoder, mine_hard_negatives
 
     encoder = Encoder.from_pretrained("BAAI/bge-base-en-v1.5")
-    pairs = [("how long do cats sleep", "Cats sleep about 14 hours a day."), ...]
-
-    def embed(texts, prompt_name):
-        return encoder.encode(texts, prompt_name, convert_to_tensor=True)
-
-    mine_hard_negatives(pairs, more_documents, embed, "mined.jsonl", MiningArguments(num_negatives=7))
+    pairs = load_dataset("csv", data_files="pairs.csv", split="train")  # the columns anchor and positive, for one
+    rows = mine_hard_negatives(pairs, encoder, num_negatives=7)         # and negatives, a list
 
 1. Queries and documents are encoded, a shard at a time.
 2. For each query the nearest documents are found exactly, by blocked matrix products (or FAISS).
@@ -32,28 +28,36 @@ threshold relative to the positive, 95% of its score, is the one that NV-Retriev
 Shapes: Q queries, C documents, D wide.
 """
 
-import hashlib
 import json
+import logging
 import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
+import pyarrow
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from hf_embed.checkpoint.files import read_json
+from hf_embed.data.sources import row_texts, text_columns, unformatted
 from hf_embed.distributed import get_rank, get_world_size
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.search import exact_search
+from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
+
+logger = logging.getLogger(__name__)
 
 SHARD = 8192  # texts in a file of vectors
 BLOCK = 2048  # rows in a file of results
@@ -102,6 +106,81 @@ class MiningArguments:
 
 
 def mine_hard_negatives(
+    dataset: Dataset | Sequence[dict[str, str]] | Any,
+    encoder: Encoder,
+    corpus: Iterable[str] = (),
+    output_file: str | Path | None = None,
+    anchor_column_name: str | None = None,
+    positive_column_name: str | None = None,
+    **rules: Any,
+) -> Dataset:
+    """Return pairs with hard negatives. On several ranks each calls this, with an `output_file` that all can write.
+
+    Args:
+        dataset: pairs, in two columns of a `Dataset` or a DataFrame, or a list of dicts; rows with the same anchor are answers
+            of one query, and no negatives of each other.
+        encoder: what finds the negatives, by the cosine, with its prompts "query" and "document".
+        corpus: texts to choose negatives from, besides the pairs' own.
+        output_file: a jsonl to write the rows to as well. A run that is stopped then goes on where it was.
+        anchor_column_name: the column of queries; default: anchor, query or sent0, as in training.
+        positive_column_name: the column of their answers; default: the one that belongs to it.
+        rules: fields of `MiningArguments`: num_negatives, relative_margin, range_min, sampling_strategy ...
+
+    Returns:
+        The two columns under their own names, and `negatives`: of each row a list of texts, nearest first, of at most
+        `num_negatives`. `ContrastiveTrainer` trains on it as it is.
+
+    Raises:
+        InputError: as in `write_hard_negatives`, or the columns are not found, or a text is empty.
+        TypeError: an unknown rule.
+    """
+    known = {rule.name for rule in fields(MiningArguments)}
+    if unknown := sorted(set(rules) - known):
+        raise TypeError(f"mine_hard_negatives() has no argument '{unknown[0]}'; the rules are {', '.join(sorted(known))}")
+    args = MiningArguments(**rules)
+    if output_file is None and get_world_size() > 1:
+        raise InputError("mine_hard_negatives on several ranks: give output_file, which all of them can write")
+    table = as_table(dataset)
+    names = [anchor_column_name, positive_column_name]
+    if None in names:
+        names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
+    columns = [str(name) for name in names]
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise InputError(f"dataset: no column '{missing[0]}'; found {', '.join(table.column_names)}")
+    table = unformatted(table.select_columns(columns))
+    pairs = []
+    for number, row in enumerate(table, 1):
+        query, document = row_texts(row, columns, f"dataset, row {number}")
+        pairs.append((query, document))
+
+    def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
+        return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))
+
+    with TemporaryDirectory() as folder:
+        output = Path(output_file or Path(folder, "mined.jsonl"))
+        counts = write_hard_negatives(pairs, corpus, embed, output, args, fingerprint(encoder))
+        with output.open(encoding="utf-8") as file:
+            negatives = [json.loads(line)["negatives"] for line in file]
+    if get_rank() == 0:
+        logger.log(logging.WARNING if counts["fewer"] else logging.INFO, "; ".join(describe(counts)))
+    return table.add_column("negatives", pyarrow.array(negatives, pyarrow.list_(pyarrow.string())))
+
+
+def as_table(rows: Dataset | Sequence[dict[str, str]] | Any) -> Dataset:
+    """Return rows as a table. Raises InputError for what has none, or has several."""
+    if isinstance(rows, Dataset):
+        return rows
+    if hasattr(rows, "iloc"):
+        return Dataset.from_pandas(rows, preserve_index=False)
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(
+            f"mine_hard_negatives: the rows are of the type {type(rows).__name__}; give a Dataset (one split of it), a "
+            "DataFrame or a list of dicts"
+        )
+    return Dataset.from_list(list(rows))
+
+
+def write_hard_negatives(
     pairs: Pairs,
     corpus: Iterable[str],
     embed: Embed,
@@ -128,14 +207,12 @@ def mine_hard_negatives(
             two documents; a vector is not finite; FAISS is asked for and not installed.
     """
     output = Path(output_file)
-    if output.exists():
-        raise InputError(f"{output}: is there already; remove it or name another file")
+    work = work_folder(output)
     if args.use_faiss:
         import_faiss()
     queries, documents = distinct_texts(pairs, corpus)
     if len(documents) < 2:
         raise InputError(f"{output}: {len(documents)} document(s); there is nothing to choose negatives from")
-    work = output.with_name(output.name + ".work")
     claim(work, digest([identity], queries, documents))
     query_vectors = encode_shards(queries, embed, "query", work / "queries")
     document_vectors = encode_shards(documents, embed, "document", work / "documents")
@@ -169,73 +246,12 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
 
 
 def describe(counts: Counter[str]) -> list[str]:
-    """Return lines for people of the counts that `mine_hard_negatives` returns."""
+    """Return lines for people of the counts that `write_hard_negatives` returns."""
     rules = ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score")
     return [
         f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for",
         *(f"left out by {rule}: {counts[rule]:,} candidates" for rule in rules if counts[rule]),
     ]
-
-
-# ---- files that are made once ----
-
-
-def digest(*lists: Iterable[str]) -> str:
-    """Return a hash of lists of texts."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for texts in lists:
-        for text in texts:
-            hashed.update(text.encode() + b"\0")
-        hashed.update(b"\1")
-    return hashed.hexdigest()
-
-
-def claim(folder: Path, identity: str) -> None:
-    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another."""
-    path = folder / "identity"
-    if path.is_file() and path.read_text() != identity:
-        raise InputError(f"{folder}: left by a run with another model or other texts; remove the folder to start anew")
-    barrier()
-    if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(identity)
-    barrier()
-
-
-def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[[range, Path], None], title: str) -> list[Path]:
-    """Make a file for every `size` of `items` items: those that are there are kept, and the ranks share the others.
-
-    Args:
-        folder: where the files are; each is written under another name, and renamed when it is whole.
-        ending: of the files' names.
-        items: how many items there are in all.
-        size: how many of them a file has.
-        make: `make(numbers, path)` writes the file of the items with these numbers.
-        title: of the progress bar.
-
-    Returns:
-        All paths, on every rank, when all files are there.
-    """
-    rank, ranks = get_rank(), get_world_size()
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [range(start, min(start + size, items)) for start in range(0, items, size)]
-    paths = [folder / f"{i:06d}{ending}" for i in range(len(parts))]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()][rank::ranks]
-    barrier()  # nobody writes before everyone has looked
-    with tqdm(total=sum(len(parts[i]) for i in missing), desc=title, disable=rank > 0) as bar:
-        for i in missing:
-            unfinished = folder / f"unfinished-{paths[i].name}"
-            make(parts[i], unfinished)
-            unfinished.rename(paths[i])
-            bar.update(len(parts[i]))
-    barrier()
-    return paths
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if get_world_size() > 1:
-        torch.distributed.barrier()
 
 
 # ---- vectors ----

@@ -1,26 +1,115 @@
 """Exact nearest neighbours by blocked matrix products: memory O(queries * block), whatever the size of the corpus.
 
+    from hf_embed import semantic_search
+
+    hits = semantic_search(encoder.encode_query(queries), encoder.encode_document(texts), top_k=5)
+    for hit in hits[0]:  # of the first query
+        print(hit["score"], texts[hit["corpus_id"]])
+
     from hf_embed.search import exact_search
 
     blocks = (torch.from_numpy(numpy.load(path)).to("cuda") for path in shards)  # read one at a time
     scores, rows = exact_search(queries, blocks, k=10)                           # rows count through all shards
 
-Shapes: Q queries, C rows of a block, D wide.
+Shapes: Q queries, C rows of a block, N rows in all, D wide.
 """
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_embed.errors import InputError
+from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_precision, check_widths, precision_of
 
-def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return the k rows with the largest dot product for each query, best first.
+QUERIES = 2048  # that are searched for at a time; with BLOCK their scores take 128 MB
+BLOCK = 16384  # rows of the corpus that are compared at a time
+
+
+def semantic_search(
+    queries: Vectors, corpus: Vectors, top_k: int = 10, similarity: str = "cosine", precision: str | None = None
+) -> list[list[dict[str, int | float]]]:
+    """Return the nearest vectors of a corpus for each query, as sentence_transformers.util.semantic_search does.
+
+    The search is exact: every query is compared with every vector, a block at a time, on the device of the corpus.
+
+    Args:
+        queries: (Q, D), or one vector (D,).
+        corpus: (N, D); an array may be a memory map, of which a block at a time is read. Vectors of the precisions int8, binary
+            and ubinary are compared with those of the same precision, or with queries in float32.
+        top_k: how many to return for each query.
+        similarity: cosine, dot, euclidean or manhattan (negated distances); of other precisions than float32 cosine.
+        precision: int8 or binary, where both are int8 vectors.
+
+    Returns:
+        For each query [{"corpus_id": row of the corpus, "score": ...}, ...], nearest first; fewer than `top_k` if N is smaller.
+
+    Raises:
+        InputError: different widths, numbers that are not finite, an unknown similarity, or int8 vectors that may be packed.
+    """
+    if similarity not in SIMILARITIES:
+        raise InputError(f"unknown similarity {similarity!r}; take one of {', '.join(SIMILARITIES)}")
+    if type(top_k) is not int or top_k < 1:
+        raise InputError(f"top_k is {top_k!r}; it must be at least 1 and whole")
+    rows = corpus if isinstance(corpus, np.ndarray) and corpus.ndim == 2 else as_matrix(corpus)
+    asked = as_matrix(queries)
+    kinds = precisions(asked, read_block(rows, 0, 1), precision)
+    if similarity != "cosine" and set(kinds) != {"float32"}:
+        raise InputError(f"similarity {similarity}: vectors of the precision {kinds[1]} have no length; take cosine")
+    hits = []
+    for part in as_floats(asked, kinds[0]).split(QUERIES):
+        blocks = (as_floats(read_block(rows, start, BLOCK), kinds[1]) for start in range(0, len(rows), BLOCK))
+        scores, numbers = exact_search(part, blocks, top_k, finite(SIMILARITIES[similarity]))
+        for pairs in zip(numbers.tolist(), scores.tolist()):
+            hits.append([{"corpus_id": number, "score": score} for number, score in zip(*pairs)])
+    return hits
+
+
+def read_block(rows: np.ndarray | Tensor, start: int, size: int) -> Tensor:
+    """Return some rows as a tensor; those of an array are copied, for it may be a file."""
+    part = rows[start : start + size]
+    return torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
+
+
+def precisions(queries: Tensor, rows: Tensor, given: str | None) -> tuple[str, str]:
+    """Return the precisions of queries and rows. Raises InputError where they are not known, or their widths differ."""
+    if given is not None:
+        check_precision(given)
+    whole = [vectors.shape[-1] for vectors in (queries, rows) if vectors.dtype not in (torch.int8, torch.uint8)]
+    if torch.int8 in (queries.dtype, rows.dtype) and not whole and given is None:
+        raise InputError("int8 vectors may be of the precision int8 or binary: say which by precision='int8' or 'binary'")
+    width = whole[0] if whole else 8 * queries.shape[-1]
+    first, second = (precision_of(vectors, width, width, given) for vectors in (queries, rows))
+    check_widths(as_floats(queries[:1], first), as_floats(rows, second))
+    return first, second
+
+
+def finite(compare: Compare) -> Compare:
+    """Return a comparison that raises InputError where a score is not finite: it would stand before all others."""
+
+    def checked(queries: Tensor, block: Tensor) -> Tensor:
+        scores = compare(queries, block)
+        if not bool(torch.isfinite(scores).all()):
+            raise InputError("there are vectors whose numbers are not finite; leave them out or check the model")
+        return scores
+
+    return checked
+
+
+def dot_products(queries: Tensor, block: Tensor) -> Tensor:
+    """Return the products (Q, C) of queries (Q, D) and rows (C, D)."""
+    return queries @ block.T
+
+
+def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int, compare: Compare = dot_products) -> tuple[Tensor, Tensor]:
+    """Return the k rows with the largest score for each query, best first.
 
     Args:
         queries: (Q, D).
         blocks: runs of rows, (C, D) each, which count on from one another; each is searched on the device where it is.
         k: how many rows to return for a query.
+        compare: (Q, D) and (C, D) -> scores (Q, C); default: the dot product.
 
     Returns:
         Scores and row numbers, both (Q, k), or fewer columns if there are fewer rows. Of equal scores any may come first.
@@ -30,7 +119,7 @@ def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Ten
     first = 0
     for block in blocks:
         queries, scores, numbers = (tensor.to(block.device) for tensor in (queries, scores, numbers))
-        block_scores, places = best(queries @ block.T, k)
+        block_scores, places = best(compare(queries, block), k)
         scores, numbers = merge([scores, block_scores], [numbers, places + first], k)
         first += len(block)
     return scores, numbers

@@ -1,15 +1,30 @@
-"""Which part of a model encodes text: T5 and its kin are encoder-decoders whose encoder is a model of its own."""
+"""Which part of a model encodes text, and how it and its tokenizer are made ready for that.
+
+T5 and its kin are encoder-decoders whose encoder is a model of its own; other models have a head around the text encoder.
+"""
 
 import copy
 import logging
+from typing import cast
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.errors import InputError
-from hf_embed.library_internals import saves_its_code
+from hf_embed.library_internals import saves_its_code, uncompiled
+from hf_embed.tempscale.attention import base_of
 
 logger = logging.getLogger(__name__)
+
+# Texts longer than this are cut unless the user asks for more: attention over them is what costs.
+DEFAULT_MAX_LENGTH = 512
 
 # model_type of an encoder-decoder -> the class of its encoder
 ENCODERS = {
@@ -49,3 +64,81 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
 def is_remote(part: PreTrainedModel | PreTrainedConfig | PreTrainedTokenizerBase) -> bool:
     """Return whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
     return saves_its_code(type(part)) or type(part).__module__.startswith("transformers_modules.")
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn.
+
+    The first output of the whole is logits, not token states.
+
+    Raises:
+        InputError: no model at all; adapters that cannot be taken along; a model that no loader would make by itself (DPR's).
+    """
+    if (plain := uncompiled(model)) is not None:
+        logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
+        model = cast(PreTrainedModel, plain)
+    if not hasattr(model, "config"):
+        raise InputError(
+            f"the model is of the type {type(model).__name__}; give a PreTrainedModel (of one that is wrapped, model.module)"
+        )
+    if has_adapters(model):
+        check_kinds(model)
+    whole = base_of(model)
+    base = getattr(whole, "base_model", whole)
+    if base is whole or not isinstance(base, PreTrainedModel):
+        return model
+    if has_adapters(model):
+        raise InputError(
+            f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
+            "put the adapters on that"
+        )
+    loaded = loaded_classes(base.config)
+    if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
+        raise InputError(
+            f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
+            "itself; load its weights into a model that AutoModel knows"
+        )
+    logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
+    return base
+
+
+def loaded_classes(config: PreTrainedConfig) -> list[type]:
+    """Return the classes that transformers' loaders of text encoders would make of a configuration."""
+    found = [mapping[type(config)] for mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING) if type(config) in mapping]
+    return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,)) if kind is not None]
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a padding token. Padding is masked, so any id does.
+
+    Raises:
+        InputError: it has no token that could be taken.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def attend_fully(base: PreTrainedModel) -> None:
+    """Give BigBird full attention: its sparse one goes off for good after the first short batch, and vectors change."""
+    if getattr(base.config, "attention_type", None) == "block_sparse" and hasattr(base, "set_attention_type"):
+        logger.warning(f"{type(base).__name__}: block-sparse attention is replaced by full attention, which short texts need")
+        base.set_attention_type("original_full")  # type: ignore[operator]
+        base.config.attention_type = "original_full"
+
+
+def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens that a text may have, of a model with positions for `limit` tokens (None: no limit).
+
+    Raises:
+        InputError: more than the model has positions for, or too few for a token of text.
+    """
+    if max_length is None:
+        return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set at most {limit}")
+    if max_length < tokenizer.num_special_tokens_to_add() + 1:
+        raise InputError(f"max_length {max_length} leaves no room for a token of text")
+    return max_length

@@ -11,18 +11,18 @@ done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 from hf_embed.data.sources import leave_out, read_file, read_texts, row_texts, text_columns
 from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.mining import MiningArguments, describe, mine_hard_negatives
+from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 
 
 @dataclass
@@ -64,9 +64,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
-    weights = [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
-    identity = f"{args.model_name_or_path} {weights} {encoder.settings}"
-    counts = mine_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, identity)
+    counts = write_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, fingerprint(encoder))
     if state.is_main_process:
         print("\n".join([*describe(counts), f"wrote {args.output_file}"]))
 

@@ -11,16 +11,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import error_of, tiny_encoder
+from datasets import Dataset, DatasetDict
 from test_retrieval import embed, vector
 from worker import WORDS
 
-from hf_embed import mining
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE, mining
 from hf_embed.data.sources import read_file
 from hf_embed.data.tokenization import tokenize_rows
-from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.mining import MiningArguments, mine_hard_negatives, write_hard_negatives
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "mine_hard_negatives.py"
@@ -29,7 +31,7 @@ CORPUS = [f"text {i}" for i in range(60)] + ["document 3", "query 5"]
 
 
 def mined(path, args=None, pairs=PAIRS, corpus=CORPUS, identity="m", embed=embed):
-    counts = mine_hard_negatives(pairs, corpus, embed, path, args or MiningArguments(relative_margin=None), identity)
+    counts = write_hard_negatives(pairs, corpus, embed, path, args or MiningArguments(relative_margin=None), identity)
     return counts, [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
@@ -222,8 +224,7 @@ def test_recipe_does_not_take_vectors_of_a_model_that_has_changed(files, monkeyp
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(mining, "searcher", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         recipe.main()
-    torch.manual_seed(1)
-    tiny_encoder(normalize=True).save_pretrained(files / "model", verify=False)
+    tiny_encoder(normalize=True, seed=1).save_pretrained(files / "model", verify=False)
     assert "left by a run with another model" in error_of(recipe.main)
 
 
@@ -279,3 +280,59 @@ def test_recipe_says_what_is_missing(files):
 def test_vectors_of_mined_texts_are_unit(tmp_path):
     paths = mining.encode_shards(["a", "b"], embed, "query", tmp_path)
     assert torch.allclose(mining.read_vectors(paths, [1, 0]).norm(dim=1), torch.ones(2))
+
+
+# ---- the public function ----
+
+
+def rows_of_words(count=40):
+    rng = random.Random(0)
+    return [{"query": " ".join(rng.choices(WORDS, k=3)), "positive": " ".join(rng.choices(WORDS, k=6))} for _ in range(count)]
+
+
+def test_a_dataset_gets_negatives_and_trains(tmp_path):
+    encoder, rows = tiny_encoder(prompts={"query": "search: "}), rows_of_words()
+    table = mine_hard_negatives(Dataset.from_list(rows), encoder, num_negatives=5, relative_margin=None)
+    assert table.column_names == ["query", "positive", "negatives"] and len(table) == 40
+    queries, documents = encoder.encode_query(table["query"]), encoder.encode_document(table["positive"])
+    cosines = encoder.similarity(queries, documents).numpy()
+    for number, row in enumerate(table):
+        others = [i for i in np.argsort(-cosines[number]) if rows[i]["query"] != row["query"]]  # one query stands twice
+        nearest = [rows[i]["positive"] for i in others]
+        assert row["negatives"] == nearest[:5] and row["query"] == rows[number]["query"]
+    settings = ContrastiveTrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[]
+    )
+    trainer = ContrastiveTrainer(model=encoder, args=settings, objective=SimCSE(), train_dataset=table)
+    assert trainer.train().training_loss > 0
+
+
+def test_rules_columns_corpus_and_file_of_the_public_function(tmp_path):
+    encoder, rows = tiny_encoder(), rows_of_words()
+    named = [{"id": 1, "ask": row["query"], "say": row["positive"]} for row in rows]
+    columns = {"anchor_column_name": "ask", "positive_column_name": "say"}
+    rules = {"num_negatives": 2, "sampling_strategy": "random", "relative_margin": 0.01, "range_max": 20}
+    table = mine_hard_negatives(named, encoder, ["a text of its own"], tmp_path / "mined.jsonl", **columns, **rules)
+    assert table.column_names == ["ask", "say", "negatives"]
+    written = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["negatives"] for row in written] == list(table["negatives"])
+    frame = pandas.DataFrame(named, index=range(9, 49))
+    assert mine_hard_negatives(frame, encoder, ["a text of its own"], **columns, **rules)[:] == table[:]
+    few = mine_hard_negatives(Dataset.from_list(rows[:2]), encoder, ["line\u2028separator"], relative_margin=None)
+    assert sorted(few[0]["negatives"]) == sorted([rows[1]["positive"], "line\u2028separator"])  # and fewer than three
+
+
+def test_what_the_public_function_refuses(tmp_path):
+    encoder, rows = tiny_encoder(), rows_of_words(4)
+    with pytest.raises(TypeError, match="no argument 'margin'; the rules are absolute_margin, "):
+        mine_hard_negatives(rows, encoder, margin=0.1)
+    assert "at least 1" in error_of(mine_hard_negatives, rows, encoder, num_negatives=0)
+    assert "dataset, row 5, column 'query': the text is empty" in error_of(
+        mine_hard_negatives, [*rows, {"query": " ", "positive": "a"}], encoder
+    )
+    assert "found the columns left, right" in error_of(mine_hard_negatives, [{"left": "a", "right": "b"}], encoder)
+    for wrong in (DatasetDict({"train": Dataset.from_list(rows)}), [("a", "b")], "pairs.csv"):
+        assert "give a Dataset (one split of it), a DataFrame or a list of dicts" in error_of(
+            mine_hard_negatives, wrong, encoder
+        )
+    assert "no column 'ask'" in error_of(mine_hard_negatives, rows, encoder, anchor_column_name="ask")

@@ -66,7 +66,7 @@ def test_a_head_is_left_out_and_said(name, kind, tmp_path, caplog):
     pooling = "last" if name == "qwen3" else "mean"
     expected = Encoder(plain, quickstart_tokenizer(), pooling).encode(TEXTS, convert_to_tensor=True)
     run = trainer(tmp_path, model, pooling=pooling)
-    warnings = [record.message for record in caplog.records if record.name == "hf_embed.encoder"]
+    warnings = [record.message for record in caplog.records if record.name == "hf_embed.text_models"]
     assert len(warnings) == 1 and type(model).__name__ in warnings[0]
     assert f"its {type(plain).__name__} is taken, without the head" in warnings[0]
     assert torch.equal(run.encoder.encode(TEXTS, convert_to_tensor=True), expected)

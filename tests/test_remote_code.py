@@ -210,7 +210,9 @@ def test_permission_is_said_at_every_load():
     assert asking == [] and loads >= 10
 
 
-@pytest.mark.parametrize("name", ["evaluate", "push", "tempscale", "length_collapse", "mine_hard_negatives"])
+@pytest.mark.parametrize(
+    "name", ["encode", "evaluate", "push", "search", "tempscale", "length_collapse", "mine_hard_negatives"]
+)
 def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     """Each loads the model with the flag, and refuses it without."""
     files, spec = make_files(tmp_path), importlib.util.spec_from_file_location(name, ROOT / f"recipes/{name}.py")
@@ -220,6 +222,8 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     (tmp_path / "texts.txt").write_text("\n".join(f"{TEXTS[1]} {i} and so on for a while" for i in range(8)))
     model, out = ["--model_name_or_path", toy], ["--output_dir", tmp_path / "out"]
     words = {
+        "encode": [toy, tmp_path / "texts.txt", tmp_path / "out.npy"],
+        "search": [toy, tmp_path / "texts.txt", "--query", "the dog"],
         "evaluate": [*model, "--eval_sts_file", f"s={files['sts']}", *out],
         "push": [shutil.copytree(toy, tmp_path / "toy"), "mine", "--new_card"],
         "tempscale": [*model, "--temperature", 0.9, *out],
@@ -234,3 +238,9 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     module.main()
     saved = {"push": "toy/README.md", "tempscale": "out/modeling_toy.py"}.get(name)
     assert saved is None or (tmp_path / saved).is_file()
+
+
+def test_code_of_the_models_own_is_copied_to_several_devices(toy):
+    encoder = Encoder.from_pretrained(str(toy), trust_remote_code=True)
+    expected = encoder.encode(TEXTS * 5, batch_size=4)
+    assert (encoder.encode(TEXTS * 5, batch_size=4, device=["cpu", "cpu"]) == expected).all()

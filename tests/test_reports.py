@@ -23,7 +23,7 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, 
 from hf_embed.data.sources import read_file
 from hf_embed.data.tokenization import RowTokenizer, tokenize_rows
 from hf_embed.evaluation.sts import STS
-from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.mining import MiningArguments, write_hard_negatives
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -511,11 +511,11 @@ def test_an_answer_is_not_mined_as_a_negative(tmp_path):
     pairs = [("q", "one"), ("q", "two"), ("r", "three")]
     vectors = {"q": [1.0, 0.0], "one": [1.0, 0.1], "two": [1.0, 0.2], "three": [1.0, 0.6], "r": [1.0, 0.6], "four": [1.0, 0.9]}
     settings = MiningArguments(num_negatives=2, relative_margin=None, range_max=10)
-    counts = mine_hard_negatives(pairs, ["four", "two"], embed_as(vectors), tmp_path / "mined.jsonl", settings)
+    counts = write_hard_negatives(pairs, ["four", "two"], embed_as(vectors), tmp_path / "mined.jsonl", settings)
     rows = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
     assert [row["negatives"] for row in rows[:2]] == [["three", "four"]] * 2
     assert rows[2]["negatives"] == ["four", "two"] and counts["fewer"] == 0
-    counts = mine_hard_negatives(
+    counts = write_hard_negatives(
         pairs, ["four"], embed_as(vectors), tmp_path / "more.jsonl", replace(settings, num_negatives=3)
     )
     assert (counts["rows"], counts["fewer"], counts["negatives"]) == (3, 2, 7)

@@ -186,7 +186,7 @@ def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
         return embed(texts) * torch.tensor([[math.nan if text == "b1" else 1.0] for text in texts])
 
     pairs = [(f"a{i}", f"b{i}") for i in range(4)]
-    message = error_of(mining.mine_hard_negatives, pairs, [], vectors, tmp_path / "out.jsonl", mining.MiningArguments(1))
+    message = error_of(mining.write_hard_negatives, pairs, [], vectors, tmp_path / "out.jsonl", mining.MiningArguments(1))
     assert "1 of 4 vectors are not finite, that of 'b1' for one" in message and not (tmp_path / "out.jsonl").exists()
 
 

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import transformer_folder
 from hf_embed.checkpoint.settings import read_settings
-from hf_embed.encoder import Encoder, check_max_length
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
-from hf_embed.text_models import is_remote, loading_class
+from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # What a safetensors file may hold of a model that is not quantised. Transformers would read int8 as if it were float.
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}

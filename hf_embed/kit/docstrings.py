@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hf_embed.data.mixture import read_sources
 from hf_embed.errors import InputError
-from hf_embed.mining import MiningArguments, mine_hard_negatives
+from hf_embed.mining import MiningArguments, write_hard_negatives
 
 # "python" is the standard library. What hf_embed needs brings the others along.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
@@ -235,7 +235,7 @@ def mine_negatives(folder: Path, embed: Callable[..., Tensor]) -> Path:
             file = f"../{file}"
         else:
             pairs = list(zip(source.rows["query"][:], source.rows["positive"][:]))
-            mine_hard_negatives(pairs, [], embed, mined / file, MiningArguments(num_negatives=1))
+            write_hard_negatives(pairs, [], embed, mined / file, MiningArguments(num_negatives=1))
         entries.append({"name": source.name, "file": file})
     if state.is_main_process:
         (mined / "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")

@@ -1,12 +1,19 @@
-"""What the recipes share that encode and do not train: the flags of the model, and its loading."""
+"""What the recipes share that encode and do not train: the flags of the model, its loading, and the texts of a file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
+import numpy as np
 import torch
+from datasets import Column
 
+from hf_embed.data.sources import read_file, text_columns
 from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
 from hf_embed.kit.plan import TRUST
 from hf_embed.ranges import COUNT, check_ranges
+from hf_embed.vector_files import filled, read_vectors
 
 
 @dataclass(kw_only=True)
@@ -25,3 +32,45 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
     """Load a model as the flags ask; default device: the GPU, where there is one."""
     encoder = Encoder.from_pretrained(name_or_path, flags.pooling, flags.max_length, trust_remote_code=flags.trust_remote_code)
     return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
+    """Read a file's column of texts, an entry for every row: the named one, or text (or sentence), or the only one.
+
+    Returns:
+        The column's name, and the column, of which parts are read when they are asked for.
+
+    Raises:
+        InputError: the file cannot be read, or has no such column.
+    """
+    rows = read_file(path)
+    if column is None:
+        column = text_columns(rows.column_names, path, paired=False)[0]
+    if column not in rows.column_names:
+        raise InputError(f"{path}: no column '{column}'; found {', '.join(rows.column_names)}")
+    return column, rows[column]
+
+
+def document_vectors(
+    encoder: Encoder, texts: Sequence[str], name: str, path: str | None
+) -> tuple[np.ndarray, dict[str, Any], str]:
+    """Return the vectors of texts, of a file or encoded now, the options to encode queries with, and how to compare them.
+
+    Args:
+        encoder: the model.
+        texts: what is searched.
+        name: what messages call the texts.
+        path: a file of `hf_embed.vector_files.write_vectors`.
+
+    Raises:
+        InputError: an empty text; vectors that are of something else, or that have another prompt than documents.
+    """
+    if path is None:
+        documents = list(filled(texts, name))
+        vectors = encoder.encode_document(documents, show_progress_bar=True)
+        return cast(np.ndarray, vectors), {}, encoder.similarity_fn_name
+    vectors, options = read_vectors(path, encoder, texts)
+    if encoder.prompt(options.pop("prompt_name", None)) != encoder.prompt("document"):
+        raise InputError(f"{path}: the texts were encoded without the model's prompt for documents; add --prompt_name document")
+    small = options.pop("precision", "float32") != "float32"  # a query stays in float32
+    return vectors, options, "cosine" if small else encoder.similarity_fn_name

@@ -1,0 +1,189 @@
+"""How `Encoder.encode` takes many texts: sorted by length, in batches, on one device or several.
+
+Sorted over all texts, a batch has texts of one length, and its chunks have hardly any padding. Only the tokens of the batches
+at work are in memory.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_embed.errors import InputError
+from hf_embed.ranges import COUNT
+from hf_embed.vectors import check_packable, check_precision
+
+if TYPE_CHECKING:
+    from hf_embed.encoder import Encoder
+
+Model = TypeVar("Model", bound=nn.Module)
+# Arguments of sentence-transformers' encode, and what takes their place here.
+ELSEWHERE = {
+    "normalize_embeddings": "normalize=True or False",
+    "sentences": "texts",
+    "inputs": "texts",
+    "pool": "device=['cuda:0', 'cuda:1'] for several devices",
+    "chunk_size": "batch_size",
+    "task": "encode_query or encode_document",
+    "processing_kwargs": "max_length of Encoder.from_pretrained",
+}
+
+
+def check_arguments(others: Mapping[str, Any], convert_to_tensor: bool) -> None:
+    """Refuse arguments that `encode` does not have, and name what takes their place.
+
+    What sentence-transformers' encode does by default is taken: convert_to_numpy=True, output_value="sentence_embedding".
+
+    Raises:
+        InputError: a value of these two that asks for something else.
+        TypeError: an unknown argument.
+    """
+    for name, value in others.items():
+        if name == "convert_to_numpy":
+            if not value and not convert_to_tensor:
+                raise InputError("convert_to_numpy=False: encode() gives no list of tensors; give convert_to_tensor=True")
+        elif name == "output_value":
+            if value != "sentence_embedding":
+                raise InputError(f"output_value={value!r}: encode() gives a vector for each text; for tokens call .backbone")
+        else:
+            mend = f"; give {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+            raise TypeError(f"encode() has no argument '{name}'{mend}")
+
+
+def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
+    """Raise InputError for batches or chunks that are empty."""
+    for name, size in {"batch_size": batch_size, "chunk_tokens": 1 if chunk_tokens is None else chunk_tokens}.items():
+        if size not in COUNT:
+            raise InputError(f"{name} is {size!r}; it must be {COUNT}")
+
+
+def text_list(texts: Any) -> list[str]:
+    """Return texts as a list. Raises InputError for what is none, or has an entry that is no text."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # iterating would give keys, or any order
+        raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of them, or one column")
+    if not isinstance(texts, list):
+        texts = list(texts.tolist() if hasattr(texts, "tolist") else texts)  # arrays, columns of pandas and of datasets
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InputError(f"text {number} is no text but {text!r}; fill it in, make it a string or leave it out")
+    return texts
+
+
+def encode_by_length(
+    models: list[Model],
+    embed: Callable[[Model, list[str], Sequence[int]], Tensor],
+    texts: list[str],
+    batch_size: int,
+    output_device: torch.device,
+    show_progress_bar: bool = False,
+) -> Tensor:
+    """Return the vectors (N, D) of at least one text, in order, on `output_device`.
+
+    Args:
+        models: one for each device; each takes the next batch when it has done one.
+        embed: `embed(model, texts, numbers)` -> (n, D); the numbers say where the texts stand among all.
+        texts: N of them.
+        batch_size: texts of a batch.
+        output_device: where the vectors go.
+        show_progress_bar: of the texts, on the console.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    free: SimpleQueue[Model] = SimpleQueue()
+    for model in models:
+        free.put(model)
+
+    def work(batch: list[int]) -> Tensor:
+        model = free.get()
+        try:
+            with torch.inference_mode():
+                return embed(model, [texts[i] for i in batch], batch).to(output_device)
+        finally:
+            free.put(model)
+
+    vectors = torch.empty(0)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(texts), desc="Encoding", unit=" texts", disable=not show_progress_bar))
+        run = stack.enter_context(ThreadPoolExecutor(len(models))).map if len(models) > 1 else map
+        for batch, part in zip(batches, run(work, batches)):
+            if not len(vectors):
+                vectors = part.new_empty(len(texts), part.shape[1])
+            vectors[torch.tensor(batch, device=output_device)] = part
+            bar.update(len(batch))
+    return vectors
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode (no dropout) within a `with` block."""
+    was_training = model.training
+    if any(module.training for module in model.modules()):
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
+    """Raise InputError for what `Encoder.encode` cannot give; the arguments are its own."""
+    most, name = encoder.full_dimension, encoder.similarity_fn_name
+    if normalize not in (None, True, False):
+        raise InputError(f"normalize is {normalize!r}; it must be True, False or None, which is as the model was saved")
+    if truncate_dim is not None and (type(truncate_dim) is not int or not 1 <= truncate_dim <= most):
+        raise InputError(f"truncate_dim is {truncate_dim!r}; this model's vectors have 1 to {most} numbers to keep")
+    check_precision(precision)
+    if precision == "float32":
+        return
+    width = truncate_dim or encoder.dimension
+    unit = normalize or (normalize is None and encoder.normalize and width == most)
+    if name != "cosine" and not (unit and name == "dot"):
+        mend = "; or normalize=True, to compare by the cosine" if name == "dot" else ""
+        raise InputError(
+            f"precision {precision} loses the length of a vector, which this model's similarity ({name}) needs; take "
+            f"float32{mend}"
+        )
+    check_packable(precision, width)
+    if width != encoder.dimension and encoder.dimension in (8 * width, width / 8):
+        raise InputError(
+            f"precision {precision} with truncate_dim {width}: `similarity` could not tell these vectors from others of the "
+            f"model, of {encoder.dimension} numbers; take another truncate_dim"
+        )
+
+
+def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | torch.device] | None) -> "list[Encoder]":
+    """Move an encoder to a device, or return copies on several; see `Encoder.encode`."""
+    if device is None:
+        return [encoder]
+    if isinstance(device, str | int | torch.device):
+        return [encoder.to(usable_device(device))]
+    devices = [usable_device(name) for name in device]
+    if not devices:
+        raise InputError("device is an empty list; name devices, or leave it out")
+    own = devices.index(encoder.device) if encoder.device in devices else None
+    return [encoder if i == own else copy.deepcopy(encoder).to(place) for i, place in enumerate(devices)]
+
+
+def usable_device(name: str | int | torch.device) -> torch.device:
+    """Return the device of a name, with its number. Raises InputError for one that is not here."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cpu":
+        return device
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    kind = torch.accelerator.current_accelerator().type if found else "cpu"  # type: ignore[union-attr]
+    if device.type != kind or (device.index or 0) >= found:
+        here = f"{found} of the type {kind}" if found else "the CPU alone"
+        raise InputError(f"device '{name}' is not here: there is {here}; name another, or leave device out")
+    return device if device.index is not None else torch.device(kind, torch.accelerator.current_device_index())

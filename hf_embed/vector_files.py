@@ -1,0 +1,145 @@
+"""Vectors of many texts in a file: shared among ranks, and gone on with where it was stopped.
+
+    from hf_embed.vector_files import write_vectors
+
+    write_vectors(encoder, texts, "vectors.npy", precision="int8")
+    vectors = numpy.load("vectors.npy", mmap_mode="r")  # (N, D), row i is of text i
+
+While the file is made it lies in a folder beside it, as a memory map that all ranks write to:
+
+    vectors.npy.work/
+        identity          hash of the model, the texts and the options
+        vectors.npy       (N, D), of which the rows of every finished part are right
+        done/000003       the rows of part 3 are there, SHARD texts
+    vectors.npy.json      what the vectors are of; written before the folder goes and vectors.npy takes its place
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_embed.checkpoint.files import read_json, write_json
+from hf_embed.distributed import get_rank
+from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import fingerprint
+from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
+
+SHARD = 1024  # texts between two points from which a stopped run goes on
+READ = 8192  # texts that are read at a time
+WITHOUT_EFFECT = ("batch_size", "chunk_tokens")  # options that change a vector by rounding alone
+
+
+def write_vectors(
+    encoder: Encoder, texts: Sequence[str], output_file: str | Path, about: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Encode texts into a .npy file, a row for each. Every rank calls this, and encodes its share.
+
+    What was done when a run is stopped is kept in OUTPUT_FILE.work; the same call goes on.
+
+    Args:
+        encoder: on the device where this rank computes.
+        texts: a list, or a column of a `datasets.Dataset`, which is read in parts.
+        output_file: where the vectors go, (N, D) in float32 or as `precision` says; OUTPUT_FILE.json says what they are of.
+        about: what else OUTPUT_FILE.json is to say.
+        options: prompt_name, truncate_dim, normalize, precision, batch_size, chunk_tokens of `Encoder.encode`.
+
+    Returns:
+        What OUTPUT_FILE.json says.
+
+    Raises:
+        InputError: `output_file` is there, or is no .npy; the folder beside it is of another model, other texts or other
+            options; a text is empty; a vector is not finite.
+    """
+    output = Path(output_file)
+    if output.suffix != ".npy":
+        raise InputError(f"{output}: vectors are written as .npy; name it {output.with_suffix('.npy')}")
+    work = work_folder(output)
+    like = np.asarray(encoder.encode([], **options))  # (0, D); and the options are checked
+    identity = identity_of(encoder, texts, options, (about or {}).get("file", "texts"))
+    claim(work, identity)
+    unfinished = work / "vectors.npy"
+    if get_rank() == 0 and not unfinished.is_file():
+        allocate(unfinished, (len(texts), like.shape[1]), like.dtype)
+    barrier()
+    rows = np.lib.format.open_memmap(unfinished, mode="r+")
+
+    def write(numbers: range, path: Path) -> None:
+        vectors = encoder.encode(texts[numbers.start : numbers.stop], **options)
+        if not np.isfinite(vectors).all():
+            bad = numbers[int(np.argmin(np.isfinite(vectors).all(1)))]
+            raise InputError(f"the vector of text {bad + 1} ({texts[bad][:60]!r}) is not finite; check the model")
+        rows[numbers.start : numbers.stop] = vectors
+        rows.flush()
+        path.touch()
+
+    make_files(work / "done", "", len(texts), SHARD, write, "Encoding")
+    settings = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
+    found = {"rows": len(texts), "width": like.shape[1], "dtype": str(like.dtype), **(about or {}), **settings}
+    found["identity"] = identity
+    if get_rank() == 0:
+        write_json(description_of(output), found)
+        unfinished.rename(output)
+        shutil.rmtree(work)
+    barrier()
+    return found
+
+
+def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the vectors of a file, a memory map (N, D), and the options of `Encoder.encode` that they were made with.
+
+    Raises:
+        InputError: the file was not written by `write_vectors`, or is of another model, other texts or other settings.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; recipes/encode.py writes one")
+    if not description_of(Path(path)).is_file():
+        raise InputError(f"{path}: {description_of(Path(path)).name} is not beside it, which says what the vectors are of")
+    about = read_json(description_of(Path(path)))
+    vectors = np.load(path, mmap_mode="r")
+    options = {key: about[key] for key in ("prompt_name", "truncate_dim", "normalize", "precision") if key in about}
+    if len(vectors) != len(texts) or about["rows"] != len(texts):
+        raise InputError(f"{path}: there are {len(vectors):,} vectors and {len(texts):,} texts; encode the file anew")
+    if [vectors.shape[1], str(vectors.dtype)] != [about["width"], about["dtype"]]:
+        raise InputError(f"{path}: the vectors are not those that {description_of(Path(path)).name} describes; encode anew")
+    if identity_of(encoder, texts, options, about.get("file", "texts")) != about["identity"]:
+        raise InputError(f"{path}: the vectors are of another model, other settings of it or other texts; encode the file anew")
+    return vectors, options
+
+
+def description_of(output: Path) -> Path:
+    """Return where it is said what the vectors of a file are of."""
+    return output.with_name(output.name + ".json")
+
+
+def identity_of(encoder: Encoder, texts: Sequence[str], options: dict[str, Any], name: str) -> str:
+    """Return a hash of all that vectors depend on. Raises InputError for an empty text; `name` is of what messages speak."""
+    settings = {"precision": "float32"} | {
+        key: value for key, value in options.items() if key not in (*WITHOUT_EFFECT, "prompt_name") and value is not None
+    }
+    prompt = encoder.prompt(options.get("prompt_name"))
+    return digest([fingerprint(encoder), prompt, repr(sorted(settings.items()))], filled(texts, name))
+
+
+def filled(texts: Sequence[str], name: str) -> Iterator[str]:
+    """Yield the texts of `name`. Raises InputError for an empty one: left out, it would move the rows of all that follow."""
+    for start in range(0, len(texts), READ):
+        for number, text in enumerate(texts[start : start + READ], start + 1):
+            if not isinstance(text, str) or not text.strip():
+                kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
+                raise InputError(f"{name}, row {number}: the text is {kind}; fill it in or delete the row")
+            yield text
+
+
+def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """Make a .npy file of this shape with room on the disk: on a full one, writing to a memory map would kill the process."""
+    new = path.with_name("unfinished-" + path.name)
+    np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(new, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+    new.rename(path)

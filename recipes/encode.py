@@ -1,0 +1,77 @@
+"""Encode the texts of a file: a .npy with a vector for each row.
+
+    python recipes/encode.py outputs/mine texts.jsonl vectors.npy
+    python recipes/encode.py BAAI/bge-base-en-v1.5 docs.parquet docs.npy --column body --prompt_name document --precision int8
+    accelerate launch --quiet recipes/encode.py outputs/mine texts.txt vectors.npy      # shared among GPUs
+
+FILE is a txt (a text a line), csv, tsv, jsonl or parquet, also with .gz; its texts are in the column text, or that of --column.
+Row i of `numpy.load("vectors.npy", mmap_mode="r")` is of row i of the file; vectors.npy.json says what the vectors are of.
+What was done when a run is stopped is kept in vectors.npy.work; the same command goes on.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+
+from hf_embed import write_vectors
+from hf_embed.entry import recipe_command
+from hf_embed.errors import InputError
+from hf_embed.kit.cli import parse, run
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding, read_column
+from hf_embed.ranges import COUNT, check_ranges
+from hf_embed.vectors import PRECISIONS
+
+
+@dataclass(kw_only=True)
+class Arguments(EncodingArguments):
+    """All flags; the model, the file and the output stand before them."""
+
+    column: str | None = field(
+        default=None, metadata={"help": "The column of texts. Default: text, sentence, or the only one."}
+    )
+    prompt_name: str | None = field(
+        default=None, metadata={"help": "The model's prompt to put before the texts: document, query ... Default: its own."}
+    )
+    precision: str = field(
+        default="float32",
+        metadata={"help": "int8 takes a quarter of the bytes, binary and ubinary (packed signs) a 32nd.",
+                  "choices": list(PRECISIONS)},
+    )  # fmt: skip
+    truncate_dim: int | None = field(default=None, metadata={"help": "Keep so many numbers of a vector. Default: the model's."})
+    normalize: bool | None = field(
+        default=None, metadata={"help": "True or False: write unit vectors, or not. Default: the model's own."}
+    )
+    batch_size: int = field(default=512, metadata={"help": "Texts that are tokenized at a time."})
+    chunk_tokens: int | None = field(
+        default=None, metadata={"help": "Padded tokens that go through the model at once. Default: 16384, on a CPU 1024."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"truncate_dim": COUNT, "batch_size": COUNT, "chunk_tokens": COUNT})
+
+
+def main() -> None:
+    """Read the texts, load the model, encode."""
+    words = sys.argv[1:]
+    if len(words) < 3 or any(word.startswith("-") for word in words[:3]):
+        if "--help" not in words:
+            raise InputError(f"say what to encode and where to: {recipe_command('encode')} MODEL FILE OUT.npy")
+        words = ["", "", "", *words]
+    model, file, output, *words = words
+    (args,) = parse([Arguments], argv=words)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    column, texts = read_column(file, args.column)
+    options = ("prompt_name", "precision", "truncate_dim", "normalize", "batch_size", "chunk_tokens")
+    about = write_vectors(
+        load_for_encoding(model, args, state.device), texts, output, {"model": model, "file": file, "column": column},
+        **{name: getattr(args, name) for name in options},
+    )  # fmt: skip
+    if state.is_main_process:
+        print(f"wrote {output}: {about['rows']:,} vectors of {about['width']} numbers, {about['dtype']}")
+
+
+if __name__ == "__main__":
+    run(main)

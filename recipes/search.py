@@ -1,0 +1,80 @@
+"""Search the texts of a file: type a query, read the nearest texts.
+
+    python recipes/search.py outputs/mine texts.jsonl
+    python recipes/search.py outputs/mine texts.jsonl --embeddings vectors.npy --top_k 10     # of recipes/encode.py
+    python recipes/search.py outputs/mine texts.jsonl --query "how long do cats sleep" --query "warm places"
+
+An empty line, or the end of the input, ends it. FILE is what recipes/encode.py reads. Queries have the model's prompt "query",
+the texts its prompt "document". Printed are the score, by the model's own similarity, the row of the file, and the text.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hf_embed import semantic_search
+from hf_embed.entry import recipe_command
+from hf_embed.errors import InputError
+from hf_embed.kit.cli import parse, run
+from hf_embed.kit.inference import EncodingArguments, document_vectors, load_for_encoding, read_column
+from hf_embed.ranges import COUNT, check_ranges
+
+
+@dataclass(kw_only=True)
+class Arguments(EncodingArguments):
+    """All flags; the model and the file stand before them."""
+
+    column: str | None = field(
+        default=None, metadata={"help": "The column of texts. Default: text, sentence, or the only one."}
+    )
+    embeddings: str | None = field(default=None, metadata={"help": "The vectors of the file, which recipes/encode.py wrote."})
+    query: list[str] = field(
+        default_factory=list, metadata={"help": "A query to answer, in place of asking; may be repeated.", "action": "extend"}
+    )
+    top_k: int = field(default=5, metadata={"help": "Texts to print for a query."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"top_k": COUNT})
+
+
+def main() -> None:
+    """Load the model, encode the texts or read their vectors, and answer queries."""
+    words = sys.argv[1:]
+    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
+        if "--help" not in words:
+            raise InputError(f"say what to search: {recipe_command('search')} MODEL FILE")
+        words = ["", "", *words]
+    model, file, *words = words
+    (args,) = parse([Arguments], argv=words)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"a search is one process; start it by {recipe_command('search')}")
+    _, texts = read_column(file, args.column)
+    encoder = load_for_encoding(model, args)
+    vectors, options, similarity = document_vectors(encoder, texts, file, args.embeddings)
+    room = 3 * shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # three lines of a text
+    for query in args.query or typed():
+        asked = np.asarray(encoder.encode_query(query, **options))
+        if args.query or not sys.stdin.isatty():
+            print(f"\n{query}")
+        for hit in semantic_search(asked, vectors, args.top_k, similarity)[0]:
+            number = int(hit["corpus_id"])
+            print(f"  {hit['score']:7.3f}  row {number + 1:<7} {' '.join(texts[number].split())[:room]}", flush=True)
+
+
+def typed() -> Iterator[str]:
+    """Yield the lines that are typed, or piped in, up to an empty one."""
+    asking = "\nquery> " if sys.stdin.isatty() else ""
+    try:
+        while query := input(asking).strip():
+            yield query
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,327 @@
+"""encode's options: width, length, precision, devices, prompts; compared with sentence-transformers on the same folder."""
+
+import copy
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
+from torch import nn
+from torch.nn import functional as F
+
+from hf_embed import Encoder, apply_tempscale
+from hf_embed.pooling import Dense
+from hf_embed.vectors import as_floats, quantize
+
+TEXTS = ["rain", "A cat sleeps on the warm windowsill.", "snow", "rain", "Two dogs ran across the field, barking."]
+MANY = [f"{text} {i} " * (1 + i % 7) for i in range(40) for text in TEXTS]
+PROMPTS = {"query": "search: ", "passage": "text: ", "topic": "about: "}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "normalised and cut"])
+def both(request, tmp_path_factory):
+    """An encoder, and sentence-transformers' model of its folder."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    settings = {"normalize": True, "truncate_dim": 24} if request.param else {}
+    encoder = tiny_encoder(prompts=PROMPTS, default_prompt_name="topic", **settings)
+    encoder.save_pretrained(folder, verify=False)
+    return encoder, SentenceTransformer(folder, device="cpu")
+
+
+def same(got, expected, tolerance=1e-6):
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("width", [None, 8, 16, 32])
+@pytest.mark.parametrize("normalize", [None, True])
+def test_width_and_length_are_sentence_transformers(both, width, normalize):
+    ours, theirs = both
+    expected = theirs.encode(TEXTS, truncate_dim=width, normalize_embeddings=bool(normalize))
+    same(ours.encode(TEXTS, truncate_dim=width, normalize=normalize), expected)
+    same(ours.encode(TEXTS[1], truncate_dim=width, normalize=normalize), expected[1])
+    if normalize:
+        same(np.linalg.norm(expected, axis=1), np.ones(len(TEXTS), np.float32))
+
+
+def test_normalize_false_leaves_vectors_as_they_are_pooled():
+    encoder = tiny_encoder(normalize=True)
+    same(encoder.encode(TEXTS, normalize=False), tiny_encoder().encode(TEXTS))
+    assert encoder.encode(TEXTS, truncate_dim=8).shape == (5, 8) and encoder.truncate_dim is None and encoder.normalize
+
+
+@pytest.mark.parametrize("width", [0, -1, 33, 8.0, True, "8"])
+def test_a_width_that_there_is_not_is_refused(width):
+    assert "this model's vectors have 1 to 32 numbers" in error_of(tiny_encoder().encode, TEXTS, truncate_dim=width)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("encode", {}), ("encode_query", {}), ("encode_document", {}), ("encode", {"prompt_name": "query"}),
+     ("encode_query", {"prompt_name": "passage"}), ("encode", {"prompt": "a: "}), ("encode", {"prompt": ""})],
+)  # fmt: skip
+def test_prompts_are_sentence_transformers(both, name, options):
+    ours, theirs = both
+    same(getattr(ours, name)(TEXTS, **options), getattr(theirs, name)(TEXTS, **options))
+
+
+def test_queries_and_documents_of_a_model_without_their_prompts(tmp_path):
+    encoder = tiny_encoder(prompts={"topic": "about: "}, default_prompt_name="topic")
+    encoder.save_pretrained(str(tmp_path), verify=False)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    same(encoder.encode_query(TEXTS), theirs.encode_query(TEXTS))
+    same(encoder.encode_document(TEXTS), theirs.encode_document(TEXTS))
+    options = {"truncate_dim": 16, "normalize": True, "precision": "int8", "convert_to_tensor": True}
+    assert torch.equal(encoder.encode_query(TEXTS, **options), encoder.encode(TEXTS, prompt="", **options))
+
+
+# ---- what is asked of it ----
+
+
+@pytest.mark.parametrize(
+    ("argument", "mend"),
+    [({"normalize_embeddings": True}, "give normalize=True or False"), ({"pool": {}}, "give device="),
+     ({"chunk_size": 3}, "give batch_size"), ({"nonsense": 1}, "encode.. has no argument 'nonsense'$")],
+)  # fmt: skip
+def test_arguments_of_sentence_transformers_are_refused_with_ours(argument, mend):
+    with pytest.raises(TypeError, match=mend):
+        tiny_encoder().encode(TEXTS, **argument)
+    with pytest.raises(TypeError, match=mend):
+        tiny_encoder().encode_query(TEXTS, **argument)
+
+
+def test_arguments_that_change_nothing_are_taken():
+    encoder = tiny_encoder()
+    same(encoder.encode(TEXTS, convert_to_numpy=True, output_value="sentence_embedding", show_progress_bar=None),
+         encoder.encode(TEXTS))  # fmt: skip
+    assert encoder.encode(TEXTS, convert_to_numpy=False, convert_to_tensor=True).shape == (5, 32)
+    assert "give convert_to_tensor=True" in error_of(encoder.encode, TEXTS, convert_to_numpy=False)
+    assert "a vector for each text" in error_of(encoder.encode, TEXTS, output_value="token_embeddings")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch_size": 0}, "batch_size is 0; it must be at least 1"), ({"batch_size": -5}, "at least 1"),
+     ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'")],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_refused(options, message):
+    """BUG: a negative batch_size gave no vectors."""
+    assert message in error_of(tiny_encoder().encode, TEXTS, **options)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [tuple(TEXTS), np.array(TEXTS), pd.Series(TEXTS, index=[9, 4, 2, 1, 0]), Dataset.from_dict({"text": TEXTS})["text"],
+     (text for text in TEXTS)],
+    ids=["tuple", "array", "pandas", "datasets", "generator"],
+)  # fmt: skip
+def test_texts_come_in_many_kinds(texts):
+    encoder = tiny_encoder()
+    same(encoder.encode(texts), encoder.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [{"text": TEXTS}, pd.DataFrame({"text": TEXTS}), set(TEXTS), [["a", "b"]], [*TEXTS, None],
+     Dataset.from_dict({"a": TEXTS})]
+)  # fmt: skip
+def test_what_is_no_list_of_texts_is_refused(texts):
+    """BUG: of a DataFrame and a dict the names of the columns were encoded."""
+    message = error_of(tiny_encoder().encode, texts)
+    assert "give a list of them, or one column" in message or "is no text but" in message
+
+
+def test_a_bad_entry_is_named_before_anything_is_computed(monkeypatch):
+    encoder = tiny_encoder()
+    monkeypatch.setattr(encoder.backbone, "forward", lambda **_: 1 / 0)
+    assert "text 201 is no text but nan" in error_of(encoder.encode, [*MANY, float("nan")], batch_size=2)
+
+
+def test_a_text_without_a_token_is_named_by_its_place_among_all():
+    from test_encoder import decoder_tokenizer
+
+    encoder = Encoder(tiny_model("qwen2"), decoder_tokenizer(), "last").eval()
+    assert error_of(encoder.encode, [*MANY, "", *MANY], batch_size=3).startswith("text 201 of these has no token")
+
+
+def test_texts_are_sorted_over_all_of_them():
+    """A batch has texts of one length, and the vectors come in the texts' order."""
+    encoder, widths = tiny_encoder(), []
+    forward = encoder.backbone.forward
+    encoder.backbone.forward = lambda **inputs: widths.append(inputs["input_ids"].shape[1]) or forward(**inputs)
+    vectors = encoder.encode(MANY, batch_size=50)
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) > 4
+    same(vectors, np.stack([encoder.encode(text) for text in MANY]), 1e-5)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("precision", ["binary", "ubinary"])
+@pytest.mark.parametrize("width", [None, 16])
+def test_packed_signs_are_sentence_transformers(both, precision, width):
+    ours, theirs = both
+    expected = theirs.encode(MANY, precision=precision, truncate_dim=width)
+    got = ours.encode(MANY, precision=precision, truncate_dim=width)
+    assert got.dtype == expected.dtype
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(ours.encode(MANY[3], precision=precision, truncate_dim=width), expected[3])
+    np.testing.assert_array_equal(quantize_embeddings(ours.encode(MANY, truncate_dim=width), precision), got)
+
+
+def test_int8_keeps_the_direction_whatever_the_batch():
+    encoder = tiny_encoder()
+    full, small = encoder.encode(MANY), encoder.encode(MANY, precision="int8")
+    assert small.dtype == np.int8 and (np.abs(small.astype(int)).max(1) == 127).all()
+    scaled = full / np.abs(full).max(1, keepdims=True) * 127
+    assert np.abs(scaled - small).max() <= 0.5 + 1e-3
+    np.testing.assert_array_equal(encoder.encode(MANY[:3], precision="int8"), small[:3])  # no ranges of a batch
+    cosines = F.cosine_similarity(torch.tensor(full), torch.tensor(small).float())
+    assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary", "ubinary"])
+def test_similarity_knows_small_vectors(precision):
+    encoder = tiny_encoder()
+    a, b = encoder.encode(MANY[:9], precision=precision), encoder.encode(MANY[9:20], precision=precision)
+    first, second = (as_floats(torch.tensor(x), precision).numpy() for x in (a, b))
+    expected = first @ second.T / np.linalg.norm(first, axis=1)[:, None] / np.linalg.norm(second, axis=1)
+    same(encoder.similarity(a, b).numpy(), expected.astype(np.float32))
+    same(encoder.similarity_pairwise(a, b[:9]).numpy(), np.diagonal(expected[:, :9]).astype(np.float32))
+    if precision != "int8":  # the cosine of signs is the share of equal bits, from -1 to 1
+        bits = [np.unpackbits((x.astype(int) + (128 if precision == "binary" else 0)).astype(np.uint8), axis=1) for x in (a, b)]
+        np.testing.assert_allclose(expected, 1 - 2 * (bits[0][:, None] != bits[1]).mean(-1), atol=1e-6)
+    queries = encoder.encode(MANY[:9])  # in full against small ones
+    near = encoder.similarity(queries, encoder.encode(MANY[:9], precision=precision)).numpy()
+    assert (near.argmax(1) == [MANY.index(text) for text in MANY[:9]]).all()
+    tensor = encoder.encode(MANY[:9], precision=precision, convert_to_tensor=True)
+    assert tensor.device == encoder.device and np.array_equal(tensor.numpy(), a)
+    assert encoder.encode([], precision=precision).shape == (0, a.shape[1])
+    assert encoder.encode([], precision=precision).dtype == a.dtype
+
+
+def test_int8_vectors_that_may_be_packed_need_a_word():
+    encoder = tiny_encoder()  # 32 wide; 2 bytes may be 16 signs or 2 numbers
+    packed = encoder.encode(MANY[:4], precision="binary", truncate_dim=16)
+    assert "say which by precision='int8' or" in error_of(encoder.similarity, packed, packed)
+    expected = encoder.similarity(*[encoder.encode(MANY[:4], precision="ubinary", truncate_dim=16)] * 2)
+    assert torch.equal(encoder.similarity(packed, packed, precision="binary"), expected)
+    cut = encoder.encode(MANY[:4], precision="int8", truncate_dim=16)  # too wide for signs of 32
+    assert torch.equal(encoder.similarity(cut, cut), encoder.similarity(cut, cut, precision="int8"))
+    assert "could not tell" in error_of(encoder.encode, TEXTS, precision="int8", truncate_dim=4)
+    assert "cannot be compared" in error_of(encoder.similarity, cut, encoder.encode(TEXTS))
+    assert "not packed bits" in error_of(encoder.similarity, cut.view(np.uint8), cut)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_a_length_that_the_similarity_needs_is_not_lost(precision):
+    for name in ("dot", "euclidean", "manhattan"):
+        encoder = tiny_encoder(similarity_fn_name=name)
+        assert f"loses the length of a vector, which this model's similarity ({name})" in error_of(
+            encoder.encode, TEXTS, precision=precision
+        )
+    dot = tiny_encoder(similarity_fn_name="dot")
+    small = dot.encode(MANY, normalize=True, precision=precision)
+    full = dot.encode(MANY, normalize=True)
+    assert np.corrcoef(dot.similarity(small, small).numpy().ravel(), (full @ full.T).ravel())[0, 1] > 0.6
+    unit = tiny_encoder(similarity_fn_name="dot", normalize=True)
+    assert unit.encode(TEXTS, precision=precision).dtype == np.int8
+    assert "loses the length" in error_of(unit.encode, TEXTS, precision=precision, truncate_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"precision": "uint8"}, "take int8, or ubinary"), ({"precision": "int4"}, "take one of float32, int8, binary, ubinary"),
+     ({"precision": "binary", "truncate_dim": 12}, "packs 8 numbers to a byte, and a vector has 12")],
+)  # fmt: skip
+def test_precisions_that_cannot_be(options, message):
+    assert message in error_of(tiny_encoder().encode, TEXTS, **options)
+
+
+def test_vectors_that_are_not_finite_are_not_hidden():
+    assert "not finite" in error_of(quantize, torch.tensor([[1.0, float("nan")]]), "int8")
+    assert quantize(torch.zeros(1, 8), "int8").tolist() == [[0] * 8]
+
+
+# ---- devices ----
+
+
+def scaled_encoder():
+    encoder = tiny_encoder()
+    apply_tempscale(encoder.backbone, 0.5)
+    return encoder
+
+
+def growing_encoder():
+    from hf_embed import TempScaleConfig
+
+    encoder = tiny_encoder()
+    apply_tempscale(encoder.backbone, TempScaleConfig(temperature=0.7, growth="log", reference_length=4))
+    return encoder
+
+
+def adapted_encoder():
+    torch.manual_seed(3)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
+    return Encoder(model, quickstart_tokenizer()).eval()
+
+
+def dense_encoder():
+    torch.manual_seed(3)
+    return tiny_encoder(dense=[Dense(nn.Linear(32, 16), nn.Tanh())], normalize=True)
+
+
+KINDS = {"plain": tiny_encoder, "tempscale": scaled_encoder, "growth": growing_encoder, "lora": adapted_encoder,
+         "dense": dense_encoder, "modernbert": lambda: tiny_encoder("modernbert"),
+         "mpnet": lambda: tiny_encoder("mpnet")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_devices_give_what_one_gives(kind):
+    encoder = KINDS[kind]()
+    expected = encoder.encode(MANY, batch_size=20)
+    np.testing.assert_array_equal(encoder.encode(MANY, batch_size=20, device=["cpu", "cpu", "cpu"]), expected)
+    assert np.abs(expected - tiny_encoder().encode(MANY)).max() > 1e-3 if expected.shape[1] == 32 and kind != "plain" else True
+
+
+def test_each_device_has_a_copy_and_takes_batches(monkeypatch):
+    encoder, seen, lock = tiny_encoder(), {}, threading.Lock()
+    both_at_work = threading.Barrier(2, timeout=20)
+    forward = Encoder.forward
+
+    def watched(self, *args, **kwargs):
+        with lock:
+            first = id(self) not in seen
+            seen[id(self)] = threading.get_ident()
+        if first:
+            both_at_work.wait()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "forward", watched)
+    encoder.train().encode(MANY, batch_size=10, device=["cpu", "cpu"])
+    assert len(seen) == 2 and id(encoder) in seen and encoder.training
+
+
+def test_an_error_on_a_device_reaches_the_caller(monkeypatch):
+    encoder = tiny_encoder().train()
+    monkeypatch.setattr(Encoder, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.encode(MANY, batch_size=10, device=["cpu", "cpu"])
+    assert encoder.training and threading.active_count() < 20
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", ["cpu", "cuda:99"], []])
+def test_a_device_that_is_not_here_is_refused(device):
+    assert "device" in error_of(tiny_encoder().encode, TEXTS, device=device)
+
+
+def test_one_device_is_where_the_model_goes():
+    encoder = tiny_encoder()
+    same(encoder.encode(TEXTS, device="cpu"), encoder.encode(TEXTS, device=torch.device("cpu")))
+    assert copy.deepcopy(encoder).encode(TEXTS, device=["cpu"]).shape == (5, 32)
