@@ -18,8 +18,9 @@ from datasets import Dataset
 from hf_embed.chunking import move_back, move_tokens, plan_chunks
 from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
+from hf_embed.data.columns import ACCEPTED, text_columns
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
-from hf_embed.data.sources import ACCEPTED, read_file, row_texts, text_columns
+from hf_embed.data.sources import read_file, row_texts
 from hf_embed.data.tokenization import text_id, tokenize_rows, truncated_share, warn_of_truncation
 
 
