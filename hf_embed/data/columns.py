@@ -164,11 +164,12 @@ def mend(names: list[str], paired: bool | None) -> str:
     negatives = [column for column in texts if NEGATIVE.fullmatch(column)]
     texts = [column for column in texts if column not in negatives]
     if paired is False:
-        return f"accepted are text or sentence; name them: {flag((texts or ['COLUMN'])[0])}"
-    accepted = ACCEPTED if paired is None else ACCEPTED.removeprefix("text; ")
-    pair = texts[:2] if len(texts) > 1 else ["COLUMN", "COLUMN"]
+        return f"name them: {flag((texts or ['COLUMN'])[0])}; known by name are text or sentence"
+    accepted = f"known by name are {ACCEPTED if paired is None else ACCEPTED.removeprefix('text; ')}"
+    if len(texts) < 2:
+        return f"a pair needs two columns of texts; {accepted}"
     beside = f"; a pair that '{judging[0]}' calls no match is no positive: keep the true ones" if judging else ""
-    return f"accepted are {accepted}; or name them: {flag(*pair, *negatives)}{beside}"
+    return f"name them: {flag(*texts[:2], *negatives)}{beside}; {accepted}"
 
 
 def flag(*columns: str) -> str:

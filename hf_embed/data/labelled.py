@@ -108,7 +108,7 @@ def as_pairs(
     meanings = meanings_of(table, layout, name)
     groups = grouped(table, layout, meanings, name, drop_empty_rows)
     kept = groups.rows()
-    made = f"{groups.described(kept)} ({meanings.explained})"
+    made = f"{groups.described(kept)}; {meanings.explained}"
     if not kept:
         wanted = "a positive and a negative" if meanings.inference else "a positive"
         raise InputError(
@@ -158,7 +158,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
         some = sorted(words)[:5] + ["..."] * (len(words) > 5)
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
-    explained = ", ".join(f"{' and '.join(found)}: {meaning}s" for meaning, found in parts.items() if found)
+    explained = "; ".join(f"{meaning}s are those of label {' or '.join(found)}" for meaning, found in parts.items() if found)
     return Meanings({label: NO_LABEL if text in ABSENT else known[text] for label, text in texts.items()}, inference, explained)
 
 
