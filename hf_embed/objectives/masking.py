@@ -33,13 +33,13 @@ def false_negatives(
         (B, C) bool, True for a candidate to leave out.
     """
     dropped = (candidate_ids == 0).expand(len(text_ids), -1).clone()
-    own_ids = list(text_ids[:, :2].split(1, dim=1))  # each (B, 1)
+    own_ids = list(text_ids[:, :2].unbind(1))
     if other_ids is not None:  # in place of a 0, which would equal the 0 of no partner, the positive stands once more
-        own_ids += torch.where(other_ids == 0, text_ids[:, 1:2], other_ids).split(1, dim=1)
+        own_ids += torch.where(other_ids == 0, text_ids[:, 1:2], other_ids).unbind(1)
     partners = [] if partner_ids is None else list(partner_ids.view(len(candidate_ids), -1).unbind(1))
     for ids in (candidate_ids, *partners):
         for own in own_ids:
-            dropped |= ids == own
+            dropped |= ids == own.unsqueeze(1)
     if scores is not None and limit is not None:
         dropped |= scores.detach() > limit.detach().unsqueeze(1)
     return dropped if positives is None else dropped.scatter(1, positives.unsqueeze(1), False)
