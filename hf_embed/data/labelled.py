@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
 from hf_embed.data import files
-from hf_embed.data.columns import ALIKE, DESCRIBED, LAYOUTS, SINGLE, column_names, plain, text_columns
+from hf_embed.data.columns import ALIKE, DESCRIBED, LAYOUTS, SINGLE, column_names, negative_columns, plain, text_columns
 from hf_embed.data.sources import DROP_ADVICE, row_texts, rows_of_texts
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # In plain letters, as all names here.
 LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
-EMPTY, TWICE = "with an empty text", "that stood there already"
+EMPTY, TWICE = "with an empty text", "a second time"
 BATCH = 10_000  # rows read at a time
 INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
 # Words of data sets of two labels.
@@ -70,7 +70,7 @@ def labelled_layout(names: list[str], name: str) -> Layout | None:
     pairs = [pair for pair in ALIKE if found.keys() >= set(pair)]
     others = [pair for pair in [*LAYOUTS, *DESCRIBED] if found.keys() >= set(pair) and pair not in ALIKE]
     labels = [found[label] for label in LABELS if label in found]
-    if len(pairs) != 1 or others or not labels:
+    if len(pairs) != 1 or others or not labels or negative_columns(names):
         return None
     if len(labels) > 1:
         raise InputError(
@@ -87,7 +87,7 @@ def as_pairs(
     """Return labelled pairs as rows with anchor, positive and negatives; other rows as they are.
 
     Args:
-        rows: with any columns.
+        rows: with any columns, and no format.
         name: what messages call the rows.
         paired: see `hf_embed.data.columns.text_columns`; single texts have no pairs to be labelled.
         drop_empty_rows: drop and count pairs with an empty text.
@@ -104,9 +104,8 @@ def as_pairs(
             f"{name}: {layout.first}, {layout.second} and {layout.label} are labelled pairs, which are grouped by their "
             f"{layout.first}; a stream cannot be, read the file whole (without streaming: true)"
         )
-    table = rows.with_format(None)
-    meanings = meanings_of(table, layout, name)
-    groups = grouped(table, layout, meanings, name, drop_empty_rows)
+    meanings = meanings_of(rows, layout, name)
+    groups = grouped(rows, layout, meanings, name, drop_empty_rows)
     kept = groups.rows()
     made = f"{groups.described(kept)}; {meanings.explained}"
     if not kept:

@@ -126,7 +126,8 @@ def tokenize_rows(
     """
     prompts = prompts or {}
     row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
-    return tokenize_table(as_pairs(rows, name, paired, drop_empty_rows), row_tokenizer, name, paired, drop_empty_rows)
+    rows = as_pairs(unformatted(rows), name, paired, drop_empty_rows)
+    return tokenize_table(rows, row_tokenizer, name, paired, drop_empty_rows)
 
 
 def tokenize_table(
@@ -143,7 +144,7 @@ def tokenize_table(
     number of the row that each was.
 
     Args:
-        rows: with the columns that `hf_embed.data.sources` accepts.
+        rows: with the columns that `hf_embed.data.sources` accepts, and no format.
         tokenizer: of their texts.
         name: what messages call the rows.
         paired: see `hf_embed.data.sources.text_columns`.
@@ -153,7 +154,6 @@ def tokenize_table(
     Raises:
         InputError: wrong columns, an empty text, or too few rows.
     """
-    rows = unformatted(rows)
     columns = text_columns(rows.column_names, name, paired)
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
