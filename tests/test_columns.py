@@ -15,7 +15,7 @@ from hf_embed.data.mixture import read_sources
 from hf_embed.data.sources import leave_out, read_file
 from hf_embed.data.tokenization import tokenize_rows
 from hf_embed.kit import cli
-from hf_embed.kit.plan import DataArguments, read_rows, read_train_rows
+from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_rows
 
 # ---- known by name ----
 
@@ -247,8 +247,6 @@ def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
 @pytest.mark.parametrize("flag", ["columns", "ignore_columns"])
 def test_a_flag_of_columns_without_data_is_refused(flag):
     """BUG: --ignore_columns without data was ignored."""
-    from hf_embed.kit.plan import read_flags
-
     flags = read_flags([], argv=[f"--{flag}", "text=a"])
     assert error_of(read_rows, flags, "sentences.txt").startswith(f"--{flag} without data")
 

@@ -1,13 +1,13 @@
 """Pairs with a label: what is made of them, what labels mean, and what is refused."""
 
 import json
-from itertools import combinations
 
 import pandas
 import pytest
-from conftest import error_of
+from conftest import error_of, tiny_encoder
 from datasets import ClassLabel, Dataset, Features, Value
 from test_data_files import datasets_cache, listed, written  # noqa: F401  (a fixture)
+from test_mixture import arguments
 
 from hf_embed import Source
 from hf_embed.data.labelled import as_pairs, read_pairs
@@ -18,16 +18,16 @@ from hf_embed.data.tokenization import tokenize_rows
 WORDS = ["entailment", "neutral", "contradiction"]
 # premise, hypothesis, label: of p0 two entailed and two contradicted, of p1 no contradiction, of p2 no entailment
 SNLI = [
-    ("p0", "e0", 0), ("p1", "e1", 0), ("p0", "n0", 1), ("p0", "c0", 2), ("p0", "e0 too", 0), ("p2", "c2", 2), ("p0", "c0 too", 2),
-    ("p3", "c3", 2), ("p3", "e3", 0), ("p3", "no gold", -1), ("p0", "e0", 0),
+    ("p0", "e0", 0), ("p1", "e1", 0), ("p0", "n0", 1), ("p0", "c0", 2), ("p0", "e0 too", 0), ("p2", "c2", 2),
+    ("p0", "c0 too", 2), ("p3", "c3", 2), ("p3", "e3", 0), ("p3", "no gold", -1), ("p0", "e0", 0),
 ]  # fmt: skip
 TRIPLETS = [
     {"anchor": "p0", "positive": ["e0", "e0 too"], "negatives": ["c0"]},
     {"anchor": "p3", "positive": ["e3"], "negatives": ["c3"]},
 ]
 COUNTED = (
-    "snli: 11 pairs of premise and hypothesis -> 3 triplets of 2 anchors; left out: 1 neutral, 1 without a label, 1 a second time, "
-    "1 positive without a negative, 1 negative without a positive, 1 further negative of an anchor; "
+    "snli: 11 pairs of premise and hypothesis -> 3 triplets of 2 anchors; left out: 1 neutral, 1 without a label, "
+    "1 a second time, 1 positive without a negative, 1 negative without a positive, 1 further negative of an anchor; "
 )
 
 
@@ -35,7 +35,8 @@ def snli(kind):
     """The pairs with labels of a kind."""
     labels = {
         "numbers": lambda label: label, "words": lambda label: "-" if label < 0 else WORDS[label],
-        "capitals": lambda label: "" if label < 0 else WORDS[label].upper(), "null": lambda label: None if label < 0 else WORDS[label],
+        "capitals": lambda label: "" if label < 0 else WORDS[label].upper(),
+        "null": lambda label: None if label < 0 else WORDS[label],
         "floats": lambda label: float("nan") if label < 0 else float(label), "texts": lambda label: str(label),
     }  # fmt: skip
     return [{"premise": p, "hypothesis": h, "label": labels[kind](label)} for p, h, label in SNLI]
@@ -85,7 +86,8 @@ MATCHED = [
     {"anchor": "c", "positive": ["c one"], "negatives": []},
 ]
 NAMES = [
-    ("sentence1", "sentence2", "label", int), ("question1", "question2", "is_duplicate", int), ("text1", "text2", "Label", bool),
+    ("sentence1", "sentence2", "label", int), ("question1", "question2", "is_duplicate", int),
+    ("text1", "text2", "Label", bool),
     ("sentence1", "sentence2", "label", float), ("sentence1", "sentence2", "label", str),
     ("sentence1", "sentence2", "label", lambda label: ["not_duplicate", "duplicate"][label]),
     ("sentence_A", "sentence_B", "gold_label", lambda label: ["not_equivalent", "equivalent"][label]),
@@ -164,7 +166,8 @@ def test_two_columns_of_labels_are_refused():
 @pytest.mark.parametrize(
     ("names", "paired"),
     [
-        (["anchor", "positive", "label"], None), (["query", "answer", "label"], None), (["sentence1", "sentence2", "score"], None),
+        (["anchor", "positive", "label"], None), (["query", "answer", "label"], None),
+        (["sentence1", "sentence2", "score"], None),
         (["sentence1", "sentence2", "negative", "label"], None), (["question", "answer", "is_duplicate"], True),
     ],
 )  # fmt: skip
@@ -196,9 +199,6 @@ def test_a_stream_is_refused_by_name(tmp_path):
 
 
 def test_a_source_takes_as_many_negatives_as_it_says(tmp_path):
-    from conftest import tiny_encoder
-    from test_mixture import arguments
-
     rows = Dataset.from_list([{"sentence1": a, "sentence2": b, "label": c} for a, b, c in BINARY])
     for negatives, most in ((None, 4), (1, 3), (0, 2)):
         source = Source("qqp", rows, negatives=negatives)
@@ -219,4 +219,3 @@ def test_pairs_to_mine_for(tmp_path):
     assert read_pairs(Dataset.from_list(snli("words")), "snli") == [("p0", "e0"), ("p0", "e0 too"), ("p3", "e3")]
     rows = Dataset.from_list([{"query": "q", "pos": ["a", "b"], "neg": ["c"]}, {"query": "r", "pos": ["d"], "neg": []}])
     assert read_pairs(rows, "bge") == [("q", "a"), ("q", "b"), ("r", "d")]
-    assert len(set(combinations(read_pairs(rows, "bge"), 2))) == 3
