@@ -38,11 +38,15 @@ ALIKE = [
     ("sentencea", "sentenceb"),
     ("question1", "question2"),
     ("text1", "text2"),
+    ("title1", "title2"),
+    ("caption1", "caption2"),
 ]
 DESCRIBED = [
     *((query, document) for query in ("question", "query") for document in ("answer", "passage", "document", "context")),
     ("title", "body"),
     ("title", "abstract"),
+    ("summary", "article"),
+    ("comment", "code"),
     *ALIKE,
 ]
 # A table with a column text has single texts, unless pairs are asked for.

@@ -1,7 +1,7 @@
 """Pairs with a label, as SNLI and QQP have them, to anchors, positives and hard negatives.
 
-    premise, hypothesis, label      also sentence1, sentence2; sentence_A, sentence_B; question1, question2; text1, text2
-                                    label, labels, gold_label, is_duplicate, is_paraphrase
+    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2 and their like (`ALIKE`);
+                                    labels, gold_label, is_duplicate, is_paraphrase
 
 Labels of inference are made into triplets as SimCSE's NLI file was (https://arxiv.org/abs/2104.08821, section 4): an anchor is
 a premise, its positives are the hypotheses that it entails, and its hard negative is one that contradicts it, the first in the

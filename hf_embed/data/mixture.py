@@ -6,7 +6,7 @@ sources; paths in it are relative to the file:
 
     - name: questions
       file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
-      columns: {query: title, positive: body}
+      columns: {query: title, positive: body}   # default: known by their names, as hf_embed.data.sources lists them
       query_prompt: "query: "
     - name: nli
       dataset: sentence-transformers/all-nli    # on the Hub, in place of a file

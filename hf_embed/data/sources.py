@@ -9,8 +9,9 @@ Accepted columns (case, spaces, hyphens and underscores do not matter):
     anchor | premise, entailment                with `contradiction` as the negative
     question | query, answer | passage | document | context
     title, body | abstract                      and title, text where pairs are asked for
-    premise, hypothesis                         also sentence1, sentence2; sentence_A, sentence_B; question1, question2;
-                                                text1, text2. With a column of labels: `hf_embed.data.labelled`
+    summary, article; comment, code
+    premise, hypothesis                         also sentence, question, text, title or caption with 1 and 2, and sentence_A,
+                                                sentence_B. With a column of labels: `hf_embed.data.labelled`
 
 each with any negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`, each a text, a list of
 texts, or null (a row may have fewer negatives than others). The first three lines of pairs name their positives, and the first
