@@ -33,7 +33,8 @@ LAYOUTS = [
     (["title", "text"], None, ["text"]),  # as a corpus has them; pairs have to be asked for
     (["anchor", "entailment"], None, ["anchor", "entailment"]),
     (["premise", "contradiction", "entailment"], None, ["premise", "entailment", "contradiction"]),
-    (["premise", "hypothesis"], None, ["premise", "hypothesis"]),
+    (["summary", "article"], None, ["summary", "article"]),
+    (["caption1", "caption2"], None, ["caption1", "caption2"]),
     (["sentence1", "sentence2"], True, ["sentence1", "sentence2"]),
     (["Sentence 1", "sentence_2"], True, ["Sentence 1", "sentence_2"]),
     (["sentence_A", "sentence_B", "pair_ID"], None, ["sentence_A", "sentence_B"]),
@@ -62,8 +63,8 @@ AMBIGUOUS = [
     (["question", "query", "answer"], None, "question and answer or query and answer", "anchor=question positive=answer"),
     (["title", "body", "text"], True, "title and body or title and text", "anchor=title positive=body"),
     (["text", "question", "answer"], None, "question and answer or text", "anchor=question positive=answer"),
-    (["sentence1", "sentence2", "premise", "hypothesis"], None, "premise and hypothesis or sentence1 and sentence2",
-     "anchor=premise positive=hypothesis"),
+    (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
+     "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip
 
 
@@ -87,6 +88,7 @@ UNKNOWN = [
     (["Unnamed: 0", "my question", "the answer", "url"], True, ["anchor=my question", "positive=the answer"]),
     (["frage", "antwort", "negative_1", "negative_2"], None,
      ["anchor=frage", "positive=antwort", "negative=negative_1", "negative=negative_2"]),
+    (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # what are they to each other?
     (["body", "id"], False, ["text=body"]),
 ]  # fmt: skip
 

@@ -32,8 +32,8 @@ LAYOUTS = [
     ("premise", "entailment"),
 ]
 # Pairs of one kind of text, which a column of labels may call the same or not; `hf_embed.data.labelled` reads those.
+INFERENCE = ("premise", "hypothesis")  # without a label it is not said what these are to each other
 ALIKE = [
-    ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
     ("sentencea", "sentenceb"),
     ("question1", "question2"),

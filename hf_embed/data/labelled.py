@@ -28,7 +28,17 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
 from hf_embed.data import files
-from hf_embed.data.columns import ALIKE, DESCRIBED, LAYOUTS, SINGLE, column_names, negative_columns, plain, text_columns
+from hf_embed.data.columns import (
+    ALIKE,
+    DESCRIBED,
+    INFERENCE,
+    LAYOUTS,
+    SINGLE,
+    column_names,
+    negative_columns,
+    plain,
+    text_columns,
+)
 from hf_embed.data.sources import DROP_ADVICE, row_texts, rows_of_texts
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
@@ -40,7 +50,7 @@ LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphr
 POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
 EMPTY, TWICE = "with an empty text", "a second time"
 BATCH = 10_000  # rows read at a time
-INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
+LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
 # Words of data sets of two labels.
 MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
 NO_MATCHES = ("0", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
@@ -57,7 +67,7 @@ class Layout(NamedTuple):
     @property
     def inference(self) -> bool:
         """Whether their names are those of inference."""
-        return plain(self.first) == "premise"
+        return (plain(self.first), plain(self.second)) == INFERENCE
 
 
 def labelled_layout(names: list[str], name: str) -> Layout | None:
@@ -67,7 +77,7 @@ def labelled_layout(names: list[str], name: str) -> Layout | None:
         InputError: there are two columns of labels.
     """
     found = {plain(column): column for column in reversed(names)}
-    pairs = [pair for pair in ALIKE if found.keys() >= set(pair)]
+    pairs = [pair for pair in [INFERENCE, *ALIKE] if found.keys() >= set(pair)]
     others = [pair for pair in [*LAYOUTS, *DESCRIBED] if found.keys() >= set(pair) and pair not in ALIKE]
     labels = [found[label] for label in LABELS if label in found]
     if len(pairs) != 1 or others or not labels or negative_columns(names):
@@ -111,7 +121,8 @@ def as_pairs(
     if not kept:
         wanted = "a positive and a negative" if meanings.inference else "a positive"
         raise InputError(
-            f"{name}: no {layout.first} has {wanted}: {made}; if every pair is a positive, give --ignore_columns {layout.label}"
+            f"{name}: no {layout.first} has {wanted}: {made}; if every pair is a positive, give "
+            f"--ignore_columns {layout.label} --columns anchor={layout.first} positive={layout.second}"
         )
     if get_rank() == 0:
         unused = ", ".join(column for column in names if column not in layout)
@@ -146,11 +157,11 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
             f"scores a model on them, or keep the alike pairs, and leave it out by --ignore_columns {layout.label}"
         )
     numbers = all(word.isdecimal() for word in words)
-    inference, shown = words <= set(INFERENCE), {word: word for word in words}
-    known = INFERENCE
+    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: word for word in words}
+    known = LABELS_OF_INFERENCE
     if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # SNLI's order
-        inference, known = True, {str(number): meaning for number, meaning in enumerate(INFERENCE.values())}
-        shown = {str(number): f"{number} ({word})" for number, word in enumerate(INFERENCE)}
+        inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
+        shown = {str(number): f"{number} ({word})" for number, word in enumerate(LABELS_OF_INFERENCE)}
     elif not inference:
         known = dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
     if not words or not words <= set(known) or (numbers and layout.inference and not inference):

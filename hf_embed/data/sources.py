@@ -10,8 +10,9 @@ Accepted columns (case, spaces, hyphens and underscores do not matter):
     question | query, answer | passage | document | context
     title, body | abstract                      and title, text where pairs are asked for
     summary, article; comment, code
-    premise, hypothesis                         also sentence, question, text, title or caption with 1 and 2, and sentence_A,
-                                                sentence_B. With a column of labels: `hf_embed.data.labelled`
+    sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
+    premise, hypothesis, label                  and the pairs of the line above with a column of labels:
+                                                `hf_embed.data.labelled` makes positives and negatives of them
 
 each with any negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`, each a text, a list of
 texts, or null (a row may have fewer negatives than others). The first three lines of pairs name their positives, and the first
