@@ -32,9 +32,9 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
-from hf_embed.data.collator import RaggedCollator, to_rows
+from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.mixture import Mixture
-from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sampler, tokenize_all
+from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.distributed import gather_rows
 from hf_embed.encoder import Encoder, embed_texts
 from hf_embed.errors import InputError, without_secrets
@@ -132,7 +132,7 @@ class ContrastiveTrainer(Trainer):
         check_batch(args)
         with args.main_process_first(desc="tokenizing"):
             tokens, views = tokenize_all(rows, self.encoder, args, name, paired)
-        self.objective.check_rows(max(views), name)
+        check_objective(self.objective, tokens, max(views), name)
         check_training(args, self.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
         return tokens, views
 
@@ -184,8 +184,10 @@ class ContrastiveTrainer(Trainer):
         outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, args.gradient_caching, mlm, self.sharded)
         rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, args.same_dropout_mask)  # (B, V, D)
         first_row = args.process_index * len(rows)
-        learned = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
-        loss = self.objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **learned)
+        given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
+        if "other_ids" in inputs:
+            given["other_ids"] = used_columns(gather_rows(inputs["other_ids"]))
+        loss = self.objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
         if mlm is not None:  # the mean over the masked tokens of all ranks, before ranks are averaged
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
             loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / masked

@@ -5,9 +5,10 @@
     python recipes/mine_hard_negatives.py --model_name_or_path BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
-Pairs are the columns anchor and positive of a file (or sent0 and sent1, or query and positive), or the judged pairs of a BEIR
-folder, whose corpus is searched too. The output, a jsonl with query, positive and negatives, is read by every recipe. What was
-done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on. `accelerate launch` shares the work.
+Pairs are the columns of a file that recipes train on, anchor and positive for example (README.md lists them), or the judged
+pairs of a BEIR folder, whose corpus is searched too. The output, a jsonl with query, positive and negatives, is read by every
+recipe. What was done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on. `accelerate launch` shares
+the work.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import PartialState
 
-from hf_embed.data.sources import leave_out, read_file, read_texts, row_texts, text_columns
+from hf_embed.data.columns import named_columns
+from hf_embed.data.labelled import read_pairs as positive_pairs
+from hf_embed.data.sources import leave_out, read_file, read_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.retrieval import read_retrieval
@@ -32,6 +35,7 @@ class Arguments(EncodingArguments):
     model_name_or_path: str
     output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
     train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
+    columns: list[str] = field(default_factory=list, metadata={"help": "Which hold what: anchor=question positive=answer."})
     ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of it to leave out, e.g. a label."})
     retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, in place of a file."})
     corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
@@ -43,16 +47,15 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
         raise InputError("give --train_file FILE or --retrieval_dir DIR, one of them")
     pairs, corpus = [], []
     if args.retrieval_dir is not None:
+        if args.columns or args.ignore_columns:
+            raise InputError("--columns and --ignore_columns are of a --train_file; a BEIR folder has none")
         task = read_retrieval(args.retrieval_dir)
         judged = [(query, document) for query, documents in task.qrels.items() for document in documents]
         pairs = [(task.queries[query], task.corpus[document]) for query, document in judged if task.corpus[document]]
         corpus = list(task.corpus.values())
     elif args.train_file is not None:
         rows = leave_out(read_file(args.train_file), args.ignore_columns, args.train_file)
-        columns = text_columns(rows.column_names, args.train_file, paired=True)[:2]
-        for number, row in enumerate(rows, 1):
-            query, document = row_texts(row, columns, f"{args.train_file}, row {number}")
-            pairs.append((query, document))
+        pairs = positive_pairs(named_columns(rows, args.columns, args.train_file), args.train_file)
     if args.corpus_file:
         corpus += read_texts(args.corpus_file)
     return pairs, corpus

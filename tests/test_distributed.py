@@ -26,7 +26,8 @@ CPU_2 = HERE.parent / "recipes" / "accelerate" / "cpu_2.yaml"
 GTE = [
     ("gte", negatives, tile_rows, caching) for negatives in (0, 1, 3) for tile_rows in (None, 2) for caching in (False, True)
 ]
-KINDS = ["plain", "cached", "mlm", "learned temperature", "temp_scale", *GTE]
+SEVERAL = ["several positives", "several positives, gte"]
+KINDS = ["plain", "cached", "mlm", "learned temperature", "temp_scale", *SEVERAL, *GTE]
 
 
 def launch(ranks: int, *words) -> list[str]:
@@ -79,6 +80,13 @@ def test_gradients_and_weights_equal_one_process(runs, ranks, kind):
     one, several = runs[1][kind], runs[ranks][kind]
     assert relative_error(several["gradients"], one["gradients"]) < 1e-9
     assert relative_error(several["weights"], one["weights"]) < 1e-9
+
+
+@pytest.mark.parametrize("ranks", [1, 2, THREE])
+def test_control_the_other_positives_of_all_ranks_matter(runs, ranks):
+    for kind in SEVERAL:
+        unmasked = runs[ranks][kind.replace("several positives", "other positives not masked")]
+        assert relative_error(unmasked["gradients"], runs[1][kind]["gradients"]) > 1e-3
 
 
 @pytest.mark.parametrize("ranks", [1, 2, THREE])

@@ -47,6 +47,15 @@ def rows_with(negatives: int) -> list[dict]:
     return rows
 
 
+def rows_of_several_positives() -> list[dict]:
+    """Rows of up to three positives, which are also hard negatives and positives of other rows."""
+    texts = [row["positive"] for row in ROWS[:12]]
+    return [
+        {"query": row["anchor"], "pos": texts[i : i + 1 + i % 3], "neg": [texts[(i + 2) % 12], row["negative"]]}
+        for i, row in enumerate(ROWS[:12])
+    ]
+
+
 class Watch(TrainerCallback):
     """Keeps the first step's gradients and counts collectives."""
 
@@ -176,6 +185,9 @@ def main(folder: str) -> None:
         "same mask, cached": views_of_each_rank(folder, same_dropout_mask=True, gradient_caching=True),
         "learned temperature": train(folder, ImprovedContrastive(0.2, learn_temperature=True), rows_with(1)),
     }
+    several = rows_of_several_positives()
+    result["several positives"] = train(folder, rows=several)
+    result["several positives, gte"] = train(folder, ImprovedContrastive(0.2), several)
     for negatives in (0, 1, 3):
         for tile_rows in (None, 2):
             for caching in (False, True):
@@ -187,6 +199,10 @@ def main(folder: str) -> None:
     result["no_gradient_through_gather"] = train(folder)
     hf_embed.trainer.gather_rows = own_gradient_only
     result["own_gradient_only"] = train(folder, ImprovedContrastive(0.2), rows_with(1))
+    hf_embed.trainer.gather_rows = gather
+    hf_embed.trainer.used_columns = torch.zeros_like
+    result["other positives not masked"] = train(folder, rows=several)
+    result["other positives not masked, gte"] = train(folder, ImprovedContrastive(0.2), several)
     if get_rank() == 0:
         torch.save(result, os.path.join(folder, f"{get_world_size()}.pt"))
 

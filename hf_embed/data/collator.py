@@ -26,6 +26,8 @@ class RaggedCollator:
 
     A row of a single text (unsupervised) is given twice: dropout makes the second the positive of the first. With `once` it is
     given once and has two slots: one embedding, under one dropout mask, is both views.
+
+    Where rows have `other_ids`, the hashes of a row's other positives, the batch has them as they are, (B, W).
     """
 
     def __init__(self, views: list[int], once: bool = False):
@@ -52,13 +54,21 @@ class RaggedCollator:
                 lengths.append(len(text))
                 slots.append(i * views + view)
             text_ids[i, : len(hashes)] = torch.tensor(hashes)
-        return {
+        batch = {
             "input_ids": torch.tensor(ids),
             "lengths": lengths,
             "slots": torch.tensor(slots),
             "text_ids": text_ids,
             "source": source,
         }
+        if "other_ids" in rows[0]:
+            batch["other_ids"] = torch.tensor([row["other_ids"] for row in rows], dtype=torch.int64)
+        return batch
+
+
+def used_columns(ids: Tensor) -> Tensor:
+    """Return hashes (N, W) without the last columns that are 0 in every row."""
+    return ids[:, : int((ids != 0).any(0).sum())]
 
 
 def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:

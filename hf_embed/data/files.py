@@ -412,12 +412,17 @@ def load(paths: list[str], table: Table) -> Dataset:
     local = [os.path.abspath(DOWNLOADED.get(path, path)) for path in paths]
     stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in local]
     identity = hashlib.sha256(repr((stamps, table, features)).encode()).hexdigest()[:32]
+    return cached_rows(identity, features, chain.from_iterable(rows_of(path, table) for path in paths))
+
+
+def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Dataset:
+    """Return rows from a file in the cache of `datasets`, which is made of `rows` where no file has this identity."""
     cached = Path(datasets.config.HF_DATASETS_CACHE, "hf_embed", f"{identity}.arrow")
     if not cached.is_file():
-        write_arrow(cached, features, chain.from_iterable(rows_of(path, table) for path in paths))
-    rows = Dataset.from_file(str(cached))
-    set_fingerprint(rows, identity)
-    return rows
+        write_arrow(cached, features, rows)
+    loaded = Dataset.from_file(str(cached))
+    set_fingerprint(loaded, identity)
+    return loaded
 
 
 def write_arrow(path: Path, features: Features, rows: Iterable[dict]) -> None:

@@ -6,7 +6,7 @@ sources; paths in it are relative to the file:
 
     - name: questions
       file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
-      columns: {query: title, positive: body}
+      columns: {query: title, positive: body}   # default: known by their names, as hf_embed.data.sources lists them
       query_prompt: "query: "
     - name: nli
       dataset: sentence-transformers/all-nli    # on the Hub, in place of a file
@@ -31,7 +31,7 @@ import glob
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,18 +43,17 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.files import ANY_NEGATIVES, NEGATIVE, first_line
+from hf_embed.data.columns import ROLES, column_names, negative_columns, take_columns, text_columns
+from hf_embed.data.files import ANY_NEGATIVES, first_line
+from hf_embed.data.labelled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.sources import (
     DROP_ADVICE,
-    column_names,
     leave_out,
     read_file,
     read_hub,
-    refuse_judgements,
     refuse_lists,
-    row_texts,
-    text_columns,
+    rows_of_texts,
     unformatted,
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
@@ -67,10 +66,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {"text": "text", "anchor": "anchor", "query": "anchor", "positive": "positive", "negative": "negative",
-           "negatives": "negative"}  # fmt: skip
 # A stream's first rows, which are checked before training.
 PROBED_ROWS = 100
+# Of a row of a stream, which nobody has counted.
+MOST_POSITIVES = 64
 
 
 @dataclass
@@ -86,9 +85,12 @@ class Source:
         weight: factor on how often it is drawn.
         size: number of rows, where `rows` does not know it.
         origin: where the rows are from, for messages.
+        columns: which columns hold what, {"anchor": "question", "positive": "answer"} for example, with "negative" (one, or a
+            list) or "text"; default: `hf_embed.data.sources` knows them by name.
 
     Raises:
-        InputError: a weight that is not above 0, negatives or max_length below what makes sense, a stream without a size.
+        InputError: columns that are not there, a weight that is not above 0, negatives or max_length below what makes sense, a
+            stream without a size.
     """
 
     name: str
@@ -100,8 +102,9 @@ class Source:
     weight: float = 1.0
     size: int | None = None
     origin: str | None = field(default=None, repr=False)
+    columns: InitVar[dict[str, str | list[str]] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, columns: dict[str, str | list[str]] | None) -> None:
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not (number and math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (else leave it out)")
@@ -121,6 +124,11 @@ class Source:
                 "or Dataset.from_pandas makes it"
             )
         self.rows = unformatted(self.rows)
+        if columns is not None:
+            try:
+                self.rows = take_columns(self.rows, columns)
+            except InputError as error:
+                raise InputError(f"{self.label}: {error}") from error
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
         elif self.size is None:
@@ -157,7 +165,7 @@ TYPES = {
     "dataset": (str, "a name"),
     "config": (str | None, "a name"),
     "split": (str, "a name"),
-    "columns": (dict, f"a mapping from {', '.join(COLUMNS)} to the file's columns"),
+    "columns": (dict, f"a mapping from {', '.join(ROLES)} to the file's columns"),
     "ignore_columns": (str | list, "a name, or a list of names"),
     "streaming": (bool, "true or false"),
     "quoting": (bool, "true or false"),
@@ -260,34 +268,6 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
     return found
 
 
-def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | IterableDataset:
-    """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), text."""
-    if not set(columns) <= set(COLUMNS):
-        raise InputError(f"columns: expected a mapping from {', '.join(COLUMNS)} to the file's columns")
-    names = {}
-    for key, taken in columns.items():
-        taken = taken if isinstance(taken, list) else [taken]
-        for i, column in enumerate(taken, 1):
-            if not isinstance(column, str):
-                raise InputError(f"columns: {key} is {columns[key]!r}; give the name of a column, in quotes")
-            if column in names:
-                raise InputError(f"columns: '{column}' is named twice")
-            names[column] = COLUMNS[key] if len(taken) == 1 else f"{COLUMNS[key]}_{i}"
-    if len(set(names.values())) < len(names):
-        raise InputError(
-            "columns: query and anchor are two names of one thing, as are negative and negatives; give one of them"
-        )
-    found = column_names(rows)
-    if missing := [column for column in names if column not in found]:
-        raise InputError(f"no column '{missing[0]}'; found {', '.join(found)}")
-    if len(names) > 1:
-        refuse_judgements([column for column in found if column not in names], "columns")
-    rows = rows.select_columns(list(names))
-    # In two steps, for a stream cannot swap two names in one.
-    rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
-    return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})
-
-
 # ---- rows by number ----
 
 
@@ -297,19 +277,22 @@ class Stream:
     Each pass is shuffled anew, from (seed, pass). Rows can be read forwards only; a number further on reads up to there.
     """
 
+    several = False  # whether rows have lists of positives
+
     def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
         self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
         self.size = source.size or 0  # a source has one
         self.read = 0  # how many rows have been read from `endless`
-        self.endless: Iterator[list[str]] | None = None
+        self.endless: Iterator[tuple[list[str], list[str]]] | None = None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
             raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
         first = list(islice(source.rows, PROBED_ROWS))
         refuse_lists(first, self.columns, source.label)
-        probe = [texts for row in first if (texts := self.texts(row))]
+        self.several = any(isinstance(row[column], list) for row in first for column in self.columns[1:2])  # positives
+        probe = [texts for row in first for texts, _ in self.texts(row) or []]
         self.truncated_share = sum(tokenizer(probe)["truncated"]) / max(1, sum(map(len, probe)))
 
     def __len__(self) -> int:
@@ -320,7 +303,8 @@ class Stream:
             self.endless, self.read = self.passes(), 0
         texts = list(islice(self.endless, numbers[0] - self.read, numbers[-1] + 1 - self.read))
         self.read = numbers[-1] + 1
-        columns = self.tokenizer(texts)
+        others = [others_of_row for _, others_of_row in texts] if self.several else None
+        columns = self.tokenizer([own for own, _ in texts], others, MOST_POSITIVES - 1)
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def one_pass(self, turn: int) -> IterableDataset:
@@ -328,8 +312,8 @@ class Stream:
         shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
         return split_dataset_by_node(shuffled, self.rank, self.ranks)
 
-    def passes(self) -> Iterator[list[str]]:
-        """Read pass after pass, without end."""
+    def passes(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Read pass after pass, without end: the texts of each row, and its other positives."""
         turn = 0
         while True:
             taken = dropped = 0
@@ -338,15 +322,16 @@ class Stream:
             while (texts := self.next_texts(batches)) is not None:
                 taken += len(texts)
                 dropped += texts.count(None)
-                yield from filter(None, texts)
+                for made in filter(None, texts):
+                    yield from made
             if not taken:
                 raise RankError(f"{self.label}: no rows for this process; give it more rows or files than processes")
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {taken + dropped:,} rows had an empty text and were dropped")
             turn += 1
 
-    def next_texts(self, batches: Iterator[dict]) -> list[list[str] | None] | None:
-        """Read the texts of the next batch's rows, None for a row that is dropped; return None behind the last batch."""
+    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]] | None] | None:
+        """Read the rows of the next batch as `texts` returns them; return None behind the last batch."""
         try:
             batch = next(batches, None)
             rows = range(len(batch[self.columns[0]]) if batch else 0)
@@ -356,15 +341,19 @@ class Stream:
         except Exception as error:  # of the readers and of what is between them and the rows
             raise RankError(f"{self.label}: cannot be read on: {first_line(error)}") from error
 
-    def texts(self, row: dict) -> list[str] | None:
-        """Return the texts of a row, or None if it is dropped."""
+    def texts(self, row: dict) -> list[tuple[list[str], list[str]]] | None:
+        """Return the texts and the other positives of a row, for each of its positives; None if it is dropped."""
+        where = f"{self.label}, the row {str(row)[:60]}..."
         try:
-            texts = row_texts(row, self.columns, f"{self.label}, the row {str(row)[:60]}...")
+            made = rows_of_texts(row, self.columns, where)
         except InputError as error:
             if self.drop:
                 return None
             raise InputError(f"{error} ({DROP_ADVICE})") from error
-        return texts[: self.views] if len(texts) > 1 else texts
+        if len(made) > (MOST_POSITIVES if self.several else 1):
+            most = f"{MOST_POSITIVES} at most" if self.several else f"one in each of the first {PROBED_ROWS}"
+            raise InputError(f"{where} has {len(made)} positives; a stream's rows have {most}: leave out streaming: true")
+        return [(texts[: self.views] if len(texts) > 1 else texts, others) for texts, others in made]
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -375,6 +364,7 @@ class Mixture(torch.utils.data.Dataset):
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
+        self.several = any(has_several_positives(table) for table in tables)
         weights = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
         self.probabilities = [weight / sum(weights) for weight in weights]
 
@@ -391,6 +381,11 @@ class Mixture(torch.utils.data.Dataset):
         return "\n".join(
             f"{name:{width}}  {size:12,} rows  {probability:7.2%} of the batches" for name, size, probability in rows
         )
+
+
+def has_several_positives(table: Dataset | Stream) -> bool:
+    """Return whether tokenized rows have the hashes of other positives."""
+    return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
 
 
 def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments") -> Mixture:
@@ -422,12 +417,13 @@ def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTraini
     own = {"query": source.query_prompt, "document": source.document_prompt}
     prompts = {key: encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items()}
     check_prompts(prompts, encoder.tokenizer, max_length, source.label)
-    if source.negatives and not any(NEGATIVE.fullmatch(column) for column in column_names(source.rows)):
+    rows = as_pairs(source.rows, source.label, None, args.drop_empty_rows)
+    if source.negatives and not negative_columns(column_names(rows)):
         raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
     tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
-    if isinstance(source.rows, Dataset):
+    if isinstance(rows, Dataset):
         with quiet_bars():
-            return tokenize_table(source.rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
+            return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
     rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
     return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
 

@@ -1,15 +1,26 @@
 """Files and Hub datasets to rows of text, checked before anything is computed.
 
-Accepted columns, first match wins (case does not matter):
+Accepted columns (case, spaces, hyphens and underscores do not matter):
 
-    text | sentence                       one text a row: unsupervised, the text is its own positive
-    sent0, sent1[, hard_neg]              SimCSE's own NLI files
-    anchor, positive[, negatives]         sentence-transformers
-    query, positive[, negatives]          retrieval
+    text | sentence                             one text a row: unsupervised, the text is its own positive
+    anchor | query | question, positive         sentence-transformers, and retrieval; also `positives` or `pos`, each a text or
+                                                a list of texts, as in FlagEmbedding's jsonl
+    sent0, sent1                                SimCSE's own NLI files
+    anchor | premise, entailment                with `contradiction` as the negative
+    question | query, answer | passage | document | context
+    title, body | abstract                      and title, text where pairs are asked for
+    summary, article; comment, code
+    sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
+    premise, hypothesis, label                  and the pairs of the line above with a column of labels:
+                                                `hf_embed.data.labelled` makes positives and negatives of them
 
-where negatives are `negative`, `negative_1`, `negative_2` ..., or `negatives`, each a text, a list of texts, or null (a row
-may have fewer negatives than others). Other columns are not used; one that judges the pairs, by its name a label or a score, is
-refused, for not every pair may be a positive.
+each with any negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`, each a text, a list of
+texts, or null (a row may have fewer negatives than others). The first three lines of pairs name their positives, and the first
+match is taken; of the others there may be one alone (`hf_embed.data.columns`). A list of positives becomes a row for each, and
+the others of the list are never its negatives. Columns of other names are named by `--columns anchor=frage positive=antwort`.
+
+Other columns are not used; one that judges the pairs, by its name a label or a score, is refused, for not every pair may be a
+positive.
 """
 
 import glob
@@ -25,17 +36,12 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.data import files
-from hf_embed.data.files import NEGATIVE
+from hf_embed.data.columns import column_names, text_columns
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-ACCEPTED = "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]"
 DROP_ADVICE = "--drop_empty_rows drops such rows and counts them"
-LAYOUTS = [("anchor", "positive"), ("query", "positive"), ("sent0", "sent1")]
-# A column that judges a pair has one of these words in its name: label, gold_label, is_duplicate, relevance_score ...
-JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "duplicate", "paraphrase", "relevance",
-           "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
 KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
 
@@ -142,69 +148,6 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return rows.with_format(None).select_columns(rows.format["columns"])
 
 
-def text_columns(names: list[str], name: str, paired: bool | None = None) -> list[str]:
-    """Choose the columns that hold texts, in the order anchor, positive, negatives.
-
-    Args:
-        names: of all columns.
-        name: what messages call the rows.
-        paired: True asks for anchor and positive, False for single texts, None takes what is there.
-
-    Raises:
-        InputError: there are no such columns, or one judges the pairs, which then may not all be positives.
-    """
-    found = {column.lower(): column for column in names}
-    single = next((found[column] for column in ("text", "sentence") if column in found), None)
-    if single is None and len(names) == 1:
-        single = names[0]
-        if separator := files.other_separator(single):
-            raise InputError(
-                f"{name}: there is one column, '{files.shortened(single)}'; its name holds {files.SEPARATOR_NAMES[separator]}, "
-                "which looks like the file's separator: write the file again, or rename the column"
-            )
-    pair = next((pair for pair in LAYOUTS if all(column in found for column in pair)), None)
-    if paired is not True and single is not None and (pair is None or paired is False):
-        columns = [single]
-    elif paired is not False and pair is not None:
-        columns = [found[column] for column in pair]
-        negatives = [column for column in names if NEGATIVE.fullmatch(column)]
-        columns += sorted(negatives, key=numbers_in)
-    else:
-        wanted = {True: ACCEPTED.removeprefix("text; "), False: "text or sentence", None: ACCEPTED}[paired]
-        raise InputError(f"{name}: found the columns {', '.join(names)}; accepted are {wanted}; rename them")
-    ignored = [column for column in names if column not in columns]
-    if len(columns) > 1:
-        refuse_judgements(ignored, name)
-    if ignored:
-        logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
-    return columns
-
-
-def numbers_in(column: str) -> list[int]:
-    """Return the numbers in a column's name: negative_10 comes behind negative_9."""
-    return [int(digits) for digits in re.findall(r"\d+", column)]
-
-
-def refuse_judgements(unused: list[str], name: str) -> None:
-    """Refuse a column that judges the pairs: a pair of label 0 is none, and trained on as it stands it would be a positive."""
-    judging = []
-    for column in unused:
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()  # relevanceScore: relevance_score
-        if JUDGING.intersection(re.split(r"[\W_\d]+", words)):
-            judging.append(column)
-    if judging:
-        raise InputError(
-            f"{name}: the column '{judging[0]}' judges the pairs and would not be used: every pair would be trained as a "
-            f"positive; keep the true pairs, and leave it out by --ignore_columns {' '.join(judging)} (ignore_columns: in a "
-            "sources file, remove_columns of a Dataset)"
-        )
-
-
-def column_names(rows: Dataset | IterableDataset) -> list[str]:
-    """Return the names of the columns, of a stream that does not know them those of its first row."""
-    return rows.column_names or list(next(iter(rows)))
-
-
 def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
     """Return `rows` without `columns`; InputError if one of them is not there."""
     if not columns:
@@ -248,6 +191,24 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
                 raise InputError(f"{where}, column '{column}': the text is {kind}; fill it in or delete the row")
             texts.append(text)
     return texts
+
+
+def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
+    """Return the texts of a row as `row_texts` does, and its other positives, for each of its positives.
+
+        {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
+
+    Raises:
+        InputError: as `row_texts`, or the list of positives is empty.
+    """
+    positives = row[columns[1]] if len(columns) > 1 else None
+    if not isinstance(positives, list):
+        return [(row_texts(row, columns, where), [])]
+    if not positives:
+        raise InputError(f"{where}, column '{columns[1]}': there is no positive; give one or delete the row")
+    texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
+    different = {own[1]: own for own in texts}  # a positive may stand twice
+    return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
 
 
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:

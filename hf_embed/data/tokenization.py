@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import pyarrow.compute
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns, unformatted
+from hf_embed.data.columns import text_columns
+from hf_embed.data.labelled import as_pairs
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
+from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -65,8 +68,11 @@ class RowTokenizer:
         prompts = self.tokenizer([self.query_prompt, self.document_prompt], add_special_tokens=False)["input_ids"]
         self.text_length = self.max_length - max(map(len, prompts))
 
-    def __call__(self, rows: list[list[str]]) -> dict[str, list]:
-        """Return the three columns of the rows."""
+    def __call__(self, rows: list[list[str]], others: list[list[str]] | None = None, width: int = 0) -> dict[str, list]:
+        """Return the three columns of the rows; with `others`, each row's other positives, a fourth.
+
+        That is `other_ids`, their text hashes, and 0 up to `width` of them: the same number in every row, on every rank.
+        """
         prompted = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
         ids, long = self.tokenize(prompted, self.max_length)
         hashed = ids
@@ -80,7 +86,16 @@ class RowTokenizer:
             columns["text_ids"].append([text_id(tokens) for tokens in hashed[start:stop]])
             columns["truncated"].append(len(long.intersection(range(start, stop))))
             start = stop
+        if others is not None:
+            columns["other_ids"] = self.hashes(others, width)
         return columns
+
+    def hashes(self, rows: list[list[str]], width: int) -> list[list[int]]:
+        """Return the text hashes of each row's texts, and 0 up to `width` of them."""
+        texts = list(dict.fromkeys(text for row in rows for text in row))
+        ids, _ = self.tokenize(texts, self.text_length)
+        known = dict(zip(texts, map(text_id, ids)))
+        return [[known[text] for text in row] + [0] * (width - len(row)) for row in rows]
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[list[list[int]], set[int]]:
         """Return the token ids of texts, truncated to `max_length`, and the numbers of the texts that were longer."""
@@ -111,6 +126,7 @@ def tokenize_rows(
     """
     prompts = prompts or {}
     row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
+    rows = as_pairs(unformatted(rows), name, paired, drop_empty_rows)
     return tokenize_table(rows, row_tokenizer, name, paired, drop_empty_rows)
 
 
@@ -124,8 +140,11 @@ def tokenize_table(
 ) -> Dataset:
     """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `truncated`.
 
+    A row with a list of positives becomes a row for each. Where one has several, there is `other_ids` too, and `row`, the
+    number of the row that each was.
+
     Args:
-        rows: with the columns that `hf_embed.data.sources` accepts.
+        rows: with the columns that `hf_embed.data.sources` accepts, and no format.
         tokenizer: of their texts.
         name: what messages call the rows.
         paired: see `hf_embed.data.sources.text_columns`.
@@ -135,28 +154,44 @@ def tokenize_table(
     Raises:
         InputError: wrong columns, an empty text, or too few rows.
     """
-    rows = unformatted(rows)
     columns = text_columns(rows.column_names, name, paired)
     refuse_lists(islice(rows, 20), columns, name)
+    others = most_positives(rows, columns) - 1
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        accepted = []
+        accepted, other_positives, origins = [], [], []
         for i, number in enumerate(numbers):
             try:
-                row = row_texts({column: batch[column][i] for column in columns}, columns, f"{name}, row {number + 1}")
+                row = {column: batch[column][i] for column in columns}
+                made = rows_of_texts(row, columns, f"{name}, row {number + 1}")
             except InputError as error:
                 if not drop_empty_rows:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
             else:
-                accepted.append(row if negatives is None else row[: 2 + negatives])
-        return tokenizer(accepted)
+                accepted += [texts if negatives is None else texts[: 2 + negatives] for texts, _ in made]
+                other_positives += [others_of_row for _, others_of_row in made]
+                origins += [number] * len(made)
+        return tokenizer(accepted, other_positives, others) | {"row": origins} if others else tokenizer(accepted)
 
     tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
-    if len(tokens) < len(rows):
-        logger.warning(f"{name}: {len(rows) - len(tokens):,} of {len(rows):,} rows had an empty text and were dropped")
+    kept = len(tokens.unique("row")) if others and len(tokens) else len(tokens)
+    if kept < len(rows):
+        logger.warning(f"{name}: {len(rows) - kept:,} of {len(rows):,} rows had an empty text and were dropped")
+    if others and get_rank() == 0:
+        logger.warning(
+            f"{name}: {kept:,} rows -> {len(tokens):,}, one for each positive; a row's others are no negatives of it"
+        )
     if len(tokens) < 2:
         raise InputError(f"{name}: {len(tokens)} row(s); contrastive training needs at least 2, others are the negatives")
     return tokens
+
+
+def most_positives(rows: Dataset, columns: list[str]) -> int:
+    """Return the largest number of positives in a row, of which a text counts as one."""
+    if len(columns) < 2 or isinstance(rows.features[columns[1]], Value):
+        return 1
+    cells = (cell for batch in rows.select_columns(columns[1]).iter(10_000) for cell in batch[columns[1]])
+    return max((len(cell) for cell in cells if isinstance(cell, list)), default=1) or 1
 
 
 def most_texts(tokens: Dataset) -> int:

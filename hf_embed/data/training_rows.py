@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, make_mixture
+from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, has_several_positives, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError
+from hf_embed.objectives.base import Objective, check_other_positives
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
@@ -54,6 +55,17 @@ def tokenize_all(
 def not_single(name: str) -> InputError:
     """Return the error about rows of several texts where both views are one text under one dropout mask."""
     return InputError(f"{name}: same_dropout_mask needs rows of a single text, which is both views")
+
+
+def check_objective(objective: Objective, tokens: Dataset | Mixture, texts_per_row: int, name: str) -> None:
+    """Check that an objective suits tokenized rows, of which the largest has `texts_per_row` texts.
+
+    Raises:
+        InputError: it does not; `name` is what messages call the rows.
+    """
+    objective.check_rows(texts_per_row, name)
+    if tokens.several if isinstance(tokens, Mixture) else has_several_positives(tokens):
+        check_other_positives(objective, name)
 
 
 def as_sources(

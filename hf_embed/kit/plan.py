@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.data.columns import named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
@@ -74,6 +75,10 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
     dataset_config: str | None = field(default=None)
     dataset_split: str = field(default="train")
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Which columns hold what: anchor=question positive=answer [negative=wrong ...], or text=body."},
+    )
     ignore_columns: list[str] = field(
         default_factory=list, metadata={"help": "Columns to leave out, for example a label beside pairs that are all positive."}
     )
@@ -83,6 +88,9 @@ class DataArguments:
     sources: str | None = field(
         default=None, metadata={"help": "A YAML file of many sources in place of one; hf_embed/data/mixture.py shows it."}
     )
+
+    def __post_init__(self) -> None:
+        read_columns(self.columns)
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
@@ -227,6 +235,8 @@ def settle_offline(
 def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
     """Read the rows to train on; without data, those of a file in `hf_embed/quickstart`."""
     if built_in is not None and uses_quickstart(flags):
+        if given := [flag for flag in ("columns", "ignore_columns") if flags.values[flag]]:
+            raise InputError(f"--{given[0]} without data: it is of the columns of a --train_file or --dataset_name; give one")
         return Rows(read_file(str(QUICKSTART / built_in)), f"quickstart/{built_in}", [])
     if without_data(flags):
         raise InputError(NO_DATA)
@@ -344,15 +354,17 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
     if data.sources:
-        if data.ignore_columns or not data.quoting:
-            raise InputError("--ignore_columns and --no_quoting are of one set; a sources file says it of each source")
+        if data.columns or data.ignore_columns or not data.quoting:
+            raise InputError(
+                "--columns, --ignore_columns and --no_quoting are of one set; a sources file says it of each source"
+            )
         return read_sources(data.sources), data.sources
     if data.dataset_name:
         rows, name = read_hub(data.dataset_name, data.dataset_config, data.dataset_split), data.dataset_name
     else:
         file = data.train_file or ""
         rows, name = read_file(file, quoting=data.quoting), masked(file)
-    return leave_out(rows, data.ignore_columns, name), name
+    return named_columns(leave_out(rows, data.ignore_columns, name), data.columns, name), name
 
 
 def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:

@@ -10,10 +10,13 @@ The loss is a mean over the own rows, for ranks are averaged. A term of all rows
 Shapes: B own rows, N rows of all ranks, V texts a row (anchor, positive, then V - 2 negatives), D wide.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 from torch import Tensor
+
+from hf_embed.errors import InputError
 
 
 @runtime_checkable
@@ -48,6 +51,11 @@ class Objective(Protocol):
         """The weight of the masked-language-modelling loss, which the trainer computes and adds; 0: none."""
         ...
 
+    @property
+    def takes_other_ids(self) -> bool:
+        """Whether its call takes `other_ids`; data whose rows have several positives needs that."""
+        ...
+
     def check_width(self, width: int) -> None:
         """Check that embeddings of `width` numbers suit.
 
@@ -72,6 +80,7 @@ class Objective(Protocol):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar.
 
@@ -82,6 +91,8 @@ class Objective(Protocol):
             all_text_ids: (N, V), the hashes of all ranks' texts; default: the own.
             first_row: number of the first own row among all rows.
             temperature: a learned one, a scalar; default: the fixed one.
+            other_ids: (N, W), given only where the data has rows with several positives: the hashes of the other positives of
+                each of all ranks' rows, 0 for none. They are no negatives of the row.
         """
         ...
 
@@ -95,6 +106,11 @@ class ContrastiveObjective:
     learn_temperature: bool = False
     mlm_weight: float = 0.0
 
+    @property
+    def takes_other_ids(self) -> bool:
+        """Whether the call has that parameter."""
+        return has_parameter(cast(Callable[..., Tensor], self), "other_ids")
+
     def check_width(self, width: int) -> None:
         """Accept embeddings of any width."""
 
@@ -105,6 +121,8 @@ class ContrastiveObjective:
 class FunctionObjective(ContrastiveObjective):
     """A loss that is any callable, a function for example, which is called with the first five arguments.
 
+    It is given `temperature` only where it learns one, and `other_ids` only where rows have several positives.
+
     Of the attributes that an objective has, those that the callable has are taken from it.
     """
 
@@ -114,6 +132,11 @@ class FunctionObjective(ContrastiveObjective):
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
 
+    @property
+    def takes_other_ids(self) -> bool:
+        """Whether the callable has that parameter."""
+        return has_parameter(self.function, "other_ids")
+
     def __call__(
         self,
         embeddings: Tensor,
@@ -122,10 +145,36 @@ class FunctionObjective(ContrastiveObjective):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the function's loss; it is given a temperature only where it learns one."""
-        learned = {} if temperature is None else {"temperature": temperature}
-        return self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **learned)
+        """Return the callable's loss."""
+        given = {"temperature": temperature, "other_ids": other_ids}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        return self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
+
+
+def has_parameter(function: Callable[..., Tensor], name: str) -> bool:
+    """Return whether a callable has a parameter of that name, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # of a compiled one, which has no signature
+        return False
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def check_other_positives(objective: Objective, name: str) -> None:
+    """Refuse an objective that cannot be told of a row's other positives; `name` is what messages call the rows.
+
+    Raises:
+        InputError: its call has no `other_ids`.
+    """
+    if not objective.takes_other_ids:
+        loss = objective.function if isinstance(objective, FunctionObjective) else objective
+        called = getattr(loss, "__name__", type(loss).__name__)
+        raise InputError(
+            f"{name}: rows have several positives, and the objective {called} has no parameter other_ids: a row's other "
+            "positives would be its negatives; add it, as hf_embed.objectives.base says, or give each row one positive"
+        )
 
 
 def as_objective(loss: Callable[..., Tensor]) -> Objective:

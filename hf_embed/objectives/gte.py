@@ -40,7 +40,8 @@ class ImprovedContrastive(ContrastiveObjective):
     as the paper prints it (section 3.3). The own positive stands in both cross terms, so a perfect model's loss is ln 2.
     Hard negatives are documents: those of all rows join the sums over d_j, in query_to_doc and in doc_to_doc. Left out are
     absent negatives, texts equal to the row's query or document, and texts that stand in a pair with one of these: other
-    documents of the same query, other queries of the same document.
+    documents of the same query, other queries of the same document. Where the data gives a query several positives
+    (`other_ids`), all of them are its documents, whichever stands in the row, and in whichever row a document stands.
 
     Args:
         temperature: t, 0.01 in the paper.
@@ -103,6 +104,7 @@ class ImprovedContrastive(ContrastiveObjective):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
 
@@ -116,7 +118,14 @@ class ImprovedContrastive(ContrastiveObjective):
         queries = F.normalize(queries.flatten(0, 1), dim=-1)  # (N, D)
         documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), the documents of a row together
         own_rows = range(first_row, first_row + len(embeddings))
-        return _MeanLoss.apply(queries, documents, temperature, all_text_ids, own_rows, self)
+        return _MeanLoss.apply(queries, documents, temperature, RowIds(all_text_ids, other_ids), own_rows, self)
+
+
+class RowIds(NamedTuple):
+    """The hashes of the texts of all rows."""
+
+    texts: Tensor  # (N, V), 0 for an absent one
+    others: Tensor | None  # (N, W) of each row's other positives, 0 for none; None where no row has any
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -128,18 +137,18 @@ class _MeanLoss(torch.autograd.Function):
         queries: Tensor,
         documents: Tensor,
         temperature: Tensor,
-        text_ids: Tensor,
+        ids: RowIds,
         own_rows: range,
         objective: ImprovedContrastive,
     ) -> Tensor:
         inputs = (queries, documents, temperature)
         gradients = [torch.zeros_like(tensor) for tensor in inputs] if any(ctx.needs_input_grad) else None
-        tile_rows = objective.tile_rows or max(1, TILE_SIZE // (2 * text_ids.numel()))
+        tile_rows = objective.tile_rows or max(1, TILE_SIZE // (2 * ids.texts.numel()))
         loss = queries.new_zeros(())
         with torch.autocast(queries.device.type, enabled=False):
             for start in range(own_rows.start, own_rows.stop, tile_rows):
                 rows = range(start, min(start + tile_rows, own_rows.stop))
-                loss += tile_loss(queries, documents, temperature, text_ids, rows, objective, gradients)
+                loss += tile_loss(queries, documents, temperature, ids, rows, objective, gradients)
         ctx.row_count, ctx.gradients = len(own_rows), gradients
         return loss / len(own_rows)
 
@@ -156,7 +165,7 @@ def tile_loss(
     queries: Tensor,
     documents: Tensor,
     temperature: Tensor,
-    text_ids: Tensor,
+    ids: RowIds,
     rows: range,
     objective: ImprovedContrastive,
     gradients: list[Tensor] | None,
@@ -165,8 +174,9 @@ def tile_loss(
 
     The gradients by the first three arguments are added to `gradients`, if they are wanted.
     """
-    sides = candidates_of(queries, documents, text_ids, rows)
-    tile_ids = text_ids[rows.start : rows.stop]  # (T, V)
+    sides = candidates_of(queries, documents, ids, rows)
+    tile = slice(rows.start, rows.stop)
+    tile_ids = RowIds(ids.texts[tile], None if ids.others is None else ids.others[tile])
     positive = (sides["query"].tile_vectors * sides["doc"].tile_vectors).sum(-1)  # s(q_i, d_i), (T,)
     limit = None if objective.margin is None else positive - objective.margin
     logits = {}
@@ -187,7 +197,7 @@ class Candidates(NamedTuple):
 
     vectors: Tensor  # (C, D), unit length
     ids: Tensor  # (C,) hash of each text, 0 for an absent one
-    partner_ids: Tensor  # (C,) hash of the text that each stands in a pair with, 0 for none
+    partner_ids: Tensor  # (C, 1 or 1 + W) hash of the text that each stands in a pair with, then of the others; 0 for none
     tile_places: slice  # where the queries of the tile stand, or their positives
 
     @property
@@ -196,23 +206,28 @@ class Candidates(NamedTuple):
         return self.vectors[self.tile_places]
 
 
-def candidates_of(queries: Tensor, documents: Tensor, text_ids: Tensor, rows: range) -> dict[str, Candidates]:
-    """Return both sides of the similarities, by the names that directions have for them."""
-    per_row = len(documents) // len(queries)
-    answered = torch.zeros_like(text_ids[:, 1:])  # by each document: the row's positive answers its query, its negatives none
-    answered[:, 0] = text_ids[:, 0]
+def candidates_of(queries: Tensor, documents: Tensor, ids: RowIds, rows: range) -> dict[str, Candidates]:
+    """Return both sides of the similarities, by the names that directions have for them.
+
+    The partners of a query are its row's positive and other positives. The first partner of a positive is its query, and the
+    further ones are its row's other positives; a negative has none.
+    """
+    per_row, text_ids = len(documents) // len(queries), ids.texts
+    others = text_ids[:, :0] if ids.others is None else ids.others  # (N, W)
+    answered = text_ids.new_zeros(len(text_ids), per_row, 1 + others.shape[1])
+    answered[:, 0] = torch.cat([text_ids[:, :1], others], dim=1)
     places = slice(rows.start, rows.stop)
     positive_places = slice(rows.start * per_row, rows.stop * per_row, per_row)
     return {
-        "query": Candidates(queries, text_ids[:, 0], text_ids[:, 1], places),
-        "doc": Candidates(documents, text_ids[:, 1:].flatten(), answered.flatten(), positive_places),
+        "query": Candidates(queries, text_ids[:, 0], torch.cat([text_ids[:, 1:2], others], dim=1), places),
+        "doc": Candidates(documents, text_ids[:, 1:].flatten(), answered.flatten(0, 1), positive_places),
     }
 
 
 def masked_logits(
     direction: str,
     sides: dict[str, Candidates],
-    tile_ids: Tensor,
+    tile_ids: RowIds,
     temperature: Tensor,
     keep_positive: bool,
     limit: Tensor | None,
@@ -222,7 +237,9 @@ def masked_logits(
     scores = left.tile_vectors @ right.vectors.T  # (T, C)
     # j != i needs no rule of its own: a text's id equals its own.
     positives = torch.arange(len(right.vectors), device=scores.device)[right.tile_places] if keep_positive else None
-    dropped = false_negatives(tile_ids, right.ids, positives, right.partner_ids, scores, limit)
+    # Two documents whose queries have a document in common are no negatives of each other. For a query such a document is one.
+    partners = right.partner_ids[:, :1] if direction == "query_to_doc" else right.partner_ids
+    dropped = false_negatives(tile_ids.texts, right.ids, positives, partners, scores, limit, tile_ids.others)
     return scores.div_(temperature).masked_fill_(dropped, float("-inf"))
 
 

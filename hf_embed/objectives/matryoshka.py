@@ -62,6 +62,11 @@ class Matryoshka:
         """That of the inner objective."""
         return self.inner.mlm_weight
 
+    @property
+    def takes_other_ids(self) -> bool:
+        """That of the inner objective."""
+        return self.inner.takes_other_ids
+
     def check_width(self, width: int) -> None:
         """Refuse `dims` above the embedding's width."""
         if max(self.dims) > width:
@@ -79,13 +84,15 @@ class Matryoshka:
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         self.check_width(embeddings.shape[-1])
         assert self.weights is not None  # set when this was made
-        learned = {} if temperature is None else {"temperature": temperature}
+        given = {"temperature": temperature, "other_ids": other_ids}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
         loss = embeddings.new_zeros(())
         for dim, weight in zip(self.dims, self.weights):
             everyone = None if all_embeddings is None else all_embeddings[..., :dim]
-            loss = loss + weight * self.objective(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **learned)
+            loss = loss + weight * self.objective(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **given)
         return loss

@@ -31,7 +31,8 @@ class SimCSE(ContrastiveObjective):
         mlm_weight: weight of the masked-language-modelling auxiliary (section 3.3; 0.1 in the paper). The trainer adds it.
         mask_other_positives: leave out of row i's denominator the positives of other rows with the same anchor, and of rows
             whose anchor is row i's positive: they are right answers too. False is the paper's form, in which one anchor in two
-            rows with two positives keeps the loss above 0 on perfect embeddings.
+            rows with two positives keeps the loss above 0 on perfect embeddings. Where the data gives a row several positives
+            (`other_ids`), these are left out wherever they stand, as a hard negative of another row too.
 
     Raises:
         InputError: a number out of range.
@@ -66,6 +67,7 @@ class SimCSE(ContrastiveObjective):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         if all_embeddings is None or all_text_ids is None:
@@ -83,12 +85,13 @@ class SimCSE(ContrastiveObjective):
                 weights[own_rows, negative * len(all_embeddings) + labels] = self.hard_negative_weight
             logits = logits + weights
 
-        partners = None
+        partners = others = None
         if self.mask_other_positives:
+            others = None if other_ids is None else other_ids[first_row : first_row + len(embeddings)]
             partners = torch.zeros_like(all_text_ids[:, 1:])  # negatives have no partner
             partners[:, 0] = all_text_ids[:, 0]
             partners = by_view(partners)
-        dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners)
+        dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners, other_ids=others)
         return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), labels)
 
 

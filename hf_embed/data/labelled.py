@@ -1,0 +1,284 @@
+"""Pairs with a label, as SNLI and QQP have them, to anchors, positives and hard negatives.
+
+    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2 and their like (`ALIKE`);
+                                    labels, gold_label, is_duplicate, is_paraphrase
+
+Labels of inference are made into triplets as SimCSE's NLI file was (https://arxiv.org/abs/2104.08821, section 4): an anchor is
+a premise, its positives are the hypotheses that it entails, and its hard negative is one that contradicts it, the first in the
+file. A premise without both is left out, as are neutral hypotheses and pairs without a gold label (-1, "-", null).
+
+Of two labels, 1 is a match: the anchor is the first text of a pair, its positives are the texts that match it, and its hard
+negatives those that do not. Pairs that do not match are left out where nothing matches their anchor.
+
+Several positives of an anchor are a list, which becomes a row for each (`hf_embed.data.sources`). All rows are needed for this,
+so a stream is refused. What labels mean is taken from their words, or from the names that a `ClassLabel` has for its numbers.
+Plain numbers are 0 and 1, or with premise and hypothesis SNLI's order, 0 entailment, 1 neutral, 2 contradiction; what was taken
+is said. Anything else is refused: 0 and 1 beside premise and hypothesis, for example, where other data sets (RTE) call the
+entailment 0.
+"""
+
+import hashlib
+import logging
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
+
+from hf_embed.data import files
+from hf_embed.data.columns import (
+    ALIKE,
+    DESCRIBED,
+    INFERENCE,
+    LAYOUTS,
+    SINGLE,
+    column_names,
+    negative_columns,
+    plain,
+    text_columns,
+)
+from hf_embed.data.sources import DROP_ADVICE, row_texts, rows_of_texts
+from hf_embed.distributed import get_rank
+from hf_embed.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# In plain letters, as all names here.
+LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
+POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
+EMPTY, TWICE = "with an empty text", "a second time"
+BATCH = 10_000  # rows read at a time
+LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
+# Words of data sets of two labels.
+MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
+NO_MATCHES = ("0", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
+ABSENT = ("", "-", "-1", "none", "nan")
+
+
+class Layout(NamedTuple):
+    """The columns of labelled pairs."""
+
+    first: str
+    second: str
+    label: str
+
+    @property
+    def inference(self) -> bool:
+        """Whether their names are those of inference."""
+        return (plain(self.first), plain(self.second)) == INFERENCE
+
+
+def labelled_layout(names: list[str], name: str) -> Layout | None:
+    """Return the columns of labelled pairs; None where the rows are something else.
+
+    Raises:
+        InputError: there are two columns of labels.
+    """
+    found = {plain(column): column for column in reversed(names)}
+    pairs = [pair for pair in [INFERENCE, *ALIKE] if found.keys() >= set(pair)]
+    others = [pair for pair in [*LAYOUTS, *DESCRIBED] if found.keys() >= set(pair) and pair not in ALIKE]
+    labels = [found[label] for label in LABELS if label in found]
+    if len(pairs) != 1 or others or not labels or negative_columns(names):
+        return None
+    if len(labels) > 1:
+        raise InputError(
+            f"{name}: the columns {' and '.join(labels)} are both labels; leave one out by --ignore_columns {labels[1]} "
+            "(ignore_columns: in a sources file)"
+        )
+    first, second = pairs[0]
+    return Layout(found[first], found[second], labels[0])
+
+
+def as_pairs(
+    rows: Dataset | IterableDataset, name: str, paired: bool | None = None, drop_empty_rows: bool = False
+) -> Dataset | IterableDataset:
+    """Return labelled pairs as rows with anchor, positive and negatives; other rows as they are.
+
+    Args:
+        rows: with any columns, and no format.
+        name: what messages call the rows.
+        paired: see `hf_embed.data.columns.text_columns`; single texts have no pairs to be labelled.
+        drop_empty_rows: drop and count pairs with an empty text.
+
+    Raises:
+        InputError: labels that are not known, or no pair that matches; an empty text; a stream.
+    """
+    names = column_names(rows)
+    layout = None if paired is False else labelled_layout(names, name)
+    if layout is None or (paired is None and any(plain(column) in SINGLE for column in names)):
+        return rows
+    if not isinstance(rows, Dataset):
+        raise InputError(
+            f"{name}: {layout.first}, {layout.second} and {layout.label} are labelled pairs, which are grouped by their "
+            f"{layout.first}; a stream cannot be, read the file whole (without streaming: true)"
+        )
+    meanings = meanings_of(rows, layout, name)
+    groups = grouped(rows, layout, meanings, name, drop_empty_rows)
+    kept = groups.rows()
+    made = f"{groups.described(kept)}; {meanings.explained}"
+    if not kept:
+        wanted = "a positive and a negative" if meanings.inference else "a positive"
+        raise InputError(
+            f"{name}: no {layout.first} has {wanted}: {made}; if every pair is a positive, give "
+            f"--ignore_columns {layout.label} --columns anchor={layout.first} positive={layout.second}"
+        )
+    if get_rank() == 0:
+        unused = ", ".join(column for column in names if column not in layout)
+        logger.warning(f"{name}: {made}" + (f"; columns {unused} are not used" if unused else ""))
+    return cached(kept)
+
+
+# ---- what labels mean ----
+
+
+class Meanings(NamedTuple):
+    """What the labels of a table mean."""
+
+    of: dict[Any, str]  # POSITIVE and so on, by label; NaN is None
+    inference: bool  # whether they are those of inference, of which triplets are made
+    explained: str
+
+
+def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
+    """Return what each label in the rows means.
+
+    Raises:
+        InputError: one is not known.
+    """
+    labels = list(dict.fromkeys(map(hashable, rows[layout.label][:])))
+    texts = {label: text_of(label, rows.features[layout.label]) for label in labels}
+    words = {text for text in texts.values() if text not in ABSENT}
+    where = f"{name}, column '{layout.label}'"
+    if graded := sorted(word for word in words if re.fullmatch(r"\d*\.\d+", word)):
+        raise InputError(
+            f"{where}: {graded[0]} is a score, and pairs of any score are neither positives nor negatives; --eval_sts_file "
+            f"scores a model on them, or keep the alike pairs, and leave it out by --ignore_columns {layout.label}"
+        )
+    numbers = all(word.isdecimal() for word in words)
+    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: word for word in words}
+    known = LABELS_OF_INFERENCE
+    if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # SNLI's order
+        inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
+        shown = {str(number): f"{number} ({word})" for number, word in enumerate(LABELS_OF_INFERENCE)}
+    elif not inference:
+        known = dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
+    if not words or not words <= set(known) or (numbers and layout.inference and not inference):
+        some = sorted(words)[:5] + ["..."] * (len(words) > 5)
+        raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
+    parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
+    explained = "; ".join(f"{meaning}s are those of label {' or '.join(found)}" for meaning, found in parts.items() if found)
+    return Meanings({label: NO_LABEL if text in ABSENT else known[text] for label, text in texts.items()}, inference, explained)
+
+
+def hashable(label: Any) -> Any:
+    """Return a label as a key: NaN as None, and the text of what cannot be one."""
+    if isinstance(label, float) and math.isnan(label):
+        return None
+    return label if isinstance(label, str | int | float | None) else repr(label)
+
+
+def text_of(label: Any, feature: Any) -> str:
+    """Return the word of a label: of a ClassLabel its name, of 1.0 "1", of True "true", of "Not entailment" "notentailment"."""
+    if isinstance(feature, ClassLabel) and label is not None and label >= 0:
+        label = feature.int2str(label)
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
+    return text if text in ABSENT else plain(text)
+
+
+def mend_of(words: set[str], layout: Layout) -> str:
+    """Return what to do about labels that are not known."""
+    if words and words <= {"0", "1"} and layout.inference:
+        return "0 is the entailment in some data sets and 1 in others; write the words entailment and contradiction"
+    return "write entailment, neutral and contradiction, or 1 for a match and 0 for none"
+
+
+# ---- the pairs of an anchor ----
+
+
+@dataclass
+class Groups:
+    """The pairs of each anchor, in the file's order, and counts of the pairs by what became of them."""
+
+    layout: Layout
+    triplets: bool  # only anchors with a negative, and one negative of each
+    positives: dict[str, dict[str, None]] = field(default_factory=dict)  # ordered sets of texts, by anchor
+    negatives: dict[str, dict[str, None]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, first: str, second: str, meaning: str) -> None:
+        """Add a pair that matches or does not; one that is there already is counted as such."""
+        texts = (self.positives if meaning == POSITIVE else self.negatives).setdefault(first, {})
+        self.counts[TWICE if second in texts else meaning] += 1
+        texts[second] = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each anchor: its text, its positives and its negatives."""
+        kept = []
+        for anchor, positives in self.positives.items():
+            negatives = list(self.negatives.get(anchor, ()))[: 1 if self.triplets else None]
+            if negatives or not self.triplets:
+                kept.append({"anchor": anchor, "positive": list(positives), "negatives": negatives})
+        return kept
+
+    def described(self, kept: list[dict[str, Any]]) -> str:
+        """Return in words what was made of the pairs, of which `kept` are the rows."""
+        positives, negatives = (sum(len(row[key]) for row in kept) for key in ("positive", "negatives"))
+        made = f"{positives:,} triplets" if self.triplets else f"{positives:,} pairs with {negatives:,} hard negatives"
+        alone = sum(len(texts) for anchor, texts in self.negatives.items() if anchor not in self.positives)
+        counts = {what: self.counts[what] for what in (NEUTRAL, NO_LABEL, EMPTY, TWICE)} | {
+            "positive without a negative": self.counts[POSITIVE] - positives,
+            "negative without a positive": alone,
+            "further negative of an anchor": self.counts[NEGATIVE] - negatives - alone,
+        }
+        left_out = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        return (
+            f"{self.counts.total():,} pairs of {self.layout.first} and {self.layout.second} -> {made} of {len(kept):,} anchors"
+            f"{f'; left out: {left_out}' if left_out else ''}"
+        )
+
+
+def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_empty_rows: bool) -> Groups:
+    """Group pairs by their first text. Raises InputError for an empty text, unless such pairs are dropped."""
+    groups = Groups(layout, meanings.inference)
+    for start, batch in enumerate(rows.select_columns(list(layout)).iter(BATCH)):
+        for place, (first, second, label) in enumerate(zip(*(batch[column] for column in layout)), 1):
+            meaning = meanings.of[hashable(label)]
+            if meaning not in (POSITIVE, NEGATIVE):
+                groups.counts[meaning] += 1
+                continue
+            try:
+                pair = {layout.first: first, layout.second: second}
+                texts = row_texts(pair, list(pair), f"{name}, row {start * BATCH + place}")
+            except InputError as error:
+                if not drop_empty_rows:
+                    raise InputError(f"{error} ({DROP_ADVICE})") from error
+                groups.counts[EMPTY] += 1
+            else:
+                groups.add(texts[0], texts[1], meaning)
+    return groups
+
+
+def cached(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows as a table in the cache of `datasets`, so that they are tokenized once for all runs and processes."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        hashed.update(repr(row).encode())
+    texts = List(Value("string"))
+    features = Features({"anchor": Value("string"), "positive": texts, "negatives": texts})
+    return files.cached_rows(hashed.hexdigest()[:32], features, rows)
+
+
+def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
+    """Return the pairs of anchor and positive of a table, of a row with several positives each.
+
+    Raises:
+        InputError: wrong columns, or an empty text.
+    """
+    rows = as_pairs(rows, name, paired=True)
+    columns = text_columns(rows.column_names, name, paired=True)[:2]
+    pairs = []
+    for number, row in enumerate(rows.select_columns(columns), 1):
+        pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
+    return pairs

@@ -1,0 +1,259 @@
+"""Columns as they come: layouts that are known by name, what is refused as ambiguous, and columns that the user names."""
+
+import shlex
+
+import pandas
+import pytest
+import yaml
+from conftest import error_of
+from datasets import Dataset, load_dataset
+from test_data_files import datasets_cache, jsonl, listed, streamed, written  # noqa: F401  (a fixture)
+
+from hf_embed import Source
+from hf_embed.data.columns import ACCEPTED, ROLES, judging_columns, named_columns, read_columns, take_columns, text_columns
+from hf_embed.data.mixture import read_sources
+from hf_embed.data.sources import leave_out, read_file
+from hf_embed.data.tokenization import tokenize_rows
+from hf_embed.kit import cli
+from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_rows
+
+# ---- known by name ----
+
+LAYOUTS = [
+    # found, paired, taken
+    (["question", "answer"], None, ["question", "answer"]),
+    (["Answer", "QUESTION", "id"], True, ["QUESTION", "Answer"]),
+    (["query", "answer"], None, ["query", "answer"]),
+    (["query", "passage", "negative"], True, ["query", "passage", "negative"]),
+    (["query", "document"], None, ["query", "document"]),
+    (["id", "title", "context", "question", "answers"], None, ["question", "context"]),
+    (["title", "body"], None, ["title", "body"]),
+    (["title", "abstract"], None, ["title", "abstract"]),
+    (["title", "text"], True, ["title", "text"]),
+    (["title", "text"], None, ["text"]),  # as a corpus has them; pairs have to be asked for
+    (["anchor", "entailment"], None, ["anchor", "entailment"]),
+    (["premise", "contradiction", "entailment"], None, ["premise", "entailment", "contradiction"]),
+    (["summary", "article"], None, ["summary", "article"]),
+    (["caption1", "caption2"], None, ["caption1", "caption2"]),
+    (["sentence1", "sentence2"], True, ["sentence1", "sentence2"]),
+    (["Sentence 1", "sentence_2"], True, ["Sentence 1", "sentence_2"]),
+    (["sentence_A", "sentence_B", "pair_ID"], None, ["sentence_A", "sentence_B"]),
+    (["question1", "question2", "qid1", "qid2"], None, ["question1", "question2"]),
+    (["query", "pos", "neg"], None, ["query", "pos", "neg"]),
+    (["query", "positives", "negatives"], None, ["query", "positives", "negatives"]),
+    (["query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "id"], None, ["query", "pos", "neg"]),
+    (["question", "positive", "hard_neg"], None, ["question", "positive", "hard_neg"]),
+    (["anchor", "pos"], None, ["anchor", "pos"]),
+    (["query", "positive", "answer"], None, ["query", "positive"]),  # one names its positives
+    (["sent0", "sent1", "question", "answer"], None, ["sent0", "sent1"]),
+    (["text", "title", "body"], False, ["text"]),
+]
+
+
+@pytest.mark.parametrize(("found", "paired", "taken"), LAYOUTS)
+def test_columns_as_they_come(found, paired, taken, caplog):
+    assert text_columns(found, "rows", paired) == taken
+    unused = [column for column in found if column not in taken]
+    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
+
+
+AMBIGUOUS = [
+    (["question", "answer", "context"], None, "question and answer or question and context", "anchor=question positive=answer"),
+    (["query", "document", "passage"], True, "query and passage or query and document", "anchor=query positive=passage"),
+    (["question", "query", "answer"], None, "question and answer or query and answer", "anchor=question positive=answer"),
+    (["title", "body", "text"], True, "title and body or title and text", "anchor=title positive=body"),
+    (["text", "question", "answer"], None, "question and answer or text", "anchor=question positive=answer"),
+    (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
+     "anchor=sentence1 positive=sentence2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "paired", "meant", "flag"), AMBIGUOUS)
+def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
+    message = error_of(text_columns, found, "a.csv", paired)
+    assert message.startswith(
+        f"a.csv: found the columns {', '.join(found)}; {meant} could be meant; name them: --columns {flag} "
+    )
+
+
+@pytest.mark.parametrize("twin", ["Query", "que ry", "QUERY"])
+def test_two_columns_of_one_name_are_refused(twin):
+    message = error_of(text_columns, [twin, "query", "positive"], "a.csv")
+    assert "have the same name but for case" in message and "--ignore_columns" in message
+    assert text_columns(["query", "positive", "ID", "id"], "a.csv") == ["query", "positive"]  # of those nobody reads
+
+
+UNKNOWN = [
+    (["frage", "antwort", "id"], None, ["anchor=frage", "positive=antwort"]),
+    (["Unnamed: 0", "my question", "the answer", "url"], True, ["anchor=my question", "positive=the answer"]),
+    (["frage", "antwort", "negative_1", "negative_2"], None,
+     ["anchor=frage", "positive=antwort", "negative=negative_1", "negative=negative_2"]),
+    (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # what are they to each other?
+    (["body", "id"], False, ["text=body"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "paired", "given"), UNKNOWN)
+def test_the_printed_flag_works(found, paired, given, tmp_path):
+    message = error_of(text_columns, found, "a.csv", paired)
+    assert message.startswith(
+        f"a.csv: found the columns {', '.join(found)}; name them: --columns {shlex.join(given)} (columns: "
+    )
+    assert message.endswith("text or sentence" if paired is False else ACCEPTED.removeprefix("text; " if paired else ""))
+    flags = shlex.split(message.split("name them: ")[1].split(" (columns:")[0])
+    pandas.DataFrame({name: [f"{name} {i}" for i in range(3)] for name in found}).to_csv(tmp_path / "a.csv", index=False)
+    (data,) = cli.parse([DataArguments], argv=["--train_file", str(tmp_path / "a.csv"), *flags])
+    rows, _ = read_train_rows(data)
+    assert list(rows[1].values()) == [f"{word.split('=')[1]} 1" for word in given]
+    assert text_columns(rows.column_names, "a.csv", paired) == rows.column_names
+
+
+def test_a_lone_column_is_no_pair():
+    assert "a pair needs two columns of texts" in error_of(text_columns, ["text", "id"], "a.csv", True)
+
+
+def test_a_label_beside_unknown_columns_is_spoken_of():
+    message = error_of(text_columns, ["frage", "antwort", "label"], "a.csv")
+    assert "a pair that 'label' calls no match is no positive" in message
+
+
+def test_graded_pairs_are_for_evaluation():
+    """sentence1, sentence2, score: the columns of sentence-transformers' STS benchmark."""
+    message = error_of(text_columns, ["sentence1", "sentence2", "score"], "stsb")
+    assert "the column 'score' judges the pairs" in message and "--eval_sts_file scores a model on graded pairs" in message
+
+
+def test_a_teachers_scores_judge_no_pair():
+    teacher = ["pos_scores", "neg_scores", "positive_score", "negative_scores"]
+    assert judging_columns([*teacher, "score", "pos_label", "scores"]) == ["score", "pos_label", "scores"]
+
+
+# ---- named by the user ----
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["anchor=q", "positive=a"], {"anchor": "q", "positive": "a"}),
+        (["query=q", "positive=a", "negative=n", "negative=m"], {"query": "q", "positive": "a", "negative": ["n", "m"]}),
+        (["text=a=b"], {"text": "a=b"}),
+        (["anchor=my q", "positive=a"], {"anchor": "my q", "positive": "a"}),
+        ([], {}),
+    ],
+)
+def test_columns_of_the_flag(given, read):
+    assert read_columns(given) == read
+    (data,) = cli.parse([DataArguments], argv=["--columns", *given] if given else [])
+    assert data.columns == given
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["anchor"], "--columns anchor: give ROLE=COLUMN"),
+        (["anchor="], "--columns anchor=: give ROLE=COLUMN"),
+        (["=a"], "--columns =a: give ROLE=COLUMN"),
+        (["title=a"], f"--columns title=a: unknown role 'title'; there are {', '.join(ROLES)}"),
+        (["anchor=a", "anchor=b"], "--columns: anchor is given twice, a and b; give one"),
+        (["positive=a", "positive=b"], "--columns: positive is given twice"),
+    ],
+)
+def test_wrong_flags(given, expected):
+    assert error_of(cli.parse, [DataArguments], argv=["--columns", *given]).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["anchor=frage", "positive=c"], "no column 'c'; found frage, antwort, falsch, id"),
+        (["anchor=frage", "positive=frage"], "columns: 'frage' is named twice"),
+        (["anchor=frage", "query=antwort", "positive=id"], "columns: query and anchor are two names of one thing"),
+        (["negative=falsch", "negatives=id", "anchor=frage", "positive=antwort"], "two names of one thing"),
+        (["anchor=frage"], "columns: found anchor; give anchor and positive, also negative, or text alone"),
+        (["positive=frage", "negative=falsch"], "give anchor and positive"),
+        (["text=frage", "positive=antwort"], "give anchor and positive"),
+    ],
+)
+def test_columns_that_make_no_row(given, expected, tmp_path):
+    path = written(tmp_path / "a.csv", "frage,antwort,falsch,id\nf,a,n,1\ng,b,m,2\n")
+    message = error_of(read_train_rows, DataArguments(train_file=path, columns=given))
+    assert message.startswith(f"{path}: ") and expected in message
+
+
+KINDS = ["csv", "tsv", "jsonl", "parquet", "csv.gz"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_named_columns_of_every_kind_of_file(kind, tmp_path, tokenizer):
+    table = pandas.DataFrame({"Frage": ["f1", "f2"], "Antwort": ["a1", "a2"], "falsch": ["n1", "n2"], "id": [1, 2]})
+    path = str(tmp_path / f"a.{kind}")
+    if kind == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    elif kind == "parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
+    columns = {"query": "Frage", "positive": "Antwort", "negative": ["falsch"]}
+    expected = {"anchor": "f2", "positive": "a2", "negative": "n2"}
+    flags = ["query=Frage", "positive=Antwort", "negative=falsch"]
+    rows, _ = read_train_rows(DataArguments(train_file=path, columns=flags))
+    entry = {"name": "s", "file": f"a.{kind}", "columns": columns}
+    (source,) = read_sources(listed(tmp_path, entry))
+    own = Source("s", read_file(path), columns=columns)
+    assert rows[1] == source.rows[1] == own.rows[1] == expected
+    for stream in (
+        read_sources(listed(tmp_path, entry | {"streaming": True, "rows": 2, "negatives": 1}))[0],
+        Source("s", read_file(path, streaming=True), size=2, negatives=1, columns=columns),
+    ):
+        assert list(stream.rows)[1] == expected
+        assert len(streamed(stream, tokenizer).__getitems__([0, 1])) == 2
+    assert len(tokenize_rows(rows, tokenizer, 16)) == 2
+
+
+def test_a_label_beside_named_columns(tmp_path):
+    path = written(tmp_path / "a.csv", "frage,antwort,label\nf,a,1\ng,b,0\n")
+    given = DataArguments(train_file=path, columns=["anchor=frage", "positive=antwort"])
+    assert error_of(read_train_rows, given).startswith(f"{path}: columns: the column 'label' judges the pairs")
+    given.ignore_columns = ["label"]
+    assert read_train_rows(given)[0].column_names == ["anchor", "positive"]
+    message = error_of(Source, "s", read_file(path), columns={"anchor": "frage", "positive": "antwort"})
+    assert message.startswith("source 's': columns: the column 'label' judges the pairs")
+    named = take_columns(read_file(path), {"text": "frage"})  # a single text claims nothing
+    assert named.to_dict() == {"text": ["f", "g"]}
+
+
+def test_lists_of_positives_under_another_name(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", [{"q": f"q{i}", "right": ["a", "b"], "wrong": ["c"]} for i in range(2)])
+    rows = named_columns(read_file(path), ["anchor=q", "positive=right", "negative=wrong"], "a.jsonl")
+    assert [len(texts) for texts in tokenize_rows(rows, tokenizer, 16)["text_ids"]] == [3] * 4
+
+
+def test_named_columns_of_a_dataset_folder(tmp_path):
+    """As a Hub dataset."""
+    written(tmp_path / "data" / "train.csv", "frage,antwort,id\nf,a,1\ng,b,2\n")
+    given = DataArguments(dataset_name=str(tmp_path / "data"), columns=["anchor=frage", "positive=antwort"])
+    assert read_train_rows(given)[0][0] == {"anchor": "f", "positive": "a"}
+    stream = load_dataset(str(tmp_path / "data"), split="train", streaming=True)
+    source = Source("s", stream, size=2, columns={"anchor": "frage", "positive": "antwort"})
+    assert list(source.rows)[1] == {"anchor": "g", "positive": "b"}
+    with_id = leave_out(load_dataset(str(tmp_path / "data"), split="train"), ["id"], "s")
+    assert with_id.column_names == ["frage", "antwort"]
+
+
+def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
+    path = written(tmp_path / "s.yaml", yaml.safe_dump([{"name": "a", "file": "a.csv"}]))
+    message = error_of(read_train_rows, DataArguments(sources=path, columns=["text=a"]))
+    assert "--columns" in message and "a sources file says it of each source" in message
+
+
+@pytest.mark.parametrize("flag", ["columns", "ignore_columns"])
+def test_a_flag_of_columns_without_data_is_refused(flag):
+    """BUG: --ignore_columns without data was ignored."""
+    flags = read_flags([], argv=[f"--{flag}", "text=a"])
+    assert error_of(read_rows, flags, "sentences.txt").startswith(f"--{flag} without data")
+
+
+@pytest.mark.parametrize("columns", [{"anchor": ["a", "b"], "positive": "c"}, {"query": "a", "positive": ["b", "c"]}])
+def test_only_negatives_have_several_columns(columns):
+    rows = Dataset.from_list([{"a": "x", "b": "y", "c": "z"}])
+    assert "give one column, only negatives may have several" in error_of(take_columns, rows, columns)

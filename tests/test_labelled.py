@@ -1,0 +1,221 @@
+"""Pairs with a label: what is made of them, what labels mean, and what is refused."""
+
+import json
+
+import pandas
+import pytest
+from conftest import error_of, tiny_encoder
+from datasets import ClassLabel, Dataset, Features, Value
+from test_data_files import datasets_cache, listed, written  # noqa: F401  (a fixture)
+from test_mixture import arguments
+
+from hf_embed import Source
+from hf_embed.data.labelled import as_pairs, read_pairs
+from hf_embed.data.mixture import read_sources, tokenize_source
+from hf_embed.data.sources import read_file
+from hf_embed.data.tokenization import tokenize_rows
+
+WORDS = ["entailment", "neutral", "contradiction"]
+# premise, hypothesis, label: of p0 two entailed and two contradicted, of p1 no contradiction, of p2 no entailment
+SNLI = [
+    ("p0", "e0", 0), ("p1", "e1", 0), ("p0", "n0", 1), ("p0", "c0", 2), ("p0", "e0 too", 0), ("p2", "c2", 2),
+    ("p0", "c0 too", 2), ("p3", "c3", 2), ("p3", "e3", 0), ("p3", "no gold", -1), ("p0", "e0", 0),
+]  # fmt: skip
+TRIPLETS = [
+    {"anchor": "p0", "positive": ["e0", "e0 too"], "negatives": ["c0"]},
+    {"anchor": "p3", "positive": ["e3"], "negatives": ["c3"]},
+]
+COUNTED = (
+    "snli: 11 pairs of premise and hypothesis -> 3 triplets of 2 anchors; left out: 1 neutral, 1 without a label, "
+    "1 a second time, 1 positive without a negative, 1 negative without a positive, 1 further negative of an anchor; "
+)
+
+
+def snli(kind):
+    """The pairs with labels of a kind."""
+    labels = {
+        "numbers": lambda label: label, "words": lambda label: "-" if label < 0 else WORDS[label],
+        "capitals": lambda label: "" if label < 0 else WORDS[label].upper(),
+        "null": lambda label: None if label < 0 else WORDS[label],
+        "floats": lambda label: float("nan") if label < 0 else float(label), "texts": lambda label: str(label),
+    }  # fmt: skip
+    return [{"premise": p, "hypothesis": h, "label": labels[kind](label)} for p, h, label in SNLI]
+
+
+@pytest.mark.parametrize("kind", ["numbers", "words", "capitals", "null", "floats", "texts"])
+def test_snli_becomes_triplets(kind, caplog):
+    assert as_pairs(Dataset.from_list(snli(kind)), "snli").to_list() == TRIPLETS
+    shown = WORDS if kind in ("words", "capitals", "null") else ["0 (entailment)", "", "2 (contradiction)"]
+    means = f"positives are those of label {shown[0]}; negatives are those of label {shown[2]}"
+    assert caplog.messages == [COUNTED + means]
+
+
+@pytest.mark.parametrize("order", [WORDS, WORDS[::-1], ["neutral", "contradiction", "entailment"]])
+def test_the_names_of_a_class_label_decide(order):
+    """Whatever the order of the numbers."""
+    features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=order)})
+    labels = [-1 if label < 0 else order.index(WORDS[label]) for *_, label in SNLI]
+    rows = Dataset.from_dict(
+        {"premise": [row[0] for row in SNLI], "hypothesis": [row[1] for row in SNLI], "label": labels}, features
+    )
+    assert as_pairs(rows, "snli").to_list() == TRIPLETS
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet", "jsonl.gz"])
+def test_labelled_files_are_trained_as_their_triplets(ending, tmp_path, tokenizer):
+    """The tokens of the rows are those of a FlagEmbedding file with the same texts; other columns are named as unused."""
+    table = pandas.DataFrame(snli("words")).rename(columns={"label": "gold_label", "premise": "Premise"})
+    table["pairID"] = range(len(table))
+    path = str(tmp_path / f"a.{ending}")
+    if ending == "parquet":
+        table.to_parquet(path)
+    elif "jsonl" in ending:
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",")
+    tokens = tokenize_rows(read_file(path), tokenizer, 16, paired=True)
+    expected = tokenize_rows(Dataset.from_list(TRIPLETS), tokenizer, 16)
+    assert tokens.to_dict() == expected.to_dict() and len(tokens) == 3
+    (source,) = read_sources(listed(tmp_path, {"name": "s", "file": f"a.{ending}", "negatives": 1}))
+    assert len(source.rows) == 11
+
+
+BINARY = [("a", "a one", 1), ("a", "a two", 0), ("a", "a three", 1), ("b", "b one", 0), ("c", "c one", 1), ("a", "a four", 0)]
+MATCHED = [
+    {"anchor": "a", "positive": ["a one", "a three"], "negatives": ["a two", "a four"]},
+    {"anchor": "c", "positive": ["c one"], "negatives": []},
+]
+NAMES = [
+    ("sentence1", "sentence2", "label", int), ("question1", "question2", "is_duplicate", int),
+    ("text1", "text2", "Label", bool),
+    ("sentence1", "sentence2", "label", float), ("sentence1", "sentence2", "label", str),
+    ("sentence1", "sentence2", "label", lambda label: ["not_duplicate", "duplicate"][label]),
+    ("sentence_A", "sentence_B", "gold_label", lambda label: ["not_equivalent", "equivalent"][label]),
+    ("premise", "hypothesis", "label", lambda label: ["not_entailment", "entailment"][label]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second", "label", "kind"), NAMES)
+def test_pairs_that_match_or_do_not(first, second, label, kind, caplog):
+    rows = Dataset.from_list([{first: a, second: b, label: kind(c)} for a, b, c in BINARY])
+    assert as_pairs(rows, "qqp").to_list() == MATCHED
+    counted = (
+        f"qqp: 6 pairs of {first} and {second} -> 3 pairs with 2 hard negatives of 2 anchors; left out: 1 negative without"
+    )
+    assert caplog.messages[0].startswith(counted)
+
+
+def test_the_names_of_two_classes_decide():
+    """RTE calls the entailment 0."""
+    kinds = {"rte": ["entailment", "not_entailment"], "mrpc": ["not_equivalent", "equivalent"], "paws": ["0", "1"]}
+    for name, names in kinds.items():
+        features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=names)})
+        labels = [1 - label if name == "rte" else label for *_, label in BINARY]
+        table = {"sentence1": [row[0] for row in BINARY], "sentence2": [row[1] for row in BINARY], "label": labels}
+        assert as_pairs(Dataset.from_dict(table, features), name).to_list() == MATCHED
+
+
+def pairs(labels, names=("premise", "hypothesis"), column="label"):
+    return Dataset.from_list([{names[0]: "p", names[1]: f"h{i}", column: label} for i, label in enumerate(labels)])
+
+
+ALIKE = ("sentence1", "sentence2")
+REFUSED = [
+    (pairs([0, 1]), "the labels are 0, 1; 0 is the entailment in some data sets and 1 in others"),
+    (pairs([0, 0]), "the labels are 0; 0 is the entailment in some"),
+    (pairs([0, 1, 2], ALIKE), "the labels are 0, 1, 2; write entailment, neutral and contradiction"),
+    (pairs([0, 1, 2, 3]), "the labels are 0, 1, 2, 3; write entailment"),
+    (pairs([0.5, 1.0], ALIKE), "0.5 is a score, and pairs of any score are neither positives nor negatives; --eval_sts_file"),
+    (pairs([3.25, 1.0]), "3.25 is a score"),
+    (pairs(["-", None]), "the labels are all missing"),
+    (pairs(["yes!", "no!"], ALIKE), "the labels are no!, yes!; write entailment"),
+    (pairs(["entailment", "other"]), "the labels are entailment, other; write"),
+    (pairs([["entailment"], ["neutral"]]), "write entailment"),
+    (pairs([f"l{i}" for i in range(9)]), "the labels are l0, l1, l2, l3, l4, ...; write"),
+]
+
+
+@pytest.mark.parametrize(("rows", "expected"), REFUSED)
+def test_labels_that_are_not_known_are_refused(rows, expected):
+    message = error_of(as_pairs, rows, "a.csv")
+    assert message.startswith("a.csv, column 'label': ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (pairs(["entailment", "neutral"]), "no premise has a positive and a negative: 2 pairs of premise and hypothesis -> 0"),
+        (pairs([1, 2]), "no premise has a positive and a negative"),
+        (pairs([0, 0], ALIKE), "no sentence1 has a positive: "),
+    ],
+)
+def test_labels_of_which_nothing_can_be_made(rows, expected):
+    message = error_of(as_pairs, rows, "a.csv")
+    assert expected in message and "if every pair is a positive, give --ignore_columns label --columns anchor=" in message
+    left = rows.remove_columns("label")
+    assert as_pairs(left, "a.csv") is left
+
+
+def test_two_columns_of_labels_are_refused():
+    rows = pairs([0, 2]).add_column("gold_label", ["entailment", "contradiction"])
+    assert "the columns label and gold_label are both labels; leave one out by --ignore_columns gold_label" in error_of(
+        as_pairs, rows, "a.csv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "paired"),
+    [
+        (["anchor", "positive", "label"], None), (["query", "answer", "label"], None),
+        (["sentence1", "sentence2", "score"], None),
+        (["sentence1", "sentence2", "negative", "label"], None), (["question", "answer", "is_duplicate"], True),
+    ],
+)  # fmt: skip
+def test_judgements_of_other_pairs_stay_refused(names, paired, tokenizer):
+    rows = Dataset.from_list([dict.fromkeys(names, "1")] * 2)
+    assert f"the column '{names[-1]}' judges the pairs" in error_of(tokenize_rows, rows, tokenizer, 16, paired=paired)
+
+
+def test_single_texts_have_no_pairs():
+    rows = Dataset.from_list([{"text": "a", "label": 1}] * 2)
+    assert as_pairs(rows, "a.csv") is rows
+    assert as_pairs(pairs([0, 2]), "a.csv", paired=False).column_names == ["premise", "hypothesis", "label"]
+
+
+def test_an_empty_text_is_found_or_dropped(caplog):
+    rows = Dataset.from_list([*snli("words"), {"premise": "p0", "hypothesis": " ", "label": "entailment"}])
+    message = error_of(as_pairs, rows, "snli")
+    assert message.startswith("snli, row 12, column 'hypothesis': the text is empty") and "--drop_empty_rows" in message
+    assert as_pairs(rows, "snli", drop_empty_rows=True).to_list() == TRIPLETS
+    assert "1 with an empty text" in caplog.text
+
+
+def test_a_stream_is_refused_by_name(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in snli("words"))
+    written(tmp_path / "a.jsonl", lines)
+    (source,) = read_sources(listed(tmp_path, {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 11}))
+    message = error_of(as_pairs, source.rows, source.label)
+    assert "premise, hypothesis and label are labelled pairs, which are grouped by their premise; a stream cannot be" in message
+
+
+def test_a_source_takes_as_many_negatives_as_it_says(tmp_path):
+    rows = Dataset.from_list([{"sentence1": a, "sentence2": b, "label": c} for a, b, c in BINARY])
+    for negatives, most in ((None, 4), (1, 3), (0, 2)):
+        source = Source("qqp", rows, negatives=negatives)
+        tokens = tokenize_source(source, tiny_encoder(), arguments(tmp_path))
+        assert max(map(len, tokens["text_ids"])) == most
+
+
+def test_a_file_is_made_once_and_in_its_own_order():
+    """Of the same pairs the same table, so that tokens are found in the cache; the file's order decides the first negative."""
+    rows = snli("words")
+    first, second = (as_pairs(Dataset.from_list(rows), "snli") for _ in range(2))
+    assert first._fingerprint == second._fingerprint
+    backwards = as_pairs(Dataset.from_list(rows[::-1]), "snli").to_list()
+    assert backwards[0] == {"anchor": "p0", "positive": ["e0", "e0 too"], "negatives": ["c0 too"]}
+
+
+def test_pairs_to_mine_for(tmp_path):
+    assert read_pairs(Dataset.from_list(snli("words")), "snli") == [("p0", "e0"), ("p0", "e0 too"), ("p3", "e3")]
+    rows = Dataset.from_list([{"query": "q", "pos": ["a", "b"], "neg": ["c"]}, {"query": "r", "pos": ["d"], "neg": []}])
+    assert read_pairs(rows, "bge") == [("q", "a"), ("q", "b"), ("r", "d")]
