@@ -4,18 +4,19 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Source
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.zero_shot import ZeroShot
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
 from hf_embed.trainer import ContrastiveTrainer
-
-__version__ = "0.1.0"
+from hf_embed.version import __version__
 
 __all__ = [
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
     "Encoder",
+    "HeldOut",
     "ImprovedContrastive",
     "InputError",
     "Matryoshka",
@@ -24,6 +25,7 @@ __all__ = [
     "Source",
     "TempScaleConfig",
     "ZeroShot",
+    "__version__",
     "apply_tempscale",
     "fold_tempscale",
     "register_tempscale",

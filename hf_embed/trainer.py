@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -24,11 +24,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.card import card_facts, rename_card
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
 from hf_embed.data.collator import RaggedCollator, to_rows
@@ -45,6 +46,7 @@ from hf_embed.objectives import Objective
 from hf_embed.step import add_own_parameters, make_step
 from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
 from hf_embed.trainer_settings import check_settings, warn_of_ignored
+from hf_embed.training_record import origin_of, training_results
 from hf_embed.watch import Progress, Watch
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class ContrastiveTrainer(Trainer):
     model: nn.Module  # as it is placed: under FSDP this one has its weights together
     eval_dataset: dict[str, Task] | None
     objective: Objective
+    describes_itself = True  # whether `save_model` writes what it knows of the training: recipes report more, themselves
     push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
@@ -113,6 +116,10 @@ class ContrastiveTrainer(Trainer):
         tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:
             warn_of_ignored(args, tasks)
+        self.origin = origin_of(train_dataset, train_name)
+        self.scored: dict[str, Task] = {}  # what has been evaluated, by name
+        self.scores_before: dict[str, float] = {}  # those of before the first step
+        self.named: dict[str, Any] = {}  # by create_model_card
         self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
         super().__init__(
             model=self.step,
@@ -145,7 +152,7 @@ class ContrastiveTrainer(Trainer):
         sampler = batch_sampler(self.train_dataset, args, train_batch_size(self))
         if sampler.left_out:
             logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
-        return make_loader(self.train_dataset, sampler, self.data_collator, args)
+        return make_loader(self.train_dataset, sampler, cast(RaggedCollator, self.data_collator), args)
 
     def compute_loss(
         self,
@@ -220,31 +227,21 @@ class ContrastiveTrainer(Trainer):
         Raises:
             InputError: there is no evaluation set.
         """
-        tasks = self._tasks(eval_dataset)
+        tasks = inputs.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.objective)
         memory = memory_tracker(self)
         memory.start()
         self.model.eval()
         with torch.inference_mode():
             scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
+        if metric_key_prefix == "eval":
+            self.scored |= tasks
+            if not self.state.global_step:
+                self.scores_before |= metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         memory.stop_and_update_metrics(metrics)
         return metrics
-
-    def _tasks(self, sets: EvalSets | str | None) -> dict[str, Task]:
-        """Return the tasks that `evaluate` is to score. Raises InputError where there are none, or none of that name."""
-        own = self.eval_dataset or {}
-        if isinstance(sets, str):
-            if sets not in own:
-                raise InputError(f"evaluate: there is no evaluation set '{sets}'; there are {', '.join(own) or 'none'}")
-            return {sets: own[sets]}
-        tasks = own if sets is None else inputs.make_held_out(inputs.as_tasks(sets), self.step, self.args, self.objective)
-        if not tasks:
-            raise InputError(
-                "evaluation needs an eval_dataset with the columns sentence1, sentence2 and score, or held-out rows"
-            )
-        return tasks
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return vectors (N, D), finished as `encode` does."""
@@ -260,9 +257,10 @@ class ContrastiveTrainer(Trainer):
         if not args.should_save:
             return
         folder = str(output_dir or args.output_dir)
-        final = Path(folder) == Path(str(args.output_dir))
+        final = not Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        results = training_results(self) if final else {}
         of_encoder = None if state_dict is None else with_file_names(state_dict)
-        save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder)
+        save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder, results=results)
         if not final:
             save_training_tensors(folder, self.step, self.encoder, state_dict or self.step.state_dict())
         torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))
@@ -294,12 +292,16 @@ class ContrastiveTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        **named: Any,
     ) -> str | Future[str] | None:
         """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
+
+        `named` is for the card, as for `create_model_card`.
 
         Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
         """
         args = self.args
+        self.named |= card_facts(named)
         self.callback_handler.on_push_begin(args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -330,5 +332,16 @@ class ContrastiveTrainer(Trainer):
         hub.finish_push(self.push_in_progress, self.args)
         self.push_in_progress = None
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the card that `save_model` wrote; Trainer's own would replace it."""
+    def create_model_card(self, **named: Any) -> None:  # type: ignore[override]  # by name alone, and not the trainer's own card
+        """Name in the card what the training does not know; README.md in `args.output_dir` is made anew, if it is there.
+
+        Args:
+            named: language, license, tags, and what Trainer calls model_name (the title), finetuned_from (the base model on
+                the Hub), dataset (the data's name) and dataset_tags (data sets on the Hub).
+
+        Raises:
+            InputError: another name.
+        """
+        self.named |= card_facts(named)
+        if self.is_world_process_zero():
+            rename_card(self.encoder, str(self.args.output_dir), self.named)

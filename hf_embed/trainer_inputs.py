@@ -113,14 +113,14 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
     return as_objective(objective)
 
 
-def checked_callbacks(callbacks: object) -> list[TrainerCallback | type[TrainerCallback]]:
+def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
     """Return the callbacks, of which a single one may stand by itself. Raises InputError for what is none."""
     given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     for callback in given:
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
             raise InputError(f"callbacks holds {described(callback)}; give a list of transformers' TrainerCallback")
-    return given
+    return cast(list[TrainerCallback], given)
 
 
 def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None, Any]:
@@ -130,7 +130,7 @@ def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None
         raise InputError(f"optimizers is {described(optimizers)}; give the pair (optimizer, schedule), None for one made here")
     if pair[0] is not None and not isinstance(pair[0], torch.optim.Optimizer) and not hasattr(pair[0], "param_groups"):
         raise InputError(f"optimizers: {described(pair[0])} is no optimizer; give an object of torch.optim, or None")
-    if pair[1] is not None and not hasattr(pair[1], "step"):
+    if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
         raise InputError(f"optimizers: {described(pair[1])} is no schedule of learning rates; give one of torch.optim, or None")
     return cast(tuple[torch.optim.Optimizer | None, Any], pair)
 
@@ -163,7 +163,7 @@ def as_model(
             f"the model is a {type(model).__name__} of sentence-transformers, which would not see the training; give its "
             'folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
         )
-    if isinstance(model, type) or (model is not None and not hasattr(plain or model, "config")):
+    if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
         mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "(of one that is wrapped, model.module)"
         raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder: {mend}")
     return model, tokenizer
@@ -238,6 +238,30 @@ def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
         sets = {str(key): as_task(value, str(key)) for key, value in sets.items()}
     last = {key: task for key, task in sets.items() if isinstance(task, HeldOut)}
     return named_tasks({key: task for key, task in sets.items() if key not in last}) | last
+
+
+def choose_tasks(
+    own: Mapping[str, Task] | None,
+    sets: EvalSets | str | None,
+    step: TrainingStep,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+) -> dict[str, Task]:
+    """Return the tasks to evaluate: the trainer's own, that of a name, or others that are given in their place.
+
+    Raises:
+        InputError: there are none, or none of that name.
+    """
+    if isinstance(sets, str):
+        if sets not in (own or {}):
+            raise InputError(f"evaluate: there is no evaluation set '{sets}'; there are {', '.join(own or ['none'])}")
+        return {sets: cast(Mapping, own)[sets]}
+    tasks = dict(own or {}) if sets is None else make_held_out(as_tasks(sets), step, args, objective)
+    if not tasks:
+        raise InputError(
+            "evaluation needs an eval_dataset, with the columns sentence1, sentence2 and score, or with anchor and positive"
+        )
+    return tasks
 
 
 def as_task(given: Any, name: str) -> Task | Dataset:

@@ -2,7 +2,7 @@
 
 `Results` is what results.json holds. The scores in it, `before` and `after` and of each of the `seeds`, are
 
-    {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}},
+    {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}}, "held_out": {set: {"loss": number}},
      "alignment": number, "uniformity": number}
 """
 
@@ -14,13 +14,18 @@ Scores = dict[str, Any]
 
 
 def comparison_table(results: Results) -> list[str]:
-    """Return before -> after, a line for each evaluation set, then alignment and uniformity."""
-    before, after = labelled(results["before"]), labelled(results["after"])
-    width = max(map(len, before))
+    """Return before -> after, a line for each evaluation set, then alignment and uniformity; no more than is known."""
+    before, after = labelled(results.get("before", {})), labelled(results["after"])
+    width = max(map(len, after), default=0)
+    if not before:
+        return [f"{label:{width}}  {score:8.{digits_of(label)}f}" for label, score in after.items()]
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
-    for label, old in before.items():
-        new, digits = after[label], digits_of(label)
-        lines.append(f"{label:{width}}  {old:8.{digits}f}  {new:8.{digits}f}  {new - old:+8.{digits}f}")
+    for label, new in after.items():
+        old, digits = before.get(label), digits_of(label)
+        known = (
+            f"  {old:8.{digits}f}  {new:8.{digits}f}  {new - old:+8.{digits}f}" if old is not None else f"{new:20.{digits}f}"
+        )
+        lines.append(f"{label:{width}}{known}")
     return lines
 
 
@@ -69,6 +74,7 @@ def labelled(scores: Scores) -> dict[str, float]:
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
     for kind, metric, label in (("retrieval", "ndcg@10", "nDCG@10"), ("zero_shot", "accuracy", "accuracy")):
         found |= {f"{name} ({label} x 100)": metrics[metric] for name, metrics in scores.get(kind, {}).items()}
+    found |= {f"{name} (loss, lower is better)": metrics["loss"] for name, metrics in scores.get("held_out", {}).items()}
     found |= {f"{key} (lower is better)": scores[key] for key in ("alignment", "uniformity") if key in scores}
     return {label: math.nan if value is None else value for label, value in found.items()}
 

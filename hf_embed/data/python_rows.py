@@ -20,7 +20,7 @@ from hf_embed.data.sources import read_file
 from hf_embed.errors import InputError
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas  # type: ignore[import-untyped]
 
 RowData: TypeAlias = Union[Dataset, IterableDataset, "pandas.DataFrame", list, str, Path]  # noqa: UP007 (pandas may be absent)
 ACCEPTED_ROWS = (
@@ -81,7 +81,7 @@ def from_frame(frame: Any, name: str) -> Dataset:
 
 def columns_of(rows: list, name: str) -> dict[str, list]:
     """Return the columns of a list of dicts, of lists or tuples, or of texts."""
-    kinds = {str: "a text", dict: "a dict", list: "a list", tuple: "a tuple"}
+    kinds: dict[type, str] = {str: "a text", dict: "a dict", list: "a list", tuple: "a tuple"}
     first = next((kind for kind in kinds if isinstance(rows[0], kind)), None)
     for number, row in enumerate(rows, 1):
         if first is None or not isinstance(row, first):
@@ -89,6 +89,7 @@ def columns_of(rows: list, name: str) -> dict[str, list]:
             raise InputError(
                 f"{name}, row {number} is {shortened(repr(row))}, a {type(row).__name__}{wanted}; give {ACCEPTED_ROWS}"
             )
+    assert first is not None
     if first is str:
         return {"text": rows}
     if first is dict:

@@ -26,8 +26,8 @@ from hf_embed.kit.finetune import make_trainer
 from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
-from hf_embed.kit.report import number
 from hf_embed.kit.seeds import read_seeds
+from hf_embed.training_record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {},

@@ -1,9 +1,11 @@
 """The run of a `Plan`: the trainer, the scores before, the training and the saved folder; `hf_embed.kit.report` is the rest."""
 
+import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_embed.checkpoint.card import write_card
@@ -13,9 +15,9 @@ from hf_embed.errors import InputError
 from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import clear_results
 from hf_embed.kit.plan import Plan
-from hf_embed.kit.report import shown
 from hf_embed.library_internals import save_without_push
 from hf_embed.trainer import ContrastiveTrainer
+from hf_embed.training_record import shown
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
@@ -26,12 +28,34 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
     trainer = ContrastiveTrainer(
         model=loaded.model, processing_class=loaded.tokenizer, args=loaded.args, objective=plan.objective,
         train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
+        callbacks=stopping(plan),
     )  # fmt: skip
     if plan.model_args.save_adapter:
         check_adapter(trainer)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
         print(trainer.train_dataset)
     return trainer
+
+
+def stopping(plan: Plan) -> list[TrainerCallback]:
+    """Return what ends the run early, if that is asked for."""
+    patience = plan.run.early_stopping_patience
+    return [] if patience is None else [EarlyStopping(patience)]
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, whose count goes on where a run is resumed."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the evaluations since the best one, in the log of the run that is resumed."""
+        super().on_train_begin(args, state, control, **kwargs)
+        key = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        self.early_stopping_patience_counter, best = 0, math.nan
+        for value in [entry[key] for entry in state.log_history if key in entry]:
+            if math.isnan(best) or (value > best if args.greater_is_better else value < best):
+                self.early_stopping_patience_counter, best = 0, value
+            else:
+                self.early_stopping_patience_counter += 1
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
