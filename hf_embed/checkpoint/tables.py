@@ -2,8 +2,8 @@
 
 `Results` is what results.json holds. The scores in it, `before` and `after` and of each of the `seeds`, are
 
-    {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}}, "held_out": {set: {"loss": number}},
-     "alignment": number, "uniformity": number}
+    {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}},
+     "held_out": {set: {"loss": number}}, "alignment": number, "uniformity": number}
 """
 
 import math

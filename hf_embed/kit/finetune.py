@@ -30,6 +30,7 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
         train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
         callbacks=stopping(plan),
     )  # fmt: skip
+    trainer.describes_itself = False  # `hf_embed.kit.report` does, with the scores of the saved folder
     if plan.model_args.save_adapter:
         check_adapter(trainer)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
