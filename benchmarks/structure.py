@@ -20,7 +20,7 @@ TIERS = [
     ["adapters", "chunking", "data", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models"],
     ["encoder"],
-    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_inputs", "trainer_settings",
+    ["arguments", "checkpoint", "hub_trainer", "mining", "mlm", "preview", "step", "trainer_inputs", "trainer_settings",
      "training_record", "unused", "watch"],
     ["trainer"],
     ["kit"],

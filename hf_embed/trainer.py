@@ -8,28 +8,23 @@ Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
-from hf_embed.checkpoint.card import card_facts, rename_card
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
 from hf_embed.data.collator import RaggedCollator, to_rows
@@ -40,9 +35,11 @@ from hf_embed.encoder import embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
-from hf_embed.library_internals import PushInProgress, memory_tracker, save_without_push, train_batch_size
+from hf_embed.hub_trainer import HubTrainer
+from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective
+from hf_embed.preview import preview
 from hf_embed.step import add_own_parameters, make_step
 from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
 from hf_embed.trainer_settings import check_settings, warn_of_ignored
@@ -52,7 +49,7 @@ from hf_embed.watch import Progress, Watch
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(Trainer):
+class ContrastiveTrainer(HubTrainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
@@ -85,7 +82,6 @@ class ContrastiveTrainer(Trainer):
     eval_dataset: dict[str, Task] | None
     objective: Objective
     describes_itself = True  # whether `save_model` writes what it knows of the training: recipes report more, themselves
-    push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
     def __init__(
@@ -119,7 +115,6 @@ class ContrastiveTrainer(Trainer):
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # what has been evaluated, by name
         self.scores_before: dict[str, float] = {}  # those of before the first step
-        self.named: dict[str, Any] = {}  # by create_model_card
         self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
         super().__init__(
             model=self.step,
@@ -134,6 +129,8 @@ class ContrastiveTrainer(Trainer):
         self.encoder.check_forward()  # as it will be trained: on this device, with its adapters and its temperature
         self.temperature: Tensor | None = None  # the learned one at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # of each source, since the last log
+        if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
+            logger.info("\n".join(self.preview()))
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
 
@@ -209,6 +206,12 @@ class ContrastiveTrainer(Trainer):
         """As Trainer's, without the learned temperature."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
+    def preview(self) -> list[str]:
+        """Return lines about the rows to train on, and two of them as the model reads them; see `hf_embed.preview`."""
+        if self.train_dataset is None:
+            return []
+        return preview(self.train_dataset, self.encoder, self.origin.name, self.args.same_dropout_mask)
+
     # ---- evaluation ----
 
     def evaluate(
@@ -278,70 +281,3 @@ class ContrastiveTrainer(Trainer):
         best = str(self.state.best_model_checkpoint)
         logger.info(f"taking the best model, {best} ({self.state.best_metric:.2f})")
         self._load_from_checkpoint(best)
-
-    # ---- the Hub ----
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
-        hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
-
-    def push_to_hub(  # type: ignore[override]  # it takes nothing for Trainer's own card, and returns the commit's address
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **named: Any,
-    ) -> str | Future[str] | None:
-        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
-
-        `named` is for the card, as for `create_model_card`.
-
-        Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
-        """
-        args = self.args
-        self.named |= card_facts(named)
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
-        save_without_push(self)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        push = partial(
-            hub.push_folder, str(args.output_dir), str(self.hub_model_id), bool(private or args.hub_private_repo),
-            revision or args.hub_revision, commit_message=str(commit_message), token=token or args.hub_token,
-        )  # fmt: skip
-        return push() if blocking else HfApi().run_as_future(push)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
-        args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress is not None:
-            if not self.push_in_progress.is_done() and not args.hub_always_push:
-                return
-            self._finish_current_push()
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, str(self.hub_model_id), args, self.state.global_step)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        hub.finish_push(self.push_in_progress, self.args)
-        self.push_in_progress = None
-
-    def create_model_card(self, **named: Any) -> None:  # type: ignore[override]  # by name alone, and not the trainer's own card
-        """Name in the card what the training does not know; README.md in `args.output_dir` is made anew, if it is there.
-
-        Args:
-            named: language, license, tags, and what Trainer calls model_name (the title), finetuned_from (the base model on
-                the Hub), dataset (the data's name) and dataset_tags (data sets on the Hub).
-
-        Raises:
-            InputError: another name.
-        """
-        self.named |= card_facts(named)
-        if self.is_world_process_zero():
-            rename_card(self.encoder, str(self.args.output_dir), self.named)

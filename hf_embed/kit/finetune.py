@@ -21,7 +21,9 @@ from hf_embed.training_record import shown
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
-    """Make the trainer of a plan, which tokenizes the rows. Several sources are listed on the console.
+    """Make the trainer of a plan, which tokenizes the rows.
+
+    The console lists several sources, and shows two rows as the model reads them.
 
     Raises InputError for what cannot be trained or saved as asked.
     """
@@ -35,6 +37,8 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
         check_adapter(trainer)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
         print(trainer.train_dataset)
+    if plan.shows_rows and trainer.is_world_process_zero():
+        print("\n".join(trainer.preview()))
     return trainer
 
 

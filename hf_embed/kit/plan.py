@@ -164,6 +164,7 @@ class Plan:
     paired: bool | None = None  # whether rows are pairs; None: whatever their columns say
     positive: PositiveArguments | None = None
     datasets: list[str] = field(default_factory=list)  # on the Hub
+    shows_rows: bool = True  # whether the console shows some, as the model reads them
     earlier: EarlierRun = field(default_factory=lambda: EarlierRun([]))  # what goes after the first step
 
     @property
