@@ -45,6 +45,7 @@ RESULT_SETTINGS = frozenset({
     "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "use_cache", "enable_jit_checkpoint",
     "include_num_input_tokens_seen", "skip_memory_metrics",
 })  # fmt: skip
+UNNAMED = "data given in a script"
 SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # of several sources
 
 
@@ -65,10 +66,12 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     results: Results = {"card": trainer.named} if trainer.named else {}
     if not trainer.describes_itself:
         return results
+    trained = trainer.state.global_step > 0
     scores, step = last_scores(trainer)
     if scores:
-        results |= {"before": summary(trainer.scores_before, trainer.scored), "after": summary(scores, trainer.scored)}
-    if trainer.state.global_step:
+        before = summary(trainer.scores_before, trainer.scored) if trained else {}
+        results |= {"before": before, "after": summary(scores, trainer.scored)}
+    if trained:
         results["train"] = about_training(trainer, scores)
         if scores and step is not None:
             results["train"]["scored_step"] = step
@@ -221,15 +224,15 @@ def origin_of(rows: Any, name: str) -> Origin:
     """
     if isinstance(rows, str | Path):
         return Origin(shown(str(rows)))
+    parts: dict[str, Any] = {}
     if isinstance(rows, Mapping):
         parts = {str(key): table for key, table in rows.items()}
     elif isinstance(rows, list) and rows and all(isinstance(source, Source) for source in rows):
         parts = {source.name: source.rows for source in rows}
-    else:
-        datasets = hub_names(rows)
-        return Origin(shown(datasets[0] if len(datasets) == 1 and name == "train_dataset" else name), datasets)
-    datasets = sorted({found for table in parts.values() for found in hub_names(table)})
-    return Origin(", ".join(parts) if name == "train_dataset" else shown(name), datasets)
+    datasets = sorted({found for table in parts.values() or [rows] for found in hub_names(table)})
+    if name != "train_dataset":
+        return Origin(shown(name), datasets)
+    return Origin(", ".join(parts or datasets) or UNNAMED, datasets)
 
 
 def hub_names(rows: Any) -> list[str]:

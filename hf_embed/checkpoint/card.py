@@ -149,7 +149,7 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
         results_section(results, picture),
         sweep_section(encoder, results.get("tempscale")),
         code_section("MTEB", mteb_table(results.get("mteb", []))),
-        training_section(results.get("train")),
+        training_section(facts(results) if results.get("train") else None),
         prompts_section(encoder),
         limits_section(encoder, results),
         papers_section(encoder, results),
@@ -379,17 +379,23 @@ def training_section(train: dict[str, Any] | None) -> str:
     name = objective.pop("name")
     inner = inner_name(objective)
     lines = [
-        f"from        {train['model']}",
-        f"on          {train['data']}, {train['rows']:,} rows",
-        f"objective   {name}: " + ", ".join(f"{key} {value}" for key, value in objective.items()),
+        f"base model     {train['model']}",
+        f"trained on     {train['data']}, {train['rows']:,} rows",
+        f"objective      {name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": "),
     ]
     equation = EQUATIONS.get(name) or EQUATIONS.get(inner, "")
-    lines += [f"            {equation}"] if equation else []
-    lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows", f"seed        {train['seed']}"]
-    lines += [f"set         {key} {value}" for key, value in train.get("settings", {}).items()]
+    lines += [f"               {equation}"] if equation else []
+    lines += [f"steps          {train['steps']:,}, each on a batch of {train['batch_size']:,} rows"]
+    if train.get("loss") is not None:
+        lines.append(f"mean loss      {train['loss']:.4g}")
+    settings = train.get("settings", {})
+    if train.get("learning_rate") is not None and "learning_rate" not in settings:
+        lines.append(f"learning rate  {train['learning_rate']:g}")
+    lines += [f"setting        {key} {value}" for key, value in settings.items()]
+    lines.append(f"seed           {train['seed']}")
     if train.get("hardware"):
-        lines.append(f"took        {duration(train['seconds'])} on {train['hardware']}")
-    lines.append("with        " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
+        lines.append(f"time           {duration(train['seconds'])} on {train['hardware']}")
+    lines.append("software       " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
     return code_section("Training", lines)
 
 
@@ -413,6 +419,8 @@ def limits_section(encoder: Encoder, results: Results) -> str:
     lines = [f"Texts are cut after {encoder.max_length} tokens."]
     if results.get("after") or results.get("mteb"):
         lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
+        if (step := results.get("train", {}).get("scored_step")) is not None:
+            lines.append(f"They were measured at step {step:,} of the training, before its end.")
     else:
         lines.append("It was not evaluated: measure on texts of your own first.")
     if (results.get("train", {}).get("chosen_by") or {}).get("metric"):
