@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from hf_embed.step import TrainingStep, reset_dense
 from hf_embed.trainer_settings import check_batch, check_training
 
 logger = logging.getLogger(__name__)
+
+CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")  # a loss that is a function
 
 Model: TypeAlias = PreTrainedModel | Encoder | TrainingStep | str | Path
 TrainRows: TypeAlias = TrainData | RowData | dict[str, RowData]
@@ -103,13 +106,17 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
         raise InputError(f"objective is {described(objective)}; give an object of it, {objective.__name__}()")
     if not callable(objective):
         raise InputError(f"objective is {described(objective)}; give {', '.join(OBJECTIVES)}, or a function")
-    if isinstance(objective, nn.Module) and not isinstance(objective, Objective):
-        package = type(objective).__module__.split(".")[0]
-        if package in ("sentence_transformers", "torch"):
+    if not isinstance(objective, Objective):
+        called = objective.forward if isinstance(objective, nn.Module) else objective
+        try:
+            inspect.signature(called).bind(*CALLED_WITH)
+        except ValueError:  # some functions in C do not say what they take
+            pass
+        except TypeError as error:
             raise InputError(
-                f"objective is a {type(objective).__name__} of {package}, which is called with other arguments; give "
-                f"{', '.join(OBJECTIVES)}, or a function of (embeddings, text_ids, all_embeddings, all_text_ids, first_row)"
-            )
+                f"objective is {described(objective)}, which cannot be called with ({', '.join(CALLED_WITH)}): {error}; give "
+                f"{', '.join(OBJECTIVES)}, or a function of these"
+            ) from error
     return as_objective(objective)
 
 

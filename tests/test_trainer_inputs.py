@@ -13,7 +13,7 @@ import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from transformers import BertModel, EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import BertModel, DataCollatorWithPadding, EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
 from worker import STS, WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, Source
@@ -224,7 +224,9 @@ def saved(folder) -> SentenceTransformer:
         ({"objective": "simcse"}, ["the text 'simcse'", "SimCSE()"]),
         ({"objective": SimCSE}, ["the class SimCSE", "SimCSE()"]),
         ({"objective": 3}, ["objective is a int"]),
-        ({"objective": torch.nn.CrossEntropyLoss()}, ["CrossEntropyLoss of torch", "function of (embeddings"]),
+        ({"objective": torch.nn.CrossEntropyLoss()}, ["a CrossEntropyLoss, which cannot be called with (embeddings", "SimCSE"]),
+        ({"objective": lambda embeddings: embeddings.sum()}, ["a function, which cannot be called with (embeddings"]),
+        ({"objective": DataCollatorWithPadding(quickstart_tokenizer())}, ["a DataCollatorWithPadding, which cannot be called"]),
         ({"callbacks": [3]}, ["callbacks holds a int"]),
         ({"callbacks": "mine"}, ["callbacks holds a str"]),
         ({"optimizers": 3}, ["optimizers is a int", "(optimizer, schedule)"]),

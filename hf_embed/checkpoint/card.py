@@ -45,6 +45,10 @@ RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds",
 # What Trainer calls the facts of a card, and what results.json does.
 FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
          "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip
+PROMPTS = (
+    "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`. Give other loaders, and servers that do not "
+    "know the prompts, texts that begin with them."
+)
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
 CODE = (
     "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
@@ -411,7 +415,7 @@ def prompts_section(encoder: Encoder) -> str:
     """Return the prompts by name."""
     default = encoder.default_prompt_name
     lines = [f"{name:9} {text!r}{' (the default)' * (name == default)}" for name, text in encoder.prompts.items()]
-    return code_section("Prompts", lines, "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`.")
+    return code_section("Prompts", lines, PROMPTS)
 
 
 def limits_section(encoder: Encoder, results: Results) -> str:
