@@ -46,8 +46,8 @@ RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds",
 FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
          "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip
 PROMPTS = (
-    "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`. Give other loaders, and servers that do not "
-    "know the prompts, texts that begin with them."
+    "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`. Give other loaders, and servers that "
+    "do not know the prompts, texts that begin with them."
 )
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
 CODE = (
@@ -383,23 +383,23 @@ def training_section(train: dict[str, Any] | None) -> str:
     name = objective.pop("name")
     inner = inner_name(objective)
     lines = [
-        f"base model     {train['model']}",
-        f"trained on     {train['data']}, {train['rows']:,} rows",
-        f"objective      {name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": "),
+        f"base model  {train['model']}",
+        f"trained on  {train['data']}, {train['rows']:,} rows",
+        f"objective   {name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": "),
     ]
     equation = EQUATIONS.get(name) or EQUATIONS.get(inner, "")
-    lines += [f"               {equation}"] if equation else []
-    lines += [f"steps          {train['steps']:,}, each on a batch of {train['batch_size']:,} rows"]
+    lines += [f"            {equation}"] if equation else []
+    lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows each"]
     if train.get("loss") is not None:
-        lines.append(f"mean loss      {train['loss']:.4g}")
+        lines.append(f"mean loss   {train['loss']:.4g}")
     settings = train.get("settings", {})
     if train.get("learning_rate") is not None and "learning_rate" not in settings:
-        lines.append(f"learning rate  {train['learning_rate']:g}")
-    lines += [f"setting        {key} {value}" for key, value in settings.items()]
-    lines.append(f"seed           {train['seed']}")
+        lines.append(f"setting     learning_rate {train['learning_rate']:g}")
+    lines += [f"setting     {key} {value}" for key, value in settings.items()]
+    lines.append(f"seed        {train['seed']}")
     if train.get("hardware"):
-        lines.append(f"time           {duration(train['seconds'])} on {train['hardware']}")
-    lines.append("software       " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
+        lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}")
+    lines.append("software    " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
     return code_section("Training", lines)
 
 
