@@ -5,6 +5,7 @@ from hf_embed.checkpoint.card import write_card
 from hf_embed.data.mixture import Source
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.pair_classification import PairClassification
 from hf_embed.evaluation.reranking import Reranking
 from hf_embed.evaluation.retrieval import Retrieval
@@ -16,13 +17,13 @@ from hf_embed.search import semantic_search
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.vector_files import write_vectors
-
-__version__ = "0.1.0"
+from hf_embed.version import __version__
 
 __all__ = [
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
     "Encoder",
+    "HeldOut",
     "ImprovedContrastive",
     "InputError",
     "Matryoshka",
@@ -34,6 +35,7 @@ __all__ = [
     "TempScaleConfig",
     "Triplets",
     "ZeroShot",
+    "__version__",
     "apply_tempscale",
     "fold_tempscale",
     "mine_hard_negatives",

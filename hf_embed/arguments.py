@@ -1,8 +1,10 @@
 """Settings. `ContrastiveTrainingArguments` is for every user of the trainer; the other dataclasses are what recipes add."""
 
+import dataclasses
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from transformers import TrainingArguments
@@ -10,7 +12,7 @@ from transformers.integrations import is_tensorboard_available
 
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
-from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before
+from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before, refuse_other_fields
 
 
 @dataclass
@@ -68,8 +70,6 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_before(self)
-        if self.pooling is not None:
-            check_pooling(self.pooling)
         chosen = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in METRIC_SCHEDULES
         if chosen and self.metric_for_best_model is None:
             self.metric_for_best_model = "auto"  # the trainer knows the sets
@@ -87,6 +87,12 @@ class ContrastiveTrainingArguments(TrainingArguments):
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             raise InputError(" ".join(str(error).split())) from error
         check_after(self)
+        self._check_own()
+
+    def _check_own(self) -> None:
+        """Read the prompts, and raise InputError for what is wrong with the fields that TrainingArguments does not have."""
+        if self.pooling is not None:
+            check_pooling(self.pooling)
         if isinstance(self.prompts, str):
             with suppress(json.JSONDecodeError):
                 self.prompts = json.loads(self.prompts)
@@ -96,6 +102,34 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
         if not 0 <= self.source_alpha <= 1:
             raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
+
+    @classmethod
+    def of(cls, args: TrainingArguments, has_loss: bool = False) -> Self:
+        """Return plain `TrainingArguments` with the fields that an embedding model needs besides, at their defaults.
+
+        Every value stays as it is: what `TrainingArguments` has derived is not derived again. Only where the loss would choose
+        the model, which is transformers' default, and no evaluation set logs a loss, the sets' own metric chooses it.
+
+        Args:
+            args: of `TrainingArguments` or a class derived from it, whose own fields are at their defaults.
+            has_loss: whether an evaluation set logs a loss.
+
+        Raises:
+            InputError: a setting that cannot be had here.
+        """
+        refuse_other_fields(args)
+        made = object.__new__(cls)
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        others = {field.name for field in dataclasses.fields(args)} - known
+        own = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in known}
+        vars(made).update(own | {name: value for name, value in vars(args).items() if name not in others})
+        check_before(made)
+        if made.ddp_find_unused_parameters is None:
+            made.ddp_find_unused_parameters = False
+        if made.metric_for_best_model in ("loss", "eval_loss") and not has_loss:
+            made.metric_for_best_model, made.greater_is_better = "auto", True
+        check_after(made)
+        return made
 
     def to_dict(self) -> dict:
         """Return the settings for logs (TensorBoard, wandb and the like), without tokens."""

@@ -47,7 +47,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.checkpoint.files import read_json
-from hf_embed.data.sources import row_texts, text_columns, unformatted
+from hf_embed.data.columns import text_columns
+from hf_embed.data.labelled import as_pairs
+from hf_embed.data.python_rows import RowData, as_rows
+from hf_embed.data.sources import rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -106,7 +109,7 @@ class MiningArguments:
 
 
 def mine_hard_negatives(
-    dataset: Dataset | Sequence[dict[str, str]] | Any,
+    dataset: RowData,
     encoder: Encoder,
     corpus: Iterable[str] = (),
     output_file: str | Path | None = None,
@@ -117,12 +120,12 @@ def mine_hard_negatives(
     """Return pairs with hard negatives. On several ranks each calls this, with an `output_file` that all can write.
 
     Args:
-        dataset: pairs, in two columns of a `Dataset` or a DataFrame, or a list of dicts; rows with the same anchor are answers
-            of one query, and no negatives of each other.
+        dataset: pairs, in two columns of a `Dataset` or of what `hf_embed.data.python_rows` makes one of, a DataFrame for
+            example; rows with the same anchor are answers of one query, and no negatives of each other.
         encoder: what finds the negatives, by the cosine, with its prompts "query" and "document".
         corpus: texts to choose negatives from, besides the pairs' own.
         output_file: a jsonl to write the rows to as well. A run that is stopped then goes on where it was.
-        anchor_column_name: the column of queries; default: anchor, query or sent0, as in training.
+        anchor_column_name: the column of queries; default: as in training.
         positive_column_name: the column of their answers; default: the one that belongs to it.
         rules: fields of `MiningArguments`: num_negatives, relative_margin, range_min, sampling_strategy ...
 
@@ -140,18 +143,7 @@ def mine_hard_negatives(
     args = MiningArguments(**rules)
     if output_file is None and get_world_size() > 1:
         raise InputError("mine_hard_negatives on several ranks: give output_file, which all of them can write")
-    table = as_table(dataset)
-    names = [anchor_column_name, positive_column_name]
-    if None in names:
-        names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
-    columns = [str(name) for name in names]
-    if missing := [column for column in columns if column not in table.column_names]:
-        raise InputError(f"dataset: no column '{missing[0]}'; found {', '.join(table.column_names)}")
-    table = unformatted(table.select_columns(columns))
-    pairs = []
-    for number, row in enumerate(table, 1):
-        query, document = row_texts(row, columns, f"dataset, row {number}")
-        pairs.append((query, document))
+    pairs, columns = read_dataset(dataset, anchor_column_name, positive_column_name)
 
     def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
         return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))
@@ -163,21 +155,33 @@ def mine_hard_negatives(
             negatives = [json.loads(line)["negatives"] for line in file]
     if get_rank() == 0:
         logger.log(logging.WARNING if counts["fewer"] else logging.INFO, "; ".join(describe(counts)))
-    return table.add_column("negatives", pyarrow.array(negatives, pyarrow.list_(pyarrow.string())))
+    mined = Dataset.from_dict(dict(zip(columns, map(list, zip(*pairs)))))
+    return mined.add_column("negatives", pyarrow.array(negatives, pyarrow.list_(pyarrow.string())))
 
 
-def as_table(rows: Dataset | Sequence[dict[str, str]] | Any) -> Dataset:
-    """Return rows as a table. Raises InputError for what has none, or has several."""
-    if isinstance(rows, Dataset):
-        return rows
-    if hasattr(rows, "iloc"):
-        return Dataset.from_pandas(rows, preserve_index=False)
-    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(
-            f"mine_hard_negatives: the rows are of the type {type(rows).__name__}; give a Dataset (one split of it), a "
-            "DataFrame or a list of dicts"
-        )
-    return Dataset.from_list(list(rows))
+def read_dataset(
+    dataset: RowData, anchor_column: str | None = None, positive_column: str | None = None
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the pairs of a table, of a row with several positives each, and the names of the two columns.
+
+    Raises:
+        InputError: no such columns, an empty text, or a stream.
+    """
+    table = as_rows(dataset, "dataset")
+    if not isinstance(table, Dataset):
+        raise InputError("dataset: hard negatives are searched among all rows, which a stream has not; give a Dataset")
+    table = unformatted(table)
+    names = [anchor_column, positive_column]
+    if None in names:
+        table = as_pairs(table, "dataset", paired=True)
+        names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
+    columns = [str(name) for name in names]
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise InputError(f"dataset: no column '{missing[0]}'; found {', '.join(table.column_names)}")
+    pairs = []
+    for number, row in enumerate(table.select_columns(columns), 1):
+        pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"dataset, row {number}")]
+    return pairs, columns
 
 
 def write_hard_negatives(

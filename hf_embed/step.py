@@ -203,7 +203,7 @@ def make_encoder(
         InputError: there is no model, or no tokenizer; adapters that cannot be merged; a setting that the model cannot have.
     """
     if model is None:
-        raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel or an Encoder")
+        raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel, an Encoder, or the name or folder of one")
     check_adapters(model.backbone if isinstance(model, Encoder) else model)
     settings: dict[str, Any] = {
         "pooling": args.pooling,
@@ -217,9 +217,10 @@ def make_encoder(
         if "prompts" in given:  # which speak of queries and documents alone
             others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
             given["prompts"] = others | given["prompts"]
-        if all(own[key] == value for key, value in given.items()):
+        tokenizer = tokenizer or model.tokenizer
+        if tokenizer is model.tokenizer and all(own[key] == value for key, value in given.items()):
             return model
-        return Encoder(model.backbone, model.tokenizer, **(own | given))
+        return Encoder(model.backbone, tokenizer, **(own | given))
     if tokenizer is None:
         raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
     encoder = Encoder(model, tokenizer, **given)

@@ -6,64 +6,66 @@ of embeddings, a row for each row of the data -> one gather -> the objective on 
 Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
 """
 
-import copy
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
-from transformers.trainer_utils import HubStrategy, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_embed import trainer_inputs as inputs
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.mixture import Mixture
-from hf_embed.data.training_rows import EpochDataLoader, TrainData, batch_sampler, check_objective, tokenize_all
+from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows
-from hf_embed.encoder import Encoder, embed_texts
+from hf_embed.encoder import embed_texts
 from hf_embed.errors import InputError, without_secrets
-from hf_embed.evaluation.sts import EvalData, named_tasks
+from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
-from hf_embed.library_internals import PushInProgress, memory_tracker, save_without_push, train_batch_size
+from hf_embed.hub_trainer import HubTrainer
+from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.mlm import mask_tokens
-from hf_embed.objectives import Objective, SimCSE, as_objective
-from hf_embed.step import TrainingStep, add_own_parameters, make_step
-from hf_embed.trainer_settings import check_batch, check_settings, check_training, warn_of_ignored
+from hf_embed.objectives import Objective
+from hf_embed.preview import preview
+from hf_embed.step import add_own_parameters, make_step
+from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
+from hf_embed.trainer_settings import check_settings, warn_of_ignored
+from hf_embed.training_record import origin_of, training_results
 from hf_embed.watch import Progress, Watch
 
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(Trainer):
+class ContrastiveTrainer(HubTrainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
-        model: a `PreTrainedModel`, a PEFT model around one, an `Encoder`, or the `TrainingStep` of an earlier training
-            (`trainer.step`), whose heads stay.
-        args: `ContrastiveTrainingArguments`; pooling, max_length, normalize and prompts given there go to the encoder.
+        model: the name or folder of a model, loaded by `Encoder.from_pretrained` in float32; a `PreTrainedModel`, a PEFT model
+            around one, an `Encoder`, or the `TrainingStep` of an earlier training (`trainer.step`), whose heads stay.
+        args: `ContrastiveTrainingArguments`; pooling, max_length, normalize and prompts given there go to the encoder. Plain
+            `TrainingArguments` keep their values.
         objective: e.g. `SimCSE(temperature=0.05)`, the default.
         train_dataset: a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or text alone
-            (`hf_embed.data.sources` lists what is accepted), tokenized here, once; or many sources, each batch of one of
-            them: a dict of datasets by name, or a list of `Source`. An `IterableDataset` is streamed.
-        eval_dataset: an STS set, a `datasets.Dataset` with sentence1, sentence2 and score; another task, e.g. a `Retrieval`
-            (`hf_embed.evaluation.tasks`); or a dict of these by name.
-        processing_class: the tokenizer (an `Encoder` brings its own).
+            (`hf_embed.data.sources` lists what is accepted), tokenized here, once; a pandas DataFrame, a list or the path of
+            a file (`hf_embed.data.python_rows`); or many sources, each batch of one of them: a dict of these by name, or a
+            list of `Source`. An `IterableDataset` is streamed.
+        eval_dataset: rows as for `train_dataset`: with sentence1, sentence2 and score an STS set, with anchor and positive
+            held-out rows, of which `eval_loss` is the objective's loss (`hf_embed.evaluation.held_out`); another task, e.g. a
+            `Retrieval` (`hf_embed.evaluation.tasks`); or a dict of these by name.
+        processing_class: the tokenizer, or its name (an `Encoder` and a named model bring their own).
         callbacks, optimizers: as for `Trainer`.
 
     Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each STS set (`eval_NAME_ndcg@10`
@@ -79,62 +81,58 @@ class ContrastiveTrainer(Trainer):
     model: nn.Module  # as it is placed: under FSDP this one has its weights together
     eval_dataset: dict[str, Task] | None
     objective: Objective
-    push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
+    describes_itself = True  # whether `save_model` writes what it knows of the training: recipes report more, themselves
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
     def __init__(
         self,
-        model: PreTrainedModel | Encoder | TrainingStep | None = None,
-        args: ContrastiveTrainingArguments | None = None,
+        model: Model | None = None,
+        args: TrainingArguments | None = None,
         objective: Objective | Callable[..., Tensor] | None = None,
-        train_dataset: TrainData | None = None,
-        eval_dataset: EvalData | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: TrainRows | None = None,
+        eval_dataset: EvalSets | None = None,
+        processing_class: PreTrainedTokenizerBase | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         train_name: str = "train_dataset",
         paired: bool | None = None,
+        **unknown: Any,
     ):
-        # A copy, for some settings follow from the data and the model: the caller's object stays as it is.
-        args = copy.copy(args or ContrastiveTrainingArguments("tmp_trainer"))
-        tasks = named_tasks(eval_dataset)
+        inputs.refuse_unknown(unknown, list(ContrastiveTrainer.__init__.__annotations__))
+        tasks = inputs.as_tasks(eval_dataset)
+        args = inputs.as_arguments(args, tasks)
         check_settings(args, tasks)
-        self.objective = as_objective(objective or SimCSE())
-        self.step = make_step(model, processing_class, args, self.objective)
+        self.objective = inputs.checked_objective(objective)
+        optimizers = inputs.checked_optimizers(optimizers)
+        rows = inputs.as_train_data(train_dataset, train_name)
+        self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
-        rows, views = self._read_rows(train_dataset, args, train_name, paired)
+        tokens, views = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
+        tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:
-            warn_of_ignored(args)
-        self.watch = Watch(batches_alike=not isinstance(rows, Mixture))
+            warn_of_ignored(args, tasks)
+        self.origin = origin_of(train_dataset, train_name)
+        self.scored: dict[str, Task] = {}  # what has been evaluated, by name
+        self.scores_before: dict[str, float] = {}  # those of before the first step
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
         super().__init__(
             model=self.step,
             args=args,
             data_collator=RaggedCollator(views, args.same_dropout_mask),
-            train_dataset=rows,
+            train_dataset=tokens,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
-            callbacks=[self.watch, *(callbacks or [])],
+            callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
             optimizers=optimizers,
         )
         self.encoder.check_forward()  # as it will be trained: on this device, with its adapters and its temperature
         self.temperature: Tensor | None = None  # the learned one at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # of each source, since the last log
+        if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
+            logger.info("\n".join(self.preview()))
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
-
-    def _read_rows(
-        self, rows: TrainData | None, args: ContrastiveTrainingArguments, name: str, paired: bool | None
-    ) -> tuple[Dataset | Mixture | None, list[int]]:
-        """Tokenize and check the rows to train on. Returns them, and the number of texts in a row of each source."""
-        if rows is None:
-            return None, [2]
-        check_batch(args)
-        with args.main_process_first(desc="tokenizing"):
-            tokens, views = tokenize_all(rows, self.encoder, args, name, paired)
-        check_objective(self.objective, tokens, max(views), name)
-        check_training(args, self.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
-        return tokens, views
 
     # ---- the step ----
 
@@ -151,18 +149,7 @@ class ContrastiveTrainer(Trainer):
         sampler = batch_sampler(self.train_dataset, args, train_batch_size(self))
         if sampler.left_out:
             logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
-        return EpochDataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            in_order=args.dataloader_in_order,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
+        return make_loader(self.train_dataset, sampler, cast(RaggedCollator, self.data_collator), args)
 
     def compute_loss(
         self,
@@ -221,11 +208,17 @@ class ContrastiveTrainer(Trainer):
         """As Trainer's, without the learned temperature."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
+    def preview(self) -> list[str]:
+        """Return lines about the rows to train on, and two of them as the model reads them; see `hf_embed.preview`."""
+        if self.train_dataset is None:
+            return []
+        return preview(self.train_dataset, self.encoder, self.origin.name, self.args.same_dropout_mask)
+
     # ---- evaluation ----
 
     def evaluate(
         self,
-        eval_dataset: EvalData | str | None = None,
+        eval_dataset: EvalSets | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -239,19 +232,17 @@ class ContrastiveTrainer(Trainer):
         Raises:
             InputError: there is no evaluation set.
         """
-        tasks = self.eval_dataset or {}
-        if isinstance(eval_dataset, str):
-            tasks = {eval_dataset: tasks[eval_dataset]}
-        elif eval_dataset is not None:
-            tasks = named_tasks(eval_dataset)
-        if not tasks:
-            raise InputError("evaluation needs an eval_dataset with the columns sentence1, sentence2 and score")
+        tasks = inputs.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.objective)
         memory = memory_tracker(self)
         memory.start()
         self.model.eval()
         with torch.inference_mode():
-            scores = score_tasks(tasks, self._embed)
+            scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
+        if metric_key_prefix == "eval":
+            self.scored |= tasks
+            if not self.state.global_step:
+                self.scores_before |= metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         memory.stop_and_update_metrics(metrics)
@@ -271,9 +262,10 @@ class ContrastiveTrainer(Trainer):
         if not args.should_save:
             return
         folder = str(output_dir or args.output_dir)
-        final = Path(folder) == Path(str(args.output_dir))
+        final = not Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        results = training_results(self) if final else {}
         of_encoder = None if state_dict is None else with_file_names(state_dict)
-        save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder)
+        save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder, results=results)
         if not final:
             save_training_tensors(folder, self.step, self.encoder, state_dict or self.step.state_dict())
         torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))
@@ -291,55 +283,3 @@ class ContrastiveTrainer(Trainer):
         best = str(self.state.best_model_checkpoint)
         logger.info(f"taking the best model, {best} ({self.state.best_metric:.2f})")
         self._load_from_checkpoint(best)
-
-    # ---- the Hub ----
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
-        hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
-
-    def push_to_hub(  # type: ignore[override]  # it takes nothing for Trainer's own card, and returns the commit's address
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> str | Future[str] | None:
-        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
-
-        Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
-        """
-        args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
-        save_without_push(self)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        push = partial(
-            hub.push_folder, str(args.output_dir), str(self.hub_model_id), bool(private or args.hub_private_repo),
-            revision or args.hub_revision, commit_message=str(commit_message), token=token or args.hub_token,
-        )  # fmt: skip
-        return push() if blocking else HfApi().run_as_future(push)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
-        args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress is not None:
-            if not self.push_in_progress.is_done() and not args.hub_always_push:
-                return
-            self._finish_current_push()
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, str(self.hub_model_id), args, self.state.global_step)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        hub.finish_push(self.push_in_progress, self.args)
-        self.push_in_progress = None
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the card that `save_model` wrote; Trainer's own would replace it."""

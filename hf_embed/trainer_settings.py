@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
 from hf_embed.library_internals import use_one_gpu
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
@@ -55,8 +56,8 @@ REFUSED = {
 }
 
 IGNORED = {
-    "per_device_eval_batch_size": "texts are evaluated in chunks of chunk_tokens",
-    "prediction_loss_only": "evaluation has metrics alone, and no loss",
+    "per_device_eval_batch_size": "without held-out rows there are no batches; texts are evaluated in chunks of chunk_tokens",
+    "prediction_loss_only": "every evaluation set gives its metrics",
     "include_for_metrics": "evaluation sets compute their own metrics",
     "batch_eval_metrics": "evaluation sets compute their own metrics",
     "eval_do_concat_batches": "evaluation sets compute their own metrics",
@@ -81,6 +82,13 @@ LOADER = {
     "non_blocking": ((False,), "batches are not copied by accelerate"),
 }
 
+# Fields that other libraries' training arguments have, and what is there for them here; others are to be left out.
+OTHERS = {
+    "prompts": 'give ContrastiveTrainingArguments(prompts={"query": "...", "document": "..."})',
+    "batch_sampler": "leave it out: a text that stands twice in a batch is no negative of itself here",
+    "multi_dataset_batch_sampler": "leave it out: ContrastiveTrainingArguments(source_alpha=) says how often a source is drawn",
+}
+
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # those that read the metric
 NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that Trainer checks when it makes them
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
@@ -91,6 +99,18 @@ def changed_from_default(args: TrainingArguments, name: str) -> bool:
     field = TrainingArguments.__dataclass_fields__[name]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return getattr(args, name) not in (default, [], None)  # what TrainingArguments and its parser make of ""
+
+
+def refuse_other_fields(args: TrainingArguments) -> None:
+    """Raise InputError for a field of a class derived from TrainingArguments that is set: nothing here would read it."""
+    kind = type(args).__name__
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for field in dataclasses.fields(args):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = getattr(args, field.name)
+        if field.name not in known and value is not default and value != default and value not in (None, [], {}):
+            mend = OTHERS.get(field.name, "leave it out, or give ContrastiveTrainingArguments")
+            raise InputError(f"args: {field.name} is {value!r}, a setting of {kind} that means nothing here; {mend}")
 
 
 def check_before(args: TrainingArguments) -> None:
@@ -216,6 +236,10 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
         return
     if args.metric_for_best_model == "auto":
         args.metric_for_best_model = main_metric(tasks)
+        if args.metric_for_best_model == "loss":
+            args.greater_is_better = False
+            if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
+                args.lr_scheduler_kwargs = cast(dict, args.lr_scheduler_kwargs or {}) | {"mode": "min"}
     names = metric_names(tasks)
     if args.metric_for_best_model.removeprefix("eval_") not in names:
         raise InputError(
@@ -254,10 +278,16 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
         raise InputError(f"eval_delay is {args.eval_delay:g}, and the run ends at {end}: nothing would be evaluated; lower it")
 
 
-def warn_of_ignored(args: TrainingArguments) -> None:
+def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     """Name the settings that have no effect."""
+    kinds = {task.kind for task in tasks.values()}
+    read = set()
+    if HeldOut.kind in kinds:
+        read.add("per_device_eval_batch_size")
+    if kinds == {HeldOut.kind}:
+        read.add("prediction_loss_only")  # there is nothing else
     for name, reason in IGNORED.items():
-        if changed_from_default(args, name) and not (name == "do_eval" and args.eval_strategy != "no"):
+        if name not in read and changed_from_default(args, name) and not (name == "do_eval" and args.eval_strategy != "no"):
             logger.warning(f"{name} has no effect: {reason}")
     if args.eval_steps and args.eval_strategy == "no":
         logger.warning("eval_steps has no effect: eval_strategy is no; set it to steps")

@@ -12,10 +12,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_embed.checkpoint.card import duration, is_generated, model_card, write_card
 from hf_embed.checkpoint.tables import comparison_table
-from hf_embed.kit.plan import on_the_hub
-from hf_embed.kit.report import shown
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS
+from hf_embed.training_record import on_the_hub, shown
 
 TRAIN = {
     "model": "google-bert/bert-base-uncased", "base_model": "google-bert/bert-base-uncased",

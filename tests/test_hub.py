@@ -370,7 +370,7 @@ def test_a_checkpoint_that_does_not_arrive_does_not_end_the_training(server, tmp
     server.faults.clear()
     run.push_to_hub()
     assert "a checkpoint did not reach the Hub: this token may not write there" in caplog.text
-    assert set(server.files("user/mine")) == OF_THE_MODEL - {"results.json", "2_Normalize/config.json"}
+    assert set(server.files("user/mine")) == OF_THE_MODEL - {"2_Normalize/config.json"}
 
 
 @pytest.mark.slow

@@ -331,8 +331,8 @@ def test_what_the_public_function_refuses(tmp_path):
         mine_hard_negatives, [*rows, {"query": " ", "positive": "a"}], encoder
     )
     assert "found the columns left, right" in error_of(mine_hard_negatives, [{"left": "a", "right": "b"}], encoder)
-    for wrong in (DatasetDict({"train": Dataset.from_list(rows)}), [("a", "b")], "pairs.csv"):
-        assert "give a Dataset (one split of it), a DataFrame or a list of dicts" in error_of(
-            mine_hard_negatives, wrong, encoder
-        )
+    splits = DatasetDict({"train": Dataset.from_list(rows)})
+    assert "choose one of its splits, train" in error_of(mine_hard_negatives, splits, encoder)
+    assert "pairs.csv: no such file" in error_of(mine_hard_negatives, "pairs.csv", encoder)
+    assert "give a datasets.Dataset, a pandas DataFrame" in error_of(mine_hard_negatives, 3, encoder)
     assert "no column 'ask'" in error_of(mine_hard_negatives, rows, encoder, anchor_column_name="ask")

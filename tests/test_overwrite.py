@@ -67,7 +67,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(
     ("failure", "target"),
-    [("model", "hf_embed.kit.models.load_encoder"), ("evaluation", "hf_embed.trainer.score_tasks"),
+    [("model", "hf_embed.trainer_inputs.load_encoder"), ("evaluation", "hf_embed.trainer.score_tasks"),
      ("first forward", "hf_embed.encoder.Encoder.forward"), ("first optimizer step", "torch.optim.AdamW.step")],
 )  # fmt: skip
 def test_nothing_is_lost_before_the_first_step_is_done(old, monkeypatch, failure, target):

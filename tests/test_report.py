@@ -6,8 +6,9 @@ from datasets import Dataset
 
 from hf_embed import ContrastiveTrainingArguments, Matryoshka, SimCSE
 from hf_embed.kit.plan import ModelArguments, Plan, PositiveArguments, RunArguments
-from hf_embed.kit.report import RESULT_SETTINGS, changed, settings_of
+from hf_embed.kit.report import changed
 from hf_embed.trainer_settings import IGNORED, REFUSED
+from hf_embed.training_record import RESULT_SETTINGS, settings_of
 
 KINDS = (ModelArguments, ContrastiveTrainingArguments, PositiveArguments)
 # The same result with other values: where files go, what is logged, saved, evaluated and uploaded, on what hardware; and what

@@ -7,6 +7,7 @@ HTML.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -16,15 +17,26 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_embed.checkpoint.files import read_json, read_text, write_whole
-from hf_embed.checkpoint.layout import DenseModule, modules_of, of_kind
+from hf_embed.checkpoint.layout import (
+    DenseModule,
+    NormalizeModule,
+    PoolingModule,
+    TransformerModule,
+    modules_of,
+    of_kind,
+)
 from hf_embed.checkpoint.tables import Results, comparison_table, mteb_table, seeds_table, sweep_table
 from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
 from hf_embed.objectives import OBJECTIVES
-from hf_embed.pooling import POOLINGS, Dense, saved_pooling
+from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
 from hf_embed.text_models import loading_class
 
+logger = logging.getLogger(__name__)
+
+TITLE = "Text embeddings"
 EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
@@ -41,6 +53,14 @@ AS_SENTENCE_TRANSFORMERS = {
         "reranking", "Reranking", {"rerank_map": "map", "rerank_mrr@10": "mrr_at_10", "rerank_ndcg@10": "ndcg_at_10"},
     ),
 }  # fmt: skip
+RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card"}  # of results.json
+# What Trainer calls the facts of a card, and what results.json does.
+FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
+         "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip
+PROMPTS = (
+    "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`. Give other loaders, and servers that "
+    "do not know the prompts, texts that begin with them."
+)
 FOLDER = "FOLDER"  # what the snippets load, until the model has a name
 CODE = (
     "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
@@ -50,7 +70,15 @@ MARK = "<!-- hf_embed made this card: {} -->"
 TEXTS = ["a cat", "a dog sleeping by the fire"]  # which the snippets encode
 
 
-def write_card(encoder: Encoder, folder: str | Path, results: Results | None = None, overwrite: bool = False) -> None:
+def write_card(
+    encoder: Encoder,
+    folder: str | Path,
+    results: Results | None = None,
+    overwrite: bool = False,
+    title: str | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+) -> None:
     """Make the card of `folder`, unless someone has written or changed one there.
 
     Args:
@@ -58,12 +86,17 @@ def write_card(encoder: Encoder, folder: str | Path, results: Results | None = N
         folder: where README.md goes.
         results: as in results.json, which is read if they are not given.
         overwrite: make it even then.
+        title: its title; default: that of the card before, else "Text embeddings". It is kept in results.json, as are
+        language: of the texts, as the Hub writes it, and
+        license: the same.
     """
     path = Path(folder, "README.md")
     if path.is_file() and not overwrite and not is_generated(read_text(path)):
         return
     if results is None:
         results = stored_results(folder)
+    if named := {key: value for key, value in (("title", title), ("language", language), ("license", license)) if value}:
+        results = keep_results(folder, results | {"card": results.get("card", {}) | named})
     write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
 
 
@@ -92,14 +125,30 @@ def digest(text: str) -> str:
 
 
 def stored_results(folder: str | Path) -> Results:
-    """Return what results.json in `folder` holds; {} without the file."""
+    """Return what results.json in `folder` holds; {} without the file, and of one that is not of this package."""
     path = Path(folder, "results.json")
-    return read_json(path) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) and found.keys() <= RESULT_KEYS else {}
+
+
+def keep_results(folder: str | Path, results: Results) -> Results:
+    """Write results.json in `folder`, unless a file of that name there is another's; return the results.
+
+    What a card before was named by (its title, language and license) stays.
+    """
+    path, before = Path(folder, "results.json"), stored_results(folder)
+    if card := before.get("card", {}) | results.get("card", {}):
+        results = results | {"card": card}
+    if before or not path.is_file() or read_json(path) == {}:
+        store_results(folder, results)
+    else:
+        logger.warning(f"{path} is not a file of this package and stays as it is; the card says what the training has to say")
+    return results
 
 
 def store_results(folder: str | Path, results: Results) -> None:
     """Write results.json in `folder`."""
-    write_whole(Path(folder, "results.json"), json.dumps(results, indent=2) + "\n")
+    write_whole(Path(folder, "results.json"), json.dumps(results, indent=2, default=str) + "\n")
 
 
 def model_card(encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER) -> str:
@@ -116,20 +165,21 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
         results_section(results, picture),
         sweep_section(encoder, results.get("tempscale")),
         code_section("MTEB", mteb_table(results.get("mteb", []))),
-        training_section(results.get("train")),
+        training_section(facts(results) if results.get("train") else None),
         prompts_section(encoder),
         limits_section(encoder, results),
         papers_section(encoder, results),
     ]
     fields = {
         "metadata": metadata(results),
-        "title": "Text embeddings",
+        "title": plain(facts(results).get("title") or TITLE),
         "architecture": type(encoder.base).__name__,
         "parameters": f"{sum(parameter.numel() for parameter in encoder.base.parameters()):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
-        "pooling": saved_pooling(encoder.pooling),
+        "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",
         "normalize": normalize_note(encoder),
+        "servers": f"\n**{note}**\n" if (note := served_otherwise(encoder)) else "",
         "tempscale": tempscale_note(encoder),
         "sections": "\n".join(f"\n{section}" for section in sections if section),
     }
@@ -191,24 +241,47 @@ def normalize_note(encoder: Encoder) -> str:
         note += f", of which the first {encoder.dimension} numbers are kept (`truncate_dim`)"
     if encoder.similarity_fn_name != "cosine":
         return f"{note}; its similarity function is `{encoder.similarity_fn_name}`"
-    return note if encoder.normalize and not encoder.truncate_dim else f"{note}; compare with the cosine"
+    return note if encoder.normalize and not encoder.truncate_dim else f"{note}; compare them with the cosine"
 
 
 # ---- metadata that the Hub reads ----
 
 
+def facts(results: Results) -> dict[str, Any]:
+    """Return what is known of the training, and what the card was named by, which goes before it."""
+    return results.get("train", {}) | results.get("card", {})
+
+
+def card_facts(named: dict[str, Any]) -> dict[str, Any]:
+    """Return facts that are named as `Trainer.create_model_card` names them by their names in results.json.
+
+    Raises:
+        InputError: a name that there is not.
+    """
+    if unknown := sorted(named.keys() - FACTS.keys()):
+        raise InputError(f"create_model_card has no argument {unknown[0]}; the card takes {', '.join(FACTS)}")
+    return {FACTS[key]: value for key, value in named.items() if value is not None}
+
+
+def rename_card(encoder: Encoder, folder: str, named: dict[str, Any]) -> None:
+    """Make the card in `folder` anew with these facts, if there is one."""
+    if Path(folder, "README.md").is_file():
+        write_card(encoder, folder, keep_results(folder, stored_results(folder) | {"card": named}))
+
+
 def metadata(results: Results) -> str:
     """Return the card's first lines, in YAML."""
-    train = results.get("train", {})
+    train = facts(results)
+    tags = [train["tags"]] if isinstance(train.get("tags"), str) else train.get("tags") or []
     about = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "hf_embed"],
+        tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "hf_embed", *tags],
         base_model=train.get("base_model"),
         datasets=train.get("datasets") or None,
         language=train.get("language") or None,
         license=train.get("license") or None,
-        model_name="Text embeddings",
+        model_name=train.get("title") or TITLE,
         eval_results=eval_results(results) or None,
     )
     return f"---\n{about.to_yaml()}\n---"
@@ -255,6 +328,34 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
 
 
+def plain(text: str) -> str:
+    """Return a user's text as one line in which nothing is Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", one_line(text)).strip()
+
+
+# ---- what servers give ----
+
+
+def served_otherwise(encoder: Encoder) -> str:
+    """Say how the vectors of a server that reads no module but 1_Pooling differ from the encoder's; "" if they do not.
+
+    What a server does not read is every module behind or before the pooling, but for the last one's unit length, which changes
+    no cosine.
+    """
+    known = (TransformerModule, PoolingModule, NormalizeModule)
+    unread = [module.path for module in modules_of(encoder, {}) if not isinstance(module, known)]
+    if not unread:
+        return ""
+    pooling = POOLINGS[saved_pooling(encoder.pooling)]
+    simple = find_pooling(pooling.flag)
+    mend = "" if simple == pooling.name else f", or train with the pooling {simple}"
+    return (
+        "Servers that read only 1_Pooling/config.json, such as text-embeddings-inference, pool this model by "
+        f"{pooling.mode} and leave out {' and '.join(unread)}, so their vectors differ from its own (pooling {pooling.name}): "
+        f"load it as the card shows{mend}."
+    )
+
+
 # ---- sections; each "" where there is nothing to say ----
 
 
@@ -297,17 +398,23 @@ def training_section(train: dict[str, Any] | None) -> str:
     name = objective.pop("name")
     inner = inner_name(objective)
     lines = [
-        f"from        {train['model']}",
-        f"on          {train['data']}, {train['rows']:,} rows",
-        f"objective   {name}: " + ", ".join(f"{key} {value}" for key, value in objective.items()),
+        f"base model  {train['model']}",
+        f"trained on  {train['data']}, {train['rows']:,} rows",
+        f"objective   {name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": "),
     ]
     equation = EQUATIONS.get(name) or EQUATIONS.get(inner, "")
     lines += [f"            {equation}"] if equation else []
-    lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows", f"seed        {train['seed']}"]
-    lines += [f"set         {key} {value}" for key, value in train.get("settings", {}).items()]
+    lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows each"]
+    if train.get("loss") is not None:
+        lines.append(f"mean loss   {train['loss']:.4g}")
+    settings = train.get("settings", {})
+    if train.get("learning_rate") is not None and "learning_rate" not in settings:
+        lines.append(f"setting     learning_rate {train['learning_rate']:g}")
+    lines += [f"setting     {key} {value}" for key, value in settings.items()]
+    lines.append(f"seed        {train['seed']}")
     if train.get("hardware"):
-        lines.append(f"took        {duration(train['seconds'])} on {train['hardware']}")
-    lines.append("with        " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
+        lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}")
+    lines.append("software    " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
     return code_section("Training", lines)
 
 
@@ -323,7 +430,7 @@ def prompts_section(encoder: Encoder) -> str:
     """Return the prompts by name."""
     default = encoder.default_prompt_name
     lines = [f"{name:9} {text!r}{' (the default)' * (name == default)}" for name, text in encoder.prompts.items()]
-    return code_section("Prompts", lines, "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`.")
+    return code_section("Prompts", lines, PROMPTS)
 
 
 def limits_section(encoder: Encoder, results: Results) -> str:
@@ -331,6 +438,8 @@ def limits_section(encoder: Encoder, results: Results) -> str:
     lines = [f"Texts are cut after {encoder.max_length} tokens."]
     if results.get("after") or results.get("mteb"):
         lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
+        if (step := results.get("train", {}).get("scored_step")) is not None:
+            lines.append(f"They were measured at step {step:,} of the training, before its end.")
     else:
         lines.append("It was not evaluated: measure on texts of your own first.")
     if (results.get("train", {}).get("chosen_by") or {}).get("metric"):

@@ -7,6 +7,8 @@ loader agree with the encoder itself (`hf_embed.checkpoint.verify`).
 
 import contextlib
 import copy
+import functools
+import logging
 import os
 import shutil
 import tempfile
@@ -18,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_embed.adapters import has_adapters, merge_adapters
-from hf_embed.checkpoint.card import write_card
+from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
+from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import verify_folder, verify_loadable
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -28,6 +31,8 @@ from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
+
+logger = logging.getLogger(__name__)
 
 # What an earlier save may have left that loaders would take before, or put on top of, the new weights.
 STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin*", "pytorch_model-*.bin", "adapter_*"]
@@ -39,6 +44,7 @@ def save_encoder(
     verify: bool = True,
     state_dict: dict[str, Tensor] | None = None,
     allow_runtime: bool = False,
+    results: Results | None = None,
 ) -> None:
     """Write `encoder` to `folder` as a plain checkpoint; adapters are merged into a copy first, TempScale is folded.
 
@@ -49,6 +55,8 @@ def save_encoder(
         state_dict: replaces the encoder's own (FSDP gathers it).
         allow_runtime: TempScale that cannot be folded stays out of the weights: this package's loader applies it, others do
             not, and the card says so.
+        results: what is known of the training, which the card says and results.json in the folder then holds; default: the
+            card says what results.json holds.
 
     Raises:
         ExportError: AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more
@@ -58,6 +66,7 @@ def save_encoder(
     runtime = needs_runtime(encoder, allow_runtime)
     if verify:
         verify_loadable(encoder)
+        warn_of_servers(served_otherwise(encoder))
     made = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     try:
@@ -67,12 +76,19 @@ def save_encoder(
             if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new, weights)
             put_in_place(new, folder)
-        write_card(encoder, folder)
+        write_card(encoder, folder, keep_results(folder, results) if results else None)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # not empty: someone else writes there
                 os.rmdir(folder)
         raise
+
+
+@functools.cache
+def warn_of_servers(note: str) -> None:
+    """Say, once, that servers would give other vectors; "" where they would not."""
+    if note:
+        logger.warning(note)
 
 
 def put_in_place(new: str, folder: str) -> None:

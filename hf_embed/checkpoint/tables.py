@@ -3,7 +3,7 @@
 `Results` is what results.json holds. The scores in it, `before` and `after` and of each of the `seeds`, are
 
     {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}},
-     "alignment": number, "uniformity": number}
+     "held_out": {set: {"loss": number}}, "alignment": number, "uniformity": number}
 
 and other kinds of sets as retrieval.
 """
@@ -25,13 +25,18 @@ Scores = dict[str, Any]
 
 
 def comparison_table(results: Results) -> list[str]:
-    """Return before -> after, a line for each evaluation set, then alignment and uniformity."""
-    before, after = labelled(results["before"]), labelled(results["after"])
-    width = max(map(len, before))
+    """Return before -> after, a line for each evaluation set, then alignment and uniformity; no more than is known."""
+    before, after = labelled(results.get("before", {})), labelled(results["after"])
+    width = max(map(len, after), default=0)
+    if not before:
+        return [f"{label:{width}}  {score:8.{digits_of(label)}f}" for label, score in after.items()]
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
-    for label, old in before.items():
-        new, digits = after[label], digits_of(label)
-        lines.append(f"{label:{width}}  {old:8.{digits}f}  {new:8.{digits}f}  {new - old:+8.{digits}f}")
+    for label, new in after.items():
+        old, digits = before.get(label), digits_of(label)
+        known = (
+            f"  {old:8.{digits}f}  {new:8.{digits}f}  {new - old:+8.{digits}f}" if old is not None else f"{new:20.{digits}f}"
+        )
+        lines.append(f"{label:{width}}{known}")
     return lines
 
 
@@ -80,7 +85,10 @@ def labelled(scores: Scores) -> dict[str, float]:
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
     for kind, (metric, label) in SHOWN.items():
         found |= {f"{name} ({label} x 100)": metrics[metric] for name, metrics in scores.get(kind, {}).items()}
-    for kind in [kind for kind in scores if kind not in ("sts", "alignment", "uniformity", *SHOWN)]:  # of users' own tasks
+    found |= {f"{name} (loss, lower is better)": metrics["loss"] for name, metrics in scores.get("held_out", {}).items()}
+    for kind in [
+        kind for kind in scores if kind not in ("sts", "alignment", "uniformity", "held_out", *SHOWN)
+    ]:  # of users' own tasks
         for name, metrics in scores[kind].items():
             metric = next(iter(metrics))
             found[f"{name} ({metric})"] = metrics[metric]

@@ -1,10 +1,13 @@
 """From what `train_dataset` may be to the batches of one rank."""
 
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
 
+from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, has_several_positives, make_mixture
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
@@ -109,3 +112,24 @@ class EpochDataLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """Let the batches be those of an epoch."""
         self.batch_sampler.set_epoch(epoch)
+
+
+def make_loader(
+    rows: Dataset | Mixture,
+    sampler: GlobalBatchSampler | SourceBatchSampler,
+    collator: RaggedCollator,
+    args: "ContrastiveTrainingArguments",
+) -> EpochDataLoader:
+    """Return a loader of this rank's batches, with the settings of `args`."""
+    return EpochDataLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )

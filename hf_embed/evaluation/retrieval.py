@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_embed.data.columns import text_columns
 from hf_embed.data.files import lines, parsed
-from hf_embed.data.sources import read_file, read_hub, row_texts, text_columns
+from hf_embed.data.sources import read_file, read_hub, row_texts
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from hf_embed.data.columns import plain
 from hf_embed.data.files import kind_of, shortened
 from hf_embed.data.sources import KINDS, is_list, read_file, read_hub
 from hf_embed.errors import InputError
@@ -41,11 +42,6 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
     return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-
-
-def plain(name: str) -> str:
-    """Return a column's name without case, spaces, hyphens and underscores: "Sentence 1" is "sentence1"."""
-    return re.sub(r"[\s_-]+", "", name).lower()
 
 
 def cell_text(cell: object, where: str) -> str:

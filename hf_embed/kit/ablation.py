@@ -26,8 +26,8 @@ from hf_embed.kit.finetune import make_trainer
 from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
-from hf_embed.kit.report import number
 from hf_embed.kit.seeds import read_seeds
+from hf_embed.training_record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {},
@@ -128,7 +128,7 @@ def run_variants(
 
     Raises InputError if the folder holds runs with other flags.
     """
-    results = {}
+    results: dict[str, Any] = {}
     for name, changes in variants.items():
         of_variant = flags.override(**FIXED).override_as_given(changes)
         paths = {}
@@ -139,7 +139,9 @@ def run_variants(
             if file.is_file() and file not in earlier.paths:
                 paths[str(seed)] = finished_path(plan, file)
             else:
-                paths[str(seed)] = run_path(dataclasses.replace(plan, earlier=earlier), f"{name}, seed {seed}", file)
+                first = not results and not paths  # whose rows are shown
+                plan = dataclasses.replace(plan, earlier=earlier, shows_rows=first)
+                paths[str(seed)] = run_path(plan, f"{name}, seed {seed}", file)
                 gc.collect()  # a trainer and its model hold each other
         results[name] = {"flags": changes, "seeds": paths} | summary(list(paths.values()))
     return results

@@ -1,9 +1,11 @@
 """The run of a `Plan`: the trainer, the scores before, the training and the saved folder; `hf_embed.kit.report` is the rest."""
 
+import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_embed.checkpoint.card import write_card
@@ -13,25 +15,52 @@ from hf_embed.errors import InputError
 from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import clear_results
 from hf_embed.kit.plan import Plan
-from hf_embed.kit.report import shown
 from hf_embed.library_internals import save_without_push
 from hf_embed.trainer import ContrastiveTrainer
+from hf_embed.training_record import shown
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
-    """Make the trainer of a plan, which tokenizes the rows. Several sources are listed on the console.
+    """Make the trainer of a plan, which tokenizes the rows.
+
+    The console lists several sources, and shows two rows as the model reads them.
 
     Raises InputError for what cannot be trained or saved as asked.
     """
     trainer = ContrastiveTrainer(
         model=loaded.model, processing_class=loaded.tokenizer, args=loaded.args, objective=plan.objective,
         train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
+        callbacks=stopping(plan),
     )  # fmt: skip
+    trainer.describes_itself = False  # `hf_embed.kit.report` does, with the scores of the saved folder
     if plan.model_args.save_adapter:
         check_adapter(trainer)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
         print(trainer.train_dataset)
+    if plan.shows_rows and trainer.is_world_process_zero():
+        print("\n".join(trainer.preview()))
     return trainer
+
+
+def stopping(plan: Plan) -> list[TrainerCallback]:
+    """Return what ends the run early, if that is asked for."""
+    patience = plan.run.early_stopping_patience
+    return [] if patience is None else [EarlyStopping(patience)]
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, whose count goes on where a run is resumed."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the evaluations since the best one, in the log of the run that is resumed."""
+        super().on_train_begin(args, state, control, **kwargs)
+        key = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        self.early_stopping_patience_counter, best = 0, math.nan
+        for value in [entry[key] for entry in state.log_history if key in entry]:
+            if math.isnan(best) or (value > best if args.greater_is_better else value < best):
+                self.early_stopping_patience_counter, best = 0, value
+            else:
+                self.early_stopping_patience_counter += 1
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:

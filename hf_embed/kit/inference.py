@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from datasets import Column
 
-from hf_embed.data.sources import read_file, text_columns
+from hf_embed.data.columns import text_columns
+from hf_embed.data.sources import read_file
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import TRUST

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_encoder, load_tokenizer, unreachable
+from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_tokenizer, unreachable
 from hf_embed.checkpoint.load import load_model as load_backbone
-from hf_embed.checkpoint.settings import has_mlp_head, read_settings
+from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, settled
 from hf_embed.pooling import uses_pooler
-from hf_embed.step import reset_dense
+from hf_embed.trainer_inputs import load_to_train
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
             "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
@@ -48,11 +48,7 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
         raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
     if masked_lm:
         return load_masked_lm(name, args, kwargs)
-    settings = {key: getattr(args, key) for key in ENCODER_SETTINGS}
-    new_pooler = uses_pooler(args.pooling)  # a new head, as in the paper's code, unless the folder has a trained one
-    encoder = load_encoder(Encoder, name, **settings, new_pooler=new_pooler, **kwargs)
-    if uses_pooler(encoder.pooling) and not has_mlp_head(name, encoder.backbone):
-        reset_dense(cast(nn.Linear, encoder.backbone.get_submodule("pooler.dense")), encoder.config)
+    encoder = load_to_train(name, args, **kwargs)
     if model_args.lora_r:
         add_adapters(encoder, model_args)
     return LoadedModel(encoder, encoder.tokenizer, args)

@@ -4,11 +4,10 @@ import copy
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -20,6 +19,7 @@ from hf_embed.data.columns import named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
+from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.kit import cli
@@ -28,7 +28,9 @@ from hf_embed.kit.overwrite import EarlierRun, earlier_files
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.ranges import COUNT, Range, check_ranges
+from hf_embed.trainer_inputs import as_task
 from hf_embed.trainer_settings import check_metric
+from hf_embed.training_record import on_the_hub
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,11 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Which columns hold what: anchor=question positive=answer [negative=wrong ...], or text=body."},
     )
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "Held-out rows, as --train_file has them: their loss is eval_loss. The negatives of a row are the "
+                          "other rows of a batch of --per_device_eval_batch_size."},
+    )  # fmt: skip
     ignore_columns: list[str] = field(
         default_factory=list, metadata={"help": "Columns to leave out, for example a label beside pairs that are all positive."}
     )
@@ -94,6 +101,7 @@ class DataArguments:
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
+HELD_OUT = "held_out"  # the name of the rows of --eval_file
 NO_DATA = "nothing to train on; give --train_file FILE or --dataset_name NAME"
 
 
@@ -107,10 +115,14 @@ class RunArguments:
     )
     language: list[str] | None = field(default=None, metadata={"help": "For the card: of the texts, e.g. en de."})
     license: str | None = field(default=None, metadata={"help": "For the card, as the Hub writes it, e.g. apache-2.0."})
+    title: str | None = field(default=None, metadata={"help": "For the card: its title. Default: Text embeddings."})
     show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"show_searches": Range(least=0, whole=True)})
+        check_ranges(self, {"show_searches": Range(least=0, whole=True), "early_stopping_patience": COUNT})
 
 
 @dataclass
@@ -160,6 +172,7 @@ class Plan:
     paired: bool | None = None  # whether rows are pairs; None: whatever their columns say
     positive: PositiveArguments | None = None
     datasets: list[str] = field(default_factory=list)  # on the Hub
+    shows_rows: bool = True  # whether the console shows some, as the model reads them
     earlier: EarlierRun = field(default_factory=lambda: EarlierRun([]))  # what goes after the first step
 
     @property
@@ -247,9 +260,13 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
 
 def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, Task]:
     """Read the evaluation sets; without any and without data, an STS file in `hf_embed/quickstart`."""
-    tasks = read_tasks(flags.make(EvalArguments))
+    tasks, data = read_tasks(flags.make(EvalArguments)), flags.make(DataArguments)
     if built_in is not None and not tasks and uses_quickstart(flags):
-        return {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
+        tasks = {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
+    if data.eval_file:
+        if HELD_OUT in tasks:
+            raise InputError(f"--eval_file: another evaluation set is named {HELD_OUT}; name it otherwise")
+        tasks[HELD_OUT] = read_held_out(data)
     return tasks
 
 
@@ -263,16 +280,31 @@ def make_plan(
 ) -> Plan:
     """Put together what has been read. Of single sentences, `positive` says what each is paired with."""
     model_args, args = flags.make(ModelArguments), flags.make(ContrastiveTrainingArguments)
+    run = flags.make(RunArguments)
     check_metric(args, tasks)
+    check_stopping(run.early_stopping_patience, args, tasks)
     if not tasks:
         args = without_evaluation(args)
     if positive is not None:
         kind, _ = parse_positive(positive.positive)
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
-    run = flags.make(RunArguments)
     plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets)
     return dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder))) if plan.replaces else plan
+
+
+def check_stopping(patience: int | None, args: ContrastiveTrainingArguments, tasks: dict[str, Task]) -> None:
+    """Raise InputError where there is nothing by which to stop early, or where the best model would not be kept."""
+    if patience is None:
+        return
+    flag = f"--early_stopping_patience {patience}"
+    if not tasks:
+        raise InputError(f"{flag}: there is no evaluation set to go by; give --eval_file FILE, or --eval_sts_file NAME=FILE")
+    if args.eval_strategy == "no" or not args.load_best_model_at_end:
+        raise InputError(
+            f"{flag} needs evaluations during the training, and the best model at its end; give --eval_strategy steps "
+            "--eval_steps 100 --save_strategy steps --save_steps 100 --load_best_model_at_end"
+        )
 
 
 def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments, args: ContrastiveTrainingArguments) -> Rows:
@@ -304,13 +336,6 @@ def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainin
     if args.eval_strategy != "no" or args.load_best_model_at_end:
         logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
     return settled(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
-
-
-def on_the_hub(name: str | None) -> str | None:
-    """Return a model's or data set's name, OWNER/NAME, if it is on the Hub."""
-    files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
-    named = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(files) and not Path(name).exists()
-    return name if named else None
 
 
 def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
@@ -365,6 +390,18 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
         file = data.train_file or ""
         rows, name = read_file(file, quoting=data.quoting), masked(file)
     return named_columns(leave_out(rows, data.ignore_columns, name), data.columns, name), name
+
+
+def read_held_out(data: DataArguments) -> Task:
+    """Read the rows of `--eval_file`, as those of `--train_file` are read. A column to ignore may be in one of the two."""
+    of_file = dataclasses.replace(data, train_file=data.eval_file, dataset_name=None, sources=None, ignore_columns=[])
+    rows, name = read_train_rows(of_file)
+    ignored = [column for column in data.ignore_columns if column in cast(Dataset, rows).column_names]
+    rows = leave_out(cast(Dataset, rows), ignored, name)
+    task = as_task(rows, name)
+    if not isinstance(task, HeldOut):
+        raise InputError(f"--eval_file {name}: this is an STS set, by its columns; give --eval_sts_file NAME=PATH")
+    return task
 
 
 def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:

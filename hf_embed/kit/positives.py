@@ -27,7 +27,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from hf_embed.data.sources import text_columns
+from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)

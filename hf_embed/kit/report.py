@@ -2,60 +2,32 @@
 
 import dataclasses
 import logging
-import math
-import os
-import platform
 import textwrap
-from collections.abc import Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import psutil
 import torch
-import transformers
 from accelerate import PartialState
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.trainer_utils import TrainOutput
 
-import hf_embed
-from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.card import store_results, write_card
 from hf_embed.checkpoint.tables import comparison_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
-from hf_embed.errors import masked
 from hf_embed.evaluation.geometry import plot_trajectory
+from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.retrieval import Retrieval
-from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric, score_tasks
+from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.plan import Plan, on_the_hub
-from hf_embed.objectives import Matryoshka, Objective
+from hf_embed.kit.plan import Plan
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
+from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
 
 logger = logging.getLogger(__name__)
-
-# The settings that a result depends on: results.json and the card have those that are not at their default. The test of
-# `changed` has the others, each named, so that a new field of TrainingArguments has to be put in one of the two lists.
-RESULT_SETTINGS = frozenset({
-    # the model
-    "dropout", "trust_remote_code", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "pooling", "max_length", "normalize", "prompts", "temp_scale",
-    # the rows
-    "positive", "synonyms", "fill_model", "same_dropout_mask", "drop_empty_rows", "source_alpha", "small_sources",
-    "shuffle_buffer_size", "data_seed", "ignore_data_skip",
-    # the optimisation
-    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
-    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "gradient_accumulation_steps", "restore_callback_states_from_checkpoint",
-    # how it is computed
-    "bf16", "fp16", "tf32", "full_determinism", "gradient_caching", "activation_checkpointing",
-    "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
-    "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "use_cache", "enable_jit_checkpoint",
-    "include_num_input_tokens_seen", "skip_memory_metrics",
-})  # fmt: skip
-SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # of several sources
 
 
 def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], trained: TrainOutput) -> dict[str, Any]:
@@ -67,9 +39,11 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
     saved, after = None, {}
     if plan.tasks:
         saved = load_saved(plan)
-        after = score_encoder(saved, plan.tasks)
+        after = score_encoder(saved, with_model(trainer.eval_dataset or {}, saved, temperature=learned_temperature(trainer)))
     about = about_run(plan, trainer, trained, after)
-    results = {"before": summary(before, plan.tasks), "after": summary(after, plan.tasks), "train": about}
+    results: dict[str, Any] = {"before": summary(before, plan.tasks), "after": summary(after, plan.tasks), "train": about}
+    if plan.run.title:
+        results["card"] = {"title": plan.run.title}
     if trainer.is_world_process_zero():
         write_report(plan, trainer, before, results)
     if saved is not None and plan.run.show_searches:
@@ -90,113 +64,34 @@ def load_saved(plan: Plan) -> Encoder:
 
 def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, after: dict[str, float]) -> dict[str, Any]:
     """Say what was trained on what and how, as results.json has it; `after` are the saved folder's scores."""
-    args, name = plan.args, plan.model_args.model_name_or_path
-    score = score_of(plan, after)
-    return {
+    name = plan.model_args.model_name_or_path
+    if plan.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        logger.warning(f"no evaluation gave {plan.args.metric_for_best_model} as a number: the last step is kept, not the best")
+    return about_training(trainer, after) | {
         "model": shown(name or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(name), "datasets": plan.datasets,
-        "rows": len(cast(Sized, trainer.train_dataset)),
-        "language": plan.run.language, "license": plan.run.license,
-        "pooling": trainer.encoder.pooling, "max_length": trainer.encoder.max_length,
-        "objective": settings_of(plan.objective),
-        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        "learning_rate": args.learning_rate, "steps": trained.global_step, "loss": trained.training_loss,
-        "score": score, "chosen_by": score if chose_a_step(trainer) else None,
-        "seconds": trained.metrics.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
-        "hardware": hardware(args), "settings": changed(plan),
-        "versions": {"hf_embed": hf_embed.__version__, "transformers": transformers.__version__,
-                     "torch": torch.__version__, "python": platform.python_version()},
+        "steps": trained.global_step, "loss": trained.training_loss, "seconds": trained.metrics.get("train_runtime"),
+        "language": plan.run.language, "license": plan.run.license, "settings": changed(plan),
     }  # fmt: skip
-
-
-def score_of(plan: Plan, scores: dict[str, float]) -> dict[str, Any]:
-    """Return the metric by which models are chosen, and its value."""
-    metric = (plan.args.metric_for_best_model or main_metric(plan.tasks)).removeprefix("eval_") if plan.tasks else None
-    return {"metric": metric, "score": number(scores.get(f"eval_{metric}", math.nan), 4),
-            "greater_is_better": plan.args.greater_is_better is not False}  # fmt: skip
-
-
-def chose_a_step(trainer: ContrastiveTrainer) -> bool:
-    """Tell whether the evaluation sets chose the model among several steps; warn where they should have and could not."""
-    state = trainer.state
-    if not trainer.args.load_best_model_at_end:
-        return False
-    if state.best_model_checkpoint is None:
-        logger.warning(
-            f"no evaluation gave {trainer.args.metric_for_best_model} as a number: the last step is kept, not the best"
-        )
-    evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
-    return state.best_model_checkpoint is not None and len(evaluated) > 1
 
 
 def changed(plan: Plan) -> dict[str, Any]:
     """Return those of a plan's settings that a result depends on and that are not at their default."""
-    names = RESULT_SETTINGS - (SOURCE_SETTINGS if isinstance(plan.rows, Dataset) else set())
-    if plan.args.max_steps > 0:
-        names -= {"num_train_epochs"}
-    found = {}
-    for settings in (plan.model_args, plan.args, plan.positive):
-        if settings is None:
-            continue
-        kind = type(settings)  # its defaults as `__post_init__` leaves them, which fills some in
-        defaults = kind("unused") if issubclass(kind, ContrastiveTrainingArguments) else kind()
-        for field in dataclasses.fields(kind):
-            value = getattr(settings, field.name)
-            if field.name in names and value != getattr(defaults, field.name):
-                found[field.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
-    return found
+    return changed_settings((plan.model_args, plan.args, plan.positive), not isinstance(plan.rows, Dataset))
 
 
-def shown(name: str) -> str:
-    """Return what others may see of the name of a file or folder.
-
-    Of a full path that is the last part: where it lies here is nobody's business. Secrets are masked.
-    """
-    return Path(name).name if Path(name).is_absolute() else masked(name)
-
-
-def settings_of(objective: Objective) -> dict[str, Any]:
-    """Return the name of an objective's class and its settings; of one around another, the other's too."""
-    settings = {"name": type(objective).__name__} | dataclasses.asdict(cast(Any, objective))
-    if isinstance(objective, Matryoshka):
-        settings["objective"] = settings_of(objective.inner)
-    return settings
-
-
-def hardware(args: ContrastiveTrainingArguments) -> str:
-    """Name the devices of a run, for example "8 x NVIDIA H100" or "2 CPU cores"."""
-    if args.device.type == "cuda":
-        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
-    return f"{psutil.cpu_count(logical=False) or os.cpu_count()} {args.device.type.upper()} cores"
+def learned_temperature(trainer: ContrastiveTrainer) -> Tensor | None:
+    """Return the temperature that the objective has learned, of the model as it is. Every rank has to call it."""
+    if trainer.step.log_temperature is None:
+        return None
+    ids = torch.tensor(trainer.encoder.tokenizer("a")["input_ids"], device=trainer.encoder.device)
+    with torch.inference_mode():
+        return trainer.model(ids, [len(ids)], sharded=trainer.sharded)["temperature"]
 
 
 def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
     """Score an encoder; the metrics are named as the trainer names them."""
     return {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(encoder)).items()}
-
-
-def summary(metrics: dict[str, float], tasks: dict[str, Task]) -> dict[str, Any]:
-    """Sum up metrics for results.json.
-
-        {"sts": {NAME: Spearman}, "alignment": x, "uniformity": y, "retrieval": {NAME: {METRIC: value}}, "zero_shot": ...}
-
-    of the kinds of tasks that there are.
-    """
-    if not metrics:
-        return {}
-    scores: dict[str, Any] = {}
-    for name, task in tasks.items():
-        digits = {key: 4 if key.endswith(THRESHOLD) else 2 for key in task.reported}
-        reported = {key: number(metrics[f"eval_{name}_{key}"], digits[key]) for key in task.reported}
-        scores.setdefault(task.kind, {})[name] = reported["spearman"] if task.kind == "sts" else reported
-    if "sts" in scores:
-        scores |= {key: number(metrics[f"eval_{key}"], 4) for key in ("alignment", "uniformity")}
-    return scores
-
-
-def number(value: float, digits: int) -> float | None:
-    """Round a number for results.json, which knows no NaN."""
-    return round(value, digits) if math.isfinite(value) else None
 
 
 def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], results: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
         if PartialState().is_main_process:
             print(f"\nseed {seed}")
         of_seed = read_plan(seed_flags(flags, seed, folder, bool(resume)))
-        runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier))
+        runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
         gc.collect()  # a trainer and its model hold each other
     with plan.args.main_process_first():
         return keep_best(plan.folder, runs, plan.model_args.trust_remote_code)

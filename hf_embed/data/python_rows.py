@@ -1,0 +1,137 @@
+"""Rows that a script has at hand, a DataFrame or a list for example, to a `Dataset`.
+
+    a list of dicts             a row each; a key that a row lacks is missing there
+    a list of lists or tuples   anchor, positive and any negatives of a row, by position
+    a list of texts             rows of a single text
+    a pandas DataFrame          its columns; the index is left out
+    a path                      the file, as `hf_embed.data.sources.read_file` reads it
+
+None, NaN and pandas' NA are missing values.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
+
+from hf_embed.data.files import first_line, shortened
+from hf_embed.data.sources import read_file
+from hf_embed.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]
+
+RowData: TypeAlias = Union[Dataset, IterableDataset, "pandas.DataFrame", list, str, Path]  # noqa: UP007 (pandas may be absent)
+ACCEPTED_ROWS = (
+    "a datasets.Dataset, a pandas DataFrame, a list of dicts, of (anchor, positive) pairs or of texts, or the path of a file"
+)
+
+
+def as_rows(data: RowData, name: str) -> Dataset | IterableDataset:
+    """Return rows of any of the kinds above as a `Dataset`; one that is a dataset already stays as it is.
+
+    Raises:
+        InputError: something else, no rows, rows of several kinds, or a column of values of several kinds; it names the row.
+    """
+    if isinstance(data, Dataset | IterableDataset):
+        return data
+    if isinstance(data, str | Path):
+        return read_file(str(data))
+    if is_frame(data):
+        return from_frame(data, name)
+    if not isinstance(data, list):
+        raise no_rows(data, name)
+    if not data:
+        raise InputError(f"{name}: the list is empty; there are no rows")
+    return table_of(columns_of(data, name), name)
+
+
+def no_rows(data: object, name: str) -> InputError:
+    """Return the error about something that holds no rows, with what to do about it."""
+    kind = type(data)
+    mend = f"give {ACCEPTED_ROWS}"
+    if isinstance(data, DatasetDict):
+        mend = f"choose one of its splits, {', '.join(map(str, data))}"
+    elif hasattr(data, "to_pandas"):
+        mend = "give its to_pandas()"
+    elif kind.__module__.split(".")[0] == "torch":
+        mend = f"of its items, which hold texts, make a list of dicts, or {mend}"
+    elif hasattr(data, "__next__") or callable(data):
+        mend = "datasets.IterableDataset.from_generator streams a generator function, Dataset.from_generator stores its rows"
+    what = f"the class {data.__name__}" if isinstance(data, type) else f"a {kind.__name__}"
+    return InputError(f"{name}: {what} is no set of rows; {mend}")
+
+
+def is_frame(data: object) -> bool:
+    """Return whether `data` is a pandas DataFrame. It cannot be one where pandas was never imported."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(data, pandas.DataFrame)
+
+
+def from_frame(frame: Any, name: str) -> Dataset:
+    """Return the columns of a DataFrame."""
+    names = [str(column) for column in frame.columns]
+    if frame.columns.nlevels > 1:
+        raise InputError(f"{name}: the DataFrame's columns have {frame.columns.nlevels} levels; give them names of one level")
+    if twice := [column for i, column in enumerate(names) if column in names[:i]]:
+        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one")
+    if not len(frame) or not names:
+        raise InputError(f"{name}: the DataFrame is empty; there are no rows")
+    return table_of({column: frame.iloc[:, i].tolist() for i, column in enumerate(names)}, name)
+
+
+def columns_of(rows: list, name: str) -> dict[str, list]:
+    """Return the columns of a list of dicts, of lists or tuples, or of texts."""
+    kinds: dict[type, str] = {str: "a text", dict: "a dict", list: "a list", tuple: "a tuple"}
+    first = next((kind for kind in kinds if isinstance(rows[0], kind)), None)
+    for number, row in enumerate(rows, 1):
+        if first is None or not isinstance(row, first):
+            wanted = f", and row 1 {kinds[first]}" if first else ""
+            raise InputError(
+                f"{name}, row {number} is {shortened(repr(row))}, a {type(row).__name__}{wanted}; give {ACCEPTED_ROWS}"
+            )
+    assert first is not None
+    if first is str:
+        return {"text": rows}
+    if first is dict:
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        if odd := [key for key in names if not isinstance(key, str)]:
+            raise InputError(f"{name}: the key {odd[0]!r} is no text; columns have names")
+        return {key: [row.get(key) for row in rows] for key in names}
+    if short := [number for number, row in enumerate(rows, 1) if len(row) < 2]:
+        raise InputError(
+            f"{name}, row {short[0]}: {kinds[first]} of {len(rows[short[0] - 1])}; it needs an anchor and a positive"
+        )
+    columns = {"anchor": [row[0] for row in rows], "positive": [row[1] for row in rows]}
+    return columns | {
+        f"negative_{i - 1}": [row[i] if i < len(row) else None for row in rows] for i in range(2, max(map(len, rows)))
+    }
+
+
+def table_of(columns: dict[str, list], name: str) -> Dataset:
+    """Return a table of columns, NaN as null. Raises InputError for a column of several kinds of values."""
+    tables = []
+    for column, given in columns.items():
+        cells = [None if is_missing(cell) else cell for cell in given]
+        first = next((cell for cell in cells if cell is not None), None)
+        for number, cell in enumerate(cells, 1):
+            if cell is not None and isinstance(cell, str) != isinstance(first, str):
+                raise InputError(
+                    f"{name}, row {number}, column '{column}': {shortened(repr(cell))} is a {type(cell).__name__}, and what is "
+                    f"above is a {type(first).__name__}; give one kind of values, or leave the column out"
+                )
+        try:
+            tables.append(Dataset.from_dict({column: cells}))
+        except Exception as error:  # of Arrow, which has many kinds
+            raise InputError(
+                f"{name}, column '{column}' cannot be stored: {first_line(error)}; correct it, or leave it out"
+            ) from error
+    return concatenate_datasets(tables, axis=1)
+
+
+def is_missing(cell: object) -> bool:
+    """Return whether a cell is None, NaN of any kind, or pandas' NA or NaT."""
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType"):
+        return True
+    return type(cell).__name__.startswith("float") and cell != cell

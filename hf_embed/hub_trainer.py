@@ -1,0 +1,90 @@
+"""A Trainer whose pushes are of the model's own files, with the card that its folder has; see `hf_embed.checkpoint.hub`."""
+
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.card import card_facts, rename_card
+from hf_embed.encoder import Encoder
+from hf_embed.library_internals import PushInProgress, save_without_push
+
+
+class HubTrainer(Trainer):
+    """What `ContrastiveTrainer` does on the Hub."""
+
+    encoder: Encoder
+    push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.named: dict[str, Any] = {}  # by create_model_card
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
+        hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
+
+    def push_to_hub(  # type: ignore[override]  # it takes nothing for Trainer's own card, and returns the commit's address
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **named: Any,
+    ) -> str | Future[str] | None:
+        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
+
+        `named` is for the card, as for `create_model_card`.
+
+        Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
+        """
+        args = self.args
+        self.named |= card_facts(named)
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        save_without_push(self)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        push = partial(
+            hub.push_folder, str(args.output_dir), str(self.hub_model_id), bool(private or args.hub_private_repo),
+            revision or args.hub_revision, commit_message=str(commit_message), token=token or args.hub_token,
+        )  # fmt: skip
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None:
+            if not self.push_in_progress.is_done() and not args.hub_always_push:
+                return
+            self._finish_current_push()
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self.push_in_progress = hub.push_checkpoint(checkpoint_folder, str(self.hub_model_id), args, self.state.global_step)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        hub.finish_push(self.push_in_progress, self.args)
+        self.push_in_progress = None
+
+    def create_model_card(self, **named: Any) -> None:  # type: ignore[override]  # by name alone, and not the trainer's own card
+        """Name in the card what the training does not know; README.md in `args.output_dir` is made anew, if it is there.
+
+        Args:
+            named: language, license, tags, and what Trainer calls model_name (the title), finetuned_from (the base model on
+                the Hub), dataset (the data's name) and dataset_tags (data sets on the Hub).
+
+        Raises:
+            InputError: another name.
+        """
+        self.named |= card_facts(named)
+        if self.is_world_process_zero():
+            rename_card(self.encoder, str(self.args.output_dir), self.named)

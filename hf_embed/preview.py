@@ -1,0 +1,72 @@
+"""Some rows as the model will read them: with their prompts, cut to the maximum length, by their tokens."""
+
+from itertools import islice
+from typing import Any
+
+import pyarrow.compute
+from datasets import Dataset
+
+from hf_embed.data.files import shortened
+from hf_embed.data.mixture import Mixture, Stream
+from hf_embed.encoder import Encoder
+
+SHOWN_ROWS = 2
+SHOWN_SOURCES = 6
+
+
+def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_mask: bool = False) -> list[str]:
+    """Return lines about the rows to train on, two of which are shown text by text; of several sources, those of the first.
+
+    Args:
+        rows: as they are trained on, that is, as token ids.
+        encoder: whose tokenizer tells the texts of the tokens.
+        name: of the rows.
+        same_dropout_mask: whether both views of a single text are under one dropout mask.
+    """
+    table = rows.tables[0] if isinstance(rows, Mixture) else rows
+    shown = first_rows(table)
+    lines = [heading(rows, table, encoder, name)]
+    for number, row in enumerate(shown, 1):
+        lines += [f"{f'row {number}' if i == 0 else '':5}  {line}" for i, line in enumerate(row_lines(row, encoder))]
+    if any(len(row["input_ids"]) == 1 for row in shown):
+        masks = "one dropout mask" if same_dropout_mask else "two dropout masks"
+        lines.append(f"{'':5}  the positive is the same text, under {masks}")
+    return lines
+
+
+def first_rows(table: Dataset | Stream) -> list[dict[str, Any]]:
+    """Return the first rows, tokenized. Of a stream, those that it begins with: it goes on as if they had not been read."""
+    if isinstance(table, Dataset):
+        return table.__getitems__(list(range(min(SHOWN_ROWS, len(table)))))
+    found = [table.texts(row) or [] for row in islice(table.rows, SHOWN_ROWS)]  # a row with several positives is several
+    columns = table.tokenizer([texts for rows in found for texts, _ in rows][:SHOWN_ROWS])
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, name: str) -> str:
+    """Return the line about all rows: how many there are, and how many of their texts are cut."""
+    if isinstance(rows, Mixture):
+        more = len(rows.names) - SHOWN_SOURCES
+        listed = ", ".join(rows.names[:SHOWN_SOURCES]) + (f" and {more} more" if more > 0 else "")
+        name = f"{rows.names[0]}, the first of {len(rows.names)} sources ({listed})" if len(rows.names) > 1 else rows.names[0]
+    if isinstance(table, Stream):
+        cut = f"about {table.truncated_share:.0%} of the texts are cut"
+    else:
+        texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(table.data["text_ids"])).as_py()
+        truncated = pyarrow.compute.sum(table.data["truncated"]).as_py()
+        length = f" to {encoder.max_length} tokens" if isinstance(rows, Dataset) else ""
+        cut = f"{len(table):,} rows, {truncated:,} of {texts:,} texts cut{length}"
+    return f"as the model reads {name}: {cut}"
+
+
+def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
+    """Return a line for each of a row's texts: what it is, its tokens and its beginning; of several negatives, the first."""
+    texts = row["input_ids"]
+    roles = ["text"] if len(texts) == 1 else ["anchor", "positive", "negative"]
+    lines = []
+    for role, ids in zip(roles, texts):
+        text = shortened(str(encoder.tokenizer.decode(ids, skip_special_tokens=True)))
+        lines.append(f"{role:8}  {len(ids):4} tokens  {text}")
+    if len(texts) > len(roles):
+        lines[-1] += f"  (and {len(texts) - len(roles)} more)"
+    return lines

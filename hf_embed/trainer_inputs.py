@@ -1,0 +1,380 @@
+"""What `ContrastiveTrainer` accepts for each of its arguments, and what it makes of it; all else is refused in one line."""
+
+import copy
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.load import load_encoder, load_tokenizer
+from hf_embed.checkpoint.settings import has_mlp_head
+from hf_embed.data.columns import ACCEPTED, text_columns
+from hf_embed.data.labelled import labelled_layout
+from hf_embed.data.mixture import Mixture, Source
+from hf_embed.data.python_rows import RowData, as_rows, is_frame
+from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
+from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
+from hf_embed.evaluation.sts import COLUMNS, named_tasks
+from hf_embed.evaluation.tasks import Task
+from hf_embed.library_internals import uncompiled
+from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
+from hf_embed.pooling import uses_pooler
+from hf_embed.step import TrainingStep, reset_dense
+from hf_embed.trainer_settings import check_batch, check_training
+
+logger = logging.getLogger(__name__)
+
+CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")  # a loss that is a function
+
+Model: TypeAlias = PreTrainedModel | Encoder | TrainingStep | str | Path
+TrainRows: TypeAlias = TrainData | RowData | dict[str, RowData]
+EvalSet: TypeAlias = Task | RowData
+EvalSets: TypeAlias = EvalSet | Mapping[str, EvalSet]
+
+# Arguments of other trainers, and what is there for them.
+ELSEWHERE = {
+    "tokenizer": "processing_class= takes the tokenizer",
+    "loss": "objective= takes the loss, SimCSE(temperature=0.05) for example",
+    "compute_loss_func": "objective= takes the loss",
+    "evaluator": "eval_dataset= takes the evaluation sets",
+    "compute_metrics": "an evaluation set in eval_dataset= computes its own metrics",
+    "preprocess_logits_for_metrics": "an evaluation set in eval_dataset= computes its own metrics",
+    "data_collator": "the trainer tokenizes and collates the rows",
+    "model_init": "make the model, and give it as model=",
+    "peft_config": "give the model with its adapters, as peft.get_peft_model makes it",
+    "optimizer_cls_and_kwargs": "optimizers= takes the optimizer and the schedule; or set optim and optim_args in args",
+}
+
+
+def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
+    """Refuse arguments that the trainer does not have.
+
+    Raises:
+        InputError: one that other trainers have; the message says what is there for it.
+        TypeError: any other.
+    """
+    for name in arguments:
+        if name in ELSEWHERE:
+            raise InputError(f"ContrastiveTrainer has no argument {name}: {ELSEWHERE[name]}")
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'{hint}")
+
+
+def described(thing: object) -> str:
+    """Return what kind of thing an argument is, for messages: a list, the class BertModel."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
+# ---- args, objective, callbacks, optimizers ----
+
+
+def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> ContrastiveTrainingArguments:
+    """Return the arguments, as a copy: some settings follow from the data and the model, and the caller's object stays.
+
+    Raises:
+        InputError: no TrainingArguments, or some with a setting that cannot be had here.
+    """
+    if args is None:
+        return ContrastiveTrainingArguments("tmp_trainer")
+    if isinstance(args, ContrastiveTrainingArguments):
+        return copy.copy(args)
+    if isinstance(args, TrainingArguments):
+        return ContrastiveTrainingArguments.of(args, any(task.kind == HeldOut.kind for task in tasks.values()))
+    text = f'ContrastiveTrainingArguments("{args}")' if isinstance(args, str | Path) else "ContrastiveTrainingArguments(...)"
+    raise InputError(f"args is {described(args)}; give {text}, or plain TrainingArguments")
+
+
+def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Objective:
+    """Return the objective, SimCSE where none is given. Raises InputError for what cannot be called, and for a class."""
+    if objective is None:
+        return SimCSE()
+    if isinstance(objective, str):
+        names = {name.lower(): name for name in OBJECTIVES}
+        close = difflib.get_close_matches(objective.lower(), names, 1)
+        raise InputError(f"objective is the text {objective!r}; give the object, {names[close[0]] if close else 'SimCSE'}()")
+    if isinstance(objective, type):
+        raise InputError(f"objective is {described(objective)}; give an object of it, {objective.__name__}()")
+    if not callable(objective):
+        raise InputError(f"objective is {described(objective)}; give {', '.join(OBJECTIVES)}, or a function")
+    if not isinstance(objective, Objective):
+        called = objective.forward if isinstance(objective, nn.Module) else objective
+        try:
+            inspect.signature(called).bind(*CALLED_WITH)
+        except ValueError:  # some functions in C do not say what they take
+            pass
+        except TypeError as error:
+            raise InputError(
+                f"objective is {described(objective)}, which cannot be called with ({', '.join(CALLED_WITH)}): {error}; give "
+                f"{', '.join(OBJECTIVES)}, or a function of these"
+            ) from error
+    return as_objective(objective)
+
+
+def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
+    """Return the callbacks, of which a single one may stand by itself. Raises InputError for what is none."""
+    given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in given:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise InputError(f"callbacks holds {described(callback)}; give a list of transformers' TrainerCallback")
+    return cast(list[TrainerCallback], given)
+
+
+def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None, Any]:
+    """Return the optimizer and the schedule. Raises InputError for what is no pair of these."""
+    pair = tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
+    if len(pair) != 2:
+        raise InputError(f"optimizers is {described(optimizers)}; give the pair (optimizer, schedule), None for one made here")
+    if pair[0] is not None and not isinstance(pair[0], torch.optim.Optimizer) and not hasattr(pair[0], "param_groups"):
+        raise InputError(f"optimizers: {described(pair[0])} is no optimizer; give an object of torch.optim, or None")
+    if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
+        raise InputError(f"optimizers: {described(pair[1])} is no schedule of learning rates; give one of torch.optim, or None")
+    return cast(tuple[torch.optim.Optimizer | None, Any], pair)
+
+
+# ---- the model and its tokenizer ----
+
+
+def as_model(
+    model: Any, tokenizer: Any, args: ContrastiveTrainingArguments
+) -> tuple[PreTrainedModel | Encoder | TrainingStep | None, PreTrainedTokenizerBase | None]:
+    """Return the model, loaded where it is named, and the tokenizer that is given beside it.
+
+    A named model is loaded as `Encoder.from_pretrained` loads it, with the settings of its folder, in float32.
+
+    Raises:
+        InputError: neither a model nor the name of one; something that is no tokenizer; a model that cannot be loaded.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(str(tokenizer))
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"processing_class is {described(tokenizer)}; give the tokenizer, AutoTokenizer.from_pretrained(NAME) for example, "
+            "or its name"
+        )
+    if isinstance(model, str | Path):
+        model = load_to_train(str(model), args, dtype=torch.float32)
+    plain = uncompiled(model) if isinstance(model, nn.Module) else None
+    if type(model).__module__.startswith("sentence_transformers."):
+        raise InputError(
+            f"the model is a {type(model).__name__} of sentence-transformers, which would not see the training; give its "
+            'folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
+        )
+    if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
+        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "(of one that is wrapped, model.module)"
+        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder: {mend}")
+    return model, tokenizer
+
+
+def of_type(thing: object) -> str:
+    """Return an object's type for the message about a model."""
+    return described(thing) if isinstance(thing, type) else f"of the type {type(thing).__name__}"
+
+
+def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) -> Encoder:
+    """Load a model to train, with the settings of its folder and those in `args`.
+
+    With pooling `cls_mlp` the head starts anew, as in SimCSE's code, unless the folder has a trained one.
+
+    Args:
+        name: a folder, or a model on the Hub.
+        args: of which pooling, max_length and normalize count.
+        **kwargs: of `Encoder.from_pretrained`.
+    """
+    settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize")}
+    encoder = load_encoder(Encoder, name, **settings, new_pooler=uses_pooler(args.pooling), **kwargs)
+    if uses_pooler(encoder.pooling) and not has_mlp_head(name, encoder.backbone):
+        reset_dense(cast(nn.Linear, encoder.backbone.get_submodule("pooler.dense")), encoder.config)
+    return encoder
+
+
+# ---- rows to train on, and evaluation sets ----
+
+
+def as_train_data(rows: Any, name: str) -> TrainData | None:
+    """Return the rows to train on as datasets, or as sources. Raises InputError for what holds no rows."""
+    if rows is None or (isinstance(rows, list) and rows and all(isinstance(source, Source) for source in rows)):
+        return rows
+    if isinstance(rows, Source):
+        return [rows]
+    if not isinstance(rows, Mapping) or isinstance(rows, DatasetDict):
+        return rows if isinstance(rows, DatasetDict) else as_rows(rows, name)
+    refuse_columns(rows, name)
+    return {str(key): as_rows(table, f"{name}['{key}']") for key, table in rows.items()}
+
+
+def refuse_columns(rows: Mapping[str, object], name: str) -> None:
+    """Refuse a dict of columns, and one that is a single row: a dict is of sets by name."""
+    if not rows:
+        raise InputError(f"{name}: the dict is empty; give sets by name, or a single set")
+    for key, value in rows.items():
+        texts = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+        if texts or (isinstance(value, str) and not Path(value).suffix):
+            raise InputError(
+                f"{name}: a dict is of sets by name, and '{key}' holds texts; make columns a set by datasets.Dataset.from_dict"
+            )
+
+
+def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
+    """Return evaluation sets by name, held-out rows behind the others.
+
+    A table with sentence1, sentence2 and score is an STS set; one with the columns of training rows is held out, and gives the
+    loss. A single set is named by its kind.
+
+    Raises:
+        InputError: a table that is neither, or both; something else.
+    """
+    if sets is None:
+        return {}
+    if not isinstance(sets, Mapping):
+        task = as_task(sets, name)
+        sets = {"sts" if isinstance(task, Dataset) else task.kind: task}
+    else:
+        if sets:
+            refuse_columns(sets, name)
+        sets = {str(key): as_task(value, str(key)) for key, value in sets.items()}
+    last = {key: task for key, task in sets.items() if isinstance(task, HeldOut)}
+    return named_tasks({key: task for key, task in sets.items() if key not in last}) | last
+
+
+def choose_tasks(
+    own: Mapping[str, Task] | None,
+    sets: EvalSets | str | None,
+    step: TrainingStep,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+) -> dict[str, Task]:
+    """Return the tasks to evaluate: the trainer's own, that of a name, or others that are given in their place.
+
+    Raises:
+        InputError: there are none, or none of that name.
+    """
+    if isinstance(sets, str):
+        if sets not in (own or {}):
+            raise InputError(f"evaluate: there is no evaluation set '{sets}'; there are {', '.join(own or ['none'])}")
+        return {sets: cast(Mapping, own)[sets]}
+    tasks = dict(own or {}) if sets is None else make_held_out(as_tasks(sets), step, args, objective)
+    if not tasks:
+        raise InputError(
+            "evaluation needs an eval_dataset, with the columns sentence1, sentence2 and score, or with anchor and positive"
+        )
+    return tasks
+
+
+def as_task(given: Any, name: str) -> Task | Dataset:
+    """Return a task as it is, a table of an STS set as a Dataset, and one of training rows as `HeldOut`."""
+    if isinstance(given, type):
+        raise InputError(f"{name}: {described(given)} is no evaluation set; give an object of it")
+    if isinstance(given, Task) and not is_frame(given):
+        return given
+    rows = as_rows(given, name)
+    if isinstance(rows, IterableDataset):
+        raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
+    others = [column for column in rows.column_names if column not in COLUMNS]
+    if len(others) + len(COLUMNS) > len(rows.column_names):  # no STS set
+        return held_out(rows, name)
+    try:
+        pair = text_columns(others, name, paired=True)[:2]
+    except InputError:
+        return rows
+    raise InputError(
+        f"{name}: {' and '.join(pair)} make it held-out rows, {', '.join(COLUMNS)} an STS set; leave out the columns of one "
+        "(remove_columns)"
+    )
+
+
+def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
+    """Return rows of a training that are held out; a table whose columns are nearly an STS set's as it is."""
+    if labelled_layout(rows.column_names, name) is not None:
+        return HeldOut(rows)
+    try:
+        text_columns(rows.column_names, name, paired=True)
+    except InputError as error:
+        names = [column.lower() for column in rows.column_names]
+        if {"sentence1", "sentence2"} <= set(names):
+            return rows
+        if len(names) == 1 or {"text", "sentence"} & set(names):
+            raise InputError(
+                f"{name}: rows of a single text cannot be held out, for without dropout a text is its own positive and the "
+                "loss says nothing; give pairs (anchor, positive), or an STS set"
+            ) from error
+        if "judges the pairs" in str(error):
+            raise
+        raise InputError(
+            f"{name}: found the columns {', '.join(rows.column_names)}; an STS set has sentence1, sentence2 and score, "
+            f"held-out rows have {ACCEPTED.removeprefix('text; ')}"
+        ) from error
+    return HeldOut(rows)
+
+
+def make_held_out(
+    tasks: Mapping[str, Task],
+    step: TrainingStep,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+    training: Dataset | Mixture | None = None,
+) -> dict[str, Task]:
+    """Return the tasks, of which held-out rows are tokenized as those to train on, and checked.
+
+    A warning counts those that are among the rows to train on.
+
+    Raises:
+        InputError: a batch of one row, which has no negatives, or whatever is wrong with the rows.
+    """
+    made = dict(tasks)
+    batch_size = args.per_device_eval_batch_size * args.world_size
+    encoding = copy.copy(args)
+    encoding.same_dropout_mask = False  # of rows of a single text, which these are not
+    for name, task in tasks.items():
+        if not isinstance(task, HeldOut) or isinstance(task, HeldOutLoss):
+            continue
+        if batch_size < 2:
+            raise InputError(
+                f"{name}: per_device_eval_batch_size is 1, and a held-out row has no negatives in a batch of its own; set it "
+                "to per_device_train_batch_size, for example"
+            )
+        with args.main_process_first(desc="tokenizing"):
+            rows, views = tokenize_all(task.rows, step.encoder, encoding, name, paired=True)
+        check_objective(objective, cast(Dataset, rows), max(views), name)
+        loss = made[name] = HeldOutLoss(cast(Dataset, rows), objective, batch_size, step, args.chunk_tokens)
+        if args.process_index == 0:
+            warn_of_seen(loss.rows, training, name)
+    return made
+
+
+def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -> None:
+    """Warn of held-out rows that are also trained on: on them the loss says how well the model remembers."""
+    tables = training.tables if isinstance(training, Mixture) else [training]
+    seen = sum(seen_in_training(rows, table) for table in tables if isinstance(table, Dataset))
+    if seen:
+        logger.warning(f"{name}: {seen:,} of {len(rows):,} held-out rows are also trained on; leave them out of one of the two")
+
+
+def read_training_rows(
+    rows: TrainData | None,
+    step: TrainingStep,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+    name: str,
+    paired: bool | None,
+) -> tuple[Dataset | Mixture | None, list[int]]:
+    """Tokenize and check the rows to train on. Returns them, and the number of texts in a row of each source."""
+    if rows is None:
+        return None, [2]
+    check_batch(args)
+    with args.main_process_first(desc="tokenizing"):
+        tokens, views = tokenize_all(rows, step.encoder, args, name, paired)
+    check_objective(objective, tokens, max(views), name)
+    check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
+    return tokens, views

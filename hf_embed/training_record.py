@@ -1,0 +1,244 @@
+"""What a finished training says of itself: what was trained on what and how, and what it scores, as results.json has it."""
+
+import dataclasses
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import psutil
+import torch
+import transformers
+from datasets import Dataset, IterableDataset
+
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.tables import Results
+from hf_embed.data.mixture import Mixture, Source
+from hf_embed.errors import masked
+from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric
+from hf_embed.objectives import Matryoshka, Objective
+from hf_embed.objectives.base import FunctionObjective
+from hf_embed.version import __version__
+
+if TYPE_CHECKING:
+    from hf_embed.trainer import ContrastiveTrainer
+
+# The settings that a result depends on: results.json and the card have those that are not at their default. The test of
+# `changed` has the others, each named, so that a new field of TrainingArguments has to be put in one of the two lists.
+RESULT_SETTINGS = frozenset({
+    # the model
+    "dropout", "trust_remote_code", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "pooling", "max_length", "normalize", "prompts", "temp_scale",
+    # the rows
+    "positive", "synonyms", "fill_model", "same_dropout_mask", "drop_empty_rows", "source_alpha", "small_sources",
+    "shuffle_buffer_size", "data_seed", "ignore_data_skip",
+    # the optimisation
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "gradient_accumulation_steps", "restore_callback_states_from_checkpoint",
+    # how it is computed
+    "bf16", "fp16", "tf32", "full_determinism", "gradient_caching", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
+    "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "use_cache", "enable_jit_checkpoint",
+    "include_num_input_tokens_seen", "skip_memory_metrics",
+})  # fmt: skip
+UNNAMED = "data given in a script"
+SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # of several sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where rows to train on are from: their name for people, and the data sets of the Hub among them, OWNER/NAME."""
+
+    name: str
+    datasets: list[str] = dataclasses.field(default_factory=list)
+
+
+def training_results(trainer: "ContrastiveTrainer") -> Results:
+    """Return what results.json says of a training, from the trainer's log; {} where there is nothing to say.
+
+    The scores are those of the model as it is now: of an evaluation behind the training, or at the step whose model it is.
+    Where there is none, they are of the last evaluation before, whose step stands in `train`.
+    """
+    results: Results = {"card": trainer.named} if trainer.named else {}
+    if not trainer.describes_itself:
+        return results
+    trained = trainer.state.global_step > 0
+    scores, step = last_scores(trainer)
+    if scores:
+        before = summary(trainer.scores_before, trainer.scored) if trained else {}
+        results |= {"before": before, "after": summary(scores, trainer.scored)}
+    if trained:
+        results["train"] = about_training(trainer, scores)
+        if scores and step is not None:
+            results["train"]["scored_step"] = step
+    return results
+
+
+def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float | None]:
+    """Return the metrics of the model as it is, and None; or those of the last evaluation of the training, and its step."""
+    history = trainer.state.log_history
+    ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
+    behind = history[ends[-1] + 1 :] if ends else []
+    best = trainer.state.best_global_step if ends and trainer.args.load_best_model_at_end else None
+    step = trainer.state.global_step if best is None else best
+    during = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
+    found = [entry for entry in during if entry.get("step") == step and entry not in behind] + behind
+    if scores := metrics_of(found):
+        return scores, None
+    last = during[-1].get("step") if during else None
+    return metrics_of(entry for entry in during if entry.get("step") == last), last
+
+
+def metrics_of(entries: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the metrics of evaluations in a log; of a metric that stands in several, the last."""
+    return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+
+
+def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return what was trained on what and how, as results.json has it; `scores` are the model's."""
+    args, state, encoder = trainer.args, trainer.state, trainer.encoder
+    end = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+    name = encoder.config.name_or_path
+    score = score_of(args, trainer.eval_dataset or trainer.scored, scores)
+    chosen = args.load_best_model_at_end and chose_a_step(state)
+    settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
+    return {
+        "model": shown(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
+        "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,
+        "rows": len(cast(Any, trainer.train_dataset)), "language": None, "license": None,
+        "pooling": encoder.pooling, "max_length": encoder.max_length,
+        "objective": settings_of(trainer.objective),
+        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "learning_rate": args.learning_rate, "steps": state.global_step, "loss": end.get("train_loss"),
+        "score": score, "chosen_by": score if chosen else None,
+        "seconds": end.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
+        "hardware": hardware(args), "settings": settings,
+        "versions": {"hf_embed": __version__, "transformers": transformers.__version__,
+                     "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def chose_a_step(state: transformers.TrainerState) -> bool:
+    """Tell whether evaluations chose the model among several steps."""
+    evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    return state.best_model_checkpoint is not None and len(evaluated) > 1
+
+
+def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return the metric by which models are chosen, its value, and which direction is better."""
+    metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
+    greater = args.greater_is_better
+    if args.metric_for_best_model is None:
+        greater = not str(metric).endswith(("loss", "alignment", "uniformity"))
+    return {"metric": metric, "score": number(scores.get(f"eval_{metric}", math.nan), 4),
+            "greater_is_better": greater is not False}  # fmt: skip
+
+
+def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str, Any]:
+    """Return those of the settings objects' fields that a result depends on and that are not at their default."""
+    objects = [settings for settings in objects if settings is not None]
+    names = RESULT_SETTINGS - (set() if several_sources else SOURCE_SETTINGS)
+    if any(isinstance(settings, ContrastiveTrainingArguments) and settings.max_steps > 0 for settings in objects):
+        names -= {"num_train_epochs"}
+    found = {}
+    for settings in objects:
+        kind = type(settings)  # its defaults as `__post_init__` leaves them, which fills some in
+        defaults = kind("unused") if issubclass(kind, ContrastiveTrainingArguments) else kind()
+        for field in dataclasses.fields(kind):
+            value = getattr(settings, field.name)
+            if field.name in names and value != getattr(defaults, field.name):
+                found[field.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
+    return found
+
+
+def summary(metrics: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Sum up metrics for results.json.
+
+        {"sts": {NAME: Spearman}, "alignment": x, "uniformity": y, "retrieval": {NAME: {METRIC: value}}, "zero_shot": ...,
+         "held_out": {NAME: {"loss": value}}}
+
+    of the kinds of tasks that there are, and of which the metrics are there.
+    """
+    scores: dict[str, Any] = {}
+    for name, task in tasks.items():
+        if all(f"eval_{name}_{key}" in metrics for key in task.reported):
+            digits = {key: 4 if key == "loss" or key.endswith(THRESHOLD) else 2 for key in task.reported}
+            reported = {key: number(metrics[f"eval_{name}_{key}"], digits[key]) for key in task.reported}
+            scores.setdefault(task.kind, {})[name] = reported["spearman"] if task.kind == "sts" else reported
+    for key in ("alignment", "uniformity") if "sts" in scores else ():
+        values = [value for name in scores["sts"] if math.isfinite(value := metrics[f"eval_{name}_{key}"])]
+        scores[key] = number(sum(values) / len(values) if values else math.nan, 4)
+    return scores
+
+
+def settings_of(objective: Objective) -> dict[str, Any]:
+    """Return the name of an objective's class and its settings; of one around another, the other's too."""
+    named = objective.function if isinstance(objective, FunctionObjective) else type(objective)
+    settings = {"name": getattr(named, "__name__", type(named).__name__)}
+    if dataclasses.is_dataclass(objective):
+        settings |= dataclasses.asdict(cast(Any, objective))
+    if isinstance(objective, Matryoshka):
+        settings["objective"] = settings_of(objective.inner)
+    return settings
+
+
+def hardware(args: ContrastiveTrainingArguments) -> str:
+    """Name the devices of a run, for example "8 x NVIDIA H100" or "2 CPU cores"."""
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    return f"{psutil.cpu_count(logical=False) or os.cpu_count()} {args.device.type.upper()} cores"
+
+
+def number(value: float, digits: int) -> float | None:
+    """Round a number for results.json, which knows no NaN."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+# ---- names that others may see ----
+
+
+def shown(name: str) -> str:
+    """Return what others may see of the name of a file or folder.
+
+    Of a full path that is the last part: where it lies here is nobody's business. Secrets are masked.
+    """
+    return Path(name).name if Path(name).is_absolute() else masked(name)
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """Return a model's or data set's name, OWNER/NAME, if it is on the Hub."""
+    files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
+    named = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(files) and not Path(name).exists()
+    return name if named else None
+
+
+def origin_of(rows: Any, name: str) -> Origin:
+    """Return where rows to train on are from, as far as they know it: a path, the data set of the Hub, their names.
+
+    Args:
+        rows: as they are given to the trainer.
+        name: what messages call them, which is taken where nothing better is known.
+    """
+    if isinstance(rows, str | Path):
+        return Origin(shown(str(rows)))
+    parts: dict[str, Any] = {}
+    if isinstance(rows, Mapping):
+        parts = {str(key): table for key, table in rows.items()}
+    elif isinstance(rows, list) and rows and all(isinstance(source, Source) for source in rows):
+        parts = {source.name: source.rows for source in rows}
+    datasets = sorted({found for table in parts.values() or [rows] for found in hub_names(table)})
+    if name != "train_dataset":
+        return Origin(shown(name), datasets)
+    return Origin(", ".join(parts or datasets) or UNNAMED, datasets)
+
+
+def hub_names(rows: Any) -> list[str]:
+    """Return the data sets of the Hub that `datasets.load_dataset` has read rows from."""
+    if not isinstance(rows, Dataset | IterableDataset):
+        return []
+    files = list(rows.info.download_checksums or ())
+    return sorted({found[1] for file in files if (found := re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@", str(file)))})

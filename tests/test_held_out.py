@@ -1,0 +1,185 @@
+"""The validation loss: the objective on rows that are not trained on, each of which counts once on any number of ranks."""
+
+import logging
+
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
+from test_distributed import HERE, launch, run
+from transformers import BertForMaskedLM
+from worker import NO_DROPOUT, STS
+from worker_held_out import GLOBAL_BATCH, HELD_OUT, NEW, OBJECTIVES
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed.data.tokenization import text_id
+from hf_embed.evaluation.held_out import HeldOutLoss, batches, with_model
+
+ROWS = HELD_OUT["even"]
+QUIET = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": GLOBAL_BATCH, "max_steps": 2, "report_to": [],
+         "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}  # fmt: skip
+
+
+def make(folder, model=None, rows=NEW, held_out=ROWS, objective=None, **settings) -> ContrastiveTrainer:
+    args = ContrastiveTrainingArguments(str(folder), **(QUIET | settings))
+    return ContrastiveTrainer(
+        model or Encoder(tiny_model(), quickstart_tokenizer()), args, objective, Dataset.from_list(rows), held_out
+    )
+
+
+def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = GLOBAL_BATCH) -> float:
+    """Every text on its own, the SimCSE loss of each row in a loop over its batch, the mean over all rows."""
+    tokenizer, total = encoder.tokenizer, 0.0
+
+    def embed(text: str) -> torch.Tensor:
+        with torch.inference_mode():
+            return encoder.backbone(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+
+    for start, stop in batches(len(rows), size):
+        batch = [[row["anchor"], row["positive"], *row.get("negatives", [])] for row in rows[start:stop]]
+        hashes = [[text_id(tokenizer(text)["input_ids"]) for text in texts] for texts in batch]
+        vectors = [[embed(text) for text in texts] for texts in batch]
+        for i, texts in enumerate(vectors):
+            logits = [torch.cosine_similarity(texts[0], texts[1], dim=0) / temperature]
+            for j, other in enumerate(vectors):
+                for k in range(1, len(other)):
+                    own = j == i and k == 1
+                    partner = hashes[j][0] if k == 1 else None
+                    if not own and hashes[j][k] not in hashes[i][:2] and partner not in hashes[i][:2]:
+                        logits.append(torch.cosine_similarity(texts[0], other[k], dim=0) / temperature)
+            total -= torch.log_softmax(torch.stack(logits), 0)[0].item()
+    return total / len(rows)
+
+
+def test_batches():
+    assert batches(12, 6) == [(0, 6), (6, 12)]
+    assert batches(11, 6) == [(0, 6), (6, 11)]
+    assert batches(7, 6) == [(0, 7)] and batches(13, 6) == [(0, 6), (6, 13)]  # no batch of a single row
+    assert batches(2, 6) == [(0, 2)]
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_the_loss_is_the_plain_computation(tmp_path, name):
+    encoder = Encoder(tiny_model().double(), quickstart_tokenizer())  # its dropout is off in an evaluation
+    trainer = make(tmp_path, encoder, held_out=HELD_OUT[name], objective=SimCSE(0.2), chunk_tokens=24)
+    trainer.model.train()  # whatever state the model is in
+    found = trainer.evaluate()["eval_loss"]
+    expected = by_hand(encoder.eval(), HELD_OUT[name], 0.2)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert abs(found - by_hand(encoder, HELD_OUT[name], 0.21)) > 1e-4  # controls
+    if len(HELD_OUT[name]) > 2:
+        assert abs(found - by_hand(encoder, HELD_OUT[name], 0.2, size=4)) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> dict[int, dict]:
+    folder = tmp_path_factory.mktemp("held_out")
+    for number in (1, 2):
+        run(launch(number, HERE / "worker_held_out.py", folder))
+    return {number: torch.load(folder / f"{number}.pt") for number in (1, 2)}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_ranks_give_the_loss_of_one(ranks, objective):
+    one, two = ranks[1][objective], ranks[2][objective]
+    assert one.keys() == two.keys() and len(one) == 2 * (len(HELD_OUT) + 1)
+    assert all(two[key] == pytest.approx(one[key], rel=1e-9) for key in one)
+    assert all(one[key] != one[key.replace("before", "after")] for key in one if key.startswith("before"))
+
+
+def test_a_learned_temperature_is_the_one_learned(ranks):
+    assert ranks[1]["learned"]["before eval_loss"] == pytest.approx(ranks[1]["gte"]["before eval_loss"], rel=1e-9)
+    assert ranks[1]["learned"]["after eval_loss"] != pytest.approx(ranks[1]["gte"]["after eval_loss"], rel=1e-4)
+
+
+def test_the_log_the_best_model_and_the_end(tmp_path):
+    trainer = make(tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=4,
+                   load_best_model_at_end=True, metric_for_best_model="eval_loss", prediction_loss_only=True,
+                   learning_rate=1e-3)  # fmt: skip
+    assert trainer.args.greater_is_better is False
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4 and trainer.state.best_metric == min(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+    saved = Encoder.from_pretrained(str(trainer.state.best_model_checkpoint))
+    (task,) = with_model(trainer.eval_dataset, saved).values()
+    assert task.score(None)["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_metric_that_is_not_logged_is_refused(tmp_path):
+    message = error_of(make, tmp_path, metric_for_best_model="eval_dev_loss")
+    assert "the evaluation sets log held_out_loss, loss" in message
+    sts = Dataset.from_list(STS)
+    message = error_of(make, tmp_path, held_out={"s": sts}, metric_for_best_model="eval_loss", eval_strategy="epoch")
+    assert "metric_for_best_model is 'eval_loss'; the evaluation sets log" in message
+
+
+def test_settings_that_count_here_are_not_said_to_have_no_effect(tmp_path, caplog):
+    for held_out, ignored in ((ROWS, False), ({"s": Dataset.from_list(STS)}, True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make(tmp_path, held_out=held_out, prediction_loss_only=True)
+        assert ("per_device_eval_batch_size has no effect" in caplog.text) is ignored
+        assert ("prediction_loss_only has no effect" in caplog.text) is ignored
+
+
+def test_a_head_for_training_only_is_left_out(tmp_path):
+    trainer = make(tmp_path, tiny_encoder(pooling="cls_mlp_train"))
+    found = trainer.evaluate()["eval_loss"]
+    assert found == pytest.approx(make(tmp_path, tiny_encoder(pooling="cls")).evaluate()["eval_loss"], rel=1e-6)
+    assert found != pytest.approx(make(tmp_path, tiny_encoder(pooling="mean")).evaluate()["eval_loss"], rel=1e-3)
+
+
+def test_the_masked_language_modelling_auxiliary_is_left_out(tmp_path):
+    torch.manual_seed(1)
+    masked_lm = BertForMaskedLM(tiny_model(**NO_DROPOUT).config).eval()
+    args = ContrastiveTrainingArguments(str(tmp_path), **QUIET)
+    losses = [
+        ContrastiveTrainer(
+            masked_lm, args, SimCSE(mlm_weight=weight), NEW, ROWS, processing_class=quickstart_tokenizer()
+        ).evaluate()["eval_loss"]
+        for weight in (0.5, 1e-9)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_prompts_and_the_maximum_length_are_those_of_the_training(tmp_path):
+    encoder = tiny_encoder(prompts={"query": "look for: ", "document": "this is: "}, max_length=6)
+    (task,) = make(tmp_path, encoder).eval_dataset.values()
+    assert isinstance(task, HeldOutLoss)
+    texts = encoder.tokenizer.batch_decode(task.rows[0]["input_ids"], skip_special_tokens=True)
+    assert texts[0].startswith("look for") and texts[1].startswith("this is")
+    assert max(map(len, task.rows[0]["input_ids"])) == 6
+
+
+def test_single_texts_in_training_and_pairs_held_out(tmp_path):
+    trainer = make(tmp_path, rows=[{"text": row["anchor"]} for row in NEW], same_dropout_mask=True)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0.1
+
+
+def test_what_cannot_be_held_out_is_refused(tmp_path):
+    one = {"per_device_eval_batch_size": 1}
+    assert "per_device_eval_batch_size is 1" in error_of(make, tmp_path, **one)
+    assert "at least 2" in error_of(make, tmp_path, held_out=ROWS[:1])
+    assert "row 2, column 'positive': the text is empty" in error_of(
+        make, tmp_path, held_out=[NEW[0], {"anchor": "a", "positive": " "}]
+    )
+    weighted = SimCSE(hard_negative_weight=0.1)
+    assert "no row has a negative" in error_of(make, tmp_path, rows=ROWS, held_out=NEW, objective=weighted)
+
+
+def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, rows=NEW, held_out=ROWS)
+    assert "also trained on" not in caplog.text
+    overlap = [NEW[3], {"anchor": NEW[0]["anchor"], "positive": "something else"}, NEW[5], NEW[5]]
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, rows=NEW, held_out={"dev": overlap})
+    assert "dev: 3 of 4 held-out rows are also trained on" in caplog.text
+    caplog.clear()
+    sources = {"a": Dataset.from_list(NEW[:6]), "b": Dataset.from_list(NEW[6:])}
+    args = ContrastiveTrainingArguments(str(tmp_path), **QUIET)
+    with caplog.at_level(logging.WARNING):
+        ContrastiveTrainer(tiny_encoder(), args, None, sources, [NEW[1], NEW[8], ROWS[0]])
+    assert "held_out: 2 of 3 held-out rows are also trained on" in caplog.text

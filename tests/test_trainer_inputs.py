@@ -1,0 +1,329 @@
+"""What `ContrastiveTrainer` accepts: models and tokenizers by name, rows as scripts have them, plain TrainingArguments.
+
+Everything else is refused in one line that says what it is and what to give.
+"""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset, DatasetDict, IterableDataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from transformers import BertModel, DataCollatorWithPadding, EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
+from worker import STS, WORDS
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, Source
+from hf_embed.data.python_rows import as_rows
+from hf_embed.kit.plan import QUICKSTART
+
+ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}", "negative": f"no {b} here"}
+        for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # fmt: skip
+QUIET = {"per_device_train_batch_size": 4, "max_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True,
+         "save_strategy": "no"}  # fmt: skip
+
+
+def make(folder, **given) -> ContrastiveTrainer:
+    args = ContrastiveTrainingArguments(str(folder), **QUIET)
+    defaults = {"model": tiny_encoder(), "args": args, "train_dataset": ROWS}
+    return ContrastiveTrainer(**(defaults | given))
+
+
+# ---- rows ----
+
+
+def frame(**columns) -> pandas.DataFrame:
+    rows = pandas.DataFrame(ROWS)[::-1][::-1].set_index(pandas.Index(range(5, 17), name="id"))  # an index that is no column
+    return rows.assign(**columns)
+
+
+KINDS = {
+    "list of dicts": lambda: ROWS,
+    "DataFrame": frame,
+    "DataFrame of pandas' own texts": lambda: frame().astype("string"),
+    "DataFrame of categories": lambda: frame().astype("category"),
+    "list of tuples": lambda: [tuple(row.values()) for row in ROWS],
+    "list of lists": lambda: [list(row.values()) for row in ROWS],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_rows_trains_and_scores_as_a_dataset_does(tmp_path, kind):
+    seen = []
+    for rows in (Dataset.from_list(ROWS), KINDS[kind]()):
+        run = make(tmp_path, train_dataset=rows, eval_dataset=rows)
+        loss = run.evaluate()["eval_loss"]
+        seen.append((run.train_dataset["text_ids"][:], loss, run.train().training_loss))
+    assert seen[0] == seen[1] and len(seen[0][0][0]) == 3
+
+
+def test_texts_files_and_named_sets(tmp_path):
+    texts = [row["anchor"] for row in ROWS]
+    assert [len(ids) for ids in make(tmp_path, train_dataset=texts).train_dataset["text_ids"]] == [1] * len(texts)
+    pandas.DataFrame(ROWS).to_json(tmp_path / "pairs.jsonl", orient="records", lines=True)
+    assert len(make(tmp_path, train_dataset=str(tmp_path / "pairs.jsonl")).train_dataset) == len(ROWS)
+    assert len(make(tmp_path, train_dataset=tmp_path / "pairs.jsonl").train_dataset) == len(ROWS)
+    named = make(tmp_path, train_dataset={"frame": frame(), "list": ROWS, "file": tmp_path / "pairs.jsonl"})
+    assert named.train_dataset.names == ["frame", "list", "file"] and named.train_dataset.sizes == [12, 12, 12]
+    assert make(tmp_path, train_dataset=Source("one", Dataset.from_list(ROWS))).train_dataset.names == ["one"]
+    named.train()
+
+
+def test_a_key_that_the_first_row_lacks_counts():
+    """`Dataset.from_list` goes by the keys of the first row."""
+    rows = as_rows([{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", "negative": "e"}], "rows")
+    assert rows["negative"][:] == [None, "e"]
+    rows = as_rows([("a", "b"), ("c", "d", "e", "f")], "rows")
+    assert rows.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert rows["negative_2"][:] == [None, "f"]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), pandas.NA, pandas.NaT], ids=repr)
+def test_a_missing_cell_is_missing_and_not_the_text_nan(tmp_path, missing, caplog):
+    rows = [*ROWS, ROWS[0] | {"positive": missing}]
+    for given in (rows, pandas.DataFrame(rows)):
+        assert "row 13, column 'positive': the text is missing" in error_of(make, tmp_path, train_dataset=given)
+        dropping = ContrastiveTrainingArguments(str(tmp_path), **QUIET, drop_empty_rows=True)
+        assert len(make(tmp_path, train_dataset=given, args=dropping).train_dataset) == len(ROWS)
+    optional = [*ROWS, ROWS[0] | {"negative": missing}]  # a row may have fewer negatives
+    assert [len(ids) for ids in make(tmp_path, train_dataset=pandas.DataFrame(optional)).train_dataset["text_ids"]][-1] == 2
+
+
+def generator():
+    yield from ROWS
+
+
+@pytest.mark.parametrize(
+    "rows, parts",
+    [
+        ([], ["the list is empty"]),
+        ({}, ["the dict is empty"]),
+        (pandas.DataFrame(), ["the DataFrame is empty"]),
+        (pandas.DataFrame([["a", "b"]], columns=["anchor", "anchor"]), ["two columns are named 'anchor'"]),
+        ([*ROWS, "a text"], ["row 13", "a str", "row 1 a dict"]),
+        ([1, 2], ["row 1 is 1, a int", "list of dicts"]),
+        ([("a", "b"), ("c",)], ["row 2: a tuple of 1", "anchor and a positive"]),
+        ([*ROWS, ROWS[0] | {"positive": 3}], ["row 13, column 'positive': 3 is a int"]),
+        (ROWS[0], ["'anchor' holds texts", "Dataset.from_dict"]),
+        ({"anchor": ["a", "b"], "positive": ["c", "d"]}, ["'anchor' holds texts", "Dataset.from_dict"]),
+        (DatasetDict({"train": Dataset.from_list(ROWS)}), ["looks like a split"]),
+        ("nowhere.jsonl", ["nowhere.jsonl: no such file"]),
+        (generator(), ["a generator is no set of rows", "from_generator"]),
+        (generator, ["a function is no set of rows", "from_generator"]),
+        (torch.utils.data.TensorDataset(torch.zeros(2)), ["a TensorDataset is no set of rows", "list of dicts"]),
+        (Dataset.from_list(ROWS).data.table, ["a Table is no set of rows", "to_pandas()"]),
+        (3, ["a int is no set of rows"]),
+        (Dataset, ["the class Dataset is no set of rows"]),
+        ({"a": ROWS, "b": 3}, ["train_dataset['b']: a int is no set of rows"]),
+    ],
+)  # fmt: skip
+def test_what_holds_no_rows_is_refused(tmp_path, rows, parts):
+    message = error_of(make, tmp_path / "out", train_dataset=rows)
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "out").exists()
+
+
+# ---- evaluation sets ----
+
+
+def test_a_table_is_an_sts_set_or_held_out_by_its_columns(tmp_path):
+    sets = {"sts": STS, "loss": frame(), "more": [tuple(row.values()) for row in ROWS]}
+    run = make(tmp_path, eval_dataset=sets)
+    assert [(name, task.kind) for name, task in run.eval_dataset.items()] == [
+        ("sts", "sts"), ("loss", "held_out"), ("more", "held_out")
+    ]  # fmt: skip
+    scores = run.evaluate()
+    assert scores["eval_loss"] == pytest.approx(scores["eval_loss_loss"]) == pytest.approx(scores["eval_more_loss"])
+    assert {"eval_sts_spearman", "eval_spearman"} <= scores.keys()
+    assert list(make(tmp_path, eval_dataset=pandas.DataFrame(STS)).eval_dataset) == ["sts"]
+    assert list(make(tmp_path, eval_dataset=ROWS).eval_dataset) == ["held_out"]
+    assert "eval_held_out_loss" in make(tmp_path).evaluate(ROWS)
+    assert "there is no evaluation set 'dev'; there are sts, loss, more" in error_of(run.evaluate, "dev")
+
+
+@pytest.mark.parametrize(
+    "sets, parts",
+    [
+        ([ROWS[0] | STS[0], ROWS[1] | STS[1]], ["anchor and positive make it held-out rows", "an STS set"]),
+        ([{"text": "a"}, {"text": "b"}], ["single text cannot be held out", "anchor, positive"]),
+        (["a", "b"], ["single text cannot be held out"]),
+        ([ROWS[0] | {"label": 1}, ROWS[1] | {"label": 0}], ["'label' judges the pairs"]),
+        ([{"title": "a", "body": "b"}] * 2, ["found the columns title, body", "sentence1, sentence2 and score", "anchor"]),
+        (IterableDataset.from_generator(generator), ["a stream is no evaluation set"]),
+        ({"dev": 3}, ["dev: a int is no set of rows"]),
+        ({"anchor": ["a"], "positive": ["b"]}, ["holds texts"]),
+        (Dataset, ["the class Dataset is no evaluation set"]),
+    ],
+)
+def test_what_is_no_evaluation_set_is_refused(tmp_path, sets, parts):
+    message = error_of(make, tmp_path / "out", eval_dataset=sets)
+    assert all(part in message for part in parts), message
+
+
+# ---- the model and its tokenizer ----
+
+
+def test_a_model_by_name_has_the_settings_of_its_folder(tmp_path):
+    encoder = tiny_encoder(pooling="cls", prompts={"query": "look for: "}, normalize=True, max_length=20)
+    encoder.save_pretrained(tmp_path / "model")
+    for name in (str(tmp_path / "model"), tmp_path / "model"):
+        run = make(tmp_path / "out", model=name)
+        assert run.encoder.settings == encoder.settings and run.encoder.settings != tiny_encoder().settings
+    args = ContrastiveTrainingArguments(str(tmp_path / "out"), **QUIET, pooling="mean", max_length=16)
+    changed = make(tmp_path / "out", model=str(tmp_path / "model"), args=args).encoder
+    assert (changed.pooling, changed.max_length, changed.normalize) == ("mean", 16, True)
+    run.train()
+    run.save_model()
+    assert Encoder.from_pretrained(str(tmp_path / "out")).settings == encoder.settings
+
+
+def test_a_model_by_name_is_trained_in_float32(tmp_path):
+    encoder = tiny_encoder()
+    encoder.backbone.half()
+    encoder.save_pretrained(tmp_path / "half", verify=False)
+    run = make(tmp_path / "out", model=str(tmp_path / "half"))
+    assert {parameter.dtype for parameter in run.encoder.parameters()} == {torch.float32}
+    own = Encoder.from_pretrained(str(tmp_path / "half"), dtype=torch.float16)  # as the user says it
+    assert {parameter.dtype for parameter in make(tmp_path / "out", model=own).encoder.parameters()} == {torch.float16}
+
+
+def test_a_tokenizer_that_is_given_counts(tmp_path):
+    tokenizer = quickstart_tokenizer()
+    assert make(tmp_path, model=tiny_encoder(), processing_class=tokenizer).encoder.tokenizer is tokenizer
+    by_name = make(tmp_path, model=tiny_model(), processing_class=str(QUICKSTART / "encoder")).encoder
+    assert by_name.tokenizer("a cat")["input_ids"] == tokenizer("a cat")["input_ids"]
+
+
+def saved(folder) -> SentenceTransformer:
+    tiny_encoder().save_pretrained(str(folder / "st"))
+    return SentenceTransformer(str(folder / "st"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "given, parts",
+    [
+        ({"model": "no/such/model"}, ["model 'no/such/model' cannot be loaded"]),
+        ({"model": BertModel}, ["the model is the class BertModel", "PreTrainedModel"]),
+        ({"model": 3}, ["the model is of the type int", "PreTrainedModel"]),
+        ({"model": None}, ["model=", "name or folder"]),
+        ({"model": torch.nn.Linear(2, 2)}, ["the type Linear", "PreTrainedModel"]),
+        ({"model": tiny_model(), "processing_class": lambda text: text}, ["processing_class is a function"]),
+        ({"model": tiny_model(), "processing_class": None}, ["processing_class="]),
+        ({"processing_class": type(quickstart_tokenizer())}, ["processing_class is the class"]),
+        ({"tokenizer": quickstart_tokenizer()}, ["no argument tokenizer", "processing_class="]),
+        ({"loss": SimCSE()}, ["no argument loss", "objective="]),
+        ({"evaluator": None}, ["no argument evaluator", "eval_dataset="]),
+        ({"data_collator": None}, ["no argument data_collator"]),
+        ({"compute_metrics": None}, ["no argument compute_metrics"]),
+        ({"args": {}}, ["args is a dict", "ContrastiveTrainingArguments"]),
+        ({"args": "out"}, ["args is a str", 'ContrastiveTrainingArguments("out")']),
+        ({"args": TrainingArguments}, ["args is the class TrainingArguments"]),
+        ({"objective": "simcse"}, ["the text 'simcse'", "SimCSE()"]),
+        ({"objective": SimCSE}, ["the class SimCSE", "SimCSE()"]),
+        ({"objective": 3}, ["objective is a int"]),
+        ({"objective": torch.nn.CrossEntropyLoss()}, ["a CrossEntropyLoss, which cannot be called with (embeddings", "SimCSE"]),
+        ({"objective": lambda embeddings: embeddings.sum()}, ["a function, which cannot be called with (embeddings"]),
+        ({"objective": DataCollatorWithPadding(quickstart_tokenizer())}, ["a DataCollatorWithPadding, which cannot be called"]),
+        ({"callbacks": [3]}, ["callbacks holds a int"]),
+        ({"callbacks": "mine"}, ["callbacks holds a str"]),
+        ({"optimizers": 3}, ["optimizers is a int", "(optimizer, schedule)"]),
+        ({"optimizers": (None, None, None)}, ["optimizers is a tuple"]),
+        ({"optimizers": ("adamw", None)}, ["a str is no optimizer"]),
+        ({"optimizers": (None, "linear")}, ["a str is no schedule"]),
+    ],
+    ids=lambda given: ",".join(f"{key}={value}"[:30] for key, value in given.items()) if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_arguments_of_another_kind_are_refused(tmp_path, given, parts):
+    message = error_of(make, tmp_path / "out", **given)
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sentence_transformer_is_refused_for_it_would_not_be_trained(tmp_path):
+    assert "sentence-transformers, which would not see the training" in error_of(make, tmp_path, model=saved(tmp_path))
+
+
+def test_an_argument_that_no_trainer_has_is_pythons_error(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'train_datasets'; did you mean 'train_dataset'"):
+        make(tmp_path, train_datasets=ROWS)
+
+
+def test_a_single_callback_may_stand_by_itself(tmp_path):
+    callback = EarlyStoppingCallback(2)
+    assert callback in make(tmp_path, callbacks=callback).callback_handler.callbacks
+
+
+# ---- plain TrainingArguments ----
+
+
+def test_plain_arguments_keep_every_value(tmp_path):
+    plain = TrainingArguments(
+        str(tmp_path), **QUIET, learning_rate=3e-4, eval_strategy="steps", logging_steps=7, warmup_steps=0.1, optim="adafactor",
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6}, load_best_model_at_end=False, seed=5,
+    )  # fmt: skip
+    before = dict(vars(plain))
+    run = make(tmp_path, args=plain, eval_dataset=ROWS)
+    assert isinstance(run.args, ContrastiveTrainingArguments) and run.args is not plain and vars(plain) == before
+    for field in dataclasses.fields(TrainingArguments):
+        if field.name != "ddp_find_unused_parameters":  # False here: parameters without a use are frozen
+            assert getattr(run.args, field.name) == getattr(plain, field.name), field.name
+    assert run.args.eval_steps == 7 and run.args.device == plain.device and run.args.chunk_tokens is None
+    assert run.train().global_step == 2
+
+
+def test_plain_arguments_are_checked_as_ours_are(tmp_path):
+    for settings, part in (
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha is 5"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches is True"),
+        ({"per_device_train_batch_size": 1}, "no negatives"),
+    ):
+        assert part in error_of(make, tmp_path, args=TrainingArguments(str(tmp_path), **(QUIET | settings)))
+
+
+def test_the_best_model_of_plain_arguments(tmp_path):
+    """transformers fills in the loss: it is the metric where rows are held out, and the sets' own where they are not."""
+    best = QUIET | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings = best | {"load_best_model_at_end": True}
+    held_out = make(tmp_path, args=TrainingArguments(str(tmp_path / "a"), **settings), eval_dataset={"s": STS, "h": ROWS[:6]})
+    assert (held_out.args.metric_for_best_model, held_out.args.greater_is_better) == ("loss", False)
+    held_out.train()
+    losses = [entry["eval_loss"] for entry in held_out.state.log_history if "eval_loss" in entry]
+    assert held_out.state.best_metric == min(losses) != max(losses)
+    sts = make(tmp_path, args=TrainingArguments(str(tmp_path / "b"), **settings), eval_dataset=STS)
+    assert (sts.args.metric_for_best_model, sts.args.greater_is_better) == ("spearman", True)
+    ours = ContrastiveTrainingArguments(str(tmp_path / "c"), **settings)
+    run = make(tmp_path, args=ours, eval_dataset=ROWS[:6])
+    assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("loss", False)
+    run = make(tmp_path, args=ours, eval_dataset={"h": ROWS[:6], "s": STS})  # Spearman, whichever comes first
+    assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("spearman", True)
+
+
+@pytest.mark.parametrize("given_by", [TrainingArguments, ContrastiveTrainingArguments])
+@pytest.mark.parametrize("sets, mode", [(ROWS[:6], "min"), (STS, "max")], ids=["loss", "spearman"])
+def test_a_schedule_that_reads_the_metric_knows_its_direction(tmp_path, given_by, sets, mode):
+    settings = QUIET | {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    run = make(tmp_path, args=given_by(str(tmp_path), **settings), eval_dataset=sets)
+    run.train()
+    assert run.lr_scheduler.mode == mode
+
+
+def test_arguments_of_other_trainers_are_converted_or_refused_by_name(tmp_path, caplog):
+    assert make(tmp_path, args=Seq2SeqTrainingArguments(str(tmp_path), **QUIET)).train().global_step == 2
+    message = error_of(make, tmp_path, args=Seq2SeqTrainingArguments(str(tmp_path), **QUIET, predict_with_generate=True))
+    assert "predict_with_generate is True, a setting of Seq2SeqTrainingArguments" in message
+    of_st = SentenceTransformerTrainingArguments(str(tmp_path), **QUIET)
+    with caplog.at_level(logging.WARNING):
+        assert make(tmp_path, args=of_st).train().global_step == 2
+    for settings, part in (
+        ({"prompts": "query: "}, "ContrastiveTrainingArguments(prompts="),
+        ({"batch_sampler": "no_duplicates"}, "no negative of itself"),
+        ({"multi_dataset_batch_sampler": "round_robin"}, "source_alpha"),
+        ({"learning_rate_mapping": {"x": 1.0}}, "learning_rate_mapping is"),
+    ):
+        message = error_of(make, tmp_path, args=SentenceTransformerTrainingArguments(str(tmp_path), **QUIET, **settings))
+        assert part in message, message
