@@ -151,7 +151,7 @@ def test_a_table_is_an_sts_set_or_held_out_by_its_columns(tmp_path):
         ([{"text": "a"}, {"text": "b"}], ["single text cannot be held out", "anchor, positive"]),
         (["a", "b"], ["single text cannot be held out"]),
         ([ROWS[0] | {"label": 1}, ROWS[1] | {"label": 0}], ["'label' judges the pairs"]),
-        ([{"title": "a", "body": "b"}] * 2, ["found the columns title, body", "sentence1, sentence2 and score", "anchor"]),
+        ([{"left": "a", "right": "b"}] * 2, ["found the columns left, right", "sentence1, sentence2 and score", "anchor"]),
         (IterableDataset.from_generator(generator), ["a stream is no evaluation set"]),
         ({"dev": 3}, ["dev: a int is no set of rows"]),
         ({"anchor": ["a"], "positive": ["b"]}, ["holds texts"]),
