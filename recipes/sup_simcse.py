@@ -4,9 +4,9 @@
     python recipes/sup_simcse.py --config recipes/configs/sup_simcse_bert_base.yaml --learning_rate 3e-5
     python recipes/sup_simcse.py --train_file nli.csv --eval_sts_file stsb=stsb-dev.tsv
 
-Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or query, positive[,
-negative ...]. Flags of `transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help`
-lists them all.
+Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or others that README.md lists;
+`--columns anchor=question positive=answer` names any. Flags of `transformers.TrainingArguments` do what they do for a plain
+Trainer, or are refused by name; `--help` lists them all.
 """
 
 from pathlib import Path

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
+from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     ignored = [column for column in names if column not in columns]
     if len(columns) > 1:
         refuse_judgements(ignored, name)
-    if ignored:
+    if ignored and get_rank() == 0:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
 

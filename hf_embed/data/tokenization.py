@@ -175,7 +175,7 @@ def tokenize_table(
 
     tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
     kept = len(tokens.unique("row")) if others and len(tokens) else len(tokens)
-    if kept < len(rows):
+    if kept < len(rows) and get_rank() == 0:
         logger.warning(f"{name}: {len(rows) - kept:,} of {len(rows):,} rows had an empty text and were dropped")
     if others and get_rank() == 0:
         logger.warning(
