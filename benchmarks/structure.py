@@ -16,11 +16,11 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "entry", "library_internals", "ranges"],
+    ["errors", "distributed", "entry", "library_internals", "progress", "ranges"],
     ["adapters", "chunking", "data", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models"],
     ["encoder"],
-    ["arguments", "checkpoint", "mining", "mlm", "step", "trainer_settings", "unused", "watch"],
+    ["arguments", "checkpoint", "log_lines", "mining", "mlm", "step", "trainer_settings", "unused", "watch"],
     ["trainer"],
     ["kit"],
     ["recipes"],

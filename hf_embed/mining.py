@@ -46,12 +46,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from hf_embed.checkpoint.files import read_json
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.tasks import Embed
+from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.search import exact_search
 
@@ -222,7 +222,7 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[
     paths = [folder / f"{i:06d}{ending}" for i in range(len(parts))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()][rank::ranks]
     barrier()  # nobody writes before everyone has looked
-    with tqdm(total=sum(len(parts[i]) for i in missing), desc=title, disable=rank > 0) as bar:
+    with progress_bar(total=sum(len(parts[i]) for i in missing), desc=title, unit="text") as bar:
         for i in missing:
             unfinished = folder / f"unfinished-{paths[i].name}"
             make(parts[i], unfinished)
@@ -246,7 +246,8 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
 
     def write(numbers: range, path: Path) -> None:
         parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
-        vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in parts]).numpy()
+        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit=" x 512 texts")
+        vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in bar]).numpy()
         if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
             text = texts[numbers.start + bad[0]]
             raise InputError(

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
 )
@@ -41,11 +40,13 @@ from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.sts import EvalData, named_tasks
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.library_internals import PushInProgress, memory_tracker, save_without_push, train_batch_size
+from hf_embed.log_lines import show_lines
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective, SimCSE, as_objective
+from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
 from hf_embed.trainer_settings import check_batch, check_settings, check_training, warn_of_ignored
-from hf_embed.watch import Progress, Watch
+from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,7 @@ class ContrastiveTrainer(Trainer):
         self.encoder.check_forward()  # as it will be trained: on this device, with its adapters and its temperature
         self.temperature: Tensor | None = None  # the learned one at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # of each source, since the last log
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(Progress)
+        self.lines = show_lines(self, tasks)
 
     def _read_rows(
         self, rows: TrainData | None, args: ContrastiveTrainingArguments, name: str, paired: bool | None
@@ -130,7 +130,7 @@ class ContrastiveTrainer(Trainer):
         if rows is None:
             return None, [2]
         check_batch(args)
-        with args.main_process_first(desc="tokenizing"):
+        with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             tokens, views = tokenize_all(rows, self.encoder, args, name, paired)
         self.objective.check_rows(max(views), name)
         check_training(args, self.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
@@ -247,9 +247,10 @@ class ContrastiveTrainer(Trainer):
         memory = memory_tracker(self)
         memory.start()
         self.model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             scores = score_tasks(tasks, self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
+        self.lines.scored(tasks, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         memory.stop_and_update_metrics(metrics)

@@ -19,6 +19,7 @@ from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder, check_max_length
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
+from hf_embed.progress import calm_libraries
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import is_remote, loading_class
 
@@ -151,7 +152,8 @@ def load_model(
         config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
+        with calm_libraries():
+            model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
     except InputError:
         raise
     except Exception as error:  # many kinds: no network, no file, not JSON, a broken header, a missing package

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, row_texts, text_columns, unformatted
 from hf_embed.errors import InputError
+from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ def tokenize_table(
                 accepted.append(row if negatives is None else row[: 2 + negatives])
         return tokenizer(accepted)
 
-    tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
+    with table_bars():
+        tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
     if len(tokens) < len(rows):
         logger.warning(f"{name}: {len(rows) - len(tokens):,} of {len(rows):,} rows had an empty text and were dropped")
     if len(tokens) < 2:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
+from hf_embed.progress import progress_bar
 
 NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
 
@@ -138,7 +139,7 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     own = texts[rank::ranks]
     # Every rank makes the same number of calls: under FSDP a call is a collective.
     calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
-    for i in range(calls):
+    for i in progress_bar(range(calls), desc="Encoding", unit=f" x {batch} texts"):
         part = own[i * batch : (i + 1) * batch]
         yield embed(part or texts[:1], prompt_name)[: len(part)]
 
