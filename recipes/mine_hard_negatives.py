@@ -10,6 +10,9 @@ folder, whose corpus is searched too. The output, a jsonl with query, positive a
 done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on. `accelerate launch` shares the work.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 

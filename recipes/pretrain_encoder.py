@@ -13,6 +13,9 @@ every position is trained. The result is a language encoder, not yet a sentence 
 Shapes: B texts of T tokens, D student width, E teacher width, S tokens in a batch without its padding.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 import dataclasses
 import gzip
 import json

@@ -9,11 +9,10 @@ import ast
 import difflib
 import importlib
 import sys
-from pathlib import Path
 
-from hf_embed.entry import CONSOLE, PACKAGE, recipes_folder
+import hf_embed
+from hf_embed.entry import CONSOLE, PACKAGE, announce, recipes_folder
 from hf_embed.errors import InputError
-from hf_embed.kit.cli import run
 
 
 def recipes() -> dict[str, str]:
@@ -34,17 +33,15 @@ def listing() -> str:
     return "\n".join([f"{CONSOLE} RECIPE [FLAGS]; {CONSOLE} RECIPE --help lists the flags of one:", "", *lines])
 
 
-def start() -> None:
-    """Run the recipe that the first argument names. Raises InputError for a name that there is not."""
-    name = sys.argv[1].replace("_", "-")
+def find_recipe(word: str) -> str:
+    """Return the name of a recipe. Raises InputError for a name that there is not."""
+    name = word.replace("_", "-")
     known = recipes()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise InputError(f"there is no recipe '{sys.argv[1]}'{hint}; {CONSOLE} lists them")
-    module = importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}")
-    sys.argv = [f"{CONSOLE} {name}", *sys.argv[2:]]
-    module.main()
+        raise InputError(f"there is no recipe '{word}'{hint}; {CONSOLE} lists them")
+    return name
 
 
 def main() -> None:
@@ -52,5 +49,16 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help", "list"):
         print(listing())
         return
-    sys.argv[0] = str(Path(sys.argv[0]).with_name(CONSOLE))
-    run(start)
+    if sys.argv[1] == "--version":
+        print(f"hf_embed {hf_embed.__version__}")
+        return
+    try:
+        name = find_recipe(sys.argv[1])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    announce(hf_embed.__version__)
+    from hf_embed.kit.cli import run  # which imports PyTorch
+
+    sys.argv = [f"{CONSOLE} {name}", *sys.argv[2:]]
+    run(importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}").main)
