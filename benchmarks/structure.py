@@ -16,7 +16,7 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "entry", "library_internals", "progress", "ranges"],
+    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges"],
     ["adapters", "chunking", "data", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models"],
     ["encoder"],

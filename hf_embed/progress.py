@@ -4,7 +4,6 @@ There is no bar where stderr is no terminal (a log file needs none), nor within 
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from tqdm.auto import tqdm
 from transformers.utils.logging import set_tqdm_hook
 
-from hf_embed.distributed import get_rank
+from hf_embed.distributed import is_main_process
 
 DELAY = 3  # seconds that a library may load or write without a bar
 _hidden: list[bool] = []  # of the `hidden_bars` that are open
@@ -21,9 +20,8 @@ _hidden: list[bool] = []  # of the `hidden_bars` that are open
 
 def bars_shown() -> bool:
     """Return whether this process shows bars: the main one, on a terminal or in a notebook."""
-    main = get_rank() == 0 and os.environ.get("RANK", "0") == "0"
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return main and (terminal or "ipykernel" in sys.modules) and not any(_hidden)
+    return is_main_process() and (terminal or "ipykernel" in sys.modules) and not any(_hidden)
 
 
 def progress_bar(

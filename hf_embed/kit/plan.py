@@ -21,6 +21,7 @@ from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
+from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.overwrite import EarlierRun, earlier_files
@@ -180,6 +181,9 @@ def read_flags(
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     for kind in kinds:
         flags.make(kind)  # each checks itself
+    for flag in ("model_name_or_path", "fill_model"):  # before rows are read, which may take long
+        if name := flags.values.get(flag):
+            find_model(name)
     return flags
 
 

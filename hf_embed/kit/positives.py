@@ -29,6 +29,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_embed.data.sources import text_columns
 from hf_embed.errors import InputError
+from hf_embed.hub_access import find_model
 from hf_embed.progress import calm_libraries, progress_bar, table_bars
 
 logger = logging.getLogger(__name__)
@@ -203,9 +204,9 @@ class MaskFill:
     """Masked words, each replaced by the model's best guess."""
 
     def __init__(self, name: str | None, trust_remote_code: bool = False):
-        trusted = {"trust_remote_code": trust_remote_code}
         if name is None:
             raise InputError("positive mask_fill needs a masked language model")
+        trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
         try:
             with calm_libraries():
                 model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
