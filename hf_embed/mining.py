@@ -86,7 +86,7 @@ class MiningArguments:
         default="top", metadata={"help": "The nearest of what is left, or a random choice of it.", "choices": ["top", "random"]}
     )
     use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); needs faiss-cpu."})
-    seed: int = field(default=42)
+    seed: int = field(default=42, metadata={"help": "Of a random choice."})
 
     def __post_init__(self) -> None:
         cosine, whole = Range(least=-1, most=1), Range(whole=True)

@@ -1,8 +1,8 @@
 """Find hard negatives for pairs of queries and documents, with any encoder.
 
-    python recipes/mine_hard_negatives.py --model_name_or_path outputs/gte_pretrain --train_file pairs.jsonl \
+    python recipes/mine_hard_negatives.py outputs/gte_pretrain --train_file pairs.jsonl \
         --output_file mined.jsonl
-    python recipes/mine_hard_negatives.py --model_name_or_path BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
+    python recipes/mine_hard_negatives.py BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
 Pairs are the columns anchor and positive of a file (or sent0 and sent1, or query and positive), or the judged pairs of a BEIR
@@ -32,7 +32,7 @@ from hf_embed.mining import MiningArguments, describe, mine_hard_negatives
 class Arguments(EncodingArguments):
     """Flags of this recipe, beside those of `MiningArguments`."""
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
     output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
     train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
     ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of it to leave out, e.g. a label."})

@@ -5,8 +5,8 @@
     python recipes/sup_simcse.py --train_file nli.csv --eval_sts_file stsb=stsb-dev.tsv
 
 Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or query, positive[,
-negative ...]. Flags of `transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help`
-lists them all.
+negative ...]. Flags of `transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name;
+`--help all` lists them.
 """
 
 from pathlib import Path

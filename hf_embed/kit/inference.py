@@ -8,6 +8,8 @@ from hf_embed.encoder import Encoder
 from hf_embed.kit.plan import TRUST
 from hf_embed.ranges import COUNT, check_ranges
 
+MODEL_HELP = "A folder or a Hub name. Default: the built-in quickstart encoder."
+
 
 @dataclass(kw_only=True)
 class EncodingArguments:

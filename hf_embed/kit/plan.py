@@ -47,8 +47,8 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
     lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank, merged at export. 0: all weights."})
-    lora_alpha: int = field(default=32)
-    lora_dropout: float = field(default=0.05)
+    lora_alpha: int = field(default=32, metadata={"help": "With LoRA: adapters are scaled by this number over their rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "With LoRA: the dropout rate before the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Default: every linear layer."}
     )
@@ -73,8 +73,8 @@ class DataArguments:
         default=None, metadata={"help": "txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
-    dataset_config: str | None = field(default=None)
-    dataset_split: str = field(default="train")
+    dataset_config: str | None = field(default=None, metadata={"help": "Which of the dataset's configurations."})
+    dataset_split: str = field(default="train", metadata={"help": "Which of the dataset's splits."})
     ignore_columns: list[str] = field(
         default_factory=list, metadata={"help": "Columns to leave out, for example a label beside pairs that are all positive."}
     )
@@ -177,7 +177,7 @@ def read_flags(
         unless: flags; where one of them is given, by default data, the preset is not taken.
         argv: the command line; default: the process's.
     """
-    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
+    kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     for kind in kinds:
         flags.make(kind)  # each checks itself
