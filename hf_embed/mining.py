@@ -246,7 +246,7 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
 
     def write(numbers: range, path: Path) -> None:
         parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
-        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit=" x 512 texts")
+        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit="batch")
         vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in bar]).numpy()
         if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
             text = texts[numbers.start + bad[0]]

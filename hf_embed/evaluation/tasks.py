@@ -139,9 +139,11 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     own = texts[rank::ranks]
     # Every rank makes the same number of calls: under FSDP a call is a collective.
     calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
-    for i in progress_bar(range(calls), desc="Encoding", unit=f" x {batch} texts"):
-        part = own[i * batch : (i + 1) * batch]
-        yield embed(part or texts[:1], prompt_name)[: len(part)]
+    with progress_bar(total=len(own), desc="Encoding", unit="text") as bar:
+        for i in range(calls):
+            part = own[i * batch : (i + 1) * batch]
+            yield embed(part or texts[:1], prompt_name)[: len(part)]
+            bar.update(len(part))
 
 
 def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> np.ndarray:

@@ -94,7 +94,7 @@ def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[f
     There is a number for the word embeddings and for each layer.
     """
     shares = []
-    for start in progress_bar(range(0, len(texts), batch), desc="Layers", unit=f" x {batch} texts"):
+    for start in progress_bar(range(0, len(texts), batch), desc="Layers", unit="batch"):
         inputs = encoder.tokenizer(
             texts[start : start + batch], truncation=True, max_length=encoder.max_length, padding=True, return_tensors="pt"
         ).to(encoder.device)

@@ -27,6 +27,7 @@ from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.overwrite import EarlierRun, earlier_files
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
+from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.trainer_settings import check_metric
 
@@ -279,7 +280,7 @@ def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments,
             f"--positive {kind} is made for one set of sentences; give --train_file or --dataset_name, not --sources"
         )
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
-    with args.main_process_first(desc="positives"):
+    with args.main_process_first(desc="positives"), hidden_bars(bool(args.disable_tqdm)):
         pairs = add_positives(
             rows.data, positive.positive, args.seed, rows.name, positive.synonyms, model, model_args.trust_remote_code
         )

@@ -224,7 +224,7 @@ class MaskFill:
         """Replace a share of the words of each text."""
         texts, mask = [list(words) for words in texts], self.tokenizer.mask_token
         chosen = [sorted(places(words, share, draw)) for words, draw in zip(texts, draws)]
-        for start in progress_bar(range(0, len(texts), 64), desc="Filling masks", unit=" x 64 texts"):
+        for start in progress_bar(range(0, len(texts), 64), desc="Filling masks", unit="batch"):
             part = range(start, min(start + 64, len(texts)))
             masked = [" ".join(mask if i in chosen[n] else word for i, word in enumerate(texts[n])) for n in part]
             inputs = self.tokenizer(masked, truncation=True, padding=True, return_tensors="pt").to(self.model.device)

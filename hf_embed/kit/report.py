@@ -31,6 +31,7 @@ from hf_embed.evaluation.tasks import Task, main_metric, score_tasks
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import Plan, on_the_hub
 from hf_embed.objectives import Matryoshka, Objective
+from hf_embed.progress import hidden_bars
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 
@@ -67,7 +68,8 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
     saved, after = None, {}
     if plan.tasks:
         saved = load_saved(plan)
-        after = score_encoder(saved, plan.tasks)
+        with hidden_bars(bool(plan.args.disable_tqdm)):
+            after = score_encoder(saved, plan.tasks)
     about = about_run(plan, trainer, trained, after)
     results = {"before": summary(before, plan.tasks), "after": summary(after, plan.tasks), "train": about}
     if trainer.is_world_process_zero():
