@@ -16,12 +16,12 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "entry", "library_internals", "ranges", "version"],
+    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges", "version"],
     ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
-    ["arguments", "checkpoint", "hub_trainer", "mining", "mlm", "preview", "step", "trainer_inputs", "trainer_settings",
-     "training_record", "unused", "vector_files", "watch"],
+    ["arguments", "checkpoint", "hub_trainer", "log_lines", "mining", "mlm", "preview", "step", "trainer_inputs",
+     "trainer_settings", "training_record", "unused", "vector_files", "watch"],
     ["trainer"],
     ["kit"],
     ["recipes"],

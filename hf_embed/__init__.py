@@ -1,23 +1,33 @@
-"""hf_embed: fine-tune any PreTrainedModel into a text-embedding model with the Hugging Face Trainer."""
+"""hf_embed: fine-tune any PreTrainedModel into a text-embedding model with the Hugging Face Trainer.
 
-from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.card import write_card
-from hf_embed.data.mixture import Source
-from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
-from hf_embed.evaluation.held_out import HeldOut
-from hf_embed.evaluation.pair_classification import PairClassification
-from hf_embed.evaluation.reranking import Reranking
-from hf_embed.evaluation.retrieval import Retrieval
-from hf_embed.evaluation.triplets import Triplets
-from hf_embed.evaluation.zero_shot import ZeroShot
-from hf_embed.mining import mine_hard_negatives
-from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
-from hf_embed.search import semantic_search
-from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
-from hf_embed.trainer import ContrastiveTrainer
-from hf_embed.vector_files import write_vectors
+A name is imported when it is used, for PyTorch and transformers take seconds: `import hf_embed` alone takes none.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from hf_embed.entry import announce, starts_recipe
 from hf_embed.version import __version__
+
+if TYPE_CHECKING:
+    from hf_embed.arguments import ContrastiveTrainingArguments
+    from hf_embed.checkpoint.card import write_card
+    from hf_embed.data.mixture import Source
+    from hf_embed.encoder import Encoder
+    from hf_embed.errors import InputError
+    from hf_embed.evaluation.held_out import HeldOut
+    from hf_embed.evaluation.pair_classification import PairClassification
+    from hf_embed.evaluation.reranking import Reranking
+    from hf_embed.evaluation.retrieval import Retrieval
+    from hf_embed.evaluation.triplets import Triplets
+    from hf_embed.evaluation.zero_shot import ZeroShot
+    from hf_embed.mining import mine_hard_negatives
+    from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
+    from hf_embed.search import semantic_search
+    from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
+    from hf_embed.trainer import ContrastiveTrainer
+    from hf_embed.vector_files import write_vectors
 
 __all__ = [
     "ContrastiveTrainer",
@@ -45,3 +55,44 @@ __all__ = [
     "write_card",
     "write_vectors",
 ]
+
+# Where each name of `__all__` is, as the imports above say to type checkers.
+MODULES = {
+    "arguments": ["ContrastiveTrainingArguments"],
+    "checkpoint.card": ["write_card"],
+    "data.mixture": ["Source"],
+    "encoder": ["Encoder"],
+    "errors": ["InputError"],
+    "evaluation.held_out": ["HeldOut"],
+    "evaluation.pair_classification": ["PairClassification"],
+    "evaluation.reranking": ["Reranking"],
+    "evaluation.retrieval": ["Retrieval"],
+    "evaluation.triplets": ["Triplets"],
+    "evaluation.zero_shot": ["ZeroShot"],
+    "mining": ["mine_hard_negatives"],
+    "objectives": ["ImprovedContrastive", "Matryoshka", "SimCSE"],
+    "search": ["semantic_search"],
+    "tempscale": ["TempScaleConfig", "apply_tempscale", "fold_tempscale", "register_tempscale", "remove_tempscale"],
+    "trainer": ["ContrastiveTrainer"],
+    "vector_files": ["write_vectors"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package, when it is first used."""
+    for module, names in MODULES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if starts_recipe():  # `hf-embed` says it when it knows the recipe
+    announce(__version__)

@@ -5,6 +5,7 @@ adds up what all ranks send back to a row; so the average over ranks, which DDP 
 loss over the global batch. No factor anywhere.
 """
 
+import os
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,11 @@ Gathered = TypeVar("Gathered")
 def get_rank() -> int:
     """Return the number of this process among those of the process group; 0 where there is no group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that speaks for all, also where a launcher has started several without a group yet."""
+    return get_rank() == 0 and os.environ.get("RANK", "0") == "0"
 
 
 def get_world_size() -> int:

@@ -56,6 +56,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.tasks import Embed
+from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.search import exact_search
 from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
@@ -93,7 +94,7 @@ class MiningArguments:
         default="top", metadata={"help": "The nearest of what is left, or a random choice of it.", "choices": ["top", "random"]}
     )
     use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); needs faiss-cpu."})
-    seed: int = field(default=42)
+    seed: int = field(default=42, metadata={"help": "Of a random choice."})
 
     def __post_init__(self) -> None:
         cosine, whole = Range(least=-1, most=1), Range(whole=True)
@@ -266,7 +267,8 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
 
     def write(numbers: range, path: Path) -> None:
         parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
-        vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in parts]).numpy()
+        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit="batch")
+        vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in bar]).numpy()
         if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
             text = texts[numbers.start + bad[0]]
             raise InputError(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
-    ProgressCallback,
     TrainerCallback,
     TrainingArguments,
 )
@@ -37,14 +36,16 @@ from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import memory_tracker, train_batch_size
+from hf_embed.log_lines import show_lines
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective
 from hf_embed.preview import preview
+from hf_embed.progress import hidden_bars
 from hf_embed.step import add_own_parameters, make_step
 from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
 from hf_embed.trainer_settings import check_settings, warn_of_ignored
 from hf_embed.training_record import origin_of, training_results
-from hf_embed.watch import Progress, Watch
+from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +132,7 @@ class ContrastiveTrainer(HubTrainer):
         self.source_losses: dict[int, list[Tensor]] = {}  # of each source, since the last log
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
             logger.info("\n".join(self.preview()))
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(Progress)
+        self.lines = show_lines(self, tasks)
 
     # ---- the step ----
 
@@ -236,13 +236,14 @@ class ContrastiveTrainer(HubTrainer):
         memory = memory_tracker(self)
         memory.start()
         self.model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
         if metric_key_prefix == "eval":
             self.scored |= tasks
             if not self.state.global_step:
                 self.scores_before |= metrics
+        self.lines.scored(tasks, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         memory.stop_and_update_metrics(metrics)

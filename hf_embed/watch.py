@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed.distributed import gather_objects
@@ -136,14 +136,3 @@ class Watch(TrainerCallback):
         if not self.warned and state.is_world_process_zero and (message := warning_of(self.history, self.batches_alike)):
             self.warned = True
             logger.warning(f"step {state.global_step}: {message}")
-
-
-class Progress(ProgressCallback):
-    """Show the mean loss, alignment and uniformity on the console; loggers and `log_history` have the rest."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
-    ) -> None:
-        """Show a log without the numbers of each source."""
-        shown = {key: value for key, value in (logs or {}).items() if not key.startswith(("loss_", "norm_", "masked_"))}
-        super().on_log(args, state, control, logs=shown, **kwargs)

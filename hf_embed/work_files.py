@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
+from hf_embed.progress import progress_bar
 
 
 def work_folder(output: Path) -> Path:
@@ -70,7 +70,7 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[
     paths = [folder / f"{i:06d}{ending}" for i in range(len(parts))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()][rank::ranks]
     barrier()  # nobody writes before everyone has looked
-    with tqdm(total=sum(len(parts[i]) for i in missing), desc=title, disable=rank > 0) as bar:
+    with progress_bar(total=sum(len(parts[i]) for i in missing), desc=title, unit="text") as bar:
         for i in missing:
             unfinished = folder / f"unfinished-{paths[i].name}"
             make(parts[i], unfinished)

@@ -9,15 +9,12 @@ Row i of `numpy.load("vectors.npy", mmap_mode="r")` is of row i of the file; vec
 What was done when a run is stopped is kept in vectors.npy.work; the same command goes on.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
 
 from hf_embed import write_vectors
-from hf_embed.entry import recipe_command
-from hf_embed.errors import InputError
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
@@ -26,8 +23,11 @@ from hf_embed.vectors import PRECISIONS
 
 @dataclass(kw_only=True)
 class Arguments(EncodingArguments):
-    """All flags; the model, the file and the output stand before them."""
+    """Flags of this recipe."""
 
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
+    file: str = field(metadata={"help": "The texts.", "positional": True, "metavar": "FILE"})
+    output: str = field(metadata={"help": "Where to write the vectors, a .npy.", "positional": True, "metavar": "OUT"})
     column: str | None = field(
         default=None, metadata={"help": "The column of texts. Default: text, sentence, or the only one."}
     )
@@ -55,22 +55,15 @@ class Arguments(EncodingArguments):
 
 def main() -> None:
     """Read the texts, load the model, encode."""
-    words = sys.argv[1:]
-    if len(words) < 3 or any(word.startswith("-") for word in words[:3]):
-        if "--help" not in words:
-            raise InputError(f"say what to encode and where to: {recipe_command('encode')} MODEL FILE OUT.npy")
-        words = ["", "", "", *words]
-    model, file, output, *words = words
-    (args,) = parse([Arguments], argv=words)
+    (args,) = parse([Arguments])
     state = PartialState(cpu=not torch.cuda.is_available())
-    column, texts = read_column(file, args.column)
+    column, texts = read_column(args.file, args.column)
+    encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     options = ("prompt_name", "precision", "truncate_dim", "normalize", "batch_size", "chunk_tokens")
-    about = write_vectors(
-        load_for_encoding(model, args, state.device), texts, output, {"model": model, "file": file, "column": column},
-        **{name: getattr(args, name) for name in options},
-    )  # fmt: skip
+    of = {"model": args.model_name_or_path, "file": args.file, "column": column}
+    about = write_vectors(encoder, texts, args.output, of, **{name: getattr(args, name) for name in options})
     if state.is_main_process:
-        print(f"wrote {output}: {about['rows']:,} vectors of {about['width']} numbers, {about['dtype']}")
+        print(f"wrote {args.output}: {about['rows']:,} vectors of {about['width']} numbers, {about['dtype']}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Score any checkpoint: one of this package, a Hub model, a sentence-transformers folder.
 
-    python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
-    python recipes/evaluate.py --model_name_or_path princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
-    python recipes/evaluate.py --model_name_or_path outputs/gte_pretrain --eval_retrieval_dir scifact=beir/scifact:test \
+    python recipes/evaluate.py outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
+    python recipes/evaluate.py princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
+    python recipes/evaluate.py outputs/gte_pretrain --eval_retrieval_dir scifact=beir/scifact:test \
         --eval_zero_shot intents=banking77.tsv --eval_code_search numpy=numpy
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_triplet_file nli=nli-dev.csv \
         --eval_pair_file quora=quora-dev.tsv --eval_reranking_file askubuntu=mteb/askubuntudupquestions-reranking:test
@@ -34,7 +34,7 @@ from hf_embed.kit.report import summary
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
     seven_sts: bool = field(default=False, metadata={"help": "The paper's seven STS tasks, from the Hub."})
     output_dir: str | None = field(default=None, metadata={"help": "Write results.json there."})
 

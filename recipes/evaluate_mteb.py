@@ -8,14 +8,13 @@ one): mteb's own files under mteb/, of which a second run does only what is miss
 the card's table and metadata are made anew.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
-from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.ranges import COUNT, check_ranges
 
@@ -24,11 +23,11 @@ from hf_embed.ranges import COUNT, check_ranges
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "May stand first, without its flag."})
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "mteb's names, e.g. STSBenchmark SciFact."})
     benchmark: list[str] = field(default_factory=list, metadata={"help": "mteb's benchmarks, e.g. 'MTEB(eng, v2)'."})
-    batch_size: int = field(default=512)
-    output_dir: str | None = field(default=None)
+    batch_size: int = field(default=512, metadata={"help": "Texts that are encoded at a time."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: the model's folder, if it is one."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT, "max_length": COUNT})
@@ -36,7 +35,7 @@ class Arguments(EncodingArguments):
 
 def main() -> None:
     """Run the tasks, print the scores, and store them with those of earlier runs."""
-    (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
+    (args,) = parse([Arguments])
     model = Path(args.model_name_or_path)
     if args.output_dir is None and not model.is_dir():
         raise InputError(f"{model} is not a folder; say where the results go: --output_dir FOLDER")

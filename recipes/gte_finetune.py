@@ -11,6 +11,9 @@ recipes/gte_pretrain.py, with the model of outputs/gte_pretrain or of --model_na
 end.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 from pathlib import Path
 from typing import Any
 

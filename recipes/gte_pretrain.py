@@ -10,6 +10,9 @@ hf_embed/data/mixture.py shows a file of sources. Without arguments the sources 
 are installed on this machine, and the built-in encoder learns to search them: outputs/docstrings has the files.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 from pathlib import Path
 from typing import Any
 

@@ -8,15 +8,14 @@ collapse.png; hf_embed/kit/length_collapse.py says what the columns are.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_embed.data.sources import read_texts
 from hf_embed.errors import masked
-from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.cli import parse, run
 from hf_embed.kit.docstrings import read_pages
-from hf_embed.kit.inference import EncodingArguments, load_for_encoding
+from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.ranges import COUNT, Range, check_ranges
@@ -28,13 +27,13 @@ class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(
-        default=str(QUICKSTART / "encoder"), metadata={"help": "May stand first, without its flag."}
+        default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP, "positional": True, "metavar": "MODEL"}
     )
     texts: str | None = field(default=None, metadata={"help": "A txt with a text a line, or a file with a column text."})
     max_texts: int = field(default=200, metadata={"help": "Take the first so many."})
     lengths: list[int] = field(default_factory=lambda: list(LENGTHS), metadata={"help": "Tokens to cut to."})
     temperature: list[float] = field(default_factory=lambda: [0.9], metadata={"help": "TempScale's, to compare with."})
-    output_dir: str = field(default="outputs/length_collapse")
+    output_dir: str = field(default="outputs/length_collapse", metadata={"help": "For collapse.json and collapse.png."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "lengths": Range(least=4, whole=True)})
@@ -42,7 +41,7 @@ class Arguments(EncodingArguments):
 
 def main() -> None:
     """Measure the model as it is and at each temperature; print, store and plot the reports."""
-    (args,) = parse([Arguments], argv=model_first(sys.argv[1:]))
+    (args,) = parse([Arguments])
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]
     texts = (read_texts(args.texts) if args.texts else read_pages())[: args.max_texts]
     encoder = load_for_encoding(args.model_name_or_path, args)

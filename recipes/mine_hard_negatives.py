@@ -1,8 +1,8 @@
 """Find hard negatives for pairs of queries and documents, with any encoder.
 
-    python recipes/mine_hard_negatives.py --model_name_or_path outputs/gte_pretrain --train_file pairs.jsonl \
+    python recipes/mine_hard_negatives.py outputs/gte_pretrain --train_file pairs.jsonl \
         --output_file mined.jsonl
-    python recipes/mine_hard_negatives.py --model_name_or_path BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
+    python recipes/mine_hard_negatives.py BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
 Pairs are the columns of a file that recipes train on, anchor and positive for example (README.md lists them), or the judged
@@ -11,6 +11,9 @@ recipe. What was done when a run is stopped is kept in OUTPUT_FILE.work; the sam
 the work.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +35,7 @@ from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 class Arguments(EncodingArguments):
     """Flags of this recipe, beside those of `MiningArguments`."""
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
     output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
     train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
     columns: list[str] = field(default_factory=list, metadata={"help": "Which hold what: anchor=question positive=answer."})

@@ -13,6 +13,9 @@ every position is trained. The result is a language encoder, not yet a sentence 
 Shapes: B texts of T tokens, D student width, E teacher width, S tokens in a batch without its padding.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 import dataclasses
 import gzip
 import json
@@ -37,23 +40,23 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 @dataclass
 class Arguments:
-    """All flags."""
+    """Flags of this recipe."""
 
     teacher: str = field(metadata={"help": "a BERT to learn from: a Hub name or a folder"})
     train_file: str = field(metadata={"help": "plain text, one sentence a line; .gz is fine"})
-    output_dir: str
+    output_dir: str = field(metadata={"help": "where the encoder goes"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the teacher's own code, if it has any"})
     teacher_layer: int = field(default=4, metadata={"help": "which of its layers' hidden states to predict"})
-    vocab_size: int = 12000
-    hidden_size: int = 192
-    num_layers: int = 4
-    num_heads: int = 6
-    max_length: int = 512
+    vocab_size: int = field(default=12000, metadata={"help": "pieces of its vocabulary"})
+    hidden_size: int = field(default=192, metadata={"help": "width of its layers"})
+    num_layers: int = field(default=4, metadata={"help": "how many layers it has"})
+    num_heads: int = field(default=6, metadata={"help": "attention heads of a layer"})
+    max_length: int = field(default=512, metadata={"help": "tokens that it has positions for"})
     sentence_tokens: int = field(default=14_000_000, metadata={"help": "tokens of the first stage"})
     long_tokens: int = field(default=4_000_000, metadata={"help": "tokens of the second stage"})
-    batch_tokens: int = 5120
-    learning_rate: float = 2e-3
-    seed: int = 1
+    batch_tokens: int = field(default=5120, metadata={"help": "tokens of a batch"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "the highest of the schedule"})
+    seed: int = field(default=1, metadata={"help": "of the order of the texts and of what is drawn"})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

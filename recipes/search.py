@@ -26,8 +26,10 @@ from hf_embed.ranges import COUNT, check_ranges
 
 @dataclass(kw_only=True)
 class Arguments(EncodingArguments):
-    """All flags; the model and the file stand before them."""
+    """Flags of this recipe."""
 
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
+    file: str = field(metadata={"help": "The texts to search.", "positional": True, "metavar": "FILE"})
     column: str | None = field(
         default=None, metadata={"help": "The column of texts. Default: text, sentence, or the only one."}
     )
@@ -44,18 +46,12 @@ class Arguments(EncodingArguments):
 
 def main() -> None:
     """Load the model, encode the texts or read their vectors, and answer queries."""
-    words = sys.argv[1:]
-    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
-        if "--help" not in words:
-            raise InputError(f"say what to search: {recipe_command('search')} MODEL FILE")
-        words = ["", "", *words]
-    model, file, *words = words
-    (args,) = parse([Arguments], argv=words)
+    (args,) = parse([Arguments])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(f"a search is one process; start it by {recipe_command('search')}")
-    _, texts = read_column(file, args.column)
-    encoder = load_for_encoding(model, args)
-    vectors, options, similarity = document_vectors(encoder, texts, file, args.embeddings)
+    _, texts = read_column(args.file, args.column)
+    encoder = load_for_encoding(args.model_name_or_path, args)
+    vectors, options, similarity = document_vectors(encoder, texts, args.file, args.embeddings)
     room = 3 * shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # three lines of a text
     for query in args.query or typed():
         asked = np.asarray(encoder.encode_query(query, **options))

@@ -6,7 +6,7 @@
 
 Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or others that README.md lists;
 `--columns anchor=question positive=answer` names any. Flags of `transformers.TrainingArguments` do what they do for a plain
-Trainer, or are refused by name; `--help` lists them all.
+Trainer, or are refused by name; `--help all` lists them.
 """
 
 from pathlib import Path

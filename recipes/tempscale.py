@@ -10,7 +10,6 @@ OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load i
 results.json and tempscale.png in it have the scores of all temperatures, and what was gained on queries that did not choose.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.data.sources import read_texts
 from hf_embed.evaluation.retrieval import read_pairs
 from hf_embed.kit.calibrate import TEMPERATURES, check_foldable_at, check_request, halves, save_folded, sweep
-from hf_embed.kit.cli import model_first, parse, run
+from hf_embed.kit.cli import parse, run
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.inference import EncodingArguments, load_for_encoding
+from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.kit.report import saved_to
@@ -34,7 +33,7 @@ class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(
-        default=str(QUICKSTART / "encoder"), metadata={"help": "May stand first, without its flag."}
+        default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP, "positional": True, "metavar": "MODEL"}
     )
     temperature: float | None = field(default=None, metadata={"help": "Take this one, without a search."})
     grid: list[float] = field(default_factory=lambda: list(TEMPERATURES), metadata={"help": "To search; then around the best."})
@@ -44,8 +43,8 @@ class Arguments(EncodingArguments):
     )
     texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt with one a line, or a column text."})
     max_texts: int = field(default=1000, metadata={"help": "Of --texts, take the first so many."})
-    output_dir: str = field(default="outputs/tempscale")
-    overwrite_output_dir: bool = False
+    output_dir: str = field(default="outputs/tempscale", metadata={"help": "Where the model goes."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})
@@ -55,7 +54,7 @@ class Arguments(EncodingArguments):
 
 def main() -> None:
     """Read the sets, find the temperature that suits them, fold it into the weights, and save the model with its scores."""
-    args, evaluation = parse([Arguments, EvalArguments], argv=model_first(sys.argv[1:]))
+    args, evaluation = parse([Arguments, EvalArguments])
     tasks = read_tasks(evaluation)
     if args.pairs:
         tasks["pairs"] = read_pairs(args.pairs)

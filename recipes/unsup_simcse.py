@@ -6,7 +6,7 @@
     python recipes/unsup_simcse.py --positive delete:0.1                    # a tenth of the words deleted
 
 A training file is a txt with one sentence a line, or a table with a column text or sentence. Flags of
-`transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help` lists them all.
+`transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help all` lists them.
 """
 
 from pathlib import Path

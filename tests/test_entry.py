@@ -1,6 +1,8 @@
 """The ways to start a recipe: a script of a clone, `python -m`, and the command `hf-embed` of an installed package."""
 
+import ast
 import configparser
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from conftest import error_of
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+import hf_embed
 from hf_embed import SimCSE, entry
 from hf_embed.kit import command, plan
 from hf_embed.kit import launch as launching
@@ -172,9 +175,76 @@ def test_the_command_lists_every_recipe(monkeypatch, capsys):
     assert [line.split()[0] for line in shown.splitlines()[2:-2]] == [name.replace("_", "-") for name in RECIPES]
 
 
-def test_an_unknown_recipe_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["hf-embed", "sup_simces"])
-    assert error_of(command.start) == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists them"
+def test_an_unknown_recipe_is_one_line():
+    assert (
+        error_of(command.find_recipe, "sup_simces")
+        == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists them"
+    )
+
+
+# ---- the first line ----
+
+SLOW_TORCH = "import sys\nprint('torch is imported', file=sys.stderr)\nsys.exit(7)\n"
+
+
+def start(words: list, tmp_path: Path, **environment) -> subprocess.CompletedProcess:
+    """Start Python with a torch that ends the process, in place of the real one."""
+    (tmp_path / "stubs").mkdir(exist_ok=True)
+    (tmp_path / "stubs" / "torch.py").write_text(SLOW_TORCH)
+    (tmp_path / "hf-embed").write_text("from hf_embed.kit.command import main\nmain()\n")
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "stubs"), str(ROOT)])}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | paths | environment, text=True, capture_output=True)
+
+
+FIRST = f"hf_embed {hf_embed.__version__}: loading PyTorch and transformers ...\n"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_speaks_before_torch_is_imported(name, tmp_path):
+    done = start([ROOT / "recipes" / f"{name}.py"], tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (7, FIRST + "torch is imported\n", "")
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "hf_embed.recipes.evaluate"], ["hf-embed", "evaluate"], ["hf-embed", "push", "--help"]]
+)
+def test_every_form_speaks_first_and_once(words, tmp_path):
+    assert start(words, tmp_path).stderr == FIRST + "torch is imported\n"
+    assert start(words, tmp_path, RANK="1").stderr == "torch is imported\n"  # the main process speaks for all
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["hf-embed"], 0), (["hf-embed", "--help"], 0), (["hf-embed", "--version"], 0), (["hf-embed", "absent"], 2),
+     (["-c", "import hf_embed; hf_embed.__version__; dir(hf_embed)"], 0)],
+)  # fmt: skip
+def test_what_needs_no_torch_imports_none(words, code, tmp_path):
+    done = start(words, tmp_path)
+    assert done.returncode == code and FIRST not in done.stderr and "torch is imported" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", ["import hf_embed.kit.plan", "from hf_embed import Encoder"])
+def test_a_script_of_the_user_has_no_first_line(script, tmp_path):
+    (tmp_path / "mine.py").write_text(script)
+    assert start(["mine.py"], tmp_path).stderr == "torch is imported\n"
+
+
+def test_names_are_imported_when_they_are_used():
+    listed = {name for names in hf_embed.MODULES.values() for name in names}
+    assert listed == set(hf_embed.__all__) and set(hf_embed.__all__) <= set(dir(hf_embed))
+    for module, names in hf_embed.MODULES.items():
+        for name in names:
+            assert getattr(hf_embed, name) is getattr(importlib.import_module(f"hf_embed.{module}"), name)
+    checked = next(node for node in ast.parse(Path(hf_embed.__file__).read_text()).body if isinstance(node, ast.If))
+    seen = {node.module.removeprefix("hf_embed."): [alias.name for alias in node.names] for node in checked.body}
+    assert seen == hf_embed.MODULES  # what type checkers see is what is imported
+    assert hf_embed.mining.__name__ == "hf_embed.mining"
+    with pytest.raises(AttributeError, match="module 'hf_embed' has no attribute 'Encodr'"):
+        hf_embed.Encodr  # noqa: B018
+
+
+# ---- the package ----
 
 
 def test_setup_lists_every_package():

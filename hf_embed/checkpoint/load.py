@@ -19,6 +19,8 @@ from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
+from hf_embed.hub_access import WHAT_TO_GIVE, find_model
+from hf_embed.progress import calm_libraries
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
@@ -63,6 +65,8 @@ def load_encoder(
     if "subfolder" in model_kwargs:
         raise InputError(f"model '{name}': from_pretrained takes no subfolder; give the path of that folder as the model")
     hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
+    found = find_model(name, **hub)
+    hub, model_kwargs = hub | found, model_kwargs | found
     folder = find_transformer(name, **hub)
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
     tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
@@ -143,6 +147,8 @@ def load_model(
         InputError: the model cannot be reached, or its weights are not its own or not whole.
     """
     kwargs = {"dtype": "auto"} | kwargs
+    if kwargs.get("local_files_only"):  # transformers looks for an adapter too, and would ask the Hub for it
+        kwargs.setdefault("adapter_kwargs", {"local_files_only": True})
     try:
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
         files = Files(name, **where)
@@ -151,7 +157,8 @@ def load_model(
         config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
+        with calm_libraries():
+            model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
     except InputError:
         raise
     except Exception as error:  # many kinds: no network, no file, not JSON, a broken header, a missing package
@@ -260,7 +267,4 @@ def unreachable(name: str, error: Exception, what: str = "cannot be loaded") -> 
             "--trust_remote_code on the command line (in Python, trust_remote_code=True)"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return InputError(
-        f"model '{name}' {what}: {reason}. Give a local folder that holds config.json, weights and tokenizer; "
-        "a recipe without arguments runs offline on the built-in quickstart encoder"
-    )
+    return InputError(f"model '{name}' {what}: {reason}. {WHAT_TO_GIVE}")

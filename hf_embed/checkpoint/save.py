@@ -28,6 +28,7 @@ from hf_embed.checkpoint.verify import verify_folder, verify_loadable
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
+from hf_embed.progress import calm_libraries
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
@@ -115,7 +116,7 @@ def write_checkpoint(
         state_dict, settings = tensors_to_save(backbone, state_dict, fold)
     if type(backbone).__module__.startswith("transformers_modules."):
         type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever class it came in
-    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone):
+    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone), calm_libraries():
         backbone.save_pretrained(folder, state_dict=state_dict)
     write_tokenizer(encoder, folder)
     return backbone.state_dict() if state_dict is None else state_dict

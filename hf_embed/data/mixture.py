@@ -40,7 +40,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.columns import ROLES, column_names, negative_columns, take_columns, text_columns
@@ -59,6 +58,7 @@ from hf_embed.data.sources import (
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
+from hf_embed.progress import progress_bar
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
@@ -396,7 +396,7 @@ def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTr
     """
     check_sources(sources)
     tables, truncated = [], {}
-    for source in tqdm(sources, desc="Tokenizing sources", disable=args.disable_tqdm or args.process_index > 0):
+    for source in progress_bar(sources, desc="Tokenizing sources", unit="source"):
         table = tokenize_source(source, encoder, args)
         check_size(source, len(table), args)
         tables.append(table)

@@ -38,6 +38,7 @@ from datasets.exceptions import DatasetGenerationError
 from hf_embed.data import files
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.errors import InputError
+from hf_embed.hub_access import check_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     Raises:
         InputError: it cannot be loaded, or has several splits.
     """
+    check_dataset(name)
     try:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there

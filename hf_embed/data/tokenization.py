@@ -15,6 +15,7 @@ from hf_embed.data.labelled import as_pairs
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
+from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,8 @@ def tokenize_table(
                 origins += [number] * len(made)
         return tokenizer(accepted, other_positives, others) | {"row": origins} if others else tokenizer(accepted)
 
-    tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
+    with table_bars():
+        tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
     kept = len(tokens.unique("row")) if others and len(tokens) else len(tokens)
     if kept < len(rows) and get_rank() == 0:
         logger.warning(f"{name}: {len(rows) - kept:,} of {len(rows):,} rows had an empty text and were dropped")

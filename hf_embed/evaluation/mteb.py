@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HTTPError
 
 from hf_embed.errors import InputError
+from hf_embed.progress import bars_shown
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -116,7 +117,8 @@ def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, bat
     cache = mteb.ResultCache(Path(folder))
     model: Any = encoder  # it has what mteb calls, though not the names of all arguments
     try:
-        results = mteb.evaluate(model, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+        kwargs: Any = {"batch_size": batch_size, "show_progress_bar": False}
+        results = mteb.evaluate(model, tasks, cache=cache, encode_kwargs=kwargs, show_progress_bar=bars_shown())
     except (ConnectionError, HTTPError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import unit
+from hf_embed.progress import progress_bar
 
 THRESHOLD = "_threshold"  # the end of the names of cosines that are reported beside a score, and are none
 NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
@@ -174,9 +175,11 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     own = texts[rank::ranks]
     # Every rank makes the same number of calls: under FSDP a call is a collective.
     calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
-    for i in range(calls):
-        part = own[i * batch : (i + 1) * batch]
-        yield embed(part or texts[:1], prompt_name)[: len(part)]
+    with progress_bar(total=len(own), desc="Encoding", unit="text") as bar:
+        for i in range(calls):
+            part = own[i * batch : (i + 1) * batch]
+            yield embed(part or texts[:1], prompt_name)[: len(part)]
+            bar.update(len(part))
 
 
 def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What the recipes share. This is no public interface: it changes whenever a recipe needs it to."""
+"""What the recipes share; no public interface."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PrinterCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from hf_embed.checkpoint.files import read_json, write_whole
 from hf_embed.errors import InputError
@@ -27,6 +27,7 @@ from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.seeds import read_seeds
+from hf_embed.log_lines import Progress
 from hf_embed.training_record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -169,6 +170,8 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
     if main:
         print(f"{title} ...", flush=True)
     trainer.remove_callback(PrinterCallback)  # the line below says it all
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(Progress(desc=title))
     before = trainer.evaluate()
     trainer.train()
     evaluated = [before | {"step": 0}, *(entry for entry in trainer.state.log_history if "eval_spearman" in entry)]

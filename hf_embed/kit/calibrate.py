@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.checkpoint.tables import swept_columns
@@ -27,6 +26,7 @@ from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS, spearman
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
 from hf_embed.kit.overwrite import clear_results
+from hf_embed.progress import progress_bar
 from hf_embed.tempscale import fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
 
@@ -109,7 +109,7 @@ def sweep(
     scores: dict[float, np.ndarray] = {}  # (tasks, 1 + 2P) at each temperature
 
     def visit(wanted: Iterable[float]) -> None:
-        for temperature in tqdm(sorted({round(t, 4) for t in wanted} - scores.keys()), desc="Temperatures"):
+        for temperature in progress_bar(sorted({round(t, 4) for t in wanted} - scores.keys()), desc="Temperatures"):
             with tempscale(model, temperature):
                 scores[temperature] = np.stack([part_scores(task, embed, parts) for task in tasks.values()])
 

@@ -9,13 +9,12 @@ import errno
 import json
 import logging
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import psutil
@@ -25,8 +24,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
+from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder
 from hf_embed.errors import InputError, RankError, masked
-from hf_embed.kit.launch import check_processes
+from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import parser_actions
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,30 @@ class Parser(HfArgumentParser):
                 f"two of {', '.join(kind.__name__ for kind in kinds)} have the same field, rename one: {error}"
             ) from error
         self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
+        self.kinds = list(kinds)
         for action in self.actions.values():
-            action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)  # argparse would fill it in
             if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint
                 action.nargs, action.const = "?", "latest"
 
     def error(self, message: str) -> NoReturn:
         """Raise the message, where argparse would print it and exit."""
         raise InputError(f"{message}; --help lists the flags")
+
+    @property
+    def positionals(self) -> dict[str, str]:
+        """The flags whose values may stand first without them, and what messages call each: {"folder": "FOLDER"}."""
+        fields = [field for kind in self.kinds for field in dataclasses.fields(kind) if field.metadata.get("positional")]
+        return {field.name: str(self.actions[f"--{field.name}"].metavar or field.name.upper()) for field in fields}
+
+    @property
+    def usage_line(self) -> str:
+        """The command line in general, for messages and --help."""
+        needed = {name: self.actions[f"--{name}"].required for name in self.positionals}
+        return usage([word if needed[name] else f"[{word}]" for name, word in self.positionals.items()])
+
+    def help(self, full: bool = False) -> str:
+        """Return the text of --help."""
+        return help_text(self.usage_line, sections(self.kinds, self.actions, full))
 
     def action_of(self, flag: str) -> argparse.Action | None:
         """Return what `--FLAG` does, or None where there is no such flag."""
@@ -123,14 +139,17 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     user gives none, from the flags given. Raises InputError for an unknown flag or key, and for a value of the wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    config, argv = take_option(argv, "--config")
     parser = Parser(kinds)
+    show_help(parser, argv)
+    config, argv = take_option(argv, "--config")
+    argv = name_positionals(parser, argv)
     source = f"--config {config}"
-    if config is None and preset is not None and not {"-h", "--help"} & set(argv):  # help shows the flags' own defaults
+    if config is None and preset is not None:
         config = preset(given_flags(argv))
         source = f"the recipe's preset {config}"
     if config is not None:
         set_defaults(parser, config, source, given_flags(argv))
+    check_positionals(parser, argv)
     namespace, rest = parser.parse_known_args(argv)
     if rest:
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
@@ -140,13 +159,15 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
 def flag_class(kind: type) -> Any:
     """Make a dataclass of the flags of `kind`, as HfArgumentParser reads it.
 
-    A tuple is a list there, and a field with {"flag": False} as its metadata is no flag.
+    A tuple is a list there. Metadata of a field: with {"flag": False} it is no flag; with {"positional": True} its value may
+    stand first without the flag, and {"metavar": "FOLDER"} is what messages call it.
     """
     if not dataclasses.is_dataclass(kind):
         raise InputError(f"{kind.__name__} is no dataclass, so it has no flags; put @dataclass before it")
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         annotation, read = hints[field.name], copy.copy(field)  # the parser writes into it
+        read.metadata = MappingProxyType({key: value for key, value in field.metadata.items() if key != "positional"})
         if get_origin(annotation) is tuple:
             annotation, read.default = list[get_args(annotation)[0]], dataclasses.MISSING  # type: ignore[misc]
             read.default_factory = partial(list, field.default)
@@ -155,9 +176,46 @@ def flag_class(kind: type) -> Any:
     return dataclasses.make_dataclass(kind.__name__, fields)
 
 
-def model_first(argv: list[str]) -> list[str]:
-    """Put the model's flag before the first argument, if that is no flag."""
-    return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
+class HelpShown(SystemExit):
+    """The end of a recipe that has shown its flags, those of `parser`."""
+
+    def __init__(self, parser: Parser):
+        super().__init__(0)
+        self.parser = parser
+
+
+def show_help(parser: Parser, argv: list[str]) -> None:
+    """Print the flags and raise HelpShown, if the command line asks for them: by --help, or --help all."""
+    for i, word in enumerate(argv):
+        if word in ("-h", "--help", "--help=all", "--help-all", "--help_all"):
+            print(parser.help(full=word not in ("-h", "--help") or argv[i + 1 : i + 2] == ["all"]))
+            raise HelpShown(parser)
+
+
+def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
+    """Put the flags before the words that stand first without them.
+
+    Raises:
+        InputError: there are more words than flags that may stand so, or a flag is given too.
+    """
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    words, rest, known = argv[:count], argv[count:], parser.positionals
+    if known and len(words) > len(known):
+        raise InputError(f"'{words[len(known)]}' is a word too many: {parser.usage_line}")
+    named = []
+    for (flag, shown), word in zip(known.items(), words):
+        if flag in given_flags(rest):
+            raise InputError(f"{shown} is given twice, as '{word}' and by --{flag}: {parser.usage_line}")
+        named += [f"--{flag}", word]
+    return [*named, *(rest if known else argv)]
+
+
+def check_positionals(parser: Parser, argv: list[str]) -> None:
+    """Raise InputError where a word that has to stand first is missing."""
+    given = given_flags(argv)
+    missing = [word for name, word in parser.positionals.items() if parser.actions[f"--{name}"].required and name not in given]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} missing: {parser.usage_line}; --help lists the flags")
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -242,6 +300,33 @@ def use_all_cores() -> None:
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def check_processes() -> None:
+    """Check that accelerate has started as many processes as it was asked for.
+
+    On CPUs it starts a single one where `--num_processes` or a configuration of MULTI_CPU asks for several, and says nothing.
+    It has then set the address of a main process, which its own environment does not have, but no number of processes.
+
+    Raises:
+        InputError: it has not.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")):  # mpirun's
+        return
+    try:
+        of_launcher = psutil.Process().parent()
+        asked = of_launcher is not None and "MASTER_ADDR" not in of_launcher.environ()
+    except psutil.Error:
+        return
+    if asked:
+        folder = recipes_folder()
+        path = CPU_CONFIG if folder is None or folder.parent.samefile(os.getcwd()) else folder / "accelerate" / "cpu_2.yaml"
+        raise InputError(
+            "accelerate was asked for several processes and started one, as it does on CPUs; start them by "
+            f"accelerate launch --config_file {path} --num_processes N, or by {CONSOLE} launch --num_processes N RECIPE"
+        )
 
 
 @contextlib.contextmanager

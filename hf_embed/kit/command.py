@@ -10,12 +10,10 @@ import ast
 import difflib
 import importlib
 import sys
-from pathlib import Path
 
-from hf_embed.entry import CONSOLE, PACKAGE, recipes_folder
+import hf_embed
+from hf_embed.entry import CONSOLE, PACKAGE, announce, recipes_folder
 from hf_embed.errors import InputError
-from hf_embed.kit.cli import run
-from hf_embed.kit.launch import launch
 
 LAUNCH = "launch"  # which is no recipe
 
@@ -41,20 +39,10 @@ def listing() -> str:
     ])  # fmt: skip
 
 
-def start() -> None:
-    """Run the recipe that the first argument names, or `launch` it. Raises InputError for a name that there is not."""
-    if sys.argv[1] == LAUNCH:
-        start_several(sys.argv[2:])
-        return
-    name = known_recipe(sys.argv[1])
-    module = importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}")
-    sys.argv = [f"{CONSOLE} {name}", *sys.argv[2:]]
-    module.main()
-
-
-def known_recipe(word: str) -> str:
-    """Return the name of a recipe. Raises InputError if there is no such recipe."""
-    name, known = word.replace("_", "-"), recipes()
+def find_recipe(word: str) -> str:
+    """Return the name of a recipe. Raises InputError for a name that there is not."""
+    name = word.replace("_", "-")
+    known = recipes()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
@@ -69,11 +57,14 @@ def start_several(words: list[str]) -> None:
         InputError: no recipe is named.
     """
     if words and not words[0].startswith("-"):
-        known_recipe(words[0])
+        find_recipe(words[0])
     known = recipes()
     place = next((i for i, word in enumerate(words) if word.replace("_", "-") in known), None)
     if place is None:
         raise InputError(f"name a recipe: {CONSOLE} {LAUNCH} --config_file FILE RECIPE [FLAGS]; {CONSOLE} lists them")
+    print(f"hf_embed {hf_embed.__version__}: starting the processes ...", file=sys.stderr, flush=True)
+    from hf_embed.kit.launch import launch  # which imports PyTorch
+
     launch(words[:place], words[place].replace("-", "_"), words[place + 1 :])
 
 
@@ -82,5 +73,19 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help", "list"):
         print(listing())
         return
-    sys.argv[0] = str(Path(sys.argv[0]).with_name(CONSOLE))
-    run(start)
+    if sys.argv[1] == "--version":
+        print(f"hf_embed {hf_embed.__version__}")
+        return
+    try:
+        if sys.argv[1] == LAUNCH:
+            start_several(sys.argv[2:])
+            return
+        name = find_recipe(sys.argv[1])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    announce(hf_embed.__version__)
+    from hf_embed.kit.cli import run  # which imports PyTorch
+
+    sys.argv = [f"{CONSOLE} {name}", *sys.argv[2:]]
+    run(importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}").main)

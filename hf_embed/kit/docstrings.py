@@ -33,6 +33,7 @@ from torch import Tensor
 from hf_embed.data.mixture import read_sources
 from hf_embed.errors import InputError
 from hf_embed.mining import MiningArguments, write_hard_negatives
+from hf_embed.progress import progress_bar
 
 # "python" is the standard library. What hf_embed needs brings the others along.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
@@ -78,7 +79,7 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
         files = sorted(random.Random(0).sample(files, max_files))
     prefix = "" if package == "python" else f"{root.name}."
     by_summary: dict[str, Definition] = {}
-    for path in files:
+    for path in progress_bar(files, desc=package, unit="file"):
         module = prefix + ".".join(path.relative_to(root).with_suffix("").parts)
         for definition in parse_file(path, module.removesuffix(".__init__")):
             by_summary.setdefault(definition.summary, definition)
@@ -148,7 +149,7 @@ def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES,
     characters.
     """
     pages: dict[str, list[str]] = {}
-    for package in packages:
+    for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
         try:
             definitions = read_definitions(package, max_files)
         except InputError:
@@ -206,7 +207,7 @@ def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, 
     pairs: dict[str, list[Pair]] = {}
     tests: dict[str, list[Pair]] = {"body": [], "code": []}
     trained: set[str] = set()
-    for package in packages:
+    for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
         try:
             found = read_definitions(package, max_files)
         except InputError:

@@ -13,8 +13,11 @@ from hf_embed.data.sources import read_file
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import TRUST
+from hf_embed.progress import bars_shown
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.vector_files import filled, read_vectors
+
+MODEL_HELP = "A folder or a Hub name. Default: the built-in quickstart encoder."
 
 
 @dataclass(kw_only=True)
@@ -68,7 +71,7 @@ def document_vectors(
     """
     if path is None:
         documents = list(filled(texts, name))
-        vectors = encoder.encode_document(documents, show_progress_bar=True)
+        vectors = encoder.encode_document(documents, show_progress_bar=bars_shown())
         return cast(np.ndarray, vectors), {}, encoder.similarity_fn_name
     vectors, options = read_vectors(path, encoder, texts)
     if encoder.prompt(options.pop("prompt_name", None)) != encoder.prompt("document"):

@@ -1,26 +1,23 @@
-"""Several processes: `hf-embed launch`, which is `accelerate launch` of a recipe, and a check of what accelerate has started.
+"""Several processes: `hf-embed launch`, which is `accelerate launch` of a recipe.
 
 `hf-embed launch` ends a user's error in the one line that the recipe prints. `accelerate launch` prints some thirty lines of
 its own beneath it.
 """
 
 import logging
-import os
 import signal
 import sys
 from subprocess import CalledProcessError
 from typing import NoReturn
 
-import psutil
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from hf_embed.entry import CONSOLE, PACKAGE, recipes_folder, shipped
+from hf_embed.entry import CPU_CONFIG, PACKAGE, shipped
 from hf_embed.errors import InputError
 
-CPU_CONFIG = "recipes/accelerate/cpu_2.yaml"  # with MULTI_CPU, or --cpu, accelerate starts a single process
 LAUNCHERS = ("accelerate", "torch.distributed")  # whose messages and tracebacks say nothing that the recipe has not said
 
 
@@ -73,30 +70,3 @@ def status_of(failure: ProcessFailure, rank: int) -> int:
     memory = ", as the system does where memory runs out" if ended == signal.SIGKILL else ""
     print(f"error: process {rank} was ended by {ended.name}{memory}", file=sys.stderr)
     return 128 + ended
-
-
-def check_processes() -> None:
-    """Check that accelerate has started as many processes as it was asked for.
-
-    On CPUs it starts a single one where `--num_processes` or a configuration of MULTI_CPU asks for several, and says nothing.
-    It has then set the address of a main process, which its own environment does not have, but no number of processes.
-
-    Raises:
-        InputError: it has not.
-    """
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
-        return
-    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")):  # mpirun's
-        return
-    try:
-        of_launcher = psutil.Process().parent()
-        asked = of_launcher is not None and "MASTER_ADDR" not in of_launcher.environ()
-    except psutil.Error:
-        return
-    if asked:
-        folder = recipes_folder()
-        path = CPU_CONFIG if folder is None or folder.parent.samefile(os.getcwd()) else folder / "accelerate" / "cpu_2.yaml"
-        raise InputError(
-            "accelerate was asked for several processes and started one, as it does on CPUs; start them by "
-            f"accelerate launch --config_file {path} --num_processes N, or by {CONSOLE} launch --num_processes N RECIPE"
-        )

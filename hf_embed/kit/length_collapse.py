@@ -23,6 +23,7 @@ import torch
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import uniformity, unit
+from hf_embed.progress import progress_bar
 
 Report = dict[str, list[dict[str, Any]]]
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -51,8 +52,9 @@ def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LE
             f"of {len(texts)} texts {(tokens >= lengths[0]).sum()} have {lengths[0]} tokens or more; give longer texts"
         )
     long = [text for text, count in zip(texts, tokens) if count >= filled[-1]]
-    report: Report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in filled], "natural": []}
-    for lower, upper in zip([0, *lengths], lengths):
+    bar = progress_bar(filled, desc="Texts cut short", unit="length")
+    report: Report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in bar], "natural": []}
+    for lower, upper in progress_bar(list(zip([0, *lengths], lengths)), desc="Texts as they are", unit="length"):
         last = upper == lengths[-1]  # whatever is longer is cut
         inside = [text for text, count in zip(texts, tokens) if lower < count and (count <= upper or last)]
         if len(inside) > 1:
@@ -92,7 +94,7 @@ def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[f
     There is a number for the word embeddings and for each layer.
     """
     shares = []
-    for start in range(0, len(texts), batch):
+    for start in progress_bar(range(0, len(texts), batch), desc="Layers", unit="batch"):
         inputs = encoder.tokenizer(
             texts[start : start + batch], truncation=True, max_length=encoder.max_length, padding=True, return_tensors="pt"
         ).to(encoder.device)

@@ -14,6 +14,7 @@ from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.hub_access import find_model
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, settled
 from hf_embed.pooling import uses_pooler
 from hf_embed.trainer_inputs import load_to_train
@@ -56,12 +57,13 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
 
 def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[str, Any]) -> LoadedModel:
     """Load a masked language model, whose head the auxiliary trains. Raises InputError where the folder's settings are lost."""
-    folder: dict[str, Any] = find_transformer(name)
+    found = find_model(name)
+    folder: dict[str, Any] = find_transformer(name, **found) | found
     tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
     model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
     if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
         raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
-    own = read_settings(name, cast(PreTrainedModel, model.base_model), tokenizer, args.pooling)
+    own = read_settings(name, cast(PreTrainedModel, model.base_model), tokenizer, args.pooling, **found)
     if own.get("max_length", 0) > MOST_TOKENS:
         del own["max_length"]
     kept = (*ENCODER_SETTINGS, "prompts")
@@ -79,7 +81,9 @@ def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> Pre
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **find_transformer(name))
+        found = find_model(name)
+        folder: dict[str, Any] = find_transformer(name, **found) | found
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **folder)
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -22,11 +22,13 @@ from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
+from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.overwrite import EarlierRun, earlier_files
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
+from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
 from hf_embed.trainer_inputs import as_task
 from hf_embed.trainer_settings import check_metric
@@ -49,8 +51,8 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
     lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank, merged at export. 0: all weights."})
-    lora_alpha: int = field(default=32)
-    lora_dropout: float = field(default=0.05)
+    lora_alpha: int = field(default=32, metadata={"help": "With LoRA: adapters are scaled by this number over their rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "With LoRA: the dropout rate before the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Default: every linear layer."}
     )
@@ -75,8 +77,8 @@ class DataArguments:
         default=None, metadata={"help": "txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
-    dataset_config: str | None = field(default=None)
-    dataset_split: str = field(default="train")
+    dataset_config: str | None = field(default=None, metadata={"help": "Which of the dataset's configurations."})
+    dataset_split: str = field(default="train", metadata={"help": "Which of the dataset's splits."})
     columns: list[str] = field(
         default_factory=list,
         metadata={"help": "Which columns hold what: anchor=question positive=answer [negative=wrong ...], or text=body."},
@@ -197,10 +199,13 @@ def read_flags(
         unless: flags; where one of them is given, by default data, the preset is not taken.
         argv: the command line; default: the process's.
     """
-    kinds = [ModelArguments, DataArguments, EvalArguments, RunArguments, *own, ContrastiveTrainingArguments]
+    kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     for kind in kinds:
         flags.make(kind)  # each checks itself
+    for flag in ("model_name_or_path", "fill_model"):  # before rows are read, which may take long
+        if name := flags.values.get(flag):
+            find_model(name)
     return flags
 
 
@@ -317,7 +322,7 @@ def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments,
             f"--positive {kind} is made for one set of sentences; give --train_file or --dataset_name, not --sources"
         )
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
-    with args.main_process_first(desc="positives"):
+    with args.main_process_first(desc="positives"), hidden_bars(bool(args.disable_tqdm)):
         pairs = add_positives(
             rows.data, positive.positive, args.seed, rows.name, positive.synonyms, model, model_args.trust_remote_code
         )

@@ -29,6 +29,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
+from hf_embed.hub_access import find_model
+from hf_embed.progress import calm_libraries, progress_bar, table_bars
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +156,8 @@ def add_positives(
     elif change_words := MAKERS[kind].change:
         change = partial(one_by_one, change_words)
     make = partial(make_pairs, column=column, change=partial(change, share=share), seed=seed)
-    pairs = texts.map(make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
+    with table_bars():
+        pairs = texts.map(make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
     same = sum(a == b for batch in pairs.iter(10_000) for a, b in zip(batch["anchor"], batch["positive"]))
     if same:
         logger.warning(f"{name}: {same:,} of {len(pairs):,} rows could not be changed by {positive}; each is its own positive")
@@ -201,11 +204,12 @@ class MaskFill:
     """Masked words, each replaced by the model's best guess."""
 
     def __init__(self, name: str | None, trust_remote_code: bool = False):
-        trusted = {"trust_remote_code": trust_remote_code}
         if name is None:
             raise InputError("positive mask_fill needs a masked language model")
+        trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
         try:
-            model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
+            with calm_libraries():
+                model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
         except (OSError, ValueError) as error:
             mend = "; --trust_remote_code lets its own code run" if "trust_remote_code=True" in str(error) else ""
             raise InputError(
@@ -220,7 +224,7 @@ class MaskFill:
         """Replace a share of the words of each text."""
         texts, mask = [list(words) for words in texts], self.tokenizer.mask_token
         chosen = [sorted(places(words, share, draw)) for words, draw in zip(texts, draws)]
-        for start in range(0, len(texts), 64):
+        for start in progress_bar(range(0, len(texts), 64), desc="Filling masks", unit="batch"):
             part = range(start, min(start + 64, len(texts)))
             masked = [" ".join(mask if i in chosen[n] else word for i, word in enumerate(texts[n])) for n in part]
             inputs = self.tokenizer(masked, truncation=True, padding=True, return_tensors="pt").to(self.model.device)

@@ -23,6 +23,7 @@ from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import Plan
+from hf_embed.progress import hidden_bars
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
@@ -39,7 +40,9 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
     saved, after = None, {}
     if plan.tasks:
         saved = load_saved(plan)
-        after = score_encoder(saved, with_model(trainer.eval_dataset or {}, saved, temperature=learned_temperature(trainer)))
+        tasks = with_model(trainer.eval_dataset or {}, saved, temperature=learned_temperature(trainer))
+        with hidden_bars(bool(plan.args.disable_tqdm)):
+            after = score_encoder(saved, tasks)
     about = about_run(plan, trainer, trained, after)
     results: dict[str, Any] = {"before": summary(before, plan.tasks), "after": summary(after, plan.tasks), "train": about}
     if plan.run.title:

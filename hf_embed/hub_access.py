@@ -1,0 +1,136 @@
+"""Is a model or data set there? A name that nobody can reach is known in seconds, and said in one line.
+
+The libraries ask the Hub six times over for each of several files, which takes a minute and prints thirty lines. So it is asked
+once before, for one small file. Where the Hub itself has trouble (too many requests, an error of its own), the libraries go on
+and try again as they do.
+"""
+
+import difflib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_embed.distributed import is_main_process
+from hf_embed.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 4.0  # seconds of a request; HF_HUB_ETAG_TIMEOUT, where it is set, replaces it
+ATTEMPTS = 2
+WHAT_TO_GIVE = (
+    "Give a local folder that holds config.json, weights and tokenizer; "
+    "a recipe without arguments runs offline on the built-in quickstart encoder"
+)
+OFFLINE = "HF_HUB_OFFLINE=1 takes what is in the cache"
+_answered: set[tuple[str, ...]] = set()  # what the Hub has said to be there
+
+
+class Unreachable(str):
+    """Why nothing can be had from the Hub at all; a copy in the cache will do."""
+
+
+def find_model(name: str, **hub: Any) -> dict[str, bool]:
+    """Look whether a model is a folder here, or on the Hub.
+
+    Args:
+        name: of either.
+        **hub: what `from_pretrained` takes: revision, token, cache_dir, local_files_only.
+
+    Returns:
+        What `from_pretrained` should be given besides: {"local_files_only": True} where the Hub cannot be reached and the model
+        is in the cache, which a warning says; else {}.
+
+    Raises:
+        InputError: it is neither.
+    """
+    name = str(name)
+    if Path(name).exists():
+        return {}
+    if looks_local(name):
+        raise InputError(f"model '{name}' cannot be loaded: there is no such folder{similar(name)}. {WHAT_TO_GIVE}")
+    if constants.is_offline_mode() or hub.get("local_files_only"):
+        return {}
+    trouble = ask_hub(name, "config.json", "model", hub.get("revision"), hub.get("token"))
+    if trouble is None:
+        return {}
+    if isinstance(trouble, Unreachable) and is_cached(name, hub):
+        if is_main_process():
+            logger.warning(f"{trouble}; model '{name}' is taken from the cache")
+        return {"local_files_only": True}
+    raise InputError(f"model '{name}' cannot be loaded: it is no folder here{similar(name)}, and {trouble}. {WHAT_TO_GIVE}")
+
+
+def is_cached(name: str, hub: dict[str, Any]) -> bool:
+    """Return whether a model is in the cache of earlier downloads."""
+    path = try_to_load_from_cache(name, "config.json", cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+    return isinstance(path, str)
+
+
+def check_dataset(name: str) -> None:
+    """Raise InputError for a data set that is no folder here, not on the Hub and not in the cache."""
+    cached = name.replace("/", "___")
+    if Path(name).exists() or constants.is_offline_mode() or "/" not in name or "://" in name:
+        return
+    if looks_local(name):
+        raise InputError(f"dataset '{name}' cannot be loaded: there is no such folder{similar(name)}; or give a local file")
+    from datasets import config
+
+    if Path(config.HF_DATASETS_CACHE, cached).is_dir():
+        return
+    if trouble := ask_hub(name, "README.md", "dataset"):
+        raise InputError(f"dataset '{name}' cannot be loaded: it is no folder here, and {trouble}; or give a local file")
+
+
+def looks_local(name: str) -> bool:
+    """Return whether a name can only be a path: those of the Hub are NAME or OWNER/NAME."""
+    return name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("/") or "\\" in name or name.endswith("/")
+
+
+def similar(name: str) -> str:
+    """Return the folder beside which a misspelt path would be, as the end of a message."""
+    path = Path(name)
+    if not path.name or not path.parent.is_dir():
+        return ""
+    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir() if entry.is_dir()], 1)
+    return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
+
+
+def ask_hub(name: str, file: str, kind: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """Ask the Hub for the head of a file. Returns why the repository cannot be had, or None if it can, or may be."""
+    question = (name, kind, str(revision))
+    given = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    for attempt in range(ATTEMPTS):
+        if question in _answered:
+            return None
+        try:
+            address = hf_hub_url(name, file, repo_type=kind, revision=revision)
+            get_hf_file_metadata(address, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT if given else TIMEOUT)
+        except GatedRepoError:
+            return f"the {kind} on the Hub is gated: ask for access on its page, and run `hf auth login` here"
+        except RepositoryNotFoundError:
+            return f"the Hub has no such {kind} that you may read: check the spelling; for a private one run `hf auth login`"
+        except RevisionNotFoundError:
+            return f"the {kind} on the Hub has no revision '{revision}'"
+        except HFValidationError:
+            return "no name on the Hub looks like this: they are OWNER/NAME"
+        except (EntryNotFoundError, HfHubHTTPError):  # it is there; or the Hub has trouble that may pass
+            pass
+        except Exception as error:  # of the network, of many kinds
+            if attempt + 1 < ATTEMPTS:
+                continue
+            reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".") or type(error).__name__
+            return Unreachable(f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}): check the network; {OFFLINE}")
+        _answered.add(question)
+    return None

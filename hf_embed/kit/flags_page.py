@@ -1,0 +1,85 @@
+"""Makes docs/flags.md, the flags of every recipe: `python -m hf_embed.kit.flags_page > docs/flags.md`."""
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import sys
+from pathlib import Path
+
+from hf_embed.entry import CONSOLE, recipes_folder
+from hf_embed.errors import InputError
+from hf_embed.kit.cli import HelpShown, Parser
+from hf_embed.kit.help import TRAINER, Section, sections
+
+TOP = """# Flags
+
+Every flag of every recipe, as `--help` shows them. `python -m hf_embed.kit.flags_page > docs/flags.md` makes this page.
+A recipe is started as `hf-embed RECIPE`, or in a clone as `python recipes/RECIPE.py`. Words in capitals stand first, without
+a flag. `--config FILE` reads flags from a YAML file; one on the command line goes before it.
+"""
+OF_TRAINER = """
+Recipes that train take all settings of
+[`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
+too, of the installed version: `--help all` lists them. They do what they do for a plain Trainer, or are refused by name.
+"""
+
+
+def parser_of(path: Path) -> tuple[str, Parser]:
+    """Return what the recipe in a file says of itself, and the parser of its flags."""
+    spec = importlib.util.spec_from_file_location(f"flags_of_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their types
+    argv, sys.argv = sys.argv, [f"{CONSOLE} {path.stem.replace('_', '-')}", "--help"]
+    try:
+        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main()
+    except HelpShown as shown:
+        return inspect.cleandoc(module.__doc__ or ""), shown.parser
+    finally:
+        sys.argv = argv
+        del sys.modules[spec.name]
+    raise InputError(f"{path}: a recipe reads its flags first of all")
+
+
+def table(section: Section) -> list[str]:
+    """Return the Markdown of the flags under a heading."""
+    rows = [(flag.call.replace("|", "\\|"), flag.text.replace("|", "\\|")) for flag in section.flags]
+    return ["| flag | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in rows), ""]
+
+
+def page(folder: Path) -> str:
+    """Return docs/flags.md of the recipes in a folder: each with its own flags, then the flags that several share."""
+    found = {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        name = path.stem.replace("_", "-")
+        about, parser = parser_of(path)
+        parts = [part for part in sections(parser.kinds, parser.actions, full=False) if not part.heading.startswith(TRAINER)]
+        words = [word if parser.actions[f"--{flag}"].required else f"[{word}]" for flag, word in parser.positionals.items()]
+        found[name] = about.splitlines()[0], words, parts
+    users: dict[str, list[str]] = {}
+    for name, (_, _, parts) in found.items():
+        for part in parts:
+            users.setdefault("\n".join(table(part)), []).append(name)
+    lines, shared = [TOP], {}
+    for name, (first, words, parts) in found.items():
+        lines += [f"## {name}", "", first, "", f"    {' '.join([CONSOLE, name, *words, '[FLAGS]'])}", ""]
+        others = []
+        for part in parts:
+            text = "\n".join(table(part))
+            if len(users[text]) == 1:
+                lines += [f"**{part.heading}**", "", text]
+            else:
+                shared[part.heading] = text
+                others.append(part.heading)
+        if others:
+            lines += [f"And, below: {'; '.join(others)}.", ""]
+    for heading, text in shared.items():
+        lines += [f"## {heading}", "", text]
+    return "\n".join([*lines, "## " + TRAINER, OF_TRAINER])
+
+
+if __name__ == "__main__":
+    print(page(recipes_folder() or Path("recipes")), end="")

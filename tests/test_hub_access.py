@@ -1,0 +1,146 @@
+"""A name that cannot be reached is known in seconds, and said once, in one line."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from conftest import error_of, tiny_encoder
+from hub_server import LoopbackHub
+
+from hf_embed import Encoder, hub_access
+from hf_embed.data.sources import read_hub
+from hf_embed.hub_access import find_model
+from hf_embed.kit.positives import MaskFill
+
+ROOT = Path(__file__).parent.parent
+MEND = "Give a local folder that holds config.json, weights and tokenizer; a recipe without arguments runs offline"
+
+
+def at(monkeypatch, address: str) -> None:
+    """Let the Hub be at an address."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_access, "_answered", set())
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with LoopbackHub() as server:
+        at(monkeypatch, server.url)
+        yield server
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """An address where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    at(monkeypatch, address)
+    return address
+
+
+@pytest.mark.parametrize("load", [Encoder.from_pretrained, MaskFill, find_model])
+def test_nothing_listens(nobody, load):
+    started = time.monotonic()
+    message = error_of(load, "no-such/model")
+    assert time.monotonic() - started < 5
+    assert message.startswith(
+        f"model 'no-such/model' cannot be loaded: it is no folder here, and the Hub ({nobody}) cannot be reached ("
+    )
+    assert "check the network; HF_HUB_OFFLINE=1 takes what is in the cache" in message and MEND in message
+
+
+def test_nothing_listens_for_a_dataset(nobody):
+    message = error_of(read_hub, "no-such/data")
+    assert message.startswith(
+        f"dataset 'no-such/data' cannot be loaded: it is no folder here, and the Hub ({nobody}) cannot be"
+    )
+    assert message.endswith("; or give a local file")
+
+
+def test_nothing_answers(monkeypatch):
+    monkeypatch.setattr(hub_access, "TIMEOUT", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        assert "cannot be reached (" in error_of(find_model, "no-such/model")
+        assert 0.5 < time.monotonic() - started < 5  # twice
+    assert hub_access.ATTEMPTS * 4.0 < 10  # the rest of the 15 seconds is for the imports
+
+
+def test_a_repository_that_is_not_there(server):
+    message = error_of(find_model, "no-such/model")
+    assert "the Hub has no such model that you may read: check the spelling; for a private one run `hf auth login`" in message
+    assert len(server.requests) == 1
+
+
+def test_a_repository_that_is_there_is_asked_for_once(server):
+    server.repos["user/name"] = {"private": False, "branches": {"main": [{"oid": "0" * 40, "files": {}}]}, "pulls": []}
+    assert find_model("user/name") == find_model("user/name") == {}  # a file that is missing there is another matter
+    assert len(server.requests) == 1
+
+
+def test_a_hub_in_trouble_is_left_to_the_libraries(server):
+    server.fail(number=0, how=503, times=1)
+    assert find_model("user/name") == {}
+
+
+def test_offline_and_folders_ask_nobody(monkeypatch, nobody, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert find_model(str(tmp_path / "model")) == {} == find_model("user/name", local_files_only=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_model("user/name") == {}
+
+
+def test_a_path_that_is_mistyped_is_said_at_once(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out/model").mkdir(parents=True)
+    for name in ("./out/modle", "../x/y", "~/model", f"{tmp_path}/out/modle", "a/b/c", "out\\modle", "out/"):
+        if not Path(name).exists():
+            assert f"model '{name}' cannot be loaded: there is no such folder" in error_of(find_model, name)
+    assert error_of(find_model, "./out/modle").count("(did you mean 'out/model'?)") == 1
+    assert "there is no such folder" in error_of(read_hub, "./out/dataa") and server.requests == []
+    assert "it is no folder here (did you mean 'out/model'?), and the Hub has no such model" in error_of(
+        find_model, "out/modle"
+    )
+    assert "no name on the Hub looks like this: they are OWNER/NAME" in error_of(find_model, "a model")
+
+
+def test_a_model_in_the_cache_is_taken_without_the_hub(nobody, tmp_path, monkeypatch, caplog):
+    snapshot = tmp_path / "models--user--name" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    tiny_encoder().save_pretrained(str(snapshot), verify=False)
+    (tmp_path / "models--user--name" / "refs").mkdir()
+    (tmp_path / "models--user--name" / "refs" / "main").write_text("0" * 40)
+    started = time.monotonic()
+    encoder = Encoder.from_pretrained("user/name", cache_dir=str(tmp_path))
+    assert encoder.encode(["a cat"]).shape == (1, 32) and time.monotonic() - started < 10
+    assert f"the Hub ({nobody}) cannot be reached" in caplog.text and "model 'user/name' is taken from the cache" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_processes_say_it_once(nobody, tmp_path):
+    (tmp_path / "pairs.csv").write_text("anchor,positive\na,b\nc,d\n")
+    environment = os.environ | {"HF_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        ROOT / "recipes/accelerate/cpu_2.yaml",
+    ]
+    command = [*launch, ROOT / "recipes/sup_simcse.py", "--model_name_or_path", "no-such/model", "--train_file", "pairs.csv"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("cannot be reached") == 1 and "Retrying" not in done.stderr
+    assert done.stderr.count("loading PyTorch") == 1
