@@ -62,7 +62,7 @@ class EarlyStopping(EarlyStoppingCallback):
             else:
                 self.early_stopping_patience_counter += 1
         # A run that is resumed may have had no early stopping; transformers looks for its entry all the same.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr, call-overload]
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
