@@ -372,6 +372,8 @@ def read_training_rows(
     check_batch(args)
     with args.main_process_first(desc="tokenizing"):
         tokens, views = tokenize_all(rows, step.encoder, args, name, paired)
+    if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
+        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
     objective.check_rows(max(views), name)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     return tokens, views

@@ -182,3 +182,11 @@ def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         ContrastiveTrainer(tiny_encoder(), args, None, sources, [NEW[1], NEW[8], ROWS[0]])
     assert "held_out: 2 of 3 held-out rows are also trained on" in caplog.text
+
+
+@pytest.mark.slow
+def test_three_ranks_of_which_one_has_no_row_of_a_batch(tmp_path):
+    run(launch(3, HERE / "worker_held_out.py", tmp_path))
+    one, three = losses(str(tmp_path)), torch.load(tmp_path / "3.pt")
+    for objective, found in one.items():
+        assert all(three[objective][key] == pytest.approx(found[key], rel=1e-9) for key in found)
