@@ -29,6 +29,7 @@ from hf_embed.evaluation.tasks import Task
 from hf_embed.library_internals import uncompiled
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.pooling import uses_pooler
+from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, reset_dense
 from hf_embed.trainer_settings import check_batch, check_training
 
@@ -344,7 +345,7 @@ def make_held_out(
                 f"{name}: per_device_eval_batch_size is 1, and a held-out row has no negatives in a batch of its own; set it "
                 "to per_device_train_batch_size, for example"
             )
-        with args.main_process_first(desc="tokenizing"):
+        with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             rows, views = tokenize_all(task.rows, step.encoder, encoding, name, paired=True)
         check_objective(objective, cast(Dataset, rows), max(views), name)
         loss = made[name] = HeldOutLoss(cast(Dataset, rows), objective, batch_size, step, args.chunk_tokens)
@@ -373,8 +374,10 @@ def read_training_rows(
     if rows is None:
         return None, [2]
     check_batch(args)
-    with args.main_process_first(desc="tokenizing"):
+    with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
         tokens, views = tokenize_all(rows, step.encoder, args, name, paired)
+    if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
+        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
     check_objective(objective, tokens, max(views), name)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     return tokens, views

@@ -217,6 +217,7 @@ def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  
     assert "the positive is the same text, under two dropout masks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_show_it_once(tmp_path, files, held_out):  # noqa: F811
     """And give the loss of the held-out rows that one process gives."""
     given = flags(files, "--eval_file", held_out, "--max_steps", 2, "--learning_rate", 0, "--per_device_train_batch_size", 2)

@@ -253,8 +253,8 @@ def dense_layer() -> Dense:
     return Dense(nn.Linear(32, 16), nn.Tanh())
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
-@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "dense"])
+@pytest.mark.parametrize("normalize", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "normalize"])
 @pytest.mark.parametrize("pooling", sorted(POOLINGS))
 def test_who_is_served_other_vectors_is_told(tmp_path, caplog, pooling, normalize, dense):
     encoder = Encoder(

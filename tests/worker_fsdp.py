@@ -27,6 +27,7 @@ def main(folder: str, caching: bool) -> None:
     ranks = get_world_size()
     args = ContrastiveTrainingArguments(
         folder, per_device_train_batch_size=BATCH // ranks, max_steps=2, gradient_caching=caching,
+        per_device_eval_batch_size=6 // ranks,
         **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}),
     )  # fmt: skip
     if ranks > 1:
@@ -37,7 +38,7 @@ def main(folder: str, caching: bool) -> None:
     trainer = ContrastiveTrainer(
         model=tiny_model(**NO_DROPOUT).double(), processing_class=quickstart_tokenizer(), args=args,
         objective=ImprovedContrastive(0.2, learn_temperature=True), train_dataset=Dataset.from_list(rows_with(3)),
-        eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH},
+        eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH, "h": rows_with(1)[:11]},
     )  # fmt: skip
     assert trainer.is_fsdp_enabled == (ranks > 1)
     trainer.train()

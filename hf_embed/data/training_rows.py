@@ -49,8 +49,6 @@ def tokenize_all(
     texts = most_texts(tokens)
     if args.same_dropout_mask and texts > 1:
         raise not_single(name)
-    if len(tokens) < args.world_size:
-        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
     warn_of_truncation({name: truncated_share(tokens)})
     return tokens, [max(2, texts)]
 

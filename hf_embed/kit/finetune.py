@@ -61,6 +61,8 @@ class EarlyStopping(EarlyStoppingCallback):
                 self.early_stopping_patience_counter, best = 0, value
             else:
                 self.early_stopping_patience_counter += 1
+        # A run that is resumed may have had no early stopping; transformers looks for its entry all the same.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
