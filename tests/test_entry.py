@@ -5,6 +5,7 @@ import configparser
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -291,3 +292,32 @@ def test_the_wheel_trains_from_any_folder(installed, tmp_path):
     assert done.returncode == 2 and "run hf-embed gte-pretrain first" in done.stderr
     done = subprocess.run([installed / "hf-embed", "evaluate", "--help"], **settings)
     assert done.returncode == 0 and done.stdout.startswith("usage: hf-embed evaluate")
+
+
+@pytest.mark.slow
+def test_the_six_commands_of_the_quickstart_page(installed, tmp_path):
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    (faq,), (commands,), (snippet,) = (
+        re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("csv", "bash", "python")
+    )
+    install, *commands = commands.splitlines()
+    assert install == "pip install hf_embed" and len(commands) == 5  # the first is the fixture
+    (tmp_path / "faq.csv").write_text(faq, encoding="utf-8")
+    environment = ENVIRONMENT | {"PATH": f"{installed}{os.pathsep}{ENVIRONMENT['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"cwd": tmp_path, "env": environment, "text": True, "capture_output": True, "timeout": 900}
+    outputs = []
+    for command_line in commands:
+        done = subprocess.run(command_line, shell=True, **settings)
+        assert done.returncode == 0, f"{command_line}\n{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+        outputs.append(done.stdout)
+    first, mine = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "mine"))
+    assert first["after"]["sts"]["quickstart"] > first["before"]["sts"]["quickstart"] + 10
+    assert mine["train"]["rows"] == 16
+    assert json.loads((tmp_path / "scores" / "results.json").read_text())["retrieval"]["json"]["ndcg@10"] > 30
+    assert "wrote answers.npy: 16 vectors of 192 numbers, float32" in outputs[3]
+    found = [line for line in outputs[4].splitlines() if line.strip()]
+    assert "a new one costs five euros" in found[found.index("my card is gone") + 1]
+    assert "we read stories to children" in found[found.index("stories for my daughter") + 1]
+    done = subprocess.run([installed / "python", "-c", f"{snippet}print(vectors.shape)"], **settings)
+    assert done.returncode == 0 and "(2, 192)" in done.stdout, done.stderr[-2000:]
