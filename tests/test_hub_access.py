@@ -52,8 +52,8 @@ def test_nothing_listens(nobody, load):
     started = time.monotonic()
     message = error_of(load, "no-such/model")
     assert time.monotonic() - started < 5
-    assert message.startswith(
-        f"model 'no-such/model' cannot be loaded: it is no folder here, and the Hub ({nobody}) cannot be reached ("
+    assert (
+        f"model 'no-such/model' cannot be loaded: it is no folder here, and the Hub ({nobody}) cannot be reached (" in message
     )
     assert "check the network; HF_HUB_OFFLINE=1 takes what is in the cache" in message and MEND in message
 

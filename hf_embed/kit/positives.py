@@ -206,8 +206,8 @@ class MaskFill:
     def __init__(self, name: str | None, trust_remote_code: bool = False):
         if name is None:
             raise InputError("positive mask_fill needs a masked language model")
-        trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
         try:
+            trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
             with calm_libraries():
                 model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
         except (OSError, ValueError) as error:
