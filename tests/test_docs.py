@@ -50,6 +50,20 @@ def test_training_and_loading_snippets_run(tmp_path, monkeypatch):
     np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
+def test_the_snippets_about_using_a_model_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_encoder().save_pretrained("out", verify=False)
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8").partition("## ONNX")[0]
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "use.md", "exec"), names)
+    assert tuple(names["scores"].shape) == (1, 2)
+    best = int(names["scores"][0].argmax())
+    assert names["hits"][0][0] == {"corpus_id": best, "score": pytest.approx(float(names["scores"][0, best]), abs=1e-6)}
+    assert [len(negatives) for negatives in names["mined"]["negatives"]] == [1, 1, 1]
+    assert "# Questions about cats" in Path("out", "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_onnx_snippets_give_the_encoder_s_vectors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
