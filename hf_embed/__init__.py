@@ -45,7 +45,6 @@ __all__ = [
     "TempScaleConfig",
     "Triplets",
     "ZeroShot",
-    "__version__",
     "apply_tempscale",
     "fold_tempscale",
     "mine_hard_negatives",

@@ -9,6 +9,9 @@ Row i of `numpy.load("vectors.npy", mmap_mode="r")` is of row i of the file; vec
 What was done when a run is stopped is kept in vectors.npy.work; the same command goes on.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 from dataclasses import dataclass, field
 
 import torch

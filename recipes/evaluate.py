@@ -13,6 +13,9 @@ accuracy and the best F1 x 100, with their thresholds. Reranking: MAP, MRR and n
 OUTPUT_DIR/results.json. Several processes share the texts among them: `accelerate launch --config_file ...`.
 """
 
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -88,7 +88,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(launching, "launch_command", stop)
         monkeypatch.setattr(sys, "argv", ["hf-embed", "launch", *words])
         with pytest.raises(SystemExit) as ended:
-            command.start()
+            command.main()
         assert ended.value.code == 130
         return ended.value.__context__.args[0]
 
@@ -112,10 +112,15 @@ def test_launch_takes_the_configuration_that_starts_several_processes_on_cpus(la
     assert launched("--cpu", "--num_processes", "3", "sup_simcse").config_file.endswith("cpu_2.yaml")
 
 
-def test_launch_refuses_in_one_line(monkeypatch):
+def test_launch_refuses_in_one_line(monkeypatch, capsys):
     def message(*words):
         monkeypatch.setattr(sys, "argv", ["hf-embed", "launch", *words])
-        return error_of(command.start)
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == 2
+        *first, last = capsys.readouterr().err.splitlines()
+        assert first in ([], ["hf_embed 0.1.0: starting the processes ..."])
+        return last.removeprefix("error: ")
 
     assert message("sup-simse") == "there is no recipe 'sup-simse' (did you mean 'sup-simcse'?); hf-embed lists them"
     assert message("--num_processes", "2") == (
@@ -139,7 +144,7 @@ def test_the_status_of_a_process_that_failed(capsys):
 
 
 ONE_PROCESS = "accelerate was asked for several processes and started one, as it does on CPUs"
-CHECK = "from hf_embed.kit.launch import check_processes; check_processes()"
+CHECK = "from hf_embed.kit.cli import check_processes; check_processes()"
 
 
 @pytest.mark.parametrize("set_by", ["launcher", "environment"])

@@ -313,7 +313,7 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, settings, rows, me
 
 def test_eval_dataset_without_scores_is_refused(tmp_path):
     with pytest.raises(InputError, match="sentence1, sentence2 and score"):
-        trainer(tmp_path, eval_dataset=Dataset.from_list([{"title": "a", "body": "b"}] * 4))
+        trainer(tmp_path, eval_dataset=Dataset.from_list([{"left": "a", "right": "b"}] * 4))
 
 
 def test_saved_arguments_are_readable(tmp_path):

@@ -162,8 +162,8 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
     for words, message in [
-        ([model, texts], "say what to encode and where to: python recipes/encode.py MODEL FILE OUT.npy"),
-        ([model, "--precision", "int8"], "say what to encode"),
+        ([model, texts], "OUT missing: python encode.py MODEL FILE OUT [FLAGS]"),
+        ([model, "--precision", "int8"], "FILE and OUT missing: "),
         ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
         ([model, texts, out, "--column", "id"], "row 1: the text is not a text (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
@@ -174,7 +174,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     ]:
         assert message in error_of(main_of, "encode", monkeypatch, *words)
         assert not out.exists()
-    assert "say what to search: python recipes/search.py MODEL FILE" in error_of(main_of, "search", monkeypatch, model)
+    assert "FILE missing: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
 
 
 def hits_of(output):
