@@ -7,7 +7,7 @@ It reads the sources and runs nothing. tests/test_structure.py fails where an im
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,7 @@ FOREIGN = {
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package and every recipe, by name ("checkpoint.load", "recipes.push"), and its file."""
     found = {}
@@ -56,7 +57,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def imports(path: Path) -> list[tuple[str, bool]]:
     """The modules of the package that a file imports, and whether it does so when it is loaded (not in a function)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inner = {node for function in functions(tree) for node in ast.walk(function)}
@@ -64,6 +66,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
               for node in ast.walk(block)}  # fmt: skip
     inside = path.is_relative_to(ROOT / "hf_embed")
     package = ["hf_embed", *path.relative_to(ROOT / "hf_embed").parent.parts] if inside else []
+    found = []
     for node in ast.walk(tree):
         if node in typing or not isinstance(node, ast.Import | ast.ImportFrom):
             continue
@@ -74,7 +77,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             names = [f"{module}.{name}" for name in names]
         for name in names:
             if name.split(".")[0] == "hf_embed":
-                yield module_of(name.removeprefix("hf_embed").removeprefix(".")), node not in inner
+                found.append((module_of(name.removeprefix("hf_embed").removeprefix(".")), node not in inner))
+    return found
 
 
 def module_of(name: str) -> str:
