@@ -58,6 +58,7 @@ def test_variants_and_seeds(sentences, tmp_path, capsys):
     assert not list(folder.rglob("*.safetensors"))  # no models are kept
 
 
+@pytest.mark.slow
 def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
     """What the ablation says of a variant is what unsup_simcse.py with the same flags comes to."""
     path = run(sentences, tmp_path / "out", "--variants", "delete one word")["delete one word"]["seeds"]["1"]
@@ -67,6 +68,7 @@ def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
     assert alone["after"]["sts"]["s"] == pytest.approx(path[-1]["spearman"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     first = run(sentences, folder, "--variants", "dropout", "same mask")
@@ -109,6 +111,7 @@ def test_killed_and_started_again(sentences, tmp_path):
     assert set(json.loads((folder / "results.json").read_text())["variants"]) == {"dropout", "no dropout"}
 
 
+@pytest.mark.slow
 def test_variants_of_a_yaml_file(sentences, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("variants: {warm: {temperature: 0.1}, CLS: {pooling: cls}}\nseeds: 3\n")
@@ -184,6 +187,7 @@ def test_seeds_of_a_recipe(files, tmp_path, capsys):  # noqa: F811
     assert "holds another run" in error_of(sup, *argv, "--seeds", "1,2")
 
 
+@pytest.mark.slow
 def test_seeds_go_on_with_what_is_missing(files, tmp_path):  # noqa: F811
     folder = tmp_path / "out"
     argv = [*flags(files), "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--output_dir", folder]

@@ -184,6 +184,7 @@ def test_two_processes(files):
     assert done.stdout.count("saved to") == 1
 
 
+@pytest.mark.slow
 def test_a_bad_row_that_one_rank_meets_is_said(files):
     """BUG: only the first rank's errors were printed. Rows of a stream are checked as they come."""
     rows = [{"query": f"q {i}", "positive": "" if i == 151 else f"p {i}"} for i in range(160)]  # rank 1 of 2 has the odd ones
@@ -198,6 +199,7 @@ def test_a_bad_row_that_one_rank_meets_is_said(files):
     assert "source 'web'" in errors[0] and "q 151" in errors[0] and "the text is empty" in errors[0]
 
 
+@pytest.mark.slow
 def test_offline_data_is_made_once_for_all_seeds(files, monkeypatch):
     made, model = [], str(files / "model")
 
@@ -242,6 +244,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(files, case):
     assert not (files / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_without_data_takes_the_offline_data(tmp_path, offline, capsys):
     tiny_encoder().save_pretrained("mine", verify=False)
     argv = ["--model_name_or_path", "mine", "--max_steps", 1, "--max_length", 32]

@@ -121,6 +121,7 @@ def test_a_run_stops_after_so_many_evaluations_without_a_better_one(tmp_path, fi
     assert steps == [3, 3] and seeds["seed"] in (1, 2)  # each seed counts for itself
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path, files, held_out):  # noqa: F811
     out = tmp_path / "out"
     sup(*worsening(files, held_out, out, "--max_steps", 3))
@@ -201,6 +202,7 @@ def test_long_and_odd_texts_are_a_short_line(tmp_path):
     assert max(map(len, lines)) < 110 and not any("\n" in line or "\t" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  # noqa: F811
     with caplog.at_level(logging.INFO, "hf_embed.trainer"):
         make(tmp_path / "x", PAIRS)

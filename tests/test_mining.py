@@ -253,6 +253,7 @@ def test_recipe_on_one_and_two_ranks_and_after_a_kill(files):
     assert (files / "killed.jsonl").read_text() == expected and not work.exists()
 
 
+@pytest.mark.slow
 def test_retrieval_folder_in(files):
     folder = files / "beir"
     (folder / "qrels").mkdir(parents=True)

@@ -205,6 +205,7 @@ def test_every_kind_of_objective_has_a_name(tmp_path, objective, name):
     assert f"objective   {name}" in card(tmp_path)
 
 
+@pytest.mark.slow
 def test_where_the_rows_are_from(tmp_path):
     rows = Dataset.from_list(ROWS)
     files = {"hf://datasets/owner/nli@0123/pairs/train.parquet": {"num_bytes": 1, "checksum": None}}

@@ -190,7 +190,7 @@ def lora_model():
         (tiny_model, {"pooling": "cls_mlp"}),
         (lora_model, {}),
         (tiny_model, {"temp_scale": 0.7}),
-        (lora_model, {"temp_scale": 0.7}),
+        pytest.param(lora_model, {"temp_scale": 0.7}, marks=pytest.mark.slow),
     ],
     ids=["plain", "train_head", "pooler", "lora", "temp_scale", "lora_temp_scale"],
 )
