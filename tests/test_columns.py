@@ -93,6 +93,18 @@ UNKNOWN = [
 ]  # fmt: skip
 
 
+def test_a_file_without_a_header(tmp_path):
+    path = written(tmp_path / "a.tsv", "1\tHow do I open a door?\tHow is a door opened?\n1\ta\tb\n")
+    message = error_of(text_columns, read_file(path).column_names, path, True)
+    header = "the first row of a file names its columns: if it is data, put a header above it; else name them: --columns "
+    assert f"{path}: found the columns 1, How do I open a door?, How is a door opened?; {header}" in message
+    assert header.split(":")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
+
+
+def test_a_recipe_of_pairs_names_the_one_of_single_texts():
+    assert "single texts are for unsup-simcse" in error_of(text_columns, ["text"], "a.txt", True)
+
+
 @pytest.mark.parametrize(("found", "paired", "given"), UNKNOWN)
 def test_the_printed_flag_works(found, paired, given, tmp_path):
     message = error_of(text_columns, found, "a.csv", paired)
