@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
-from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder
+from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import parser_actions
@@ -376,6 +376,9 @@ class MaskedFormatter(logging.Formatter):
 
 def show_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an error that nobody has caught, without the secrets of addresses."""
+    if issubclass(kind, KeyboardInterrupt):
+        show_error(kind, error, trace)
+        return
     print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
