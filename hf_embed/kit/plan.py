@@ -95,7 +95,7 @@ class DataArguments:
         default=True, metadata={"help": "In a csv file, quotes enclose a cell; without, they are part of the texts."}
     )
     sources: str | None = field(
-        default=None, metadata={"help": "A YAML file of many sources in place of one; hf_embed/data/mixture.py shows it."}
+        default=None, metadata={"help": "A YAML file of many sources in place of one; docs/gte.md shows it."}
     )
 
     def __post_init__(self) -> None:
