@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 CONSOLE = "hf-embed"  # the command that setup.cfg makes
 PACKAGE = "hf_embed.recipes"
@@ -52,9 +52,23 @@ def starts_recipe() -> bool:
     return not by_console() and running_recipe() is not None
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks: no other rank, and no worker."""
+    return os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
+
+
+def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error that nobody has caught; Ctrl-C is one line, for where it fell is of no interest."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif is_first_process():
+        print("interrupted", file=sys.stderr, flush=True)
+
+
 def announce(version: str) -> None:
     """Print the first line of a recipe to stderr on the main process: the imports that follow take seconds."""
-    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+    sys.excepthook = show_error
+    if is_first_process():
         print(f"hf_embed {version}: loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
 

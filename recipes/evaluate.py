@@ -10,7 +10,8 @@
 STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code search: nDCG, MAP, recall and MRR x 100.
 Zero-shot classification: accuracy and F1 x 100. Triplets: accuracy x 100. Pair classification: average precision, the best
 accuracy and the best F1 x 100, with their thresholds. Reranking: MAP, MRR and nDCG x 100. Printed, and in
-OUTPUT_DIR/results.json. Several processes share the texts among them: `accelerate launch --config_file ...`.
+OUTPUT_DIR/results.json, in a trained model's own folder as `evaluated`, beside what that file says of the training. Several
+processes share the texts among them: `accelerate launch --config_file ...`.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_embed.checkpoint.card import store_results
+from hf_embed.checkpoint.card import store_results, stored_results
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
@@ -61,7 +62,8 @@ def main() -> None:
         about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
         results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        store_results(args.output_dir, results)
+        kept = stored_results(args.output_dir)  # of the training, if this is the model's own folder
+        store_results(args.output_dir, kept | {"evaluated": results} if kept else results)
         print(f"\nwrote {Path(args.output_dir, 'results.json')}")
 
 

@@ -107,6 +107,8 @@ def test_resume_from_checkpoint(flags, value, parse):
     [
         ("learnin_rate: 1", "did you mean 'learning_rate'?"),
         ("temperatur: 1", "did you mean 'temperature'?"),
+        ("epochs: 1", "did you mean 'num_train_epochs'?"),
+        ("batch-size: 1", "did you mean 'per_device_train_batch_size'?"),
         ("xyzzy: 1", "unknown key 'xyzzy'"),
         ("1: 2", "unknown key '1'"),
         ("a: [", "not YAML"),

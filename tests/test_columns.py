@@ -15,6 +15,7 @@ from hf_embed.data.mixture import read_sources
 from hf_embed.data.sources import leave_out, read_file
 from hf_embed.data.tokenization import tokenize_rows
 from hf_embed.kit import cli
+from hf_embed.kit.inference import read_column
 from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_rows
 
 # ---- known by name ----
@@ -91,6 +92,26 @@ UNKNOWN = [
     (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # what are they to each other?
     (["body", "id"], False, ["text=body"]),
 ]  # fmt: skip
+
+
+def test_a_file_without_a_header(tmp_path):
+    path = written(tmp_path / "a.tsv", "1\tHow do I open a door?\tHow is a door opened?\n1\ta\tb\n")
+    message = error_of(text_columns, read_file(path).column_names, path, True)
+    header = "the first row of a file names its columns: if it is data, put a header above it; else name them: --columns "
+    assert f"{path}: found the columns 1, How do I open a door?, How is a door opened?; {header}" in message
+    assert header.split(":")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
+
+
+def test_the_flag_of_recipes_that_read_one_column(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"query": "a", "pos": "b"}])
+    assert (
+        error_of(read_column, path) == f"{path}: found the columns query, pos; name the one that holds the texts: --column NAME"
+    )
+    assert read_column(path, "pos")[1][:] == ["b"]
+
+
+def test_a_recipe_of_pairs_names_the_one_of_single_texts():
+    assert "single texts are for unsup-simcse" in error_of(text_columns, ["text"], "a.txt", True)
 
 
 @pytest.mark.parametrize(("found", "paired", "given"), UNKNOWN)

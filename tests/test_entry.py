@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import hf_embed
 from hf_embed import SimCSE, entry
-from hf_embed.kit import command, plan
+from hf_embed.kit import cli, command, plan
 from hf_embed.kit import launch as launching
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +72,18 @@ def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
     assert flags.values["temperature"] == 0.05 and flags.values["model_name_or_path"] == "google-bert/bert-base-uncased"
     error = error_of(plan.read_flags, [SimCSE], argv=["--config", "recipes/configs/absent.yaml"])
     assert error == "--config recipes/configs/absent.yaml: No such file or directory"
+
+
+@pytest.mark.parametrize("show", [entry.show_error, cli.show_masked])
+def test_ctrl_c_is_one_line_of_the_first_process(show, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    show(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
+    show(ValueError, ValueError("of another kind"), None)
+    assert capsys.readouterr().err == "ValueError: of another kind\n"
+    monkeypatch.setenv("RANK", "1")
+    show(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == ""
 
 
 # ---- several processes ----

@@ -203,6 +203,7 @@ BAD_SETS = {
     "no score": ([HEADER, ["", "a", "b"], ["1", "c", "d"]], "row 1: the score is '', not a number"),
     "empty sentence": ([["1", "a", "b"], ["2", "c", " "]], "row 2, column 'sentence2': the text is empty"),
     "too few columns": ([["1", "a"], ["2", "b"]], "found 2 column(s); an STS file has score, sentence1, sentence2"),
+    "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, and begins with 'a'; put these names above"),
     "one row": ([HEADER, ["1", "a", "b"]], "1 row(s); a rank correlation needs at least 2"),
     # BUG: with a header of two of the three names, the columns are taken by position and the header for a row.
     "a column misnamed": (
@@ -230,7 +231,7 @@ def test_missing_column(missing):
     ("items", "expected"),
     [
         (["a=FILE", "a=FILE"], "two sets are named 'a'"),
-        (["FILE"], "give NAME=PATH"),
+        (["FILE"], "give NAME=PATH, for example --eval_sts_file dev="),
         (["a="], "give NAME=PATH"),
         (["=FILE"], "give NAME=PATH"),
         (["a=nowhere.tsv"], "nowhere.tsv: no such file"),

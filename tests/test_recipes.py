@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, SimCSE
+from hf_embed.checkpoint.card import store_results, stored_results
 from hf_embed.kit import cli
 from hf_embed.kit.ablation import VARIANTS, AblationArguments, read_variants
 from hf_embed.kit.eval_flags import EvalArguments
@@ -101,6 +102,20 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     scored = json.loads((tmp_path / "e" / "results.json").read_text())
     assert scored["sts"]["s"] == pytest.approx(results["after"]["sts"]["s"], abs=0.01)
     assert "spearman" in done.stdout and "x 100" in done.stdout
+
+
+def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypatch):
+    folder, train = tmp_path / "model", {"train": {"rows": 3}}
+    tiny_encoder().save_pretrained(folder)
+    store_results(folder, train)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", str(folder), "--eval_sts_file", f"a={files['sts']}", "--output_dir", str(folder)]
+    )
+    for _ in range(2):
+        load_recipe("evaluate").main()
+        results = stored_results(folder)
+        assert set(results) == {"train", "evaluated"} and results["train"] == train["train"]
+        assert set(results["evaluated"]["sts"]) == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from transformers.utils.logging import get_verbosity, set_verbosity
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
-from hf_embed.kit.plan import ModelArguments, Plan, RunArguments
+from hf_embed.kit.plan import ModelArguments, Plan, RunArguments, without_evaluation
 from hf_embed.kit.report import changed
-from hf_embed.trainer_settings import IGNORED, REFUSED
+from hf_embed.trainer_settings import IGNORED, REFUSED, warn_of_ignored
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12
 SCORES = [50.0, 70.0, 60.0, 65.0, 40.0, 30.0, 20.0]
@@ -346,6 +346,14 @@ def test_no_warning_without_a_reason(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_embed"):
         ours(tmp_path, eval_steps=1)
     assert "eval_steps has no effect: eval_strategy is no; set it to steps" in caplog.messages
+
+
+def test_settings_of_an_evaluation_without_sets_are_named_once(tmp_path, caplog):
+    """A recipe's preset evaluates; rows of the user's own come without sets."""
+    args = ContrastiveTrainingArguments(tmp_path, eval_strategy="steps", eval_steps=1, use_cpu=True)
+    with caplog.at_level(logging.WARNING, "hf_embed"):
+        warn_of_ignored(without_evaluation(args), {})
+    assert caplog.messages == ["no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best"]
 
 
 @pytest.mark.parametrize(

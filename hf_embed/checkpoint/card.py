@@ -53,7 +53,7 @@ AS_SENTENCE_TRANSFORMERS = {
         "reranking", "Reranking", {"rerank_map": "map", "rerank_mrr@10": "mrr_at_10", "rerank_ndcg@10": "ndcg_at_10"},
     ),
 }  # fmt: skip
-RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card"}  # of results.json
+RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card", "evaluated"}  # of results.json
 # What Trainer calls the facts of a card, and what results.json does.
 FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
          "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ACCEPTED = (
     "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]; question, answer and "
-    "others that hf_embed/data/sources.py lists"
+    "others that README.md lists"
 )
 SINGLE = ("text", "sentence")
 ANCHORS, POSITIVES = ("anchor", "query", "question"), ("positive", "positives", "pos")
@@ -61,6 +61,8 @@ TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?_scores?", re.IGNORECASE)
 # Columns of these names hold no texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
+# A name of more words than these may be a text, of a file without a header.
+NAME_WORDS = 4
 # What the user may call a column, and what it is called from then on.
 ROLES = {"text": "text", "anchor": "anchor", "query": "anchor", "positive": "positive", "positives": "positive",
          "negative": "negative", "negatives": "negative"}  # fmt: skip
@@ -111,7 +113,10 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     elif paired is not True and single is not None:
         columns = [single]
     else:
-        raise InputError(f"{name}: found the columns {', '.join(names)}; {mend(names, paired)}")
+        header = ""
+        if any(len(column.split()) > NAME_WORDS for column in names):
+            header = "the first row of a file names its columns: if it is data, put a header above it; else "
+        raise InputError(f"{name}: found the columns {', '.join(names)}; {header}{mend(names, paired)}")
     refuse_twins(names, columns, name)
     ignored = [column for column in names if column not in columns]
     if len(columns) > 1:
@@ -172,7 +177,7 @@ def mend(names: list[str], paired: bool | None) -> str:
         return f"name them: {flag((texts or ['COLUMN'])[0])}; known by name are text or sentence"
     accepted = f"known by name are {ACCEPTED if paired is None else ACCEPTED.removeprefix('text; ')}"
     if len(texts) < 2:
-        return f"a pair needs two columns of texts; {accepted}"
+        return f"a pair needs two columns of texts, and single texts are for unsup-simcse; {accepted}"
     beside = f"; a pair that '{judging[0]}' calls no match is no positive: keep the true ones" if judging else ""
     return f"name them: {flag(*texts[:2], *negatives)}{beside}; {accepted}"
 

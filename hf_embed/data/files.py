@@ -258,7 +258,11 @@ def json_rows(path: str) -> Iterator[tuple[int, dict]]:
     numbered = lines(path)
     start, head = next(((number, line) for number, line in numbered if not line.isspace()), (0, ""))
     if head.lstrip().startswith("[") or (kind_of(path) == "json" and not is_json(head)):
-        items = parsed("".join(chain([head], (line for _, line in numbered))), path, start)
+        rest = "".join(line for _, line in numbered)
+        if rest.strip() and is_json(head):  # a list a line, which does not say what its texts are
+            mend = 'such as {"anchor": "a question", "positive": "its answer"}'
+            raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {mend}")
+        items = parsed(head + rest, path, start)
         if not isinstance(items, list):
             raise unreadable(path, "expected a list of JSON objects, or an object a line")
         for number, item in enumerate(items, 1):

@@ -64,9 +64,23 @@ def read_sts(path: str) -> Dataset:
                 "by position or named in a header"
             )
         names = dict(zip(("score", "sentence1", "sentence2"), rows.column_names))
+        if not is_number(first := rows[0][names["score"]]):
+            raise InputError(
+                f"{path}: its first row names none of score, sentence1 and sentence2, so its first column should hold the "
+                f"scores, and begins with {first!r}; put these names above the columns"
+            )
     if all(c in names for c in COLUMNS):
         rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
     return check_sts(rows, path)
+
+
+def is_number(cell: str) -> bool:
+    """Return whether a cell holds a number."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def check_sts(rows: Dataset, name: str) -> Dataset:

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
-from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder
+from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import parser_actions
@@ -34,7 +34,24 @@ logger = logging.getLogger(__name__)
 PATIENCE = 10  # seconds
 FROM_HAND = "trust_remote_code"  # no file may give this permission
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
+# Flags as other programs spell them, where difflib would find nothing or something else.
+ELSEWHERE = {
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "max_seq_length": "max_length",
+    "output_path": "output_dir",
+    "output": "output_dir",
+    "train_data": "train_file",
+    "scale": "temperature",
+    "cached": "gradient_caching",
+    "mini_batch_size": "chunk_tokens",
+}
 
 Settings = TypeVar("Settings")
 Preset = Callable[[list[str]], str | None]
@@ -86,7 +103,9 @@ class Parser(HfArgumentParser):
 
     def suggestion(self, word: str) -> str:
         """Return the flag that a misspelt word is close to, as the end of a message."""
-        close = difflib.get_close_matches(word, self.names(), 1)
+        word = word.partition("=")[0].replace("-", "_")
+        elsewhere = ELSEWHERE.get(word)
+        close = [elsewhere] if elsewhere in self.names() else difflib.get_close_matches(word, [*self.names(), "help"], 1)
         return f" (did you mean '{close[0]}'?)" if close else ""
 
 
@@ -357,6 +376,9 @@ class MaskedFormatter(logging.Formatter):
 
 def show_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an error that nobody has caught, without the secrets of addresses."""
+    if issubclass(kind, KeyboardInterrupt):
+        show_error(kind, error, trace)
+        return
     print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 

@@ -88,7 +88,7 @@ def named_paths(items: list[str], flag: str) -> dict[str, str]:
     for item in items:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
-            raise InputError(f"{flag} {item}: give NAME=PATH, for example {flag} dev=data/dev")
+            raise InputError(f"{flag} {item}: give NAME=PATH, for example {flag} dev={path or item.rstrip('=') or 'PATH'}")
         if name in paths:
             raise InputError(f"{flag}: two sets are named '{name}'; names must differ")
         paths[name] = path

@@ -49,7 +49,13 @@ def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
     """
     rows = read_file(path)
     if column is None:
-        column = text_columns(rows.column_names, path, paired=False)[0]
+        try:
+            column = text_columns(rows.column_names, path, paired=False)[0]
+        except InputError as error:
+            if len(rows.column_names) < 2:
+                raise
+            found = ", ".join(rows.column_names)
+            raise InputError(f"{path}: found the columns {found}; name the one that holds the texts: --column NAME") from error
     if column not in rows.column_names:
         raise InputError(f"{path}: no column '{column}'; found {', '.join(rows.column_names)}")
     return column, rows[column]

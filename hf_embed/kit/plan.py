@@ -95,7 +95,7 @@ class DataArguments:
         default=True, metadata={"help": "In a csv file, quotes enclose a cell; without, they are part of the texts."}
     )
     sources: str | None = field(
-        default=None, metadata={"help": "A YAML file of many sources in place of one; hf_embed/data/mixture.py shows it."}
+        default=None, metadata={"help": "A YAML file of many sources in place of one; docs/gte.md shows it."}
     )
 
     def __post_init__(self) -> None:
@@ -340,7 +340,8 @@ def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainin
     """Return a copy that evaluates nothing, with a warning if it should have."""
     if args.eval_strategy != "no" or args.load_best_model_at_end:
         logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
-    return settled(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
+    nothing = {"eval_strategy": IntervalStrategy.NO, "do_eval": False, "eval_steps": None, "load_best_model_at_end": False}
+    return settled(args, **nothing)
 
 
 def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
