@@ -222,6 +222,15 @@ def test_flags_from_any_dataclass(tmp_path):
     assert error_of(cli.parse, [Needy], argv=["--model", "m", "--widths", "0"]) == "a width is 0"
 
 
+def test_a_file_without_its_flag_is_asked_about():
+    from hf_embed.kit.plan import read_flags
+
+    assert error_of(read_flags, [], argv=["nli.csv"]) == (
+        "nli.csv stands without a flag; give --train_file nli.csv (--help lists the flags)"
+    )
+    assert "unknown flag nli" in error_of(read_flags, [], argv=["nli"])
+
+
 def test_flags_are_overridden_and_not_changed(tmp_path):
     kinds = [SimCSE, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, argv=["--temperature", "0.1", "--seed", "3", "--load_best_model_at_end", "--eval_strategy",

@@ -687,3 +687,11 @@ def test_logging_is_quiet_for_clean_files(tmp_path, caplog):
         for kind, content in SAMPLES.items():
             both_ways(written(tmp_path / f"a.{kind}", content))
     assert not caplog.messages and isinstance(read_file(str(tmp_path / "a.csv")), Dataset)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    assert error_of(read_file, str(tmp_path / "a.csv")).endswith(
+        "a.csv: this is a folder; name a file in it (folders and globs are not read)"
+    )
+    assert "b.csv: no such file; check the path" in error_of(read_file, str(tmp_path / "b.csv"))

@@ -116,6 +116,9 @@ def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypa
         results = stored_results(folder)
         assert set(results) == {"train", "evaluated"} and results["train"] == train["train"]
         assert set(results["evaluated"]["sts"]) == {"a"}
+    store_results(folder, {"sts": {"old": 1.0}})  # of an earlier evaluation, which the new one replaces
+    load_recipe("evaluate").main()
+    assert set(stored_results(folder)["sts"]) == {"a"} and "evaluated" not in stored_results(folder)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def check_files(paths: list[str]) -> str:
         file = Path(path)
         if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
             if not file.is_file():
-                raise InputError(f"{path}: no such file; check the path (folders and globs are not read)")
+                what = "this is a folder; name a file in it" if file.is_dir() else "no such file; check the path"
+                raise InputError(f"{path}: {what} (folders and globs are not read)")
             if file.stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
         kind = files.kind_of(path)

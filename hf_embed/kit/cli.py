@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -171,6 +172,8 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     check_positionals(parser, argv)
     namespace, rest = parser.parse_known_args(argv)
     if rest:
+        if not rest[0].startswith("-") and "train_file" in parser.names() and Path(rest[0]).suffix:
+            raise InputError(f"{rest[0]} stands without a flag; give --train_file {rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
     return Flags(parser, vars(namespace))
 
