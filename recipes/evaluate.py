@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_embed.checkpoint.card import RESULT_KEYS, store_results, stored_results
+from hf_embed.checkpoint.card import store_results, stored_results
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
@@ -63,7 +63,7 @@ def main() -> None:
         results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         kept = stored_results(args.output_dir)  # of the training, if this is the model's own folder
-        store_results(args.output_dir, kept | {"evaluated": results} if RESULT_KEYS & kept.keys() else results)
+        store_results(args.output_dir, kept | {"evaluated": results} if kept else results)
         print(f"\nwrote {Path(args.output_dir, 'results.json')}")
 
 
