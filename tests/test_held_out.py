@@ -8,7 +8,7 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from test_distributed import HERE, launch, run
 from transformers import BertForMaskedLM
-from worker import NO_DROPOUT, STS
+from worker import NO_DROPOUT, STS, WORDS
 from worker_held_out import GLOBAL_BATCH, HELD_OUT, NEW, OBJECTIVES, losses
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
@@ -69,6 +69,20 @@ def test_the_loss_is_the_plain_computation(tmp_path, name):
     assert abs(found - by_hand(encoder, HELD_OUT[name], 0.21)) > 1e-4  # controls
     if len(HELD_OUT[name]) > 2:
         assert abs(found - by_hand(encoder, HELD_OUT[name], 0.2, size=4)) > 1e-4
+
+
+def test_a_loss_that_is_a_function_is_called_with_all_five(tmp_path):
+    """BUG: a function was called with None in place of all rows."""
+
+    def loss(embeddings, text_ids, all_embeddings, all_text_ids, first_row):
+        assert all_text_ids.shape == all_embeddings.shape[:2] and first_row == 0
+        anchors, positives = (torch.nn.functional.normalize(rows[:, i], dim=-1) for i, rows in
+                              enumerate((embeddings, all_embeddings)))  # fmt: skip
+        return torch.nn.functional.cross_entropy(anchors @ positives.T / 0.2, first_row + torch.arange(len(anchors)))
+
+    rows = [{"anchor": f"a {word}", "positive": f"{word} here"} for word in WORDS]
+    with_function, with_object = (make(tmp_path, tiny_encoder(), rows, rows[:6], given) for given in (loss, SimCSE(0.2)))
+    assert with_function.evaluate()["eval_loss"] == pytest.approx(with_object.evaluate()["eval_loss"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,15 @@ def test_rows_are_those_of_encode(encoder, small_shards, tmp_path, options):
     assert used == {key: value for key, value in options.items() if key != "batch_size"}
 
 
+@pytest.mark.parametrize("kind", [iter, "".join, np.array, tuple])
+def test_texts_of_other_kinds_are_those_of_encode(encoder, tmp_path, kind):
+    """BUG: a single text was written letter by letter, and a generator was a TypeError."""
+    about = write_vectors(encoder, kind(["cat", "dog"]), tmp_path / "out.npy")
+    expected = np.atleast_2d(encoder.encode(kind(["cat", "dog"])))
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+    assert about["rows"] == len(expected)
+
+
 def test_a_stopped_run_goes_on_with_what_is_missing(encoder, small_shards, tmp_path, monkeypatch):
     encoded = []
     encode = type(encoder).encode
@@ -162,8 +171,8 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
     for words, message in [
-        ([model, texts], "say what to encode and where to: python recipes/encode.py MODEL FILE OUT.npy"),
-        ([model, "--precision", "int8"], "say what to encode"),
+        ([model, texts], "OUT missing: python encode.py MODEL FILE OUT [FLAGS]"),
+        ([model, "--precision", "int8"], "FILE and OUT missing"),
         ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
         ([model, texts, out, "--column", "id"], "row 1: the text is not a text (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
@@ -174,7 +183,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     ]:
         assert message in error_of(main_of, "encode", monkeypatch, *words)
         assert not out.exists()
-    assert "say what to search: python recipes/search.py MODEL FILE" in error_of(main_of, "search", monkeypatch, model)
+    assert "FILE missing: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
 
 
 def hits_of(output):

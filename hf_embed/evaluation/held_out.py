@@ -84,12 +84,13 @@ class HeldOutLoss(HeldOut):
         parts = gather_objects((vectors.cpu(), *hashes.values()))
         rows, *ids = (torch.cat(part).to(device) for part in zip(*parts))  # (B, V, D), (B, V) and (B, W)
         given: dict[str, Any] = dict(zip(hashes, ids))
+        text_ids = given.pop("text_ids")
         if "other_ids" in given:
             given["other_ids"] = used_columns(given["other_ids"])
         temperature = outputs.get("temperature", self.temperature)
         if temperature is not None:
             given["temperature"] = temperature
-        return self.objective(rows, **given).item()
+        return self.objective(rows, text_ids, rows, text_ids, 0, **given).item()  # a function has no defaults
 
 
 def with_model(
