@@ -19,7 +19,7 @@ from hf_embed.checkpoint.settings import has_mlp_head
 from hf_embed.data.columns import ACCEPTED, text_columns
 from hf_embed.data.labelled import labelled_layout
 from hf_embed.data.mixture import Mixture, Source
-from hf_embed.data.python_rows import RowData, as_rows, is_frame
+from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -70,11 +70,6 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'{hint}")
-
-
-def described(thing: object) -> str:
-    """Return what kind of thing an argument is, for messages: a list, the class BertModel."""
-    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 # ---- args, objective, callbacks, optimizers ----

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hf_embed.checkpoint.files import read_json, write_json
+from hf_embed.data.files import FILL_IN, missing_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
@@ -132,9 +133,8 @@ def filled(texts: Sequence[str], name: str) -> Iterator[str]:
     """Yield the texts of `name`. Raises InputError for an empty one: left out, it would move the rows of all that follow."""
     for start in range(0, len(texts), READ):
         for number, text in enumerate(texts[start : start + READ], start + 1):
-            if not isinstance(text, str) or not text.strip():
-                kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
-                raise InputError(f"{name}, row {number}: the text is {kind}; fill it in or delete the row")
+            if wrong := missing_text(text):
+                raise InputError(f"{name}, row {number}: the text is {wrong}; {FILL_IN}")
             yield text
 
 
