@@ -352,8 +352,7 @@ def make_held_out(
 def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -> None:
     """Warn of held-out rows that are also trained on: on them the loss says how well the model remembers."""
     tables = training.tables if isinstance(training, Mixture) else [training]
-    seen = sum(seen_in_training(rows, table) for table in tables if isinstance(table, Dataset))
-    if seen:
+    if seen := seen_in_training(rows, [table for table in tables if isinstance(table, Dataset)]):
         logger.warning(f"{name}: {seen:,} of {len(rows):,} held-out rows are also trained on; leave them out of one of the two")
 
 

@@ -9,7 +9,7 @@ ranks.
 Shapes: B rows of a batch, V texts a row, D wide.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,9 +117,12 @@ def batches(rows: int, size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], rows]))
 
 
-def seen_in_training(held_out: Dataset, training: Dataset) -> int:
+def seen_in_training(held_out: Dataset, training: Sequence[Dataset]) -> int:
     """Return how many of the held-out rows have the anchor and the positive of a row of the training, to the model."""
-    found = np.isin(pair_hashes(held_out), pair_hashes(training))
+    own = pair_hashes(held_out)
+    found = np.zeros(len(own), dtype=bool)
+    for table in training:
+        found |= np.isin(own, pair_hashes(table))
     return int(found.sum())
 
 
