@@ -274,9 +274,7 @@ def as_task(given: Any, name: str) -> Task | Dataset:
         raise InputError(f"{name}: {described(given)} is no evaluation set; give an object of it")
     if isinstance(given, Task) and not is_frame(given):
         return given
-    rows = as_rows(given, name)
-    if isinstance(rows, IterableDataset):
-        raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
+    rows = stored_rows(given, name)
     others = [column for column in rows.column_names if column not in COLUMNS]
     if len(others) + len(COLUMNS) > len(rows.column_names):  # no STS set
         return held_out(rows, name)
@@ -288,6 +286,14 @@ def as_task(given: Any, name: str) -> Task | Dataset:
         f"{name}: {' and '.join(pair)} make it held-out rows, {', '.join(COLUMNS)} an STS set; leave out the columns of one "
         "(remove_columns)"
     )
+
+
+def stored_rows(given: Any, name: str) -> Dataset:
+    """Return the rows of an evaluation set as a table. Raises InputError for a stream, and for what holds no rows."""
+    rows = as_rows(given, name)
+    if isinstance(rows, IterableDataset):
+        raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
+    return rows
 
 
 def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
@@ -341,7 +347,7 @@ def make_held_out(
                 "to per_device_train_batch_size, for example"
             )
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-            rows, views = tokenize_all(task.rows, step.encoder, encoding, name, paired=True)
+            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, name, paired=True)
         check_objective(objective, cast(Dataset, rows), max(views), name)
         loss = made[name] = HeldOutLoss(cast(Dataset, rows), objective, batch_size, step, args.chunk_tokens)
         if args.process_index == 0:

@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
@@ -207,6 +208,13 @@ def test_rows_to_train_on_with_negatives_are_triplets(tmp_path, pair):
     path = write_rows(tmp_path / "a.jsonl", (*pair, negative), TRIPLETS)
     assert text_columns([*pair, negative], path) == [*pair, negative]
     assert read_triplets(path) == Triplets(*map(list, zip(*TRIPLETS)))
+
+
+def test_sets_of_other_kinds_of_rows():
+    """BUG: generators were a TypeError, a text was taken letter by letter, and of a DataFrame the names of the columns."""
+    assert Triplets(iter(["a"]), "bc", pd.Series(["d"], index=[7])) == Triplets(["a"], ["bc"], ["d"])
+    rows = [{"query": "a", "pos": ["b"], "neg": ["c", "d"]}]
+    assert Reranking(pd.DataFrame(rows)).judged == Reranking(rows).judged == [Judged("a", ["b"], ["c", "d"])]
 
 
 def test_several_negatives_are_a_triplet_each(tmp_path):

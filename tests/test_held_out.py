@@ -2,6 +2,7 @@
 
 import logging
 
+import pandas as pd
 import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
@@ -11,7 +12,7 @@ from transformers import BertForMaskedLM
 from worker import NO_DROPOUT, STS, WORDS
 from worker_held_out import GLOBAL_BATCH, HELD_OUT, NEW, OBJECTIVES, losses
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, HeldOut, SimCSE
 from hf_embed.data.tokenization import text_id
 from hf_embed.evaluation.held_out import HeldOutLoss, batches, with_model
 
@@ -191,6 +192,16 @@ def test_what_cannot_be_held_out_is_refused(tmp_path):
     )
     weighted = SimCSE(hard_negative_weight=0.1)
     assert "no row has a negative" in error_of(make, tmp_path, rows=ROWS, held_out=NEW, objective=weighted)
+
+
+@pytest.mark.parametrize("kind", [list, pd.DataFrame])
+def test_held_out_rows_of_other_kinds(tmp_path, kind):
+    """BUG: only a Dataset could be in HeldOut, and a stream in it was a traceback."""
+    trainer = make(tmp_path, held_out={"a": HeldOut(kind(NEW)), "b": HeldOut(Dataset.from_list(NEW))})
+    scores = trainer.evaluate()
+    assert scores["eval_a_loss"] == scores["eval_b_loss"]
+    stream = HeldOut(Dataset.from_list(NEW).to_iterable_dataset())
+    assert error_of(make, tmp_path, held_out={"c": stream}).startswith("c: a stream is no evaluation set")
 
 
 def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):

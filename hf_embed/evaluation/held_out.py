@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
+from hf_embed.data.python_rows import RowData
 from hf_embed.data.tokenization import most_texts
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
@@ -29,10 +30,10 @@ from hf_embed.objectives.base import Objective
 class HeldOut(EvaluationTask):
     """Rows of texts that are kept from the training, with the columns that training rows have.
 
-    The trainer makes a `HeldOutLoss` of it.
+    The trainer makes a `HeldOutLoss` of it. The rows are a `Dataset`, or what else `hf_embed.data.python_rows` lists.
     """
 
-    rows: Dataset
+    rows: RowData
 
     kind = "held_out"
     main = "loss"
@@ -54,6 +55,7 @@ class HeldOutLoss(HeldOut):
         temperature: a learned one, where the model does not say it.
     """
 
+    rows: Dataset
     objective: Objective
     batch_size: int
     model: nn.Module

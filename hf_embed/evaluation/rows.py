@@ -70,13 +70,14 @@ def label_number(label: object, where: str) -> int:
     return number
 
 
-def text_lists(lists: Mapping[str, Sequence[str]], name: str) -> list[list[str]]:
+def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]:
     """Return the lists. Raises InputError where they differ in length or are empty, or a text is empty or none."""
-    lengths = {key: len(texts) for key, texts in lists.items()}
+    found = {key: [texts] if isinstance(texts, str) else list(texts) for key, texts in lists.items()}
+    lengths = {key: len(texts) for key, texts in found.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
-        found = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
-        raise InputError(f"{name}: got {found}; give as many of each, and at least one")
-    for key, texts in lists.items():
+        counts = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
+        raise InputError(f"{name}: got {counts}; give as many of each, and at least one")
+    for key, texts in found.items():
         for number, text in enumerate(texts, 1):
             cell_text(text, f"{name}, row {number}, {key}")
-    return list(map(list, lists.values()))
+    return list(found.values())
