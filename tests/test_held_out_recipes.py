@@ -138,6 +138,15 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, files, held_out, more, part
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_one_warning_without_an_evaluation_set(tmp_path, files, caplog):  # noqa: F811
+    """BUG: do_eval and eval_steps, which the preset has, were said to have no effect."""
+    given = flags(files, *EACH_STEP, "--output_dir", tmp_path / "out")
+    del given[given.index("--eval_sts_file") : given.index("--eval_sts_file") + 2]
+    with caplog.at_level(logging.WARNING):
+        sup(*given)
+    assert "nothing is evaluated" in caplog.text and "has no effect" not in caplog.text
+
+
 def test_patience_without_an_evaluation_set(tmp_path, files):  # noqa: F811
     given = flags(files, "--early_stopping_patience", 2, "--output_dir", tmp_path / "out")
     del given[given.index("--eval_sts_file") : given.index("--eval_sts_file") + 2]

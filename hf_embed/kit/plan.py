@@ -341,6 +341,7 @@ def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainin
     """Return a copy that evaluates nothing, with a warning if it should have."""
     if args.eval_strategy != "no" or args.load_best_model_at_end:
         logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
+        args = settled(args, eval_steps=None, do_eval=False)  # which no other warning need name
     return settled(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
 
 
