@@ -6,7 +6,7 @@ at work are in memory.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -65,12 +65,15 @@ def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
 
 def text_list(texts: Any) -> list[str]:
     """Return texts as a list. Raises InputError for what is none, or has an entry that is no text."""
-    if isinstance(texts, str):
-        return [texts]
     if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # iterating would give keys, or any order
         raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of them, or one column")
+    texts = texts.tolist() if hasattr(texts, "tolist") else texts  # arrays, columns of pandas and of datasets
+    if isinstance(texts, str):  # an array of no dimension
+        return [texts]
     if not isinstance(texts, list):
-        texts = list(texts.tolist() if hasattr(texts, "tolist") else texts)  # arrays, columns of pandas and of datasets
+        if not isinstance(texts, Iterable):
+            raise InputError(f"the texts are {texts!r}; give a text or a list of them")
+        texts = list(texts)
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise InputError(f"text {number} is no text but {text!r}; fill it in, make it a string or leave it out")

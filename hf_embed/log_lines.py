@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from hf_embed.evaluation.tasks import Task, metric_names
+from hf_embed.evaluation.tasks import THRESHOLD, Task, metric_names
 from hf_embed.progress import progress_bar
 from hf_embed.trainer_settings import METRIC_SCHEDULES
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers.utils.notebook import NotebookProgressCallback
 
 GEOMETRY = ("alignment", "uniformity")
+SHOWN_BESIDE = ("loss", "temperature", *GEOMETRY)  # an evaluation set of such a name is shown with its metric
 # What is for loggers: of a log of the training, and at the end of a metric's name.
 FOR_LOGGERS = ("loss_", "norm_spread", "masked_share", "grad_norm", "total_flos", "num_input_tokens_", "train_mem_",
                "before_init_mem_", "init_mem_")  # fmt: skip
@@ -64,7 +65,7 @@ def chief_metrics(logs: Mapping[str, Any], tasks: Mapping[str, Task], prefix: st
     shown: dict[str, str] = {}
     for name, task in tasks.items():
         if (key := f"{prefix}_{name}_{task.main}") in logs:
-            shown[name] = digits(logs[key], 4)
+            shown[f"{name} {task.main}" if name in SHOWN_BESIDE else name] = digits(logs[key], 4)
     for metric, sets in Counter(task.main for task in tasks.values()).items():
         if sets > 1 and f"{prefix}_{metric}" in logs:
             shown[f"mean {metric}"] = digits(logs[f"{prefix}_{metric}"], 4)
@@ -73,7 +74,9 @@ def chief_metrics(logs: Mapping[str, Any], tasks: Mapping[str, Task], prefix: st
         name = key.removeprefix(f"{prefix}_")
         if name in GEOMETRY:
             shown[name] = digits(value)
-        elif key not in known and not key.endswith(TIMES) and not key.startswith((*FOR_LOGGERS, f"{prefix}_mem_")):
+        elif (
+            key not in known and not key.endswith((*TIMES, THRESHOLD)) and not key.startswith((*FOR_LOGGERS, f"{prefix}_mem_"))
+        ):
             shown[key.replace("_", " ")] = digits(value, 4)
     return shown
 

@@ -3,11 +3,11 @@
 from itertools import islice
 from typing import Any
 
-import pyarrow.compute
 from datasets import Dataset
 
 from hf_embed.data.files import shortened
 from hf_embed.data.mixture import Mixture, Stream
+from hf_embed.data.tokenization import count_texts
 from hf_embed.encoder import Encoder
 
 SHOWN_ROWS = 2
@@ -52,8 +52,7 @@ def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, 
     if isinstance(table, Stream):
         cut = f"about {table.truncated_share:.0%} of the texts are cut"
     else:
-        texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(table.data["text_ids"])).as_py()
-        truncated = pyarrow.compute.sum(table.data["truncated"]).as_py()
+        texts, truncated = count_texts(table)
         length = f" to {encoder.max_length} tokens" if isinstance(rows, Dataset) else ""
         cut = f"{len(table):,} rows, {truncated:,} of {texts:,} texts cut{length}"
     return f"as the model reads {name}: {cut}"

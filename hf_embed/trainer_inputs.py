@@ -19,7 +19,7 @@ from hf_embed.checkpoint.settings import has_mlp_head
 from hf_embed.data.columns import ACCEPTED, text_columns
 from hf_embed.data.labelled import labelled_layout
 from hf_embed.data.mixture import Mixture, Source
-from hf_embed.data.python_rows import RowData, as_rows, is_frame
+from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -70,11 +70,6 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'{hint}")
-
-
-def described(thing: object) -> str:
-    """Return what kind of thing an argument is, for messages: a list, the class BertModel."""
-    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 # ---- args, objective, callbacks, optimizers ----
@@ -279,9 +274,7 @@ def as_task(given: Any, name: str) -> Task | Dataset:
         raise InputError(f"{name}: {described(given)} is no evaluation set; give an object of it")
     if isinstance(given, Task) and not is_frame(given):
         return given
-    rows = as_rows(given, name)
-    if isinstance(rows, IterableDataset):
-        raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
+    rows = stored_rows(given, name)
     others = [column for column in rows.column_names if column not in COLUMNS]
     if len(others) + len(COLUMNS) > len(rows.column_names):  # no STS set
         return held_out(rows, name)
@@ -293,6 +286,14 @@ def as_task(given: Any, name: str) -> Task | Dataset:
         f"{name}: {' and '.join(pair)} make it held-out rows, {', '.join(COLUMNS)} an STS set; leave out the columns of one "
         "(remove_columns)"
     )
+
+
+def stored_rows(given: Any, name: str) -> Dataset:
+    """Return the rows of an evaluation set as a table. Raises InputError for a stream, and for what holds no rows."""
+    rows = as_rows(given, name)
+    if isinstance(rows, IterableDataset):
+        raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
+    return rows
 
 
 def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
@@ -346,7 +347,7 @@ def make_held_out(
                 "to per_device_train_batch_size, for example"
             )
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-            rows, views = tokenize_all(task.rows, step.encoder, encoding, name, paired=True)
+            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, name, paired=True)
         check_objective(objective, cast(Dataset, rows), max(views), name)
         loss = made[name] = HeldOutLoss(cast(Dataset, rows), objective, batch_size, step, args.chunk_tokens)
         if args.process_index == 0:
@@ -357,8 +358,7 @@ def make_held_out(
 def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -> None:
     """Warn of held-out rows that are also trained on: on them the loss says how well the model remembers."""
     tables = training.tables if isinstance(training, Mixture) else [training]
-    seen = sum(seen_in_training(rows, table) for table in tables if isinstance(table, Dataset))
-    if seen:
+    if seen := seen_in_training(rows, [table for table in tables if isinstance(table, Dataset)]):
         logger.warning(f"{name}: {seen:,} of {len(rows):,} held-out rows are also trained on; leave them out of one of the two")
 
 

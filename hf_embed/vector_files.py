@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from hf_embed.checkpoint.files import read_json, write_json
+from hf_embed.data.files import FILL_IN, missing_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import text_list
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
@@ -43,7 +45,7 @@ def write_vectors(
 
     Args:
         encoder: on the device where this rank computes.
-        texts: a list, or a column of a `datasets.Dataset`, which is read in parts.
+        texts: a list, or a column of a `datasets.Dataset`, which is read in parts; or what else `Encoder.encode` takes.
         output_file: where the vectors go, (N, D) in float32 or as `precision` says; OUTPUT_FILE.json says what they are of.
         about: what else OUTPUT_FILE.json is to say.
         options: prompt_name, truncate_dim, normalize, precision, batch_size, chunk_tokens of `Encoder.encode`.
@@ -55,6 +57,8 @@ def write_vectors(
         InputError: `output_file` is there, or is no .npy; the folder beside it is of another model, other texts or other
             options; a text is empty; a vector is not finite.
     """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):  # which could not be counted, or read in parts
+        texts = text_list(texts)
     output = Path(output_file)
     if output.suffix != ".npy":
         raise InputError(f"{output}: vectors are written as .npy; name it {output.with_suffix('.npy')}")
@@ -129,9 +133,8 @@ def filled(texts: Sequence[str], name: str) -> Iterator[str]:
     """Yield the texts of `name`. Raises InputError for an empty one: left out, it would move the rows of all that follow."""
     for start in range(0, len(texts), READ):
         for number, text in enumerate(texts[start : start + READ], start + 1):
-            if not isinstance(text, str) or not text.strip():
-                kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
-                raise InputError(f"{name}, row {number}: the text is {kind}; fill it in or delete the row")
+            if wrong := missing_text(text):
+                raise InputError(f"{name}, row {number}: the text is {wrong}; {FILL_IN}")
             yield text
 
 

@@ -64,6 +64,7 @@ AMBIGUOUS = [
     (["question", "query", "answer"], None, "question and answer or query and answer", "anchor=question positive=answer"),
     (["title", "body", "text"], True, "title and body or title and text", "anchor=title positive=body"),
     (["text", "question", "answer"], None, "question and answer or text", "anchor=question positive=answer"),
+    (["text", "positive", "negative"], None, "text and positive or text", "anchor=text positive=positive"),  # BUG: text
     (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
      "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip

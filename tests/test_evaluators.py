@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
@@ -36,6 +37,7 @@ from hf_embed import (
     Triplets,
     ZeroShot,
 )
+from hf_embed.data.columns import DESCRIBED, LAYOUTS, text_columns
 from hf_embed.evaluation import rows as rows_module
 from hf_embed.evaluation.judged import Judged
 from hf_embed.evaluation.pair_classification import read_pair_classification
@@ -199,6 +201,22 @@ def test_triplet_files(tmp_path, ending, header):
     assert task == Triplets(*map(list, zip(*TRIPLETS)))
 
 
+@pytest.mark.parametrize("pair", [*LAYOUTS, *DESCRIBED])
+def test_rows_to_train_on_with_negatives_are_triplets(tmp_path, pair):
+    """BUG: of the layouts that are trained on, evaluation sets took some."""
+    negative = "contradiction" if pair[1] == "entailment" else "negative"
+    path = write_rows(tmp_path / "a.jsonl", (*pair, negative), TRIPLETS)
+    assert text_columns([*pair, negative], path) == [*pair, negative]
+    assert read_triplets(path) == Triplets(*map(list, zip(*TRIPLETS)))
+
+
+def test_sets_of_other_kinds_of_rows():
+    """BUG: generators were a TypeError, a text was taken letter by letter, and of a DataFrame the names of the columns."""
+    assert Triplets(iter(["a"]), "bc", pd.Series(["d"], index=[7])) == Triplets(["a"], ["bc"], ["d"])
+    rows = [{"query": "a", "pos": ["b"], "neg": ["c", "d"]}]
+    assert Reranking(pd.DataFrame(rows)).judged == Reranking(rows).judged == [Judged("a", ["b"], ["c", "d"])]
+
+
 def test_several_negatives_are_a_triplet_each(tmp_path):
     columns = write_rows(tmp_path / "a.csv", ("anchor", "negative_2", "negative_1", "positive"), [("a", "d", "c", "b")])
     lists = write_rows(tmp_path / "a.jsonl", ("anchor", "positive", "negative"), [("a", "b", ["c", "d"])])
@@ -247,6 +265,7 @@ READ_PAIRS = PairClassification(["a cat", "a dog", "a hen"], ["one cat", "a trai
     [
         ("sentence1", "sentence2", "label"), ("Sentence1", "sentence2", "Label"), ("sent1", "sent2", "labels"),
         ("text1", "text2", "label"), ("question1", "question2", "is_duplicate"), ("Sentence A", "sentence_B", "labels"),
+        ("title1", "title2", "duplicate"),
     ],
 )  # fmt: skip
 def test_pair_files(tmp_path, ending, header):
@@ -281,13 +300,14 @@ def test_labels_that_are_named_the_other_way_round(tmp_path):
         (["not_duplicate", "duplicate"], True),
         (["0", "1"], True),
         (["entailment", "not_entailment"], False),
+        (["1", "0"], False),
     ):
         rows.cast_column("label", ClassLabel(names=names)).to_parquet(str(tmp_path / "a.parquet"))
         if is_right:
             assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
-            assert "the label 0 of column 'label' is called entailment; 1 is for pairs that belong together" in message
+            assert f"the label 0 of column 'label' is called {names[0]}; 1 is for pairs that belong together" in message
 
 
 def pairs_with(*labels):

@@ -2,16 +2,17 @@
 
 import logging
 
+import pandas as pd
 import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from test_distributed import HERE, launch, run
 from transformers import BertForMaskedLM
-from worker import NO_DROPOUT, STS
+from worker import NO_DROPOUT, STS, WORDS
 from worker_held_out import GLOBAL_BATCH, HELD_OUT, NEW, OBJECTIVES, losses
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, HeldOut, SimCSE
 from hf_embed.data.tokenization import text_id
 from hf_embed.evaluation.held_out import HeldOutLoss, batches, with_model
 
@@ -27,6 +28,10 @@ def make(folder, model=None, rows=NEW, held_out=ROWS, objective=None, **settings
     )
 
 
+def positives(row: dict) -> list[str]:
+    return row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
+
+
 def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = GLOBAL_BATCH) -> float:
     """Every text on its own, the SimCSE loss of each row in a loop over its batch, the mean over all rows."""
     tokenizer, total = encoder.tokenizer, 0.0
@@ -35,17 +40,21 @@ def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = 
         with torch.inference_mode():
             return encoder.backbone(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
 
+    rows = [row | {"positive": text, "others": [other for other in positives(row) if other != text]}
+            for row in rows for text in positives(row)]  # fmt: skip
     for start, stop in batches(len(rows), size):
         batch = [[row["anchor"], row["positive"], *row.get("negatives", [])] for row in rows[start:stop]]
+        others = [{text_id(tokenizer(text)["input_ids"]) for text in row["others"]} for row in rows[start:stop]]
         hashes = [[text_id(tokenizer(text)["input_ids"]) for text in texts] for texts in batch]
         vectors = [[embed(text) for text in texts] for texts in batch]
         for i, texts in enumerate(vectors):
+            right = {*hashes[i][:2], *others[i]}
             logits = [torch.cosine_similarity(texts[0], texts[1], dim=0) / temperature]
             for j, other in enumerate(vectors):
                 for k in range(1, len(other)):
                     own = j == i and k == 1
                     partner = hashes[j][0] if k == 1 else None
-                    if not own and hashes[j][k] not in hashes[i][:2] and partner not in hashes[i][:2]:
+                    if not own and hashes[j][k] not in right and partner not in right:
                         logits.append(torch.cosine_similarity(texts[0], other[k], dim=0) / temperature)
             total -= torch.log_softmax(torch.stack(logits), 0)[0].item()
     return total / len(rows)
@@ -67,8 +76,25 @@ def test_the_loss_is_the_plain_computation(tmp_path, name):
     expected = by_hand(encoder.eval(), HELD_OUT[name], 0.2)
     assert found == pytest.approx(expected, rel=1e-9)
     assert abs(found - by_hand(encoder, HELD_OUT[name], 0.21)) > 1e-4  # controls
+    if name == "lists":
+        alone = [row | {"positive": text} for row in HELD_OUT[name] for text in row["positive"]]
+        assert abs(found - by_hand(encoder, alone, 0.2)) > 1e-4
     if len(HELD_OUT[name]) > 2:
         assert abs(found - by_hand(encoder, HELD_OUT[name], 0.2, size=4)) > 1e-4
+
+
+def test_a_loss_that_is_a_function_is_called_with_all_five(tmp_path):
+    """BUG: a function was called with None in place of all rows."""
+
+    def loss(embeddings, text_ids, all_embeddings, all_text_ids, first_row):
+        assert all_text_ids.shape == all_embeddings.shape[:2] and first_row == 0
+        anchors, positives = (torch.nn.functional.normalize(rows[:, i], dim=-1) for i, rows in
+                              enumerate((embeddings, all_embeddings)))  # fmt: skip
+        return torch.nn.functional.cross_entropy(anchors @ positives.T / 0.2, first_row + torch.arange(len(anchors)))
+
+    rows = [{"anchor": f"a {word}", "positive": f"{word} here"} for word in WORDS]
+    with_function, with_object = (make(tmp_path, tiny_encoder(), rows, rows[:6], given) for given in (loss, SimCSE(0.2)))
+    assert with_function.evaluate()["eval_loss"] == pytest.approx(with_object.evaluate()["eval_loss"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +194,16 @@ def test_what_cannot_be_held_out_is_refused(tmp_path):
     assert "no row has a negative" in error_of(make, tmp_path, rows=ROWS, held_out=NEW, objective=weighted)
 
 
+@pytest.mark.parametrize("kind", [list, pd.DataFrame])
+def test_held_out_rows_of_other_kinds(tmp_path, kind):
+    """BUG: only a Dataset could be in HeldOut, and a stream in it was a traceback."""
+    trainer = make(tmp_path, held_out={"a": HeldOut(kind(NEW)), "b": HeldOut(Dataset.from_list(NEW))})
+    scores = trainer.evaluate()
+    assert scores["eval_a_loss"] == scores["eval_b_loss"]
+    stream = HeldOut(Dataset.from_list(NEW).to_iterable_dataset())
+    assert error_of(make, tmp_path, held_out={"c": stream}).startswith("c: a stream is no evaluation set")
+
+
 def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         make(tmp_path, rows=NEW, held_out=ROWS)
@@ -182,6 +218,11 @@ def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         ContrastiveTrainer(tiny_encoder(), args, None, sources, [NEW[1], NEW[8], ROWS[0]])
     assert "held_out: 2 of 3 held-out rows are also trained on" in caplog.text
+    with caplog.at_level(logging.WARNING):  # BUG: a row in two sources counted twice, "4 of 3"
+        ContrastiveTrainer(
+            tiny_encoder(), args, None, sources | {"c": Dataset.from_list(NEW)}, {"d": [NEW[1], NEW[8], ROWS[0]]}
+        )
+    assert "d: 2 of 3 held-out rows are also trained on" in caplog.text
 
 
 @pytest.mark.slow

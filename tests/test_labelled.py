@@ -130,6 +130,7 @@ REFUSED = [
     (pairs(["-", None]), "the labels are all missing"),
     (pairs(["yes!", "no!"], ALIKE), "the labels are no!, yes!; write entailment"),
     (pairs(["entailment", "other"]), "the labels are entailment, other; write"),
+    (pairs([0, 1, -2]), "the labels are -2, 0, 1; write"),  # BUG: -2 was taken for 2, the contradiction
     (pairs([["entailment"], ["neutral"]]), "write entailment"),
     (pairs([f"l{i}" for i in range(9)]), "the labels are l0, l1, l2, l3, l4, ...; write"),
 ]

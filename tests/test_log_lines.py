@@ -17,7 +17,7 @@ from test_trainer import trainer
 from transformers import AutoModel, PrinterCallback, ProgressCallback, TrainerState
 from worker import STS
 
-from hf_embed import ContrastiveTrainingArguments, Retrieval
+from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval
 from hf_embed.log_lines import LogLines, Printer, Progress, digits, duration, summary
 from hf_embed.progress import bars_shown, calm_libraries, hidden_bars, progress_bar
 
@@ -46,6 +46,18 @@ def test_a_line_for_a_log_and_one_where_an_evaluation_is_due(tmp_path, capsys):
     keys = {"eval_stsb_spearman", "eval_sick_alignment", "eval_spearman", "eval_alignment", "eval_uniformity"}
     assert keys <= set(logged)  # the loggers have all of them
     assert {"norm_spread", "masked_share", "grad_norm", "learning_rate"} <= set(run.state.log_history[0])
+
+
+def test_thresholds_are_for_loggers_and_no_set_hides_another_number(tmp_path, capsys):
+    """BUG: a line had four thresholds of a set of pairs; a set named loss stood in place of the loss of the training."""
+    pairs = PairClassification(["a cat", "a dog"], ["the cat", "some house"], [1, 0])
+    sets = {"loss": SETS["stsb"], "alignment": pairs}
+    run = trainer(tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=1, logging_steps=1, max_steps=1)
+    run.train()
+    line = capsys.readouterr().out.splitlines()[0]
+    scores = f"loss spearman {NUMBER}  alignment pair_ap {NUMBER}  alignment {NUMBER}  uniformity {NUMBER}"
+    assert re.fullmatch(f"step 1/1  loss {NUMBER}  {scores}", line), line
+    assert "eval_alignment_pair_f1_threshold" in run.state.log_history[1]  # the loggers have them
 
 
 def test_one_set_has_no_mean_and_other_sets_are_shown_too(tmp_path, capsys):

@@ -50,6 +50,15 @@ def test_rows_are_those_of_encode(encoder, small_shards, tmp_path, options):
     assert used == {key: value for key, value in options.items() if key != "batch_size"}
 
 
+@pytest.mark.parametrize("kind", [iter, "".join, np.array, tuple])
+def test_texts_of_other_kinds_are_those_of_encode(encoder, tmp_path, kind):
+    """BUG: a single text was written letter by letter, and a generator was a TypeError."""
+    about = write_vectors(encoder, kind(["cat", "dog"]), tmp_path / "out.npy")
+    expected = np.atleast_2d(encoder.encode(kind(["cat", "dog"])))
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+    assert about["rows"] == len(expected)
+
+
 def test_a_stopped_run_goes_on_with_what_is_missing(encoder, small_shards, tmp_path, monkeypatch):
     encoded = []
     encode = type(encoder).encode

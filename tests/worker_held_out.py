@@ -19,7 +19,10 @@ HELD_OUT = {
     "ragged": rows_with(3)[:11],  # the last batch has five rows, which two ranks cannot share evenly
     "single": rows_with(1)[:7],  # one row more than a batch
     "few": NEW[:2],
-}
+    # Each row has two positives, of which the second is a hard negative of the next row.
+    "lists": [{"anchor": f"some {word}", "positive": [f"{word} here", f"{word} there"], "negatives": [f"{before} there"]}
+              for word, before in zip(WORDS, WORDS[-1:] + WORDS[:-1])],
+}  # fmt: skip
 OBJECTIVES = {
     "simcse": lambda: SimCSE(0.2),
     "gte": lambda: ImprovedContrastive(0.2),

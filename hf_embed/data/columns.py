@@ -140,6 +140,8 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
     if named := matches(LAYOUTS):
         return named[0]
     described = matches(DESCRIBED if single else DESCRIBED + WITH_TEXT)
+    if single is not None:
+        described += [[single, found[positive]] for positive in POSITIVES if positive in found]
     meant = [*described, [single]] if described and single is not None else described
     if len(meant) > 1:
         raise InputError(

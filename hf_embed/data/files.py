@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
+FILL_IN = "fill it in or delete the row"
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
@@ -192,6 +193,13 @@ def shortened(text: str) -> str:
     """Return the beginning of a text, in one line."""
     start = " ".join(text[:61].split())
     return start if len(text) <= 60 else f"{start[:60]}..."
+
+
+def missing_text(cell: object) -> str | None:
+    """Return what is wrong with a cell that has to be a text, in words that follow "the text is"; None if nothing is."""
+    if not isinstance(cell, str):
+        return "missing" if cell is None else f"not a text ({shortened(repr(cell))})"
+    return None if cell.strip() else "empty"
 
 
 def common_columns(paths: list[str], table: Table) -> list[str]:

@@ -184,7 +184,7 @@ def text_of(label: Any, feature: Any) -> str:
     if isinstance(feature, ClassLabel) and label is not None and label >= 0:
         label = feature.int2str(label)
     text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
-    return text if text in ABSENT else plain(text)
+    return text if text in ABSENT or text.startswith("-") else plain(text)  # which takes hyphens for spaces
 
 
 def mend_of(words: set[str], layout: Layout) -> str:

@@ -47,6 +47,11 @@ def as_rows(data: RowData, name: str) -> Dataset | IterableDataset:
     return table_of(columns_of(data, name), name)
 
 
+def described(thing: object) -> str:
+    """Return what kind of thing an argument is, for messages: a list, the class BertModel."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
 def no_rows(data: object, name: str) -> InputError:
     """Return the error about something that holds no rows, with what to do about it."""
     kind = type(data)
@@ -59,8 +64,7 @@ def no_rows(data: object, name: str) -> InputError:
         mend = f"of its items, which hold texts, make a list of dicts, or {mend}"
     elif hasattr(data, "__next__") or callable(data):
         mend = "datasets.IterableDataset.from_generator streams a generator function, Dataset.from_generator stores its rows"
-    what = f"the class {data.__name__}" if isinstance(data, type) else f"a {kind.__name__}"
-    return InputError(f"{name}: {what} is no set of rows; {mend}")
+    return InputError(f"{name}: {described(data)} is no set of rows; {mend}")
 
 
 def is_frame(data: object) -> bool:

@@ -189,9 +189,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
                 "or the negatives into columns of their own, negative_1, negative_2 ..."
             )
         for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
-            if not isinstance(text, str) or not text.strip():
-                kind = "missing" if text is None else "empty" if isinstance(text, str) else f"not a text ({text!r})"
-                raise InputError(f"{where}, column '{column}': the text is {kind}; fill it in or delete the row")
+            if wrong := files.missing_text(text):
+                raise InputError(f"{where}, column '{column}': the text is {wrong}; {files.FILL_IN}")
             texts.append(text)
     return texts
 

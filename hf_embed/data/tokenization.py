@@ -201,10 +201,16 @@ def most_texts(tokens: Dataset) -> int:
     return pyarrow.compute.max(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
 
 
+def count_texts(tokens: Dataset) -> tuple[int, int]:
+    """Return how many texts the rows have, and how many of them were longer than allowed."""
+    texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
+    return texts, pyarrow.compute.sum(tokens.data["truncated"]).as_py()
+
+
 def truncated_share(tokens: Dataset) -> float:
     """Return the share of texts that were longer than allowed."""
-    texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
-    return pyarrow.compute.sum(tokens.data["truncated"]).as_py() / texts
+    texts, truncated = count_texts(tokens)
+    return truncated / texts
 
 
 def warn_of_truncation(shares: dict[str, float]) -> None:

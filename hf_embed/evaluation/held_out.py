@@ -9,7 +9,7 @@ ranks.
 Shapes: B rows of a batch, V texts a row, D wide.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
+from hf_embed.data.python_rows import RowData
 from hf_embed.data.tokenization import most_texts
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
@@ -29,10 +30,10 @@ from hf_embed.objectives.base import Objective
 class HeldOut(EvaluationTask):
     """Rows of texts that are kept from the training, with the columns that training rows have.
 
-    The trainer makes a `HeldOutLoss` of it.
+    The trainer makes a `HeldOutLoss` of it. The rows are a `Dataset`, or what else `hf_embed.data.python_rows` lists.
     """
 
-    rows: Dataset
+    rows: RowData
 
     kind = "held_out"
     main = "loss"
@@ -54,6 +55,7 @@ class HeldOutLoss(HeldOut):
         temperature: a learned one, where the model does not say it.
     """
 
+    rows: Dataset
     objective: Objective
     batch_size: int
     model: nn.Module
@@ -84,12 +86,13 @@ class HeldOutLoss(HeldOut):
         parts = gather_objects((vectors.cpu(), *hashes.values()))
         rows, *ids = (torch.cat(part).to(device) for part in zip(*parts))  # (B, V, D), (B, V) and (B, W)
         given: dict[str, Any] = dict(zip(hashes, ids))
+        text_ids = given.pop("text_ids")
         if "other_ids" in given:
             given["other_ids"] = used_columns(given["other_ids"])
         temperature = outputs.get("temperature", self.temperature)
         if temperature is not None:
             given["temperature"] = temperature
-        return self.objective(rows, **given).item()
+        return self.objective(rows, text_ids, rows, text_ids, 0, **given).item()  # a function has no defaults
 
 
 def with_model(
@@ -116,9 +119,12 @@ def batches(rows: int, size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], rows]))
 
 
-def seen_in_training(held_out: Dataset, training: Dataset) -> int:
+def seen_in_training(held_out: Dataset, training: Sequence[Dataset]) -> int:
     """Return how many of the held-out rows have the anchor and the positive of a row of the training, to the model."""
-    found = np.isin(pair_hashes(held_out), pair_hashes(training))
+    own = pair_hashes(held_out)
+    found = np.zeros(len(own), dtype=bool)
+    for table in training:
+        found |= np.isin(own, pair_hashes(table))
     return int(found.sum())
 
 

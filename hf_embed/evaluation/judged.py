@@ -6,6 +6,7 @@ They are read from rows with these columns, first match wins (case, spaces, hyph
     positives      positive | sent1 | answer         also pos, positives, answers; positive_1, positive_2 ...
     negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...
 
+Pairs with negatives to train on are taken too (`hf_embed.data.sources`): premise, entailment, contradiction for example.
 Positives and negatives are a text, a list of texts, or null. `documents` are all candidates; those that are no positives are
 the negatives. Where a row has one document and its label instead, the rows of a query belong together:
 
@@ -15,10 +16,12 @@ the negatives. Where a row has one document and its label instead, the rows of a
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 from datasets import Dataset
 
+from hf_embed.data.columns import negative_columns, pair_of
 from hf_embed.data.files import NEGATIVE
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.rows import cell_text, cell_texts, first_match, label_number
@@ -54,7 +57,7 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
         InputError: a missing column, or a cell that is empty or no text.
     """
     names = names_of(rows, name)
-    queries, positives, negatives = (first_match(names, patterns) for patterns in (QUERIES, POSITIVES, NEGATIVES))
+    queries, positives, negatives = columns_of(names, name)
     for columns, what in ((queries, "query"), (positives, "positive"), (negatives, "negative")):
         if not columns:
             raise InputError(f"{name}: no column {what}; found {', '.join(names)}; accepted are {ACCEPTED}; rename them")
@@ -70,6 +73,17 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
         if negatives[0].lower() == "documents":
             wrong = [text for text in wrong if text not in set(right)]
         found.append(Judged(query, right, wrong))
+    return found
+
+
+def columns_of(names: list[str], name: str) -> list[list[str]]:
+    """Return the columns of queries, positives and negatives; those of rows to train on where there are no others."""
+    found = [first_match(names, patterns) for patterns in (QUERIES, POSITIVES, NEGATIVES)]
+    negatives = negative_columns(names)
+    if negatives and not all(found):
+        with suppress(InputError):  # several pairs could be meant
+            if pair := pair_of(names, name):
+                return [pair[:1], pair[1:], negatives]
     return found
 
 

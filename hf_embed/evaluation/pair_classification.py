@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from hf_embed.data.columns import ALIKE
+from hf_embed.data.labelled import LABELS, MATCHES
 from hf_embed.data.sources import first_cells, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
@@ -20,18 +22,9 @@ from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_onc
 
 logger = logging.getLogger(__name__)
 
-# Names of columns, as `plain` makes them.
-PAIRS = [
-    ("sentence1", "sentence2"),
-    ("sent1", "sent2"),
-    ("sentencea", "sentenceb"),
-    ("text1", "text2"),
-    ("question1", "question2"),
-]
-LABELS = ("label", "labels", "isduplicate", "isparaphrase")
+# Names of columns, as `plain` makes them: those of labelled pairs to train on, and one more.
+PAIRS = [*ALIKE, ("sent1", "sent2")]
 HEADER = {name for pair in PAIRS for name in pair} | set(LABELS)
-# What the label 0 is not called where labels have names: in GLUE's RTE it is the entailment.
-MATCHES = ("true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
 
 
 @dataclass
@@ -139,7 +132,7 @@ def labelled_pairs(path: str) -> Dataset:
         found = f"found the columns {', '.join(cells or rows.column_names)}"
         raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label: rename them")
     kind = rows.features[names[label]]
-    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:
+    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:  # in GLUE's RTE it is the entailment
         raise InputError(
             f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, "
             "and 0 for others: exchange the two"

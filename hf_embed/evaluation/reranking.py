@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from hf_embed.data.python_rows import from_frame, is_frame
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import Judged, judged_candidates
@@ -30,7 +31,7 @@ class Reranking(EvaluationTask):
 
     Args:
         samples: {"query": text, "positive": text or list of texts, "negative": text or list of texts} each; other names that
-            `hf_embed.evaluation.judged` lists will do, and so will the rows of a `Dataset`.
+            `hf_embed.evaluation.judged` lists will do, and so will the rows of a `Dataset` or of a pandas DataFrame.
 
     Raises:
         InputError: no sample has documents of both sorts, or a sample is not like this.
@@ -43,7 +44,7 @@ class Reranking(EvaluationTask):
     reported = ("rerank_map", "rerank_mrr@10", "rerank_ndcg@10")
 
     def __post_init__(self) -> None:
-        self.samples = list(self.samples)
+        self.samples = list(from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples)
         if not all(isinstance(sample, Judged) for sample in self.samples):
             self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
         self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")

@@ -3,15 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
 
 from hf_embed.data.columns import plain
-from hf_embed.data.files import kind_of, shortened
+from hf_embed.data.files import FILL_IN, kind_of, missing_text, shortened
 from hf_embed.data.sources import KINDS, is_list, read_file, read_hub
 from hf_embed.errors import InputError
 
-FILL_IN = "fill it in or delete the row"
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
@@ -46,10 +46,9 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
 
 def cell_text(cell: object, where: str) -> str:
     """Return a cell that is a text. Raises InputError, which begins with `where`, for another."""
-    if not isinstance(cell, str) or not cell.strip():
-        kind = "missing" if cell is None else "empty" if isinstance(cell, str) else f"not a text ({shortened(repr(cell))})"
-        raise InputError(f"{where}: the text is {kind}; {FILL_IN}")
-    return cell
+    if wrong := missing_text(cell):
+        raise InputError(f"{where}: the text is {wrong}; {FILL_IN}")
+    return cast(str, cell)
 
 
 def cell_texts(cell: object, where: str) -> list[str]:
@@ -71,13 +70,14 @@ def label_number(label: object, where: str) -> int:
     return number
 
 
-def text_lists(lists: Mapping[str, Sequence[str]], name: str) -> list[list[str]]:
+def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]:
     """Return the lists. Raises InputError where they differ in length or are empty, or a text is empty or none."""
-    lengths = {key: len(texts) for key, texts in lists.items()}
+    found = {key: [texts] if isinstance(texts, str) else list(texts) for key, texts in lists.items()}
+    lengths = {key: len(texts) for key, texts in found.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
-        found = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
-        raise InputError(f"{name}: got {found}; give as many of each, and at least one")
-    for key, texts in lists.items():
+        counts = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
+        raise InputError(f"{name}: got {counts}; give as many of each, and at least one")
+    for key, texts in found.items():
         for number, text in enumerate(texts, 1):
             cell_text(text, f"{name}, row {number}, {key}")
-    return list(map(list, lists.values()))
+    return list(found.values())

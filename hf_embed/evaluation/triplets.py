@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_embed.data.files import FILL_IN
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import judged_rows
-from hf_embed.evaluation.rows import FILL_IN, read_rows, text_lists
+from hf_embed.evaluation.rows import read_rows, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)

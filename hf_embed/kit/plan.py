@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.data.columns import named_columns, read_columns
+from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
@@ -253,7 +253,8 @@ def settle_offline(
 def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
     """Read the rows to train on; without data, those of a file in `hf_embed/quickstart`."""
     if built_in is not None and uses_quickstart(flags):
-        if given := [flag for flag in ("columns", "ignore_columns") if flags.values[flag]]:
+        given = [flag for flag in ("columns", "ignore_columns") if flags.values[flag]]
+        if given and not flags.values["eval_file"]:
             raise InputError(f"--{given[0]} without data: it is of the columns of a --train_file or --dataset_name; give one")
         return Rows(read_file(str(QUICKSTART / built_in)), f"quickstart/{built_in}", [])
     if without_data(flags):
@@ -385,7 +386,7 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
     if data.sources:
-        if data.columns or data.ignore_columns or not data.quoting:
+        if not data.eval_file and (data.columns or data.ignore_columns or not data.quoting):
             raise InputError(
                 "--columns, --ignore_columns and --no_quoting are of one set; a sources file says it of each source"
             )
@@ -395,15 +396,25 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
     else:
         file = data.train_file or ""
         rows, name = read_file(file, quoting=data.quoting), masked(file)
-    return named_columns(leave_out(rows, data.ignore_columns, name), data.columns, name), name
+    ignored = data.ignore_columns
+    if ignored and data.eval_file:
+        held_out = column_names(read_file(data.eval_file, quoting=data.quoting))
+        ignored = [column for column in ignored if column in column_names(rows) or column not in held_out]
+    return named_columns(leave_out(rows, ignored, name), data.columns, name), name
 
 
 def read_held_out(data: DataArguments) -> Task:
-    """Read the rows of `--eval_file`, as those of `--train_file` are read. A column to ignore may be in one of the two."""
-    of_file = dataclasses.replace(data, train_file=data.eval_file, dataset_name=None, sources=None, ignore_columns=[])
-    rows, name = read_train_rows(of_file)
-    ignored = [column for column in data.ignore_columns if column in cast(Dataset, rows).column_names]
-    rows = leave_out(cast(Dataset, rows), ignored, name)
+    """Read the rows of `--eval_file`, as those of `--train_file` are read. A column to ignore may be in one of the two.
+
+    With `--sources` or the built-in texts, the flags about columns are about these rows alone. `--columns text=COLUMN` is not:
+    single texts cannot be held out.
+    """
+    file = data.eval_file or ""
+    rows, name = cast(Dataset, read_file(file, quoting=data.quoting)), masked(file)
+    alone = not (data.train_file or data.dataset_name)
+    ignored = [column for column in data.ignore_columns if alone or column in rows.column_names]
+    columns = [] if "text" in read_columns(data.columns) else data.columns
+    rows = named_columns(leave_out(rows, ignored, name), columns, name)
     task = as_task(rows, name)
     if not isinstance(task, HeldOut):
         raise InputError(f"--eval_file {name}: this is an STS set, by its columns; give --eval_sts_file NAME=PATH")

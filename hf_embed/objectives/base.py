@@ -173,7 +173,7 @@ def check_other_positives(objective: Objective, name: str) -> None:
         called = getattr(loss, "__name__", type(loss).__name__)
         raise InputError(
             f"{name}: rows have several positives, and the objective {called} has no parameter other_ids: a row's other "
-            "positives would be its negatives; add it, as hf_embed.objectives.base says, or give each row one positive"
+            "positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row one positive"
         )
 
 
