@@ -129,6 +129,12 @@ def check_before(args: TrainingArguments) -> None:
             f"dataloader_multiprocessing_context is {args.dataloader_multiprocessing_context!r}; "
             "it must be one of fork, spawn, forkserver"
         )
+    evaluated, saved = (str(getattr(value, "value", value)) for value in (args.eval_strategy, args.save_strategy))
+    if args.load_best_model_at_end and saved not in (evaluated, "best"):
+        raise InputError(
+            f"load_best_model_at_end needs an evaluation of each checkpoint, but eval_strategy is {evaluated} and "
+            f"save_strategy {saved}; set both to steps, with eval_steps and save_steps, or to epoch"
+        )
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
     if (args.deepspeed or launched) and importlib.util.find_spec("deepspeed") is None:
         raise InputError("deepspeed is asked for, but the package is not installed; pip install deepspeed")

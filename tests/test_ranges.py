@@ -124,7 +124,8 @@ def test_arguments_out_of_range(name):
         ({"lr_scheduler_kwargs": {"cycles": 2}, "lr_scheduler_type": "cosine"}, "'cycles'"),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "constant"}, "constant reads none of it"),
         ({"save_strategy": "best", "metric_for_best_model": "spearman"}, "eval_strategy is no: nothing would be saved"),
-        ({"load_best_model_at_end": True}, "save and eval strategy to match"),
+        ({"load_best_model_at_end": True}, "eval_strategy is no and save_strategy steps; set both to steps"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "eval_strategy is epoch and save_strategy steps"),
     ],
 )
 def test_names_and_combinations(settings, message):

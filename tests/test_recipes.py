@@ -218,7 +218,7 @@ BAD = {
     "too long": (["--train_file", "{nli}", "--max_length", "513"], "512 positions"),
     "batch of one": (["--train_file", "{nli}", "--per_device_train_batch_size", "1"], "no negatives"),
     "sts without name": (["--train_file", "{nli}", "--eval_sts_file", "{sts}"], "give NAME=PATH"),
-    "not sts": (["--train_file", "{nli}", "--eval_sts_file", "x={nli}"], "nli.csv, row 1: the score is 'sent0'"),
+    "not sts": (["--train_file", "{nli}", "--eval_sts_file", "x={nli}"], "nli.csv: its first row names none of score"),
     "unknown flag": (["--learning_rat", "1"], "--help lists the flags"),
     "dropout": (["--train_file", "{nli}", "--dropout", "1.5"], "below 1"),
     "occupied folder": (["--train_file", "{nli}", "--output_dir", "{model}"], "--resume_from_c.*--overwrite_o"),
