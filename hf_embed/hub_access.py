@@ -80,14 +80,13 @@ def is_cached(name: str, hub: dict[str, Any]) -> bool:
 
 def check_dataset(name: str) -> None:
     """Raise InputError for a data set that is no folder here, not on the Hub and not in the cache."""
-    cached = name.replace("/", "___")
     if Path(name).exists() or constants.is_offline_mode() or "/" not in name or "://" in name:
         return
     if looks_local(name):
         raise InputError(f"dataset '{name}' cannot be loaded: there is no such folder{similar(name)}; or give a local file")
     from datasets import config
 
-    if Path(config.HF_DATASETS_CACHE, cached).is_dir():
+    if Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir():
         return
     if trouble := ask_hub(name, "README.md", "dataset"):
         raise InputError(f"dataset '{name}' cannot be loaded: it is no folder here, and {trouble}; or give a local file")

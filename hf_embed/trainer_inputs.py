@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder, load_tokenizer
 from hf_embed.checkpoint.settings import has_mlp_head
-from hf_embed.data.columns import ACCEPTED, text_columns
+from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
 from hf_embed.data.labelled import labelled_layout
 from hf_embed.data.mixture import Mixture, Source
 from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
@@ -311,7 +311,7 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
                 f"{name}: rows of a single text cannot be held out, for without dropout a text is its own positive and the "
                 "loss says nothing; give pairs (anchor, positive), or an STS set"
             ) from error
-        if "judges the pairs" in str(error):
+        if judging_columns(rows.column_names):  # whose mend is in the error
             raise
         raise InputError(
             f"{name}: found the columns {', '.join(rows.column_names)}; an STS set has sentence1, sentence2 and score, "
