@@ -8,7 +8,6 @@ An empty line, or the end of the input, ends it. FILE is what recipes/encode.py 
 the texts its prompt "document". Printed are the score, by the model's own similarity, the row of the file, and the text.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hf_embed import semantic_search
-from hf_embed.entry import recipe_command
-from hf_embed.errors import InputError
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import EncodingArguments, document_vectors, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
@@ -47,8 +44,6 @@ class Arguments(EncodingArguments):
 def main() -> None:
     """Load the model, encode the texts or read their vectors, and answer queries."""
     (args,) = parse([Arguments])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"a search is one process; start it by {recipe_command('search')}")
     _, texts = read_column(args.file, args.column)
     encoder = load_for_encoding(args.model_name_or_path, args)
     vectors, options, similarity = document_vectors(encoder, texts, args.file, args.embeddings)

@@ -270,3 +270,19 @@ def test_two_ranks_and_a_killed_run_write_the_same(files, encoder, tmp_path):
     launch(*words, script=("-c", small))
     np.testing.assert_allclose(np.load(tmp_path / "killed.npy"), expected, atol=1e-6)
     assert sorted(os.listdir(tmp_path)) == ["killed.npy", "killed.npy.json", "small.py", "two.npy", "two.npy.json"]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("search", ["texts.jsonl"]),
+        ("tempscale", ["--temperature", "0.9", "--output_dir", "new"]),
+        ("length_collapse", ["--texts", "texts.jsonl", "--output_dir", "new"]),
+    ],
+)
+def test_a_recipe_of_one_process_is_not_started_twice(files, tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = "this recipe is one process, and 2 were started; start it without a launcher"
+    assert error_of(main_of, name, monkeypatch, files / "model", *words) == expected
+    assert not (files / "new").exists()

@@ -1,5 +1,6 @@
 """What the recipes share that encode and do not train: the flags of the model, its loading, and the texts of a file."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -33,7 +34,19 @@ class EncodingArguments:
 
 
 def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch.device | str | None = None) -> Encoder:
-    """Load a model as the flags ask; default device: the GPU, where there is one."""
+    """Load a model as the flags ask. A recipe that shares its work among processes names the device of its own process.
+
+    Args:
+        name_or_path: of the model.
+        flags: those of the recipe.
+        device: default: the GPU, where there is one, for a recipe of one process.
+
+    Raises:
+        InputError: the model cannot be loaded; several processes were started for a recipe of one, and each would do it all.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if device is None and processes > 1:
+        raise InputError(f"this recipe is one process, and {processes} were started; start it without a launcher")
     encoder = Encoder.from_pretrained(name_or_path, flags.pooling, flags.max_length, trust_remote_code=flags.trust_remote_code)
     return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
