@@ -106,7 +106,7 @@ def stream_facts(stream: Stream) -> Facts:
     """Return the settings of a stream."""
     tokenizer = stream.tokenizer
     return {
-        "stream": True, "number of rows": stream.size, "columns": stream.columns, "negatives": stream.negatives,
+        "stream": True, "columns": stream.columns, "negatives": stream.negatives,
         "shuffle_buffer_size": stream.buffer_size, "max_length": tokenizer.max_length,
         "prompts": [tokenizer.query_prompt, tokenizer.document_prompt],
     }  # fmt: skip

@@ -16,6 +16,7 @@ LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
+    "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }
