@@ -83,7 +83,19 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
         | {"normalize": encoder.normalize, "dtype": str(encoder.dtype).removeprefix("torch."),
            "dropout": dropout_rates(encoder.backbone)},
     }  # fmt: skip
+    return as_json(facts)
+
+
+def as_json(facts: Facts) -> Facts:
+    """Return facts as they are read from a file."""
     return json.loads(json.dumps(facts, default=str))
+
+
+def same_settings(then: Facts, args: ContrastiveTrainingArguments, objective: Objective) -> bool:
+    """Return whether a run with these arguments and this objective has the settings of a checkpoint's, the seed left out."""
+    now = as_json({name: getattr(args, name) for name in TOLD} | {"seed": None})
+    settings = now | {name: value for name, value in then["settings"].items() if name in now} | {"seed": None}
+    return settings == now and then["objective"] == as_json(objective_facts(objective))
 
 
 def data_facts(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> Facts:
