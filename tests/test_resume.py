@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 import torch
+import worker_resume
 from conftest import error_of, quickstart_tokenizer, tiny_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from test_distributed import HERE, launch
+from test_distributed import run as launched
 from test_trainer import NO_DROPOUT, ROWS, STS, arguments
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from worker import BATCH
 
 from hf_embed import ContrastiveTrainer, ImprovedContrastive, SimCSE, resume
 
@@ -330,3 +334,50 @@ def test_a_stream_needs_the_same_number_of_ranks(tmp_path):
     assert resume.compare(tmp_path, facts, longer, False) == []
     message = error_of(resume.compare, tmp_path, facts, facts | {"ranks": 2}, False)
     assert "a stream's rows are divided among the ranks: start 1" in message
+
+
+# ---- two ranks ----
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A folder where one process has trained (`one`) and then two ranks have (`two`), and what these saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one = worker_resume.make_trainer(folder / "one", batch=BATCH)
+    one.train()
+    launched(launch(2, HERE / "worker_resume.py", folder))
+    seen = torch.load(folder / "seen.pt")
+    assert seen["ranks"] == 2
+    return folder, weights(one), seen
+
+
+def test_from_one_rank_to_two_and_back(two_ranks):
+    folder, one, seen = two_ranks
+    assert largest_difference(seen["whole"], one) < 1e-9 and largest_difference(seen["resumed"], one) < 1e-9
+    back = worker_resume.make_trainer(folder / "back", batch=BATCH)
+    back.train(str(folder / "two" / "checkpoint-3"))
+    assert largest_difference(weights(back), one) < 1e-9
+    start = worker_resume.make_trainer(folder / "start", batch=BATCH)
+    assert largest_difference(weights(start), one) > 1e-3  # control: it did train
+
+
+def test_two_ranks_write_one_whole_checkpoint(two_ranks):
+    _, _, seen = two_ranks
+    assert seen["damage"] is None and seen["kept"] == [3, 4, 5]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= set(seen["files"])
+
+
+def test_every_rank_is_told_the_same(two_ranks):
+    _, _, seen = two_ranks
+    for case, message in (
+        ("other rows", "ranks read different rows: rank 1 others than rank 0 (the rows: their content differs)"),
+        ("fewer rows", "number of rows is 24 and on rank 1 22"),
+        ("other batch", "the number of ranks was 1 and is 2: --per_device_train_batch_size 6"),
+        ("no checkpoint", "no checkpoint there"),
+    ):
+        assert len(set(seen[case])) == 1 and message in seen[case][0], case
