@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
+LATEST = "latest"  # what True means, for those who read flags
 # What transformers says of a resumed run that is said better here, or that is not so here.
 SAID_OTHERWISE = ("The best checkpoint ", "Warning: The following arguments do not match the ones in the `trainer_state.json`")
 # What is of a weight's shape in the state of torch's optimizers.
@@ -54,7 +55,7 @@ class CheckpointTrainer(HubTrainer):
         """Train, as `Trainer.train` does.
 
         Args:
-            resume_from_checkpoint: the folder of a checkpoint, or True: the newest one in `args.output_dir` that is whole.
+            resume_from_checkpoint: the folder of a checkpoint; True or "latest": the newest in `args.output_dir` that is whole.
             trial: None.
             ignore_keys_for_eval: of no use here.
 
@@ -69,6 +70,7 @@ class CheckpointTrainer(HubTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
+            self.check_on_each_node(checkpoint)
         if self.args.should_save:
             clear_leftovers(Path(str(self.args.output_dir)))
         self.accelerator.wait_for_everyone()
@@ -80,13 +82,13 @@ class CheckpointTrainer(HubTrainer):
         Raises:
             InputError: see `train`.
         """
-        folder = Path(str(self.args.output_dir))
-        checkpoint = whole.newest_whole(folder) if given is True else Path(str(given))
+        folder, latest = Path(str(self.args.output_dir)), given is True or given == LATEST
+        checkpoint = whole.newest_whole(folder) if latest else Path(str(given))
         if checkpoint is None:
             raise InputError(f"No valid checkpoint found in output directory ({folder}): no checkpoint-N folder is there")
-        if not (checkpoint / "config.json").is_file() and not (checkpoint / TRAINER_STATE_NAME).is_file():
-            raise InputError(f"{checkpoint}: no checkpoint there (no config.json); give a checkpoint-N folder")
-        if given is not True:
+        if not latest:
+            if not (checkpoint / TRAINER_STATE_NAME).is_file():
+                raise InputError(f"{checkpoint}: no checkpoint there (no {TRAINER_STATE_NAME}); give a checkpoint-N folder")
             whole.check_whole(checkpoint)
         manifest = whole.read_manifest(checkpoint)
         if manifest is None:
@@ -100,17 +102,24 @@ class CheckpointTrainer(HubTrainer):
         return str(checkpoint)
 
     def on_main(self, make: Callable[[], Made]) -> Made:
-        """Return on every rank what `make` returns on the main one, or raise its InputError."""
+        """Return on every rank what `make` returns on the main one, or raise its error."""
         made, problem = None, None
         if self.is_world_process_zero():
             try:
                 made = make()
-            except InputError as error:
-                problem = str(error)
-        made, problem = gather_objects((made, problem))[0]
-        if problem is not None:
-            raise InputError(problem)
+            except Exception as error:
+                problem = error
+        made, reason = gather_objects((made, None if problem is None else str(problem)))[0]
+        if reason is not None:
+            raise problem or InputError(reason)
         return cast(Made, made)
+
+    def check_on_each_node(self, checkpoint: str) -> None:
+        """Raise InputError where a machine has a copy of its own of the checkpoint, and that is damaged."""
+        own = self.args.save_on_each_node and self.args.local_process_index == 0
+        for rank, reason in enumerate(gather_objects(whole.damage(Path(checkpoint)) if own else None)):
+            if reason is not None:
+                raise InputError(f"{checkpoint}, on the machine of rank {rank}: {reason}; give another checkpoint")
 
     # ---- saving ----
 

@@ -13,6 +13,7 @@ run that is resumed from it. What a resumed run can do with what is other:
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,11 @@ ROWS = "the rows"  # the name of a single table
 ALL_ROWS = 100_000  # up to so many rows all are hashed, of more tables a sample
 SAMPLED_ROWS = 1_000
 SAMPLED_NUMBERS = 1_000  # of each tensor of a base model
+# Entries of a config that do not change what the model computes, or are compared otherwise.
+OF_NO_FUNCTION = re.compile(
+    r"drop|name|path|revision|version|dtype|cache|^output_|return_dict|temp_scale|inference_mode|task_type|_attn|^init|_init|"
+    "token_id|chunk_size"
+)
 # The settings that a run may change on its way, and that are told.
 TOLD = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
@@ -74,6 +80,7 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
             "pooling": encoder.pooling, "max_length": encoder.max_length, "prompts": encoder.prompts,
             "temp_scale": None if scaling is None else scaling.to_dict(), "same_dropout_mask": args.same_dropout_mask,
         },
+        "config": config_facts(encoder.backbone),
         "parameters": {name: list(p.shape) for name, p in trainer.step.named_parameters() if p.requires_grad},
         "base": base_model_hash(encoder.backbone),
         "optimizer": optimizer_class(trainer),
@@ -183,6 +190,21 @@ def name_of(function: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def config_facts(backbone: nn.Module) -> Facts:
+    """Return what the configs of a model and of its adapters say of its function, as numbers and names."""
+    configs = configs_of(backbone)
+    facts = {key: value for config in configs for key, value in config.items() if isinstance(value, int | float | str)}
+    return {key: value for key, value in facts.items() if not OF_NO_FUNCTION.search(key)}
+
+
+def configs_of(backbone: nn.Module) -> list[Facts]:
+    """Return the config of a model, and those of its adapters."""
+    configs = [backbone.config.to_dict()]  # type: ignore[operator, union-attr]
+    if has_adapters(backbone):  # type: ignore[arg-type]
+        configs += [config.to_dict() for config in backbone.peft_config.values()]  # type: ignore[operator]
+    return configs
+
+
 def base_model_hash(backbone: nn.Module) -> str | None:
     """Return a hash of the weights that adapters are put on, which a checkpoint does not hold; None without adapters."""
     if not has_adapters(backbone):  # type: ignore[arg-type]
@@ -209,10 +231,7 @@ def optimizer_class(trainer: Trainer) -> str:
 
 def dropout_rates(backbone: nn.Module) -> Facts:
     """Return the dropout rates of a model's config and of its adapters, by their names."""
-    configs = [backbone.config.to_dict()]  # type: ignore[operator, union-attr]
-    if has_adapters(backbone):  # type: ignore[arg-type]
-        configs += [config.to_dict() for config in backbone.peft_config.values()]  # type: ignore[operator]
-    rates = {key: value for config in configs for key, value in config.items() if "drop" in key}
+    rates = {key: value for config in configs_of(backbone) for key, value in config.items() if "drop" in key}
     return {key: value for key, value in rates.items() if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
@@ -248,13 +267,8 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
     Raises:
         InputError: the present run cannot go on from this checkpoint, or should not.
     """
-    check_fit(checkpoint, then, now)
-    changes = [change for key in ("encoder", "objective") for change in changes_of(then.get(key, {}), now.get(key, {}))]
-    retokenized = {"max_length", "prompts"} & changed_keys(then.get("encoder", {}), now.get("encoder", {}))
-    data, present_data = (without_content(facts.get("data", {}), bool(retokenized)) for facts in (then, now))
-    changes += changes_of(data, present_data)
-    if not changes and same_draws(then, now) and then.get("order") != now.get("order"):
-        changes.append("the order of the rows: this version draws another one from the same seed")
+    changes = run_changes(then, now)
+    check_fit(checkpoint, then, now, changes)
     ranks, notes = other_ranks(then, now)
     told = told_changes(then, now)
     if not (changes or ranks):
@@ -267,15 +281,33 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
     return notes + [f"{checkpoint}: allow_changed goes on with {'; '.join(changes + ranks + told)}"]
 
 
-def check_fit(checkpoint: Path, then: Facts, now: Facts) -> None:
-    """Raise InputError where the checkpoint's tensors are not those of the present model and optimizer."""
+def run_changes(then: Facts, now: Facts) -> list[str]:
+    """Say what is other than it was of what a run is about: the model's function, the objective, the rows."""
+    changes = [change for key in ("encoder", "objective") for change in changes_of(then.get(key, {}), now.get(key, {}))]
+    config, present_config = then.get("config", {}), now["config"]
+    common = config.keys() & present_config.keys()  # another version of transformers may have further ones
+    changes += changes_of({key: config[key] for key in common}, {key: present_config[key] for key in common})
+    retokenized = {"max_length", "prompts"} & changed_keys(then.get("encoder", {}), now.get("encoder", {}))
+    data, present_data = (without_content(facts.get("data", {}), bool(retokenized)) for facts in (then, now))
+    changes += changes_of(data, present_data)
+    if not changes and same_draws(then, now) and then.get("order") != now.get("order"):
+        changes.append("the order of the rows: this version draws another one from the same seed")
+    return changes
+
+
+def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> None:
+    """Raise InputError where the checkpoint's tensors are not those of the present model and optimizer.
+
+    The message tells the other `changes` too, which may be why.
+    """
+    besides = f" ({'; '.join(changes)})" if changes else ""
     before, present = then.get("parameters", {}), now.get("parameters", {})
     if before != present:
         other = sorted(changed_keys(before, present))
         shown = f"{other[0]} is {shape(before.get(other[0]))} there and {shape(present.get(other[0]))} here"
         raise InputError(
-            f"{checkpoint}: the checkpoint is of another model: {len(other):,} trained parameters differ, {shown}; give the "
-            "model (and --lora_r) that its run had"
+            f"{checkpoint}: the checkpoint is of another model: {len(other):,} trained parameters differ, {shown}{besides}; "
+            "give the model, the objective and the adapters that its run had"
         )
     if then.get("base") != now.get("base"):
         raise InputError(f"{checkpoint}: the adapters were trained on another base model; give the one that the run had")

@@ -53,10 +53,10 @@ def run(folder, tmp_path):
     return tmp_path / "run"
 
 
-def lora(base_seed: int = 0, rank: int = 2):
+def lora(base_seed: int = 0, rank: int = 2, alpha: int = 8):
     model = tiny_model(seed=base_seed)
     torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=rank, target_modules=["query"]))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["query"]))
 
 
 # ---- refused ----
@@ -71,6 +71,7 @@ REFUSED = {
     "pooling": ({"pooling": "cls"}, "pooling was mean and is cls"),
     "max_length": ({"max_length": 4}, "max_length was 66 and is 4; go back"),
     "prompts": ({"prompts": {"query": "find: ", "document": ""}}, "prompts: query was absent and is find: "),
+    "the model's config": ({"model": tiny_model(num_attention_heads=2)}, "num_attention_heads was 4 and is 2"),
     "temp_scale": ({"temp_scale": 0.7}, "temp_scale was absent and is given"),
 }
 
@@ -121,6 +122,12 @@ def test_another_model_is_always_refused(tmp_path, then, now, message):
     trainer(tmp_path / "then", then(), max_steps=2).train()
     found = error_of(trainer(tmp_path / "now", now(), allow_changed=True).train, str(tmp_path / "then" / "checkpoint-2"))
     assert message in found
+
+
+def test_another_scale_of_the_adapters_is_refused(tmp_path):
+    trainer(tmp_path / "then", lora(), max_steps=2).train()
+    found = error_of(trainer(tmp_path / "now", lora(alpha=16)).train, str(tmp_path / "then" / "checkpoint-2"))
+    assert "lora_alpha was 8 and is 16" in found
 
 
 def test_another_optimizer_is_always_refused(folder, tmp_path):

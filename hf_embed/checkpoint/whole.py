@@ -26,6 +26,7 @@ from hf_embed.safe_files import SAVING, remove_folder
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+VERSION = 1  # of what the manifest says
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 ASIDE = f"{SAVING}{PREFIX_CHECKPOINT_DIR}-"  # begins the name of a checkpoint that is being written
 # Not in the manifest: what no resumed run reads, and people edit or pushes leave out.
@@ -46,7 +47,7 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
         run: what run it belongs to, as JSON has it.
     """
     files = {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": hash_of(folder / name)} for name in names_in(folder)}
-    content: dict[str, Any] = {"version": 1, "files": files, "run": run}
+    content: dict[str, Any] = {"version": VERSION, "files": files, "run": run}
     content["xxh3_128"] = hash_of_content(content)
     (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -163,6 +164,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{MANIFEST} is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("xxh3_128") != hash_of_content(manifest):
         raise InputError(f"{MANIFEST} is not as it was written")
+    if manifest.get("version") != VERSION:
+        raise InputError(f"{MANIFEST} is of another version of this package, {manifest.get('version')}")
     return manifest
 
 
