@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,8 +168,15 @@ def exchange(one: Path, other: Path) -> bool:
     return True
 
 
+def can_be_replaced(folder: Path) -> bool:
+    """Return whether another folder can take the place of one that is there: not of a mount point, or the current folder."""
+    folder = Path(os.path.realpath(folder))
+    in_use = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
+    return os.name != "nt" and not in_use and os.access(folder.parent, os.W_OK)
+
+
 def link_tree(source: Path, target: Path) -> None:
-    """Give a file, a folder or a link a second name: no copy is made. Raises OSError where the file system cannot."""
+    """Give a file, a folder or a link a second name; a copy is made only where the file system has no second names."""
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
     elif source.is_dir():
@@ -178,8 +184,13 @@ def link_tree(source: Path, target: Path) -> None:
         for path in source.iterdir():
             link_tree(path, target / path.name)
         shutil.copystat(source, target)
-    elif stat.S_ISREG(source.stat().st_mode):
-        os.link(source, target)
+    elif source.is_file():
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            shutil.copy2(source, target)
 
 
 def remove_folder(folder: Path) -> None:

@@ -8,12 +8,11 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_embed.checkpoint.card import write_card
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.models import LoadedModel
-from hf_embed.kit.overwrite import clear_results
+from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
 from hf_embed.trainer import ContrastiveTrainer
@@ -73,11 +72,12 @@ def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
 def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
     """Train, and save the model; what an earlier run left in the folder goes once the first step is done."""
     trainer.add_callback(plan.earlier)
+    if trainer.is_world_process_zero():
+        begin(plan.folder)
     trained = trainer.train(resume_from_checkpoint=plan.args.resume_from_checkpoint)
+    trainer.drops_results = True  # those that an earlier end of this run has left are not of these weights
     save_without_push(trainer)  # pushed with its results, by the report
-    if plan.replaces and trainer.is_world_process_zero():
-        clear_results(plan.folder)
-        write_card(trainer.encoder, plan.folder)
+    trainer.drops_results = False
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
         save_adapter(trainer.encoder, plan.folder / "adapter")
     trainer.accelerator.wait_for_everyone()
