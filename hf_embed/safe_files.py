@@ -6,9 +6,8 @@ one rename. Whatever ends the process, the old one or the new one is there as a 
     with writing(Path("results.npy")) as aside:
         numpy.save(aside, vectors)
 
-    new = new_folder_beside(Path("model"))
-    ...                                       # fill it
-    replace_folder(new, Path("model"))
+    with new_folder(Path("model")) as new:  # at the end it takes the place of an old one
+        ...
 """
 
 import contextlib
@@ -92,6 +91,22 @@ def flush(folder: Path) -> None:
             if path.is_file() and not path.is_symlink():
                 flush_one(path)
         flush_one(Path(place))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; at the end it takes the place of `folder`, whether that is there or not.
+
+    After an exception `folder`, or its absence, is as it was.
+    """
+    new = new_folder_beside(folder)
+    try:
+        yield new
+        replace_folder(new, folder)
+    except BaseException:
+        release(new)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def new_folder_beside(folder: Path) -> Path:

@@ -31,16 +31,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import calm_libraries
-from hf_embed.safe_files import (
-    SAVING,
-    can_be_replaced,
-    flush,
-    flush_one,
-    link_tree,
-    new_folder_beside,
-    release,
-    replace_folder,
-)
+from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
@@ -119,19 +110,13 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
         yield folder
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = new_folder_beside(folder)
-    try:
+    with new_folder(folder) as new:
         for name in there:
             if not (name.startswith(SAVING) or WEIGHTS.fullmatch(name) or (clear and RESULTS.fullmatch(name))):
                 link_tree(folder / name, new / name)
         if there:
             shutil.copymode(folder, new)
         yield new
-        replace_folder(new, folder)
-    except BaseException:
-        release(new)
-        shutil.rmtree(new, ignore_errors=True)
-        raise
 
 
 def put_in_place(new: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from hf_embed.checkpoint.files import read_text
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -15,6 +16,7 @@ from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
+from hf_embed.safe_files import new_folder, write_text
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import shown
 
@@ -101,6 +103,7 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
     base, adapted = str(encoder.config.name_or_path), cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = shown(base)
-    adapted.save_pretrained(str(folder))
-    readme = folder / "README.md"
-    readme.write_text(readme.read_text(encoding="utf-8").replace(base, shown(base)), encoding="utf-8")
+    with new_folder(folder) as new:
+        adapted.save_pretrained(str(new))
+        readme = new / "README.md"
+        write_text(readme, read_text(readme).replace(base, shown(base)))
