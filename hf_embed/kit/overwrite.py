@@ -58,7 +58,12 @@ def begin(folder: Path) -> None:
 
     On one rank. Another folder stays as it is.
     """
-    if is_working(folder) and folder.is_dir() and not (folder / UNFINISHED).is_file():
+    if not is_working(folder):
+        return
+    print(
+        f"{place_of(folder)} holds an earlier run, which stays until this one is complete; until then this one is in {folder}"
+    )
+    if folder.is_dir() and not (folder / UNFINISHED).is_file():
         remove_folder(folder)
         folder.mkdir()
 
