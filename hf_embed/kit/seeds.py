@@ -16,7 +16,7 @@ from hf_embed.checkpoint.files import read_json
 from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
-from hf_embed.checkpoint.whole import newest_whole, read_manifest
+from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
@@ -71,7 +71,8 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
             runs[seed] = results
             continue
         checkpoint = interrupted_run(folder, plan) if resume else None
-        anew = ", anew: its run had other settings" if resume and checkpoint is None and folder.is_dir() else ""
+        earlier_run = (folder / "results.json").is_file() or bool(checkpoints_in(folder))
+        anew = ", anew: its run had other settings" if resume and earlier_run and checkpoint is None else ""
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
         of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
