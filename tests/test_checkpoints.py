@@ -107,7 +107,7 @@ def goes_on_after_a_kill(runs: Runs, number: int) -> None:
 def test_killed_inside_saves(runs):
     assert runs.writes > 150
     draw = random.Random(0)
-    for number in draw.sample(range(1, runs.writes + 1), 4):
+    for number in draw.sample(range(1, runs.writes + 1), 3):
         goes_on_after_a_kill(runs, number)
 
 
@@ -242,6 +242,7 @@ def test_no_checkpoint_is_whole(run, tmp_path):
     assert whole.newest_whole(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, caplog):
     settings = {"pooling": "cls_mlp_train", "max_steps": 5, "save_steps": 4}
     shutil.copytree(run, tmp_path / "run")

@@ -124,6 +124,7 @@ def test_another_model_is_always_refused(tmp_path, then, now, message):
     assert message in found
 
 
+@pytest.mark.slow
 def test_another_scale_of_the_adapters_is_refused(tmp_path):
     trainer(tmp_path / "then", lora(), max_steps=2).train()
     found = error_of(trainer(tmp_path / "now", lora(alpha=16)).train, str(tmp_path / "then" / "checkpoint-2"))
@@ -198,6 +199,7 @@ def test_a_finished_run_trains_no_further_step(folder, tmp_path):
     assert made.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_has_stopped_early_stays_so(tmp_path):
     from hf_embed.kit.finetune import EarlyStopping
 
@@ -363,6 +365,7 @@ def two_ranks(tmp_path_factory):
     return folder, weights(one), seen
 
 
+@pytest.mark.slow
 def test_from_one_rank_to_two_and_back(two_ranks):
     folder, one, seen = two_ranks
     assert largest_difference(seen["whole"], one) < 1e-9 and largest_difference(seen["resumed"], one) < 1e-9
@@ -373,12 +376,14 @@ def test_from_one_rank_to_two_and_back(two_ranks):
     assert largest_difference(weights(start), one) > 1e-3  # control: it did train
 
 
+@pytest.mark.slow
 def test_two_ranks_write_one_whole_checkpoint(two_ranks):
     _, _, seen = two_ranks
     assert seen["damage"] is None and seen["kept"] == [3, 4, 5]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= set(seen["files"])
 
 
+@pytest.mark.slow
 def test_every_rank_is_told_the_same(two_ranks):
     _, _, seen = two_ranks
     for case, message in (
