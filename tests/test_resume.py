@@ -267,6 +267,9 @@ def test_workers_resume_bit_for_bit(tmp_path, persistent):
         resumed = trainer(tmp_path / "resumed", **settings | {"save_strategy": "no"})
         resumed.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert same(weights(whole), weights(resumed)), step
+    without = trainer(tmp_path / "without", max_steps=7, save_strategy="no")
+    without.train()
+    assert same(weights(whole), weights(without))
 
 
 # ---- the facts ----

@@ -1,8 +1,9 @@
 """From what `train_dataset` may be to the batches of one rank."""
 
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
@@ -103,9 +104,17 @@ def batch_sampler(
 
 
 class EpochDataLoader(DataLoader):
-    """Tell the sampler the epoch; Trainer calls `set_epoch`."""
+    """Tell the sampler the epoch; Trainer calls `set_epoch`.
+
+    An epoch begins with one draw from the global random numbers, with workers and without, so that dropout's are the same.
+    """
 
     batch_sampler: GlobalBatchSampler | SourceBatchSampler
+
+    def __iter__(self) -> Any:
+        if self.num_workers:  # else torch draws it
+            torch.empty((), dtype=torch.int64).random_()
+        return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the batches be those of an epoch."""
@@ -120,8 +129,8 @@ def make_loader(
 ) -> EpochDataLoader:
     """Return a loader of this rank's batches, with the settings of `args`.
 
-    Workers are seeded from a generator of their own: the global one would be drawn from when they start, which happens once
-    or in each epoch, and again in a resumed run.
+    Workers are seeded from a generator of their own: torch would draw from the global one when they start, which happens in
+    each epoch, or once where they persist, and then again in a resumed run.
     """
     workers = args.dataloader_num_workers
     return EpochDataLoader(

@@ -62,7 +62,8 @@ class EarlyStopping(EarlyStoppingCallback):
                 self.early_stopping_patience_counter, best = 0, value
             else:
                 self.early_stopping_patience_counter += 1
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
