@@ -5,16 +5,16 @@ from functools import partial
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.card import card_facts, rename_card
 from hf_embed.encoder import Encoder
+from hf_embed.guarded_trainer import GuardedTrainer
 from hf_embed.library_internals import PushInProgress, save_without_push
 
 
-class HubTrainer(Trainer):
+class HubTrainer(GuardedTrainer):
     """What `ContrastiveTrainer` does on the Hub."""
 
     encoder: Encoder
@@ -61,7 +61,7 @@ class HubTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
         args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or self.stop_requests.stopping:
             return
         if self.push_in_progress is not None:
             if not self.push_in_progress.is_done() and not args.hub_always_push:

@@ -19,12 +19,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import psutil
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_embed.distributed import gather_objects, get_world_size
 from hf_embed.entry import running_recipe
+from hf_embed.ranks import PeerError, largest
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +47,12 @@ class StopRequests(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self.saves = True  # a checkpoint; not where nobody would go on from one
+        self.stopping = False  # all ranks have agreed
         self.received = 0  # the first signal's number
         self.since = 0.0
         self.process = os.getpid()
         self.earlier: dict[int, Any] = {}  # handlers
-        self.group: dist.ProcessGroup | None = None
         self.saved_step = -1  # the step of the last checkpoint
         self.at_step_end = False  # and not at the end of an epoch
         self.follows_launcher = False
@@ -61,9 +60,7 @@ class StopRequests(TrainerCallback):
     # ---- around a training ----
 
     def __enter__(self) -> Self:
-        self.received, self.saved_step, self.process = 0, -1, os.getpid()
-        if get_world_size() > 1 and dist.get_backend() != "gloo" and self.group is None:
-            self.group = dist.new_group(backend="gloo")  # a number on the CPU waits for no GPU
+        self.stopping, self.received, self.saved_step, self.process = False, 0, -1, os.getpid()
         if threading.current_thread() is threading.main_thread():
             self.earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
             self.follows_launcher = end_with_launcher(signal.SIGTERM)
@@ -75,6 +72,8 @@ class StopRequests(TrainerCallback):
         self.earlier = {}
         if self.follows_launcher:
             end_with_launcher(0)
+        if isinstance(error, PeerError) and self.received == signal.SIGTERM:  # a launcher ends what is left of the run
+            signal.raise_signal(signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a fork of the training, which neither saves nor speaks
@@ -88,14 +87,6 @@ class StopRequests(TrainerCallback):
             self.received, self.since = number, now
 
     # ---- in the training's loop ----
-
-    def agreed(self) -> int:
-        """Return the signal that a rank has received, the largest number of all, or 0; the same on every rank."""
-        if get_world_size() == 1:
-            return self.received
-        number = torch.tensor(self.received)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return int(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note where in the loop the training is."""
@@ -119,16 +110,18 @@ class StopRequests(TrainerCallback):
         over = control.should_training_stop and state.global_step < state.max_steps
         if of_epoch or over:
             return 0
-        return self.agreed()
+        return largest(self.received)
 
 
-def stopped(number: int, step: int, checkpoint: str, main_process: bool) -> Stopped:
-    """Say, on the main process, that the training has stopped and how it goes on; return what ends the process."""
-    if main_process:
-        flag = "--resume_from_checkpoint" if running_recipe() else "trainer.train(resume_from_checkpoint=True)"
-        how = f"the same command with {flag}" if running_recipe() else flag
-        logger.warning(f"stopped by {signal.Signals(number).name} after step {step}; {checkpoint} is saved: {how} goes on")
-    return Stopped(number)
+def how_to_go_on(number: int, step: int, checkpoint: str | None) -> str:
+    """Return the line that says that the training has stopped, and how it goes on."""
+    said = f"stopped by {signal.Signals(number).name} after step {step}"
+    if checkpoint is None:
+        return f"{said}; nothing of this run is kept, and the same command begins it again"
+    how = "trainer.train(resume_from_checkpoint=True)"
+    if running_recipe() is not None:
+        how = "the same command with --resume_from_checkpoint"
+    return f"{said}; {checkpoint} is saved: {how} goes on"
 
 
 # ---- launchers ----
@@ -141,7 +134,9 @@ def launched_by() -> psutil.Process | None:
         words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return None
-    names = {os.path.basename(word).removesuffix(".py") for word in words[:4]} | {word.split(".commands")[0] for word in words[:4]}
+    names = {os.path.basename(word).removesuffix(".py") for word in words[:4]} | {
+        word.split(".commands")[0] for word in words[:4]
+    }
     return parent if names & set(LAUNCHERS) else None
 
 

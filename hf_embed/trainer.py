@@ -116,7 +116,7 @@ class ContrastiveTrainer(HubTrainer):
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # what has been evaluated, by name
         self.scores_before: dict[str, float] = {}  # those of before the first step
-        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
         super().__init__(
             model=self.step,
             args=args,

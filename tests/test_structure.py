@@ -16,6 +16,7 @@ LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
+    "guarded_trainer._maybe_log_save_evaluate": "the parameters of transformers' method",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }

@@ -4,12 +4,17 @@
 its own beneath it.
 """
 
+import contextlib
 import logging
+import os
 import signal
 import sys
+from collections.abc import Iterator
 from subprocess import CalledProcessError
+from types import FrameType
 from typing import NoReturn
 
+import psutil
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,6 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from hf_embed.entry import CPU_CONFIG, PACKAGE, shipped
 from hf_embed.errors import InputError
 
+FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT")
+GRACE = 300  # seconds that processes have to save a checkpoint when they are told to stop
 LAUNCHERS = ("accelerate", "torch.distributed")  # whose messages and tracebacks say nothing that the recipe has not said
 
 
@@ -42,8 +49,11 @@ def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
         args.config_file, args.cpu = shipped(CPU_CONFIG), False
     for name in LAUNCHERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(FORWARDED))  # which torch hands on to several processes
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(GRACE))
     try:
-        launch_command(args)
+        with forwarding():
+            launch_command(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise SystemExit(status_of(failure, rank)) from None
@@ -55,6 +65,26 @@ def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:  # the recipe runs in other processes: this is about how to start them
         refuse(" ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def forwarding() -> Iterator[None]:
+    """Hand the signals that end a training on to the one process that accelerate starts, and wait until it has ended.
+
+    Of several processes torch does this, with handlers of its own.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                child.send_signal(number)
+
+    earlier = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def refuse(message: str) -> NoReturn:

@@ -1,0 +1,144 @@
+"""What becomes of a rank when another one has ended, or does not answer.
+
+A collective then fails with some lines of the library's C++ code. The rank that has failed says why; the others end without a
+traceback of their own, and soon, for they would wait in vain.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from hf_embed.distributed import gather_objects, get_world_size
+from hf_embed.errors import InputError, RankError
+from hf_embed.library_internals import set_group_timeout
+
+PATIENCE = 4  # seconds: the rank that knows what went wrong speaks first, and a launcher then ends the others
+# What gloo, NCCL and the store say of a process that is gone, and of one that does not answer.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exited",
+        "Connection was likely closed", "Connection refused")  # fmt: skip
+SILENT = ("Timed out waiting", "timeout caused pair closure", "collective operation timeout", "wait timeout after")
+
+
+class PeerError(RankError):
+    """Another process of the run has ended. Its own error says why."""
+
+    def __init__(self, message: str = "another process of this run has ended; its own error says why") -> None:
+        super().__init__(message)
+
+
+def limit_waiting(seconds: int) -> None:
+    """Let no collective wait longer than this for another rank: `ddp_timeout`, which accelerate gives to GPUs' groups alone."""
+    if get_world_size() > 1:
+        set_group_timeout(timedelta(seconds=seconds))
+
+
+@functools.cache
+def cpu_group() -> dist.ProcessGroup | None:
+    """Return a group of all ranks that exchanges numbers on the CPU, so that no GPU is waited for; None is the default one."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def largest(number: int) -> int:
+    """Return the largest of the ranks' numbers, on every rank."""
+    if get_world_size() == 1:
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=cpu_group())
+    return int(numbers)
+
+
+@contextlib.contextmanager
+def peers_in_one_line(seconds: int | None = None) -> Iterator[None]:
+    """Turn the error of a collective with a rank that is gone, or does not answer, into one of a single line.
+
+    Args:
+        seconds: `ddp_timeout`, for the message.
+
+    Raises:
+        PeerError: another rank is gone. It is raised after a while, in which a launcher ends this process too.
+        InputError: another rank has not answered in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if get_world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+            raise
+        if any(words in text for words in SILENT):
+            waited = "" if seconds is None else f" for {seconds} s"
+            raise InputError(
+                f"another process of this run has not answered{waited}: it stalls, or is slower by more than --ddp_timeout; "
+                "look at what it does, or give a larger --ddp_timeout"
+            ) from None
+        if not any(words in text for words in GONE):
+            raise
+        time.sleep(PATIENCE)
+        raise PeerError from None
+
+
+class PeerWatch:
+    """End this process where a launcher tells it to, for another rank of this machine is gone.
+
+    Where a training takes SIGTERM for a wish to stop, a rank that waits for one that is gone would never come to the end of its
+    step, and on a GPU would not even get to hear of the signal. A thread does, as soon as the system delivers it.
+    """
+
+    def __init__(self) -> None:
+        self.others: list[int] = []
+        self.pipe = (-1, -1)
+        self.earlier = -1
+
+    def __enter__(self) -> Self:
+        if get_world_size() > 1:
+            ranks = gather_objects((place_of_process(), os.getpid()))
+            self.others = [pid for place, pid in ranks if place == place_of_process() and pid != os.getpid()]
+        if self.others and threading.current_thread() is threading.main_thread():
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[1], False)
+            self.earlier = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self.pipe[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.pipe[1] >= 0:
+            signal.set_wakeup_fd(self.earlier)
+            os.close(self.pipe[1])  # which ends the thread
+            self.pipe = (-1, -1)
+
+    def _watch(self, pipe: int) -> None:
+        while number := os.read(pipe, 1):
+            if number[0] == signal.SIGTERM and not all(map(exists, self.others)):
+                time.sleep(PATIENCE)  # for an error that this rank has found itself
+                if self.pipe[0] == pipe:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        os.close(pipe)
+
+
+def place_of_process() -> str:
+    """Return what is the same for processes that see each other's numbers."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {os.readlink(space) if sys.platform.startswith('linux') and space.is_symlink() else ''}"
+
+
+def exists(process: int) -> bool:
+    """Return whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
