@@ -1,4 +1,4 @@
-"""A Trainer that comes through what happens to runs: signals, ranks that are gone, gradients that are no numbers, full memory."""
+"""A Trainer that comes through what happens to runs: signals, lost ranks, gradients that are no numbers, full memory."""
 
 import logging
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ from hf_embed.distributed import gather_objects, get_world_size
 from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import set_group_timeout
 
-PATIENCE = 4  # seconds: the rank that knows what went wrong speaks first, and a launcher then ends the others
+PATIENCE = 6  # seconds: the rank that knows what went wrong speaks first, and a launcher then ends the others
 # What gloo, NCCL and the store say of a process that is gone, and of one that does not answer.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exited",
         "Connection was likely closed", "Connection refused")  # fmt: skip

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 AGAIN = 1.0  # seconds: a launcher and the terminal may both send the same Ctrl-C
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
-LAUNCHERS = ("accelerate", "hf-embed", "torchrun", "torch.distributed.run")
+# What starts the processes of a run, as a program and by `python -m`.
+PROGRAMS = ("accelerate", "accelerate-launch", "hf-embed", "torchrun")
+MODULES = ("accelerate.commands.", "torch.distributed.")
 
 
 class Stopped(SystemExit):
@@ -134,10 +136,8 @@ def launched_by() -> psutil.Process | None:
         words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return None
-    names = {os.path.basename(word).removesuffix(".py") for word in words[:4]} | {
-        word.split(".commands")[0] for word in words[:4]
-    }
-    return parent if names & set(LAUNCHERS) else None
+    launches = any(os.path.basename(word) in PROGRAMS or word.startswith(MODULES) for word in words[:3])
+    return parent if launches else None
 
 
 def end_with_launcher(number: int) -> bool:

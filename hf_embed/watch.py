@@ -128,9 +128,7 @@ class Watch(TrainerCallback):
             return
         step = state.global_step + 1
         if not self.skips:
-            raise self.error(
-                args, f"the loss or its gradient is not a number any more, at step {step} (which changed no weight)"
-            )
+            raise self.error(args, f"the loss or its gradient is not a number any more, at step {step} (without its update)")
         model.zero_grad()  # to None: an optimizer leaves such weights alone, its own averages too
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.last = self.finite = None
