@@ -25,7 +25,8 @@ from hf_embed.distributed import gather_objects, get_world_size
 from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import set_group_timeout
 
-PATIENCE = 6  # seconds: the rank that knows what went wrong speaks first, and a launcher then ends the others
+PATIENCE = 5  # seconds that the main process has to say what all ranks have found
+SOON = 2  # seconds in which a launcher ends the ranks that are left when one has ended
 # What gloo, NCCL and the store say of a process that is gone, and of one that does not answer.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exited",
         "Connection was likely closed", "Connection refused")  # fmt: skip
@@ -85,7 +86,7 @@ def peers_in_one_line(seconds: int | None = None) -> Iterator[None]:
             ) from None
         if not any(words in text for words in GONE):
             raise
-        time.sleep(PATIENCE)
+        time.sleep(SOON)
         raise PeerError from None
 
 
@@ -121,7 +122,7 @@ class PeerWatch:
     def _watch(self, pipe: int) -> None:
         while number := os.read(pipe, 1):
             if number[0] == signal.SIGTERM and not all(map(exists, self.others)):
-                time.sleep(PATIENCE)  # for an error that this rank has found itself
+                time.sleep(SOON)  # for an error that this rank has found itself
                 if self.pipe[0] == pipe:
                     os.kill(os.getpid(), signal.SIGKILL)
         os.close(pipe)

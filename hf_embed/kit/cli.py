@@ -386,6 +386,21 @@ def show_masked(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def speaking_in_turn(main_process: bool) -> Iterator[None]:
+    """Let the main process say what all have found.
+
+    A launcher ends all processes when the first one ends, so the others leave it the time to speak; if it goes on, they have
+    found something of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not main_process and not isinstance(error, RankError):
+            time.sleep(PATIENCE)
+        raise
+
+
 def end_group() -> None:
     """End the process group: left to the interpreter's exit, its threads now and then abort the process."""
     if dist.is_available() and dist.is_initialized():
@@ -403,7 +418,7 @@ def run(main: Callable[[], object]) -> None:
         logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
     use_all_cores()
     try:
-        with full_disk_in_one_line(), peers_in_one_line():
+        with speaking_in_turn(main_process), full_disk_in_one_line(), peers_in_one_line():
             check_processes()
             main()
         end_group()
@@ -411,10 +426,6 @@ def run(main: Callable[[], object]) -> None:
         end_group()  # all ranks have stopped
         raise
     except InputError as error:
-        # The main process says what all have found. A launcher ends all processes when the first one ends, so the others leave
-        # it the time to speak; if it goes on, they have found something of their own.
-        if not main_process and not isinstance(error, RankError):
-            time.sleep(PATIENCE)
         # From a dataloader's worker an error comes with a traceback, whose last line is the error.
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -25,6 +25,8 @@ from hf_embed.errors import InputError
 
 FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT")
 GRACE = 300  # seconds that processes have to save a checkpoint when they are told to stop
+# Statuses of a process that has said why it ends: by an error, or a signal that it has taken for a wish to stop.
+SPOKEN = {1, 2, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))}
 LAUNCHERS = ("accelerate", "torch.distributed")  # whose messages and tracebacks say nothing that the recipe has not said
 
 
@@ -95,6 +97,8 @@ def refuse(message: str) -> NoReturn:
 def status_of(failure: ProcessFailure, rank: int) -> int:
     """Return the exit status of a process that failed; print the signal that has ended it, which it could not say itself."""
     if failure.exitcode >= 0:
+        if failure.exitcode not in SPOKEN:
+            print(f"error: process {rank} ended with status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     ended = signal.Signals(-failure.exitcode)
     memory = ", as the system does where memory runs out" if ended == signal.SIGKILL else ""
