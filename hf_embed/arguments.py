@@ -107,8 +107,6 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f'prompts is {self.prompts!r}; give {{"query": "...", "document": "..."}}')
         if unknown := set(self.prompts or ()) - {"query", "document"}:
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
-        if self.nan_steps not in ("stop", "skip"):
-            raise InputError(f"nan_steps is {self.nan_steps!r}; it must be stop or skip")
         if not 0 <= self.source_alpha <= 1:
             raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
 

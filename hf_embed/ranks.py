@@ -1,4 +1,4 @@
-"""What becomes of a rank when another one has ended, or does not answer.
+"""What becomes of a rank when another one has ended, or does not answer; and one run at a time in a folder.
 
 A collective then fails with some lines of the library's C++ code. The rank that has failed says why; the others end without a
 traceback of their own, and soon, for they would wait in vain.
@@ -21,9 +21,10 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from hf_embed.distributed import gather_objects, get_world_size
+from hf_embed.distributed import gather_objects, get_world_size, is_main_process
 from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import set_group_timeout
+from hf_embed.safe_files import key_of, lock_folder, locks, release
 
 PATIENCE = 5  # seconds that the main process has to say what all ranks have found
 SOON = 2  # seconds in which a launcher ends the ranks that are left when one has ended
@@ -143,3 +144,58 @@ def exists(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+# ---- one run at a time ----
+
+
+def claim_folder(folder: Path) -> list[Path]:
+    """Keep other runs from writing to a folder, which is made if it is not there; every rank of this run calls this.
+
+    The lock is the main process's. It goes with that, however it ends, or by `safe_files.release`.
+
+    Returns:
+        The folders that were made, on the main process.
+
+    Raises:
+        InputError: on every rank, where another run has the folder.
+    """
+    problem: Exception | None = None
+    made: list[Path] = []
+    if is_main_process():
+        try:
+            made = [path for path in [folder, *folder.parents] if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(folder)
+        except (InputError, OSError) as error:
+            problem = error
+    reason = gather_objects(None if problem is None else str(problem))[0]
+    if reason is not None:
+        raise problem or InputError(reason)
+    return made
+
+
+@contextlib.contextmanager
+def writing_alone(*folders: Path) -> Iterator[None]:
+    """Claim folders, and release them at the end; what was made for that and is still empty then goes.
+
+    Folders that this process has claimed before stay claimed.
+
+    Raises:
+        InputError: see `claim_folder`.
+    """
+    with contextlib.ExitStack() as at_end:
+        for folder in folders:
+            held = key_of(folder) in locks
+            made = claim_folder(folder)
+            at_end.callback(remove_empty, made)
+            if not held:
+                at_end.callback(release, folder)
+        yield
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that are empty, the first one first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

@@ -119,7 +119,7 @@ def how_to_go_on(number: int, step: int, checkpoint: str | None) -> str:
     """Return the line that says that the training has stopped, and how it goes on."""
     said = f"stopped by {signal.Signals(number).name} after step {step}"
     if checkpoint is None:
-        return f"{said}; nothing of this run is kept, and the same command begins it again"
+        return f"{said}; the same command begins this run again, and keeps those that are finished"
     how = "trainer.train(resume_from_checkpoint=True)"
     if running_recipe() is not None:
         how = "the same command with --resume_from_checkpoint"

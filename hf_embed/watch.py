@@ -108,7 +108,8 @@ class Watch(TrainerCallback):
 
         There are none of a batch with a single row.
         """
-        skipped, self.skipped = {"skipped_steps": self.skipped} if self.skipped else {}, 0
+        skipped: dict[str, float] = {"skipped_steps": self.skipped} if self.skipped else {}
+        self.skipped = 0
         if self.last is None or len(self.last[0]) < 2:
             return skipped
         return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()} | skipped
