@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.encoder import default_chunk_tokens
 from hf_embed.errors import InputError, RankError
+from hf_embed.library_internals import save_checkpoint
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
 from hf_embed.watch import Watch
@@ -93,7 +94,7 @@ class GuardedTrainer(Trainer):
             checkpoint = str(Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
             if requests.saved_step != step:
                 self.watch.check(self.args, self.state, model, of_weights=True)
-                self._save_checkpoint(model, trial)
+                save_checkpoint(self, model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():

@@ -87,6 +87,11 @@ def save_without_push(trainer: "Trainer") -> None:
     trainer.save_model(_internal_call=True)
 
 
+def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
+    """Save a checkpoint of this step, with what resuming needs."""
+    trainer._save_checkpoint(model, trial)
+
+
 # ---- torch, datasets, argparse ----
 
 
