@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from worker_stop import CASES, make_trainer, stop_and_go_on
 
 from hf_embed import stop
+from hf_embed.kit.launch import forwarding
 from hf_embed.stop import Stopped
 
 HERE = Path(__file__).parent
@@ -96,6 +97,64 @@ def test_weights_that_are_no_numbers_are_not_saved_by_a_stop(tmp_path):
 
 
 # ---- recipes and launchers ----
+
+
+class Parent:
+    def __init__(self, *words):
+        self.words = list(words)
+
+    def parent(self):
+        return self
+
+    def cmdline(self):
+        return self.words
+
+
+@pytest.mark.parametrize(
+    ("words", "launches"),
+    [
+        (["/env/bin/python", "/env/bin/accelerate", "launch", "--num_processes", "1", "train.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["/env/bin/python3", "/env/bin/hf-embed", "launch", "sup-simcse"], True),
+        (["python", "/env/bin/torchrun", "train.py"], True),
+        (["python", "-m", "torch.distributed.run", "train.py"], True),
+        (["-bash"], False),
+        (["nohup", "python", "train.py"], False),
+        (["/sbin/init"], False),
+        (["python", "sweep.py", "with", "accelerate"], False),
+        ([], False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command(words, launches, monkeypatch):
+    monkeypatch.setattr(stop.psutil, "Process", lambda: Parent(*words))
+    assert (stop.launched_by() is not None) == launches
+
+
+CHILD = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(7)); print('here', flush=True); time.sleep(60)"
+)
+
+
+def test_the_launcher_of_one_process_hands_a_signal_on():
+    before = [signal.getsignal(number) for number in HANDLED]
+    with forwarding():
+        child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "here\n"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert child.wait(30) == 7
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_a_fork_of_the_training_neither_saves_nor_outlives_a_signal():
+    with stop.StopRequests() as requests:
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not requests.received
+
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FLAGS = ["--output_dir", "out", "--report_to", "none", "--use_cpu", "--logging_steps", "1", "--seed", "3",

@@ -22,11 +22,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from hf_embed.entry import CPU_CONFIG, PACKAGE, shipped
 from hf_embed.errors import InputError
+from hf_embed.stop import SIGNALS
 
 FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT")
 GRACE = 300  # seconds that processes have to save a checkpoint when they are told to stop
 # Statuses of a process that has said why it ends: by an error, or a signal that it has taken for a wish to stop.
-SPOKEN = {1, 2, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))}
+SPOKEN = {1, 2, *(128 + number for number in SIGNALS)}
 LAUNCHERS = ("accelerate", "torch.distributed")  # whose messages and tracebacks say nothing that the recipe has not said
 
 
@@ -60,7 +61,7 @@ def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
         rank, failure = error.get_first_failure()
         raise SystemExit(status_of(failure, rank)) from None
     except CalledProcessError as error:
-        raise SystemExit(error.returncode) from None
+        raise SystemExit(error.returncode if error.returncode >= 0 else 128 - error.returncode) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
     except KeyboardInterrupt:
@@ -81,7 +82,7 @@ def forwarding() -> Iterator[None]:
             with contextlib.suppress(psutil.Error):
                 child.send_signal(number)
 
-    earlier = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    earlier = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         yield
     finally:
