@@ -16,13 +16,13 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges", "safe_files", "version"],
+    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges", "ranks", "safe_files",
+     "version"],
     ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
-    ["arguments", "checkpoint", "checkpoint_trainer", "hub_trainer", "log_lines", "mining", "mlm", "preview", "resume", "step",
-     "trainer_inputs",
-     "trainer_settings", "training_record", "unused", "vector_files", "watch"],
+    ["arguments", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining", "mlm", "preview",
+     "resume", "step", "stop", "trainer_inputs", "trainer_settings", "training_record", "unused", "vector_files", "watch"],
     ["trainer"],
     ["kit"],
     ["recipes"],

@@ -5,6 +5,7 @@ once which one moved; only this file has to follow then. No other module may use
 """
 
 import argparse
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -39,6 +40,10 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
+    "_maybe_log_save_evaluate": (
+        "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time", "learning_rate",
+    ),
+    "_get_grad_norm": ("model", "grad_norm"),
 }
 # fmt: on
 # Private methods of `evaluate.Metric` that a metric has to define.
@@ -103,6 +108,11 @@ def save_optimization(trainer: "Trainer", folder: str) -> None:
     trainer._save_rng_state(folder)
 
 
+def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
+    """Save a checkpoint of this step, with what resuming needs."""
+    trainer._save_checkpoint(model, trial)
+
+
 # ---- torch, datasets, argparse ----
 
 
@@ -117,6 +127,11 @@ def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
 def uncompiled(model: nn.Module) -> nn.Module | None:
     """Return the model that `torch.compile` was given; None if `model` is not compiled."""
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """Set how long a collective of the default group waits for other ranks, with gloo as with NCCL."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout)
 
 
 def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:

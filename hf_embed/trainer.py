@@ -27,7 +27,6 @@ from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
 from hf_embed.checkpoint.whole import ASIDE
-from hf_embed.checkpoint_trainer import CheckpointTrainer
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.training_rows import batch_sampler, make_loader
@@ -36,6 +35,7 @@ from hf_embed.encoder import embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.guarded_trainer import GuardedTrainer
 from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.log_lines import show_lines
 from hf_embed.mlm import mask_tokens
@@ -51,7 +51,7 @@ from hf_embed.watch import Watch
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(CheckpointTrainer):
+class ContrastiveTrainer(GuardedTrainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
@@ -118,7 +118,7 @@ class ContrastiveTrainer(CheckpointTrainer):
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # what has been evaluated, by name
         self.scores_before: dict[str, float] = {}  # those of before the first step
-        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
         super().__init__(
             model=self.step,
             args=args,

@@ -17,6 +17,7 @@ import torch
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
+from hf_embed.ranks import claim_folder
 
 
 def work_folder(output: Path) -> Path:
@@ -37,7 +38,11 @@ def digest(*lists: Iterable[str]) -> str:
 
 
 def claim(folder: Path, identity: str) -> None:
-    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another."""
+    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another.
+
+    No other process can take it until this one ends.
+    """
+    claim_folder(folder)
     path = folder / "identity"
     if path.is_file() and path.read_text() != identity:
         raise InputError(
@@ -45,7 +50,6 @@ def claim(folder: Path, identity: str) -> None:
         )
     barrier()
     if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(identity)
     barrier()
 

@@ -34,6 +34,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from hf_embed import InputError
 from hf_embed.kit.cli import parse, run
 from hf_embed.ranges import COUNT, POSITIVE, SEED
+from hf_embed.ranks import claim_folder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -72,6 +73,7 @@ class Arguments:
 def main() -> None:
     """Distill the teacher into a student with a small vocabulary of its own."""
     (args,) = parse([Arguments])
+    claim_folder(Path(args.output_dir))
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     sentences = read_lines(args.train_file)

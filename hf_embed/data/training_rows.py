@@ -1,5 +1,8 @@
 """From what `train_dataset` may be to the batches of one rank."""
 
+import os
+import signal
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,6 +106,27 @@ def batch_sampler(
     return GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **settings)
 
 
+def start_worker(worker: int, num_workers: int, rank: int) -> None:
+    """Seed a worker of the loader, and let it go on when the whole run is told to stop.
+
+    Clusters and terminals send a signal to all processes of a run. The training then ends its step, for which it needs its
+    workers: they end with it, or at its wish.
+    """
+    seed_worker(worker, num_workers=num_workers, rank=rank)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        noticed = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, noticed)
+        threading.Thread(target=end_with_training, args=(noticed, os.getppid()), daemon=True).start()
+
+
+def end_with_training(noticed: set[signal.Signals], training: int) -> None:
+    """Wait until the process `training` itself ends this one by SIGTERM; pass over signals of others."""
+    while True:
+        received = signal.sigwaitinfo(noticed)
+        if received.si_signo == signal.SIGTERM and received.si_pid == training:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class EpochDataLoader(DataLoader):
     """Tell the sampler the epoch; Trainer calls `set_epoch`.
 
@@ -144,5 +168,5 @@ def make_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
-        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        worker_init_fn=partial(start_worker, num_workers=workers, rank=args.process_index),
     )

@@ -28,6 +28,7 @@ from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
+from hf_embed.ranks import writing_alone
 from hf_embed.training_record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,7 +102,8 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
     for of_variant in changes.values():
         read_plan(flags.override_as_given(of_variant))
     old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
-    results = run_variants(flags, read_plan, changes, seeds, folder, EarlierRun(old))
+    with writing_alone(folder):
+        results = run_variants(flags, read_plan, changes, seeds, folder, EarlierRun(old))
     if base.args.process_index == 0:
         write_whole(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
         plot_variants(results, folder / "ablation.png")
@@ -166,6 +168,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
     trainer = make_trainer(plan, load_model(plan.model_args, plan.args, plan.objective.mlm_weight > 0))
     trainer.add_callback(plan.earlier)
     trainer.watch.warned = True  # the picture says it
+    trainer.stop_requests.saves = False  # nobody goes on from the middle of a run: finished ones are not run again
     main = trainer.is_world_process_zero()
     if main:
         print(f"{title} ...", flush=True)

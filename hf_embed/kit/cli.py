@@ -29,10 +29,11 @@ from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import parser_actions
+from hf_embed.ranks import PATIENCE, peers_in_one_line
+from hf_embed.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 10  # seconds
 FROM_HAND = "trust_remote_code"  # no file may give this permission
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Flags as other programs spell them, where difflib would find nothing or something else.
@@ -385,6 +386,27 @@ def show_masked(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def speaking_in_turn(main_process: bool) -> Iterator[None]:
+    """Let the main process say what all have found.
+
+    A launcher ends all processes when the first one ends, so the others leave it the time to speak; if it goes on, they have
+    found something of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not main_process and not isinstance(error, RankError):
+            time.sleep(PATIENCE)
+        raise
+
+
+def end_group() -> None:
+    """End the process group: left to the interpreter's exit, its threads now and then abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2. Secrets are never shown."""
     handler = logging.StreamHandler()
@@ -396,16 +418,14 @@ def run(main: Callable[[], object]) -> None:
         logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
     use_all_cores()
     try:
-        with full_disk_in_one_line():
+        with speaking_in_turn(main_process), full_disk_in_one_line(), peers_in_one_line():
             check_processes()
             main()
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
+        end_group()
+    except Stopped:
+        end_group()  # all ranks have stopped
+        raise
     except InputError as error:
-        # The main process says what all have found. A launcher ends all processes when the first one ends, so the others leave
-        # it the time to speak; if it goes on, they have found something of their own.
-        if not main_process and not isinstance(error, RankError):
-            time.sleep(PATIENCE)
         # From a dataloader's worker an error comes with a traceback, whose last line is the error.
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_embed.checkpoint.hub import FILES
 from hf_embed.checkpoint.save import RESULTS, WEIGHTS
 from hf_embed.errors import InputError
-from hf_embed.safe_files import can_be_replaced, flush_one, link_tree, remove_folder, replace_folder
+from hf_embed.safe_files import can_be_replaced, flush_one, link_tree, lock_folder, release, remove_folder, replace_folder
 
 # What a run leaves on its way, and what is left where one was killed in the middle of it.
 RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
@@ -64,8 +64,10 @@ def begin(folder: Path) -> None:
         f"{place_of(folder)} holds an earlier run, which stays until this one is complete; until then this one is in {folder}"
     )
     if folder.is_dir() and not (folder / UNFINISHED).is_file():
+        release(folder)
         remove_folder(folder)
         folder.mkdir()
+        lock_folder(folder)
 
 
 def take_place(folder: Path) -> Path:

@@ -20,10 +20,11 @@ from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifes
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
-from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, take_place
+from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
+from hf_embed.ranks import writing_alone
 from hf_embed.resume import as_json, same_settings
 from hf_embed.safe_files import SAVING
 from hf_embed.training_record import settings_of, shown
@@ -51,7 +52,17 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 
     Returns:
         What results.json in OUTPUT_DIR holds.
+
+    Raises:
+        InputError: another run writes there; what is wrong with the flags or the data.
     """
+    folder = Path(str(flags.values["output_dir"]))
+    with writing_alone(folder, place_of(folder)):
+        return train_alone(flags, read_plan, train)
+
+
+def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
+    """Train as `train_each_seed` says, in a folder that no other run writes to."""
     plan = read_plan(flags)
     if not plan.run.seeds:
         return train(plan)
