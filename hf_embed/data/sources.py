@@ -36,6 +36,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.data import files
+from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import check_dataset
@@ -147,7 +148,7 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     if rows.format["type"] == "custom":
-        return rows.map(dict, batched=True, remove_columns=rows.column_names).with_format(None)
+        return cached_map(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
     return rows.with_format(None).select_columns(rows.format["columns"])
 
 

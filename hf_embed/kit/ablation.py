@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_embed.checkpoint.files import read_json, write_whole
+from hf_embed.checkpoint.files import read_json
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.finetune import make_trainer
@@ -28,6 +28,7 @@ from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
+from hf_embed.safe_files import write_text, writing
 from hf_embed.training_record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -103,7 +104,7 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
     old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
     results = run_variants(flags, read_plan, changes, seeds, folder, EarlierRun(old))
     if base.args.process_index == 0:
-        write_whole(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
+        write_text(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
         plot_variants(results, folder / "ablation.png")
         print("\n" + "\n".join(table(results)))
         print(f"\nwrote {folder}/results.json and ablation.png")
@@ -182,7 +183,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
         scores = [point["spearman"] for point in path]
         print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
+        write_text(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
     return path
 
@@ -255,7 +256,8 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     axes.set_ylabel("alignment (lower is better)")
     axes.set_title("The embeddings along training: arrows follow time, both axes are better when lower")
     axes.legend()
-    figure.savefig(path, dpi=100)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=100)
     plt.close(figure)
 
 

@@ -27,6 +27,7 @@ from hf_embed.evaluation.sts import STS, spearman
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
 from hf_embed.kit.overwrite import clear_results
 from hf_embed.progress import progress_bar
+from hf_embed.safe_files import writing
 from hf_embed.tempscale import fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
 
@@ -206,5 +207,6 @@ def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
     axes.set_ylabel("change in nDCG@10 or Spearman, x 100")
     axes.set_title("TempScale")
     axes.legend()
-    figure.savefig(path, dpi=125)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=125)
     plt.close(figure)
