@@ -1,7 +1,7 @@
 """What a file system refuses, in one line: it is full or read-only, a quota is used up, a name is too long.
 
 Libraries say of a full disk what they know: an error number, a text, or that they are not where they should be in the file.
-`disk_errors` makes one message of all of them. `check_folder` and `check_room` look before anything is computed.
+`disk_errors` makes one message of all of them. `check_folder` and `lack_of_room` look before anything is computed.
 """
 
 import contextlib
@@ -247,7 +247,7 @@ def check_file(file: str | Path, name: str) -> None:
     check_length(Path(os.path.abspath(path)), nearest(path.parent), f"{name} {shortened(file)}")
 
 
-def check_room(folder: str | Path, needed: int, what: str) -> str | None:
+def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:
     """Return in one line why a folder has no room for `needed` bytes, which are of `what`; None where it has.
 
     What killed processes have left there half-written counts as free.

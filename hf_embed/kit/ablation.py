@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PrinterCallback, ProgressCallback
 
 from hf_embed.checkpoint.files import read_json
+from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.finetune import make_trainer
@@ -91,14 +92,13 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
     Raises:
         InputError: one of the runs cannot be. This is said before the first step of the first run.
     """
+    given = flags.values["output_dir"]
+    folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
+    check_folder(folder, "--output_dir")
     base = read_plan(flags)
     changes, seeds = read_variants(flags.make(AblationArguments).variants), read_seeds(base.run.seeds or "1")
     if not any(task.kind == "sts" for task in base.tasks.values()):
         raise InputError("an ablation is told by an STS set; give --eval_sts_file NAME=PATH")
-    given = base.args.output_dir
-    folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: this is a file; name a folder")
     for of_variant in changes.values():
         read_plan(flags.override_as_given(of_variant))
     old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
