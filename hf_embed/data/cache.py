@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -20,7 +21,7 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 from hf_embed.disk import ASIDE, check_folder, disk_errors
 from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
-from hf_embed.safe_files import is_sealed, seal, seal_of, writing
+from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, writing
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +67,24 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
     The cache lies beside the file that the rows are in, as that of `datasets` does or, where nothing can be written there, in
     the cache of `datasets`. Rows in memory, and those of a process whose caching is disabled, have none.
     """
-    if not rows.cache_files or not is_caching_enabled():
+    if not rows.cache_files or not len(rows) or not is_caching_enabled():
         with disk_errors():
             return rows.map(function, **settings)
     beside = Path(rows.cache_files[0]["filename"]).parent
     folder = beside if os.access(beside, os.W_OK) else cache_folder()
     identity = identity_of(rows, function, settings)
     path = folder / f"cache-{identity}.arrow"
-    known = found(path)
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        made = rows.map(function, new_fingerprint=identity, cache_file_name=str(path), load_from_cache_file=known, **settings)
-        if not known and path.is_file():
+    named = {"new_fingerprint": identity, **settings}
+    if not found(path):
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_old(folder)
+            with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:  # `map` leaves its own files there, where it fails
+                made = Path(new, "rows.arrow")
+                rows.map(function, cache_file_name=str(made), load_from_cache_file=False, **named)
+                put(made, path)
             seal(path)
-    return made
+    return rows.map(function, cache_file_name=str(path), load_from_cache_file=True, **named)
 
 
 def identity_of(rows: Dataset, function: Callable[..., Any], settings: dict[str, Any]) -> str:
@@ -101,8 +106,8 @@ def found(path: Path) -> bool:
 
 
 def remove_old(folder: Path) -> None:
-    """Remove what killed processes have left half-written in the cache, which other processes may be writing to."""
+    """Remove what killed processes have left half-written in a cache, which other processes may be writing to."""
     for path in folder.glob(f"{ASIDE}*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > OLD:
-                path.unlink()
+            if time.time() - max(part.stat().st_mtime for part in [path, *path.glob("*")]) > OLD:
+                remove_folder(path) if path.is_dir() else path.unlink()

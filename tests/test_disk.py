@@ -1,0 +1,381 @@
+"""Full disks, folders that cannot be written and names that are too long: one line, and what was there before is whole."""
+
+import errno
+import os
+import re
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_model
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import save_file
+from test_recipes import ROOT
+from torch.utils.data import DataLoader
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
+from hf_embed.data import cache
+from hf_embed.data.sources import read_file
+from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
+from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
+
+matplotlib.use("Agg")
+
+
+def mounted(kind: str, folder: Path, *options: str) -> bool:
+    command = ["mount", "-t", kind, "-o", ",".join(options), "none", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mount a file system of some options ("size=1m"), once more to change it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(options: str) -> Path:
+        if not mounted("tmpfs", folder, *(["remount"] if os.path.ismount(folder) else []), options):
+            pytest.skip("nothing can be mounted here")
+        return folder
+
+    yield make
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def write_buffered(path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(torch.zeros(200_000), file)
+
+
+def write_table(path: Path) -> None:
+    with (
+        pyarrow.OSFile(str(path), "wb") as file,
+        pyarrow.ipc.new_stream(file, pyarrow.schema({"a": pyarrow.int64()})) as stream,
+    ):
+        stream.write_table(pyarrow.table({"a": np.arange(200_000)}))
+
+
+def write_picture(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (500, 500), np.uint8)).save(path, "png")
+
+
+WRITERS = {  # the last word is the ending
+    "torch.save pt": lambda path: torch.save(torch.zeros(200_000), path),
+    "torch.save of many tensors pt": lambda path: torch.save([torch.zeros(1000) for _ in range(200)], path),
+    "torch.save into a file pt": write_buffered,
+    "safetensors": lambda path: save_file({"a": torch.zeros(200_000)}, path),
+    "numpy.save npy": lambda path: np.save(path, np.zeros(100_000)),
+    "txt": lambda path: path.write_text("a" * 1_000_000),
+    "arrow": write_table,
+    "png": write_picture,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_library_s_full_disk_is_the_same_line(small_disk, kind):
+    folder = small_disk("size=256k")
+    (folder / "other").write_bytes(b"a" * 50_000)
+    out = folder / f"out.{kind.split()[-1]}"
+    out.write_text("old")
+    with pytest.raises(DiskError) as error, writing(out) as aside:
+        WRITERS[kind](aside)
+    message = str(error.value)
+    assert "\n" not in message and message.startswith(f"the disk is full (at {out})")
+    assert re.search(rf"the file system {folder} has [\d.]+ kB of 262 kB free; make room there and run it again, or ", message)
+    assert out.read_text() == "old" and {path.name for path in folder.iterdir()} == {"other", out.name}
+    small_disk("size=8m")
+    with writing(out) as aside:
+        WRITERS[kind](aside)
+    assert out.stat().st_size > 200_000
+
+
+def test_a_file_system_without_room_for_more_files_says_so(small_disk):
+    folder = small_disk("size=1m,nr_inodes=4")
+    with pytest.raises(DiskError, match="and holds no more than the 4 files in it"):
+        for number in range(5):
+            write_text(folder / str(number), "a")
+    assert "holds no more than the 4 files" in error_of(check_folder, folder / "new")
+
+
+@pytest.mark.parametrize(
+    "code, text",
+    [(errno.EDQUOT, "the disk quota is used up (at "), (errno.EFBIG, "the file is larger than files may be here (ulimit -f"),
+     (errno.EROFS, "the file system is read-only"), (errno.EACCES, "permission denied; give this user the right")],
+)  # fmt: skip
+def test_other_refusals_of_a_file_system(tmp_path, code, text):
+    with pytest.raises(DiskError) as error, writing(tmp_path / "out"):
+        raise OSError(code, os.strerror(code), str(tmp_path / "out"))
+    assert text in str(error.value) and str(tmp_path / "out") in str(error.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    for error in (OSError(errno.ENOENT, "no"), RuntimeError("shapes differ"), KeyError("a"), InputError("wrong")):
+        with pytest.raises(type(error)) as found, disk_errors(tmp_path):
+            raise error
+        assert found.value is error
+    with pytest.raises(InputError) as reading, disk_errors(tmp_path):  # which says more than that the permission is missing
+        raise InputError("nli.csv: cannot be read") from PermissionError(errno.EACCES, "Permission denied", "nli.csv")
+    assert not isinstance(reading.value, DiskError)
+    with pytest.raises(DiskError, match="the disk is full"), disk_errors(tmp_path):
+        raise InputError("the rows cannot be loaded") from OSError(errno.ENOSPC, "No space left on device")
+
+
+class FailingRows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/rows.arrow")
+
+
+def test_a_worker_s_full_disk_and_full_shared_memory(tmp_path):
+    with pytest.raises(DiskError, match=r"the disk is full \(at /tmp/rows.arrow\)"), disk_errors(tmp_path):
+        next(iter(DataLoader(FailingRows(), num_workers=1)))
+    for text in ("unable to write to file </torch_12_34>: No space left on device (28)",
+                 "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+                 "of shared memory. Please try to raise your shared memory limit."):  # fmt: skip
+        with pytest.raises(DiskError, match=r"at /dev/shm\).*set dataloader_num_workers to 0"), disk_errors(tmp_path):
+            raise RuntimeError(text)
+
+
+def in_child(work: Callable[[], None]) -> str:
+    """Run `work` in a child of this process; return the message of its InputError."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        except InputError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as said:
+        message = said.read()
+    os.waitpid(child, 0)
+    return message
+
+
+def test_a_limit_of_file_sizes_is_one_line(tmp_path):
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        write_text(tmp_path / "out", "a" * 2000)
+
+    assert "the file is larger than files may be here (ulimit -f shows a limit)" in in_child(write)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- before anything is computed ----
+
+
+def test_folders_that_can_be_written_leave_no_trace(tmp_path):
+    check_folder(tmp_path / "a" / "b")
+    check_folder(tmp_path)
+    check_file(tmp_path / "a" / "b.npy", "OUT")
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder, said in {
+        tmp_path / "file": "this is a file; name a folder",
+        tmp_path / "file" / "out": f"{tmp_path}/file is a file; name a folder",
+        tmp_path / "lost": "this is a link to nothing; name a folder",
+        tmp_path / "loop" / "out": "is a link to nothing",
+        tmp_path / ("a" * 300): "a name of 300 bytes is too long; take one of at most 215",
+        tmp_path / ("ä" * 150) / "out": "a name of 300 bytes is too long",
+        tmp_path / "/".join(["abcdefgh"] * 500): "bytes is too long; take one of at most",
+        tmp_path / "a\0b": "has no NUL byte",
+    }.items():
+        message = error_of(check_folder, folder, "--output_dir")
+        assert message.startswith("--output_dir ") and said in message and len(message) < 500
+    assert "this is a folder; name a file" in error_of(check_file, tmp_path, "OUT")
+    assert error_of(check_file, tmp_path / ("a" * 250 + ".npy"), "OUT").startswith("OUT ")
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "lost"]
+
+
+def test_a_read_only_file_system_is_refused(small_disk):
+    folder = small_disk("size=1m")
+    (folder / "old").write_text("old")
+    small_disk("ro")
+    message = error_of(check_folder, folder / "out")
+    assert (
+        message
+        == f"output_dir {folder}/out: nothing can be written in {folder} (the file system is read-only); name another folder"
+    )  # noqa: E501
+    with pytest.raises(DiskError, match="the file system is read-only"):
+        write_text(folder / "old", "new")
+    assert (folder / "old").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root becomes another user")
+def test_a_folder_and_a_cache_of_someone_else_are_refused(tmp_path, monkeypatch):
+    """As in a container whose user has no home."""
+    (tmp_path / "own").mkdir()
+    os.chmod(tmp_path, 0o755)
+
+    def as_nobody(work: Callable[[], None]) -> str:
+        def become() -> None:
+            os.setgid(65534)
+            os.setuid(65534)
+            work()
+
+        return in_child(become)
+
+    said = as_nobody(lambda: check_folder(tmp_path / "own" / "out"))
+    assert "output_dir" in said and "nothing can be written in" in said and "(permission denied)" in said
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/nonexistent/datasets")
+    said = as_nobody(cache.check_cache)
+    assert said.startswith(
+        "HF_DATASETS_CACHE, the cache of datasets: /nonexistent/datasets/hf_embed: nothing can be written in"
+    )
+
+
+def test_room_is_counted_with_what_killed_processes_left(small_disk):
+    folder = small_disk("size=2m")
+    (folder / ".saving-1").mkdir()
+    (folder / ".saving-1" / "weights").write_bytes(b"a" * 1_500_000)
+    (folder / "other").write_bytes(b"a" * 300_000)
+    assert lack_of_room(folder, 1_700_000, "it takes") is None
+    assert lack_of_room(folder / "new" / "out", 1_700_000, "it takes").startswith(
+        f"{folder}/new/out: it takes about 1.7 MB, and"
+    )
+
+
+# ---- the cache of tables ----
+
+
+STORED = {"anchor": [f"a cat {i}" for i in range(50)], "positive": [f"one cat {i}" for i in range(50)]}
+
+
+def stored(folder: Path) -> Dataset:
+    """Return rows of a file."""
+    if not folder.is_dir():
+        Dataset.from_dict(STORED).save_to_disk(folder)
+    return Dataset.load_from_disk(folder)
+
+
+COMPUTED: list[str] = []
+
+
+def lengths(batch: dict[str, list]) -> dict[str, list]:
+    COMPUTED.extend(batch["anchor"])
+    return {"length": [len(text) for text in batch["anchor"]]}
+
+
+def count_of(rows: Dataset, made: list[str]) -> list[int]:
+    """Return the lengths of the rows; `made` gets the rows that are computed."""
+    COMPUTED.clear()  # the function's hash is of what it refers to
+    table = cache.cached_map(rows, lengths, batched=True, remove_columns=rows.column_names)
+    made += COMPUTED
+    return table["length"][:]
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "flipped": lambda path: path.write_bytes(
+        path.read_bytes()[:-200] + bytes([path.read_bytes()[-200] ^ 1]) + path.read_bytes()[-199:]
+    ),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "without a seal": lambda path: seal_of(path).unlink(),
+    "with half a seal": lambda path: os.truncate(seal_of(path), 5),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_anew(tmp_path, damage, caplog):
+    rows, made, expected = stored(tmp_path / "rows"), [], [len(text) for text in STORED["anchor"]]
+    assert count_of(rows, made) == expected and len(made) == 50
+    assert count_of(rows, made) == expected and len(made) == 50  # control: a whole one is taken
+    (path,) = (tmp_path / "rows").glob("cache-*.arrow")
+    DAMAGES[damage](path)
+    assert count_of(rows, made) == expected and len(made) == 100
+    assert is_sealed(path) and ("damaged since it was written" in caplog.text) == (damage != "without a seal")
+    assert not list((tmp_path / "rows").glob("tmp*")) and not list((tmp_path / "rows").glob(".saving-*"))
+
+
+def test_the_rows_of_a_damaged_text_file_s_cache_are_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("".join(f"text {i}\n" for i in range(100)))
+    expected = read_file(str(tmp_path / "a.txt"))["text"][:]
+    (path,) = (tmp_path / "cache" / "hf_embed").glob("*.arrow")
+    whole = path.read_bytes()
+    for damage in (whole[:-300], whole.replace(b"text 7", b"text 8"), b""):
+        path.write_bytes(damage)
+        assert read_file(str(tmp_path / "a.txt"))["text"][:] == expected
+        assert path.read_bytes() == whole
+
+
+def test_a_full_cache_is_one_line_and_goes_on_with_room(small_disk, monkeypatch):
+    folder = small_disk("size=64k")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+    file = folder.parent / "a.txt"
+    file.write_text("".join(f"text {i}\n" for i in range(20_000)))
+    message = error_of(read_file, str(file))
+    assert message.startswith(f"the disk is full (at {folder}/hf_embed/") and "set HF_DATASETS_CACHE to a folder" in message
+    assert not list((folder / "hf_embed").iterdir())
+    small_disk("size=600k")
+    rows, made = read_file(str(file)).rename_column("text", "anchor"), []
+    with pytest.raises(DiskError, match="set HF_DATASETS_CACHE"):
+        cache.cached_map(rows, lambda batch: {"length": [text * 4 for text in batch["anchor"]]}, batched=True)
+    assert not list((folder / "hf_embed").glob("tmp*")) and not list((folder / "hf_embed").glob(".saving-*"))
+    small_disk("size=8m")
+    assert len(count_of(rows, made)) == len(made) == 20_000
+
+
+def test_rows_on_a_read_only_file_system_have_their_cache_elsewhere(small_disk, tmp_path, monkeypatch):
+    folder = small_disk("size=1m")
+    stored(folder / "rows")
+    small_disk("ro")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    made: list[str] = []
+    for _ in range(2):
+        assert len(count_of(stored(folder / "rows"), made)) == len(made) == 50
+    assert list((tmp_path / "cache" / "hf_embed").glob("cache-*.arrow"))
+
+
+# ---- training ----
+
+ROWS = Dataset.from_dict({"anchor": [f"a cat {i}" for i in range(8)], "positive": [f"one cat {i}" for i in range(8)]})
+
+
+def trainer_in(folder: Path, **settings) -> ContrastiveTrainer:
+    defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True}
+    args = ContrastiveTrainingArguments(str(folder), disable_tqdm=True, **(defaults | settings))
+    return ContrastiveTrainer(tiny_model(), args, train_dataset=ROWS, processing_class=quickstart_tokenizer())
+
+
+def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
+    folder = small_disk("size=3m")  # a checkpoint is 1.6 MB of weights and 3.2 MB of Adam
+    message = error_of(trainer_in, folder / "out")
+    assert re.fullmatch(
+        rf"output_dir {folder}/out: a checkpoint takes about 4.9 MB, and the file system {folder} has 3.1 MB of 3.1 MB free; "
+        "make room there, or name another output folder", message,
+    )  # fmt: skip
+    assert os.listdir(folder) == []
+    trainer_in(folder / "out", save_strategy="no")
+    small_disk("size=8m")
+    caplog.clear()
+    trainer_in(folder / "out")
+    assert "two checkpoints and the model take about 11.5 MB" in caplog.text
+    caplog.clear()
+    small_disk("size=16m")
+    trainer_in(folder / "out")
+    assert "checkpoint" not in caplog.text
+    assert "is a file; name a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
+
+
+def test_a_script_s_full_disk_is_our_error(small_disk, caplog):
+    folder = small_disk("size=6m")
+    trainer = trainer_in(folder / "out")
+    with pytest.raises(DiskError, match=rf"the disk is full \(at {folder}/out.*the file system {folder} has "):
+        trainer.train()
