@@ -19,6 +19,28 @@ LONG = {
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }
+# Calls that write a file, and who may make them outside of `with writing(path)`, for what they make is put in place as a whole.
+WRITERS = {
+    "write_text", "write_bytes", "save", "savefig", "save_file", "save_pretrained", "dump", "to_csv", "to_json", "to_parquet",
+    "save_to_disk", "copy", "copyfile", "copytree", "move", "rename", "link", "open_memmap", "open",
+}  # fmt: skip
+MODULES = {"shutil", "os", "torch", "np", "json", "yaml", "plt"}  # `copy.copy(settings)` writes nothing
+NOT_ASIDE = {
+    "safe_files": "what the others call",
+    "checkpoint.layout": "into the new folder of checkpoint.save",
+    "checkpoint.save": "into a new folder, which takes the place of the old one",
+    "checkpoint.verify": "into the new folder of checkpoint.save, for the loaders that are compared",
+    "checkpoint.training_state": "into a checkpoint, which is renamed when it is whole",
+    "checkpoint.hub": "a copy of a checkpoint, to be uploaded and removed",
+    "trainer": "into a checkpoint, which is renamed when it is whole",
+    "vector_files": "a piece of work within `make_files`, and a memory map",
+    "mining": "a piece of work within `make_files`",
+    "kit.finetune": "the adapters beside the finished model",
+    "kit.seeds": "into a new folder, which takes the place of the old one",
+    "kit.overwrite": "an earlier run gets another name before it goes",
+    "kit.calibrate": "Encoder.save_pretrained, which puts the folder in place as a whole",
+    "recipes.pretrain_encoder": "into a new folder, which takes the place of the old one",
+}
 MOST_RECIPE_LINES = 80
 LONG_RECIPES = {"pretrain_encoder": "a training of its own, not of hf_embed"}
 
@@ -55,6 +77,46 @@ def test_no_attribute_of_ours_is_guessed(structure):
 
 def test_functions_are_short_or_have_a_reason(structure):
     assert {name for name, *_ in structure.long_functions()} == set(LONG)
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call writes a file, or gives one its name."""
+    name, owner = (call.func.attr, call.func.value) if isinstance(call.func, ast.Attribute) else (call.func.id, None)
+    if name == "open":
+        modes = [argument.value for argument in [*call.args, *(keyword.value for keyword in call.keywords)]
+                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]  # fmt: skip
+        return any(set(mode) <= set("rwaxbt+") and set(mode) & set("wax+") for mode in modes)
+    if name == "replace":
+        return (isinstance(owner, ast.Name) and owner.id == "os") or len(call.args) == 1
+    if name in ("copy", "move", "save", "dump", "link"):
+        return isinstance(owner, ast.Name) and owner.id in MODULES
+    return name in WRITERS
+
+
+def unguarded_writes(tree: ast.AST) -> list[str]:
+    """Calls that write a file and do not stand in `with writing(path)`."""
+    guarded = {id(inner) for block in ast.walk(tree) if isinstance(block, ast.With)
+               and any("writing(" in ast.unparse(item.context_expr) for item in block.items)
+               for inner in ast.walk(block)}  # fmt: skip
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)]
+    return [ast.unparse(call) for call in calls if id(call) not in guarded and writes(call)
+            and "safe_files" not in ast.unparse(call) and not (isinstance(call.func, ast.Name) and call.func.id != "open"
+            and call.func.id not in ("save_file",))]  # fmt: skip
+
+
+def test_every_file_is_written_aside(structure):
+    found = {name: calls for name, path in structure.modules().items()
+             if (calls := unguarded_writes(ast.parse(path.read_text(encoding="utf-8"))))}  # fmt: skip
+    assert {name: calls for name, calls in found.items() if name not in NOT_ASIDE} == {}, (
+        "a file is written in its place, where a killed run leaves half of it: use hf_embed.safe_files"
+    )
+    assert sorted(set(NOT_ASIDE) - set(found)) == []  # no exception outlives its reason
+    for call in ("path.write_text(a)", "open(path, 'w')", "path.open('ab')", "np.save(path, a)", "figure.savefig(path)",
+                 "new.replace(path)", "os.replace(a, b)", "shutil.copytree(a, b)"):  # fmt: skip
+        assert unguarded_writes(ast.parse(call)) == [call]
+        assert unguarded_writes(ast.parse(f"with writing(path) as aside:\n    {call}")) == []
+    for call in ("open(path)", "path.open('rb')", "text.replace('a', 'b')", "copy.copy(args)", "write_text(path, text)"):
+        assert unguarded_writes(ast.parse(call)) == []
 
 
 def test_modules_can_be_read_in_one_go(structure):
