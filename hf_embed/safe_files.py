@@ -6,9 +6,8 @@ one rename. Whatever ends the process, the old one or the new one is there as a 
     with writing(Path("results.npy")) as aside:
         numpy.save(aside, vectors)
 
-    new = new_folder_beside(Path("model"))
-    ...                                       # fill it
-    replace_folder(new, Path("model"))
+    with new_folder(Path("model")) as new:  # at the end it takes the place of an old one
+        ...
 """
 
 import contextlib
@@ -18,7 +17,6 @@ import itertools
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +135,26 @@ def flush(folder: Path) -> None:
         flush_one(Path(place))
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; at the end it takes the place of `folder`, whether that is there or not.
+
+    After an exception `folder`, or its absence, is as it was.
+
+    Raises:
+        DiskError: the disk is full, or something may not be written.
+    """
+    new = new_folder_beside(folder)
+    try:
+        with disk_errors(folder):
+            yield new
+            replace_folder(new, folder)
+    except BaseException:
+        release(new)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
 def new_folder_beside(folder: Path) -> Path:
     """Make an empty folder beside `folder`, locked by this process; those that killed processes have left are removed."""
     prefix = f"{SAVING}{folder.name[:100]}-"
@@ -211,8 +229,15 @@ def exchange(one: Path, other: Path) -> bool:
     return True
 
 
+def can_be_replaced(folder: Path) -> bool:
+    """Return whether another folder can take the place of one that is there: not of a mount point, or the current folder."""
+    folder = Path(os.path.realpath(folder))
+    in_use = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
+    return os.name != "nt" and not in_use and os.access(folder.parent, os.W_OK)
+
+
 def link_tree(source: Path, target: Path) -> None:
-    """Give a file, a folder or a link a second name: no copy is made. Raises OSError where the file system cannot."""
+    """Give a file, a folder or a link a second name; a copy is made only where the file system has no second names."""
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
     elif source.is_dir():
@@ -220,8 +245,13 @@ def link_tree(source: Path, target: Path) -> None:
         for path in source.iterdir():
             link_tree(path, target / path.name)
         shutil.copystat(source, target)
-    elif stat.S_ISREG(source.stat().st_mode):
-        os.link(source, target)
+    elif source.is_file():
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            shutil.copy2(source, target)
 
 
 def remove_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ from hf_embed import InputError
 from hf_embed.disk import check_folder
 from hf_embed.kit.cli import parse, run
 from hf_embed.ranges import COUNT, POSITIVE, SEED
-from hf_embed.safe_files import new_folder_beside, remove_folder, replace_folder, write_json
+from hf_embed.safe_files import new_folder, write_json
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -104,15 +104,10 @@ def save(args: Arguments, student: BertModel, tokenizer: Tokenizer, loss: float,
     """Write the student, with what is known of its training, in the place of an earlier one."""
     folder = Path(args.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = new_folder_beside(folder)
-    try:
+    with new_folder(folder) as new:
         student.save_pretrained(new)
         BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length).save_pretrained(new)
         write_json(new / "training.json", dataclasses.asdict(args) | {"loss": loss, "tokens": seen})
-        replace_folder(new, folder)
-    except BaseException:
-        remove_folder(new)
-        raise
 
 
 def read_lines(path: str) -> list[str]:

@@ -1,6 +1,9 @@
 """Tiny random models of every architecture, over the quickstart encoder's tokenizer."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,3 +91,23 @@ def error_of(function, *args, **kwargs):
     message = str(error.value)
     assert "\n" not in message
     return message
+
+
+def mounted(kind: str, folder: Path, *options: str) -> bool:
+    command = ["mount", "-t", kind, "-o", ",".join(options), "none", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mount a file system of some options ("size=1m"), once more to change it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(options: str) -> Path:
+        if not mounted("tmpfs", folder, *(["remount"] if os.path.ismount(folder) else []), options):
+            pytest.skip("nothing can be mounted here")
+        return folder
+
+    yield make
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)

@@ -4,8 +4,7 @@ import errno
 import os
 import re
 import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -27,26 +26,6 @@ from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack
 from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
 
 matplotlib.use("Agg")
-
-
-def mounted(kind: str, folder: Path, *options: str) -> bool:
-    command = ["mount", "-t", kind, "-o", ",".join(options), "none", str(folder)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """Mount a file system of some options ("size=1m"), once more to change it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def make(options: str) -> Path:
-        if not mounted("tmpfs", folder, *(["remount"] if os.path.ismount(folder) else []), options):
-            pytest.skip("nothing can be mounted here")
-        return folder
-
-    yield make
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
 def write_buffered(path: Path) -> None:

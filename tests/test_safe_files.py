@@ -25,7 +25,7 @@ from hf_embed.safe_files import (
     writing,
 )
 
-CALLS = ["rename", "replace", "fsync", "unlink", "rmdir", "mkdir"]
+CALLS = ["rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "link", "symlink"]
 
 
 def killed_at(number: int, work) -> bool:
