@@ -150,7 +150,7 @@ def test_a_full_disk_at_the_end_leaves_the_old_model_with_its_scores(old, monkey
             return (full if Path(folder).parent == working_folder(out) else real)(encoder, folder, *args, **kwargs)
 
         patch.setattr(save, target[where], at_the_end)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match="the disk is full"):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert digest(out) == before and matches(out)
     assert Encoder.from_pretrained(out).encode(["a"]).shape == (1, 32)
