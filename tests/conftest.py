@@ -93,21 +93,22 @@ def error_of(function, *args, **kwargs):
     return message
 
 
-def mounted(kind: str, folder: Path, *options: str) -> bool:
-    command = ["mount", "-t", kind, "-o", ",".join(options), "none", str(folder)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """Mount a file system of some options ("size=1m"), once more to change it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
+    """Mount a file system in memory with some options ("size=1m") at `tmp_path / name`; once more changes its options."""
+    disks: list[Path] = []
 
-    def make(options: str) -> Path:
-        if not mounted("tmpfs", folder, *(["remount"] if os.path.ismount(folder) else []), options):
+    def make(options: str, name: str = "disk") -> Path:
+        folder, again = tmp_path / name, (tmp_path / name) in disks
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"remount,{options}" if again else options, "none", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and not disks:
             pytest.skip("nothing can be mounted here")
+        assert done.returncode == 0, done.stderr
+        disks.append(folder)
         return folder
 
     yield make
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+    for folder in set(disks):
+        subprocess.run(["umount", "-l", str(folder)], check=True)

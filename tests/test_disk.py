@@ -5,6 +5,7 @@ import os
 import re
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -12,11 +13,11 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
-from test_recipes import ROOT
+from test_recipes import ROOT, flags, make_files, sup
 from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
@@ -358,3 +359,55 @@ def test_a_script_s_full_disk_is_our_error(small_disk, caplog):
     trainer = trainer_in(folder / "out")
     with pytest.raises(DiskError, match=rf"the disk is full \(at {folder}/out.*the file system {folder} has "):
         trainer.train()
+
+
+# ---- a disk of every size ----
+
+
+FILES = {"nli": "nli.csv", "sts": "sts.tsv", "model": "model"}
+
+
+def train_into(folder: Path, data: Path) -> dict | str:
+    """Run a recipe, from its newest checkpoint if there is one; return its results, or its line."""
+    words = ["--max_steps", 4, "--save_steps", 1, "--save_total_limit", 1, "--output_dir", folder]
+    words += ["--resume_from_checkpoint"] if list(folder.glob("checkpoint-[0-9]*")) else []
+    try:
+        return sup(*flags({name: data / file for name, file in FILES.items()}), *words)
+    except InputError as error:
+        return str(error)
+
+
+def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
+    """Train on a disk of each size, in MB, on which another model lies, and go on when it is larger; return how it ended."""
+    make_files(data)
+    calm = train_into(data / "calm", data)
+    ended = {}
+    for size in sizes:
+        disk_of = partial(small_disk, name=str(size))
+        folder = disk_of(f"size={size}m") / "out"
+        tiny_encoder("distilbert", seed=7).save_pretrained(folder.parent / "other", verify=False)
+        before = {path: path.read_bytes() for path in (folder.parent / "other").rglob("*") if path.is_file()}
+        first = train_into(folder, data)
+        assert {path: path.read_bytes() for path in (folder.parent / "other").rglob("*") if path.is_file()} == before
+        ended[size] = first if isinstance(first, str) else "trained"
+        if isinstance(first, str):
+            assert "\n" not in first and str(folder.parent) in first
+            assert first.startswith("the disk is full (at ") or "takes about" in first
+            assert not list(folder.glob(".saving-*")), "what is half-written goes"
+            disk_of("size=64m")
+            again = train_into(folder, data)
+            assert again["train"]["steps"] == 4 and again["after"] == calm["after"]
+        assert (folder / "model.safetensors").read_bytes() == (data / "calm" / "model.safetensors").read_bytes()
+    return ended
+
+
+def test_a_run_on_a_small_disk_ends_in_one_line_and_goes_on_with_room(small_disk, tmp_path):
+    ended = train_on_disks(small_disk, tmp_path, [5, 10])
+    assert "a checkpoint takes about" in ended[5] and ended[10].startswith("the disk is full (at ")
+
+
+@pytest.mark.slow
+def test_a_run_on_a_disk_of_every_size_ends_in_one_line_and_goes_on_with_room(small_disk, tmp_path):
+    ended = train_on_disks(small_disk, tmp_path, list(range(3, 21)))
+    kinds = [line if line == "trained" else line.startswith("the disk") for line in ended.values()]
+    assert {kinds.count(kind) > 1 for kind in ("trained", True, False)} == {True}, ended
