@@ -17,7 +17,7 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
-from test_recipes import ROOT, flags, make_files, sup
+from test_recipes import ROOT, flags, load_recipe, make_files, sup
 from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
@@ -411,3 +411,38 @@ def test_a_run_on_a_disk_of_every_size_ends_in_one_line_and_goes_on_with_room(sm
     ended = train_on_disks(small_disk, tmp_path, list(range(3, 21)))
     kinds = [line if line == "trained" else line.startswith("the disk") for line in ended.values()]
     assert {kinds.count(kind) > 1 for kind in ("trained", True, False)} == {True}, ended
+
+
+# ---- the recipes ----
+
+OUTPUTS = {
+    "encode": lambda files, out: [files["model"], files["nli"], out / "a.npy"],
+    "mine_hard_negatives": lambda files, out: [files["model"], "--train_file", files["nli"], "--output_file", out / "a.jsonl"],
+    "evaluate": lambda files, out: [files["model"], "--eval_sts_file", f"a={files['sts']}", "--output_dir", out / "a"],
+    "evaluate_mteb": lambda files, out: [files["model"], "--tasks", "STSBenchmark", "--output_dir", out / "a"],
+    "length_collapse": lambda files, out: [files["model"], "--output_dir", out / "a"],
+    "tempscale": lambda files, out: [files["model"], "--temperature", 0.9, "--output_dir", out / "a"],
+    "pretrain_encoder": lambda files, out: [
+        "--teacher",
+        files["model"],
+        "--train_file",
+        files["nli"],
+        "--output_dir",
+        out / "a",
+    ],
+    "sup_simcse": lambda files, out: [*flags(files), "--output_dir", out / "a"],
+    "simcse_ablation": lambda files, out: [*flags(files), "--output_dir", out / "a"],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk, tmp_path, monkeypatch):
+    """Before the model is loaded and the data are read: neither is there."""
+    files = {file: tmp_path / file for file in ("model", "nli", "sts")}
+    (tmp_path / "model").mkdir()
+    out = small_disk("size=1m")
+    small_disk("ro")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, OUTPUTS[name](files, out))])
+    message = error_of(load_recipe(name).main)
+    assert f"nothing can be written in {out} (the file system is read-only)" in message, message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
