@@ -121,7 +121,7 @@ def place_of(error: BaseException, places: list[Path]) -> Path:
     if places:
         return places[0]
     caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HOME)]
-    return min([*caches, Path(tempfile.gettempdir()), Path.cwd()], key=lambda place: shutil.disk_usage(mount_of(place)).free)
+    return min([*caches, temporary_folder(), Path.cwd()], key=lambda place: shutil.disk_usage(mount_of(place)).free)
 
 
 def full_message(reason: str, place: Path) -> str:
@@ -148,11 +148,19 @@ def another_place(place: Path) -> str:
         (SHARED_MEMORY, "set dataloader_num_workers to 0; docker run --shm-size 2g gives more"),
         (Path(datasets.config.HF_DATASETS_CACHE), "set HF_DATASETS_CACHE to a folder elsewhere"),
         (Path(huggingface_hub.constants.HF_HOME), "set HF_HOME to a folder elsewhere"),
-        (Path(tempfile.gettempdir(), "tmp"), "set TMPDIR to a folder elsewhere"),
+        (temporary_folder() / "tmp", "set TMPDIR to a folder elsewhere"),
     ):
         if os.path.abspath(place).startswith(os.path.abspath(folder)):
             return mend
     return "name another output folder"
+
+
+def temporary_folder() -> Path:
+    """Return the system's folder for temporary files, which `tempfile` does not name where the disk is full."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return Path(os.environ.get("TMPDIR", "/tmp"))
 
 
 def mount_of(place: Path) -> Path:

@@ -48,25 +48,38 @@ class OutputTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
 
-def check_output(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> None:
+def check_output(
+    args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None, trains: bool = True
+) -> None:
     """Check that what a training writes can be written. Every rank calls this, before the first step.
 
     Args:
         args: the settings.
         step: what is trained.
         optimizer: the user's own, if there is one.
+        trains: whether there is anything to train on, so that there will be checkpoints.
 
     Raises:
-        InputError: the folder cannot be written, or has no room for a single checkpoint.
+        InputError: on some rank the folder cannot be written, or has no room for a single checkpoint.
     """
-    folder = str(args.output_dir)
-    check_folder(folder)
-    if LOGS in os.environ and "tensorboard" in (args.report_to or ()):
-        check_folder(os.path.expanduser(os.environ[LOGS]), LOGS)
-    model, checkpoint = model_bytes(step), checkpoint_bytes(args, step, optimizer)
-    one = checkpoint if saves(args) else model
-    lacks = gather_objects(lack_of_room(folder, one, "a checkpoint takes" if saves(args) else "the model takes"))
-    if lack := next((lack for lack in lacks if lack), None):
+    problem = None
+    try:
+        check_folder(str(args.output_dir))
+        if LOGS in os.environ and "tensorboard" in (args.report_to or ()):
+            check_folder(os.path.expanduser(os.environ[LOGS]), LOGS)
+        if trains:
+            check_room(args, step, optimizer)
+    except InputError as error:
+        problem = str(error)
+    if found := next((found for found in gather_objects(problem) if found), None):
+        raise InputError(found)
+
+
+def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise InputError where a single checkpoint, or the model, does not fit; warn where two and the model do not."""
+    folder, model, checkpoint = str(args.output_dir), model_bytes(step), checkpoint_bytes(args, step, optimizer)
+    what, needed = ("a checkpoint takes", checkpoint) if saves(args) else ("the model takes", model)
+    if lack := lack_of_room(folder, needed, what):
         raise InputError(f"output_dir {lack}; make room there, or {another_place(Path(folder))}")
     most = lack_of_room(folder, 2 * checkpoint + model, "two checkpoints and the model take")
     if saves(args) and most and args.process_index == 0:

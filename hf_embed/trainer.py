@@ -111,7 +111,7 @@ class ContrastiveTrainer(HubTrainer):
         self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
-        check_output(args, self.step, optimizers[0])
+        check_output(args, self.step, optimizers[0], trains=rows is not None)
         tokens, views = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
         tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:

@@ -24,6 +24,7 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputErro
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file
 from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
+from hf_embed.output import check_output
 from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
 
 matplotlib.use("Agg")
@@ -312,6 +313,17 @@ def test_a_full_cache_is_one_line_and_goes_on_with_room(small_disk, monkeypatch)
     assert len(count_of(rows, made)) == len(made) == 20_000
 
 
+def test_a_full_cache_of_parquet_rows_is_one_line(small_disk, monkeypatch):
+    folder = small_disk("size=64k")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+    file = folder.parent / "a.parquet"
+    Dataset.from_dict({"text": [f"text {i}" for i in range(20_000)]}).to_parquet(file)
+    message = error_of(read_file, str(file))
+    assert message.startswith(f"the disk is full (at {folder}") and "set HF_DATASETS_CACHE to a folder" in message
+    small_disk("size=8m")
+    assert len(read_file(str(file))) == 20_000
+
+
 def test_rows_on_a_read_only_file_system_have_their_cache_elsewhere(small_disk, tmp_path, monkeypatch):
     folder = small_disk("size=1m")
     stored(folder / "rows")
@@ -352,6 +364,35 @@ def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
     trainer_in(folder / "out")
     assert "checkpoint" not in caplog.text
     assert "is a file; name a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
+    small_disk("size=1m", "tiny")
+    ContrastiveTrainer(  # which evaluates, and writes nothing
+        tiny_model(), ContrastiveTrainingArguments(str(folder.parent / "tiny"), use_cpu=True, report_to="none"),
+        processing_class=quickstart_tokenizer(),
+    )  # fmt: skip
+
+
+def test_an_encoder_that_does_not_fit_leaves_the_old_one(small_disk):
+    folder = small_disk("size=4m")
+    encoder, other = tiny_encoder(), tiny_encoder(seed=1)
+    encoder.save_pretrained(str(folder / "model"))
+    before = {path: path.read_bytes() for path in (folder / "model").rglob("*") if path.is_file()}
+    (folder / "data").write_bytes(b"a" * 1_000_000)
+    with pytest.raises(DiskError, match=rf"the disk is full \(at {folder}/model\)"):
+        other.save_pretrained(str(folder / "model"))
+    assert {path: path.read_bytes() for path in (folder / "model").rglob("*") if path.is_file()} == before
+    assert sorted(os.listdir(folder)) == ["data", "model"]
+    small_disk("size=16m")
+    other.save_pretrained(str(folder / "model"))
+    assert (folder / "model" / "model.safetensors").read_bytes() != before[folder / "model" / "model.safetensors"]
+
+
+def test_the_folder_of_the_logs_is_checked(tmp_path, monkeypatch):
+    args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(ROOT / "setup.cfg"))
+    check_output(args, trainer_in(tmp_path).step, None, trains=False)
+    args.report_to = ["tensorboard"]  # which need not be installed
+    message = error_of(check_output, args, trainer_in(tmp_path).step, None)
+    assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; name a folder"
 
 
 def test_a_script_s_full_disk_is_our_error(small_disk, caplog):

@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -38,6 +39,7 @@ from datasets.exceptions import DatasetGenerationError
 from hf_embed.data import files
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import column_names, text_columns
+from hf_embed.disk import DiskError, disk_errors
 from hf_embed.errors import InputError
 from hf_embed.hub_access import check_dataset
 
@@ -91,7 +93,8 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         data_files = [file if "://" in file else glob.escape(file) for file in paths]
-        return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
+        with disk_errors(datasets.config.HF_DATASETS_CACHE):
+            return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
     except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
@@ -132,7 +135,10 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     """
     check_dataset(name)
     try:
-        rows = load_dataset(name, config, split=split, streaming=streaming)
+        with disk_errors(datasets.config.HF_DATASETS_CACHE):
+            rows = load_dataset(name, config, split=split, streaming=streaming)
+    except DiskError:
+        raise
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
         reason = files.first_line(error)
         raise InputError(

@@ -1,6 +1,7 @@
 """What recipes share on the command line: flags from dataclasses, `--config FILE.yaml`, and errors in one line."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -388,6 +389,7 @@ def run(main: Callable[[], object]) -> None:
             time.sleep(PATIENCE)
         # From a dataloader's worker an error comes with a traceback, whose last line is the error.
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on the disk that is full
+            print(f"error: {message}", file=sys.stderr, flush=True)
         # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
         raise SystemExit(2) from None
