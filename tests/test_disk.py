@@ -18,6 +18,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
 from test_recipes import ROOT, flags, load_recipe, make_files, sup
+from test_safe_files import killed_at
 from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
@@ -296,6 +297,21 @@ def test_the_rows_of_a_damaged_text_file_s_cache_are_read_anew(tmp_path, monkeyp
         assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "zeros"])
+def test_the_rows_of_a_damaged_parquet_file_s_cache_are_made_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    expected = [f"text {i}" for i in range(3000)]
+    Dataset.from_dict({"text": expected}).to_parquet(tmp_path / "a.parquet")
+    assert read_file(str(tmp_path / "a.parquet"))["text"][:] == expected
+    (path,) = (tmp_path / "cache").rglob("*.arrow")
+    whole = path.read_bytes()
+    for _ in range(2):
+        DAMAGES[damage](path)
+        assert path.read_bytes() != whole
+        assert read_file(str(tmp_path / "a.parquet"))["text"][:] == expected
+        assert path.read_bytes() == whole and is_sealed(path)
+
+
 def test_a_full_cache_is_one_line_and_goes_on_with_room(small_disk, monkeypatch):
     folder = small_disk("size=64k")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
@@ -311,6 +327,23 @@ def test_a_full_cache_is_one_line_and_goes_on_with_room(small_disk, monkeypatch)
     assert not list((folder / "hf_embed").glob("tmp*")) and not list((folder / "hf_embed").glob(".saving-*"))
     small_disk("size=8m")
     assert len(count_of(rows, made)) == len(made) == 20_000
+
+
+def test_a_cache_whose_writer_is_killed_is_made_anew(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(f"text {i}\n" for i in range(100)))
+    number, killed = 1, True
+    while killed:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / str(number)))
+
+        def lengths_of_file() -> list[int]:
+            return count_of(read_file(str(tmp_path / "a.txt")).rename_column("text", "anchor"), [])
+
+        killed = killed_at(number, lengths_of_file)
+        assert lengths_of_file() == [len(f"text {i}") for i in range(100)]
+        tables = [path for path in (tmp_path / str(number)).rglob("*.arrow") if ".saving-" not in str(path)]
+        assert len(tables) == 2 and all(map(is_sealed, tables))
+        number += 3
+    assert number > 15
 
 
 def test_a_full_cache_of_parquet_rows_is_one_line(small_disk, monkeypatch):

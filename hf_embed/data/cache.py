@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets import Dataset, Features, is_caching_enabled
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher, generate_random_fingerprint
@@ -25,6 +26,7 @@ from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, wr
 
 logger = logging.getLogger(__name__)
 
+TRUNCATED = "Expected to be able to read"  # is in the error about a table that is
 OLD = 24 * 3600  # seconds since the last write to a file that nobody writes any more
 
 
@@ -85,6 +87,29 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
                 put(made, path)
             seal(path)
     return rows.map(function, cache_file_name=str(path), load_from_cache_file=True, **named)
+
+
+def checked_load(path: str, **settings: Any) -> Any:
+    """Return `datasets.load_dataset(path, **settings)`, whose tables are made again where they are damaged."""
+    with disk_errors(datasets.config.HF_DATASETS_CACHE):
+        try:
+            rows = datasets.load_dataset(path, **settings)
+            whole = all(found(file) for file in files_of(rows) if seal_of(file).is_file())
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and TRUNCATED not in str(error):
+                raise
+            whole = False
+        if not whole:
+            rows = datasets.load_dataset(path, download_mode="reuse_cache_if_exists", **settings)
+        for file in files_of(rows):
+            if os.access(file.parent, os.W_OK) and not (whole and seal_of(file).is_file()):
+                seal(file)
+    return rows
+
+
+def files_of(rows: Any) -> list[Path]:
+    """Return the files in which the tables of rows lie; none for a stream, for example."""
+    return [Path(file["filename"]) for file in rows.cache_files] if isinstance(rows, Dataset) else []
 
 
 def identity_of(rows: Dataset, function: Callable[..., Any], settings: dict[str, Any]) -> str:

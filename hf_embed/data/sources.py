@@ -31,15 +31,14 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import datasets
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.data import files
-from hf_embed.data.cache import cached_map
+from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import column_names, text_columns
-from hf_embed.disk import DiskError, disk_errors
+from hf_embed.disk import DiskError
 from hf_embed.errors import InputError
 from hf_embed.hub_access import check_dataset
 
@@ -93,8 +92,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         data_files = [file if "://" in file else glob.escape(file) for file in paths]
-        with disk_errors(datasets.config.HF_DATASETS_CACHE):
-            return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
+        return checked_load("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
     except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
@@ -135,8 +133,7 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     """
     check_dataset(name)
     try:
-        with disk_errors(datasets.config.HF_DATASETS_CACHE):
-            rows = load_dataset(name, config, split=split, streaming=streaming)
+        rows = checked_load(name, name=config, split=split, streaming=streaming)
     except DiskError:
         raise
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
