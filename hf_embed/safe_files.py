@@ -13,6 +13,7 @@ one rename. Whatever ends the process, the old one or the new one is there as a 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -101,11 +102,13 @@ def seal_of(path: Path) -> Path:
 
 def content_of(path: Path) -> str:
     """Return what the seal of a file says."""
-    hashed = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            hashed.update(block)
-        return f"{file.tell()} bytes, xxh3 {hashed.hexdigest()}\n"
+    return f"{path.stat().st_size} bytes, xxh3_128 {hash_of(path)}\n"
+
+
+def hash_of(path: Path) -> str:
+    """Return a hash of a file's content."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
 
 def flush_one(path: Path) -> None:

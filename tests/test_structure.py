@@ -16,6 +16,7 @@ LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
+    "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }
@@ -32,6 +33,7 @@ NOT_ASIDE = {
     "checkpoint.save": "into a new folder, which takes the place of the old one",
     "checkpoint.verify": "into the new folder of checkpoint.save, for the loaders that are compared",
     "checkpoint.training_state": "into a checkpoint, which is renamed when it is whole",
+    "checkpoint.whole": "into a checkpoint, which is renamed when it is whole",
     "checkpoint.hub": "a copy of a checkpoint, to be uploaded and removed",
     "trainer": "into a checkpoint, which is renamed when it is whole",
     "vector_files": "a piece of work within `make_files`, and the memory map that has been written aside",
