@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -520,3 +522,20 @@ def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk,
     message = error_of(load_recipe(name).main)
     assert f"nothing can be written in {out} (the file system is read-only)" in message, message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_two_ranks_is_said_once(small_disk, tmp_path):
+    files = make_files(tmp_path)
+    out = small_disk("size=10m") / "out"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/accelerate/cpu_2.yaml"]
+    words = ["--report_to", "none", "--max_steps", 4, "--save_steps", 1, "--save_total_limit", 1, "--output_dir", out]
+    command = [*map(str, [*launch, ROOT / "recipes/sup_simcse.py", *flags(files), *words])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if "the disk is full (at " in line]
+    assert len(lines) == 1 and lines[0].startswith(f"error: the disk is full (at {out}/checkpoint-"), done.stderr[-3000:]
+    assert done.returncode
+    assert not list(out.glob(".saving-*"))
+    small_disk("size=64m")
+    done = subprocess.run([*command, "--resume_from_checkpoint"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
