@@ -39,6 +39,7 @@ TEXTS = {
 }
 SHARED_MEMORY = Path("/dev/shm")
 OF_WORKERS = r"out of shared memory|</torch_"
+ANOTHER_FOLDER = "name another output folder"
 AGAIN = "make room there and run it again"
 ASIDE = ".saving-"  # begins the name of what is not whole yet
 LONGEST_ADDITION = 40  # bytes of the longest ending or beginning that a name gets while a file is written
@@ -80,11 +81,19 @@ def disk_message(error: BaseException, places: list[Path]) -> str | None:
         if code in FULL:
             return full_message(FULL[code], place_of(cause, places))
         if code in REFUSED and not isinstance(error, InputError) and file_of(cause):
-            file = place_of(cause, places)
-            return f"{shortened(file)}: {REFUSED[code]}; give this user the right, or {another_place(file)}"
+            return refusal(REFUSED[code], place_of(cause, places), places)
         if "No usable temporary directory" in str(cause):
             return "no temporary folder can be written; set TMPDIR to one that can, and that has room"
     return None
+
+
+def refusal(reason: str, file: Path, places: list[Path]) -> str:
+    """Return the line about a file that may not be written or, of one that is not in `places` or a cache, perhaps read."""
+    mend = another_place(file)
+    written = mend != ANOTHER_FOLDER or any(Path(os.path.abspath(file)).is_relative_to(os.path.abspath(p)) for p in places)
+    if reason == REFUSED[errno.EACCES]:
+        mend = f"give this user the right to it{f', or {mend}' if written else ''}"
+    return f"{shortened(file)}: {reason}; {mend}"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -152,7 +161,7 @@ def another_place(place: Path) -> str:
     ):
         if os.path.abspath(place).startswith(os.path.abspath(folder)):
             return mend
-    return "name another output folder"
+    return ANOTHER_FOLDER
 
 
 def temporary_folder() -> Path:

@@ -91,12 +91,18 @@ def test_a_file_system_without_room_for_more_files_says_so(small_disk):
 @pytest.mark.parametrize(
     "code, text",
     [(errno.EDQUOT, "the disk quota is used up (at "), (errno.EFBIG, "the file is larger than files may be here (ulimit -f"),
-     (errno.EROFS, "the file system is read-only"), (errno.EACCES, "permission denied; give this user the right")],
+     (errno.EROFS, "the file system is read-only"), (errno.EACCES, "permission denied; give this user the right to it, or name another output folder")],
 )  # fmt: skip
 def test_other_refusals_of_a_file_system(tmp_path, code, text):
     with pytest.raises(DiskError) as error, writing(tmp_path / "out"):
         raise OSError(code, os.strerror(code), str(tmp_path / "out"))
     assert text in str(error.value) and str(tmp_path / "out") in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_an_output(tmp_path):
+    with pytest.raises(DiskError) as error, disk_errors(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "model" / "config.json"))
+    assert str(error.value) == f"{tmp_path}/model/config.json: permission denied; give this user the right to it"
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
