@@ -90,9 +90,13 @@ def test_a_file_system_without_room_for_more_files_says_so(small_disk):
 
 @pytest.mark.parametrize(
     "code, text",
-    [(errno.EDQUOT, "the disk quota is used up (at "), (errno.EFBIG, "the file is larger than files may be here (ulimit -f"),
-     (errno.EROFS, "the file system is read-only"), (errno.EACCES, "permission denied; give this user the right to it, or name another output folder")],
-)  # fmt: skip
+    [
+        (errno.EDQUOT, "the disk quota is used up (at "),
+        (errno.EFBIG, "the file is larger than files may be here (ulimit -f"),
+        (errno.EROFS, "the file system is read-only; name another output folder"),
+        (errno.EACCES, "permission denied; give this user the right to it, or name another output folder"),
+    ],
+)
 def test_other_refusals_of_a_file_system(tmp_path, code, text):
     with pytest.raises(DiskError) as error, writing(tmp_path / "out"):
         raise OSError(code, os.strerror(code), str(tmp_path / "out"))
