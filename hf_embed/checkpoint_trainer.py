@@ -22,6 +22,7 @@ from hf_embed import resume, safe_files
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
 from hf_embed.checkpoint.files import read_json
+from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
 from hf_embed.hub_trainer import HubTrainer
@@ -134,20 +135,21 @@ class CheckpointTrainer(HubTrainer):
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
-            save_without_push(self, str(aside))
-            if not args.save_only_model:
-                save_optimization(self, str(aside))
-            if state.best_global_step:
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-                if best.name == name or best.is_dir():
-                    state.best_model_checkpoint = str(best)
-            if args.should_save:
-                self._note_callbacks()
-                state.save_to_json(str(aside / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                whole.seal(aside, self.facts)
-                safe_files.replace_folder(aside, run_dir / name)
+            with disk_errors(run_dir / name):  # before what is half-written goes
+                save_without_push(self, str(aside))
+                if not args.save_only_model:
+                    save_optimization(self, str(aside))
+                if state.best_global_step:
+                    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+                    if best.name == name or best.is_dir():
+                        state.best_model_checkpoint = str(best)
+                if args.should_save:
+                    self._note_callbacks()
+                    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    whole.seal(aside, self.facts)
+                    safe_files.replace_folder(aside, run_dir / name)
         finally:  # after an error, or on a machine that keeps no checkpoints
             if args.should_save or args.local_process_index == 0:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -139,6 +139,11 @@ def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:
     rows._fingerprint = fingerprint
 
 
+def fingerprint_of(rows: datasets.Dataset) -> str:
+    """Return what `Dataset.map` names the cache of these rows by."""
+    return rows._fingerprint
+
+
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Return all flags of a parser."""
     return parser._actions

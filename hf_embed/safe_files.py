@@ -13,6 +13,7 @@ one rename. Whatever ends the process, the old one or the new one is there as a 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -20,6 +21,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
+from hf_embed.disk import ASIDE, disk_errors
 from hf_embed.errors import InputError
 
 try:
@@ -27,7 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-SAVING = ".saving-"  # begins the name of what is not whole yet, or is about to go
+SAVING = ASIDE  # begins the name of what is not whole yet, or is about to go
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2, Linux
 numbers = itertools.count()
 locks: dict[str, int] = {}  # of this process: the open folders
@@ -41,13 +45,17 @@ def writing(path: str | Path) -> Iterator[Path]:
     """Yield the name under which to write a file, of the same ending; at the end the file is flushed and takes its place.
 
     After an exception the file at `path`, or its absence, is as it was.
+
+    Raises:
+        DiskError: the disk is full, or the file may not be written.
     """
     path = Path(path)
     aside = path.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}{path.suffix}")
     try:
-        yield aside
-        flush_one(aside)
-        aside.replace(path)
+        with disk_errors(path):
+            yield aside
+            flush_one(aside)
+            aside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -64,6 +72,43 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write a JSON file, indented."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def put(new: Path, path: Path) -> None:
+    """Put the file `new`, which is complete, in the place of `path`, on the same file system."""
+    flush_one(new)
+    new.replace(path)
+    flush_one(path.parent)
+
+
+def seal(path: Path) -> None:
+    """Flush a file that is complete, and write its size and hash beside it, by which `is_sealed` knows it."""
+    flush_one(path)
+    write_text(seal_of(path), content_of(path))
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether a file is byte for byte as it was when it was sealed."""
+    try:
+        return seal_of(path).read_bytes() == content_of(path).encode()
+    except FileNotFoundError:
+        return False
+
+
+def seal_of(path: Path) -> Path:
+    """Return where the seal of a file lies."""
+    return path.with_name(f"{path.name}.xxh3")
+
+
+def content_of(path: Path) -> str:
+    """Return what the seal of a file says."""
+    return f"{path.stat().st_size} bytes, xxh3_128 {hash_of(path)}\n"
+
+
+def hash_of(path: Path) -> str:
+    """Return a hash of a file's content."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
 
 def flush_one(path: Path) -> None:
@@ -98,11 +143,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; at the end it takes the place of `folder`, whether that is there or not.
 
     After an exception `folder`, or its absence, is as it was.
+
+    Raises:
+        DiskError: the disk is full, or something may not be written.
     """
     new = new_folder_beside(folder)
     try:
-        yield new
-        replace_folder(new, folder)
+        with disk_errors(folder):
+            yield new
+            replace_folder(new, folder)
     except BaseException:
         release(new)
         shutil.rmtree(new, ignore_errors=True)

@@ -40,6 +40,7 @@ from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.log_lines import show_lines
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective
+from hf_embed.output import check_output
 from hf_embed.preview import preview
 from hf_embed.progress import hidden_bars
 from hf_embed.step import add_own_parameters, make_step
@@ -111,6 +112,7 @@ class ContrastiveTrainer(GuardedTrainer):
         self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
+        check_output(args, self.step, optimizers[0], trains=rows is not None)
         tokens, views = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
         tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:

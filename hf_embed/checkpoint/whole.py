@@ -6,7 +6,6 @@ its own protects the manifest. A checkpoint that an earlier version wrote has no
 of themselves, a checksum in those of torch and the lengths in those of safetensors.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -21,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed.checkpoint.files import read_json
 from hf_embed.errors import InputError
-from hf_embed.safe_files import SAVING, remove_folder
+from hf_embed.safe_files import SAVING, hash_of, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +55,6 @@ def names_in(folder: Path) -> list[str]:
     """Return the files of a checkpoint that the manifest lists, those in folders too, as paths with slashes."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if path.as_posix() not in LEFT_OUT and not path.name.startswith(SAVING))
-
-
-def hash_of(path: Path) -> str:
-    """Return the hash of a file, which is read in blocks."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
 
 def hash_of_content(content: dict[str, Any]) -> str:

@@ -5,14 +5,13 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import errno
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -25,6 +24,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
+from hf_embed.disk import disk_errors
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
@@ -35,7 +35,6 @@ from hf_embed.stop import Stopped
 logger = logging.getLogger(__name__)
 
 FROM_HAND = "trust_remote_code"  # no file may give this permission
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # Flags as other programs spell them, where difflib would find nothing or something else.
 ELSEWHERE = {
     "batch_size": "per_device_train_batch_size",
@@ -352,24 +351,6 @@ def check_processes() -> None:
         )
 
 
-@contextlib.contextmanager
-def full_disk_in_one_line() -> Iterator[None]:
-    """Turn the errors of a full disk into an InputError.
-
-    Files are written aside and then moved, so what was there before is whole.
-    """
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and getattr(cause, "errno", None) not in FULL and "No space left" not in str(cause):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        where = getattr(cause, "filename", None) or os.getcwd()
-        raise InputError(f"the disk is full (at {where}); make room and run it again, or name another --output_dir") from error
-
-
 class MaskedFormatter(logging.Formatter):
     """Messages, and the errors with them, without the secrets of addresses."""
 
@@ -418,7 +399,7 @@ def run(main: Callable[[], object]) -> None:
         logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
     use_all_cores()
     try:
-        with speaking_in_turn(main_process), full_disk_in_one_line(), peers_in_one_line():
+        with speaking_in_turn(main_process), disk_errors(), peers_in_one_line():
             check_processes()
             main()
         end_group()
@@ -428,6 +409,7 @@ def run(main: Callable[[], object]) -> None:
     except InputError as error:
         # From a dataloader's worker an error comes with a traceback, whose last line is the error.
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on the disk that is full
+            print(f"error: {message}", file=sys.stderr, flush=True)
         # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
         raise SystemExit(2) from None

@@ -19,6 +19,7 @@ from hf_embed.checkpoint.whole import check_whole, newest_whole
 from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
+from hf_embed.disk import ASIDE, check_folder
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, read_sts
@@ -365,14 +366,13 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
     default = given in (None, "trainer_output")
     folder = Path(f"outputs/{name}" if default else os.path.expanduser(given))
     overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: this is a file; name a folder")
+    check_folder(folder, "--output_dir")
     if is_working(folder):
         raise InputError(f"--output_dir {folder}: runs that replace another one have such names; name another folder")
     unfinished = working_folder(folder) if is_unfinished(folder) else None
     if resume and not flags.values["seeds"]:  # of several seeds each has its own
         resume = find_checkpoint(resume, unfinished or folder)
-    filled = folder.is_dir() and any(folder.iterdir())
+    filled = holds_run(folder)
     if filled and not (overwrite or resume):
         raise InputError(
             f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
@@ -385,6 +385,11 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
         check_replaceable(folder)
         working = working_folder(folder)
     return flags.override(output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds more than the logs of a run that ended before it saved anything."""
+    return any(path.name != "runs" and not path.name.startswith(ASIDE) for path in folder.glob("*"))
 
 
 def find_checkpoint(given: str, folder: Path) -> str:
