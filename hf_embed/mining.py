@@ -46,7 +46,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.checkpoint.files import read_json
 from hf_embed.data.columns import text_columns
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.python_rows import RowData, as_rows
@@ -58,6 +57,7 @@ from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
+from hf_embed.read_files import read_array, read_json
 from hf_embed.search import exact_search
 from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
 
@@ -281,14 +281,14 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
 
 def read_vectors(paths: list[Path], numbers: list[int]) -> Tensor:
     """Return the vectors (len(numbers), D) of the texts with these numbers."""
-    shards = {shard: np.load(paths[shard], mmap_mode="r") for shard in {number // SHARD for number in numbers}}
+    shards = {shard: read_array(paths[shard]) for shard in {number // SHARD for number in numbers}}
     return torch.from_numpy(np.stack([shards[number // SHARD][number % SHARD] for number in numbers]))
 
 
 def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
     """Yield the vectors of each file, (SHARD, D) or fewer, on a device."""
     for path in paths:
-        yield torch.from_numpy(np.load(path)).to(device)
+        yield torch.from_numpy(np.array(read_array(path))).to(device)
 
 
 # ---- search and choice ----

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_embed.checkpoint.files import read_json, read_text, write_whole
+from hf_embed.checkpoint.files import write_whole
 from hf_embed.checkpoint.layout import (
     DenseModule,
     NormalizeModule,
@@ -30,6 +30,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
+from hf_embed.read_files import first_line, read_json, read_text
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
 from hf_embed.text_models import loading_class
@@ -126,9 +127,22 @@ def digest(text: str) -> str:
 
 def stored_results(folder: str | Path) -> Results:
     """Return what results.json in `folder` holds; {} without the file, and of one that is not of this package."""
-    path = Path(folder, "results.json")
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) and found.keys() <= RESULT_KEYS else {}
+    return own_results(Path(folder, "results.json")) or {}
+
+
+def own_results(path: Path) -> Results | None:
+    """Return what a results.json holds, {} where there is none; None of one that is not of this package, or damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path, with_nan=True)
+        if not found.keys() <= RESULT_KEYS:
+            return None
+        metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
+    except Exception as error:  # someone may have edited it, and anything may have another type
+        logger.warning(f"{path} is damaged ({first_line(error)}); it stays as it is, and the card does not show it")
+        return None
+    return found
 
 
 def keep_results(folder: str | Path, results: Results) -> Results:
@@ -136,10 +150,11 @@ def keep_results(folder: str | Path, results: Results) -> Results:
 
     What a card before was named by (its title, language and license) stays.
     """
-    path, before = Path(folder, "results.json"), stored_results(folder)
-    if card := before.get("card", {}) | results.get("card", {}):
+    path = Path(folder, "results.json")
+    before = own_results(path)
+    if card := (before or {}).get("card", {}) | results.get("card", {}):
         results = results | {"card": card}
-    if before or not path.is_file() or read_json(path) == {}:
+    if before is not None:
         store_results(folder, results)
     else:
         logger.warning(f"{path} is not a file of this package and stays as it is; the card says what the training has to say")

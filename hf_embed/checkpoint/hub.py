@@ -27,9 +27,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import with_repository
-from hf_embed.checkpoint.files import read_json, read_text
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
+from hf_embed.read_files import read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -217,10 +217,7 @@ def module_folders(folder: Path) -> list[Path]:
 
 def read_config(path: Path) -> Any:
     """Return what a JSON file holds; None where there is no file."""
-    try:
-        return read_json(path) if path.is_file() else None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+    return read_json(path, (dict, list)) if path.is_file() else None
 
 
 def code_files(folder: Path) -> list[Path]:

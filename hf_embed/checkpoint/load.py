@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import calm_libraries
+from hf_embed.read_files import first_line, tensor_dtypes
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
@@ -187,24 +187,16 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     if further := [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in known]:
         raise InputError(f"model '{name}': config.json has no place for {listed(further)} in its weights file; {MEND}")
     if getattr(model.config, "quantization_config", None) is None:
-        for file in weight_files(files):
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no dict)
-                    if (dtype := tensors.get_slice(key).get_dtype()) not in PLAIN_DTYPES:
-                        raise InputError(
-                            f"model '{name}': '{key}' is stored as {dtype}, but config.json names no quantization; save the "
-                            "model in floating point"
-                        )
+        for file, path in files.weight_files().items():
+            for key, dtype in tensor_dtypes(path, f"model '{name}': {file}").items():
+                if dtype not in PLAIN_DTYPES:
+                    raise InputError(
+                        f"model '{name}': '{key}' is stored as {dtype}, but config.json names no quantization; save the model "
+                        "in floating point"
+                    )
     for key, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise InputError(f"model '{name}': '{key}' has values that are NaN or infinite; the weights are spoilt")
-
-
-def weight_files(files: Files) -> list[str]:
-    """Return the safetensors files of a model, where they lie on this machine."""
-    index = files.json("model.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    return [path for path in map(files.path, names) if path]
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -266,5 +258,5 @@ def unreachable(name: str, error: Exception, what: str = "cannot be loaded") -> 
             f"model '{name}' brings Python code of its own, which is not run unless you say so: read it, then give "
             "--trust_remote_code on the command line (in Python, trust_remote_code=True)"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     return InputError(f"model '{name}' {what}: {reason}. {WHAT_TO_GIVE}")

@@ -39,6 +39,7 @@ from hf_embed.data import files
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import check_dataset
+from hf_embed.read_files import check_file, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     except InputError:
         raise
     except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
-        raise files.unreadable(path, files.first_line(error.__cause__ or error)) from error
+        raise files.unreadable(path, first_line(error.__cause__ or error)) from error
 
 
 def check_files(paths: list[str]) -> str:
@@ -105,12 +106,12 @@ def check_files(paths: list[str]) -> str:
     """
     endings = set()
     for path in paths:
-        file = Path(path)
         if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
-            if not file.is_file():
-                what = "this is a folder; name a file in it" if file.is_dir() else "no such file; check the path"
-                raise InputError(f"{path}: {what} (folders and globs are not read)")
-            if file.stat().st_size == 0:
+            try:
+                check_file(path)
+            except InputError as error:
+                raise InputError(f"{error} (folders and globs are not read)") from error
+            if Path(path).stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
         kind = files.kind_of(path)
         if kind not in KINDS:
@@ -133,7 +134,7 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     try:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
-        reason = files.first_line(error)
+        reason = first_line(error)
         raise InputError(
             f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; or give a local file"
         ) from error

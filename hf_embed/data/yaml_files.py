@@ -1,12 +1,12 @@
 """Configurations and lists of sources: YAML files."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_embed.entry import shipped
 from hf_embed.errors import InputError
+from hf_embed.read_files import read_text
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -33,12 +33,9 @@ def read_yaml(path: str, name: str) -> Any:
     Raises:
         InputError: the file, which the message calls `name`, is missing or not YAML, or has a key twice.
     """
+    text = read_text(shipped(path), name)
     try:
-        return yaml.load(Path(shipped(path)).read_text(encoding="utf-8-sig"), UniqueKeys)
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8: {error}") from error
+        return yaml.load(text, UniqueKeys)
     except TwiceError as error:
         raise InputError(f"{name}, {error}") from error
     except yaml.YAMLError as error:

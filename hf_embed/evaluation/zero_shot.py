@@ -3,11 +3,9 @@
 A label becomes a text by a template, "this is an example of {label}"; nothing is trained on the labels.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -16,6 +14,7 @@ from hf_embed.data.sources import first_cells, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
+from hf_embed.read_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +96,7 @@ def label_and_text(path: str) -> Dataset:
 
 def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
     """Read the names of labels from a JSON object. Raises InputError for a label that has none."""
-    try:
-        names = json.loads(Path(labels_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--zero_shot_labels {labels_file}: cannot be read as JSON: {error}") from error
-    if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
+    names = read_json(labels_file, name=f"--zero_shot_labels {labels_file}")
+    if missing := [label for label in labels if not isinstance(names.get(label), str)]:
         raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
     return names

@@ -34,6 +34,7 @@ from hf_embed.data.mixture import read_sources
 from hf_embed.errors import InputError
 from hf_embed.mining import MiningArguments, write_hard_negatives
 from hf_embed.progress import progress_bar
+from hf_embed.read_files import read_text
 
 # "python" is the standard library. What hf_embed needs brings the others along.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
@@ -104,11 +105,11 @@ def package_folder(package: str) -> Path:
 def parse_file(path: Path, module: str) -> Iterator[Definition]:
     """Yield the definitions in a file; a file that is no Python of this version has none."""
     try:
-        source = path.read_text(encoding="utf-8")
+        source = read_text(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of strange escapes in other people's code
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, OSError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # InputError is a ValueError
         return  # templates and files for other Pythons
     lines = source.splitlines()
 

@@ -16,6 +16,7 @@ from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import clear_results
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
+from hf_embed.read_files import read_text
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import shown
 
@@ -103,4 +104,4 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
         config.base_model_name_or_path = shown(base)
     adapted.save_pretrained(str(folder))
     readme = folder / "README.md"
-    readme.write_text(readme.read_text(encoding="utf-8").replace(base, shown(base)), encoding="utf-8")
+    readme.write_text(read_text(readme).replace(base, shown(base)), encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_embed.checkpoint.files import read_json
+from hf_embed.read_files import read_json
 
 # What a run leaves on its way, and what is left where one was killed in the middle of it.
 RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
@@ -64,7 +64,7 @@ def remove(path: Path) -> None:
 
 def clear_results(folder: Path, keep: Iterable[str] = ()) -> None:
     """Remove the scores, extras and modules that an earlier run left in `folder`, where other weights lie now."""
-    keep = {*keep, *(module["path"] for module in read_json(folder / "modules.json"))}
+    keep = {*keep, *(module["path"] for module in read_json(folder / "modules.json", list))}
     for path in list(folder.iterdir()):
         if RESULTS.fullmatch(path.name) and path.name not in keep:
             remove(path)

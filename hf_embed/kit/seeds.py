@@ -15,7 +15,6 @@ from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed.checkpoint.card import store_results, write_card
-from hf_embed.checkpoint.files import read_json
 from hf_embed.checkpoint.save import put_in_place
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
@@ -26,6 +25,7 @@ from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
 from hf_embed.kit.plan import Plan, find_checkpoint
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
+from hf_embed.read_files import read_json
 
 
 def read_seeds(given: str) -> list[int]:
@@ -86,7 +86,7 @@ def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
 
 def finished_run(folder: Path, plan: Plan) -> dict[str, Any]:
     """Read the results of a seed's run that is finished. Raises InputError if it had other settings."""
-    results = read_json(folder / "results.json")
+    results = read_json(folder / "results.json", with_nan=True)
     if results["train"]["settings"] != json.loads(json.dumps(changed(plan))):
         raise InputError(f"{folder} holds a run with other settings; replace all by --overwrite_output_dir")
     return results
