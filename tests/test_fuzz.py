@@ -5,8 +5,8 @@ Each area has a strategy of hostile cases and a function that reads one. A few c
 """
 
 import contextlib
+import dataclasses
 import json
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -25,21 +25,22 @@ from fuzz_strategies import st
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from hf_embed import Encoder, InputError
+from hf_embed import Encoder, InputError, semantic_search
 from hf_embed.checkpoint.files import read_weights
 from hf_embed.checkpoint.settings import read_settings
+from hf_embed.data.columns import column_names, read_columns
 from hf_embed.data.labelled import read_pairs
-from hf_embed.data.mixture import KEYS, make_mixture, read_sources
+from hf_embed.data.mixture import KEYS, Source, read_sources
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.data.tokenization import tokenize_rows
-from hf_embed.evaluation.pair_classification import read_pair_classification
+from hf_embed.evaluation.pair_classification import PairClassification, read_pair_classification
 from hf_embed.evaluation.reranking import Reranking, read_reranking
+from hf_embed.evaluation.retrieval import Retrieval, read_retrieval
 from hf_embed.evaluation.retrieval import read_pairs as read_search
-from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.sts import STS, read_sts
-from hf_embed.evaluation.triplets import read_triplets
-from hf_embed.evaluation.zero_shot import read_zero_shot
+from hf_embed.evaluation.sts import STS, named_tasks, read_sts
+from hf_embed.evaluation.triplets import Triplets, read_triplets
+from hf_embed.evaluation.zero_shot import ZeroShot, read_zero_shot
 from hf_embed.kit import plan
 from hf_embed.kit.ablation import AblationArguments, read_variants
 from hf_embed.kit.calibrate import halves
@@ -47,8 +48,10 @@ from hf_embed.kit.code_search import read_code_search
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.plan import PositiveArguments
 from hf_embed.kit.positives import read_synonyms
-from hf_embed.objectives import SimCSE
+from hf_embed.mining import MiningArguments
+from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.read_files import read_array, read_tensors
+from hf_embed.tempscale import TempScaleConfig
 from hf_embed.vector_files import read_vectors, write_vectors
 
 SECONDS = 10  # that a case may take
@@ -76,7 +79,9 @@ def soon():
 
 def embed(texts: list[str], prompt_name: str | None = None) -> torch.Tensor:
     """Return vectors (N, 4) that depend on the texts."""
-    return torch.tensor([[len(text), sum(map(ord, text)) % 7, ord(text[:1] or " ") % 5, 1] for text in texts], dtype=torch.float32)
+    return torch.tensor(
+        [[len(text), sum(map(ord, text)) % 7, ord(text[:1] or " ") % 5, 1] for text in texts], dtype=torch.float32
+    )
 
 
 # ---- reading one case: each function writes it into a folder, and reads it ----
@@ -89,9 +94,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def streamed(path: str) -> None:
-    for number, _ in enumerate(read_file(path, streaming=True)):
-        if number > 10:
-            break
+    column_names(read_file(path, streaming=True))
 
 
 @cache
@@ -116,6 +119,26 @@ READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
+SCORED = {
+    "read_texts": [["text"], ["sentence"]],
+    "halves": [["text"]],
+    "pairs": [["anchor", "positive"], ["premise", "hypothesis", "label"], ["sentence1", "sentence2", "label"]],
+    "search": [["anchor", "positive"], ["question", "answer"]],
+    "read_sts": [["sentence1", "sentence2", "score"], ["score", "a", "b"]],
+    "read_triplets": [["anchor", "positive", "negative"], ["query", "pos", "neg"], ["query", "positive", "documents"]],
+    "read_pair_classification": [["sentence1", "sentence2", "label"], ["question1", "question2", "is_duplicate"]],
+    "read_reranking": [["query", "positive", "negatives"], ["query", "document", "label"], ["query", "positive", "documents"]],
+    "read_zero_shot": [["label", "text"], ["text", "label"]],
+    "read_code_search": [["docstring", "code"]],
+}
+
+
+@st.composite
+def tables(draw, *kinds) -> tuple[str, tuple[str, bytes]]:
+    reader = draw(st.sampled_from(sorted(READERS)))
+    return reader, draw(hostile.table_files(*kinds, layouts=SCORED.get(reader)))
+
+
 def check_table(case: tuple, folder: Path) -> None:
     reader, (name, content) = case
     write(folder, {name: content})
@@ -127,7 +150,9 @@ def named(name: str, call: Callable, *args: Any) -> None:
     try:
         call(*args)
     except InputError as error:
-        assert name in str(error) or "texts of" in str(error) or "text(s) of" in str(error), f"the message names no file: {error}"
+        assert name in str(error) or "texts of" in str(error) or "text(s) of" in str(error), (
+            f"the message names no file: {error}"
+        )
         assert "\n" not in str(error)
         raise
 
@@ -224,6 +249,65 @@ def check_synonyms(case: bytes, folder: Path) -> None:
     named("words.tsv", read_synonyms, str(folder / "words.tsv"))
 
 
+def check_arguments(case: tuple, folder: Path) -> None:
+    """Call what a script may call, with arguments of any kind."""
+    what, given = case
+    CALLS[what](*given)
+
+
+def source(values: list, name: str, value: Any) -> None:
+    rows = datasets.Dataset.from_dict({"anchor": ["a cat", "a dog"], "positive": ["b", "c"], "negative": ["x", "y"]})
+    made = Source(**({"name": "a", "rows": rows} | {name: value}))
+    tokenize(made.rows, made.label)
+
+
+def dataclass_of(kind: type, name: str, value: Any) -> None:
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    kind(**{names[hash(name) % len(names)]: value})
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "search": lambda values, name, value: semantic_search(value, values, top_k=2),
+    "top_k": lambda values, name, value: semantic_search(torch.eye(2), torch.eye(2), top_k=value, similarity=name),
+    "encode": lambda values, name, value: encoder().encode(value),
+    "encode a list": lambda values, name, value: encoder().encode(values, prompt_name=name),
+    "truncate": lambda values, name, value: encoder().encode("a cat", truncate_dim=value, normalize=True),
+    "precision": lambda values, name, value: encoder().encode("a cat", precision=value),
+    "batch size": lambda values, name, value: encoder().encode("a cat", batch_size=value),
+    "similarity": lambda values, name, value: encoder().similarity(value, torch.eye(2)),
+    "Triplets": lambda values, name, value: Triplets(values, values, values).score(embed),
+    "Triplets of any": lambda values, name, value: Triplets(value, values, values).score(embed),
+    "PairClassification": lambda values, name, value: PairClassification(values, values, [0, 1, *values][: len(values)]).score(embed),
+    "labels": lambda values, name, value: PairClassification(["a", "b"], ["c", "d"], value).score(embed),
+    "Retrieval": lambda values, name, value: Retrieval({"q": name}, {"d": "a cat"}, {"q": {"d": value}}).score(embed),
+    "Retrieval of any": lambda values, name, value: Retrieval(value, value, value).score(embed),
+    "cutoffs": lambda values, name, value: Retrieval({"q": "a"}, {"d": "b", "e": "c"}, {"q": {"d": 1}}, value).score(embed),
+    "STS": lambda values, name, value: named_tasks(datasets.Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"],
+                                                                               "score": [0, 1]}).rename_column("score", name or "x")),
+    "ZeroShot": lambda values, name, value: ZeroShot(["a", "b"], value, ["c", "d"]).score(embed),
+    "Source": source,
+    "columns": lambda values, name, value: source(values, "columns", value),
+    "SimCSE": lambda values, name, value: dataclass_of(SimCSE, name, value),
+    "ImprovedContrastive": lambda values, name, value: dataclass_of(ImprovedContrastive, name, value),
+    "Matryoshka": lambda values, name, value: Matryoshka(SimCSE(), value),
+    "MiningArguments": lambda values, name, value: dataclass_of(MiningArguments, name, value),
+    "TempScaleConfig": lambda values, name, value: dataclass_of(TempScaleConfig, name, value),
+    "read_columns": lambda values, name, value: read_columns([name, f"anchor={name}"]),
+    "from_pretrained": lambda values, name, value: Encoder.from_pretrained(name),
+    "pooling": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), pooling=value),
+    "max_length": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), max_length=value),
+    "prompts": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), prompts=value),
+    "encoder's truncate_dim": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), truncate_dim=value),
+}  # fmt: skip
+SOURCE_FIELDS = ["query_prompt", "max_length", "negatives", "weight", "size", "columns", "rows", "name"]
+vectors = st.one_of(hostile.objects, st.lists(st.lists(hostile.numbers, min_size=2, max_size=2), max_size=3), hostile.arrays)
+calls = st.tuples(
+    st.sampled_from(sorted(CALLS)),
+    st.tuples(st.one_of(st.lists(hostile.cells, max_size=3), st.lists(hostile.plain, min_size=2, max_size=3)),
+              st.one_of(hostile.texts, st.sampled_from(SOURCE_FIELDS), st.sampled_from(["cosine", "score"])), vectors),
+)  # fmt: skip
+
+
 # ---- models ----
 
 
@@ -252,7 +336,13 @@ SETTINGS_FILES = {
     "1_Pooling/config.json": ["word_embedding_dimension", "pooling_mode", "include_prompt", "pooling_mode_cls_token"],
     "2_Dense/config.json": ["in_features", "out_features", "bias", "activation_function", "use_residual"],
     "sentence_bert_config.json": ["max_seq_length", "do_lower_case", "modality_config", "model_args"],
-    "config_sentence_transformers.json": ["prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "requirements"],
+    "config_sentence_transformers.json": [
+        "prompts",
+        "default_prompt_name",
+        "similarity_fn_name",
+        "truncate_dim",
+        "requirements",
+    ],
 }
 MODEL_KEYS = ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size", "model_type", "dtype",
               "max_position_embeddings", "architectures", "hidden_act", "temp_scale", "auto_map", "pad_token_id", "type_vocab_size",
@@ -398,10 +488,11 @@ class Area:
 
 
 AREAS = {
-    "tables": Area(st.tuples(st.sampled_from(sorted(READERS)), hostile.table_files()), check_table, 60, 5500),
-    "parquet": Area(st.tuples(st.sampled_from(sorted(READERS)), hostile.table_files(("parquet",))), check_table, 10, 400),
-    "tokenized": Area(hostile.table_files(), check_tokenized, 10, 800),
+    "tables": Area(tables(), check_table, 60, 5500),
+    "parquet": Area(tables(("parquet",)), check_table, 10, 400),
+    "tokenized": Area(hostile.table_files(layouts=[["text"], ["anchor", "positive"], ["premise", "hypothesis", "label"], ["query", "pos", "neg"]]), check_tokenized, 10, 800),
     "rows": Area(st.tuples(st.sampled_from(["rows", "rows", "tokenize", "reranking"]), hostile.python_rows()), check_rows, 40, 2500),
+    "arguments": Area(calls, check_arguments, 40, 3000),
     "beir": Area(hostile.beir_folders(), check_beir, 30, 1500),
     "sources": Area(hostile.yaml_texts([*sorted(KEYS), "columns"], SOURCES), check_sources, 20, 1500),
     "config": Area(hostile.yaml_texts(FLAGS, "seed: 1\n"), check_config, 15, 1200),

@@ -132,6 +132,8 @@ def table_of(columns: dict[str, list], name: str) -> Dataset:
             raise InputError(
                 f"{name}, column '{column}' cannot be stored: {first_line(error)}; correct it, or leave it out"
             ) from error
+    if not tables:
+        raise InputError(f"{name}: the rows have no columns; give {ACCEPTED_ROWS}")
     return concatenate_datasets(tables, axis=1)
 
 

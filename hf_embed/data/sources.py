@@ -27,13 +27,11 @@ import glob
 import gzip
 import logging
 import re
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.data import files
 from hf_embed.data.columns import column_names, text_columns
@@ -69,9 +67,19 @@ def read_file(
         rows = files.stream(paths, table, optional) if streaming else files.load(paths, table)
     else:
         rows = read_parquet(paths, streaming)
-    if (len(rows) == 0) if isinstance(rows, Dataset) else (next(iter(rows), None) is None):
+    if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
         raise InputError(f"{paths[0]}: no rows")
     return rows
+
+
+def is_empty(rows: IterableDataset, path: str) -> bool:
+    """Return whether a stream of the file has no rows. Raises InputError if it cannot be read."""
+    try:
+        return next(iter(rows), None) is None
+    except InputError:
+        raise
+    except Exception as error:  # of Arrow, and of the clients of addresses
+        raise files.unreadable(path, first_line(error)) from error
 
 
 def first_cells(path: str) -> list[str] | None:
@@ -90,12 +98,28 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
                 raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
+        for file in paths:
+            check_parquet(file)
         data_files = [file if "://" in file else glob.escape(file) for file in paths]
         return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
-    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # of Arrow, datasets, gzip and the clients of addresses
         raise files.unreadable(path, first_line(error.__cause__ or error)) from error
+
+
+def check_parquet(path: str) -> None:
+    """Raise InputError for a local parquet file without rows, or with two columns of one name."""
+    if "://" in path:
+        return
+    found = pyarrow.parquet.read_metadata(path)
+    names = found.schema.to_arrow_schema().names
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"{path}: two columns are named '{twice[0]}'; names must differ")
+    if found.num_rows == 0:
+        raise InputError(f"{path}: no rows")
+    if found.row_group(0).num_rows == 0:  # which datasets takes for the size of a batch
+        raise InputError(f"{path}: its first row group has no rows; write the file anew")
 
 
 def check_files(paths: list[str]) -> str:

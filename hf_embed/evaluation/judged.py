@@ -121,7 +121,10 @@ def names_of(rows: Rows, name: str) -> list[str]:
     for row in rows:
         if not isinstance(row, Mapping):
             raise InputError(f"{name}: a row is a {type(row).__name__}; give a dict of query, positive, negative each")
-    return list(dict.fromkeys(column for row in rows for column in row))
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    if odd := [column for column in names if not isinstance(column, str)]:
+        raise InputError(f"{name}: the key {odd[0]!r} is no text; columns have names")
+    return names
 
 
 def warn_of_unused(names: list[str], used: list[str], name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from hf_embed.data.python_rows import from_frame, is_frame
+from hf_embed.data.python_rows import from_frame, is_frame, no_rows
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import Judged, judged_candidates
@@ -44,6 +44,8 @@ class Reranking(EvaluationTask):
     reported = ("rerank_map", "rerank_mrr@10", "rerank_ndcg@10")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.samples, Iterable) or isinstance(self.samples, str | Mapping):
+            raise no_rows(self.samples, "Reranking")
         self.samples = list(from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples)
         if not all(isinstance(sample, Judged) for sample in self.samples):
             self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
