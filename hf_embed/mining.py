@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from hf_embed.data.columns import text_columns
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import rows_of_texts, unformatted
+from hf_embed.data.sources import plain_rows, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -180,7 +180,7 @@ def read_dataset(
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: no column '{missing[0]}'; found {', '.join(table.column_names)}")
     pairs = []
-    for number, row in enumerate(table.select_columns(columns), 1):
+    for number, row in enumerate(plain_rows(table, columns, "dataset"), 1):
         pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"dataset, row {number}")]
     return pairs, columns
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -38,6 +39,11 @@ FINITE = Range()
 SEED = Range(least=0, most=2**32 - 1, whole=True)  # numpy takes no others
 
 
+def is_one_of(value: Any, names: Iterable[str]) -> bool:
+    """Return whether a value is one of some names; an array or a list is none, which `in` could not say."""
+    return isinstance(value, str) and value in names
+
+
 def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
     """Check a dataclass's numbers, the choices that its fields name, and that a switch is True or False.
 
@@ -55,7 +61,7 @@ def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
         if value is None and (field.default is None or type(None) in get_args(types[field.name])):
             continue
         choices = field.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and not is_one_of(value, choices):
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
         if types[field.name] is bool and isinstance(value, str):
             raise InputError(f"{name} is {value!r}; it must be True or False")

@@ -257,7 +257,7 @@ def check_arguments(case: tuple, folder: Path) -> None:
 
 def source(values: list, name: str, value: Any) -> None:
     rows = datasets.Dataset.from_dict({"anchor": ["a cat", "a dog"], "positive": ["b", "c"], "negative": ["x", "y"]})
-    made = Source(**({"name": "a", "rows": rows} | {name: value}))
+    made = Source(**({"name": "a", "rows": rows} | {name if name in SOURCE_FIELDS else "weight": value}))
     tokenize(made.rows, made.label)
 
 
@@ -282,8 +282,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "Retrieval": lambda values, name, value: Retrieval({"q": name}, {"d": "a cat"}, {"q": {"d": value}}).score(embed),
     "Retrieval of any": lambda values, name, value: Retrieval(value, value, value).score(embed),
     "cutoffs": lambda values, name, value: Retrieval({"q": "a"}, {"d": "b", "e": "c"}, {"q": {"d": 1}}, value).score(embed),
-    "STS": lambda values, name, value: named_tasks(datasets.Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"],
-                                                                               "score": [0, 1]}).rename_column("score", name or "x")),
+    "STS": lambda values, name, value: named_tasks(
+        datasets.Dataset.from_dict({"sentence1": ["a", "b"], name.replace("\0", "") or "x": ["c", "d"], "score": [0, 1]})
+    ),
     "ZeroShot": lambda values, name, value: ZeroShot(["a", "b"], value, ["c", "d"]).score(embed),
     "Source": source,
     "columns": lambda values, name, value: source(values, "columns", value),

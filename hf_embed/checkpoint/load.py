@@ -10,11 +10,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import transformer_folder
 from hf_embed.checkpoint.settings import read_settings
+from hf_embed.checkpoint.sizes import check_counts, check_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
@@ -153,9 +154,9 @@ def load_model(
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
         files = Files(name, **where)
         refuse_adapter(files)
-        config = kwargs.pop("config", None)
-        config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+        config = kwargs.pop("config", None) or read_config(name, trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
+        check_size(files, model_class, config)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with calm_libraries():
             model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
@@ -165,6 +166,24 @@ def load_model(
         raise unreachable(name, error) from error
     check_weights(files, model, report)
     return model, sorted(report["missing_keys"])
+
+
+def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> PretrainedConfig:
+    """Return the configuration of a model. Raises InputError for one that is missing or wrong.
+
+    Args:
+        name: a folder, or a model on the Hub.
+        trust_remote_code: run the Python code that the model brings.
+        **where: as in `Files`.
+    """
+    try:
+        files = Files(name, **where)
+        check_counts(files, files.json("config.json") or {})
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+    except InputError:
+        raise
+    except Exception as error:  # of any value in it
+        raise unreachable(name, error) from error
 
 
 def refuse_adapter(files: Files) -> None:
@@ -205,6 +224,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
         raise unreachable(name, error, "its tokenizer cannot be loaded") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, where the file is damaged; it is no Exception
+            raise
+        raise unreachable(name, error, "its tokenizer is damaged") from error
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         raise InputError(f"model '{name}': it needs a {type(tokenizer).__name__}, not a tokenizer of plain text; take another")
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -251,7 +274,7 @@ def own_code(backbone: PreTrainedModel) -> Iterator[None]:
             backbone.config.auto_map = auto_map
 
 
-def unreachable(name: str, error: Exception, what: str = "cannot be loaded") -> InputError:
+def unreachable(name: str, error: BaseException, what: str = "cannot be loaded") -> InputError:
     """Return the error for a model whose loading raised `error`."""
     if "trust_remote_code=True" in str(error):
         return InputError(

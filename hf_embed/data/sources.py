@@ -27,7 +27,7 @@ import glob
 import gzip
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet
@@ -236,6 +236,18 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
     different = {own[1]: own for own in texts}  # a positive may stand twice
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
+
+
+def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
+    """Yield the rows of a table with these columns alone.
+
+    Raises:
+        InputError: a cell holds what Python has no value for, a date before the year 1 for example.
+    """
+    try:
+        yield from rows.select_columns(columns)
+    except Exception as error:
+        raise InputError(f"{name}: a cell of {', '.join(columns)} cannot be read: {first_line(error)}") from error
 
 
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:

@@ -44,9 +44,11 @@ class Reranking(EvaluationTask):
     reported = ("rerank_map", "rerank_mrr@10", "rerank_ndcg@10")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, Iterable) or isinstance(self.samples, str | Mapping):
+        if is_frame(self.samples):
+            self.samples = from_frame(self.samples, "Reranking")
+        elif isinstance(self.samples, str | Mapping) or not hasattr(self.samples, "__len__"):
             raise no_rows(self.samples, "Reranking")
-        self.samples = list(from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples)
+        self.samples = list(self.samples)
         if not all(isinstance(sample, Judged) for sample in self.samples):
             self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
         self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")

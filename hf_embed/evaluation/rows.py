@@ -70,9 +70,17 @@ def label_number(label: object, where: str) -> int:
     return number
 
 
+def as_list(values: Iterable, name: str) -> list:
+    """Return values as a list, a text as a list of one. Raises InputError for what cannot be one."""
+    try:
+        return [values] if isinstance(values, str) else list(values)
+    except TypeError as error:
+        raise InputError(f"{name}: got {shortened(repr(values))}, a {type(values).__name__}; give a list") from error
+
+
 def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]:
     """Return the lists. Raises InputError where they differ in length or are empty, or a text is empty or none."""
-    found = {key: [texts] if isinstance(texts, str) else list(texts) for key, texts in lists.items()}
+    found = {key: as_list(texts, f"{name}: {key}") for key, texts in lists.items()}
     lengths = {key: len(texts) for key, texts in found.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
         counts = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
