@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.columns import text_columns
+from hf_embed.data.files import FILL_IN
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.python_rows import RowData, as_rows
 from hf_embed.data.sources import plain_rows, rows_of_texts, unformatted
@@ -54,6 +55,7 @@ from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
+from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
@@ -232,7 +234,10 @@ def write_hard_negatives(
 def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the different queries, and the different documents of the pairs and the corpus, in order."""
     queries = list(dict.fromkeys(query for query, _ in pairs))
-    texts = [text for text in corpus if text and text.strip()]  # an empty text is nobody's negative
+    given = as_list(corpus, "corpus")
+    if odd := [number for number, text in enumerate(given, 1) if not isinstance(text, str | None)]:
+        raise InputError(f"corpus, row {odd[0]}: the text is not a text ({given[odd[0] - 1]!r}); {FILL_IN}")
+    texts = [text for text in given if text and text.strip()]  # an empty text is nobody's negative
     return queries, list(dict.fromkeys([document for _, document in pairs] + texts))
 
 
@@ -243,6 +248,8 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
     with open(unfinished, "w", encoding="utf-8") as file:
         for path in blocks:
             block = read_json(path)
+            if not block.keys() >= {"counts", "rows"}:
+                raise InputError(f"{path}: is no part of this search; remove the folder to start anew")
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
     unfinished.rename(output)

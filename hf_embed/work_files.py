@@ -17,6 +17,7 @@ import torch
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
+from hf_embed.read_files import read_text
 
 
 def work_folder(output: Path) -> Path:
@@ -39,7 +40,7 @@ def digest(*lists: Iterable[str]) -> str:
 def claim(folder: Path, identity: str) -> None:
     """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another."""
     path = folder / "identity"
-    if path.is_file() and path.read_text() != identity:
+    if path.is_file() and read_text(path) != identity:
         raise InputError(
             f"{folder}: left by a run with another model or other texts or settings; remove the folder to start anew"
         )

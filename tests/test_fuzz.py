@@ -263,7 +263,7 @@ def source(values: list, name: str, value: Any) -> None:
 
 def dataclass_of(kind: type, name: str, value: Any) -> None:
     names = [field.name for field in dataclasses.fields(kind) if field.init]
-    kind(**{names[hash(name) % len(names)]: value})
+    kind(**{names[sum(map(ord, name)) % len(names)]: value})
 
 
 CALLS: dict[str, Callable[..., Any]] = {

@@ -92,13 +92,21 @@ def write_card(
         license: the same.
     """
     path = Path(folder, "README.md")
-    if path.is_file() and not overwrite and not is_generated(read_text(path)):
+    if path.is_file() and not overwrite and not has_generated(path):
         return
     if results is None:
         results = stored_results(folder)
     if named := {key: value for key, value in (("title", title), ("language", language), ("license", license)) if value}:
         results = keep_results(folder, results | {"card": results.get("card", {}) | named})
     write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
+
+
+def has_generated(path: Path) -> bool:
+    """Return whether a file is a card as `model_card` made it; one that is no text is another's."""
+    try:
+        return is_generated(read_text(path))
+    except InputError:
+        return False
 
 
 def is_generated(text: str) -> bool:

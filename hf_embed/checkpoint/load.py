@@ -21,7 +21,7 @@ from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import calm_libraries
-from hf_embed.read_files import first_line, tensor_dtypes
+from hf_embed.read_files import first_line, read_json, tensor_dtypes
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
@@ -176,12 +176,15 @@ def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> Pre
         trust_remote_code: run the Python code that the model brings.
         **where: as in `Files`.
     """
+    files = Files(name, **where)
     try:
-        files = Files(name, **where)
-        check_counts(files, files.json("config.json") or {})
+        path = files.path("config.json")
+        stated = read_json(path, name="config.json") if path else {}
+    except Exception as error:  # of the Hub's client too
+        raise unreachable(name, error) from error
+    check_counts(files, stated)
+    try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
-    except InputError:
-        raise
     except Exception as error:  # of any value in it
         raise unreachable(name, error) from error
 

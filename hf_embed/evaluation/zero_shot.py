@@ -104,7 +104,7 @@ def label_and_text(path: str) -> Dataset:
 
 def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
     """Read the names of labels from a JSON object. Raises InputError for a label that has none."""
-    names = read_json(labels_file, name=f"--zero_shot_labels {labels_file}")
-    if missing := [label for label in labels if not isinstance(names.get(label), str)]:
+    names = read_json(labels_file, (dict, list), f"--zero_shot_labels {labels_file}")
+    if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
         raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
     return names

@@ -160,6 +160,8 @@ def slug(name: str) -> str:
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
     """Read the path of a run that is there. Raises InputError if it had other settings."""
     done = read_json(file, with_nan=True)
+    if not isinstance(done.get("settings"), dict) or not isinstance(done.get("path"), list):
+        raise InputError(f"{file}: has no settings and path of a run; remove it, and the run is made anew")
     if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
         raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
     return done["path"]

@@ -87,7 +87,8 @@ def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
 def finished_run(folder: Path, plan: Plan) -> dict[str, Any]:
     """Read the results of a seed's run that is finished. Raises InputError if it had other settings."""
     results = read_json(folder / "results.json", with_nan=True)
-    if results["train"]["settings"] != json.loads(json.dumps(changed(plan))):
+    train = results.get("train")
+    if not isinstance(train, dict) or train.get("settings") != json.loads(json.dumps(changed(plan))):
         raise InputError(f"{folder} holds a run with other settings; replace all by --overwrite_output_dir")
     return results
 
