@@ -111,7 +111,11 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
         raise InputError(f"{path}: there are {len(vectors):,} vectors and {len(texts):,} texts; encode the file anew")
     if [vectors.shape[1], str(vectors.dtype)] != [about.get("width"), about.get("dtype")]:
         raise InputError(f"{path}: the vectors are not those that {description_of(Path(path)).name} describes; encode anew")
-    if identity_of(encoder, texts, options, about.get("file", "texts")) != about.get("identity"):
+    try:
+        identity = identity_of(encoder, texts, options, about.get("file", "texts"))
+    except InputError as error:  # of an option that this model does not have, or an empty text
+        raise InputError(f"{path}: {error}") from error
+    if identity != about.get("identity"):
         raise InputError(f"{path}: the vectors are of another model, other settings of it or other texts; encode the file anew")
     return vectors, options
 

@@ -1,12 +1,14 @@
 """Whatever is in a file, in rows, in YAML or on a command line: the outcome is a result or an InputError, and never late.
 
-Each area has a strategy of hostile cases and a function that reads one. A few cases of each run by default, and 20,000 in all with
-`-m slow`; they are the same in every run. What was found before stands in FOUND, and is tried first.
+Each area has a strategy of hostile cases and a function that reads one. A few cases of each run by default, and 20,000 in all
+with `-m slow`; they are the same in every run. What ended otherwise once stands in FOUND, and is tried first.
 """
 
 import contextlib
 import dataclasses
+import io
 import json
+import math
 import signal
 import tempfile
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from typing import Any
 import datasets
 import fuzz_strategies as hostile
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import quickstart_tokenizer, tiny_encoder
@@ -27,6 +31,7 @@ from hypothesis.strategies import SearchStrategy
 
 from hf_embed import Encoder, InputError, semantic_search
 from hf_embed.checkpoint.files import read_weights
+from hf_embed.checkpoint.hub import model_files as model_files_of
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.data.columns import column_names, read_columns
 from hf_embed.data.labelled import read_pairs
@@ -198,12 +203,52 @@ def check_sources(case: bytes, folder: Path) -> None:
         tokenize(source.rows, source.label)
 
 
-FLAGS = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "temperature", "pooling", "max_length",
-         "train_file", "eval_sts_file", "seed", "prompts", "warmup_steps", "bf16", "logging_steps", "eval_strategy", "save_steps",
-         "positive", "columns", "fsdp", "lr_scheduler_type", "optim", "report_to", "output_dir", "dropout", "seeds", "variants",
-         "lora_r", "lr_scheduler_kwargs", "accelerator_config", "model_name_or_path", "ignore_columns", "torch_compile",
-         "metric_for_best_model", "load_best_model_at_end", "drop_empty_rows", "chunk_tokens", "optim_args", "fsdp_config",
-         "gradient_checkpointing_kwargs", "logging_dir", "save_total_limit", "data_seed", "mlm_weight", "hub_token"]  # fmt: skip
+FLAGS = [
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "temperature",
+    "pooling",
+    "max_length",
+    "train_file",
+    "eval_sts_file",
+    "seed",
+    "prompts",
+    "warmup_steps",
+    "bf16",
+    "logging_steps",
+    "eval_strategy",
+    "save_steps",
+    "positive",
+    "columns",
+    "fsdp",
+    "lr_scheduler_type",
+    "optim",
+    "report_to",
+    "output_dir",
+    "dropout",
+    "seeds",
+    "variants",
+    "lora_r",
+    "lr_scheduler_kwargs",
+    "accelerator_config",
+    "model_name_or_path",
+    "ignore_columns",
+    "torch_compile",
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "drop_empty_rows",
+    "chunk_tokens",
+    "optim_args",
+    "fsdp_config",
+    "gradient_checkpointing_kwargs",
+    "logging_dir",
+    "save_total_limit",
+    "data_seed",
+    "mlm_weight",
+    "hub_token",
+]
 KINDS = [SimCSE, PositiveArguments, AblationArguments]
 
 
@@ -225,8 +270,16 @@ def check_command_line(case: list[str], folder: Path) -> None:
         make_all(case, folder)
 
 
-EVALUATIONS = ["eval_sts_file", "eval_retrieval_dir", "eval_zero_shot", "eval_code_search", "eval_triplet_file", "eval_pair_file",
-               "eval_reranking_file", "zero_shot_labels"]  # fmt: skip
+EVALUATIONS = [
+    "eval_sts_file",
+    "eval_retrieval_dir",
+    "eval_zero_shot",
+    "eval_code_search",
+    "eval_triplet_file",
+    "eval_pair_file",
+    "eval_reranking_file",
+    "zero_shot_labels",
+]
 GOOD = {
     "sts.tsv": b"score\tsentence1\tsentence2\n1\ta cat\ta dog\n2\ta\tb\n",
     "labels.json": b'{"a": "of a", "b": "of b"}',
@@ -277,7 +330,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "similarity": lambda values, name, value: encoder().similarity(value, torch.eye(2)),
     "Triplets": lambda values, name, value: Triplets(values, values, values).score(embed),
     "Triplets of any": lambda values, name, value: Triplets(value, values, values).score(embed),
-    "PairClassification": lambda values, name, value: PairClassification(values, values, [0, 1, *values][: len(values)]).score(embed),
+    "PairClassification": lambda values, name, value: PairClassification(values, values, [0, 1, *values][: len(values)]).score(
+        embed
+    ),
     "labels": lambda values, name, value: PairClassification(["a", "b"], ["c", "d"], value).score(embed),
     "Retrieval": lambda values, name, value: Retrieval({"q": name}, {"d": "a cat"}, {"q": {"d": value}}).score(embed),
     "Retrieval of any": lambda values, name, value: Retrieval(value, value, value).score(embed),
@@ -299,7 +354,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "max_length": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), max_length=value),
     "prompts": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), prompts=value),
     "encoder's truncate_dim": lambda values, name, value: Encoder(encoder().backbone, tokenizer(), truncate_dim=value),
-}  # fmt: skip
+}
 SOURCE_FIELDS = ["query_prompt", "max_length", "negatives", "weight", "size", "columns", "rows", "name"]
 vectors = st.one_of(hostile.objects, st.lists(st.lists(hostile.numbers, min_size=2, max_size=2), max_size=3), hostile.arrays)
 calls = st.tuples(
@@ -345,9 +400,28 @@ SETTINGS_FILES = {
         "requirements",
     ],
 }
-MODEL_KEYS = ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size", "model_type", "dtype",
-              "max_position_embeddings", "architectures", "hidden_act", "temp_scale", "auto_map", "pad_token_id", "type_vocab_size",
-              "layer_norm_eps", "quantization_config", "is_decoder", "num_labels", "transformers_version", "torch_dtype"]  # fmt: skip
+MODEL_KEYS = [
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "model_type",
+    "dtype",
+    "max_position_embeddings",
+    "architectures",
+    "hidden_act",
+    "temp_scale",
+    "auto_map",
+    "pad_token_id",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "quantization_config",
+    "is_decoder",
+    "num_labels",
+    "transformers_version",
+    "torch_dtype",
+]
 
 
 def model_folder(folder: Path, changed: dict[str, bytes]) -> str:
@@ -365,8 +439,16 @@ def check_settings(case: tuple, folder: Path) -> None:
 
 def check_model(case: tuple, folder: Path) -> None:
     name, content = case
+    if isinstance(content, dict):  # other values of its keys
+        content = json.dumps(json.loads(model_files()[name]) | content).encode()
     model = Encoder.from_pretrained(model_folder(folder, {name: content}))
     model.encode(["a cat"])
+
+
+def check_push(case: tuple, folder: Path) -> None:
+    name, content = case
+    model_folder(folder, {name: content})
+    model_files_of(folder)
 
 
 def check_tensors(case: bytes, folder: Path) -> None:
@@ -434,14 +516,46 @@ def settings_files(draw) -> tuple[str, bytes]:
 
 
 @st.composite
+def pushed_files(draw) -> tuple[str, bytes]:
+    name = draw(st.sampled_from(["modules.json", "config.json", "tokenizer_config.json"]))
+    keys = {"modules.json": SETTINGS_FILES["modules.json"]}.get(name, ["auto_map"])
+    return name, draw(hostile.json_objects(json.loads(model_files()[name]), keys))
+
+
+@st.composite
 def whole_models(draw) -> tuple[str, bytes]:
-    name = draw(st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
-                                 "2_Dense/model.safetensors", "adapter_config.json", "model.safetensors.index.json"]))  # fmt: skip
+    name = draw(
+        st.sampled_from(
+            [
+                "config.json",
+                "config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "model.safetensors",
+                "2_Dense/model.safetensors",
+                "adapter_config.json",
+                "model.safetensors.index.json",
+            ]
+        )
+    )
     if name.endswith(".safetensors"):
         return name, draw(hostile.damaged_tensors(model_files()[name]))
     base = json.loads(model_files().get(name, b'{"base_model_name_or_path": "x", "weight_map": {}}'))
-    keys = MODEL_KEYS if name == "config.json" else ["model_max_length", "add_bos_token", "chat_template", "tokenizer_class", "model",
-                                                      "normalizer", "pre_tokenizer", "added_tokens", "version"]  # fmt: skip
+    keys = (
+        MODEL_KEYS
+        if name == "config.json"
+        else [
+            "model_max_length",
+            "add_bos_token",
+            "chat_template",
+            "tokenizer_class",
+            "model",
+            "normalizer",
+            "pre_tokenizer",
+            "added_tokens",
+            "version",
+        ]
+    )
     return name, draw(hostile.json_objects(base, keys))
 
 
@@ -463,10 +577,31 @@ flags = st.lists(
 )  # fmt: skip
 paths = st.one_of(
     hostile.texts,
-    st.sampled_from(["{folder}/sts.tsv", "{folder}/zero.csv", "{folder}", "{folder}/folder", "{folder}/absent.csv", "/dev/null",
-                     "/dev/zero", "o/d:test", "o/d", "/", ".", "a" * 300 + ".csv", "{folder}/sts.tsv:test", "{folder}/sts.tsv/x",
-                     "{folder}/damaged.json", "file://{folder}/sts.tsv", "x://y.csv", "http://[.csv", "\0.csv", "memory://a.csv"]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            "{folder}/sts.tsv",
+            "{folder}/zero.csv",
+            "{folder}",
+            "{folder}/folder",
+            "{folder}/absent.csv",
+            "/dev/null",
+            "/dev/zero",
+            "o/d:test",
+            "o/d",
+            "/",
+            ".",
+            "a" * 300 + ".csv",
+            "{folder}/sts.tsv:test",
+            "{folder}/sts.tsv/x",
+            "{folder}/damaged.json",
+            "file://{folder}/sts.tsv",
+            "x://y.csv",
+            "http://[.csv",
+            "\0.csv",
+            "memory://a.csv",
+        ]
+    ),
+)
 items = st.one_of(paths.map("z={}".format), paths.map("b={}".format), paths, hostile.texts)
 INDEX = {"metadata": {"total_size": 1}, "weight_map": {"linear.weight": "a.safetensors", "x": "a.safetensors"}}
 
@@ -491,41 +626,136 @@ class Area:
 AREAS = {
     "tables": Area(tables(), check_table, 60, 5500),
     "parquet": Area(tables(("parquet",)), check_table, 10, 400),
-    "tokenized": Area(hostile.table_files(layouts=[["text"], ["anchor", "positive"], ["premise", "hypothesis", "label"], ["query", "pos", "neg"]]), check_tokenized, 10, 800),
-    "rows": Area(st.tuples(st.sampled_from(["rows", "rows", "tokenize", "reranking"]), hostile.python_rows()), check_rows, 40, 2500),
+    "tokenized": Area(
+        hostile.table_files(
+            layouts=[["text"], ["anchor", "positive"], ["premise", "hypothesis", "label"], ["query", "pos", "neg"]]
+        ),
+        check_tokenized,
+        10,
+        800,
+    ),
+    "rows": Area(
+        st.tuples(st.sampled_from(["rows", "rows", "tokenize", "reranking"]), hostile.python_rows()), check_rows, 40, 2500
+    ),
     "arguments": Area(calls, check_arguments, 40, 3000),
     "beir": Area(hostile.beir_folders(), check_beir, 30, 1500),
     "sources": Area(hostile.yaml_texts([*sorted(KEYS), "columns"], SOURCES), check_sources, 20, 1500),
     "config": Area(hostile.yaml_texts(FLAGS, "seed: 1\n"), check_config, 15, 1200),
     "command line": Area(flags, check_command_line, 15, 1200),
     "evaluation": Area(
-        st.tuples(st.lists(st.tuples(st.sampled_from(EVALUATIONS), items), max_size=3), hostile.json_lines()), check_evaluation, 20, 1000
+        st.tuples(st.lists(st.tuples(st.sampled_from(EVALUATIONS), items), max_size=3), hostile.json_lines()),
+        check_evaluation,
+        20,
+        1000,
     ),
     "synonyms": Area(hostile.damaged(b"cat\tkitten, tom\ndog\thound\n"), check_synonyms, 10, 300),
     "settings": Area(st.deferred(settings_files), check_settings, 20, 1200),
+    "push": Area(st.deferred(pushed_files), check_push, 10, 500),
     "tensors": Area(st.deferred(lambda: hostile.damaged_tensors(small_tensors())), check_tensors, 20, 1000),
     "shards": Area(
-        st.deferred(lambda: st.tuples(hostile.json_objects(INDEX, ["weight_map", "../x"]),
-                    st.dictionaries(st.sampled_from(["a.safetensors", "b.safetensors"]), st.one_of(st.just(small_tensors()),
-                                    hostile.damaged_tensors(small_tensors()))))),
-        check_shards, 15, 500,
+        st.deferred(
+            lambda: st.tuples(
+                hostile.json_objects(INDEX, ["weight_map", "../x"]),
+                st.dictionaries(
+                    st.sampled_from(["a.safetensors", "b.safetensors"]),
+                    st.one_of(st.just(small_tensors()), hostile.damaged_tensors(small_tensors())),
+                ),
+            )
+        ),
+        check_shards,
+        15,
+        500,
     ),
     "pickled": Area(st.deferred(lambda: hostile.damaged(small_pickle())), check_pickled, 10, 500),
     "array": Area(st.deferred(lambda: hostile.damaged(small_array())), check_array, 10, 500),
     "vectors": Area(st.deferred(vector_cases), check_vectors, 5, 200),
     "models": Area(st.deferred(whole_models), check_model, 5, 300),
-}  # fmt: skip
+}
 
 
-FOUND: dict[str, list[Any]] = {}
+def empty_parquet() -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), out)
+    return out.getvalue()
+
+
+def strange_parquet(name: str, cells: pyarrow.Array) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"anchor": ["a", "b"], "positive": ["c", "d"], name: cells}), out)
+    return out.getvalue()
+
+
+NO_DATE = pyarrow.array([-(10**7), 0], pyarrow.int32()).cast(pyarrow.date32())  # before the year 1
+YAML_FOUND = [
+    b"!!float abc",
+    b"!!int abc",
+    b"!!bool maybe",
+    b"!!timestamp x",
+    b"2020-99-99: 1",
+    b"!!map [1]",
+    b"[" * 3000,
+    b"- " * 3000,
+]
+FOUND: dict[str, list[Any]] = {
+    "tables": [
+        ("search", ("data.csv", b"anchor,positive\n")),
+        ("read_texts", ("data.jsonl", b'{"a\\nb": 1, "c": 2}')),
+        ("read_file", ("data.jsonl", b'{"a": ' + b"[" * 990 + b"]" * 990 + b"}")),
+        ("read_file", ("data.json", b"[" * 100_000)),
+        ("read_file", ("data.csv", hostile.LFS)),
+    ],
+    "parquet": [
+        ("a stream", ("data.parquet", empty_parquet())),
+        ("search", ("data.parquet", strange_parquet("day", NO_DATE))),
+        ("read_zero_shot", ("data.parquet", strange_parquet("label", NO_DATE))),
+    ],
+    "rows": [("rows", [{}]), ("reranking", [{object(): "a"}]), ("reranking", np.int64(3)), ("reranking", np.array(5))],
+    "sources": [*YAML_FOUND, hostile.to_bytes("- name: a\n  file: " + hostile.BOMB_VALUE)],
+    "config": [*YAML_FOUND, hostile.to_bytes(hostile.BOMB)],
+    "beir": [
+        {
+            "corpus.jsonl": b'{"_id": "1", "text": "a"}',
+            "queries.jsonl": b'{"_id": "1", "text": "b"}',
+            "qrels/test.tsv": b"1\t1\t" + b"9" * 400,
+        }
+    ],
+    "arguments": [
+        ("columns", ([], "a", [])),
+        ("max_length", ([], "a", [])),
+        ("cutoffs", ([], "a", math.nan)),
+        ("prompts", ([], "a", 3)),
+        ("search", ([], "a", None)),
+        ("Triplets of any", ([], "a", 1)),
+        ("Retrieval of any", ([], "a", 1)),
+        ("labels", ([], "a", 1)),
+        ("pooling", ([], "a", np.zeros(2))),
+        ("Matryoshka", ([], "a", str)),
+        ("ZeroShot", ([], "a", None)),
+    ],
+    "models": [
+        ("config.json", {"hidden_size": 10**9}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"vocab_size": 10**8}),
+        ("config.json", {"num_labels": 10**8}),
+        ("config.json", {"max_position_embeddings": 10**9}),
+        ("2_Dense/config.json", {"in_features": 10**6, "out_features": 10**6}),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.modules.transformer.Transformer"}),
+    ],
+}
 
 
 def run(area: Area, cases: int, examples: list[Any]) -> int:
     """Try the examples and so many cases of an area; return how many cases have run."""
     count = 0
 
-    @settings(max_examples=cases, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-              phases=(Phase.explicit, Phase.generate, Phase.shrink))  # fmt: skip
+    @settings(
+        max_examples=cases,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    )
     @given(case=area.cases)
     def ends_well(case):
         nonlocal count
@@ -537,6 +767,12 @@ def run(area: Area, cases: int, examples: list[Any]) -> int:
         ends_well = example(case=found)(ends_well)
     ends_well()
     return count
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _models():
+    """Make the models before any case is drawn: initialising one takes random numbers."""
+    model_files(), vector_files(), tokenizer()
 
 
 @pytest.fixture(autouse=True)

@@ -243,9 +243,8 @@ def code_names(folder: Path) -> list[str]:
         auto_map = (read_json(config) if config.is_file() else {}).get("auto_map") or {}
         listed = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
         classes = [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]
-        found = [
-            re.fullmatch(r"(\w+)\.\w+", name) for name in classes if isinstance(name, str)
-        ]  # OWNER/REPO--file.Class stays where it is
+        # OWNER/REPO--file.Class stays where it is.
+        found = [re.fullmatch(r"(\w+)\.\w+", name) for name in classes if isinstance(name, str)]
         names += [file[1] for file in found if file]
     return names
 

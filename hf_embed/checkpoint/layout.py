@@ -206,7 +206,8 @@ class DenseModule(Module):
         """Return the layer. Raises InputError if config and weights do not make one."""
         package, _, kind = (self.config.get("activation_function", TANH) or "").rpartition(".")
         activation = getattr(nn, kind, None) if f"{package}.".startswith("torch.nn.") else None
-        taken, made = self.config.get("in_features"), self.config.get("out_features")
+        taken: Any = self.config.get("in_features")
+        made: Any = self.config.get("out_features")
         try:
             weight = self.tensors["linear.weight"]
             if not isinstance(activation, type) or weight.shape != (made, taken):  # before the memory for it is taken

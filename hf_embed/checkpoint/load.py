@@ -21,7 +21,7 @@ from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import calm_libraries
-from hf_embed.read_files import first_line, read_json, tensor_dtypes
+from hf_embed.read_files import COPY_ANEW, first_line, read_json, tensor_dtypes
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
@@ -89,6 +89,8 @@ def load_encoder(
 def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
     """Apply the TempScale that the config states and the weights do not hold."""
     entry = getattr(backbone.config, "temp_scale", None)
+    if entry and not isinstance(entry, dict):
+        raise InputError(f"model '{backbone.name_or_path}': temp_scale of config.json is {entry!r}; {COPY_ANEW}")
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_embed.errors import InputError
+from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class TempScaleConfig:
             named = [number for key in self.temperature for number in layer_numbers(key)]
             if twice := [number for i, number in enumerate(named) if number in named[:i]]:
                 raise InputError(f"TempScale names layer {twice[0]} twice")
-        if self.growth not in (None, "log", "power"):
+        if self.growth is not None and not is_one_of(self.growth, ("log", "power")):
             raise InputError(f"unknown TempScale growth '{self.growth}'; there are log and power")
         if not isinstance(self.reference_length, int) or self.reference_length < 2:
             raise InputError(f"TempScale reference_length is {self.reference_length!r}; it must be a whole number above 1")
