@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
 
+NUMBER = re.compile(r"\s*[0-9]{1,4}\s*")  # of a layer; no model has more
 ONE_HOT = 0.1  # below, a token attends to hardly anything but its best match
 
 
@@ -111,7 +113,7 @@ def layer_numbers(key: str | int) -> range:
     ([3], [2, 3, 4, 5])
     """
     first, dash, last = str(key).partition("-")
-    if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+    if not NUMBER.fullmatch(first) or (dash and not NUMBER.fullmatch(last)):
         raise InputError(f"TempScale layers '{key}': give a number or a range, '3' or '2-5'")
     numbers = range(int(first), int(last or first) + 1)
     if not numbers:
