@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -23,7 +24,8 @@ class Range:
 
     def __contains__(self, value: Any) -> bool:
         number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        return number and math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
+        most = 2**63 - 1 if self.whole else sys.float_info.max  # a Python integer may be larger than both
+        return number and -most <= value <= most and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

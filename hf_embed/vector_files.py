@@ -100,7 +100,7 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
     Raises:
         InputError: the file was not written by `write_vectors`, or is of another model, other texts or other settings.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; recipes/encode.py writes one")
     if not description_of(Path(path)).is_file():
         raise InputError(f"{path}: {description_of(Path(path)).name} is not beside it, which says what the vectors are of")

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from hf_embed.checkpoint.layout import (
     modules_of,
     of_kind,
 )
-from hf_embed.checkpoint.tables import Results, comparison_table, mteb_table, seeds_table, sweep_table
+from hf_embed.checkpoint.tables import Results, comparison_table, duration, mteb_table, seeds_table, sweep_table
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import OBJECTIVES
@@ -92,7 +93,7 @@ def write_card(
         license: the same.
     """
     path = Path(folder, "README.md")
-    if path.is_file() and not overwrite and not has_generated(path):
+    if path.is_file() and not overwrite and not is_generated(card_text(path)):
         return
     if results is None:
         results = stored_results(folder)
@@ -101,12 +102,11 @@ def write_card(
     write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
 
 
-def has_generated(path: Path) -> bool:
-    """Return whether a file is a card as `model_card` made it; one that is no text is another's."""
-    try:
-        return is_generated(read_text(path))
-    except InputError:
-        return False
+def card_text(path: Path) -> str:
+    """Return the text of a card; "" of one that is no text, which someone else has made."""
+    with suppress(InputError):
+        return read_text(path)
+    return ""
 
 
 def is_generated(text: str) -> bool:
@@ -439,14 +439,6 @@ def training_section(train: dict[str, Any] | None) -> str:
         lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}")
     lines.append("software    " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
     return code_section("Training", lines)
-
-
-def duration(seconds: float | None) -> str:
-    """Return a time in words."""
-    if seconds is None:
-        return "some time"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
 
 
 def prompts_section(encoder: Encoder) -> str:

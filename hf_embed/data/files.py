@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -353,8 +354,19 @@ def as_column(values: list, feature: Any) -> pyarrow.Array:
         )
     if isinstance(feature, Value):
         return pyarrow.array(values, feature.pa_type)
-    texts = pyarrow.array([None if value is None else json.dumps(value) for value in values], pyarrow.string())
+    texts = pyarrow.array([None if value is None else json.dumps(storable(value)) for value in values], pyarrow.string())
     return pyarrow.ExtensionArray.from_storage(feature.pa_type, texts)
+
+
+def storable(value: Any) -> Any:
+    """Return a JSON value with numbers that `datasets` can read again: of more than 64 bits as floats, of no end as None."""
+    if isinstance(value, list):
+        return [storable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: storable(item) for key, item in value.items()}
+    if not isinstance(value, int | float) or -(2**63) <= value < 2**63:
+        return value
+    return float(value) if abs(value) <= sys.float_info.max else None  # NaN too
 
 
 # ---- all of them ----

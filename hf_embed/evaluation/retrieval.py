@@ -8,6 +8,7 @@ Shapes: Q queries, k retrieved documents, D wide.
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -170,8 +171,8 @@ def read_retrieval(path: str) -> Retrieval:
     Raises:
         InputError: a file or split that is not there, a line that cannot be read, or no judgement that is left.
     """
-    folder, _, split = path.rpartition(":") if not Path(path).exists() and ":" in path else (path, "", None)
-    if Path(folder).is_dir():
+    folder, _, split = path.rpartition(":") if not os.path.exists(path) and ":" in path else (path, "", None)
+    if os.path.isdir(folder):
         corpus, queries = read_jsonl(Path(folder, "corpus.jsonl")), read_jsonl(Path(folder, "queries.jsonl"))
         return make_retrieval(queries, corpus, read_qrels(Path(folder, "qrels"), split), folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):

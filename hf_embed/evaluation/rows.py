@@ -1,8 +1,8 @@
 """Rows of labelled evaluation sets, from a file or the Hub, and their cells, checked."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 from datasets import Dataset
@@ -22,7 +22,7 @@ def hub_rows(path: str) -> Dataset | None:
         InputError: they cannot be loaded, or the split is not named.
     """
     name = re.fullmatch(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>\w+))?", path)
-    if not name or Path(path).exists() or (not name["split"] and kind_of(path) in KINDS):
+    if not name or os.path.exists(path) or (not name["split"] and kind_of(path) in KINDS):
         return None
     if not name["split"]:
         raise InputError(f"{path}: no such file; of a dataset on the Hub name the split too, for example {path}:test")

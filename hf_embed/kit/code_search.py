@@ -1,6 +1,6 @@
 """Code search: a docstring looks for the function that it stands in."""
 
-from pathlib import Path
+import os
 
 from hf_embed.data.sources import plain_rows, read_file, row_texts
 from hf_embed.errors import InputError
@@ -18,7 +18,7 @@ def read_code_search(path: str) -> Retrieval:
     `path` is a jsonl file with the columns docstring and code, as in CodeSearchNet, or a Python package, by folder or name.
     Raises InputError for a file without these columns, and where there is no function with a docstring.
     """
-    if "://" not in path and not Path(path).is_file():
+    if "://" not in path and not os.path.isfile(path):
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
         rows = read_file(path)

@@ -80,7 +80,7 @@ class ImprovedContrastive(ContrastiveObjective):
     tile_rows: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.directions, list | tuple):
+        if not isinstance(self.directions, list | tuple | str):
             raise InputError(f"directions are {self.directions!r}; give a list of {', '.join(DIRECTIONS)}")
         self.directions = tuple(self.directions)
         check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
