@@ -16,7 +16,8 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "safe_files",
+    ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "read_files",
+     "safe_files",
      "version"],
     ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models", "vectors", "work_files"],

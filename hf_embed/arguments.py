@@ -1,7 +1,6 @@
 """Settings. `ContrastiveTrainingArguments` is for every user of the trainer; the other dataclasses are what recipes add."""
 
 import dataclasses
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -13,6 +12,7 @@ from transformers.integrations import is_tensorboard_available
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranks import limit_waiting
+from hf_embed.read_files import parse_json
 from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before, refuse_other_fields
 
 
@@ -105,8 +105,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
         if self.pooling is not None:
             check_pooling(self.pooling)
         if isinstance(self.prompts, str):
-            with suppress(json.JSONDecodeError):
-                self.prompts = json.loads(self.prompts)
+            with suppress(ValueError):
+                self.prompts = parse_json(self.prompts)
         if not isinstance(self.prompts, dict | None):
             raise InputError(f'prompts is {self.prompts!r}; give {{"query": "...", "document": "..."}}')
         if unknown := set(self.prompts or ()) - {"query", "document"}:

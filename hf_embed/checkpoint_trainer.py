@@ -21,12 +21,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed import resume, safe_files
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
-from hf_embed.checkpoint.files import read_json
 from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import save_optimization, save_without_push, set_base_rates, train_batch_size
+from hf_embed.read_files import read_json
 
 if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
@@ -186,7 +186,7 @@ class CheckpointTrainer(HubTrainer):
         if resume_from_checkpoint is not None:
             self.state.compute_steps(self.args, max_steps)  # when to log, evaluate and save is for the present flags to say
             self.state.train_batch_size = train_batch_size(self)
-            stored = read_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME)).get("best_model_checkpoint")
+            stored = read_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME), with_nan=True).get("best_model_checkpoint")
             if stored is not None:  # found by its name: the run's folder may be another one now, or a copy
                 places = [Path(resume_from_checkpoint).parent / Path(stored).name, Path(stored)]
                 self._settle_best(next((place for place in places if place.is_dir()), places[0]))

@@ -18,10 +18,20 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.disk import disk_errors
-from hf_embed.encoding import check_arguments, check_output, check_sizes, encode_by_length, evaluating, on_devices, text_list
+from hf_embed.encoding import (
+    check_arguments,
+    check_output,
+    check_prompts,
+    check_sizes,
+    encode_by_length,
+    evaluating,
+    on_devices,
+    text_list,
+)
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
+from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
@@ -74,7 +84,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        if similarity_fn_name not in SIMILARITIES:
+        check_prompts(prompts)
+        if not is_one_of(similarity_fn_name, SIMILARITIES):
             raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; take one of {', '.join(SIMILARITIES)}")
         if truncate_dim is not None and not (isinstance(truncate_dim, int) and truncate_dim > 0):
             raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")

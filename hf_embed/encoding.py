@@ -63,6 +63,15 @@ def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
             raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
+def check_prompts(prompts: Any) -> None:
+    """Raise InputError for prompts that are not texts by name."""
+    if prompts is None or (
+        isinstance(prompts, Mapping) and all(isinstance(word, str) for pair in prompts.items() for word in pair)
+    ):
+        return
+    raise InputError(f'prompts are {prompts!r}; give texts by name, {{"query": "query: "}} for example')
+
+
 def text_list(texts: Any) -> list[str]:
     """Return texts as a list. Raises InputError for what is none, or has an entry that is no text."""
     if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # iterating would give keys, or any order

@@ -86,7 +86,7 @@ def shipped(path: str) -> str:
     So "recipes/configs/sup_simcse_bert_base.yaml" is found from any folder.
     """
     folder, words = recipes_folder(), Path(path).parts
-    if folder is None or not words or words[0] != "recipes" or Path(path).exists():
+    if folder is None or not words or words[0] != "recipes" or os.path.exists(path):
         return path
     file = folder.joinpath(*words[1:])
     return str(file) if file.is_file() else path

@@ -9,6 +9,9 @@ ADDRESS = re.compile(
     r"\b([a-z][\w+.-]*://)(?:[^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*?(?=[.,:;)\]]*(?:[\s'\"<>]|$)))?", re.IGNORECASE
 )
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=\bBearer )[^\s'\"]+")
+TRACEBACK = "Traceback (most recent call last)"
+# Line ends, and what moves the cursor of a terminal: a column, a key or a path may hold them.
+CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
 SECRET_WORDS = {"token", "secret", "password", "credentials"}
 Settings = TypeVar("Settings")
 
@@ -46,7 +49,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message says what, where and how to mend it, in one line; secrets are masked."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(masked(str(message)))
+        message = masked(str(message))
+        if TRACEBACK not in message:  # of a dataloader's worker, whose last line is the message
+            message = CONTROL.sub(" ", message)
+        super().__init__(message)
 
 
 class RankError(InputError):

@@ -56,7 +56,7 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
         InputError: it is neither.
     """
     name = str(name)
-    if Path(name).exists():
+    if os.path.exists(name):
         return {}
     if looks_local(name):
         raise InputError(f"model '{name}' cannot be loaded: there is no such folder{similar(name)}. {WHAT_TO_GIVE}")
@@ -80,7 +80,7 @@ def is_cached(name: str, hub: dict[str, Any]) -> bool:
 
 def check_dataset(name: str) -> None:
     """Raise InputError for a data set that is no folder here, not on the Hub and not in the cache."""
-    if Path(name).exists() or constants.is_offline_mode() or "/" not in name or "://" in name:
+    if os.path.exists(name) or constants.is_offline_mode() or "/" not in name or "://" in name:
         return
     if looks_local(name):
         raise InputError(f"dataset '{name}' cannot be loaded: there is no such folder{similar(name)}; or give a local file")

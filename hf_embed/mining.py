@@ -46,18 +46,20 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.checkpoint.files import read_json
 from hf_embed.data.columns import text_columns
+from hf_embed.data.files import FILL_IN
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import rows_of_texts, unformatted
+from hf_embed.data.sources import plain_rows, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
+from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
+from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
 from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
@@ -181,7 +183,7 @@ def read_dataset(
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: no column '{missing[0]}'; found {', '.join(table.column_names)}")
     pairs = []
-    for number, row in enumerate(table.select_columns(columns), 1):
+    for number, row in enumerate(plain_rows(table, columns, "dataset"), 1):
         pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"dataset, row {number}")]
     return pairs, columns
 
@@ -235,7 +237,10 @@ def write_hard_negatives(
 def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the different queries, and the different documents of the pairs and the corpus, in order."""
     queries = list(dict.fromkeys(query for query, _ in pairs))
-    texts = [text for text in corpus if text and text.strip()]  # an empty text is nobody's negative
+    given = as_list(corpus, "corpus")
+    if odd := [number for number, text in enumerate(given, 1) if not isinstance(text, str | None)]:
+        raise InputError(f"corpus, row {odd[0]}: the text is not a text ({given[odd[0] - 1]!r}); {FILL_IN}")
+    texts = [text for text in given if text and text.strip()]  # an empty text is nobody's negative
     return queries, list(dict.fromkeys([document for _, document in pairs] + texts))
 
 
@@ -246,6 +251,8 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
     with writing(unfinished) as aside, open(aside, "w", encoding="utf-8") as file:
         for path in blocks:
             block = read_json(path)
+            if not block.keys() >= {"counts", "rows"}:
+                raise InputError(f"{path}: is no part of this search; remove the folder to start anew")
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
     put(unfinished, output)
@@ -301,14 +308,14 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
 
 def read_vectors(paths: list[Path], numbers: list[int]) -> Tensor:
     """Return the vectors (len(numbers), D) of the texts with these numbers."""
-    shards = {shard: np.load(paths[shard], mmap_mode="r") for shard in {number // SHARD for number in numbers}}
+    shards = {shard: read_array(paths[shard]) for shard in {number // SHARD for number in numbers}}
     return torch.from_numpy(np.stack([shards[number // SHARD][number % SHARD] for number in numbers]))
 
 
 def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
     """Yield the vectors of each file, (SHARD, D) or fewer, on a device."""
     for path in paths:
-        yield torch.from_numpy(np.load(path)).to(device)
+        yield torch.from_numpy(np.array(read_array(path))).to(device)
 
 
 # ---- search and choice ----

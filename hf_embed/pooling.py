@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_embed.errors import InputError
+from hf_embed.ranges import is_one_of
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Dense(nn.Module):
 
 def check_pooling(pooling: str) -> None:
     """Raise InputError, naming those that there are, for a name that is not in the table."""
-    if pooling not in POOLINGS:
+    if not is_one_of(pooling, POOLINGS):
         raise InputError(f"unknown pooling '{pooling}'; take one of {', '.join(POOLINGS)}")
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import math
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -22,7 +24,8 @@ class Range:
 
     def __contains__(self, value: Any) -> bool:
         number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        return number and math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
+        most = 2**63 - 1 if self.whole else sys.float_info.max  # a Python integer may be larger than both
+        return number and -most <= value <= most and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
@@ -36,6 +39,11 @@ COUNT = Range(least=1, whole=True)
 POSITIVE = Range(above=0)
 FINITE = Range()
 SEED = Range(least=0, most=2**32 - 1, whole=True)  # numpy takes no others
+
+
+def is_one_of(value: Any, names: Iterable[str]) -> bool:
+    """Return whether a value is one of some names; an array or a list is none, which `in` could not say."""
+    return isinstance(value, str) and value in names
 
 
 def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
@@ -55,7 +63,7 @@ def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
         if value is None and (field.default is None or type(None) in get_args(types[field.name])):
             continue
         choices = field.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and not is_one_of(value, choices):
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
         if types[field.name] is bool and isinstance(value, str):
             raise InputError(f"{name} is {value!r}; it must be True or False")

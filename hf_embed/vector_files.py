@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from hf_embed.checkpoint.files import read_json
 from hf_embed.data.files import FILL_IN, missing_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
+from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
 from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
 
@@ -119,18 +119,22 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
     Raises:
         InputError: the file was not written by `write_vectors`, or is of another model, other texts or other settings.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; recipes/encode.py writes one")
     if not description_of(Path(path)).is_file():
         raise InputError(f"{path}: {description_of(Path(path)).name} is not beside it, which says what the vectors are of")
     about = read_json(description_of(Path(path)))
-    vectors = np.load(path, mmap_mode="r")
+    vectors = read_array(path)
     options = {key: about[key] for key in ("prompt_name", "truncate_dim", "normalize", "precision") if key in about}
-    if len(vectors) != len(texts) or about["rows"] != len(texts):
+    if len(vectors) != len(texts) or about.get("rows") != len(texts):
         raise InputError(f"{path}: there are {len(vectors):,} vectors and {len(texts):,} texts; encode the file anew")
-    if [vectors.shape[1], str(vectors.dtype)] != [about["width"], about["dtype"]]:
+    if [vectors.shape[1], str(vectors.dtype)] != [about.get("width"), about.get("dtype")]:
         raise InputError(f"{path}: the vectors are not those that {description_of(Path(path)).name} describes; encode anew")
-    if identity_of(encoder, texts, options, about.get("file", "texts")) != about["identity"]:
+    try:
+        identity = identity_of(encoder, texts, options, about.get("file", "texts"))
+    except InputError as error:  # of an option that this model does not have, or an empty text
+        raise InputError(f"{path}: {error}") from error
+    if identity != about.get("identity"):
         raise InputError(f"{path}: the vectors are of another model, other settings of it or other texts; encode the file anew")
     return vectors, options
 

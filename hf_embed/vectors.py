@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
+from hf_embed.ranges import is_one_of
 
 Vectors = np.ndarray | Tensor | Sequence[np.ndarray] | Sequence[Tensor] | Sequence[Sequence[float]]
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -39,9 +40,9 @@ SIMILARITIES: dict[str, Compare] = {
 
 def check_precision(precision: str) -> None:
     """Raise InputError for a precision that there is not."""
-    if precision == "uint8":
+    if is_one_of(precision, ("uint8",)):
         raise InputError("precision 'uint8' moves the zero, and cosines with it; take int8, or ubinary for packed signs")
-    if precision not in PRECISIONS:
+    if not is_one_of(precision, PRECISIONS):
         raise InputError(f"unknown precision {precision!r}; take one of {', '.join(PRECISIONS)}")
 
 
@@ -119,10 +120,16 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
 
 
 def as_matrix(vectors: Vectors) -> Tensor:
-    """Return vectors, or a single one, as a tensor (N, D)."""
-    if isinstance(vectors, list) and vectors and isinstance(vectors[0], np.ndarray | Tensor):
-        vectors = torch.stack([torch.as_tensor(vector) for vector in vectors])
-    return torch.atleast_2d(torch.as_tensor(vectors))
+    """Return vectors, or a single one, as a tensor (N, D). Raises InputError for what is none."""
+    try:
+        if isinstance(vectors, list) and vectors and isinstance(vectors[0], np.ndarray | Tensor):
+            vectors = torch.stack([torch.as_tensor(vector) for vector in vectors])
+        found = torch.atleast_2d(torch.as_tensor(vectors))
+    except Exception as error:  # of whatever was given
+        raise InputError(f"vectors are {str(vectors)[:60]!r}, a {type(vectors).__name__}; give an array (N, D)") from error
+    if found.dim() > 2 or found.is_complex():
+        raise InputError(f"vectors are an array of shape {tuple(found.shape)} and type {found.dtype}; give real numbers (N, D)")
+    return found
 
 
 def check_widths(first: Tensor, second: Tensor) -> None:

@@ -20,6 +20,7 @@ from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import claim_folder
+from hf_embed.read_files import read_text
 from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
 
 
@@ -59,7 +60,7 @@ def claim(folder: Path, identity: str) -> None:
     """
     claim_folder(folder)
     path = folder / "identity"
-    if path.is_file() and path.read_text() != identity:
+    if path.is_file() and read_text(path) != identity:
         raise InputError(
             f"{folder}: left by a run with another model or other texts or settings; remove the folder to start anew"
         )

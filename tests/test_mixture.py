@@ -422,7 +422,7 @@ def test_bad_yaml(files, case):
 
 
 def test_missing_yaml(tmp_path):
-    assert "No such file" in error_of(read_sources, str(tmp_path / "absent.yaml"))
+    assert "no such file" in error_of(read_sources, str(tmp_path / "absent.yaml"))
 
 
 def mixture_of(tmp_path, sources, **settings):

@@ -283,7 +283,7 @@ def test_zero_shot_files(tmp_path, name, content):
         ("a\tx\na\ty\n", "{label}", None, "every label is a"),
         ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found 3 columns"),
         ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "no text for label 'b'"),
-        ("a\tx\nb\ty\n", "{label}", "[", "cannot be read as JSON"),
+        ("a\tx\nb\ty\n", "{label}", "[", "is not JSON"),
         ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "no text for label 'a'"),
         ("text\tcategory\nx\ta\ny\tb\n", "{label}", None, "found the columns text, category; expected label and text"),
         ("".join(f"text {i}\ta\n" for i in range(30)), "{label}", None, "hardly a label stands twice"),

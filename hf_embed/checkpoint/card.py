@@ -10,13 +10,13 @@ import json
 import logging
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_embed.checkpoint.files import read_json, read_text, write_whole
 from hf_embed.checkpoint.layout import (
     DenseModule,
     NormalizeModule,
@@ -25,11 +25,13 @@ from hf_embed.checkpoint.layout import (
     modules_of,
     of_kind,
 )
-from hf_embed.checkpoint.tables import Results, comparison_table, mteb_table, seeds_table, sweep_table
+from hf_embed.checkpoint.tables import Results, comparison_table, duration, mteb_table, seeds_table, sweep_table
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
+from hf_embed.read_files import first_line, read_json, read_text
+from hf_embed.safe_files import write_text
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
 from hf_embed.text_models import loading_class
@@ -91,13 +93,20 @@ def write_card(
         license: the same.
     """
     path = Path(folder, "README.md")
-    if path.is_file() and not overwrite and not is_generated(read_text(path)):
+    if path.is_file() and not overwrite and not is_generated(card_text(path)):
         return
     if results is None:
         results = stored_results(folder)
     if named := {key: value for key, value in (("title", title), ("language", language), ("license", license)) if value}:
         results = keep_results(folder, results | {"card": results.get("card", {}) | named})
-    write_whole(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
+    write_text(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
+
+
+def card_text(path: Path) -> str:
+    """Return the text of a card; "" of one that is no text, which someone else has made."""
+    with suppress(InputError):
+        return read_text(path)
+    return ""
 
 
 def is_generated(text: str) -> bool:
@@ -126,9 +135,22 @@ def digest(text: str) -> str:
 
 def stored_results(folder: str | Path) -> Results:
     """Return what results.json in `folder` holds; {} without the file, and of one that is not of this package."""
-    path = Path(folder, "results.json")
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) and found.keys() <= RESULT_KEYS else {}
+    return own_results(Path(folder, "results.json")) or {}
+
+
+def own_results(path: Path) -> Results | None:
+    """Return what a results.json holds, {} where there is none; None of one that is not of this package, or damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path, with_nan=True)
+        if not found.keys() <= RESULT_KEYS:
+            return None
+        metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
+    except Exception as error:  # someone may have edited it, and anything may have another type
+        logger.warning(f"{path} is damaged ({first_line(error)}); it stays as it is, and the card does not show it")
+        return None
+    return found
 
 
 def keep_results(folder: str | Path, results: Results) -> Results:
@@ -136,10 +158,11 @@ def keep_results(folder: str | Path, results: Results) -> Results:
 
     What a card before was named by (its title, language and license) stays.
     """
-    path, before = Path(folder, "results.json"), stored_results(folder)
-    if card := before.get("card", {}) | results.get("card", {}):
+    path = Path(folder, "results.json")
+    before = own_results(path)
+    if card := (before or {}).get("card", {}) | results.get("card", {}):
         results = results | {"card": card}
-    if before or not path.is_file() or read_json(path) == {}:
+    if before is not None:
         store_results(folder, results)
     else:
         logger.warning(f"{path} is not a file of this package and stays as it is; the card says what the training has to say")
@@ -148,7 +171,7 @@ def keep_results(folder: str | Path, results: Results) -> Results:
 
 def store_results(folder: str | Path, results: Results) -> None:
     """Write results.json in `folder`."""
-    write_whole(Path(folder, "results.json"), json.dumps(results, indent=2, default=str) + "\n")
+    write_text(Path(folder, "results.json"), json.dumps(results, indent=2, default=str) + "\n")
 
 
 def model_card(encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER) -> str:
@@ -416,14 +439,6 @@ def training_section(train: dict[str, Any] | None) -> str:
         lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}")
     lines.append("software    " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
     return code_section("Training", lines)
-
-
-def duration(seconds: float | None) -> str:
-    """Return a time in words."""
-    if seconds is None:
-        return "some time"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
 
 
 def prompts_section(encoder: Encoder) -> str:

@@ -27,9 +27,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import with_repository
-from hf_embed.checkpoint.files import read_json, read_text
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
+from hf_embed.read_files import read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,10 @@ def model_files(folder: Path) -> list[Path]:
 
 def module_folders(folder: Path) -> list[Path]:
     """Return the folders of the modules that modules.json lists, beside the transformer in the folder itself."""
-    modules = [module for module in read_config(folder / "modules.json") or [] if module["path"]]
+    listed = read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []
+    if wrong := [module for module in listed if not (isinstance(module, dict) and are_texts(module, "path", "type"))]:
+        raise InputError(f"{folder}: modules.json lists {wrong[0]!r}, which has no path and type; save the model anew")
+    modules = [module for module in listed if module["path"]]
     folders = [folder / module["path"] for module in modules]
     for module, path in zip(modules, folders):
         if not MODULE.fullmatch(module["path"]) or path.is_symlink() or not path.is_dir():
@@ -215,12 +218,9 @@ def module_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def read_config(path: Path) -> Any:
-    """Return what a JSON file holds; None where there is no file."""
-    try:
-        return read_json(path) if path.is_file() else None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+def are_texts(content: dict[str, Any], *keys: str) -> bool:
+    """Return whether these keys are there and have texts."""
+    return all(isinstance(content.get(key), str) for key in keys)
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -240,10 +240,11 @@ def code_names(folder: Path) -> list[str]:
     """Return the names of the Python files, in the folder itself, that `auto_map` of the configs names."""
     names: list[str] = []
     for config in (folder / "config.json", folder / "tokenizer_config.json"):
-        auto_map = (read_config(config) or {}).get("auto_map") or {}
+        auto_map = (read_json(config) if config.is_file() else {}).get("auto_map") or {}
         listed = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
         classes = [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]
-        found = [re.fullmatch(r"(\w+)\.\w+", name or "") for name in classes]  # OWNER/REPO--file.Class stays where it is
+        # OWNER/REPO--file.Class stays where it is.
+        found = [re.fullmatch(r"(\w+)\.\w+", name) for name in classes if isinstance(name, str)]
         names += [file[1] for file in found if file]
     return names
 

@@ -207,13 +207,18 @@ class DenseModule(Module):
         """Return the layer. Raises InputError if config and weights do not make one."""
         package, _, kind = (self.config.get("activation_function", TANH) or "").rpartition(".")
         activation = getattr(nn, kind, None) if f"{package}.".startswith("torch.nn.") else None
+        taken: Any = self.config.get("in_features")
+        made: Any = self.config.get("out_features")
         try:
-            if activation is None:
-                raise TypeError("an activation that is not of torch.nn")
-            linear = nn.Linear(self.config["in_features"], self.config["out_features"], bias=self.config.get("bias", True))
+            weight = self.tensors["linear.weight"]
+            if not isinstance(activation, type) or weight.shape != (made, taken):  # before the memory for it is taken
+                raise TypeError("an activation that is not of torch.nn, or other sizes than those of the weights")
+            linear = nn.Linear(taken, made, bias=self.config.get("bias", True))
             dense = Dense(linear, activation(), residual=self.config.get("use_residual", False))
             dense.load_state_dict(self.tensors)
-        except (TypeError, KeyError, RuntimeError) as error:
+            if dense.eval()(weight.new_zeros(1, taken, dtype=torch.float32)).shape != (1, made):
+                raise TypeError("an activation that changes the width")
+        except Exception as error:  # of whatever class of torch.nn it is
             sizes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
             raise files.refused(f"the module Dense ('{self.path}'), {json.dumps(self.config)} with weights {sizes},") from error
         return dense

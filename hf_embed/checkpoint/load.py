@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import transformer_folder
 from hf_embed.checkpoint.settings import read_settings
+from hf_embed.checkpoint.sizes import check_counts, check_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import calm_libraries
+from hf_embed.read_files import COPY_ANEW, first_line, read_json, tensor_dtypes
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
@@ -88,6 +89,8 @@ def load_encoder(
 def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
     """Apply the TempScale that the config states and the weights do not hold."""
     entry = getattr(backbone.config, "temp_scale", None)
+    if entry and not isinstance(entry, dict):
+        raise InputError(f"model '{backbone.name_or_path}': temp_scale of config.json is {entry!r}; {COPY_ANEW}")
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
@@ -153,9 +156,9 @@ def load_model(
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
         files = Files(name, **where)
         refuse_adapter(files)
-        config = kwargs.pop("config", None)
-        config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+        config = kwargs.pop("config", None) or read_config(name, trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
+        check_size(files, model_class, config)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with calm_libraries():
             model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
@@ -165,6 +168,27 @@ def load_model(
         raise unreachable(name, error) from error
     check_weights(files, model, report)
     return model, sorted(report["missing_keys"])
+
+
+def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> PretrainedConfig:
+    """Return the configuration of a model. Raises InputError for one that is missing or wrong.
+
+    Args:
+        name: a folder, or a model on the Hub.
+        trust_remote_code: run the Python code that the model brings.
+        **where: as in `Files`.
+    """
+    files = Files(name, **where)
+    try:
+        path = files.path("config.json")
+        stated = read_json(path, name="config.json") if path else {}
+    except Exception as error:  # of the Hub's client too
+        raise unreachable(name, error) from error
+    check_counts(files, stated)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+    except Exception as error:  # of any value in it
+        raise unreachable(name, error) from error
 
 
 def refuse_adapter(files: Files) -> None:
@@ -187,24 +211,16 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     if further := [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in known]:
         raise InputError(f"model '{name}': config.json has no place for {listed(further)} in its weights file; {MEND}")
     if getattr(model.config, "quantization_config", None) is None:
-        for file in weight_files(files):
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no dict)
-                    if (dtype := tensors.get_slice(key).get_dtype()) not in PLAIN_DTYPES:
-                        raise InputError(
-                            f"model '{name}': '{key}' is stored as {dtype}, but config.json names no quantization; save the "
-                            "model in floating point"
-                        )
+        for file, path in files.weight_files().items():
+            for key, dtype in tensor_dtypes(path, f"model '{name}': {file}").items():
+                if dtype not in PLAIN_DTYPES:
+                    raise InputError(
+                        f"model '{name}': '{key}' is stored as {dtype}, but config.json names no quantization; save the model "
+                        "in floating point"
+                    )
     for key, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise InputError(f"model '{name}': '{key}' has values that are NaN or infinite; the weights are spoilt")
-
-
-def weight_files(files: Files) -> list[str]:
-    """Return the safetensors files of a model, where they lie on this machine."""
-    index = files.json("model.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    return [path for path in map(files.path, names) if path]
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -213,6 +229,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
         raise unreachable(name, error, "its tokenizer cannot be loaded") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, where the file is damaged; it is no Exception
+            raise
+        raise unreachable(name, error, "its tokenizer is damaged") from error
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         raise InputError(f"model '{name}': it needs a {type(tokenizer).__name__}, not a tokenizer of plain text; take another")
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -259,12 +279,12 @@ def own_code(backbone: PreTrainedModel) -> Iterator[None]:
             backbone.config.auto_map = auto_map
 
 
-def unreachable(name: str, error: Exception, what: str = "cannot be loaded") -> InputError:
+def unreachable(name: str, error: BaseException, what: str = "cannot be loaded") -> InputError:
     """Return the error for a model whose loading raised `error`."""
     if "trust_remote_code=True" in str(error):
         return InputError(
             f"model '{name}' brings Python code of its own, which is not run unless you say so: read it, then give "
             "--trust_remote_code on the command line (in Python, trust_remote_code=True)"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     return InputError(f"model '{name}' {what}: {reason}. {WHAT_TO_GIVE}")

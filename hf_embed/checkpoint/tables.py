@@ -99,3 +99,11 @@ def labelled(scores: Scores) -> dict[str, float]:
 def digits_of(label: str) -> int:
     """Return the decimals that a measure is shown with."""
     return 3 if "lower is better" in label else 2
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in words."""
+    if seconds is None:
+        return "some time"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"

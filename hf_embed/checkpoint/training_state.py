@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from hf_embed.adapters import has_adapters
 from hf_embed.checkpoint.files import read_weights
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.read_files import read_tensors
 from hf_embed.tempscale import applied_tempscale
 from hf_embed.tempscale.fold import folded
 
@@ -78,7 +79,7 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
             raise InputError(f"{folder}: no {TRAINING_TENSORS}, so no adapters; give a checkpoint of a run with adapters")
         return
     names = {name.removeprefix(ENCODER): name for name in trained.state_dict()}
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     expected = {name for name in names if not name.startswith("backbone.")} | training_names(trained, encoder)
     if other := sorted((set(tensors) - set(names)) | (expected - set(tensors))):
         raise InputError(f"{file}: the checkpoint is of another model ({other[:3]} ...)")

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
+from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
     Raises:
         InputError: an unknown role, two names of one role, a column that is not there, or roles that make no row.
     """
-    if not set(columns) <= set(ROLES):
+    if not isinstance(columns, dict) or not columns or not all(is_one_of(role, ROLES) for role in columns):
         raise InputError(f"columns: expected a mapping from {', '.join(ROLES)} to the file's columns")
     names = new_names(columns)
     found = column_names(rows)

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import cached_table, check_cache
 from hf_embed.errors import InputError, masked
+from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,10 @@ ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # Of a stream, the rows whose columns are taken for those of all.
 PROBED_ROWS = 1000
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 NO_QUOTING = (
     " if quotes belong to the texts, turn quoting off: --no_quoting (quoting: false in a sources file), or save the file as tsv"
 )
 END = "\ufdd0end of file"  # behind the last line of a csv, to see whether a quote is still open there
-DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, as pandas and json.dumps write a missing value
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise unreadable(path, "the file is UTF-16; save it as UTF-8, for example by iconv -f UTF-16 -t UTF-8")
+                    if line.startswith(LFS_POINTER):
+                        raise InputError(f"{path} {NOT_FETCHED}")
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if b"\0" in line:
                     raise unreadable(path, f"line {number} holds a NUL byte; if the file is UTF-16, save it as UTF-8")
@@ -129,11 +131,6 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
         raise
     except Exception as error:  # file systems, unpackers and clients of addresses raise many kinds
         raise unreadable(path, first_line(error)) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- csv and tsv ----
@@ -290,10 +287,14 @@ def json_rows(path: str) -> Iterator[tuple[int, dict]]:
 def is_json(text: str) -> bool:
     """Return whether a text is a JSON value."""
     try:
-        DECODER.decode(text)
+        parse_json(text, missing_value)
     except ValueError:
         return False
     return True
+
+
+def missing_value(constant: str) -> None:
+    """Return None for NaN and Infinity: pandas and json.dumps write a missing value so."""
 
 
 def parsed(text: str, path: str, number: int) -> Any:
@@ -303,18 +304,14 @@ def parsed(text: str, path: str, number: int) -> Any:
         InputError: it is no JSON, or one of its texts cannot be encoded.
     """
     try:
-        found = DECODER.decode(text.rstrip())  # an error behind the line end would be in the next line
+        return parse_json(text.rstrip(), missing_value)  # an error behind the line end would be in the next line
     except json.JSONDecodeError as error:
         raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
+    except UnicodeEncodeError as error:
+        half = json.dumps(error.object[error.start])
+        raise unreadable(path, f"line {number}: {half} is half of a character; correct or delete the text") from error
+    except ValueError as error:
         raise unreadable(path, f"line {number}: {first_line(error)}") from error
-    if "\\u" in text and SURROGATE.search(text):
-        try:
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # "\ud83d\ude00" is a character, half of it is none
-            half = json.dumps(error.object[error.start])
-            raise unreadable(path, f"line {number}: {half} is half of a character; correct or delete the text") from error
-    return found
 
 
 def survey_json(paths: list[str]) -> Features:
@@ -358,8 +355,19 @@ def as_column(values: list, feature: Any) -> pyarrow.Array:
         )
     if isinstance(feature, Value):
         return pyarrow.array(values, feature.pa_type)
-    texts = pyarrow.array([None if value is None else json.dumps(value) for value in values], pyarrow.string())
+    texts = pyarrow.array([None if value is None else json.dumps(storable(value)) for value in values], pyarrow.string())
     return pyarrow.ExtensionArray.from_storage(feature.pa_type, texts)
+
+
+def storable(value: Any) -> Any:
+    """Return a JSON value with numbers that `datasets` can read again: of more than 64 bits as floats, of no end as None."""
+    if isinstance(value, list):
+        return [storable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: storable(item) for key, item in value.items()}
+    if not isinstance(value, int | float) or -(2**63) <= value < 2**63:
+        return value
+    return float(value) if abs(value) <= sys.float_info.max else None  # NaN too
 
 
 # ---- all of them ----

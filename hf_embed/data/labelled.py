@@ -39,7 +39,7 @@ from hf_embed.data.columns import (
     plain,
     text_columns,
 )
-from hf_embed.data.sources import DROP_ADVICE, row_texts, rows_of_texts
+from hf_embed.data.sources import DROP_ADVICE, plain_rows, row_texts, rows_of_texts
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 
@@ -279,6 +279,6 @@ def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
     rows = as_pairs(rows, name, paired=True)
     columns = text_columns(rows.column_names, name, paired=True)[:2]
     pairs = []
-    for number, row in enumerate(rows.select_columns(columns), 1):
+    for number, row in enumerate(plain_rows(rows, columns, name), 1):
         pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
     return pairs

@@ -43,7 +43,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.columns import ROLES, column_names, negative_columns, take_columns, text_columns
-from hf_embed.data.files import ANY_NEGATIVES, first_line
+from hf_embed.data.files import ANY_NEGATIVES
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.sources import (
@@ -59,6 +59,7 @@ from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table,
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.progress import progress_bar
+from hf_embed.read_files import first_line
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments

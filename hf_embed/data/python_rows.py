@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
-from hf_embed.data.files import first_line, shortened
+from hf_embed.data.files import shortened
 from hf_embed.data.sources import read_file
 from hf_embed.errors import InputError
+from hf_embed.read_files import first_line
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
@@ -131,6 +132,8 @@ def table_of(columns: dict[str, list], name: str) -> Dataset:
             raise InputError(
                 f"{name}, column '{column}' cannot be stored: {first_line(error)}; correct it, or leave it out"
             ) from error
+    if not tables:
+        raise InputError(f"{name}: the rows have no columns; give {ACCEPTED_ROWS}")
     return concatenate_datasets(tables, axis=1)
 
 

@@ -27,13 +27,11 @@ import glob
 import gzip
 import logging
 import re
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
-from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.data import files
 from hf_embed.data.cache import cached_map, checked_load
@@ -41,6 +39,7 @@ from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import InputError
 from hf_embed.hub_access import check_dataset
+from hf_embed.read_files import check_file, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,19 @@ def read_file(
         rows = files.stream(paths, table, optional) if streaming else files.load(paths, table)
     else:
         rows = read_parquet(paths, streaming)
-    if (len(rows) == 0) if isinstance(rows, Dataset) else (next(iter(rows), None) is None):
+    if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
         raise InputError(f"{paths[0]}: no rows")
     return rows
+
+
+def is_empty(rows: IterableDataset, path: str) -> bool:
+    """Return whether a stream of the file has no rows. Raises InputError if it cannot be read."""
+    try:
+        return next(iter(rows), None) is None
+    except InputError:
+        raise
+    except Exception as error:  # of Arrow, and of the clients of addresses
+        raise files.unreadable(path, first_line(error)) from error
 
 
 def first_cells(path: str) -> list[str] | None:
@@ -91,12 +100,28 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
                 raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
+        for file in paths:
+            check_parquet(file)
         data_files = [file if "://" in file else glob.escape(file) for file in paths]
         return checked_load("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
-    except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
-        raise files.unreadable(path, files.first_line(error.__cause__ or error)) from error
+    except Exception as error:  # of Arrow, datasets, gzip and the clients of addresses
+        raise files.unreadable(path, first_line(error.__cause__ or error)) from error
+
+
+def check_parquet(path: str) -> None:
+    """Raise InputError for a local parquet file without rows, or with two columns of one name."""
+    if "://" in path:
+        return
+    found = pyarrow.parquet.read_metadata(path)
+    names = found.schema.to_arrow_schema().names
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"{path}: two columns are named '{twice[0]}'; names must differ")
+    if found.num_rows == 0:
+        raise InputError(f"{path}: no rows")
+    if found.row_group(0).num_rows == 0:  # which datasets takes for the size of a batch
+        raise InputError(f"{path}: its first row group has no rows; write the file anew")
 
 
 def check_files(paths: list[str]) -> str:
@@ -107,12 +132,12 @@ def check_files(paths: list[str]) -> str:
     """
     endings = set()
     for path in paths:
-        file = Path(path)
         if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
-            if not file.is_file():
-                what = "this is a folder; name a file in it" if file.is_dir() else "no such file; check the path"
-                raise InputError(f"{path}: {what} (folders and globs are not read)")
-            if file.stat().st_size == 0:
+            try:
+                check_file(path)
+            except InputError as error:
+                raise InputError(f"{error} (folders and globs are not read)") from error
+            if Path(path).stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
         kind = files.kind_of(path)
         if kind not in KINDS:
@@ -137,7 +162,7 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     except DiskError:
         raise
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
-        reason = files.first_line(error)
+        reason = first_line(error)
         raise InputError(
             f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; or give a local file"
         ) from error
@@ -215,6 +240,18 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
     different = {own[1]: own for own in texts}  # a positive may stand twice
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
+
+
+def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
+    """Yield the rows of a table with these columns alone.
+
+    Raises:
+        InputError: a cell holds what Python has no value for, a date before the year 1 for example.
+    """
+    try:
+        yield from rows.select_columns(columns)
+    except Exception as error:
+        raise InputError(f"{name}: a cell of {', '.join(columns)} cannot be read: {first_line(error)}") from error
 
 
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:

@@ -157,6 +157,7 @@ def tokenize_table(
         InputError: wrong columns, an empty text, or too few rows.
     """
     columns = text_columns(rows.column_names, name, paired)
+    rows = rows.select_columns(columns)  # a cell of another column may be one that Python cannot hold
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
 

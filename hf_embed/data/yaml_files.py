@@ -1,12 +1,16 @@
 """Configurations and lists of sources: YAML files."""
 
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import yaml
 
 from hf_embed.entry import shipped
 from hf_embed.errors import InputError
+from hf_embed.read_files import MOST_LEVELS, first_line, read_text
+
+# What no configuration has: characters, and values once each alias is replaced by what it stands for.
+MOST_CHARACTERS, MOST_VALUES = 1_000_000, 100_000
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -31,15 +35,53 @@ def read_yaml(path: str, name: str) -> Any:
     """Return what a YAML file holds.
 
     Raises:
-        InputError: the file, which the message calls `name`, is missing or not YAML, or has a key twice.
+        InputError: the file, which the message calls `name`, is missing or not YAML, has a key twice, or holds more than any
+            configuration does: such a file is another one, or was made to fill the memory.
     """
+    text = read_text(shipped(path), name)
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{name}: holds {len(text):,} characters, and no configuration has so many; is it another file?")
+    deepest = max(accumulate((letter in "[{") - (letter in "]}") for letter in text), default=0) if text else 0
+    if deepest > MOST_LEVELS:  # PyYAML would take minutes
+        raise InputError(f"{name}: not YAML: more than {MOST_LEVELS} lists and mappings within each other")
     try:
-        return yaml.load(Path(shipped(path)).read_text(encoding="utf-8-sig"), UniqueKeys)
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8: {error}") from error
+        loader = UniqueKeys(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if count_values(node, {}) > MOST_VALUES:
+            raise InputError(f"{name}: its aliases stand for more than {MOST_VALUES:,} values; write what is meant")
+        return loader.construct_document(node)
+    except InputError:
+        raise
     except TwiceError as error:
         raise InputError(f"{name}, {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise InputError(f"{name}: not YAML: too many lists and mappings within each other") from error
+    except Exception as error:  # PyYAML lets through whatever a date, a number or a tag of another type raises
+        raise InputError(
+            f"{name}: a value is not what its form or its tag says ({first_line(error)}); put a text in quotes"
+        ) from error
+
+
+def count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node holds, each alias counted as what it stands for.
+
+    Args:
+        node: of a document.
+        known: the counts of the nodes before, by their identity.
+
+    Raises:
+        yaml.YAMLError: a node is within itself.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias stands for what it is in")
+        return known[id(node)]
+    known[id(node)] = 0  # not known yet
+    inside = node.value if isinstance(node, yaml.CollectionNode) else []
+    parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+    known[id(node)] = 1 + sum(count_values(part, known) for part in parts)
+    return known[id(node)]

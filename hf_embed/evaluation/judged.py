@@ -15,7 +15,7 @@ the negatives. Where a row has one document and its label instead, the rows of a
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ from datasets import Dataset
 
 from hf_embed.data.columns import negative_columns, pair_of
 from hf_embed.data.files import NEGATIVE
+from hf_embed.data.sources import plain_rows
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.rows import cell_text, cell_texts, first_match, label_number
 
@@ -63,7 +64,7 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
             raise InputError(f"{name}: no column {what}; found {', '.join(names)}; accepted are {ACCEPTED}; rename them")
     warn_of_unused(names, [queries[0], *positives, *negatives], name)
     found = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(with_columns(rows, [queries[0], *positives, *negatives], name), 1):
         where = f"{name}, row {number}"
         query = cell_text(row.get(queries[0]), f"{where}, column '{queries[0]}'")
         right, wrong = (
@@ -100,7 +101,7 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
     query, document, label = queries[0], documents[0], labels[0]
     warn_of_unused(names, [query, document, label], name)
     found: dict[str, Judged] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(with_columns(rows, [query, document, label], name), 1):
         where = f"{name}, row {number}"
         text = cell_text(row.get(query), f"{where}, column '{query}'")
         candidates = cell_texts(row.get(document), f"{where}, column '{document}'")
@@ -114,6 +115,11 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
     return list(found.values())
 
 
+def with_columns(rows: Rows, columns: list[str], name: str) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a table with these columns alone; rows of a list as they are."""
+    return plain_rows(rows, columns, name) if isinstance(rows, Dataset) else rows
+
+
 def names_of(rows: Rows, name: str) -> list[str]:
     """Return the names of the columns. Raises InputError for a row that is no dict."""
     if isinstance(rows, Dataset):
@@ -121,7 +127,10 @@ def names_of(rows: Rows, name: str) -> list[str]:
     for row in rows:
         if not isinstance(row, Mapping):
             raise InputError(f"{name}: a row is a {type(row).__name__}; give a dict of query, positive, negative each")
-    return list(dict.fromkeys(column for row in rows for column in row))
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    if odd := [column for column in names if not isinstance(column, str)]:
+        raise InputError(f"{name}: the key {odd[0]!r} is no text; columns have names")
+    return names
 
 
 def warn_of_unused(names: list[str], used: list[str], name: str) -> None:

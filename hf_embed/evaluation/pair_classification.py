@@ -13,11 +13,11 @@ from datasets import ClassLabel, Dataset
 
 from hf_embed.data.columns import ALIKE
 from hf_embed.data.labelled import LABELS, MATCHES
-from hf_embed.data.sources import first_cells, read_file
+from hf_embed.data.sources import first_cells, plain_rows, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import cell_text, hub_rows, label_number, plain, text_lists
+from hf_embed.evaluation.rows import as_list, cell_text, hub_rows, label_number, plain, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,11 @@ class PairClassification(EvaluationTask):
     reported = ("pair_ap", "pair_accuracy", "pair_accuracy_threshold", "pair_f1", "pair_f1_threshold")
 
     def __post_init__(self) -> None:
-        lists = {"sentences1": self.sentences1, "sentences2": self.sentences2, "labels": list(map(str, self.labels))}
+        lists = {
+            "sentences1": self.sentences1,
+            "sentences2": self.sentences2,
+            "labels": list(map(str, as_list(self.labels, "PairClassification: labels"))),
+        }
         self.sentences1, self.sentences2, labels = text_lists(lists, "PairClassification")
         self.labels = label_numbers(labels, "PairClassification")
 
@@ -96,7 +100,7 @@ def read_pair_classification(path: str) -> PairClassification:
     first, second, label = rows.column_names
     pairs: list[tuple[str, str]] = []
     labels: list[int] = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(plain_rows(rows, rows.column_names, path), 1):
         cells, where = [row[column] for column in rows.column_names], f"{path}, row {number}"
         lists = [len(cell) for cell in cells if isinstance(cell, list)]
         if lists and (len(lists) < 3 or len(set(lists)) > 1):

@@ -16,7 +16,7 @@ from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import Judged, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
-from hf_embed.evaluation.rows import read_rows
+from hf_embed.evaluation.rows import as_list, read_rows
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class Reranking(EvaluationTask):
     reported = ("rerank_map", "rerank_mrr@10", "rerank_ndcg@10")
 
     def __post_init__(self) -> None:
-        self.samples = list(from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples)
+        rows = from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples
+        self.samples = as_list(rows, "Reranking: samples")
         if not all(isinstance(sample, Judged) for sample in self.samples):
             self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
         self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")

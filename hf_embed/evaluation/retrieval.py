@@ -8,9 +8,11 @@ Shapes: Q queries, k retrieved documents, D wide.
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.columns import text_columns
-from hf_embed.data.files import lines, parsed
-from hf_embed.data.sources import read_file, read_hub, row_texts
+from hf_embed.data.files import lines, parsed, shortened
+from hf_embed.data.sources import plain_rows, read_file, read_hub, row_texts
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks, embed_own_share
+from hf_embed.ranges import COUNT
 from hf_embed.search import exact_search, merge
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ class Retrieval(EvaluationTask):
     reported = ("ndcg@10", "mrr@10", "recall@100", "map@100")
 
     def __post_init__(self) -> None:
+        self.check_types()
         self.qrels = {query: found for query, found in self.qrels.items() if max(found.values(), default=0) > 0}
         if not self.qrels:
             raise InputError("no query has a relevant document")
@@ -71,6 +75,21 @@ class Retrieval(EvaluationTask):
                 f"{len(self.itself):,} of {len(self.qrels):,} queries are documents too, of the same id and text; each is left "
                 "out of what is found for itself"
             )
+
+    def check_types(self) -> None:
+        """Raise InputError for texts, grades or cutoffs of another type, and for judgements of what is not there."""
+        for name, texts in (("queries", self.queries), ("corpus", self.corpus)):
+            if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+                raise InputError(f"Retrieval: {name} is no dict of texts by id, {shortened(repr(texts))}")
+        grades = list(self.qrels.values()) if isinstance(self.qrels, dict) else [None]
+        if not all(
+            isinstance(found, dict) and all(isinstance(grade, Integral) for grade in found.values()) for found in grades
+        ):
+            raise InputError("Retrieval: qrels is no dict of whole numbers, {query id: {document id: grade}}")
+        if not isinstance(self.cutoffs, list | tuple) or not self.cutoffs or not all(k in COUNT for k in self.cutoffs):
+            raise InputError(f"Retrieval: cutoffs are {self.cutoffs!r}; give whole numbers of at least 1")
+        if absent := self.qrels.keys() - self.queries.keys():
+            raise InputError(f"Retrieval: qrels judge the query {min(map(str, absent))!r}, which is not among the queries")
 
     def is_query(self, name: str) -> bool:
         """Return whether the query and the document of this id have the same text."""
@@ -152,8 +171,8 @@ def read_retrieval(path: str) -> Retrieval:
     Raises:
         InputError: a file or split that is not there, a line that cannot be read, or no judgement that is left.
     """
-    folder, _, split = path.rpartition(":") if not Path(path).exists() and ":" in path else (path, "", None)
-    if Path(folder).is_dir():
+    folder, _, split = path.rpartition(":") if not os.path.exists(path) and ":" in path else (path, "", None)
+    if os.path.isdir(folder):
         corpus, queries = read_jsonl(Path(folder, "corpus.jsonl")), read_jsonl(Path(folder, "queries.jsonl"))
         return make_retrieval(queries, corpus, read_qrels(Path(folder, "qrels"), split), folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
@@ -263,7 +282,8 @@ def read_pairs(path: str) -> Retrieval:
     """Read rows to train on (anchor, positive) as a search: each anchor looks for its positive among all positives."""
     rows = read_file(path)
     columns = text_columns(rows.column_names, path, paired=True)[:2]
-    return pairs_to_retrieval([row_texts(row, columns, f"{path}, row {number}") for number, row in enumerate(rows, 1)])
+    pairs = [row_texts(row, columns, f"{path}, row {i}") for i, row in enumerate(plain_rows(rows, columns, path), 1)]
+    return pairs_to_retrieval(pairs)
 
 
 def pairs_to_retrieval(pairs: Sequence[Sequence[str]]) -> Retrieval:

@@ -1,8 +1,8 @@
 """Rows of labelled evaluation sets, from a file or the Hub, and their cells, checked."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 from datasets import Dataset
@@ -22,7 +22,7 @@ def hub_rows(path: str) -> Dataset | None:
         InputError: they cannot be loaded, or the split is not named.
     """
     name = re.fullmatch(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>\w+))?", path)
-    if not name or Path(path).exists() or (not name["split"] and kind_of(path) in KINDS):
+    if not name or os.path.exists(path) or (not name["split"] and kind_of(path) in KINDS):
         return None
     if not name["split"]:
         raise InputError(f"{path}: no such file; of a dataset on the Hub name the split too, for example {path}:test")
@@ -70,9 +70,17 @@ def label_number(label: object, where: str) -> int:
     return number
 
 
+def as_list(values: Iterable, name: str) -> list:
+    """Return values as a list, a text as a list of one. Raises InputError for what cannot be one."""
+    try:
+        return [values] if isinstance(values, str) else list(values)
+    except TypeError as error:
+        raise InputError(f"{name}: got {shortened(repr(values))}, a {type(values).__name__}; give a list") from error
+
+
 def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]:
     """Return the lists. Raises InputError where they differ in length or are empty, or a text is empty or none."""
-    found = {key: [texts] if isinstance(texts, str) else list(texts) for key, texts in lists.items()}
+    found = {key: as_list(texts, f"{name}: {key}") for key, texts in lists.items()}
     lengths = {key: len(texts) for key, texts in found.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
         counts = ", ".join(f"{length:,} {key}" for key, length in lengths.items())

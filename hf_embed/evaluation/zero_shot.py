@@ -3,19 +3,20 @@
 A label becomes a text by a template, "this is an example of {label}"; nothing is trained on the labels.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Integral
 
 import numpy as np
 from datasets import Dataset
 
-from hf_embed.data.sources import first_cells, read_file, row_texts
+from hf_embed.data.sources import first_cells, plain_rows, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
+from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
+from hf_embed.read_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,12 @@ class ZeroShot(EvaluationTask):
     kind = "zero_shot"
     main = "accuracy"
     reported = ("accuracy", "f1")
+
+    def __post_init__(self) -> None:
+        numbers = as_list(self.labels, "ZeroShot: labels")
+        labels = range(len(self.label_texts))
+        if len(numbers) != len(self.texts) or not all(isinstance(number, Integral) and number in labels for number in numbers):
+            raise InputError("ZeroShot: give each text the number of its label, from 0 to one less than there are label texts")
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return accuracy and f1 (the mean over labels), x 100.
@@ -64,7 +71,7 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     if "{label}" not in template:
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
     rows = label_and_text(path)
-    for i, row in enumerate(rows, 1):
+    for i, row in enumerate(plain_rows(rows, ["label", "text"], path), 1):
         row_texts(row, ["text"], f"{path}, row {i}")
         if row["label"] is None or not str(row["label"]).strip():
             raise InputError(f"{path}, row {i}: there is no label; fill it in or delete the row")
@@ -97,10 +104,7 @@ def label_and_text(path: str) -> Dataset:
 
 def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
     """Read the names of labels from a JSON object. Raises InputError for a label that has none."""
-    try:
-        names = json.loads(Path(labels_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--zero_shot_labels {labels_file}: cannot be read as JSON: {error}") from error
+    names = read_json(labels_file, (dict, list), f"--zero_shot_labels {labels_file}")
     if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
         raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
     return names

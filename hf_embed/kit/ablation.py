@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_embed.checkpoint.files import read_json
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, Flags
@@ -30,6 +29,7 @@ from hf_embed.kit.plan import Plan
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
 from hf_embed.ranks import writing_alone
+from hf_embed.read_files import first_line, parse_json, read_json
 from hf_embed.safe_files import write_text, writing
 from hf_embed.training_record import number
 
@@ -66,7 +66,10 @@ class AblationArguments:
 def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:
     """{name: flags}, of names that are known, or of a JSON dict in one word. Raises InputError for an unknown name."""
     if len(given) == 1 and given[0].startswith("{"):
-        variants = json.loads(given[0])
+        try:
+            variants = parse_json(given[0])
+        except ValueError as error:
+            raise InputError(f"--variants is not JSON ({first_line(error)}): {given[0][:60]}") from error
         if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
             raise InputError(f"variant '{wrong[0]}': give the flags in which it differs, {{}} for none")
         if wrong := [name for name, flags in variants.items() if FROM_HAND in {key.replace("-", "_") for key in flags}]:
@@ -158,7 +161,9 @@ def slug(name: str) -> str:
 
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
     """Read the path of a run that is there. Raises InputError if it had other settings."""
-    done = read_json(file)
+    done = read_json(file, with_nan=True)
+    if not isinstance(done.get("settings"), dict) or not isinstance(done.get("path"), list):
+        raise InputError(f"{file}: has no settings and path of a run; remove it, and the run is made anew")
     if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
         raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
     return done["path"]

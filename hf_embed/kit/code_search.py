@@ -1,8 +1,8 @@
 """Code search: a docstring looks for the function that it stands in."""
 
-from pathlib import Path
+import os
 
-from hf_embed.data.sources import read_file, row_texts
+from hf_embed.data.sources import plain_rows, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.kit.docstrings import read_definitions
@@ -18,14 +18,15 @@ def read_code_search(path: str) -> Retrieval:
     `path` is a jsonl file with the columns docstring and code, as in CodeSearchNet, or a Python package, by folder or name.
     Raises InputError for a file without these columns, and where there is no function with a docstring.
     """
-    if "://" not in path and not Path(path).is_file():
+    if "://" not in path and not os.path.isfile(path):
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
         rows = read_file(path)
         docstring, code = (next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES))
         if docstring is None or code is None:
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
-        texts = (row_texts(row, [docstring, code], f"{path}, row {i}") for i, row in enumerate(rows, 1))
+        columns = [docstring, code]
+        texts = (row_texts(row, columns, f"{path}, row {i}") for i, row in enumerate(plain_rows(rows, columns, path), 1))
         pairs = [(query, document) for query, document in texts]
     if not pairs:
         raise InputError(f"{path}: no function with a docstring")

@@ -16,6 +16,7 @@ import ast
 import importlib.util
 import inspect
 import json
+import os
 import random
 import shutil
 import sysconfig
@@ -24,6 +25,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -34,12 +36,14 @@ from hf_embed.data.mixture import read_sources
 from hf_embed.errors import InputError
 from hf_embed.mining import MiningArguments, write_hard_negatives
 from hf_embed.progress import progress_bar
+from hf_embed.read_files import read_text
 from hf_embed.safe_files import write_text
 
 # "python" is the standard library. What hf_embed needs brings the others along.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
             "huggingface_hub", "accelerate", "peft")  # fmt: skip
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "tests", "test", "testing", "_vendor", "vendored"}
+MOST_FILES = 50_000  # of a folder; no package has so many, but a whole disk may
 MAX_FILES = 150  # of a package, chosen at random: parsing all of torch and transformers takes a minute
 # Texts are cut to this many characters (a token is about four), and shorter ones than the least say too little.
 LONGEST = {"summary": 300, "body": 500, "code": 500}
@@ -69,11 +73,14 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
     A package is given by its name; "python" is the standard library.
 
     Raises:
-        InputError: there is no such package or folder.
+        InputError: there is no such package or folder, or it holds more than MOST_FILES files.
     """
     root = package_folder(package)
+    found = list(islice(root.rglob("*.py"), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise InputError(f"{package}: holds more than {MOST_FILES:,} Python files; name the folder of one package")
     files = sorted(
-        path for path in root.rglob("*.py")
+        path for path in found
         if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) and path.stat().st_size < 1_000_000
     )  # fmt: skip
     if max_files is not None and len(files) > max_files:
@@ -91,7 +98,7 @@ def package_folder(package: str) -> Path:
     """Find the folder of a package's files, without importing it. Raises InputError if there is none."""
     if package == "python":
         return Path(sysconfig.get_paths()["stdlib"])
-    if Path(package).is_dir():
+    if os.path.isdir(package):
         return Path(package).resolve()
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -105,11 +112,11 @@ def package_folder(package: str) -> Path:
 def parse_file(path: Path, module: str) -> Iterator[Definition]:
     """Yield the definitions in a file; a file that is no Python of this version has none."""
     try:
-        source = path.read_text(encoding="utf-8")
+        source = read_text(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of strange escapes in other people's code
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, OSError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # InputError is a ValueError
         return  # templates and files for other Pythons
     lines = source.splitlines()
 

@@ -8,7 +8,6 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_embed.checkpoint.files import read_text
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -16,6 +15,7 @@ from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
+from hf_embed.read_files import read_text
 from hf_embed.safe_files import new_folder, write_text
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import shown

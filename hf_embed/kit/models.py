@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_tokenizer, unreachable
+from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_tokenizer, read_config
 from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
@@ -80,14 +80,9 @@ def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> Pre
     """Load the model's configuration, with all its dropout rates at `rate`. Raises InputError if it has none."""
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
-    try:
-        found = find_model(name)
-        folder: dict[str, Any] = find_transformer(name, **found) | found
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **folder)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise unreachable(name, error) from error
+    found = find_model(name)
+    folder: dict[str, Any] = find_transformer(name, **found) | found
+    config = read_config(name, trust_remote_code, **folder)
     known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]
     if not known:
         raise InputError(f"--dropout: {type(config).__name__} has no dropout rate to set")

@@ -19,7 +19,6 @@ import logging
 import random
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import find_model
 from hf_embed.progress import calm_libraries, progress_bar, table_bars
+from hf_embed.read_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +186,8 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
     """Read the synonyms of each word. Raises InputError for a file that is missing or no such table."""
     if path is None:
         raise InputError("positive synonym needs --synonyms FILE, lines of a word, a tab, and synonyms separated by commas")
-    if not Path(path).is_file():
-        raise InputError(f"--synonyms {path}: no such file")
     table = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, f"--synonyms {path}").splitlines(), 1):
         word, _, listed = line.partition("\t")
         others = [other.strip() for other in listed.split(",") if other.strip()]
         if line.strip() and not (word.strip() and others):

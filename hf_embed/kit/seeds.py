@@ -12,7 +12,6 @@ from typing import Any
 from accelerate import PartialState
 
 from hf_embed.checkpoint.card import store_results, write_card
-from hf_embed.checkpoint.files import read_json
 from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
@@ -25,6 +24,7 @@ from hf_embed.kit.plan import Plan
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
+from hf_embed.read_files import read_json
 from hf_embed.resume import as_json, same_settings
 from hf_embed.safe_files import SAVING
 from hf_embed.training_record import settings_of, shown
@@ -106,13 +106,13 @@ def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
     """Read the results of a seed's run that is finished; None if it is not, or if it had other settings."""
     if not (folder / "results.json").is_file():
         return None
-    results, args = read_json(folder / "results.json"), plan.args
+    results, args = read_json(folder / "results.json", with_nan=True), plan.args
     now = {
         "settings": changed(plan), "objective": settings_of(plan.objective), "data": shown(plan.source),
         "model": shown(plan.model_args.model_name_or_path or "quickstart"),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
     }  # fmt: skip
-    return results if {name: results["train"][name] for name in now} == as_json(now) else None
+    return results if {name: results.get("train", {}).get(name) for name in now} == as_json(now) else None
 
 
 def interrupted_run(folder: Path, plan: Plan) -> str | None:

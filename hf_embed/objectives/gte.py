@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
-from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges
+from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 TILE_SIZE = 2**26  # similarities in a tile: 256 MB in float32
@@ -80,15 +80,17 @@ class ImprovedContrastive(ContrastiveObjective):
     tile_rows: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.directions, list | tuple | str):
+            raise InputError(f"directions are {self.directions!r}; give a list of {', '.join(DIRECTIONS)}")
         self.directions = tuple(self.directions)
         check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
-        if unknown := [name for name in self.directions if name not in DIRECTIONS]:
+        if unknown := [name for name in self.directions if not is_one_of(name, DIRECTIONS)]:
             raise InputError(f"unknown direction '{unknown[0]}'; there are {', '.join(DIRECTIONS)}")
         if len(set(self.directions)) < len(self.directions):
             raise InputError(f"directions are {' '.join(self.directions)}; name each once, for a sum counts once")
         if "query_to_doc" not in self.directions:
             raise InputError("directions need query_to_doc: the positive pair stands there")
-        if self.partition_mode not in ("joint", "per_direction"):
+        if not is_one_of(self.partition_mode, ("joint", "per_direction")):
             raise InputError(f"unknown partition_mode '{self.partition_mode}'; there are joint and per_direction")
         if self.partition_mode == "per_direction":
             if lacking := {"query_to_query", "doc_to_doc"} & set(self.directions):

@@ -1,6 +1,6 @@
 """Matryoshka Representation Learning (https://arxiv.org/abs/2205.13147): the first dimensions are an embedding themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +33,8 @@ class Matryoshka:
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not all(isinstance(given, Sequence | None) and not isinstance(given, str) for given in (self.dims, self.weights)):
+            raise InputError(f"Matryoshka dims are {self.dims!r} and its weights {self.weights!r}; give lists of numbers")
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
         if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):

@@ -3,14 +3,17 @@
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from hf_embed.errors import InputError
+from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
 
+NUMBER = re.compile(r"\s*[0-9]{1,4}\s*")  # of a layer; no model has more
 ONE_HOT = 0.1  # below, a token attends to hardly anything but its best match
 
 
@@ -61,7 +64,7 @@ class TempScaleConfig:
             named = [number for key in self.temperature for number in layer_numbers(key)]
             if twice := [number for i, number in enumerate(named) if number in named[:i]]:
                 raise InputError(f"TempScale names layer {twice[0]} twice")
-        if self.growth not in (None, "log", "power"):
+        if self.growth is not None and not is_one_of(self.growth, ("log", "power")):
             raise InputError(f"unknown TempScale growth '{self.growth}'; there are log and power")
         if not isinstance(self.reference_length, int) or self.reference_length < 2:
             raise InputError(f"TempScale reference_length is {self.reference_length!r}; it must be a whole number above 1")
@@ -110,7 +113,7 @@ def layer_numbers(key: str | int) -> range:
     ([3], [2, 3, 4, 5])
     """
     first, dash, last = str(key).partition("-")
-    if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+    if not NUMBER.fullmatch(first) or (dash and not NUMBER.fullmatch(last)):
         raise InputError(f"TempScale layers '{key}': give a number or a range, '3' or '2-5'")
     numbers = range(int(first), int(last or first) + 1)
     if not numbers:

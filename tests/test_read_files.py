@@ -1,0 +1,202 @@
+"""The readers of text, JSON, tensors and arrays: each damage is one line that names the file; and nobody else reads."""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of
+from safetensors.torch import save, save_file
+
+from hf_embed.checkpoint.files import read_weights
+from hf_embed.data.sources import read_file
+from hf_embed.data.yaml_files import read_yaml
+from hf_embed.read_files import MOST_LEVELS, read_array, read_json, read_tensors, read_text, tensor_dtypes
+
+ROOT = Path(__file__).parent.parent
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+TENSORS = save({"weight": torch.eye(3)})
+EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_file, lambda path: read_yaml(path, path)]
+# Calls that read a file, by module, and why they are no reader of `read_files`.
+OTHERS = {
+    "read_files": "the readers themselves",
+    "checkpoint.training_state": "load_file",
+    "data.files": "open: rows of any size, a line at a time",
+    "data.sources": "gzip.open: a packed parquet file",
+    "data.yaml_files": "YAML, from the text of read_text",
+    "kit.ablation": "json.loads: what json.dumps has made a moment before",
+    "kit.seeds": "the same",
+    "kit.command": "read_text: the recipes' own code",
+    "mining": "open: the rows that were written a moment before",
+    "vector_files": "open, for writing",
+    "safe_files": "open, for writing",
+    "recipes.pretrain_encoder": "json.loads: a tokenizer in memory",
+}
+
+
+@pytest.mark.parametrize("read", EVERY)
+def test_a_path_that_is_no_file(read, tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")  # to open it would wait for ever
+    expected = {
+        "absent.csv": "no such file; check the path",
+        "folder.csv": "this is a folder; name a file in it",
+        "pipe.csv": "a pipe or a device",
+        "a" * 300 + ".csv": "File name too long",
+        "a\0.csv": "no file can be there",
+    }
+    for name, words in expected.items():
+        message = error_of(read, str(tmp_path / name))
+        assert words in message and name[:1] in message
+
+
+@pytest.mark.parametrize("read", EVERY)
+def test_a_pointer_of_git_lfs_is_named(read, tmp_path):
+    for name in ("a.safetensors", "a.csv"):
+        (tmp_path / name).write_bytes(LFS)
+    file = "a.safetensors" if read in (read_tensors, tensor_dtypes) else "a.csv"
+    assert f"{file} is a pointer of Git LFS, not the file itself; fetch it by git lfs pull" in error_of(
+        read, str(tmp_path / file)
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    path.chmod(0)
+    assert "a.json: you may not read it; change its permissions" in error_of(read_json, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{bad", "a.json is not JSON (line 1: Expecting property name"),
+        (b"", "a.json is not JSON (line 1: Expecting value)"),
+        (b'{"a": NaN}', "NaN is not a number of JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not a number of JSON"),
+        (b"[" * 100_000, f"more than {MOST_LEVELS} lists and objects within each other"),
+        (b"[" * 500 + b"]" * 500, f"more than {MOST_LEVELS} lists and objects within each other"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"a": "\\ud800"}', 'a.json: "\\ud800" is half of a character'),
+        (b"[1]", "a.json has no dict at its top"),
+        (b'{"a": "\xe9"}', "a.json: not UTF-8: byte 0xe9 in line 1"),
+        ('{"a": 1}'.encode("utf-16"), "a.json: holds NUL bytes"),
+    ],
+)
+def test_damaged_json(content, expected, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    assert expected in error_of(read_json, tmp_path / "a.json")
+
+
+def test_whole_json(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00", "b": NaN}')
+    found = read_json(tmp_path / "a.json", with_nan=True)
+    assert found["a"] == "😀" and np.isnan(found["b"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", TENSORS[:-1], TENSORS[:20], TENSORS[:4], (2**60).to_bytes(8, "little") + TENSORS[8:], b"\0" * 50, b"<html>" * 10,
+     TENSORS.replace(b"F32", b"F99"), TENSORS.replace(b"[3,3]", b"[3,4]"), (2).to_bytes(8, "little") + b"{}"],
+)  # fmt: skip
+def test_damaged_tensors(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    message = error_of(read_tensors, tmp_path / "model.safetensors")
+    assert "model.safetensors: " in message and "copy it anew" in message
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", b"PK\x03\x04 no zip", b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00id\x85R."]
+)
+def test_damaged_pickles(content, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    assert "pytorch_model.bin: is no whole file of weights" in error_of(read_tensors, tmp_path / "pytorch_model.bin")
+
+
+def test_pickles_of_something_else(tmp_path):
+    torch.save([torch.eye(2)], tmp_path / "a.bin")
+    assert "a.bin: holds something else than tensors by name" in error_of(read_tensors, tmp_path / "a.bin")
+
+
+def test_damaged_arrays(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.ones((4, 3), np.float32))
+    assert read_array(path).shape == (4, 3)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "a.npy: is no whole .npy file" in error_of(read_array, path)
+    for array, expected in (
+        (np.array([{}, "a"]), "Python objects in dtype"), (np.ones(3), "of shape (3,); expected numbers in 2 dimensions"),
+        (np.array([["a"]]), "holds <U1 of shape (1, 1)"),
+    ):  # fmt: skip
+        np.save(path, array, allow_pickle=True)
+        assert expected in error_of(read_array, path)
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is no file in the folder"),
+        ({"weight_map": {"a": "/model.safetensors"}}, "which is no file in the folder"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors: no such file"),
+        ({"weight_map": {"b": "one.safetensors"}}, "'b' is not in one.safetensors"),
+        ({"weight_map": {}}, "has no weight_map"), ({}, "has no weight_map"), ({"weight_map": {"a": 1}}, "has no weight_map"),
+    ],
+)  # fmt: skip
+def test_a_wrong_index_of_shards(index, expected, tmp_path):
+    save_file({"a": torch.eye(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert expected in error_of(read_weights, tmp_path)
+
+
+def test_shards_that_no_index_names_are_not_read(tmp_path):
+    save_file({"a": torch.eye(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")  # of an earlier save
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(read_weights(tmp_path)["a"], torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "a: &a [x]\n" + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdef", "bcdefg")),
+            "its aliases stand",
+        ),
+        ("&a [*a]", "an alias stands for what it is in"),
+        ("[" * 20_000, "more than 100 lists and mappings"),
+        ("- " * 3000, "within each other"),
+        ("!!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("2020-99-99: 1", "month must be in 1..12"),
+        ("x" * 1_000_001, "holds 1,000,001 characters"),
+        ("!!bool maybe", "put a text in quotes"),
+        ("!!int abc", "put a text in quotes"),
+    ],
+)
+def test_hostile_yaml(text, expected, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    message = error_of(read_yaml, str(tmp_path / "a.yaml"), "a.yaml")
+    assert message.startswith("a.yaml: ") and expected in message
+
+
+READS = re.compile(
+    r"(json\.loads?|load_file|safe_open|torch\.load|(np|numpy)\.load|yaml\.\w*load\w*|UniqueKeys|(\w+\.)*open|.*\.read_text|.*\.read_bytes)"
+)
+
+
+def test_nobody_else_reads_files():
+    """Files are read by `read_files`: what is wrong with one is then said in one way, and no damage is a foreign error."""
+    found = set()
+    for path in sorted([*(ROOT / "hf_embed").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts if parts[0] == "recipes" else parts[1:])
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        if any(READS.fullmatch(ast.unparse(call)) for call in calls):
+            found.add(name)
+    assert sorted(found - set(OTHERS)) == [], "read these files by hf_embed.read_files"
+    assert sorted(set(OTHERS) - found) == []  # no exception outlives its reason
