@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 
+from hf_embed.kit.row_hashes import counts_of, mixed
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, Objective
 
 
@@ -28,19 +29,19 @@ def equal_candidates(anchors: np.ndarray, positives: np.ndarray, negatives: np.n
     Returns:
         How many candidates are the row's anchor or positive; and how many are another positive of one of these two.
     """
-    rows = len(anchors)
-    _, codes = np.unique(np.concatenate([anchors, positives, negatives]), return_inverse=True)
-    size = int(codes.max(initial=-1)) + 1
-    anchor, positive, negative = np.split(codes, [rows, 2 * rows])
-    same = anchor == positive
-    holding = np.bincount(anchor, minlength=size) + np.bincount(positive[~same], minlength=size)  # rows with each text
-    offered = np.bincount(positive, minlength=size) + np.bincount(negative, minlength=size)  # candidates of each text
-    in_own_row = rows + int(((negative == anchor[owners]) | (negative == positive[owners])).sum())
-    equal = int((holding * offered).sum()) - in_own_row
-    # Rows i, for each row j, that have j's anchor; and those that have its positive too.
-    pair = np.minimum(anchor, positive) * size + np.maximum(anchor, positive)
-    _, which, counts = np.unique(pair, return_inverse=True, return_counts=True)
-    with_anchor, with_both = holding[anchor], np.where(same, holding[anchor], counts[which])
+    same = anchors == positives
+    with_positive = positives[~same]
+
+    def rows_with(texts: np.ndarray) -> np.ndarray:
+        """Count the rows that have each text as anchor or positive."""
+        return counts_of(texts, anchors) + counts_of(texts, with_positive)
+
+    in_own_row = len(anchors) + int(((negatives == anchors[owners]) | (negatives == positives[owners])).sum())
+    equal = int(rows_with(positives).sum()) + int(rows_with(negatives).sum()) - in_own_row
+    with_anchor = rows_with(anchors)  # (R,)
+    # An unordered pair is of the same two texts in the same two rows or the other way round.
+    pairs = mixed(np.minimum(anchors, positives)) + np.maximum(anchors, positives)
+    with_both = np.where(same, with_anchor, counts_of(pairs, pairs))
     return equal, int((with_anchor - with_both).sum())
 
 

@@ -49,7 +49,7 @@ Given = tuple[Source, str | None, bool | None]  # rows, what messages call them,
 DOCUMENTS = "documents"  # the part of an evaluation set that may well be trained on
 FEW = 0.1  # false negatives in a batch
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
-STYLES = ("-", ":", "-.")
+STYLES = ("-", ":", "-.", "--")
 SIMILAR_WARNING = 0.05
 COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
 ROW_HEADS = ("empty", "odd texts", "twice", "nearly twice", "pos = anchor", "neg = pos", "neg = anchor")
@@ -342,15 +342,18 @@ def plot_lengths(report: Report, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    longest = max((max(source["sample"]["histogram"]["edges"], default=0) for source in report["sources"].values()), default=0)
     for line, (name, source) in enumerate(report["sources"].items()):
         edges, counts = (source["sample"]["histogram"][key] for key in ("edges", "counts"))
         if counts:
-            colour, style = COLOURS[line % len(COLOURS)], STYLES[line // len(COLOURS) % len(STYLES)]
+            colour, style = COLOURS[line % len(COLOURS)], STYLES[line % len(STYLES)]
             truncated = f"{name}: {source['sample']['truncated']['all']:.1%} truncated"
             shares = [100 * count / sum(counts) for count in counts]
             axes.stairs(shares, edges, color=colour, linestyle=style, linewidth=1.5, label=truncated)
     for length in sorted({source["sample"]["max_length"] for source in report["sources"].values()}):
         axes.axvline(length, color="black", linewidth=1, linestyle="--", label=f"max_length {length}")
+    if all(source["sample"]["max_length"] > 2 * longest for source in report["sources"].values()):
+        axes.set_xlim(0, max(1, longest))  # the maximum length is far to the right of all texts
     axes.set_xlabel("tokens of a text, its prompt among them")
     axes.set_ylabel("% of the texts")
     axes.set_title("Lengths of the texts to train on")

@@ -24,7 +24,7 @@ from hf_embed.data.sources import refuse_lists
 from hf_embed.data.tokenization import RowTokenizer, beginning, text_id
 from hf_embed.encoder import Encoder
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch
-from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, plain_texts, row_ids
+from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
 from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective
 from hf_embed.progress import progress_bar
@@ -189,14 +189,6 @@ def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
     return found
 
 
-def repeated(ids: np.ndarray) -> np.ndarray:
-    """Return which hashes stand further up too, bool of the same length."""
-    _, first = np.unique(ids, return_index=True)
-    again = np.ones(len(ids), bool)
-    again[first] = False
-    return again
-
-
 # ---- the sample ----
 
 
@@ -300,11 +292,14 @@ def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray
 
     Only the first `VARIANTS` are tokenized: the others count as different to the model.
     """
-    exact, first = np.unique(ids.everything("exact"), return_index=True)
-    plain = ids.everything("plain")[first]
-    _, which, counts = np.unique(plain, return_inverse=True, return_counts=True)
-    chosen = np.sort(first[counts[which] > 1])[:VARIANTS]
-    wanted = ids.everything("exact")[chosen]
+    exact, plain = ids.everything("exact"), ids.everything("plain")
+    variants = [np.array([], int)]
+    for places in in_parts(plain):
+        _, first = np.unique(exact[places], return_index=True)
+        _, which, counts = np.unique(plain[places[first]], return_inverse=True, return_counts=True)
+        variants.append(places[first[counts[which] > 1]])
+    chosen = np.sort(np.concatenate(variants))[:VARIANTS]
+    wanted = exact[chosen]
     by_hash: dict[int, int] = {}
     rows = len(ids.origins)
     stated = [np.arange(rows), *([] if ids.positives is None else [np.arange(rows)]), ids.owners]

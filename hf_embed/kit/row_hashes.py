@@ -10,7 +10,7 @@ Shapes: R training rows, M negatives of all rows, T texts.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from hf_embed.data.sources import row_texts
 
+SIDES = ("anchors", "positives", "negatives")
 BATCH = 10_000  # rows read at a time
 NO_WORD = r"[^\p{L}\p{M}\p{N}]+"
 # What a text holds that was decoded wrongly. The last is UTF-8 that was read as Latin-1 or cp1252: "cafÃ©", "donâ€™t".
@@ -203,30 +204,24 @@ def text_ids(texts: pyarrow.Array) -> Ids:
 
 def hash_rows(read: Iterable[Texts]) -> RowIds:
     """Read a table to its end, and return the hashes of its texts."""
-    parts: list[tuple] = []
+    parts: dict[str, list[np.ndarray]] = {}
     odd, first_odd, made = Counter[str](), dict[str, int](), 0
     for texts in read:
         count_odd(texts, odd, first_odd)
-        sides = text_ids(texts.anchors), None if texts.positives is None else text_ids(texts.positives)
-        owners, origins = (texts.owners + made).astype(np.int32), texts.origins.astype(np.int32)
-        parts.append((*sides, text_ids(texts.negatives), owners, origins, texts.empty))
+        found = {
+            "owners": (texts.owners + made).astype(np.int32),
+            "origins": texts.origins.astype(np.int32),
+            "empty": texts.empty,
+        }
+        for side in SIDES:
+            if (own := getattr(texts, side)) is not None:
+                found[f"{side} exact"], found[f"{side} plain"] = text_ids(own)
+        for name, array in found.items():
+            parts.setdefault(name, []).append(array)
         made += len(texts.origins)
-    anchors, positives, negatives, *others = zip(*parts)
-    return RowIds(
-        anchors=concatenated(anchors),
-        positives=None if positives[0] is None else concatenated(positives),
-        negatives=concatenated(negatives),
-        owners=np.concatenate(others[0]),
-        origins=np.concatenate(others[1]),
-        empty=np.concatenate(others[2]),
-        odd=odd,
-        first_odd=first_odd,
-    )
-
-
-def concatenated(parts: Any) -> Ids:
-    """Put hashes one behind the other."""
-    return Ids(*(np.concatenate(part) for part in zip(*parts)))
+    whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}  # each is freed when it is put together
+    sides = {side: Ids(whole.pop(f"{side} exact"), whole.pop(f"{side} plain")) for side in SIDES if f"{side} exact" in whole}
+    return RowIds(**({"positives": None} | sides | whole), odd=odd, first_odd=first_odd)  # type: ignore[arg-type]
 
 
 def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> None:
@@ -239,6 +234,32 @@ def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> Non
         if found.any():
             odd[name] += int(found.sum())
             first_odd.setdefault(name, int(places[found].min()))
+
+
+def in_parts(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the places of the hashes that begin with the same 4 bits: what sorts them needs a 16th of the memory."""
+    for first in range(16):
+        yield np.flatnonzero(ids >> np.uint64(60) == first)
+
+
+def repeated(ids: np.ndarray) -> np.ndarray:
+    """Return which hashes stand further up too, bool of the same length."""
+    again = np.ones(len(ids), bool)
+    for places in in_parts(ids):
+        _, first = np.unique(ids[places], return_index=True)
+        again[places[first]] = False
+    return again
+
+
+def counts_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Return how often each hash stands among others, int32 of the same length."""
+    found = np.zeros(len(ids), np.int32)
+    for places, others in zip(in_parts(ids), in_parts(among)):
+        known, counts = np.unique(among[others], return_counts=True)
+        if len(known):
+            where = np.minimum(np.searchsorted(known, ids[places]), len(known) - 1)
+            found[places] = np.where(known[where] == ids[places], counts[where], 0)
+    return found
 
 
 def mixed(ids: np.ndarray) -> np.ndarray:
