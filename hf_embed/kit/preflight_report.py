@@ -53,12 +53,13 @@ STYLES = ("-", ":", "-.", "--")
 SIMILAR_WARNING = 0.05
 COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
 ROW_HEADS = ("empty", "odd texts", "twice", "nearly twice", "pos = anchor", "neg = pos", "neg = anchor")
+BUT_FOR_CASE = "but for case, spaces and punctuation"
 WORDS = {
-    "duplicates": "rows equal an earlier row",
-    "near_duplicates": "rows equal an earlier row but for case, spaces and punctuation",
-    "positive_is_anchor": "rows have a positive that is the anchor, but for case, spaces and punctuation",
-    "negative_is_positive": "rows have a negative that is the positive, but for case, spaces and punctuation",
-    "negative_is_anchor": "rows have a negative that is the anchor, but for case, spaces and punctuation",
+    "duplicates": "rows that equal an earlier row",
+    "near_duplicates": f"rows that equal an earlier row {BUT_FOR_CASE}",
+    "positive_is_anchor": f"rows whose positive is the anchor {BUT_FOR_CASE}",
+    "negative_is_positive": f"rows with a negative that is the positive {BUT_FOR_CASE}",
+    "negative_is_anchor": f"rows with a negative that is the anchor {BUT_FOR_CASE}",
 }
 
 
@@ -165,7 +166,7 @@ def check_task(task: Task, name: str, sources: Mapping[str, RowIds]) -> Report:
 
 
 def findings(report: Report, settings: Settings) -> list[Report]:
-    """Return what is to be looked at: [{"of": "nli", "code": "duplicates", "count": 12, "text": "12 rows equal ..."}]."""
+    """Return what is to be looked at: [{"of": "nli", "code": "duplicates", "count": 12, "text": "rows that ..."}]."""
     found = []
     for name, source in report["sources"].items():
         for code, count, text in [*of_rows(source), *of_sample(source["sample"]), *of_batches(source, settings)]:
@@ -173,10 +174,9 @@ def findings(report: Report, settings: Settings) -> list[Report]:
     for name, task in report["evaluation"].items():
         seen = sum(part["seen"] for kind, part in task["texts"].items() if kind != DOCUMENTS)
         if seen:
-            rows = [f"{numbers['count']:,} rows of {of} ({listed(numbers)})" for of, numbers in task["training_rows"].items()]
-            text = (
-                f"{seen:,} of its texts are trained on, but for case, spaces and punctuation: {'; '.join(rows) or 'negatives'}"
-            )
+            rows = [f"in {of} {listed(numbers)}" for of, numbers in task["training_rows"].items()]
+            where = "; ".join(rows) or "as negatives alone"
+            text = f"texts that are trained on, {BUT_FOR_CASE}: {seen:,} ({where})"
             found.append({"of": name, "code": "seen", "count": seen, "text": text})
     return found
 
@@ -192,36 +192,44 @@ def listed(numbers: Report) -> str:
 def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
     """Yield the findings in all rows of a source: code, count and text."""
     if count := source["empty"]["count"]:
-        mend = "fill them in or delete the rows, or give --drop_empty_rows"
-        yield "empty", count, f"{count:,} rows have an empty text: {mend} ({listed(source['empty'])})"
+        mend = "fill it in or delete the row, or give --drop_empty_rows"
+        yield "empty", count, f"rows with an empty text: {count:,} ({listed(source['empty'])}); {mend}"
     for kind, numbers in source["odd"].items():
-        yield "odd", numbers["count"], f"{numbers['count']:,} texts hold {kind} (first in {listed(numbers | {'count': 1})})"
+        yield (
+            "odd",
+            numbers["count"],
+            f"texts that hold {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
+        )
     for code in COUNTED:
         if count := source.get(code, {"count": 0})["count"]:
-            yield code, count, f"{count:,} {WORDS[code]} ({listed(source[code])})"
+            yield code, count, f"{WORDS[code]}: {count:,} ({listed(source[code])})"
     if count := source.get("shared", 0):
-        yield "shared", count, f"{count:,} different rows stand in another source too"
+        yield "shared", count, f"different rows that stand in another source too: {count:,}"
 
 
 def of_sample(sample: Report) -> Iterator[tuple[str, float, str]]:
     """Yield the findings in the sample of a source."""
     if (part := sample["truncated"]["all"]) > TRUNCATION_WARNING:
-        yield "truncated", part, f"{part:.1%} of the texts are longer than {sample['max_length']} tokens and are truncated"
+        yield "truncated", part, f"texts longer than {sample['max_length']} tokens, which are truncated: {part:.1%}"
     if count := sample["without_a_token"]:
-        yield "no_token", count, f"{count:,} texts of the sample are no token to the tokenizer, and have no vector"
+        yield "no_token", count, f"texts of the sample that are no token to the tokenizer: {count:,}"
     if (part := sample["similar"] / max(1, sample["different_texts"])) > SIMILAR_WARNING:
-        yield "similar", part, f"{part:.1%} of the sample's different texts are similar to another one of it"
+        yield "similar", part, f"different texts of the sample that are similar to another: {part:.1%}"
 
 
 def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float, str]]:
     """Yield the findings in the largest batch of a source."""
     batch = max(settings.batches)
     if source["training_rows"] < batch:
-        yield "few_rows", source["training_rows"], f"{source['training_rows']:,} rows are fewer than a batch of {batch:,}"
+        yield "few_rows", source["training_rows"], f"fewer rows than a batch of {batch:,}: {source['training_rows']:,}"
     for each in source["batches"]:
         wrong = each["near"] + (0 if settings.masks_answers else each["answers"])
         if each["batch"] == batch and wrong >= FEW:
-            yield "false_negatives", wrong, f"{wrong:.2f} right answers in a batch of {batch:,} are trained on as negatives"
+            yield (
+                "false_negatives",
+                wrong,
+                f"right answers that are trained on as negatives in a batch of {batch:,}: {wrong:.2f}",
+            )
 
 
 # ---- tables and the picture ----
@@ -235,7 +243,7 @@ def lines(report: Report) -> list[str]:
         shown += ["", *columns_lines(sources), "", *rows_table(report), "", *tokens_table(sources), "", *batches_table(sources)]
     if report["evaluation"]:
         shown += ["", *evaluation_table(report["evaluation"])]
-    shown += ["", f"{len(report['findings']):,} findings:" if report["findings"] else "nothing to look at"]
+    shown += ["", f"to look at: {len(report['findings']):,}" if report["findings"] else "nothing to look at"]
     return [*shown[1:], *(f"  {each['of']}: {each['text']} [{each['code']}]" for each in report["findings"])]
 
 

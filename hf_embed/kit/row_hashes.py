@@ -75,8 +75,14 @@ class RowIds(NamedTuple):
 # ---- the texts of a table ----
 
 
-def cells(column: pyarrow.ChunkedArray, rows: Dataset, name: str, where: str) -> tuple[pyarrow.Array, np.ndarray]:
-    """Return the texts of a column, and the row of each. A null in a column of texts is a null, of lists it is no text.
+def cells(column: pyarrow.ChunkedArray, name: str, where: str, start: int) -> tuple[pyarrow.Array, np.ndarray]:
+    """Return the texts of a column, and the row of each. In a list, a null is an empty text.
+
+    Args:
+        column: a batch of it.
+        name: of the column, for messages.
+        where: what messages call the rows.
+        start: how many rows stand before the batch.
 
     Raises:
         InputError: the column holds something else.
@@ -91,8 +97,13 @@ def cells(column: pyarrow.ChunkedArray, rows: Dataset, name: str, where: str) ->
     if pyarrow.types.is_null(texts.type):
         texts = texts.cast(pyarrow.string())
     if not (pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type)):
-        row_texts(rows[0] | {name: 0}, [name], where)  # which says that a number is no text
-    return texts.cast(pyarrow.string()), parents
+        found = ((number, cell) for number, cell in enumerate(array.to_pylist(), start + 1) if cell is not None)
+        number, cell = next(found, (start + 1, 0))
+        row_texts(
+            {name: cell[0] if isinstance(cell, list) and cell else cell}, [name], f"{where}, row {number}"
+        )  # which refuses it
+    texts = texts.cast(pyarrow.string())
+    return (pc.fill_null(texts, "") if listed else texts), parents
 
 
 def blank(texts: pyarrow.Array) -> np.ndarray:
@@ -114,7 +125,7 @@ def batches(rows: Dataset, columns: list[str], where: str, negatives: int | None
     """
     chosen, start = rows.select_columns(columns), 0
     for table in chosen.with_format("arrow").iter(BATCH):
-        parts = [cells(table[name], chosen, name, f"{where}, row 1") for name in columns]
+        parts = [cells(table[name], name, where, start) for name in columns]
         texts = texts_of(parts, len(table), negatives)
         yield texts._replace(origins=texts.origins + start, empty=texts.empty + start)
         start += len(table)
