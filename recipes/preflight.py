@@ -41,7 +41,9 @@ class Arguments(EncodingArguments):
     )
     sample: int = field(default=SAMPLE, metadata={"help": "Rows of each source that are tokenized. 0: all."})
     output_file: str | None = field(default=None, metadata={"help": "Write the whole report there, as JSON."})
-    picture: str | None = field(default=None, metadata={"help": "Draw the lengths of the texts there, a .png."})
+    picture: str | None = field(
+        default=None, metadata={"help": "Draw the lengths of the texts there, a .png.", "metavar": "FILE"}
+    )
     strict: bool = field(default=False, metadata={"help": "Exit with status 1 if there is anything to look at."})
 
     def __post_init__(self) -> None:
