@@ -22,7 +22,7 @@ from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encod
 from hf_embed.kit.plan import QUICKSTART, DataArguments
 from hf_embed.kit.preflight import check_outputs, finish, read_files
 from hf_embed.kit.preflight_report import preflight
-from hf_embed.kit.preflight_source import SAMPLE, Settings
+from hf_embed.kit.preflight_source import Settings
 from hf_embed.objectives import ImprovedContrastive, Objective, SimCSE
 from hf_embed.ranges import COUNT, Range, check_ranges
 
@@ -39,7 +39,10 @@ class Arguments(EncodingArguments):
     batch_size: list[int] = field(
         default_factory=lambda: [64], metadata={"help": "Rows of a batch on all ranks together; several for a table."}
     )
-    sample: int = field(default=SAMPLE, metadata={"help": "Rows of each source that are tokenized. 0: all."})
+    sample: int | None = field(
+        default=None,
+        metadata={"help": "Rows of each source that are tokenized. 0: all. Default: 20,000, or fewer if texts are long."},
+    )
     output_file: str | None = field(default=None, metadata={"help": "Write the whole report there, as JSON."})
     picture: str | None = field(
         default=None, metadata={"help": "Draw the lengths of the texts there, a .png.", "metavar": "FILE"}

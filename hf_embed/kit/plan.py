@@ -126,8 +126,9 @@ class RunArguments:
         default=False,
         metadata={"help": "Look at what would be trained on (duplicates, lengths, false negatives ...), print it, and end."},
     )
-    preflight_sample: int = field(
-        default=20_000, metadata={"help": "With --preflight: rows of each source that are tokenized. 0: all."}
+    preflight_sample: int | None = field(
+        default=None,
+        metadata={"help": "With --preflight: rows of each source that are tokenized. 0: all. Default: 20,000, fewer if long."},
     )
     preflight_file: str | None = field(default=None, metadata={"help": "With --preflight: write the report there, as JSON."})
     strict: bool = field(

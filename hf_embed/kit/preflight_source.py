@@ -29,7 +29,7 @@ from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective
 from hf_embed.progress import progress_bar
 
-SAMPLE = 20_000  # rows
+SAMPLE, CHARACTERS = 20_000, 20_000_000  # rows of a sample, or fewer of long texts: so many characters
 VARIANTS = 20_000  # texts that are tokenized to see whether the loss takes them for equal
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 LONGEST = 2048  # tokens up to which lengths are told apart, or 4 times the maximum length
@@ -44,13 +44,13 @@ class Settings:
     Args:
         objectives: by name.
         batches: rows on all ranks together.
-        sample: rows to tokenize; 0 for all.
+        sample: rows to tokenize; 0 for all; None for `SAMPLE` or, of long texts, as many as have `CHARACTERS`.
         masks_answers: whether the loss leaves out other positives of the same anchor.
     """
 
     objectives: Mapping[str, Objective] = field(default_factory=dict)
     batches: tuple[int, ...] = (64,)
-    sample: int = SAMPLE
+    sample: int | None = None
     masks_answers: bool = True
 
 
@@ -162,7 +162,12 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
         "odd": {name: {"count": ids.odd[name], "rows": [ids.first_odd[name] + 1]} for name in ids.odd},
     }
     found |= {name: numbered(ids.origins[places]) for name, places in equal_texts(ids, whole).items()}
-    found["sample"] = check_sample(subject, settings.sample)
+    size = (
+        min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
+        if settings.sample is None
+        else settings.sample
+    )
+    found["sample"] = check_sample(subject, size)
     found["batches"] = check_batches(subject, ids, settings) if len(ids.origins) > 1 else []
     return found, whole, ids
 

@@ -21,7 +21,7 @@ from datasets import Dataset
 from hf_embed.data.sources import row_texts
 
 SIDES = ("anchors", "positives", "negatives")
-BATCH = 10_000  # rows read at a time
+BATCH = 4_000  # rows read at a time
 NO_WORD = r"[^\p{L}\p{M}\p{N}]+"
 # What a text holds that was decoded wrongly. The last is UTF-8 that was read as Latin-1 or cp1252: "cafÃ©", "donâ€™t".
 ODD = {
@@ -65,6 +65,7 @@ class RowIds(NamedTuple):
     empty: np.ndarray  # the rows of the table that are left out
     odd: Counter[str]  # texts that hold what `ODD` names
     first_odd: dict[str, int]  # the first row of the table with one
+    characters: int  # of all texts
 
     def everything(self, kind: str) -> np.ndarray:
         """Return the hashes of all texts, (T,), exact or plain."""
@@ -216,9 +217,10 @@ def text_ids(texts: pyarrow.Array) -> Ids:
 def hash_rows(read: Iterable[Texts]) -> RowIds:
     """Read a table to its end, and return the hashes of its texts."""
     parts: dict[str, list[np.ndarray]] = {}
-    odd, first_odd, made = Counter[str](), dict[str, int](), 0
+    odd, first_odd, made, characters = Counter[str](), dict[str, int](), 0, 0
     for texts in read:
         count_odd(texts, odd, first_odd)
+        characters += pc.sum(pc.utf8_length(texts.everything())).as_py() or 0
         found = {
             "owners": (texts.owners + made).astype(np.int32),
             "origins": texts.origins.astype(np.int32),
@@ -232,7 +234,7 @@ def hash_rows(read: Iterable[Texts]) -> RowIds:
         made += len(texts.origins)
     whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}  # each is freed when it is put together
     sides = {side: Ids(whole.pop(f"{side} exact"), whole.pop(f"{side} plain")) for side in SIDES if f"{side} exact" in whole}
-    return RowIds(**({"positives": None} | sides | whole), odd=odd, first_odd=first_odd)  # type: ignore[arg-type]
+    return RowIds(**({"positives": None} | sides | whole), odd=odd, first_odd=first_odd, characters=characters)  # type: ignore[arg-type]
 
 
 def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 PIECE = 5  # bytes
 SIMILAR = 0.8
 BANDS, ROWS = 16, 4
-BLOCK = 2_000  # texts whose pieces are hashed at a time
+BLOCK = 500  # texts whose pieces are hashed at a time
 
 
 def pieces(text: str) -> set[bytes]:
