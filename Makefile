@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-docs test-lowest test-newest lint venv
+.PHONY: demo test test-slow test-docs test-lowest test-newest audit lint venv
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
@@ -37,6 +37,12 @@ test-newest:
 	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev]"
 	@.venv-newest/bin/python -m pip list --disable-pip-version-check
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(CORE)
+
+# Known vulnerabilities of the pinned versions; benchmarks/audit.py says what its exit status means.
+audit:
+	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"
+	@.venv-audit/bin/python benchmarks/audit.py
 
 lint: venv
 	$(BIN)/ruff check .

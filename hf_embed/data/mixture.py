@@ -406,11 +406,11 @@ def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTr
     return Mixture(sources, tables, args.source_alpha)
 
 
-def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments") -> "Dataset | Stream":
-    """Tokenize a source's table, or open its stream, with its own settings where it has some.
+def source_tokenizer(source: Source, encoder: "Encoder") -> RowTokenizer:
+    """Return the tokenizer of a source's rows, with its own length and prompts where it has some.
 
     Raises:
-        InputError: a setting does not suit the model or the rows; wrong columns, or an empty text.
+        InputError: a setting does not suit the model.
     """
     max_length = min(source.max_length or encoder.max_length, encoder.max_length)
     if source.max_length and source.max_length > encoder.max_length:
@@ -418,10 +418,19 @@ def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTraini
     own = {"query": source.query_prompt, "document": source.document_prompt}
     prompts = {key: encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items()}
     check_prompts(prompts, encoder.tokenizer, max_length, source.label)
+    return RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
+
+
+def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments") -> "Dataset | Stream":
+    """Tokenize a source's table, or open its stream, with its own settings where it has some.
+
+    Raises:
+        InputError: a setting does not suit the model or the rows; wrong columns, or an empty text.
+    """
+    tokenizer = source_tokenizer(source, encoder)
     rows = as_pairs(source.rows, source.label, None, args.drop_empty_rows)
     if source.negatives and not negative_columns(column_names(rows)):
         raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
-    tokenizer = RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
     if isinstance(rows, Dataset):
         with quiet_bars():
             return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)

@@ -26,6 +26,7 @@ from hf_embed.kit.finetune import make_trainer
 from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
+from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
 from hf_embed.ranks import writing_alone
@@ -100,6 +101,8 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
     folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
     check_folder(folder, "--output_dir")
     base = read_plan(flags)
+    if base.run.preflight:
+        return preflight_plan(base)
     changes, seeds = read_variants(flags.make(AblationArguments).variants), read_seeds(base.run.seeds or "1")
     if not any(task.kind == "sts" for task in base.tasks.values()):
         raise InputError("an ablation is told by an STS set; give --eval_sts_file NAME=PATH")

@@ -87,8 +87,16 @@ class Parser(HfArgumentParser):
     @property
     def usage_line(self) -> str:
         """The command line in general, for messages and --help."""
-        needed = {name: self.actions[f"--{name}"].required for name in self.positionals}
-        return usage([word if needed[name] else f"[{word}]" for name, word in self.positionals.items()])
+        return usage(self.usage_words)
+
+    @property
+    def usage_words(self) -> list[str]:
+        """The words that stand first, as the command line in general shows them: "MODEL", "[FILE ...]"."""
+        shown = []
+        for name, word in self.positionals.items():
+            word = f"{word} ..." if self.actions[f"--{name}"].nargs == "+" else word
+            shown.append(word if self.actions[f"--{name}"].required else f"[{word}]")
+        return shown
 
     def help(self, full: bool = False) -> str:
         """Return the text of --help."""
@@ -215,21 +223,22 @@ def show_help(parser: Parser, argv: list[str]) -> None:
 
 
 def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
-    """Put the flags before the words that stand first without them.
+    """Put the flags before the words that stand first without them; the last flag takes all further words, if it is a list.
 
     Raises:
         InputError: there are more words than flags that may stand so, or a flag is given too.
     """
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, rest, known = argv[:count], argv[count:], parser.positionals
-    if known and len(words) > len(known):
+    more = words[len(known) :] if known and parser.actions[f"--{list(known)[-1]}"].nargs == "+" else []
+    if known and len(words) > len(known) and not more:
         raise InputError(f"'{words[len(known)]}' is a word too many: {parser.usage_line}")
     named = []
     for (flag, shown), word in zip(known.items(), words):
         if flag in given_flags(rest):
             raise InputError(f"{shown} is given twice, as '{word}' and by --{flag}: {parser.usage_line}")
         named += [f"--{flag}", word]
-    return [*named, *(rest if known else argv)]
+    return [*named, *more, *(rest if known else argv)]
 
 
 def check_positionals(parser: Parser, argv: list[str]) -> None:

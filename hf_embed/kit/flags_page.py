@@ -57,8 +57,7 @@ def page(folder: Path) -> str:
         name = path.stem.replace("_", "-")
         about, parser = parser_of(path)
         parts = [part for part in sections(parser.kinds, parser.actions, full=False) if not part.heading.startswith(TRAINER)]
-        words = [word if parser.actions[f"--{flag}"].required else f"[{word}]" for flag, word in parser.positionals.items()]
-        found[name] = about.splitlines()[0], words, parts
+        found[name] = about.splitlines()[0], parser.usage_words, parts
     users: dict[str, list[str]] = {}
     for name, (_, _, parts) in found.items():
         for part in parts:

@@ -131,9 +131,25 @@ class RunArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
+    preflight: bool = field(
+        default=False,
+        metadata={"help": "Look at what would be trained on (duplicates, lengths, false negatives ...), print it, and end."},
+    )
+    preflight_sample: int | None = field(
+        default=None,
+        metadata={"help": "With --preflight: rows of each source that are tokenized. 0: all. Default: 20,000, fewer if long."},
+    )
+    preflight_file: str | None = field(default=None, metadata={"help": "With --preflight: write the report there, as JSON."})
+    strict: bool = field(
+        default=False, metadata={"help": "With --preflight: exit with status 1 if there is anything to look at."}
+    )
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"show_searches": Range(least=0, whole=True), "early_stopping_patience": COUNT})
+        whole = Range(least=0, whole=True)
+        check_ranges(self, {"show_searches": whole, "early_stopping_patience": COUNT, "preflight_sample": whole})
+        for name in ("preflight_sample", "preflight_file", "strict"):
+            if not self.preflight and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"--{name} without --preflight: there is no report; add --preflight")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
 from hf_embed.kit.plan import Plan
+from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
@@ -40,7 +41,7 @@ def read_seeds(given: str) -> list[int]:
 
 
 def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
-    """Train what the flags say, once or with each of `--seeds`.
+    """Train what the flags say, once or with each of `--seeds`; with `--preflight` only look at it.
 
     Of several, the best by the evaluation sets is what OUTPUT_DIR is then, with all seeds' scores in its card. A seed's run is
     OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay, except where they had other settings.
@@ -64,6 +65,8 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
     """Train as `train_each_seed` says, in a folder that no other run writes to."""
     plan = read_plan(flags)
+    if plan.run.preflight:
+        return preflight_plan(plan)
     if not plan.run.seeds:
         return train(plan)
     seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint

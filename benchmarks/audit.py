@@ -1,0 +1,71 @@
+"""Known vulnerabilities of the pinned dependencies, by pip-audit.
+
+    make audit
+
+pip-audit asks pypi.org for each version in constraints.txt. It says "No known vulnerabilities found" also where it could ask
+about none of them, as with an index that has packages but no advisories; this says how many it could ask about. Nothing is
+installed of what is checked, and none of it is run.
+
+Exit status: 0, every version was checked and none has a known vulnerability; 1, some have; 3, none is known, but not every
+version could be checked.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VULNERABLE, UNCHECKED = 1, 3
+
+
+def ask(pins: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return what pip-audit says of each version in a file, [] where it could not ask, and its last words."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "audit.json")
+        flags = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--timeout", "15", "-f", "json", "-o", str(output)]
+        command = [sys.executable, "-m", "pip_audit", "-r", str(pins), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        words = [line for line in done.stderr.splitlines() if line.strip() and "--no-deps" not in line]
+        found = json.loads(output.read_text(encoding="utf-8"))["dependencies"] if output.is_file() else []
+    return found, words[-1] if words else f"pip-audit ended with status {done.returncode}"
+
+
+def judge(found: list[dict[str, Any]], pinned: int, words: str) -> tuple[int, list[str]]:
+    """Return the exit status and the lines to print.
+
+    Args:
+        found: what pip-audit says of each version, as its JSON has it.
+        pinned: how many versions there are to check.
+        words: pip-audit's last words, for where it found nothing out.
+    """
+    lines = []
+    for package in found:
+        for known in package.get("vulns", []):
+            mend = ", ".join(known["fix_versions"]) or "none yet"
+            lines.append(f"{package['name']} {package['version']}: {known['id']}; fixed in: {mend}")
+    skipped = [package["skip_reason"] for package in found if "skip_reason" in package]
+    checked = len(found) - len(skipped)
+    lines.append(f"{len(lines)} known vulnerabilities; {checked} of {pinned} pinned versions were checked")
+    if checked < pinned:
+        reason = skipped[0] if skipped else words
+        lines.append(
+            f"not checked: {pinned - checked}, so nothing is said of them; the first because: {' '.join(reason.split())}"
+        )
+    return VULNERABLE if len(lines) > 1 + (checked < pinned) else UNCHECKED if checked < pinned else 0, lines
+
+
+def main() -> int:
+    """Check constraints.txt, print what is known, and return the exit status."""
+    pins = ROOT / "constraints.txt"
+    pinned = sum("==" in line for line in pins.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    found, words = ask(pins)
+    status, lines = judge(found, pinned, words)
+    print("\n".join(lines))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

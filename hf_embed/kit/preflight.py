@@ -1,0 +1,126 @@
+"""A preflight from the command line: of files (recipes/preflight.py), or of what a recipe would train on (--preflight)."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from hf_embed.checkpoint.files import write_whole
+from hf_embed.data.columns import column_names
+from hf_embed.data.mixture import Source
+from hf_embed.data.sources import read_file
+from hf_embed.errors import InputError, masked
+from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
+from hf_embed.evaluation.tasks import Task
+from hf_embed.kit.plan import HELD_OUT, NO_DATA, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
+from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
+from hf_embed.kit.preflight_source import Settings
+from hf_embed.objectives import Matryoshka, Objective, SimCSE
+from hf_embed.step import make_encoder
+from hf_embed.trainer_inputs import load_to_train
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def read_files(paths: Sequence[str], data: DataArguments, tasks: dict[str, Task]) -> tuple[list[Given], dict[str, Task]]:
+    """Read files to train on, what the other flags name, and the held-out rows; the evaluation sets are returned with more.
+
+    A file with the columns of an STS set is an evaluation set.
+
+    Raises:
+        InputError: whatever is wrong with them, or there is nothing.
+    """
+    given: list[Given] = []
+    tasks = dict(tasks)
+    short = [Path(masked(path)).name for path in paths]
+    for path, name in zip(paths, short):
+        name = name if short.count(name) == 1 else masked(path)
+        columns = {column.lower() for column in column_names(read_file(path, quoting=data.quoting))}
+        if columns >= set(COLUMNS) and not (data.columns or data.ignore_columns):
+            tasks[name] = STS(read_sts(path))
+            continue
+        of_file = dataclasses.replace(data, train_file=path, dataset_name=None, sources=None)
+        given += as_given(*read_train_rows(of_file), name, path)
+    if data.train_file or data.dataset_name or data.sources:
+        given += as_given(*read_train_rows(data), None, data.train_file)
+    if data.eval_file:
+        alone = dataclasses.replace(data, train_file=data.train_file or (paths[0] if paths else None))
+        tasks[HELD_OUT] = read_held_out(alone)
+    if not given and not tasks:
+        raise InputError(f"{NO_DATA}, or the files as they are: FILE ...")
+    if twice := [each[0].name for i, each in enumerate(given) if each[0].name in [other[0].name for other in given[:i]]]:
+        raise InputError(f"two sources are named '{twice[0]}'; give each file once")
+    return given, tasks
+
+
+def as_given(
+    rows: Dataset | list[Source], where: str, name: str | None, path: str | None, paired: bool | None = None
+) -> list[Given]:
+    """Return rows to train on as sources, with what messages call each."""
+    if isinstance(rows, Dataset):
+        return [(Source(name or where, rows, origin=path), where, paired)]
+    return [(source, None, None) for source in rows]
+
+
+def preflight_plan(plan: Plan) -> dict[str, Any]:
+    """Check what a recipe would train on, print and store the report, and return it; only the main process does.
+
+    Raises:
+        InputError: what the training would refuse, empty texts aside.
+        SystemExit: with status 1, if there is anything to look at and the run is strict.
+    """
+    if not PartialState().is_main_process:
+        return {}
+    name = plan.model_args.model_name_or_path or str(QUICKSTART / "encoder")
+    trusted = plan.model_args.trust_remote_code
+    model = load_to_train(name, plan.args, dtype=torch.float32, trust_remote_code=trusted)
+    encoder = make_encoder(model, None, plan.args)
+    settings = Settings(
+        objectives={type(plan.objective).__name__: plan.objective},
+        batches=(plan.args.per_device_train_batch_size * plan.args.world_size,),
+        sample=plan.run.preflight_sample,
+        masks_answers=masks_answers(plan.objective),
+    )
+    given = as_given(plan.rows, plan.source, None, plan.source, plan.paired)
+    report = preflight(given, encoder, settings, plan.tasks)
+    finish(report, plan.run.preflight_file, None, plan.run.strict)
+    return report
+
+
+def masks_answers(objective: Objective) -> bool:
+    """Return whether the loss leaves out other positives of the same anchor."""
+    inner = objective.inner if isinstance(objective, Matryoshka) else objective
+    return not isinstance(inner, SimCSE) or inner.mask_other_positives
+
+
+def check_outputs(output_file: str | None, picture: str | None = None) -> None:
+    """Raise InputError for files that could not be written, before anything is read."""
+    for path in filter(None, (output_file, picture)):
+        if not Path(path).parent.is_dir():
+            raise InputError(f"{path}: there is no folder {Path(path).parent}; make it first")
+        if Path(path).is_dir():
+            raise InputError(f"{path}: this is a folder; name a file")
+    if picture is not None and Path(picture).suffix.lower() not in PICTURES:
+        raise InputError(f"{picture}: pictures end in {', '.join(PICTURES)}")
+
+
+def finish(report: Report, output_file: str | None, picture: str | None, strict: bool) -> None:
+    """Print a report, and store it and the picture where that is asked for.
+
+    Raises:
+        SystemExit: with status 1, if there is anything to look at and the run is strict.
+    """
+    print("\n".join(lines(report)))
+    if picture:
+        plot_lengths(report, picture)
+    if output_file:
+        write_whole(Path(output_file), json.dumps(report, indent=1) + "\n")
+    for path in filter(None, (output_file, picture)):
+        print(f"wrote {path}")
+    if strict and report["findings"]:
+        raise SystemExit(1)

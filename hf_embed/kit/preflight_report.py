@@ -1,0 +1,370 @@
+"""The report of a preflight: all sources and evaluation sets, what is to be looked at, the tables and the picture.
+
+What is to be looked at is a finding, of a source or an evaluation set, with one of these codes. "But for case" is short for:
+apart from case, spaces, punctuation and Unicode forms.
+
+    empty                  rows with an empty text: the training refuses them, or drops them with --drop_empty_rows
+    odd                    texts with replacement characters, control characters, or UTF-8 that was read as Latin-1
+    duplicates             rows that equal an earlier row
+    near_duplicates        rows that do so but for case
+    shared                 different rows that stand in another source too, but for case
+    positive_is_anchor     rows whose positive is the anchor, but for case
+    negative_is_positive   rows with a negative that is the positive, but for case
+    negative_is_anchor     rows with a negative that is the anchor, but for case
+    similar                above 5 %: texts of the sample with 80 % of their 5-byte pieces in common with another
+    truncated              above 5 %: texts of the sample that are longer than the maximum length
+    no_token               texts of the sample that are no token to the tokenizer
+    false_negatives        0.1 or more a batch: texts that are trained on as negatives, and are right answers
+    few_rows               fewer rows than the batch
+    seen                   texts of an evaluation set that are trained on, but for case; its documents do not count
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow
+from datasets import Dataset
+
+from hf_embed.data.columns import column_names, text_columns
+from hf_embed.data.labelled import as_pairs
+from hf_embed.data.mixture import Source
+from hf_embed.data.python_rows import as_rows
+from hf_embed.data.tokenization import TRUNCATION_WARNING
+from hf_embed.encoder import Encoder
+from hf_embed.evaluation.held_out import HeldOut
+from hf_embed.evaluation.pair_classification import PairClassification
+from hf_embed.evaluation.reranking import Reranking
+from hf_embed.evaluation.retrieval import Retrieval
+from hf_embed.evaluation.sts import STS
+from hf_embed.evaluation.tasks import Task
+from hf_embed.evaluation.triplets import Triplets
+from hf_embed.evaluation.zero_shot import ZeroShot
+from hf_embed.kit.preflight_source import QUANTILES, Settings, check_source, make_subject, numbered
+from hf_embed.kit.row_hashes import Ids, RowIds, batches, text_ids
+
+Report = dict[str, Any]
+Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are paired
+DOCUMENTS = "documents"  # the part of an evaluation set that may well be trained on
+FEW = 0.1  # false negatives in a batch
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+STYLES = ("-", ":", "-.", "--")
+SIMILAR_WARNING = 0.05
+COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
+ROW_HEADS = ("empty", "odd texts", "twice", "nearly twice", "pos = anchor", "neg = pos", "neg = anchor")
+BUT_FOR_CASE = "but for case, spaces and punctuation"
+WORDS = {
+    "duplicates": "rows that equal an earlier row",
+    "near_duplicates": f"rows that equal an earlier row {BUT_FOR_CASE}",
+    "positive_is_anchor": f"rows whose positive is the anchor {BUT_FOR_CASE}",
+    "negative_is_positive": f"rows with a negative that is the positive {BUT_FOR_CASE}",
+    "negative_is_anchor": f"rows with a negative that is the anchor {BUT_FOR_CASE}",
+}
+
+
+def preflight(sources: Sequence[Given], encoder: Encoder, settings: Settings, tasks: Mapping[str, Task]) -> Report:
+    """Check rows to train on, and what evaluation sets have of them.
+
+    Args:
+        sources: each with what messages call it and whether it is paired; see `hf_embed.kit.preflight_source.make_subject`.
+        encoder: whose tokenizer, maximum length and prompts are used; no text goes through the model.
+        settings: of the training.
+        tasks: evaluation sets by name.
+
+    Returns:
+        {"sources": {name: what `check_source` returns}, "total": {...}, "evaluation": {name: {...}}, "findings": [...], ...}
+
+    Raises:
+        InputError: what the training would refuse, empty texts aside.
+    """
+    subjects = [make_subject(source, encoder, settings, where, paired) for source, where, paired in sources]
+    found, rows, texts = {}, {}, {}
+    for subject in subjects:
+        found[subject.name], rows[subject.name], texts[subject.name] = check_source(subject, settings)
+    report: Report = {
+        "max_length": encoder.max_length,
+        "sample": settings.sample,
+        "sources": found,
+        "total": total(found, rows),
+        "evaluation": {name: check_task(task, name, texts) for name, task in tasks.items()},
+    }
+    if len(rows) > 1:
+        for name in rows:
+            others = np.concatenate([ids.plain for other, ids in rows.items() if other != name])
+            found[name]["shared"] = int(np.isin(np.unique(rows[name].plain), others).sum())
+    report["findings"] = findings(report, settings)
+    return report
+
+
+def total(found: Mapping[str, Report], rows: Mapping[str, Ids]) -> Report:
+    """Add up the sources; rows that equal an earlier one may do so in another source."""
+    summed = ("rows", "training_rows", "texts", "repeated_anchors")
+    counted = ("empty", *COUNTED[2:])
+    sums: Report = {key: sum(each[key] for each in found.values()) for key in summed}
+    sums |= {key: sum(each.get(key, {"count": 0})["count"] for each in found.values()) for key in counted}
+    exact, plain = (np.concatenate([np.array([], np.uint64), *(ids[i] for ids in rows.values())]) for i in range(2))
+    sums["duplicates"] = len(exact) - len(np.unique(exact))
+    sums["near_duplicates"] = len(plain) - len(np.unique(plain)) - sums["duplicates"]
+    sums["odd"] = sum(kind["count"] for each in found.values() for kind in each["odd"].values())
+    return sums
+
+
+# ---- evaluation sets ----
+
+
+def texts_of(task: Task, name: str) -> dict[str, list[str]]:
+    """Return the texts of an evaluation set, by what they are; nothing of one of a kind that is not known."""
+    if isinstance(task, HeldOut):
+        rows = as_pairs(cast(Dataset, as_rows(task.rows, name)), name, paired=True, drop_empty_rows=True)
+        read = list(batches(cast(Dataset, rows), text_columns(column_names(rows), name, paired=True)[:2], name))
+        pairs = [(texts.anchors, texts.positives or []) for texts in read]
+        return {side: [str(text) for pair in pairs for text in pair[i]] for i, side in enumerate(("anchors", "positives"))}
+    if isinstance(task, STS):
+        return {"sentences": [*task.rows["sentence1"], *task.rows["sentence2"]]}
+    if isinstance(task, Retrieval):
+        return {"queries": [task.queries[query] for query in task.qrels], DOCUMENTS: list(task.corpus.values())}
+    if isinstance(task, Triplets):
+        return {"anchors": list(task.anchors), "positives": list(task.positives)}
+    if isinstance(task, PairClassification):
+        return {"sentences": [*task.sentences1, *task.sentences2]}
+    if isinstance(task, Reranking):
+        documents = [text for each in task.judged for text in (*each.positives, *each.negatives)]
+        return {"queries": [each.query for each in task.judged], DOCUMENTS: documents}
+    return {"texts": task.texts} if isinstance(task, ZeroShot) else {}
+
+
+def check_task(task: Task, name: str, sources: Mapping[str, RowIds]) -> Report:
+    """Return what an evaluation set has in common with the training.
+
+    {"kind": "sts", "range": [0.0, 5.0],
+     "texts": {"sentences": {"different": 5500, "seen": 12}},     but for case
+     "training_rows": {"nli": {"count": 9, "rows": [...]}}}       with such a text for anchor or positive, documents aside
+    """
+    found: Report = {"kind": task.kind, "texts": {}, "training_rows": {}}
+    if isinstance(task, STS):
+        found |= {"pairs": len(task.rows), "range": [min(task.rows["score"]), max(task.rows["score"])]}
+    if isinstance(task, PairClassification):
+        found |= {"pairs": len(task.labels), "matches": int(sum(map(int, task.labels)))}
+    asked = np.array([], np.uint64)
+    for part, texts in texts_of(task, name).items():
+        ids = np.unique(text_ids(pyarrow.array(texts, pyarrow.string())).plain)
+        trained = np.zeros(len(ids), bool)
+        for source in sources.values():
+            trained |= np.isin(ids, source.everything("plain"))
+        found["texts"][part] = {"different": len(ids), "seen": int(trained.sum())}
+        asked = asked if part == DOCUMENTS else np.concatenate([asked, ids])
+    for source_name, source in sources.items():
+        sides = [side.plain for side in (source.anchors, source.positives) if side is not None]
+        rows = np.flatnonzero(np.any([np.isin(side, asked) for side in sides], axis=0))
+        if len(rows):
+            found["training_rows"][source_name] = numbered(source.origins[rows])
+    return found
+
+
+# ---- findings ----
+
+
+def findings(report: Report, settings: Settings) -> list[Report]:
+    """Return what is to be looked at: [{"of": "nli", "code": "duplicates", "count": 12, "text": "rows that ..."}]."""
+    found = []
+    for name, source in report["sources"].items():
+        for code, count, text in [*of_rows(source), *of_sample(source["sample"]), *of_batches(source, settings)]:
+            found.append({"of": name, "code": code, "count": count, "text": text})
+    for name, task in report["evaluation"].items():
+        seen = sum(part["seen"] for kind, part in task["texts"].items() if kind != DOCUMENTS)
+        if seen:
+            rows = [f"in {of} {listed(numbers)}" for of, numbers in task["training_rows"].items()]
+            where = "; ".join(rows) or "as negatives alone"
+            text = f"texts that are trained on, {BUT_FOR_CASE}: {seen:,} ({where})"
+            found.append({"of": name, "code": "seen", "count": seen, "text": text})
+    return found
+
+
+def listed(numbers: Report) -> str:
+    """Return the first of some row numbers in words."""
+    rows = ", ".join(f"{row:,}" for row in numbers["rows"])
+    return (
+        f"row {rows}" if numbers["count"] == 1 else f"rows {rows}{', ...' if numbers['count'] > len(numbers['rows']) else ''}"
+    )
+
+
+def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
+    """Yield the findings in all rows of a source: code, count and text."""
+    if count := source["empty"]["count"]:
+        mend = "fill it in or delete the row, or give --drop_empty_rows"
+        yield "empty", count, f"rows with an empty text: {count:,} ({listed(source['empty'])}); {mend}"
+    for kind, numbers in source["odd"].items():
+        yield (
+            "odd",
+            numbers["count"],
+            f"texts that hold {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
+        )
+    for code in COUNTED:
+        if count := source.get(code, {"count": 0})["count"]:
+            yield code, count, f"{WORDS[code]}: {count:,} ({listed(source[code])})"
+    if count := source.get("shared", 0):
+        yield "shared", count, f"different rows that stand in another source too: {count:,}"
+
+
+def of_sample(sample: Report) -> Iterator[tuple[str, float, str]]:
+    """Yield the findings in the sample of a source."""
+    if (part := sample["truncated"]["all"]) > TRUNCATION_WARNING:
+        yield "truncated", part, f"texts longer than {sample['max_length']} tokens, which are truncated: {part:.1%}"
+    if count := sample["without_a_token"]:
+        yield "no_token", count, f"texts of the sample that are no token to the tokenizer: {count:,}"
+    if (part := sample["similar"] / max(1, sample["different_texts"])) > SIMILAR_WARNING:
+        yield "similar", part, f"different texts of the sample that are similar to another: {part:.1%}"
+
+
+def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float, str]]:
+    """Yield the findings in the largest batch of a source."""
+    batch = max(settings.batches)
+    if source["training_rows"] < batch:
+        yield "few_rows", source["training_rows"], f"fewer rows than a batch of {batch:,}: {source['training_rows']:,}"
+    for each in source["batches"]:
+        wrong = each["near"] + (0 if settings.masks_answers else each["answers"])
+        if each["batch"] == batch and wrong >= FEW:
+            yield (
+                "false_negatives",
+                wrong,
+                f"right answers that are trained on as negatives in a batch of {batch:,}: {wrong:.2f}",
+            )
+
+
+# ---- tables and the picture ----
+
+
+def lines(report: Report) -> list[str]:
+    """Return the report for people."""
+    shown = []
+    sources = report["sources"]
+    if sources:
+        shown += ["", *columns_lines(sources), "", *rows_table(report), "", *tokens_table(sources), "", *batches_table(sources)]
+    if report["evaluation"]:
+        shown += ["", *evaluation_table(report["evaluation"])]
+    shown += ["", f"to look at: {len(report['findings']):,}" if report["findings"] else "nothing to look at"]
+    return [*shown[1:], *(f"  {each['of']}: {each['text']} [{each['code']}]" for each in report["findings"])]
+
+
+def columns_lines(sources: Mapping[str, Report]) -> list[str]:
+    """Return a line for each source: how it was read, and what its columns are taken as."""
+    shown = []
+    for name, source in sources.items():
+        columns = ", ".join(f"{column} as {role}" if column != role else column for column, role in source["columns"].items())
+        parts = [f"{name}: {columns}"]
+        parts += [f"not used: {', '.join(source['unused'])}"] if source["unused"] else []
+        parts += ["with a byte-order mark"] if source["byte_order_mark"] else []
+        if "labels" in source:
+            labels = ", ".join(f"{label} {count:,}" for label, count in source["labels"].items())
+            parts.append(f"labelled pairs ({labels}) make {source['training_rows']:,} rows")
+        if "first_rows_of_a_stream" in source:
+            parts.append(f"the first {source['first_rows_of_a_stream']:,} rows of a stream")
+        shown.append("; ".join(parts))
+    return shown
+
+
+def rows_table(report: Report) -> list[str]:
+    """Return the counts of all rows."""
+    heads = ["all rows", "rows", "trained as", "texts", *ROW_HEADS]
+    body = []
+    for name, source in report["sources"].items():
+        odd = sum(kind["count"] for kind in source["odd"].values())
+        counts = [source.get(code, {"count": None})["count"] for code in COUNTED]
+        body.append([name, source["rows"], source["training_rows"], source["texts"], source["empty"]["count"], odd, *counts])
+    if len(body) > 1:
+        sums = report["total"]
+        body.append(["total", *(sums[key] for key in ("rows", "training_rows", "texts", "empty", "odd", *COUNTED))])
+    return aligned(heads, body)
+
+
+def tokens_table(sources: Mapping[str, Report]) -> list[str]:
+    """Return the lengths of the sample's texts, by what they are and together."""
+    levels = [f"{level:.0%}" for level in QUANTILES]
+    heads = ["tokens, of a sample", "texts", "mean", *levels, "longest", "truncated", "similar"]
+    body = []
+    for name, source in sources.items():
+        sample = source["sample"]
+        kinds = list(sample["tokens"])
+        for kind in kinds if len(kinds) > 2 else ["all"]:
+            found, limit = sample["tokens"][kind], sample["told_apart_up_to"]
+            if found:
+                longest = f"over {limit:,}" if found["longest"] > limit else found["longest"]
+                quantiles = [found[level] for level in levels]
+                similar = sample["similar"] if kind == "all" else ""
+                label = name if kind == "all" else f"  {kind}s of {name}"
+                truncated = f"{sample['truncated'][kind]:.2%}"
+                body.append([label, found["texts"], f"{found['mean']:.1f}", *quantiles, longest, truncated, similar])
+    return aligned(heads, body)
+
+
+def batches_table(sources: Mapping[str, Report]) -> list[str]:
+    """Return what a batch of random rows has on average."""
+    found = [(name, each) for name, source in sources.items() for each in source["batches"]]
+    objectives = list(dict.fromkeys(objective for _, each in found for objective in each["guessing"]))
+    losses = [f"guessing, {objective}" for objective in objectives]
+    heads = ["right answers in a batch", "of", "equal", "same anchor", "nearly equal", *losses]
+    body = [
+        [name, each["batch"], *(f"{each[key]:.3f}" for key in ("equal", "answers", "near")),
+         *(f"{each['guessing'][objective]:.3f}" for objective in objectives)]
+        for name, each in found
+    ]  # fmt: skip
+    return aligned(heads, body)
+
+
+def evaluation_table(tasks: Mapping[str, Report]) -> list[str]:
+    """Return what evaluation sets hold, and have in common with the training."""
+    body = []
+    for name, task in tasks.items():
+        about = ""
+        if "range" in task:
+            about = f"{task['pairs']:,} pairs, scores {task['range'][0]:g} to {task['range'][1]:g}"
+        elif "matches" in task:
+            about = f"{task['pairs']:,} pairs, {task['matches']:,} match"
+        for part, counts in task["texts"].items():
+            body.append([f"{name}: {part}", counts["different"], counts["seen"], share_of(counts), about])
+    return aligned(["evaluation", "different texts", "in training", "share", ""], body)
+
+
+def share_of(counts: Report) -> str:
+    """Return the share of an evaluation set's texts that are trained on."""
+    return f"{counts['seen'] / max(1, counts['different']):.2%}"
+
+
+def aligned(heads: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the lines of a table: the first column to the left, the others to the right, whole numbers with commas."""
+    cells = [[f"{cell:,}" if isinstance(cell, int) else "-" if cell is None else str(cell) for cell in row] for row in body]
+    widths = [max(map(len, column)) for column in zip(heads, *cells)]
+    shown = []
+    for first, *others in [list(heads), *cells]:
+        padded = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))
+        shown.append("  ".join([f"{first:<{widths[0]}}", *padded]).rstrip())
+    return shown
+
+
+def plot_lengths(report: Report, path: str | Path) -> None:
+    """Draw the share of texts of each length, a line for each source, and each maximum length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    longest = max((max(source["sample"]["histogram"]["edges"], default=0) for source in report["sources"].values()), default=0)
+    for line, (name, source) in enumerate(report["sources"].items()):
+        edges, counts = (source["sample"]["histogram"][key] for key in ("edges", "counts"))
+        if counts:
+            colour, style = COLOURS[line % len(COLOURS)], STYLES[line % len(STYLES)]
+            truncated = f"{name}: {source['sample']['truncated']['all']:.1%} truncated"
+            shares = [100 * count / sum(counts) for count in counts]
+            axes.stairs(shares, edges, color=colour, linestyle=style, linewidth=1.5, label=truncated)
+    for length in sorted({source["sample"]["max_length"] for source in report["sources"].values()}):
+        axes.axvline(length, color="black", linewidth=1, linestyle="--", label=f"max_length {length}")
+    if all(source["sample"]["max_length"] > 2 * longest for source in report["sources"].values()):
+        axes.set_xlim(0, max(1, longest))  # the maximum length is far to the right of all texts
+    axes.set_xlabel("tokens of a text, its prompt among them")
+    axes.set_ylabel("% of the texts")
+    axes.set_title("Lengths of the texts to train on")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,327 @@
+"""What training files hold, before a run: one source of rows, what is wrong in it, its lengths and its false negatives.
+
+All rows are read and compared by hashes (`hf_embed.kit.row_hashes`); a random sample of them is tokenized, and compared
+piece by piece. Rows are read as the training reads them, and what it refuses is refused here; only empty texts are counted.
+
+Shapes: R training rows, M negatives of all rows, T texts.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from datasets import Dataset
+
+from hf_embed.data.columns import text_columns
+from hf_embed.data.files import kind_of, opened
+from hf_embed.data.labelled import Layout, as_pairs, labelled_layout
+from hf_embed.data.mixture import Source, source_tokenizer
+from hf_embed.data.sources import refuse_lists
+from hf_embed.data.tokenization import RowTokenizer, beginning, text_id
+from hf_embed.encoder import Encoder
+from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch
+from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
+from hf_embed.kit.similar import similar_pairs
+from hf_embed.objectives import Objective
+from hf_embed.progress import progress_bar
+
+SAMPLE, CHARACTERS = 20_000, 20_000_000  # rows of a sample, or fewer of long texts: so many characters
+VARIANTS = 20_000  # texts that are tokenized to see whether the loss takes them for equal
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
+LONGEST = 2048  # tokens up to which lengths are told apart, or 4 times the maximum length
+ROLES = ("anchor", "positive", "negative")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rows are to be trained with.
+
+    Args:
+        objectives: by name.
+        batches: rows on all ranks together.
+        sample: rows to tokenize; 0 for all; None for `SAMPLE` or, of long texts, as many as have `CHARACTERS`.
+        masks_answers: whether the loss leaves out other positives of the same anchor.
+    """
+
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
+    batches: tuple[int, ...] = (64,)
+    sample: int | None = None
+    masks_answers: bool = True
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Rows of one source, as they are trained on.
+
+    Args:
+        name: of the source.
+        where: what messages call the rows.
+        rows: a table with `columns`, those of anchors, positives and negatives.
+        tokenizer: with the source's prompts and maximum length.
+        negatives: how many of each row's negatives are taken; None: all.
+        about: what is known of the source already.
+    """
+
+    name: str
+    where: str
+    rows: Dataset
+    columns: list[str]
+    tokenizer: RowTokenizer
+    negatives: int | None
+    about: dict[str, Any]
+
+    def texts(self, rows: Dataset) -> Iterator[Texts]:
+        """Read the texts of some of the rows."""
+        return batches(rows, self.columns, self.where, self.negatives)
+
+
+def make_subject(
+    source: Source, encoder: Encoder, settings: Settings, where: str | None = None, paired: bool | None = None
+) -> Subject:
+    """Prepare a source as the training does.
+
+    Args:
+        source: of a table, or of a stream, of which the first rows are taken, as many as the sample has.
+        encoder: whose tokenizer, maximum length and prompts are used.
+        settings: those of the training.
+        where: what messages call the rows; default: the source's label.
+        paired: see `hf_embed.data.columns.text_columns`.
+
+    Raises:
+        InputError: whatever is wrong with the rows, empty texts aside.
+    """
+    where, rows = where or source.label, source.rows
+    about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_list(list(islice(rows, settings.sample or SAMPLE)))
+        about["first_rows_of_a_stream"] = len(rows)
+    pairs = None if paired is False else labelled_layout(rows.column_names, where)
+    taken = cast(Dataset, as_pairs(rows, where, paired, drop_empty_rows=True))
+    columns = text_columns(taken.column_names, where, paired)
+    refuse_lists(islice(taken, 20), columns, where)
+    known = columns
+    if taken is not rows and pairs is not None:
+        known = list(pairs)
+        about |= about_labels(rows, pairs, where)
+    about["columns"] = {column: role(i, len(columns)) for i, column in enumerate(known)}
+    if known is not columns:
+        about["columns"][known[-1]] = "label"
+    about["unused"] = [column for column in rows.column_names if column not in known]
+    return Subject(source.name, where, taken, columns, source_tokenizer(source, encoder), source.negatives, about)
+
+
+def role(place: int, columns: int) -> str:
+    """Return what the column at a place holds."""
+    return ROLES[min(place, 2)] if columns > 1 else "text"
+
+
+def about_labels(rows: Dataset, layout: Layout, where: str) -> dict[str, Any]:
+    """Count the labels of labelled pairs, and the pairs with an empty text."""
+    labels = Counter(map(str, rows[layout.label][:]))
+    empty = [number for texts in batches(rows, [layout.first, layout.second], where) for number in texts.empty.tolist()]
+    return {"labelled_pairs": len(rows), "labels": dict(sorted(labels.items())), "empty_pairs": empty}
+
+
+def has_mark(path: str | None) -> bool:
+    """Return whether a file on this machine begins with a byte-order mark, which is left out of the first text."""
+    if path is None or not Path(path).is_file() or kind_of(path) == "parquet":
+        return False
+    with opened(path) as file:
+        return file.read(len(BOM)) == BOM
+
+
+# ---- one source ----
+
+
+def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], Ids, RowIds]:
+    """Read the rows of a source, and count.
+
+    Returns:
+        What the report says of the source; the hashes of its rows; those of its texts. The report is
+
+            {"rows": 9, "training_rows": 9, "texts": 27,   a training row for each positive, without rows with an empty text
+             "empty": {"count": 1, "rows": [4]},           with the numbers of the first ones, from 1
+             "duplicates": {"count": ..., "rows": ...},    rows that equal an earlier one; and so on, as `LOOKED_FOR` lists
+             "sample": {"rows": ..., "truncated": 0.01, ...},
+             "batches": [{"batch": 64, ...}], ...}
+    """
+    ids = hash_rows(subject.texts(subject.rows))
+    whole = row_ids(ids)
+    found = dict(subject.about) | {
+        "rows": subject.about.get("labelled_pairs", len(subject.rows)),
+        "training_rows": len(ids.origins),
+        "texts": len(ids.everything("exact")),
+        "negatives_per_row": round(len(ids.owners) / max(1, len(ids.origins)), 4),
+        "repeated_anchors": len(ids.origins) - len(np.unique(ids.anchors.exact)),
+        "empty": numbered(found_empty(subject, ids)),
+        "odd": {name: {"count": ids.odd[name], "rows": [ids.first_odd[name] + 1]} for name in ids.odd},
+    }
+    found |= {name: numbered(ids.origins[places]) for name, places in equal_texts(ids, whole).items()}
+    size = (
+        min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
+        if settings.sample is None
+        else settings.sample
+    )
+    found["sample"] = check_sample(subject, size)
+    found["batches"] = check_batches(subject, ids, settings) if len(ids.origins) > 1 else []
+    return found, whole, ids
+
+
+def numbered(rows: np.ndarray) -> dict[str, Any]:
+    """Return a count of rows, and the numbers of the first five."""
+    return {"count": len(rows), "rows": [int(row) + 1 for row in rows[:5]]}
+
+
+def found_empty(subject: Subject, ids: RowIds) -> np.ndarray:
+    """Return the rows with an empty text; of labelled pairs, the pairs."""
+    return np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)
+
+
+def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
+    """Return the training rows that equal an earlier one, or have equal texts, by what is looked for."""
+    again = repeated(whole.exact)
+    found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
+    if ids.positives is not None:
+        anchors, positives, negatives = ids.anchors.plain, ids.positives.plain, ids.negatives.plain
+        found["positive_is_anchor"] = np.flatnonzero(anchors == positives)
+        found["negative_is_positive"] = np.unique(ids.owners[negatives == positives[ids.owners]])
+        found["negative_is_anchor"] = np.unique(ids.owners[negatives == anchors[ids.owners]])
+    return found
+
+
+# ---- the sample ----
+
+
+def check_sample(subject: Subject, size: int) -> dict[str, Any]:
+    """Tokenize some rows, all if `size` is 0, and look for similar texts among them."""
+    rows = len(subject.rows)
+    if 0 < size < rows:
+        chosen = subject.rows.select(np.sort(np.random.default_rng(0).choice(rows, size, replace=False)))
+    else:
+        chosen = subject.rows
+    longest = max(LONGEST, 4 * subject.tokenizer.max_length)
+    lengths: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
+    words: dict[str, str] = {}  # texts by their words
+    for texts in progress_bar(subject.texts(chosen), desc=f"Tokenizing {subject.name}", unit="batch"):
+        for role, part in zip(ROLES, (texts.anchors, texts.positives, texts.negatives)):
+            if part is not None and len(part):
+                own = part.to_pylist()
+                prompt = subject.tokenizer.query_prompt if role == "anchor" else subject.tokenizer.document_prompt
+                lengths[role].append(token_counts(own, prompt, longest, subject.tokenizer))
+                words |= zip(plain_texts(part).to_pylist(), own)
+    by_role = {role: np.concatenate(parts) for role, parts in lengths.items() if parts}
+    everything = np.concatenate([np.array([], int), *by_role.values()])
+    similar, pairs = similar_pairs(list(words))
+    shown = list(words.values())
+    return {
+        "rows": len(chosen),
+        "texts": len(everything),
+        "max_length": subject.tokenizer.max_length,
+        "told_apart_up_to": longest,
+        "without_a_token": int((everything == 0).sum()),
+        "tokens": {role: quantiles(part) for role, part in by_role.items()} | {"all": quantiles(everything)},
+        "truncated": {role: share(part > subject.tokenizer.max_length) for role, part in by_role.items()}
+        | {"all": share(everything > subject.tokenizer.max_length)},
+        "histogram": histogram(everything),
+        "different_texts": len(words),
+        "similar": int(similar.sum()),
+        "similar_pairs": [[shown[first], shown[second]] for first, second in pairs[:3]],
+    }
+
+
+def token_counts(texts: list[str], prompt: str, longest: int, tokenizer: RowTokenizer) -> np.ndarray:
+    """Return how many tokens each text has behind a prompt; longer ones than `longest` count as one more."""
+    prompted = [beginning(prompt + text, longest, tokenizer.tokenizer) for text in texts]
+    ids = tokenizer.tokenizer(prompted, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    return np.minimum([len(tokens) for tokens in ids], longest + 1)
+
+
+def share(found: np.ndarray) -> float:
+    """Return the share of what is True, to six digits; 0 of nothing."""
+    return round(float(found.mean()), 6) if len(found) else 0.0
+
+
+def quantiles(lengths: np.ndarray) -> dict[str, float]:
+    """Return the number, the mean, quantiles (each the length of a text) and the largest of some lengths."""
+    if not len(lengths):
+        return {}
+    found = {f"{level:.0%}": int(np.quantile(lengths, level, method="inverted_cdf")) for level in QUANTILES}
+    return {"texts": len(lengths), "mean": round(float(lengths.mean()), 2), **found, "longest": int(lengths.max())}
+
+
+def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """Return how many texts have from one edge, itself among them, to below the next tokens."""
+    if not len(lengths):
+        return {"edges": [], "counts": []}
+    width = max(1, -(-int(lengths.max() + 1) // 40))
+    edges = np.arange(0, lengths.max() + width + 1, width)
+    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
+
+
+# ---- batches ----
+
+
+def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dict[str, Any]]:
+    """Return what a batch of random rows has on average, for each size of a batch.
+
+    equal       candidates that are the anchor or the positive of another row, to the model: the loss leaves them out
+    answers     other positives of the same anchor: so too, but for SimCSE without mask_other_positives
+    near        candidates that are so but for case, spaces and punctuation, and other tokens: trained on as negatives
+    guessing    the loss of a model to which all texts are the same, by the objective's name
+    """
+    rows = len(ids.origins)
+    anchors, negatives = ids.anchors, ids.negatives
+    positives = anchors if ids.positives is None else ids.positives
+    known = tokens_as_ids(subject, ids)
+    by_tokens = tuple(replaced(part.exact, *known) for part in (anchors, positives, negatives))
+    equal, answers = equal_candidates(by_tokens[0], by_tokens[1], by_tokens[2], ids.owners)
+    near, _ = equal_candidates(anchors.plain, positives.plain, negatives.plain, ids.owners)
+    found = []
+    for batch in settings.batches:
+        counts = {"equal": equal, "answers": answers, "near": near - equal}
+        losses = {name: guessing(objective, batch, len(ids.owners) / rows) for name, objective in settings.objectives.items()}
+        found.append({
+            "batch": batch, **{name: round(in_a_batch(count, rows, batch), 6) for name, count in counts.items()},
+            "guessing": {name: round(loss, 4) for name, loss in losses.items()},
+        })  # fmt: skip
+    return found
+
+
+def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray]:
+    """Return the exact hashes of texts that differ from another in case, spaces or punctuation alone, and of their tokens.
+
+    Only the first `VARIANTS` are tokenized: the others count as different to the model.
+    """
+    exact, plain = ids.everything("exact"), ids.everything("plain")
+    variants = [np.array([], int)]
+    for places in in_parts(plain):
+        _, first = np.unique(exact[places], return_index=True)
+        _, which, counts = np.unique(plain[places[first]], return_inverse=True, return_counts=True)
+        variants.append(places[first[counts[which] > 1]])
+    chosen = np.sort(np.concatenate(variants))[:VARIANTS]
+    wanted = exact[chosen]
+    by_hash: dict[int, int] = {}
+    rows = len(ids.origins)
+    stated = [np.arange(rows), *([] if ids.positives is None else [np.arange(rows)]), ids.owners]
+    numbers = np.unique(ids.origins[np.concatenate(stated)[chosen]])
+    for texts in subject.texts(subject.rows.select(numbers)) if len(numbers) else []:
+        everything = texts.everything()
+        hashes = exact_ids(everything)
+        places = np.flatnonzero(np.isin(hashes, wanted))
+        tokens, _ = subject.tokenizer.tokenize([everything[int(i)].as_py() for i in places], subject.tokenizer.text_length)
+        by_hash |= zip(hashes[places].tolist(), map(text_id, tokens))
+    keys = np.sort(np.array(list(by_hash), np.uint64))
+    return keys, np.array([by_hash[int(key)] for key in keys], np.int64).view(np.uint64)
+
+
+def replaced(ids: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return hashes, of which those in `keys`, sorted, are replaced by the value at the same place."""
+    if not len(keys):
+        return ids
+    places = np.minimum(np.searchsorted(keys, ids), len(keys) - 1)
+    return np.where(keys[places] == ids, values[places], ids)

@@ -1,0 +1,70 @@
+"""Look at training files before a run: duplicates, empty and garbled texts, lengths, false negatives, texts of evaluation sets.
+
+    python recipes/preflight.py nli.csv
+    python recipes/preflight.py web.jsonl clicks.csv --model_name_or_path BAAI/bge-base-en-v1.5 --batch_size 64 1024
+    python recipes/preflight.py --sources sources.yaml --eval_sts_file stsb=stsb-dev.tsv --output_file report.json
+    python recipes/preflight.py nli.csv --picture lengths.png --strict       # exit status 1 if there is anything to look at
+
+All rows are read; a random sample of each source is tokenized (--sample 0: all of it). hf_embed/kit/preflight_report.py says
+what is looked for. Every fine-tuning recipe has --preflight, which does the same for what it would train on, and ends. A FILE
+with the columns sentence1, sentence2 and score is an STS set, and is taken as one to evaluate on.
+"""
+
+import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+
+# isort: split
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_embed.kit.cli import parse, run
+from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
+from hf_embed.kit.plan import QUICKSTART, DataArguments
+from hf_embed.kit.preflight import check_outputs, finish, read_files
+from hf_embed.kit.preflight_report import preflight
+from hf_embed.kit.preflight_source import Settings
+from hf_embed.objectives import ImprovedContrastive, Objective, SimCSE
+from hf_embed.ranges import COUNT, Range, check_ranges
+
+
+@dataclass(kw_only=True)
+class Arguments(EncodingArguments):
+    """Flags of this recipe."""
+
+    files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files to train on, each a source of its own.", "positional": True, "metavar": "FILE"},
+    )
+    model_name_or_path: str = field(default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP})
+    batch_size: list[int] = field(
+        default_factory=lambda: [64], metadata={"help": "Rows of a batch on all ranks together; several for a table."}
+    )
+    sample: int | None = field(
+        default=None,
+        metadata={"help": "Rows of each source that are tokenized. 0: all. Default: 20,000, or fewer if texts are long."},
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Write the whole report there, as JSON."})
+    picture: str | None = field(
+        default=None, metadata={"help": "Draw the lengths of the texts there, a .png.", "metavar": "FILE"}
+    )
+    strict: bool = field(default=False, metadata={"help": "Exit with status 1 if there is anything to look at."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"batch_size": COUNT, "sample": Range(least=0, whole=True)})
+        check_outputs(self.output_file, self.picture)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Read the files and the evaluation sets, check them, and print and store the report."""
+    args, data, evaluation = parse([Arguments, DataArguments, EvalArguments], argv=argv)
+    sources, tasks = read_files(args.files, data, read_tasks(evaluation))
+    objectives: dict[str, Objective] = {"SimCSE": SimCSE(), "GTE": ImprovedContrastive()}
+    encoder = load_for_encoding(args.model_name_or_path, args)
+    report = preflight(sources, encoder, Settings(objectives, tuple(args.batch_size), args.sample), tasks)
+    finish(report, args.output_file, args.picture, args.strict)
+    return report
+
+
+if __name__ == "__main__":
+    run(main)
