@@ -1,0 +1,49 @@
+"""What happens to a run that is killed, stopped, given damaged files or a full disk? docs/reliability.md has the figures.
+
+    python benchmarks/reliability.py kills --count 200          # killed at random times, over all recipes
+    python benchmarks/reliability.py saves --count 40           # killed inside writes of files
+
+Each prints a summary and a line for every failure, and ends with exit code 1 if there is one. Linux only.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, count in (("kills", 200), ("saves", 40)):
+        command = commands.add_parser(name)
+        command.add_argument("--count", type=int, default=count)
+        command.add_argument("--seed", type=int, default=1)
+        command.add_argument("--jobs", type=int, default=2, help="runs at a time")
+        command.add_argument("--cases", nargs="+", default=[], help="default: all")
+    for command in commands.choices.values():
+        command.add_argument("--work", help="a folder for the runs, which is kept; default: a temporary one")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="reliability-", ignore_cleanup_errors=True) as folder:
+        well = run(args, Path(args.work or folder).resolve())
+    print(f"{args.command} took {time.perf_counter() - started:.0f} s")
+    raise SystemExit(not well)
+
+
+def run(args: argparse.Namespace, folder: Path) -> bool:
+    folder.mkdir(parents=True, exist_ok=True)
+    import reliability_kills
+    from reliability_runs import Runs
+
+    if args.command in ("kills", "saves"):
+        work = {"kills": reliability_kills.kills, "saves": reliability_kills.saves}[args.command]
+        return work(Runs(folder), args.count, args.seed, args.jobs, args.cases)
+    raise LookupError(args.command)
+
+
+if __name__ == "__main__":
+    main()
