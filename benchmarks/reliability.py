@@ -2,6 +2,8 @@
 
     python benchmarks/reliability.py kills --count 200          # killed at random times, over all recipes
     python benchmarks/reliability.py saves --count 40           # killed inside writes of files
+    python benchmarks/reliability.py damage --count 60          # damaged files of checkpoints, models and unfinished work
+    python benchmarks/reliability.py disks --from-mb 1 --to-mb 40    # as root: training with so much room
 
 Each prints a summary and a line for every failure, and ends with exit code 1 if there is one. Linux only.
 """
@@ -18,12 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, count in (("kills", 200), ("saves", 40)):
+    for name, count in (("kills", 200), ("saves", 40), ("damage", 60)):
         command = commands.add_parser(name)
         command.add_argument("--count", type=int, default=count)
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--jobs", type=int, default=2, help="runs at a time")
-        command.add_argument("--cases", nargs="+", default=[], help="default: all")
+        if name != "damage":
+            command.add_argument("--cases", nargs="+", default=[], help="default: all")
+    command = commands.add_parser("disks")
+    for flag, value in (("--from-mb", 1), ("--to-mb", 40), ("--step", 2)):
+        command.add_argument(flag, type=float, default=value)
     for command in commands.choices.values():
         command.add_argument("--work", help="a folder for the runs, which is kept; default: a temporary one")
     args = parser.parse_args()
@@ -36,12 +42,18 @@ def main() -> None:
 
 def run(args: argparse.Namespace, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
+    import reliability_damage
+    import reliability_disks
     import reliability_kills
     from reliability_runs import Runs
 
     if args.command in ("kills", "saves"):
         work = {"kills": reliability_kills.kills, "saves": reliability_kills.saves}[args.command]
         return work(Runs(folder), args.count, args.seed, args.jobs, args.cases)
+    if args.command == "damage":
+        return reliability_damage.damage(Runs(folder), args.count, args.seed, args.jobs)
+    if args.command == "disks":
+        return reliability_disks.disks(Runs(folder), args.from_mb, args.to_mb, args.step)
     raise LookupError(args.command)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reliability_runs import CASES, Case, Ended, Runs, each
+from reliability_runs import CASES, Case, Ended, Runs, call, each
 
 WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 
@@ -168,8 +168,6 @@ def points_of(runs: Runs, case: Case, folder: Path) -> list[tuple[int, str, str]
 
 
 def start_counted(runs: Runs, case: Case, folder: Path, point: tuple[int, str] | None) -> Ended:
-    from reliability_runs import call
-
     def work() -> None:
         Writes(folder, point).watch()
         runs.main(case, folder)

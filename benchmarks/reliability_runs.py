@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-               "HF_HUB_OFFLINE": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+               "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore"}  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 180  # seconds after which a run counts as hanging
@@ -69,14 +69,14 @@ CASES = [
     Case(
         "seeds",
         "sup_simcse",
-        f"{SUP} --save_strategy steps --save_steps 10 --pooling mean --seeds 1,2",
+        f"{SUP} --max_steps 12 --save_strategy steps --save_steps 4 --save_total_limit 2 --pooling mean --seeds 1,2",
         same=(*MODEL, "seed-1/model.safetensors", "seed-2/model.safetensors"),
     ),
     Case("overwrite", "sup_simcse", f"{SUP} {SAVE} --pooling cls_mlp --overwrite_output_dir", checkpoints=False, earlier=True),
     Case(
         "ablation",
         "simcse_ablation",
-        f"{UNSUP} --variants dropout 'delete one word' --seeds 1,2 --eval_steps 5 --pooling mean",
+        f"{UNSUP} --variants dropout 'delete one word' --seeds 1,2 --max_steps 8 --eval_steps 4 --pooling mean",
         same=("results.json",),
         checkpoints=False,
     ),
@@ -115,7 +115,7 @@ CASES = [
         "pretrain_encoder",
         "pretrain_encoder",
         "--teacher DATA/model --train_file DATA/sentences.txt --output_dir out --teacher_layer 2 --vocab_size 300 "
-        "--hidden_size 16 --num_layers 1 --num_heads 2 --max_length 32 --sentence_tokens 4000 --long_tokens 1000 "
+        "--hidden_size 16 --num_layers 1 --num_heads 2 --max_length 64 --sentence_tokens 4000 --long_tokens 1000 "
         "--batch_tokens 512",
         same=("model.safetensors", "tokenizer.json"),
         checkpoints=False,
@@ -383,7 +383,7 @@ class Runs:
             same = [("resumed", "--resume_from_checkpoint"), ("started anew", "")]
         if case.replace and case.replace not in case.words:
             same.append(("started anew", case.replace))
-        saved = [path.name for path in folder.glob("out/**/checkpoint-[0-9]*") if path.is_dir()]
+        saved = [path.name for path in folder.glob(f"{case.output}/**/checkpoint-[0-9]*") if path.is_dir()]
         for how, more in same:
             ended = self.start(case, folder, more)
             if not ended.refused:
@@ -408,10 +408,11 @@ class Runs:
     def standing(self, case: Case, folder: Path) -> list[str]:
         """What is wrong with the output folder at the moment: neither the old model, nor the new one, nor nothing."""
         output, new, old = folder / case.output, self.finished(case), self.earlier if case.earlier else None
-        if case.output != "out":
-            return [] if not output.exists() or same_content(output, new) else [f"{case.output} is half written"]
-        if case.name == "seeds":  # a seed's folder is a run of its own; what is compared is the best one's
-            pass
+        if "model.safetensors" not in case.same:  # files, not a model
+            there = [name for name in case.same if (output / name).exists()]
+            return [f"{name or case.output} is half written" for name in there if not same_content(new / name, output / name)]
+        if old is None and not ((output / "model.safetensors").is_file() and (output / "config.json").is_file()):
+            return []  # nothing that could be loaded
         sides: dict[str, set[str]] = {}
         for name in PIECES:
             piece = piece_of(output / name)
@@ -443,7 +444,8 @@ def piece_of(path: Path) -> str | None:
         return None
     content = path.read_bytes()
     if path.name == "README.md":
-        return str(re.findall(rb"steps +[\d,]+, of", content)[:1])
+        steps = re.findall(rb"steps +[\d,]+, of", content)
+        return str(steps[0]) if steps else None if content else "torn"
     if path.name == "results.json":
         try:
             return json.dumps(without_times(json.loads(content)), sort_keys=True)
