@@ -4,6 +4,9 @@
     python benchmarks/reliability.py saves --count 40           # killed inside writes of files
     python benchmarks/reliability.py damage --count 60          # damaged files of checkpoints, models and unfinished work
     python benchmarks/reliability.py disks --from-mb 1 --to-mb 40    # as root: training with so much room
+    python benchmarks/reliability.py soak --minutes 30               # as root: two ranks, killed, stopped, without room
+    python benchmarks/reliability.py messages                        # from a wrong input to its message
+    python benchmarks/reliability.py speed --against CHECKOUT        # the time of a step and of a save
 
 Each prints a summary and a line for every failure, and ends with exit code 1 if there is one. Linux only.
 """
@@ -30,6 +33,15 @@ def main() -> None:
     command = commands.add_parser("disks")
     for flag, value in (("--from-mb", 1), ("--to-mb", 40), ("--step", 2)):
         command.add_argument(flag, type=float, default=value)
+    command = commands.add_parser("soak")
+    command.add_argument("--minutes", type=float, default=30)
+    command.add_argument("--seed", type=int, default=1)
+    command = commands.add_parser("messages")
+    command.add_argument("--only", nargs="+", default=[], metavar="WHAT")
+    command = commands.add_parser("speed")
+    command.add_argument("--against", required=True, metavar="CHECKOUT", help="another version of this repository")
+    for flag, value in (("--steps", 60), ("--batch", 8), ("--rounds", 3)):
+        command.add_argument(flag, type=int, default=value)
     for command in commands.choices.values():
         command.add_argument("--work", help="a folder for the runs, which is kept; default: a temporary one")
     args = parser.parse_args()
@@ -45,6 +57,9 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     import reliability_damage
     import reliability_disks
     import reliability_kills
+    import reliability_messages
+    import reliability_soak
+    import reliability_speed
     from reliability_runs import Runs
 
     if args.command in ("kills", "saves"):
@@ -54,6 +69,12 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
         return reliability_damage.damage(Runs(folder), args.count, args.seed, args.jobs)
     if args.command == "disks":
         return reliability_disks.disks(Runs(folder), args.from_mb, args.to_mb, args.step)
+    if args.command == "soak":
+        return reliability_soak.soak(folder, args.minutes, args.seed)
+    if args.command == "messages":
+        return reliability_messages.messages(folder, args.only)
+    if args.command == "speed":
+        return reliability_speed.speed(folder, args.against, args.steps, args.batch, args.rounds)
     raise LookupError(args.command)
 
 
