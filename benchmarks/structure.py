@@ -16,7 +16,7 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges", "version"],
+    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges", "safe_files", "version"],
     ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],

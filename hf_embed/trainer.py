@@ -82,6 +82,7 @@ class ContrastiveTrainer(HubTrainer):
     model: nn.Module  # as it is placed: under FSDP this one has its weights together
     eval_dataset: dict[str, Task] | None
     objective: Objective
+    drops_results = False  # whether `save_model` removes the scores of an earlier model in the folder
     describes_itself = True  # whether `save_model` writes what it knows of the training: recipes report more, themselves
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
@@ -264,7 +265,7 @@ class ContrastiveTrainer(HubTrainer):
             return
         folder = str(output_dir or args.output_dir)
         final = not Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        results = training_results(self) if final else {}
+        results = (final and training_results(self)) or ({} if self.drops_results else None)
         of_encoder = None if state_dict is None else with_file_names(state_dict)
         save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder, results=results)
         if not final:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
+from hf_embed.checkpoint.save import renewed
 from hf_embed.checkpoint.tables import swept_columns
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -25,7 +26,6 @@ from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS, spearman
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
-from hf_embed.kit.overwrite import clear_results
 from hf_embed.progress import progress_bar
 from hf_embed.tempscale import fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
@@ -178,12 +178,12 @@ def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str,
     results = {"train": train} if (train := stored_results(origin).get("train")) else {}
     if temperature != 1:
         fold_tempscale(encoder.backbone, temperature)
-    encoder.save_pretrained(str(folder))  # first: what was there stays, with its scores, if this fails
-    clear_results(folder, keep=["README.md"])  # someone may have edited it
-    store_results(folder, results if result is None else results | {"tempscale": result})
-    if result is not None:
-        plot_sweep(result, folder / "tempscale.png")
-    write_card(encoder, folder)
+    with renewed(folder, clear=True) as place:
+        encoder.save_pretrained(str(place))
+        store_results(place, results if result is None else results | {"tempscale": result})
+        if result is not None:
+            plot_sweep(result, place / "tempscale.png")
+        write_card(encoder, place)
 
 
 def plot_sweep(result: dict[str, Any], path: str | Path) -> None:

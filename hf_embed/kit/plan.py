@@ -25,7 +25,14 @@ from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.overwrite import EarlierRun, earlier_files
+from hf_embed.kit.overwrite import (
+    EarlierRun,
+    check_replaceable,
+    earlier_files,
+    is_unfinished,
+    is_working,
+    working_folder,
+)
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
@@ -179,7 +186,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where the finished model goes."""
+        """Where the run trains; see `hf_embed.kit.overwrite`."""
         return Path(str(self.args.output_dir))
 
     @property
@@ -296,7 +303,9 @@ def make_plan(
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
     plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets)
-    return dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder))) if plan.replaces else plan
+    if plan.replaces:
+        plan = dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder), plan.folder))
+    return plan
 
 
 def check_stopping(patience: int | None, args: ContrastiveTrainingArguments, tasks: dict[str, Task]) -> None:
@@ -346,9 +355,10 @@ def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainin
 
 
 def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
-    """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from.
+    """Choose the folder where the run trains, refuse one that holds another run, and find the checkpoint to resume from.
 
-    Where none is given it is outputs/NAME, which `made_anew` replaces without asking.
+    Where none is given it is outputs/NAME, which `made_anew` replaces without asking. A run that is to replace another trains
+    beside it; see `hf_embed.kit.overwrite`.
     """
     given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
     default = given in (None, "trainer_output")
@@ -356,16 +366,24 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
     overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: this is a file; name a folder")
+    if is_working(folder):
+        raise InputError(f"--output_dir {folder}: runs that replace another one have such names; name another folder")
+    unfinished = working_folder(folder) if is_unfinished(folder) else None
     if resume and not flags.values["seeds"]:  # of several seeds each has its own
-        resume = find_checkpoint(resume, folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        resume = find_checkpoint(resume, unfinished or folder)
+    filled = folder.is_dir() and any(folder.iterdir())
+    if filled and not (overwrite or resume):
         raise InputError(
             f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
-    return flags.override(
-        output_dir=str(folder) if default else given, resume_from_checkpoint=resume, overwrite_output_dir=overwrite
-    )
+    working = folder if default else given
+    if resume and unfinished and (flags.values["seeds"] or Path(resume).parent == unfinished):
+        working = unfinished
+    elif filled and not resume:
+        check_replaceable(folder)
+        working = working_folder(folder)
+    return flags.override(output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite)
 
 
 def find_checkpoint(given: str, folder: Path) -> str:

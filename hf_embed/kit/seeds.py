@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,16 +15,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed.checkpoint.card import store_results, write_card
 from hf_embed.checkpoint.files import read_json
-from hf_embed.checkpoint.save import put_in_place
+from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
-from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, take_place
 from hf_embed.kit.plan import Plan, find_checkpoint
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
+from hf_embed.safe_files import SAVING
 
 
 def read_seeds(given: str) -> list[int]:
@@ -59,8 +59,11 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
         raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
     if plan.args.push_to_hub:
         raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
-    earlier = EarlierRun([] if resume else earlier_files(plan.folder))
+    earlier = EarlierRun([] if resume else earlier_files(plan.folder), plan.folder)
     runs = {}
+    if PartialState().is_main_process:
+        begin(plan.folder)
+    PartialState().wait_for_everyone()
     for seed in seeds:
         folder = plan.folder / f"seed-{seed}"
         if resume and (folder / "results.json").is_file():
@@ -100,16 +103,14 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
     results["train"] = results["train"] | {"chosen_by": scores[best]}
     if PartialState().is_main_process:
-        left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-            copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
-            names = os.listdir(copied)
-            put_in_place(str(copied), str(folder))
-        clear_results(folder, keep=names)
-        store_results(folder, results)
-        with quiet():
-            encoder = Encoder.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        write_card(encoder, folder, results)
+        left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md", f"{SAVING}*")
+        with renewed(folder, clear=True) as place:
+            with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
+                put_in_place(shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out), place)
+            store_results(place, results)
+            with quiet():
+                encoder = Encoder.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+            write_card(encoder, place, results)
         print("\n" + "\n".join(seeds_table(results)))
-        print(saved_to(folder, encoder.remote_code))
+        print(saved_to(take_place(folder), encoder.remote_code))
     return results
