@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from reliability_kills import points_of, start_counted
-from reliability_runs import CASES, Case, Ended, Runs, call, each
+from reliability_runs import CASES, RESUME, Case, Ended, Runs, call, each
 
 TRAINED = next(case for case in CASES if case.name == "mlm")  # whose checkpoints have training.safetensors too
 Outcome = tuple[Ended, str, bool]  # the end, what came of the damage in words, and whether that is right
@@ -134,7 +134,7 @@ def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:
 def damaged_checkpoint(runs: Runs, made: Path, file: str, kind: str, folder: Path, rng: random.Random) -> Outcome:
     shutil.copytree(made, folder, dirs_exist_ok=True)
     KINDS[kind](folder / "out" / NEWEST / file, folder / "out" / EARLIER / file, rng)
-    ended = runs.start(TRAINED, folder, "--resume_from_checkpoint")
+    ended = runs.start(TRAINED, folder, RESUME)
     wrong = runs.check(TRAINED, folder) if ended.code == 0 else []
     return ended, *judge(ended, wrong, NEWEST in ended.log or Path(file).name in ended.log)
 
@@ -142,7 +142,7 @@ def damaged_checkpoint(runs: Runs, made: Path, file: str, kind: str, folder: Pat
 def damaged_cache(runs: Runs, made: Path, file: str, kind: str, folder: Path, rng: random.Random) -> Outcome:
     shutil.copytree(made, folder, dirs_exist_ok=True)
     KINDS[kind](folder / file, folder / file, rng)
-    ended = runs.start(TRAINED, folder, "--resume_from_checkpoint")
+    ended = runs.start(TRAINED, folder, RESUME)
     return ended, *judge(ended, runs.check(TRAINED, folder) if ended.code == 0 else [], Path(file).name in ended.log)
 
 
@@ -198,7 +198,9 @@ def damage(runs: Runs, count: int, seed: int, jobs: int) -> bool:
     of_works, of_model, of_cache = count // 8, count // 5, count // 12
     items: list[tuple[str, str, str]] = [
         ("checkpoint", *pair)
-        for pair in choose(files_in(base / "interrupted" / "out" / NEWEST), list(KINDS), count - of_works - of_model - of_cache, rng)
+        for pair in choose(
+            files_in(base / "interrupted" / "out" / NEWEST), list(KINDS), count - of_works - of_model - of_cache, rng
+        )
     ]
     tables = [name for name in files_in(base / "interrupted") if name.startswith("cache/") and name.endswith(".arrow")]
     items += [("cache of tables", *pair) for pair in choose(tables, OF_WORK, of_cache, rng)]

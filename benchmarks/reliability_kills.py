@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reliability_runs import CASES, Case, Ended, Runs, call, each
+from reliability_runs import CASES, RESUME, Case, Ended, Runs, call, each
 
 WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 
@@ -30,7 +30,7 @@ def finish(runs: Runs, case: Case, folder: Path, where: str, rng: random.Random 
     """Go on with a run that was killed, perhaps after one more kill, and say what came of it."""
     wrong = runs.standing(case, folder)
     if rng is not None and rng.random() < 0.25:
-        more = "--resume_from_checkpoint" if case.checkpoints else ""
+        more = RESUME if case.checkpoints and runs.saved(case, folder) else ""
         again = runs.start(case, folder, more, kill_after=rng.uniform(0, runs.calm(case).seconds))
         if again.killed:
             where += f" and again at {again.seconds:.2f} s"

@@ -32,6 +32,7 @@ TRAIN = (
     "--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 4 --max_length 24 --seed 3 "
     "--use_cpu --report_to none --disable_tqdm true"
 )
+RESUME = "--resume_from_checkpoint"
 SAVE = "--save_strategy steps --save_steps 4 --save_total_limit 2"
 BEST = "--eval_strategy steps --eval_steps 4 --save_strategy steps --save_steps 4 --save_total_limit 1 --load_best_model_at_end"
 SUP = f"--train_file DATA/triplets.csv {TRAIN}"
@@ -72,7 +73,14 @@ CASES = [
         f"{SUP} --max_steps 12 --save_strategy steps --save_steps 4 --save_total_limit 2 --pooling mean --seeds 1,2",
         same=(*MODEL, "seed-1/model.safetensors", "seed-2/model.safetensors"),
     ),
-    Case("overwrite", "sup_simcse", f"{SUP} {SAVE} --pooling cls_mlp --overwrite_output_dir", checkpoints=False, earlier=True),
+    Case("overwrite", "sup_simcse", f"{SUP} {SAVE} --pooling cls_mlp --overwrite_output_dir", earlier=True),
+    Case(
+        "seeds over a run",
+        "sup_simcse",
+        f"{SUP} --max_steps 8 --save_strategy steps --save_steps 4 --pooling cls --seeds 1,2 --overwrite_output_dir",
+        same=(*MODEL, "seed-1/model.safetensors", "seed-2/model.safetensors"),
+        earlier=True,
+    ),
     Case(
         "ablation",
         "simcse_ablation",
@@ -376,20 +384,25 @@ class Runs:
         """Run a case in a process of its own."""
         return call(lambda: self.main(case, folder, more), folder, kill_after)
 
+    def saved(self, case: Case, folder: Path) -> list[str]:
+        """The checkpoints of the run itself: one that is to take an earlier one's place trains beside it."""
+        place = f".{case.output}.new" if case.earlier else case.output
+        return sorted(path.name for path in folder.glob(f"{place}/**/checkpoint-[0-9]*") if path.is_dir())
+
     def go_on(self, case: Case, folder: Path) -> tuple[Ended, str]:
         """Run a case that was stopped to its end, as a user would; -> how that ended, and what the user had to do."""
-        same = [("the same command", "")]
-        if case.checkpoints:
-            same = [("resumed", "--resume_from_checkpoint"), ("started anew", "")]
+        saved = self.saved(case, folder)
+        ways = [("the same command", "")]
+        if case.checkpoints and (saved or not case.earlier):  # without one of its own, the earlier run's would be the newest
+            ways = [("resumed", RESUME), ("started anew", "")]
         if case.replace and case.replace not in case.words:
-            same.append(("started anew", case.replace))
-        saved = [path.name for path in folder.glob(f"{case.output}/**/checkpoint-[0-9]*") if path.is_dir()]
-        for how, more in same:
+            ways.append(("started anew", case.replace))
+        for how, more in ways:
             ended = self.start(case, folder, more)
             if not ended.refused:
                 return ended, how
             if how == "resumed" and saved:
-                return ended, f"not resumed although {', '.join(sorted(saved))} is there"
+                return ended, f"not resumed although {', '.join(saved)} is there"
             if how == "the same command" and "is there already" in ended.message:
                 return Ended(0, ended.seconds, ended.log), "was finished"
         return ended, how
