@@ -196,12 +196,8 @@ def damage(runs: Runs, count: int, seed: int, jobs: int) -> bool:
         raise SystemExit(ended.log)
     right = (base / "vectors" / "vectors.npy").read_bytes()
     of_works, of_model, of_cache = count // 8, count // 5, count // 12
-    items: list[tuple[str, str, str]] = [
-        ("checkpoint", *pair)
-        for pair in choose(
-            files_in(base / "interrupted" / "out" / NEWEST), list(KINDS), count - of_works - of_model - of_cache, rng
-        )
-    ]
+    of_checkpoint, files = count - of_works - of_model - of_cache, files_in(base / "interrupted" / "out" / NEWEST)
+    items = [("checkpoint", *pair) for pair in choose(files, list(KINDS), of_checkpoint, rng)]
     tables = [name for name in files_in(base / "interrupted") if name.startswith("cache/") and name.endswith(".arrow")]
     items += [("cache of tables", *pair) for pair in choose(tables, OF_WORK, of_cache, rng)]
     loaded = [name for name in files_in(model) if "/" not in name or name.startswith("1_")]

@@ -13,6 +13,7 @@ from pathlib import Path
 from reliability_runs import CASES, LONGEST, Case, Ended, Runs, fork, wait
 
 SUP = next(case for case in CASES if case.name == "sup_simcse")
+BESIDE = replace(SUP, words=SUP.words.replace("--output_dir out", "--output_dir other"), output="other")
 OVER = next(case for case in CASES if case.name == "overwrite")
 AMPLE = 300  # MB
 
@@ -39,9 +40,8 @@ def disk(folder: Path, megabytes: float) -> Iterator[Path]:
 def fill(folder: Path, leave: float = 0) -> Path:
     """Take all the room on a disk but `leave` MB; -> the file to remove."""
     filler, free = folder / "filler", os.statvfs(folder)
-    with open(filler, "wb") as file:
-        with contextlib.suppress(OSError):
-            file.write(b"\0" * max(0, int(free.f_bavail * free.f_frsize - leave * 2**20)))
+    with open(filler, "wb") as file, contextlib.suppress(OSError):
+        file.write(b"\0" * max(0, int(free.f_bavail * free.f_frsize - leave * 2**20)))
     return filler
 
 

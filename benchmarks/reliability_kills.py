@@ -1,6 +1,5 @@
 """Runs that are killed, at random or at a chosen write of a file, and gone on with."""
 
-import ctypes
 import os
 import random
 import signal

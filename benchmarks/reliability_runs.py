@@ -22,8 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-               "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+os.environ |= {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 180  # seconds after which a run counts as hanging

@@ -200,7 +200,7 @@ def soak(folder: Path, minutes: float, seed: int) -> bool:
             if training.finished:
                 names = [name for name in MODEL if (training.out / name).read_bytes() != (calm.out / name).read_bytes()]
                 found += [f"other {name} than the calm run" for name in names]
-            print(f"training {trainings}: {'bit for bit as the calm one' if not found else found}", flush=True)
+            print(f"training {trainings}: {found or 'bit for bit as the calm one'}", flush=True)
             failures += [f"training {trainings}: {problem}" for problem in found]
         shutil.rmtree(folder / f"training-{trainings}", ignore_errors=True)
     happened = ", ".join(f"{event}: {counts[event]}" for event in EVENTS)

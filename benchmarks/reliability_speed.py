@@ -1,4 +1,4 @@
-"""Is training as fast as in another checkout? Two processes that take turns, a step each, so that both meet the same machine."""
+"""Is training as fast as in another checkout? Two processes take turns, a step each, so that both meet the same machine."""
 
 import json
 import os
