@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-docs test-lowest test-newest lint venv
+.PHONY: demo test test-slow test-docs test-lowest test-newest soak lint venv
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
@@ -37,6 +37,10 @@ test-newest:
 	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev]"
 	@.venv-newest/bin/python -m pip list --disable-pip-version-check
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(CORE)
+
+# Half an hour of training on two processes that are killed, stopped and left without room; as root, for it makes small disks.
+soak: venv
+	$(BIN)/python benchmarks/reliability.py soak --minutes 30
 
 lint: venv
 	$(BIN)/ruff check .

@@ -66,9 +66,7 @@ def start_and_fill(runs: Runs, case: Case, place: Path, leave: float) -> Ended:
 def one_size(runs: Runs, number: int, megabytes: float, place: Path) -> dict:
     """Train with `megabytes` of room beside an earlier run; -> what came of it."""
     overwrites, filled_later = number % 2 == 0, number % 4 >= 2
-    case = (
-        OVER if overwrites else replace(SUP, words=SUP.words.replace("--output_dir out", "--output_dir other"), output="other")
-    )
+    case = OVER if overwrites else BESIDE
     earlier = size_of(runs.earlier)
     with disk(place, AMPLE if filled_later else earlier + megabytes):
         shutil.copytree(runs.earlier, place / "out")
@@ -105,11 +103,8 @@ def problems(runs: Runs, case: Case, place: Path, ended: Ended, overwrites: bool
 
 def compare(runs: Runs, case: Case, place: Path) -> list[str]:
     """Compare with the run on a large disk."""
-    calm = OVER if case is OVER else SUP
-    names = [
-        name for name in calm.same if (place / case.output / name).read_bytes() != (runs.finished(calm) / name).read_bytes()
-    ]
-    return [f"other {name}" for name in names]
+    old, new = runs.finished(OVER if case is OVER else SUP), place / case.output
+    return [f"other {name}" for name in case.same if (old / name).read_bytes() != (new / name).read_bytes()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

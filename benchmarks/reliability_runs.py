@@ -28,7 +28,7 @@ os.environ |= {
 }  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 180  # seconds after which a run counts as hanging
+LONGEST = 300  # seconds after which a run counts as hanging
 TRAIN = (
     "--output_dir out --model_name_or_path DATA/model --eval_sts_file dev=DATA/dev.tsv --max_steps 20 "
     "--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 4 --max_length 24 --seed 3 "
