@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 from collections import Counter
@@ -118,6 +119,12 @@ def stopped_work(runs: Runs, case: Case, at: str, folder: Path) -> None:
 WORKS = {"encode": "done/unfinished", "mine_negatives": "documents/unfinished", "ablation": "mkdir out/runs"}
 
 
+def warned(ended: Ended, *names: str) -> bool:
+    """Whether a line says of one of the names that something is wrong with it; that a run is resumed from it is no warning."""
+    lines = [line for line in ended.log.splitlines() if any(name in line for name in names)]
+    return any(re.search(r"skipped|damaged|not whole|anew|missing|cannot be read", line) for line in lines)
+
+
 def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:
     """What came of a damage in words, and whether that is right."""
     if ended.hung:
@@ -136,14 +143,14 @@ def damaged_checkpoint(runs: Runs, made: Path, file: str, kind: str, folder: Pat
     KINDS[kind](folder / "out" / NEWEST / file, folder / "out" / EARLIER / file, rng)
     ended = runs.start(TRAINED, folder, RESUME)
     wrong = runs.check(TRAINED, folder) if ended.code == 0 else []
-    return ended, *judge(ended, wrong, NEWEST in ended.log or Path(file).name in ended.log)
+    return ended, *judge(ended, wrong, warned(ended, NEWEST, Path(file).name))
 
 
 def damaged_cache(runs: Runs, made: Path, file: str, kind: str, folder: Path, rng: random.Random) -> Outcome:
     shutil.copytree(made, folder, dirs_exist_ok=True)
     KINDS[kind](folder / file, folder / file, rng)
     ended = runs.start(TRAINED, folder, RESUME)
-    return ended, *judge(ended, runs.check(TRAINED, folder) if ended.code == 0 else [], Path(file).name in ended.log)
+    return ended, *judge(ended, runs.check(TRAINED, folder) if ended.code == 0 else [], warned(ended, Path(file).name))
 
 
 def damaged_work(runs: Runs, case: Case, made: Path, file: str, kind: str, folder: Path, rng: random.Random) -> Outcome:
@@ -152,7 +159,7 @@ def damaged_work(runs: Runs, case: Case, made: Path, file: str, kind: str, folde
     KINDS[kind](path, path, rng)
     ended, _ = runs.go_on(case, folder)
     wrong = runs.check(case, folder) if ended.code == 0 else []
-    return ended, *judge(ended, wrong, path.name in ended.log)
+    return ended, *judge(ended, wrong, warned(ended, path.name))
 
 
 def vectors_of(runs: Runs, model: Path, folder: Path) -> Ended:
@@ -179,7 +186,7 @@ def damaged_model(runs: Runs, made: Path, right: bytes, file: str, kind: str, fo
     KINDS[kind](folder / "model" / file, other if other.is_file() else runs.earlier / "config.json", rng)
     ended = vectors_of(runs, folder / "model", folder)
     wrong = [] if ended.code or (folder / "vectors.npy").read_bytes() == right else ["other vectors"]
-    return ended, *judge(ended, wrong, Path(file).name in ended.log)
+    return ended, *judge(ended, wrong, warned(ended, Path(file).name))
 
 
 # ---- all of it ----
