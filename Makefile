@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-docs test-lowest test-newest audit lint venv
+.PHONY: demo test test-slow test-docs test-lowest test-newest audit soak lint venv
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
@@ -43,6 +43,10 @@ audit:
 	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
 	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"
 	@.venv-audit/bin/python benchmarks/audit.py
+
+# Half an hour of training on two processes that are killed, stopped and left without room; as root, for it makes small disks.
+soak: venv
+	$(BIN)/python benchmarks/reliability.py soak --minutes 30
 
 lint: venv
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from hf_embed.checkpoint.files import write_whole
+from hf_embed.safe_files import write_text
 from hf_embed.data.columns import column_names
 from hf_embed.data.mixture import Source
 from hf_embed.data.sources import read_file
@@ -119,7 +119,7 @@ def finish(report: Report, output_file: str | None, picture: str | None, strict:
     if picture:
         plot_lengths(report, picture)
     if output_file:
-        write_whole(Path(output_file), json.dumps(report, indent=1) + "\n")
+        write_text(Path(output_file), json.dumps(report, indent=1) + "\n")
     for path in filter(None, (output_file, picture)):
         print(f"wrote {path}")
     if strict and report["findings"]:
