@@ -73,6 +73,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
                   "choices": ["stop", "skip"]},
     )  # fmt: skip
     shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Rows of a stream that are shuffled at a time."})
+    allow_changed: bool = field(
+        default=False,
+        metadata={"help": "Resume though the rows, the objective, the pooling or the like are other than the checkpoint's."},
+    )
 
     def __post_init__(self) -> None:
         check_before(self)

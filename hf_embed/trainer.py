@@ -26,6 +26,8 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
+from hf_embed.checkpoint.whole import ASIDE
+from hf_embed.checkpoint_trainer import CheckpointTrainer
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.training_rows import batch_sampler, make_loader
@@ -34,7 +36,6 @@ from hf_embed.encoder import embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
-from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.log_lines import show_lines
 from hf_embed.mlm import mask_tokens
@@ -50,7 +51,7 @@ from hf_embed.watch import Watch
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(HubTrainer):
+class ContrastiveTrainer(CheckpointTrainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
@@ -264,7 +265,7 @@ class ContrastiveTrainer(HubTrainer):
         if not args.should_save:
             return
         folder = str(output_dir or args.output_dir)
-        final = not Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        final = not Path(folder).name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", ASIDE))
         results = (final and training_results(self)) or ({} if self.drops_results else None)
         of_encoder = None if state_dict is None else with_file_names(state_dict)
         save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder, results=results)

@@ -122,6 +122,30 @@ def test_train_batch_size(tmp_path):
     assert "self._train_batch_size = batch_size" in assigned  # by auto_find_batch_size
 
 
+def test_save_optimization(tmp_path):
+    run = plain_trainer(tmp_path)
+    run.create_optimizer_and_scheduler(4)
+    (tmp_path / "saved").mkdir()
+    internals.save_optimization(run, str(tmp_path / "saved"))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_set_base_rates(tmp_path):
+    """A schedule that goes on from another rate is where one is that began with it."""
+    runs = [plain_trainer(tmp_path, learning_rate=rate) for rate in (1e-3, 1e-4)]
+    for run in runs:
+        run.create_optimizer_and_scheduler(4)
+        run.optimizer.step()
+        run.lr_scheduler.step()
+    internals.set_base_rates(runs[0].lr_scheduler, [1e-4, 1e-4])
+    for step in range(3):
+        rates = [[*run.lr_scheduler.get_last_lr(), *(group["lr"] for group in run.optimizer.param_groups)] for run in runs]
+        assert rates[0] == rates[1] == [1e-4 * (3 - step) / 4] * 4
+        for run in runs:
+            run.optimizer.step()
+            run.lr_scheduler.step()
+
+
 def test_memory_tracker(tmp_path):
     assert isinstance(internals.memory_tracker(plain_trainer(tmp_path)), TrainerMemoryTracker)
     tracker, found = TrainerMemoryTracker(skip_memory_metrics=False), {}

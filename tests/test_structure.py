@@ -17,6 +17,7 @@ LONG = {
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
     "guarded_trainer._maybe_log_save_evaluate": "the parameters of transformers' method",
+    "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }

@@ -12,7 +12,7 @@ from transformers.trainer_utils import seed_worker
 
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, has_several_positives, make_mixture
-from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Objective, check_other_positives
@@ -142,16 +142,22 @@ def make_loader(
     collator: RaggedCollator,
     args: "ContrastiveTrainingArguments",
 ) -> EpochDataLoader:
-    """Return a loader of this rank's batches, with the settings of `args`."""
+    """Return a loader of this rank's batches, with the settings of `args`.
+
+    Workers are seeded from a generator of their own: the global one would be drawn from when they start, which happens once
+    or in each epoch, and again in a resumed run.
+    """
+    workers = args.dataloader_num_workers
     return EpochDataLoader(
         rows,
         batch_sampler=sampler,
         collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
+        generator=generator(data_seed(args)) if workers else None,
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
-        worker_init_fn=partial(start_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        worker_init_fn=partial(start_worker, num_workers=workers, rank=args.process_index),
     )

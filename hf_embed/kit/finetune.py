@@ -50,7 +50,7 @@ def stopping(plan: Plan) -> list[TrainerCallback]:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping, whose count goes on where a run is resumed."""
+    """transformers' early stopping, whose count goes on where a run is resumed; one that has stopped stays so."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the evaluations since the best one, in the log of the run that is resumed."""
@@ -62,8 +62,7 @@ class EarlyStopping(EarlyStoppingCallback):
                 self.early_stopping_patience_counter, best = 0, value
             else:
                 self.early_stopping_patience_counter += 1
-        # A run that is resumed may have had no early stopping; transformers looks for its entry all the same.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, cast
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.whole import check_whole, newest_whole
 from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
@@ -387,14 +388,19 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
 
 
 def find_checkpoint(given: str, folder: Path) -> str:
-    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest."""
+    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest one that is whole.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
     if given in ("latest", "true", "True"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = newest_whole(folder)
         if last is None:
             raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
-        return last
+        return str(last)
     if not Path(given, "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {given}: no trainer_state.json there")
+    check_whole(Path(given))
     return given
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 import math
 import shutil
 import tempfile
@@ -11,22 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed.checkpoint.card import store_results, write_card
 from hf_embed.checkpoint.files import read_json
 from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
+from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
-from hf_embed.kit.plan import Plan, find_checkpoint
+from hf_embed.kit.plan import Plan
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
+from hf_embed.resume import as_json, same_settings
 from hf_embed.safe_files import SAVING
+from hf_embed.training_record import settings_of, shown
 
 
 def read_seeds(given: str) -> list[int]:
@@ -42,7 +43,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
     """Train what the flags say, once or with each of `--seeds`.
 
     Of several, the best by the evaluation sets is what OUTPUT_DIR is then, with all seeds' scores in its card. A seed's run is
-    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay.
+    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay, except where they had other settings.
 
     Args:
         flags: with the output folder settled.
@@ -77,33 +78,49 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
     PartialState().wait_for_everyone()
     for seed in seeds:
         folder = plan.folder / f"seed-{seed}"
-        if resume and (folder / "results.json").is_file():
-            runs[seed] = finished_run(folder, plan)
+        if resume and (results := finished_run(folder, plan)):
+            runs[seed] = results
             continue
+        checkpoint = interrupted_run(folder, plan) if resume else None
+        earlier_run = (folder / "results.json").is_file() or bool(checkpoints_in(folder))
+        anew = ", anew: its run had other settings" if resume and earlier_run and checkpoint is None else ""
         if PartialState().is_main_process:
-            print(f"\nseed {seed}")
-        of_seed = read_plan(seed_flags(flags, seed, folder, bool(resume)))
+            print(f"\nseed {seed}{anew}")
+        of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
+        if anew:  # what the seed's earlier run left goes with its first step, and so do its results
+            earlier = EarlierRun([*of_seed.earlier.paths, folder / "results.json"])
         runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
         gc.collect()  # a trainer and its model hold each other
     with plan.args.main_process_first():
         return keep_best(plan.folder, runs, plan.model_args.trust_remote_code)
 
 
-def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
+def seed_flags(flags: Flags, seed: int, folder: Path, checkpoint: str | None) -> Flags:
     """Make the flags of the run with one of the seeds, in a folder of its own."""
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    checkpoint = last and find_checkpoint(last, folder)
     return flags.override(
         seeds=None, seed=seed, output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=checkpoint
     )
 
 
-def finished_run(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Read the results of a seed's run that is finished. Raises InputError if it had other settings."""
-    results = read_json(folder / "results.json")
-    if results["train"]["settings"] != json.loads(json.dumps(changed(plan))):
-        raise InputError(f"{folder} holds a run with other settings; replace all by --overwrite_output_dir")
-    return results
+def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
+    """Read the results of a seed's run that is finished; None if it is not, or if it had other settings."""
+    if not (folder / "results.json").is_file():
+        return None
+    results, args = read_json(folder / "results.json"), plan.args
+    now = {
+        "settings": changed(plan), "objective": settings_of(plan.objective), "data": shown(plan.source),
+        "model": shown(plan.model_args.model_name_or_path or "quickstart"),
+        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+    }  # fmt: skip
+    return results if {name: results["train"][name] for name in now} == as_json(now) else None
+
+
+def interrupted_run(folder: Path, plan: Plan) -> str | None:
+    """Return the newest whole checkpoint of a seed that was interrupted; None without one, or if it had other settings."""
+    checkpoint = None if (folder / "results.json").is_file() else newest_whole(folder)
+    manifest = checkpoint and read_manifest(checkpoint)
+    changes = manifest and not same_settings(manifest["run"], plan.args, plan.objective)
+    return None if checkpoint is None or changes else str(checkpoint)
 
 
 def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict[str, Any]:
