@@ -79,7 +79,7 @@ class GuardedTrainer(CheckpointTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Return the batches of a step, and keep them until it is done."""
+        """Return the batches of a step, and keep them until the next one."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_memory = StepMemory(batches)
         return batches, items

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from hf_embed.checkpoint.whole import damage, newest_first
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
 from hf_embed.objectives.masking import false_negatives
@@ -166,8 +166,7 @@ class Watch(TrainerCallback):
 
     def error(self, args: TrainingArguments, found: str) -> InputError:
         """Return the error of a run that ends for what was found."""
-        folder = str(args.output_dir)
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        last = next((path for path in newest_first(Path(str(args.output_dir))) if damage(path) is None), None)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
         mend = "a lower learning_rate, a higher temperature, or bf16 in place of fp16"
         return InputError(f"{found}; {kept}; go on with {mend}")

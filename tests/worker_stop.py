@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
 import torch
+from accelerate import PartialState
 from conftest import quickstart_tokenizer, tiny_model
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -105,6 +106,7 @@ def stop_and_go_on(folder: Path, case: str, number: int = signal.SIGTERM, rank: 
 
 
 if __name__ == "__main__":
+    PartialState(cpu=True)  # the number of ranks is known from here on
     found = {}
     for case in sys.argv[2:]:
         result = stop_and_go_on(Path(sys.argv[1], case), case, rank=get_world_size() - 1)
