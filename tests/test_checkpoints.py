@@ -100,7 +100,9 @@ def goes_on_after_a_kill(runs: Runs, number: int) -> None:
     assert all(whole.damage(path) is None for path in whole.checkpoints_in(runs.folder / name))  # none is ever half there
     assert same(runs.train(name), runs.end), number
     assert not list((runs.folder / name).glob(".*"))  # and nothing is left behind
-    assert sorted(path.name for path in (runs.folder / name).iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    left = {path.name for path in (runs.folder / name).iterdir()}
+    late = number > runs.writes - 5  # killed behind the last save, before the oldest one went: no later save removes it
+    assert left == {"checkpoint-3", "checkpoint-4"} | (left & {"checkpoint-2"} if late else set())
     shutil.rmtree(runs.folder / name)
 
 
