@@ -173,7 +173,7 @@ def test_modules_that_would_arrive_without_their_weights_are_refused(server, str
     (strays / "modules.json").write_text(json.dumps([modules[0] | {"path": "0_Transformer"}]))
     assert "the transformer lies in '0_Transformer'" in error_of(push_folder, strays, "mine")
     (strays / "modules.json").write_text("[")
-    assert "modules.json: not JSON" in error_of(push_folder, strays, "mine")
+    assert "modules.json is not JSON" in error_of(push_folder, strays, "mine")
 
 
 def test_code_goes_up_where_the_configs_name_it(server, strays):
