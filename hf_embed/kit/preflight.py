@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from hf_embed.safe_files import write_text
 from hf_embed.data.columns import column_names
 from hf_embed.data.mixture import Source
 from hf_embed.data.sources import read_file
@@ -21,6 +20,7 @@ from hf_embed.kit.plan import HELD_OUT, NO_DATA, QUICKSTART, DataArguments, Plan
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
+from hf_embed.safe_files import write_text
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
 
