@@ -16,12 +16,14 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["errors", "distributed", "entry", "hub_access", "library_internals", "progress", "ranges", "version"],
+    ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "safe_files",
+     "version"],
     ["adapters", "chunking", "data", "encoding", "evaluation", "forward_check", "objectives", "pooling", "search",
      "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
-    ["arguments", "checkpoint", "hub_trainer", "log_lines", "mining", "mlm", "preview", "step", "trainer_inputs",
-     "trainer_settings", "training_record", "unused", "vector_files", "watch"],
+    ["arguments", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining", "mlm", "output",
+     "preview", "resume", "step", "stop", "trainer_inputs", "trainer_settings", "training_record", "unused", "vector_files",
+     "watch"],
     ["trainer"],
     ["kit"],
     ["recipes"],
@@ -38,7 +40,6 @@ FOREIGN = {
     "getattr(encoder.base.config, 'temp_scale', None)": "the same",
     "hasattr(model, 'config')": "whatever a user gives as a model",
     "hasattr(texts, 'columns')": "whatever a user gives as texts",
-    "getattr(cause, 'filename', None)": "any exception",
     "getattr(getattr(backbone, 'pooler', None), 'dense', None)": "many architectures have no such pooler",
     "hasattr(getattr(self.base, 'pooler', None), 'dense')": "the same",
     "getattr(backbone.config, 'hidden_size', None)": "some configurations call it otherwise",

@@ -12,6 +12,7 @@ from transformers.integrations import is_tensorboard_available
 
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
+from hf_embed.ranks import limit_waiting
 from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before, refuse_other_fields
 
 
@@ -66,7 +67,16 @@ class ContrastiveTrainingArguments(TrainingArguments):
         metadata={"help": "A source with fewer rows than a global batch: repeat its rows in the batch, or refuse.",
                   "choices": ["repeat", "refuse"]},
     )  # fmt: skip
+    nan_steps: str = field(
+        default="stop",
+        metadata={"help": "A step whose gradient is not a number: stop the run, or skip its update, at most 20 in a row.",
+                  "choices": ["stop", "skip"]},
+    )  # fmt: skip
     shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Rows of a stream that are shuffled at a time."})
+    allow_changed: bool = field(
+        default=False,
+        metadata={"help": "Resume though the rows, the objective, the pooling or the like are other than the checkpoint's."},
+    )
 
     def __post_init__(self) -> None:
         check_before(self)
@@ -87,6 +97,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             raise InputError(" ".join(str(error).split())) from error
         check_after(self)
+        limit_waiting(self.ddp_timeout)
         self._check_own()
 
     def _check_own(self) -> None:
@@ -129,6 +140,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         if made.metric_for_best_model in ("loss", "eval_loss") and not has_loss:
             made.metric_for_best_model, made.greater_is_better = "auto", True
         check_after(made)
+        limit_waiting(made.ddp_timeout)
         return made
 
     def to_dict(self) -> dict:

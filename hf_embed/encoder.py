@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
+from hf_embed.disk import disk_errors
 from hf_embed.encoding import check_arguments, check_output, check_sizes, encode_by_length, evaluating, on_devices, text_list
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
@@ -367,10 +368,16 @@ class Encoder(nn.Module):
         return model_meta(self)
 
     def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
-        """Write a plain checkpoint; see `hf_embed.checkpoint.save`."""
+        """Write a plain checkpoint; see `hf_embed.checkpoint.save`.
+
+        Raises:
+            ExportError: other loaders would give other vectors.
+            DiskError: the disk is full, or something may not be written. What was in the folder is whole.
+        """
         from hf_embed.checkpoint.save import save_encoder
 
-        save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
+        with disk_errors(folder):
+            save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
 
     @classmethod
     def from_pretrained(

@@ -5,19 +5,20 @@ from functools import partial
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.card import card_facts, rename_card
 from hf_embed.encoder import Encoder
 from hf_embed.library_internals import PushInProgress, save_without_push
+from hf_embed.output import OutputTrainer
 
 
-class HubTrainer(Trainer):
+class HubTrainer(OutputTrainer):
     """What `ContrastiveTrainer` does on the Hub."""
 
     encoder: Encoder
+    stopping = False  # whether a signal is ending the run: then nothing is pushed
     push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -61,7 +62,7 @@ class HubTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
         args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or self.stopping:
             return
         if self.push_in_progress is not None:
             if not self.push_in_progress.is_done() and not args.hub_always_push:

@@ -5,11 +5,13 @@ once which one moved; only this file has to follow then. No other module may use
 """
 
 import argparse
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.utils import PushInProgress, cached_file
 
@@ -20,13 +22,30 @@ if TYPE_CHECKING:
 __all__ = ["PushInProgress"]  # transformers calls it internal: `Trainer.push_in_progress` has to be one
 
 # Private methods of `Trainer` that `ContrastiveTrainer` replaces, and the parameters that they are called with.
+# fmt: off
 REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_save": ("output_dir", "state_dict"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_rng_state": ("checkpoint",),
+    "_init_training_state": (
+        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
+    ),
+    "_run_epoch": (
+        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial", "ignore_keys_for_eval",
+        "start_time", "resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch",
+    ),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
+    "_maybe_log_save_evaluate": (
+        "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time", "learning_rate",
+    ),
+    "_get_grad_norm": ("model", "grad_norm"),
 }
+# fmt: on
 # Private methods of `evaluate.Metric` that a metric has to define.
 METRIC_METHODS = ("_info", "_compute")
 
@@ -77,12 +96,32 @@ def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":
     return trainer._memory_tracker
 
 
-def save_without_push(trainer: "Trainer") -> None:
-    """Save the model, and do not push it even where `push_to_hub` is set."""
-    trainer.save_model(_internal_call=True)
+def save_without_push(trainer: "Trainer", folder: str | None = None) -> None:
+    """Save the model in `folder` or the output folder, and do not push it even where `push_to_hub` is set."""
+    trainer.save_model(folder, _internal_call=True)
+
+
+def save_optimization(trainer: "Trainer", folder: str) -> None:
+    """Write the states of optimizer, schedule and gradient scaler, and of this rank's random numbers, into `folder`."""
+    trainer._save_optimizer_and_scheduler(folder)
+    trainer._save_scaler(folder)
+    trainer._save_rng_state(folder)
+
+
+def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
+    """Save a checkpoint of this step, with what resuming needs."""
+    trainer._save_checkpoint(model, trial)
 
 
 # ---- torch, datasets, argparse ----
+
+
+def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
+    """Let a schedule go on from other learning rates, one of each group of weights: they are `rates` times its factor now."""
+    scheduler.base_lrs = rates
+    scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
+        group["lr"] = rate
 
 
 def uncompiled(model: nn.Module) -> nn.Module | None:
@@ -90,9 +129,19 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None
 
 
+def set_group_timeout(timeout: timedelta) -> None:
+    """Set how long a collective of the default group waits for other ranks, with gloo as with NCCL."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout)
+
+
 def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:
     """Set what `Dataset.map` names its cache by, so that the same file is not tokenized twice."""
     rows._fingerprint = fingerprint
+
+
+def fingerprint_of(rows: datasets.Dataset) -> str:
+    """Return what `Dataset.map` names the cache of these rows by."""
+    return rows._fingerprint
 
 
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -19,7 +19,7 @@ with what is missing. They lie beside the output, in a folder that goes when all
         queries/000000.npy      unit vectors of the first SHARD queries, float32
         documents/000000.npy    the same of documents
         rows-HASH/000000.json   the first BLOCK rows and their counts; other settings have another HASH
-        output                  all rows, renamed to mined.jsonl when it is whole
+        output                  all rows, which becomes mined.jsonl when it is whole
 
 A positive's false friends are common: of the nearest "negatives" in a web corpus most are answers that nobody marked. The
 threshold relative to the positive, 95% of its score, is the one that NV-Retriever found best
@@ -58,8 +58,9 @@ from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
+from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
-from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
+from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +220,8 @@ def write_hard_negatives(
     if len(documents) < 2:
         raise InputError(f"{output}: {len(documents)} document(s); there is nothing to choose negatives from")
     claim(work, digest([identity], queries, documents))
+    if output.is_file():
+        return finished(work, output, pairs, args.num_negatives)
     query_vectors = encode_shards(queries, embed, "query", work / "queries")
     document_vectors = encode_shards(documents, embed, "document", work / "documents")
     rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
@@ -240,14 +243,31 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
     """Write the rows of all blocks to `output`, remove the work folder, and return the sums of the counts."""
     counts: Counter[str] = Counter()
     unfinished = work / "output"
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with writing(unfinished) as aside, open(aside, "w", encoding="utf-8") as file:
         for path in blocks:
             block = read_json(path)
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
-    unfinished.rename(output)
+    put(unfinished, output)
     shutil.rmtree(work)
     return counts
+
+
+def finished(work: Path, output: Path, pairs: Pairs, most: int) -> Counter[str]:
+    """Remove the work on an output that a run had finished when it was killed, and count its rows.
+
+    Raises:
+        InputError: the output has other rows.
+    """
+    with output.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    if [(row["query"], row["positive"]) for row in rows] != [tuple(pair) for pair in pairs]:
+        raise is_there(output)
+    barrier()  # nobody removes anything before everyone has looked
+    if get_rank() == 0:
+        shutil.rmtree(work)
+    lengths = [len(row["negatives"]) for row in rows]
+    return Counter(rows=len(rows), negatives=sum(lengths), fewer=sum(length < most for length in lengths))
 
 
 def describe(counts: Counter[str]) -> list[str]:

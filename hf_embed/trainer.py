@@ -26,6 +26,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
+from hf_embed.checkpoint.whole import ASIDE
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.training_rows import batch_sampler, make_loader
@@ -34,11 +35,12 @@ from hf_embed.encoder import embed_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
-from hf_embed.hub_trainer import HubTrainer
+from hf_embed.guarded_trainer import GuardedTrainer
 from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.log_lines import show_lines
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective
+from hf_embed.output import check_output
 from hf_embed.preview import preview
 from hf_embed.progress import hidden_bars
 from hf_embed.step import add_own_parameters, make_step
@@ -50,7 +52,7 @@ from hf_embed.watch import Watch
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(HubTrainer):
+class ContrastiveTrainer(GuardedTrainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
@@ -82,6 +84,7 @@ class ContrastiveTrainer(HubTrainer):
     model: nn.Module  # as it is placed: under FSDP this one has its weights together
     eval_dataset: dict[str, Task] | None
     objective: Objective
+    drops_results = False  # whether `save_model` removes the scores of an earlier model in the folder
     describes_itself = True  # whether `save_model` writes what it knows of the training: recipes report more, themselves
     loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
 
@@ -109,6 +112,7 @@ class ContrastiveTrainer(HubTrainer):
         self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
+        check_output(args, self.step, optimizers[0], trains=rows is not None)
         tokens, views = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
         tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:
@@ -116,7 +120,7 @@ class ContrastiveTrainer(HubTrainer):
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # what has been evaluated, by name
         self.scores_before: dict[str, float] = {}  # those of before the first step
-        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
         super().__init__(
             model=self.step,
             args=args,
@@ -263,8 +267,8 @@ class ContrastiveTrainer(HubTrainer):
         if not args.should_save:
             return
         folder = str(output_dir or args.output_dir)
-        final = not Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        results = training_results(self) if final else {}
+        final = not Path(folder).name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", ASIDE))
+        results = (final and training_results(self)) or ({} if self.drops_results else None)
         of_encoder = None if state_dict is None else with_file_names(state_dict)
         save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder, results=results)
         if not final:

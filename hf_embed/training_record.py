@@ -38,7 +38,7 @@ RESULT_SETTINGS = frozenset({
     # the optimisation
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
     "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "gradient_accumulation_steps", "restore_callback_states_from_checkpoint",
+    "gradient_accumulation_steps", "nan_steps", "restore_callback_states_from_checkpoint",
     # how it is computed
     "bf16", "fp16", "tf32", "full_determinism", "gradient_caching", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",

@@ -10,7 +10,7 @@ While the file is made it lies in a folder beside it, as a memory map that all r
     vectors.npy.work/
         identity          hash of the model, the texts and the options
         vectors.npy       (N, D), of which the rows of every finished part are right
-        done/000003       the rows of part 3 are there, SHARD texts
+        done/000003       the rows of part 3 are there, SHARD texts: a hash of them
     vectors.npy.json      what the vectors are of; written before the folder goes and vectors.npy takes its place
 """
 
@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from hf_embed.checkpoint.files import read_json, write_json
+from hf_embed.checkpoint.files import read_json
 from hf_embed.data.files import FILL_IN, missing_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
-from hf_embed.work_files import barrier, claim, digest, make_files, work_folder
+from hf_embed.safe_files import put, write_json, writing
+from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
 
 SHARD = 1024  # texts between two points from which a stopped run goes on
 READ = 8192  # texts that are read at a time
@@ -66,11 +68,14 @@ def write_vectors(
     like = np.asarray(encoder.encode([], **options))  # (0, D); and the options are checked
     identity = identity_of(encoder, texts, options, (about or {}).get("file", "texts"))
     claim(work, identity)
-    unfinished = work / "vectors.npy"
-    if get_rank() == 0 and not unfinished.is_file():
-        allocate(unfinished, (len(texts), like.shape[1]), like.dtype)
+    if output.is_file():
+        return finished(work, output, identity)
+    unfinished, shape = work / "vectors.npy", (len(texts), like.shape[1])
+    if get_rank() == 0 and not holds(unfinished, shape, like.dtype):
+        allocate(unfinished, shape, like.dtype)
     barrier()
     rows = np.lib.format.open_memmap(unfinished, mode="r+")
+    forget_damaged(work / "done", rows)
 
     def write(numbers: range, path: Path) -> None:
         vectors = encoder.encode(texts[numbers.start : numbers.stop], **options)
@@ -79,7 +84,7 @@ def write_vectors(
             raise InputError(f"the vector of text {bad + 1} ({texts[bad][:60]!r}) is not finite; check the model")
         rows[numbers.start : numbers.stop] = vectors
         rows.flush()
-        path.touch()
+        path.write_text(hash_of(rows, numbers.start))
 
     make_files(work / "done", "", len(texts), SHARD, write, "Encoding")
     settings = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
@@ -87,10 +92,25 @@ def write_vectors(
     found["identity"] = identity
     if get_rank() == 0:
         write_json(description_of(output), found)
-        unfinished.rename(output)
+        put(unfinished, output)
         shutil.rmtree(work)
     barrier()
     return found
+
+
+def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
+    """Remove the work on a file that a run had finished when it was killed; return what is said of the file.
+
+    Raises:
+        InputError: the file is of another model, other texts or other options.
+    """
+    about = read_json(description_of(output)) if description_of(output).is_file() else {}
+    if about.get("identity") != identity:
+        raise is_there(output)
+    barrier()  # nobody removes anything before everyone has looked
+    if get_rank() == 0:
+        shutil.rmtree(work)
+    return about
 
 
 def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -138,11 +158,34 @@ def filled(texts: Sequence[str], name: str) -> Iterator[str]:
             yield text
 
 
+def holds(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
+    """Return whether a .npy file is there, of this shape and as long as that."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(rows.shape == shape and rows.dtype == dtype)
+
+
 def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
     """Make a .npy file of this shape with room on the disk: on a full one, writing to a memory map would kill the process."""
-    new = path.with_name("unfinished-" + path.name)
-    np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(new, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-    new.rename(path)
+    with writing(path) as aside:
+        np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(aside, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
+
+
+def hash_of(rows: np.ndarray, start: int) -> str:
+    """Return a hash of the rows of the part that begins at row `start`."""
+    return xxhash.xxh3_128(rows[start : start + SHARD].tobytes()).hexdigest()
+
+
+def forget_damaged(done: Path, rows: np.ndarray) -> None:
+    """Let the parts be made again whose rows are not as they were written: `done` says of each what its rows were."""
+    if get_rank() == 0:
+        for part in range(0, len(rows), SHARD):
+            path = done / f"{part // SHARD:06d}"
+            if path.is_file() and path.read_text() != hash_of(rows, part):
+                path.unlink()
+    barrier()

@@ -8,7 +8,10 @@ In every log, of the first rows of the last batch on the main process (B rows, V
     masked_share   share of the other rows' positives that are no negatives, being equal texts
 
 A warning, once, where the loss falls but the embeddings get worse: by the evaluation sets if there are any, else by the
-batches. A loss or a weight that is no number any more ends the run before anything of it is saved.
+batches.
+
+A loss, a gradient or a weight that is no number any more ends the run before anything of it is saved. With `nan_steps="skip"`
+the update of such a gradient is left out instead, on all ranks alike; the log counts these steps as `skipped_steps`.
 """
 
 import logging
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 ROWS = 512  # of a batch that are looked at
 RISE = 0.25  # of what uniformity had gained, given back
 DRIFT = 1.5  # times the alignment of the start
+MOST_SKIPPED = 20  # steps in a row
 
 
 @torch.no_grad()
@@ -82,12 +86,16 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
 class Watch(TrainerCallback):
     """Added to every `ContrastiveTrainer`."""
 
-    def __init__(self, batches_alike: bool = True):
+    def __init__(self, batches_alike: bool = True, skips: bool = False):
         self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
         self.finite: Tensor | None = None  # of the losses since the last look: a tensor, so that no step waits for the device
         self.history: list[dict] = []  # everything logged, from before the first step on
         self.warned = False
         self.batches_alike = batches_alike  # not so with many sources: each batch is of another
+        self.skips = skips  # the updates of gradients that are no numbers, instead of ending the run
+        self.norm: Tensor | float | None = None  # of the gradient of this step, the same on every rank; None: not looked at
+        self.skipped = 0  # steps since the last log
+        self.skipped_in_a_row = 0
 
     def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor) -> None:
         """Keep what the next log is made of: a loss, embeddings (B, V, D) and text hashes (B, V)."""
@@ -96,10 +104,37 @@ class Watch(TrainerCallback):
         self.finite = finite if self.finite is None else self.finite & finite
 
     def numbers(self) -> dict[str, float]:
-        """Return the numbers of the last batch, rounded for a log; none of a batch with a single row."""
+        """Return the numbers of the last batch, rounded for a log, and how many steps were skipped since the last log.
+
+        There are none of a batch with a single row.
+        """
+        skipped: dict[str, float] = {"skipped_steps": self.skipped} if self.skipped else {}
+        self.skipped = 0
         if self.last is None or len(self.last[0]) < 2:
-            return {}
-        return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()}
+            return skipped
+        return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()} | skipped
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """End the run, or leave the update out, where the gradient is no number; before it reaches a weight."""
+        assert model is not None
+        if self.norm is None or math.isfinite(self.norm):
+            self.skipped_in_a_row = 0
+            return
+        step = state.global_step + 1
+        if not self.skips:
+            raise self.error(args, f"the loss or its gradient is not a number any more, at step {step} (without its update)")
+        model.zero_grad()  # to None: an optimizer leaves such weights alone, its own averages too
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.last = self.finite = None
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise self.error(args, f"the gradients of {MOST_SKIPPED} steps in a row were no numbers, up to step {step}")
 
     def on_step_end(
         self,
@@ -113,18 +148,29 @@ class Watch(TrainerCallback):
         assert model is not None
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
             return
+        self.check(args, state, model, control.should_save or control.should_evaluate or control.should_training_stop)
+
+    def check(self, args: TrainingArguments, state: TrainerState, model: nn.Module, of_weights: bool) -> None:
+        """Look at the losses since the last look and, before a checkpoint, at the weights; every rank calls this.
+
+        Raises:
+            InputError: on every rank, where one of them has found what is no number.
+        """
         finite = [self.finite is None or self.finite.item()]
-        if control.should_save or control.should_training_stop:  # the step after a good loss may have spoilt the weights
+        if of_weights:  # the step after a good loss may have spoilt them
             finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
         if not all(gather_objects(all(finite))):
-            folder = str(args.output_dir)
-            last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-            raise InputError(
-                f"the loss or a weight is not a number any more, at step {state.global_step} or shortly before; "
-                f"{f'the last good checkpoint is {last}' if last else 'no checkpoint was saved before'}; go on with a lower "
-                "learning_rate, a higher temperature, or bf16 in place of fp16"
-            )
+            found = f"the loss or a weight is not a number any more, at step {state.global_step} or shortly before"
+            raise self.error(args, found)
         self.finite = None
+
+    def error(self, args: TrainingArguments, found: str) -> InputError:
+        """Return the error of a run that ends for what was found."""
+        folder = str(args.output_dir)
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
+        mend = "a lower learning_rate, a higher temperature, or bf16 in place of fp16"
+        return InputError(f"{found}; {kept}; go on with {mend}")
 
     on_epoch_end = on_step_end  # with save_strategy "epoch" this is where a checkpoint is decided on
 

@@ -3,7 +3,8 @@
     OUTPUT.work/
         identity            what the pieces depend on: the model, the texts, the settings
         000000.npy          a piece
-        unfinished-...      one that is being made; it is renamed when it is whole
+        000000.npy.xxh3     its size and hash: a piece that is not as it was written is made again
+        .saving-...         one that is being made; it is renamed when it is whole
 
 The folder lies beside the output, and goes when the output is whole.
 """
@@ -14,16 +15,31 @@ from pathlib import Path
 
 import torch
 
+from hf_embed.disk import check_file
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
+from hf_embed.ranks import claim_folder
+from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
 
 
 def work_folder(output: Path) -> Path:
-    """Return where the work on a file is kept. Raises InputError if the file is there."""
-    if output.exists():
-        raise InputError(f"{output}: is there already; remove it or name another file")
-    return output.with_name(output.name + ".work")
+    """Return where the work on a file is kept.
+
+    Raises:
+        InputError: the file is there, unless the work is too: then a run was killed that had but to remove it. Or it cannot be
+            written.
+    """
+    work = output.with_name(output.name + ".work")
+    if output.exists() and not work.is_dir():
+        raise is_there(output)
+    check_file(output, "the output")
+    return work
+
+
+def is_there(output: Path) -> InputError:
+    """Return the error about an output that is there."""
+    return InputError(f"{output}: is there already; remove it or name another file")
 
 
 def digest(*lists: Iterable[str]) -> str:
@@ -37,7 +53,11 @@ def digest(*lists: Iterable[str]) -> str:
 
 
 def claim(folder: Path, identity: str) -> None:
-    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another."""
+    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another.
+
+    No other process can take it until this one ends.
+    """
+    claim_folder(folder)
     path = folder / "identity"
     if path.is_file() and path.read_text() != identity:
         raise InputError(
@@ -45,8 +65,7 @@ def claim(folder: Path, identity: str) -> None:
         )
     barrier()
     if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(identity)
+        write_text(path, identity)
     barrier()
 
 
@@ -54,7 +73,7 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[
     """Make a file for every `size` of `items` items: those that are there are kept, and the ranks share the others.
 
     Args:
-        folder: where the files are; each is written under another name, and renamed when it is whole.
+        folder: where the files are; each is written under another name, renamed when it is whole, and sealed.
         ending: of the files' names.
         items: how many items there are in all.
         size: how many of them a file has.
@@ -68,13 +87,16 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[
     folder.mkdir(parents=True, exist_ok=True)
     parts = [range(start, min(start + size, items)) for start in range(0, items, size)]
     paths = [folder / f"{i:06d}{ending}" for i in range(len(parts))]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()][rank::ranks]
+    missing = [i for i, path in enumerate(paths) if not is_sealed(path)][rank::ranks]
     barrier()  # nobody writes before everyone has looked
+    if rank == 0:
+        remove_leftovers(folder)
+    barrier()
     with progress_bar(total=sum(len(parts[i]) for i in missing), desc=title, unit="text") as bar:
         for i in missing:
-            unfinished = folder / f"unfinished-{paths[i].name}"
-            make(parts[i], unfinished)
-            unfinished.rename(paths[i])
+            with writing(paths[i]) as aside:
+                make(parts[i], aside)
+            seal(paths[i])
             bar.update(len(parts[i]))
     barrier()
     return paths

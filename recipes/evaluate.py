@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 
 from hf_embed.checkpoint.card import store_results, stored_results
+from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
@@ -46,6 +47,8 @@ class Arguments(EncodingArguments):
 def main() -> None:
     """Read the sets, score the model on them, print the scores and store them."""
     args, evaluation = parse([Arguments, EvalArguments])
+    if args.output_dir:
+        check_folder(args.output_dir, "--output_dir")
     tasks = read_tasks(evaluation)
     if args.seven_sts:
         tasks |= seven_tasks()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
+from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.kit.cli import parse, run
@@ -40,6 +41,7 @@ def main() -> None:
     if args.output_dir is None and not model.is_dir():
         raise InputError(f"{model} is not a folder; say where the results go: --output_dir FOLDER")
     folder = Path(args.output_dir or model)
+    check_folder(folder, "--output_dir")
     if (args.pooling or args.max_length) and (folder / "config.json").is_file():
         raise InputError("--pooling and --max_length make another model of it; say where its results go: --output_dir FOLDER")
     tasks = find_tasks(args.tasks, args.benchmark)

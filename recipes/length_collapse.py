@@ -7,11 +7,11 @@ Texts are cut to 16, 32, 64 ... tokens, and taken as they are in bins of length.
 collapse.png; hf_embed/kit/length_collapse.py says what the columns are.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_embed.data.sources import read_texts
+from hf_embed.disk import check_folder
 from hf_embed.errors import masked
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.docstrings import read_pages
@@ -19,6 +19,7 @@ from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encod
 from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.ranges import COUNT, Range, check_ranges
+from hf_embed.safe_files import write_json
 from hf_embed.tempscale import TempScaleConfig, tempscale
 
 
@@ -42,6 +43,7 @@ class Arguments(EncodingArguments):
 def main() -> None:
     """Measure the model as it is and at each temperature; print, store and plot the reports."""
     (args,) = parse([Arguments])
+    check_folder(args.output_dir, "--output_dir")
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]
     texts = (read_texts(args.texts) if args.texts else read_pages())[: args.max_texts]
     encoder = load_for_encoding(args.model_name_or_path, args)
@@ -53,7 +55,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"model": args.model_name_or_path, "texts": masked(args.texts or "docstrings"), "reports": reports}
-    (folder / "collapse.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "collapse.json", about)
     plot_collapse(reports, folder / "collapse.png")
     print(f"\nwrote {folder}/collapse.json and collapse.png")
 

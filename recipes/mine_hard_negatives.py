@@ -1,7 +1,6 @@
 """Find hard negatives for pairs of queries and documents, with any encoder.
 
-    python recipes/mine_hard_negatives.py outputs/gte_pretrain --train_file pairs.jsonl \
-        --output_file mined.jsonl
+    python recipes/mine_hard_negatives.py outputs/gte_pretrain --train_file pairs.jsonl --output_file mined.jsonl
     python recipes/mine_hard_negatives.py BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
@@ -22,6 +21,7 @@ from accelerate import PartialState
 from hf_embed.data.columns import named_columns
 from hf_embed.data.labelled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
+from hf_embed.disk import check_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.retrieval import read_retrieval
@@ -67,6 +67,7 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
 def main() -> None:
     """Read the pairs, load the model, mine, and say what was found and left out."""
     args, mining = parse([Arguments, MiningArguments])
+    check_file(args.output_file, "--output_file")
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)

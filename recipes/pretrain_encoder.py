@@ -32,9 +32,13 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from hf_embed import InputError
+from hf_embed.disk import check_folder
 from hf_embed.kit.cli import parse, run
 from hf_embed.ranges import COUNT, POSITIVE, SEED
+from hf_embed.ranks import claim_folder
+from hf_embed.safe_files import new_folder, write_json
 
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -72,6 +76,8 @@ class Arguments:
 def main() -> None:
     """Distill the teacher into a student with a small vocabulary of its own."""
     (args,) = parse([Arguments])
+    check_output(Path(args.output_dir))
+    claim_folder(Path(args.output_dir))
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     sentences = read_lines(args.train_file)
@@ -86,9 +92,24 @@ def main() -> None:
     texts = tokenize(args, tokenizer, sentences)
     steps = two_stages(args, texts, rng)
     print(f"{len(steps)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}", flush=True)
-    loss, seen = distill(args, teacher, student, tokenizer, torch.tensor(teacher_ids), steps)
-    about = dataclasses.asdict(args) | {"loss": loss, "tokens": seen}
-    Path(args.output_dir, "training.json").write_text(json.dumps(about, indent=2))
+    distill(args, teacher, student, tokenizer, torch.tensor(teacher_ids), steps)
+
+
+def check_output(folder: Path) -> None:
+    """Raise InputError for a folder that cannot be written, or that holds files which this recipe does not write."""
+    check_folder(folder, "--output_dir")
+    if others := sorted({path.name for path in folder.glob("*")} - set(FILES)):
+        raise InputError(f"--output_dir {folder} holds {others[0]}, which is no file of an encoder; name another folder")
+
+
+def save(args: Arguments, student: BertModel, tokenizer: Tokenizer, loss: float, seen: int) -> None:
+    """Write the student, with what is known of its training, in the place of an earlier one."""
+    folder = Path(args.output_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as new:
+        student.save_pretrained(new)
+        BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length).save_pretrained(new)
+        write_json(new / "training.json", dataclasses.asdict(args) | {"loss": loss, "tokens": seen})
 
 
 def read_lines(path: str) -> list[str]:
@@ -189,8 +210,8 @@ def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[li
 
 def distill(
     args: Arguments, teacher: BertModel, student: BertModel, tokenizer: Tokenizer, teacher_ids: Tensor, steps: list
-) -> tuple[float, int]:
-    """Train the student on the batches of `steps`, and save it now and then. Returns the last mean loss and the tokens seen."""
+) -> None:
+    """Train the student on the batches of `steps`, and save it now and then."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
     teacher.to(device, torch.bfloat16)  # type: ignore[arg-type]  # the decorator of `to` hides its type
@@ -218,10 +239,7 @@ def distill(
             rate, mean, losses = seen / (time.time() - started), sum(losses) / len(losses), []
             print(f"step {step}/{len(steps)}  loss {mean:.4f}  {rate:,.0f} tokens/s", flush=True)
         if step % 1000 == 0 or step == len(steps):
-            student.save_pretrained(args.output_dir)
-            saved = BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length)
-            saved.save_pretrained(args.output_dir)
-    return mean, seen
+            save(args, student, tokenizer, mean, seen)
 
 
 def pad(batch: list[list[int]], device: str) -> tuple[Tensor, Tensor]:

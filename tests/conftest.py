@@ -1,6 +1,9 @@
 """Tiny random models of every architecture, over the quickstart encoder's tokenizer."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,3 +91,24 @@ def error_of(function, *args, **kwargs):
     message = str(error.value)
     assert "\n" not in message
     return message
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
+    """Mount a file system in memory with some options ("size=1m") at `tmp_path / name`; once more changes its options."""
+    disks: list[Path] = []
+
+    def make(options: str, name: str = "disk") -> Path:
+        folder, again = tmp_path / name, (tmp_path / name) in disks
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"remount,{options}" if again else options, "none", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and not disks:
+            pytest.skip("nothing can be mounted here")
+        assert done.returncode == 0, done.stderr
+        disks.append(folder)
+        return folder
+
+    yield make
+    for folder in set(disks):
+        subprocess.run(["umount", "-l", str(folder)], check=True)

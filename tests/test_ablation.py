@@ -199,9 +199,25 @@ def test_seeds_go_on_with_what_is_missing(files, tmp_path):  # noqa: F811
     again = sup(*argv, "--seeds", "1,2", "--resume_from_checkpoint")
     assert again["seeds"] == whole["seeds"] and (folder / "seed-1" / "model.safetensors").stat().st_mtime_ns == first
     resumed = torch.load(folder / "seed-2" / "checkpoint-4" / "optimizer.pt")
-    message = error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", "--learning_rate", "0.5")
-    assert "seed-1 holds a run with other settings" in message
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(weights["state"].values(), resumed["state"].values()))
+
+
+@pytest.mark.slow
+def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  # noqa: F811
+    folder, fresh = tmp_path / "out", tmp_path / "fresh"
+    argv = [*flags(files), "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
+    sup(*argv, "--output_dir", folder, "--seeds", "1,2")
+    (folder / "seed-2" / "results.json").unlink()  # as if it was interrupted
+    shutil.rmtree(folder / "seed-2" / "checkpoint-4")
+    capsys.readouterr()
+    other = ["--seeds", "1,2", "--learning_rate", "0.01"]
+    again = sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
+    shown = capsys.readouterr().out
+    assert "seed 1, anew: its run had other settings" in shown and "seed 2, anew: its run had other settings" in shown
+    assert again["seeds"] == sup(*argv, "--output_dir", fresh, *other)["seeds"]
+    capsys.readouterr()
+    sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
+    assert "anew" not in capsys.readouterr().out  # control
 
 
 def test_seeds_need_something_to_choose_by(files, tmp_path):  # noqa: F811

@@ -16,10 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from test_pooling import by_loop
+from test_safe_files import killed_at
 from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import verify
+from hf_embed.checkpoint.save import save_encoder
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.pooling import POOLINGS
 
@@ -381,6 +383,43 @@ def test_a_card_of_the_users_own_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     tiny_encoder().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_killed_anywhere_the_folder_holds_one_whole_model(tmp_path):
+    """Weights, modules, scores and card are all of the old model or all of the new one, at each call of the system."""
+    folder = tmp_path / "model"
+    results = {"old": {"after": {"sts": {"s": 11.11}}}, "new": {"after": {"sts": {"s": 22.22}}}}
+    encoders = {"old": tiny_encoder(pooling="cls", normalize=True), "new": tiny_encoder(pooling="mean", seed=1)}
+    save_encoder(encoders["old"], str(folder), results=results["old"])
+    (folder / "notes.txt").write_text("mine")
+    number, found = 1, []
+    while killed_at(number, lambda: save_encoder(encoders["new"], str(folder), verify=False, results=results["new"])):
+        scores = json.loads((folder / "results.json").read_text())["after"]["sts"]
+        name = "old" if scores == {"s": 11.11} else "new"
+        saved = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
+        assert torch.equal(saved, encoders[name].backbone.embeddings.word_embeddings.weight)
+        assert encoders[name].pooling in (folder / "README.md").read_text() and (folder / "notes.txt").read_text() == "mine"
+        assert (len(json.loads((folder / "modules.json").read_text())) == 3) == encoders[name].normalize
+        found.append(name)
+        number += 1
+    assert found.count("old") > 10 and found.count("new") > 1 and found == sorted(found, reverse=True)
+    encoders["new"].save_pretrained(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_killed_in_a_first_save_no_loader_takes_what_is_there(tmp_path):
+    """The weights come last, into a folder that a run has made before."""
+    number, folder = 1, tmp_path / "run"
+    folder.mkdir()
+    (folder / "training.log").touch()
+    encoder = tiny_encoder(pooling="cls")
+    while killed_at(number, lambda: save_encoder(encoder, str(folder), verify=False)):
+        if (folder / "model.safetensors").exists():
+            assert Encoder.from_pretrained(folder).pooling == "cls"
+        number += 1
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert number > 10 and Encoder.from_pretrained(folder).pooling == "cls"
 
 
 # ---- folders of sentence-transformers ----

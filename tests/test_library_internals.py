@@ -7,12 +7,14 @@ import argparse
 import ast
 import concurrent.futures
 import inspect
+from datetime import timedelta
 from pathlib import Path
 
 import evaluate
 import huggingface_hub
 import pytest
 import torch
+import torch.distributed as dist
 import transformers.trainer
 import transformers.utils.hub
 from accelerate import FullyShardedDataParallelPlugin
@@ -120,6 +122,30 @@ def test_train_batch_size(tmp_path):
     assert "self._train_batch_size = batch_size" in assigned  # by auto_find_batch_size
 
 
+def test_save_optimization(tmp_path):
+    run = plain_trainer(tmp_path)
+    run.create_optimizer_and_scheduler(4)
+    (tmp_path / "saved").mkdir()
+    internals.save_optimization(run, str(tmp_path / "saved"))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_set_base_rates(tmp_path):
+    """A schedule that goes on from another rate is where one is that began with it."""
+    runs = [plain_trainer(tmp_path, learning_rate=rate) for rate in (1e-3, 1e-4)]
+    for run in runs:
+        run.create_optimizer_and_scheduler(4)
+        run.optimizer.step()
+        run.lr_scheduler.step()
+    internals.set_base_rates(runs[0].lr_scheduler, [1e-4, 1e-4])
+    for step in range(3):
+        rates = [[*run.lr_scheduler.get_last_lr(), *(group["lr"] for group in run.optimizer.param_groups)] for run in runs]
+        assert rates[0] == rates[1] == [1e-4 * (3 - step) / 4] * 4
+        for run in runs:
+            run.optimizer.step()
+            run.lr_scheduler.step()
+
+
 def test_memory_tracker(tmp_path):
     assert isinstance(internals.memory_tracker(plain_trainer(tmp_path)), TrainerMemoryTracker)
     tracker, found = TrainerMemoryTracker(skip_memory_metrics=False), {}
@@ -150,6 +176,16 @@ def test_save_without_push(tmp_path):
     assert trainer.pushed == 1 and (tmp_path / "config.json").is_file()
 
 
+def test_save_checkpoint(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.state.global_step = 3
+    internals.save_checkpoint(trainer, trainer.model, None)
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
+        path.name for path in (tmp_path / "checkpoint-3").iterdir()
+    }
+
+
 def test_push_in_progress():
     assert transformers.trainer.PushInProgress is internals.PushInProgress
     job = concurrent.futures.Future()
@@ -172,6 +208,17 @@ def test_the_tests_of_the_hub_can_renew_the_client_of_transformers(monkeypatch):
 def test_uncompiled():
     model = tiny_model()
     assert internals.uncompiled(torch.compile(model)) is model and internals.uncompiled(model) is None
+
+
+def test_set_group_timeout():
+    """tests/test_ranks.py shows that gloo then waits so long."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        internals.set_group_timeout(timedelta(seconds=7))
+        (backend,) = {dist.group.WORLD._get_backend(torch.device("cpu"))}
+        assert backend.options._timeout == timedelta(seconds=7)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_set_fingerprint():

@@ -141,3 +141,14 @@ def test_data_that_cannot_be_fetched_are_one_line(folder, tmp_path):
     """STSBenchmark's data are on the Hub, and tests are offline."""
     message = error_of(run_mteb, Encoder.from_pretrained(folder), find_tasks(["STSBenchmark"], []), tmp_path / "mteb")
     assert message.startswith("the data of a task cannot be fetched (") and "mteb/stsbenchmark-sts" in message
+
+
+@pytest.mark.parametrize("file", ["LocalSTS.json", "model_meta.json", "run_settings.jsonl"])
+def test_a_result_that_a_killed_run_left_half_written_is_measured_anew(folder, tmp_path, caplog, file):
+    encoder = Encoder.from_pretrained(folder)
+    first = run_mteb(encoder, [LocalSTS()], tmp_path)
+    (path,) = tmp_path.rglob(file)
+    for part in (b"", path.read_bytes()[:100], bytes(300)):
+        path.write_bytes(part)
+        assert run_mteb(encoder, [LocalSTS()], tmp_path) == first
+        assert f"{path}: not whole" in caplog.text or not part.strip()

@@ -1,9 +1,10 @@
-"""`--overwrite_output_dir`: whatever fails, the earlier run is whole until the first step of the new one is done."""
+"""`--overwrite_output_dir`: whatever fails, the earlier run is whole until the new one is complete."""
 
+import contextlib
 import errno
 import hashlib
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from transformers import TrainerCallback
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import save
-from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
+from hf_embed.checkpoint.save import renewed
+from hf_embed.kit.overwrite import EarlierRun, earlier_files, working_folder
 from hf_embed.trainer import ContrastiveTrainer
 
 
@@ -70,7 +72,7 @@ FAILURES = {
     [("model", "hf_embed.trainer_inputs.load_encoder"), ("evaluation", "hf_embed.trainer.score_tasks"),
      ("first forward", "hf_embed.encoder.Encoder.forward"), ("first optimizer step", "torch.optim.AdamW.step")],
 )  # fmt: skip
-def test_nothing_is_lost_before_the_first_step_is_done(old, monkeypatch, failure, target):
+def test_nothing_is_lost_by_a_run_that_fails(old, monkeypatch, failure, target):
     out, argv = old
     before = digest(out)
     with monkeypatch.context() as patch:
@@ -80,6 +82,7 @@ def test_nothing_is_lost_before_the_first_step_is_done(old, monkeypatch, failure
     assert digest(out) == before
     if failure == "evaluation":
         assert sup(*argv, "--max_steps", 6, "--resume_from_checkpoint")["train"]["steps"] == 6  # still the old run
+    assert not working_folder(out).exists() or not list(working_folder(out).iterdir())
 
 
 @pytest.mark.parametrize("more", [["--per_device_train_batch_size", 1], ["--max_length", 2000], ["--pooling", "max"]])
@@ -104,7 +107,7 @@ def test_a_finished_run_takes_the_place_of_the_old_one(old):
 
 def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):
     out, argv = old
-    weights = (out / "model.safetensors").read_bytes()
+    before = digest(out)
 
     class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -116,9 +119,11 @@ def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):
         patch.setattr(ContrastiveTrainer, "train", lambda self, **kwargs: (self.add_callback(Kill()), train(self, **kwargs)))
         with pytest.raises(KeyboardInterrupt):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
-    assert not list(out.glob("checkpoint-[0-9]*"))
-    assert (out / "model.safetensors").read_bytes() == weights and matches(out)  # the old weights, scores and card
-    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")
+    assert digest(out) == before
+    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")  # of the new run
+    sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
+    assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 3
+    assert not working_folder(out).exists() and not (out / ".unfinished").exists()
 
 
 def test_the_best_model_is_of_the_new_run(old):
@@ -142,25 +147,25 @@ def test_a_full_disk_at_the_end_leaves_the_old_model_with_its_scores(old, monkey
         real = getattr(save, target[where])
 
         def at_the_end(encoder, folder, *args, **kwargs):
-            return (full if Path(folder).parent == out else real)(encoder, folder, *args, **kwargs)
+            return (full if Path(folder).parent == working_folder(out) else real)(encoder, folder, *args, **kwargs)
 
         patch.setattr(save, target[where], at_the_end)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match="the disk is full"):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
-    kept = {name: sha for name, sha in before.items() if not re.match(r"checkpoint-\d|runs|\.", name)}
-    after = digest(out)
-    assert {name: after.get(name) for name in kept} == kept and matches(out)
-    assert not list(out.glob(".saving-*"))
-    assert list(out.glob("checkpoint-[0-9]*"))  # and the new run can go on
+    assert digest(out) == before and matches(out)
     assert Encoder.from_pretrained(out).encode(["a"]).shape == (1, 32)
+    assert sup(*argv, "--max_steps", 3, "--resume_from_checkpoint")["train"]["steps"] == 3  # the new run goes on
+    assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 3
+    assert not working_folder(out).exists() and not list(out.glob(".saving-*"))
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, old):
+def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, old, small_disk):
     """Of evaluate.py and evaluate_mteb.py, which write into a finished folder."""
-    out, _ = old
+    out = shutil.copytree(old[0], small_disk("size=64m") / "out")
     before = digest(out)
-    (out / ".results.json.new").symlink_to("/dev/full")
+    with contextlib.suppress(OSError):
+        (out / "other").write_bytes(b"a" * 64_000_000)
     done = recipe(
         "evaluate.py", "--model_name_or_path", out, "--eval_sts_file", f"s={tmp_path / 'sts.tsv'}", "--output_dir", out
     )
@@ -169,11 +174,11 @@ def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, ol
 
 
 @pytest.mark.slow
-def test_seeds_keep_the_old_ones_until_the_first_step(old, monkeypatch):
+def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
     out, argv = old
     argv = [*argv, "--max_steps", 2, "--save_steps", 1, "--overwrite_output_dir"]
     sup(*argv, "--seeds", "1,2,3")
-    before, weights = digest(out), (out / "model.safetensors").read_bytes()
+    before = digest(out)
     assert set(json.loads((out / "results.json").read_text())["seeds"]) == {"1", "2", "3"}
     assert not list(out.glob("checkpoint-[0-9]*")) and not (out / "adapter").exists()
     with monkeypatch.context() as patch:
@@ -189,8 +194,8 @@ def test_seeds_keep_the_old_ones_until_the_first_step(old, monkeypatch):
         )
         with pytest.raises(torch.OutOfMemoryError):
             sup(*argv, "--seeds", "1,2", "--learning_rate", 1e-2)
-    assert not list(out.glob("seed-*/results.json")) and [p.parent.name for p in out.glob("seed-*/checkpoint-*")] == ["seed-1"]
-    assert (out / "model.safetensors").read_bytes() == weights and (out / "results.json").is_file()
+    assert digest(out) == before
+    assert [p.parent.name for p in working_folder(out).glob("seed-*/checkpoint-*")] == ["seed-1"]
     results = sup(*[word for word in argv if word != "--overwrite_output_dir"], "--seeds", "1,2", "--learning_rate", 1e-2,
                   "--resume_from_checkpoint")  # fmt: skip
     assert set(results["seeds"]) == {"1", "2"} and matches(out)
@@ -211,14 +216,18 @@ def test_links_of_the_users_are_not_followed(tmp_path):
     assert earlier.paths == []
 
 
-def test_results_go_and_the_named_modules_stay(tmp_path):
+def test_scores_and_extras_go_with_their_model(tmp_path):
+    folder = tmp_path / "out"
     for name in ("1_Pooling", "2_Dense", "3_Normalize", "4_Things", "mteb"):
-        (tmp_path / name).mkdir()
-    for name in ("results.json", "README.md", "config.json"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
-    clear_results(tmp_path, keep=["README.md"])
-    assert {p.name for p in tmp_path.iterdir()} == {"1_Pooling", "4_Things", "README.md", "config.json", "modules.json"}
+        (folder / name).mkdir(parents=True)
+    for name in ("results.json", "README.md", "config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    with renewed(folder, clear=True) as place:
+        assert {p.name for p in place.iterdir()} == {"4_Things", "README.md", "config.json"} and place != folder
+        (place / "model.safetensors").write_text("new")
+        assert (folder / "model.safetensors").read_text() == "model.safetensors" and (folder / "results.json").exists()
+    assert (folder / "model.safetensors").read_text() == "new" and not (folder / "results.json").exists()
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):

@@ -254,11 +254,10 @@ def test_help(path, monkeypatch, capsys):
     assert end.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
-def test_a_full_disk_is_one_line(tmp_path, files):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".results.json.new").symlink_to("/dev/full")  # where it is written before it takes its place
-    argv = ["--model_name_or_path", files["model"], "--eval_sts_file", f"s={files['sts']}", "--output_dir", tmp_path / "out"]
+def test_a_full_disk_is_one_line(tmp_path, files, small_disk):
+    out = small_disk("size=8k")
+    (out / "other").write_bytes(b"a" * 8192)
+    argv = ["--model_name_or_path", files["model"], "--eval_sts_file", f"s={files['sts']}", "--output_dir", out]
     done = recipe("evaluate.py", *argv)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: the disk is full (at ")

@@ -20,7 +20,7 @@ OTHER_SETTINGS = {
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
     "save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit",
     "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "allow_changed",
     "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",

@@ -16,8 +16,31 @@ LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
+    "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
+    "guarded_trainer._maybe_log_save_evaluate": "the parameters of transformers' method",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
+}
+# Methods that write a file, whatever they are of; and functions that do, of a library.
+WRITERS = {"write_text", "write_bytes", "savefig", "save_pretrained", "to_csv", "to_parquet", "save_to_disk", "rename"}
+LIBRARY_WRITERS = {
+    "os.replace", "os.link", "shutil.copy", "shutil.copyfile", "shutil.copytree", "shutil.move", "torch.save", "np.save",
+    "json.dump", "yaml.dump", "np.lib.format.open_memmap",
+}  # fmt: skip
+# Who may call one outside of `with writing(path)` and `with new_folder(path)`, which put in place what is whole.
+NOT_ASIDE = {
+    "safe_files": "what the others call",
+    "checkpoint.layout": "into the new folder of checkpoint.save",
+    "checkpoint.save": "into a new folder, which takes the place of the old one",
+    "checkpoint.verify": "into the new folder of checkpoint.save, for the loaders that are compared",
+    "checkpoint.training_state": "into a checkpoint, which is renamed when it is whole",
+    "checkpoint.whole": "into a checkpoint, which is renamed when it is whole",
+    "checkpoint.hub": "a copy of a checkpoint, to be uploaded and removed",
+    "trainer": "into a checkpoint, which is renamed when it is whole",
+    "vector_files": "a piece of work within `make_files`, and the memory map that has been written aside",
+    "mining": "a piece of work within `make_files`",
+    "kit.seeds": "a copy of the best run, into a new folder",
+    "kit.calibrate": "Encoder.save_pretrained, which puts the folder in place as a whole",
 }
 MOST_RECIPE_LINES = 80
 LONG_RECIPES = {"pretrain_encoder": "a training of its own, not of hf_embed"}
@@ -55,6 +78,41 @@ def test_no_attribute_of_ours_is_guessed(structure):
 
 def test_functions_are_short_or_have_a_reason(structure):
     assert {name for name, *_ in structure.long_functions()} == set(LONG)
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call writes a file, or gives one its name."""
+    name = ast.unparse(call.func)
+    method = name.rpartition(".")[2]
+    texts = [value.value for value in call.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    if method == "open":
+        return any(set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts)
+    if method == "replace":  # of a path; that of a text has two arguments, that of a dataclass has names
+        return name in LIBRARY_WRITERS or (len(call.args) == 1 and not call.keywords)
+    return name in LIBRARY_WRITERS | {"save_file"} or ("." in name and method in WRITERS)
+
+
+def unguarded_writes(tree: ast.AST) -> list[str]:
+    """Calls that write a file and do not stand in `with writing(path)` or `with new_folder(path)`."""
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
+    guards = [block for block in blocks if any(re.match(r"(writing|new_folder)\(", ast.unparse(item)) for item in block.items)]
+    guarded = {inner for block in guards for inner in ast.walk(block)}
+    return [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call) and node not in guarded and writes(node)]
+
+
+def test_every_file_is_written_aside(structure):
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in structure.modules().items()}
+    found = {name: calls for name, tree in trees.items() if (calls := unguarded_writes(tree))}
+    assert {name: calls for name, calls in found.items() if name not in NOT_ASIDE} == {}, (
+        "a file is written in its place, where a killed run leaves half of it: use hf_embed.safe_files"
+    )
+    assert sorted(set(NOT_ASIDE) - set(found)) == []  # no exception outlives its reason
+    for call in ("path.write_text(a)", "open(path, 'w')", "path.open('ab')", "np.save(path, a)", "figure.savefig(path)",
+                 "new.replace(path)", "os.replace(a, b)", "shutil.copytree(a, b)", "save_file(a, path)"):  # fmt: skip
+        assert unguarded_writes(ast.parse(call)) == [call]
+        assert unguarded_writes(ast.parse(f"with writing(path) as aside:\n    {call}")) == []
+    for call in ("open(path)", "path.open('rb')", "text.replace('a', 'b')", "replace(plan, a=1)", "write_text(path, text)"):
+        assert unguarded_writes(ast.parse(call)) == []
 
 
 def test_modules_can_be_read_in_one_go(structure):

@@ -119,3 +119,75 @@ def test_spoilt_weights_are_not_saved(tmp_path):
     with pytest.raises(InputError, match="no checkpoint was saved before"):
         run.train()
     assert not list(Path(tmp_path).glob("checkpoint-*"))
+
+
+class SpoiltGradients(TrainerCallback):
+    """Spoils a gradient behind a finite loss, in the steps that are named (from 1)."""
+
+    def __init__(self, *steps: int, value: float = math.nan):
+        self.steps, self.value, self.weights = steps, value, {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if state.global_step + 1 in self.steps:
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            self.hook = parameter.register_hook(lambda gradient: gradient + self.value)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            self.hook.remove()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_spoilt_gradient_changes_no_weight(tmp_path, value, max_grad_norm):
+    spoilt = SpoiltGradients(3, value=value)
+    run = trainer(tmp_path, callbacks=[spoilt], max_steps=6, save_strategy="steps", save_steps=2, logging_steps=100,
+                  max_grad_norm=max_grad_norm)  # fmt: skip
+    with pytest.raises(InputError, match=r"not a number any more, at step 3 .*the last good checkpoint is .*checkpoint-2; go"):
+        run.train()
+    now = dict(run.step.named_parameters())
+    assert all(torch.equal(now[name], tensor) for name, tensor in spoilt.weights[2].items())
+
+
+def test_a_spoilt_step_is_skipped(tmp_path):
+    """Weights and the optimizer's averages stay, and the run goes on; the log counts."""
+    spoilt = SpoiltGradients(3, 4)
+    run = trainer(tmp_path, callbacks=[spoilt], max_steps=6, logging_steps=2, nan_steps="skip", weight_decay=0.1)
+    run.train()
+    weights = spoilt.weights
+    for step in range(1, 5):  # what step 1 begins with is what step 0 has made
+        unchanged = all(torch.equal(weights[step][name], tensor) for name, tensor in weights[step - 1].items())
+        assert unchanged == (step in (3, 4)), step
+    assert [entry.get("skipped_steps") for entry in run.state.log_history if "loss" in entry] == [None, 2, None]
+    assert all(torch.isfinite(p).all() for p in run.step.parameters())
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {4}
+
+
+def test_a_loss_that_stays_no_number_ends_a_run_that_skips(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_embed.watch.MOST_SKIPPED", 3)
+    run = trainer(tmp_path, objective=Spoil(), max_steps=20, logging_steps=1, nan_steps="skip")
+    with pytest.raises(InputError, match="the gradients of 3 steps in a row were no numbers, up to step 8"):
+        run.train()
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo"])
+def test_an_update_that_cannot_be_skipped_is_refused(tmp_path, optim, monkeypatch):
+    run = trainer(tmp_path, nan_steps="skip")
+    run.args.optim = optim
+    with pytest.raises(InputError, match=f"nan_steps is skip, but {optim} updates weights while it computes gradients"):
+        run.check_skipping()
+
+
+def test_the_scaler_of_half_precision_keeps_its_own_way(tmp_path):
+    run = trainer(tmp_path)
+    run.accelerator.state._mixed_precision = "fp16"  # whose scaler leaves a step out, and lowers its factor
+    next(run.step.parameters()).grad = torch.full_like(next(run.step.parameters()), math.inf)
+    run._get_grad_norm(run.step)
+    assert run.watch.norm is None
+
+
+@pytest.mark.parametrize("value", ["never", ""])
+def test_what_nan_steps_may_be(tmp_path, value):
+    with pytest.raises(InputError, match="nan_steps is '.*'; it must be one of stop, skip"):
+        trainer(tmp_path, nan_steps=value)

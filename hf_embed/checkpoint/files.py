@@ -1,4 +1,4 @@
-"""The readers and writers of a checkpoint's files: text, JSON and weights, in a local folder or on the Hub."""
+"""The readers of a checkpoint's files: text, JSON and weights, in a local folder or on the Hub."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_embed.errors import InputError
 from hf_embed.library_internals import optional_file
+from hf_embed.safe_files import write_text as write_whole  # noqa: F401 (for the card)
 
 # The values that a key of a config file may have: a type or, where only some values change nothing, a list of these.
 Allowed = Any
@@ -25,22 +26,6 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """Return what a JSON file holds. Raises ValueError for a file that is not JSON."""
     return json.loads(read_text(path))
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Write a JSON file, indented."""
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file aside and move it to its place: whatever happens, the old one or the new one is there as a whole."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_embed.checkpoint.files import Allowed, Files, read_weights, write_json
+from hf_embed.checkpoint.files import Allowed, Files, read_weights
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS, Dense, saved_pooling
+from hf_embed.safe_files import write_json
 
 # sentence-transformers' flags of poolings, in the order of its own files; all of them are written.
 FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]

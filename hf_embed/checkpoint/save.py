@@ -2,7 +2,8 @@
 
 The folder is an ordinary checkpoint (`AutoModel.from_pretrained`, no code of ours), with the files of
 `hf_embed.checkpoint.layout` and a card (README.md) beside it. Nothing is put in place before texts encoded through every
-loader agree with the encoder itself (`hf_embed.checkpoint.verify`).
+loader agree with the encoder itself (`hf_embed.checkpoint.verify`). An earlier model in the folder is there as a whole until
+the new one, its scores and its card take its place, at one rename.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import calm_libraries
+from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
 from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
@@ -36,7 +39,11 @@ from hf_embed.text_models import is_remote
 logger = logging.getLogger(__name__)
 
 # What an earlier save may have left that loaders would take before, or put on top of, the new weights.
-STALE = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin*", "pytorch_model-*.bin", "adapter_*"]
+WEIGHTS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model(-.*)?\.bin.*|adapter_.*")
+# What belongs to the weights in a folder: scores, pictures, extras and the modules behind the transformer.
+RESULTS = re.compile(
+    r"results\.json|(geometry|tempscale)\.png|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
+)
 
 
 def save_encoder(
@@ -56,8 +63,8 @@ def save_encoder(
         state_dict: replaces the encoder's own (FSDP gathers it).
         allow_runtime: TempScale that cannot be folded stays out of the weights: this package's loader applies it, others do
             not, and the card says so.
-        results: what is known of the training, which the card says and results.json in the folder then holds; default: the
-            card says what results.json holds.
+        results: what is known of the training, which the card says and results.json in the folder then holds; with {} the
+            scores and extras of an earlier model go; default: the card says what results.json holds.
 
     Raises:
         ExportError: AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more
@@ -68,21 +75,14 @@ def save_encoder(
     if verify:
         verify_loadable(encoder)
         warn_of_servers(served_otherwise(encoder))
-    made = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+    with renewed(Path(folder), clear=results == {}) as place:
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
             weights = write_checkpoint(encoder, new, state_dict, fold=not runtime)
             write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not know it
                 verify_folder(encoder, new, weights)
-            put_in_place(new, folder)
-        write_card(encoder, folder, keep_results(folder, results) if results else None)
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):  # not empty: someone else writes there
-                os.rmdir(folder)
-        raise
+            put_in_place(Path(new), place)
+        write_card(encoder, place, keep_results(place, results) if results else None)
 
 
 @functools.cache
@@ -92,16 +92,45 @@ def warn_of_servers(note: str) -> None:
         logger.warning(note)
 
 
-def put_in_place(new: str, folder: str) -> None:
-    """Move the whole checkpoint `new` into `folder`, over an earlier one."""
-    names = set(os.listdir(new))
-    for name in names:
-        target = Path(folder, name)
+@contextlib.contextmanager
+def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
+    """Yield where to put a model that is to stand in `folder`, with its scores and its card.
+
+    Where a model is in `folder`, or no folder is there, that is a new folder, which takes its place at the end. Other files are
+    in both, by links that are no copies. Else it is the folder itself: no loader takes it while it has no weights, which
+    `put_in_place` puts there last.
+
+    Args:
+        folder: after an exception it is as it was.
+        clear: what belongs to the model in `folder`, its scores and extras, does not stay.
+    """
+    folder = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
+    there = os.listdir(folder) if folder.is_dir() else []
+    if folder.is_dir() and not (any(map(WEIGHTS.fullmatch, there)) and can_be_replaced(folder)):
+        yield folder
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as new:
+        for name in there:
+            if not (name.startswith(SAVING) or WEIGHTS.fullmatch(name) or (clear and RESULTS.fullmatch(name))):
+                link_tree(folder / name, new / name)
+        if there:
+            shutil.copymode(folder, new)
+        yield new
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Move the whole checkpoint `new` into `folder`, over an earlier one, whose weights go first; the new ones come last."""
+    flush(new)
+    for path in list(folder.iterdir()):
+        if WEIGHTS.fullmatch(path.name):
+            path.unlink()
+    for name in sorted(os.listdir(new), key=lambda name: WEIGHTS.fullmatch(name) is not None):
+        target = folder / name
         if target.is_dir():
             shutil.rmtree(target)
-        os.replace(Path(new, name), target)
-    for path in [path for pattern in STALE for path in Path(folder).glob(pattern) if path.name not in names]:
-        path.unlink()
+        os.replace(new / name, target)
+    flush_one(folder)
 
 
 def write_checkpoint(

@@ -65,22 +65,49 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
     """Read a checkpoint's tensors into the module that is trained, which has `encoder` in it.
 
     Raises:
-        InputError: there is no checkpoint, or one of another model.
+        InputError: there is no checkpoint, or one of another model; a file of it is missing or cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no checkpoint there (no config.json); give a checkpoint-N folder")
-    if not has_adapters(encoder.backbone):
+    adapted, file = has_adapters(encoder.backbone), folder / TRAINING_TENSORS
+    if not adapted:
         load_backbone(folder, encoder.backbone)
-    if (folder / TRAINING_TENSORS).is_file():
-        names = {name.removeprefix(ENCODER): name for name in trained.state_dict()}
-        tensors = load_file(folder / TRAINING_TENSORS)
-        trained.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)
+    if not file.is_file():
+        if adapted:
+            raise InputError(f"{folder}: no {TRAINING_TENSORS}, so no adapters; give a checkpoint of a run with adapters")
+        return
+    names = {name.removeprefix(ENCODER): name for name in trained.state_dict()}
+    tensors = load_file(file)
+    expected = {name for name in names if not name.startswith("backbone.")} | training_names(trained, encoder)
+    if other := sorted((set(tensors) - set(names)) | (expected - set(tensors))):
+        raise InputError(f"{file}: the checkpoint is of another model ({other[:3]} ...)")
+    put(tensors, trained, names, file)
 
 
 def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
     """Read the plain checkpoint in `folder` into `backbone`. Raises InputError if it is of another model."""
-    missing, unexpected = backbone.load_state_dict(read_weights(folder), strict=False)
+    tensors = read_weights(folder)
+    if not tensors:
+        raise InputError(f"{folder}: no weights there (model.safetensors); give another checkpoint")
+    missing, unexpected = put(tensors, backbone, {}, folder)
     tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
         raise InputError(f"{folder}: the checkpoint is of another model ({(list(missing) + unexpected)[:3]} ...)")
+
+
+def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str], where: Path) -> tuple[list[str], list[str]]:
+    """Read tensors into a module, under its own names of them where `names` has these.
+
+    Returns:
+        The names of the module's tensors that are missing, and of those that it does not have.
+
+    Raises:
+        InputError: a tensor has another shape; `where` is what the message calls them.
+    """
+    try:
+        result = module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: the checkpoint is of another model ({reason})") from error
+    return list(result.missing_keys), list(result.unexpected_keys)

@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
@@ -32,8 +33,8 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
+from hf_embed.data.cache import cached_table, check_cache
 from hf_embed.errors import InputError, masked
-from hf_embed.library_internals import set_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -420,6 +421,7 @@ def load(paths: list[str], table: Table) -> Dataset:
     for path in paths:
         if "://" in path:
             download(path)
+    check_cache()
     features = survey(paths, table)
     local = [os.path.abspath(DOWNLOADED.get(path, path)) for path in paths]
     stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in local]
@@ -429,27 +431,14 @@ def load(paths: list[str], table: Table) -> Dataset:
 
 def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Dataset:
     """Return rows from a file in the cache of `datasets`, which is made of `rows` where no file has this identity."""
-    cached = Path(datasets.config.HF_DATASETS_CACHE, "hf_embed", f"{identity}.arrow")
-    if not cached.is_file():
-        write_arrow(cached, features, rows)
-    loaded = Dataset.from_file(str(cached))
-    set_fingerprint(loaded, identity)
-    return loaded
+    return cached_table(identity, features, partial(write_rows, rows, features))
 
 
-def write_arrow(path: Path, features: Features, rows: Iterable[dict]) -> None:
-    """Write rows to an Arrow file, under another name until it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")  # each process has its own, and the same in it
-    try:
-        with ArrowWriter(features=features, path=str(unfinished)) as writer:
-            for batch in batches(rows):
-                columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
-                writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
-            writer.finalize()
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def write_rows(rows: Iterable[dict], features: Features, writer: ArrowWriter) -> None:
+    """Write rows to an Arrow file."""
+    for batch in batches(rows):
+        columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
+        writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
 
 
 def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:

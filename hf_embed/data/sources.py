@@ -32,11 +32,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_embed.data import files
+from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import column_names, text_columns
+from hf_embed.disk import DiskError
 from hf_embed.errors import InputError
 from hf_embed.hub_access import check_dataset
 
@@ -90,7 +92,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         data_files = [file if "://" in file else glob.escape(file) for file in paths]
-        return load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
+        return checked_load("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
     except (DatasetGenerationError, ValueError, OSError, EOFError, zlib.error) as error:
@@ -131,7 +133,9 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     """
     check_dataset(name)
     try:
-        rows = load_dataset(name, config, split=split, streaming=streaming)
+        rows = checked_load(name, name=config, split=split, streaming=streaming)
+    except DiskError:
+        raise
     except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
         reason = files.first_line(error)
         raise InputError(
@@ -147,7 +151,7 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     if rows.format["type"] == "custom":
-        return rows.map(dict, batched=True, remove_columns=rows.column_names).with_format(None)
+        return cached_map(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
     return rows.with_format(None).select_columns(rows.format["columns"])
 
 

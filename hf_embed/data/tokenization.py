@@ -10,6 +10,7 @@ import pyarrow.compute
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
@@ -175,7 +176,8 @@ def tokenize_table(
         return tokenizer(accepted, other_positives, others) | {"row": origins} if others else tokenizer(accepted)
 
     with table_bars():
-        tokens = rows.map(convert, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
+        settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "desc": f"Tokenizing {name}"}
+        tokens = cached_map(rows, convert, **settings)
     kept = len(tokens.unique("row")) if others and len(tokens) else len(tokens)
     if kept < len(rows) and get_rank() == 0:
         logger.warning(f"{name}: {len(rows) - kept:,} of {len(rows):,} rows had an empty text and were dropped")

@@ -1,15 +1,19 @@
 """From what `train_dataset` may be to the batches of one rank."""
 
+import os
+import signal
+import threading
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, has_several_positives, make_mixture
-from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Objective, check_other_positives
@@ -102,10 +106,39 @@ def batch_sampler(
     return GlobalBatchSampler(len(rows), drop_last=args.dataloader_drop_last, **settings)
 
 
+def start_worker(worker: int, num_workers: int, rank: int) -> None:
+    """Seed a worker of the loader, and let it go on when the whole run is told to stop.
+
+    Clusters and terminals send a signal to all processes of a run. The training then ends its step, for which it needs its
+    workers: they end with it, or at its wish.
+    """
+    seed_worker(worker, num_workers=num_workers, rank=rank)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        noticed = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, noticed)
+        threading.Thread(target=end_with_training, args=(noticed, os.getppid()), daemon=True).start()
+
+
+def end_with_training(noticed: set[signal.Signals], training: int) -> None:
+    """Wait until the process `training` itself ends this one by SIGTERM; pass over signals of others."""
+    while True:
+        received = signal.sigwaitinfo(noticed)
+        if received.si_signo == signal.SIGTERM and received.si_pid == training:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class EpochDataLoader(DataLoader):
-    """Tell the sampler the epoch; Trainer calls `set_epoch`."""
+    """Tell the sampler the epoch; Trainer calls `set_epoch`.
+
+    An epoch begins with one draw from the global random numbers, with workers and without, so that dropout's are the same.
+    """
 
     batch_sampler: GlobalBatchSampler | SourceBatchSampler
+
+    def __iter__(self) -> Any:
+        if self.num_workers:  # else torch draws it
+            torch.empty((), dtype=torch.int64).random_()
+        return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the batches be those of an epoch."""
@@ -118,16 +151,22 @@ def make_loader(
     collator: RaggedCollator,
     args: "ContrastiveTrainingArguments",
 ) -> EpochDataLoader:
-    """Return a loader of this rank's batches, with the settings of `args`."""
+    """Return a loader of this rank's batches, with the settings of `args`.
+
+    Workers are seeded from a generator of their own: torch would draw from the global one when they start, which happens in
+    each epoch, or once where they persist, and then again in a resumed run.
+    """
+    workers = args.dataloader_num_workers
     return EpochDataLoader(
         rows,
         batch_sampler=sampler,
         collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
+        generator=generator(data_seed(args)) if workers else None,
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
-        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        worker_init_fn=partial(start_worker, num_workers=workers, rank=args.process_index),
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_embed.safe_files import writing
+
 # Cosines that lie no further apart are equal but for rounding: there is no order in them.
 ROUNDING = 1e-6
 
@@ -76,5 +78,6 @@ def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
     axes.set_ylabel("alignment (lower is better)")
     axes.set_title("The embeddings along the run")
     figure.colorbar(dots, label="STS, Spearman x 100")
-    figure.savefig(path, dpi=125)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=125)
     plt.close(figure)

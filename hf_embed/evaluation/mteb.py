@@ -5,6 +5,8 @@
 """
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,11 @@ import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HTTPError
 
+from hf_embed.disk import disk_errors
 from hf_embed.errors import InputError
 from hf_embed.progress import bars_shown
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -114,11 +119,13 @@ def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, bat
     """
     import mteb
 
+    remove_damaged(Path(folder))
     cache = mteb.ResultCache(Path(folder))
     model: Any = encoder  # it has what mteb calls, though not the names of all arguments
     try:
         kwargs: Any = {"batch_size": batch_size, "show_progress_bar": False}
-        results = mteb.evaluate(model, tasks, cache=cache, encode_kwargs=kwargs, show_progress_bar=bars_shown())
+        with disk_errors(folder):
+            results = mteb.evaluate(model, tasks, cache=cache, encode_kwargs=kwargs, show_progress_bar=bars_shown())
     except (ConnectionError, HTTPError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -131,6 +138,18 @@ def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, bat
             about = {"task": result.task_name, "type": task.metadata.type, "split": split}
             rows.append(about | {"metric": task.metadata.main_score, "score": round(100 * mean, 2)})
     return rows
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove those of mteb's files that a killed run has left half-written: mteb cannot read them, and runs the task again."""
+    for path in sorted(folder.rglob("*.json*")):
+        try:
+            text = path.read_text(encoding="utf-8")
+            for part in [text] if path.suffix == ".json" else text.splitlines():
+                json.loads(part)
+        except ValueError:
+            logger.warning(f"{path}: not whole; what it said is measured anew")
+            path.unlink()
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_embed.checkpoint.files import read_json, write_whole
+from hf_embed.checkpoint.files import read_json
+from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.finetune import make_trainer
@@ -29,6 +30,8 @@ from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
+from hf_embed.ranks import writing_alone
+from hf_embed.safe_files import write_text, writing
 from hf_embed.training_record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -91,22 +94,22 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
     Raises:
         InputError: one of the runs cannot be. This is said before the first step of the first run.
     """
+    given = flags.values["output_dir"]
+    folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
+    check_folder(folder, "--output_dir")
     base = read_plan(flags)
     if base.run.preflight:
         return preflight_plan(base)
     changes, seeds = read_variants(flags.make(AblationArguments).variants), read_seeds(base.run.seeds or "1")
     if not any(task.kind == "sts" for task in base.tasks.values()):
         raise InputError("an ablation is told by an STS set; give --eval_sts_file NAME=PATH")
-    given = base.args.output_dir
-    folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: this is a file; name a folder")
     for of_variant in changes.values():
         read_plan(flags.override_as_given(of_variant))
     old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
-    results = run_variants(flags, read_plan, changes, seeds, folder, EarlierRun(old))
+    with writing_alone(folder):
+        results = run_variants(flags, read_plan, changes, seeds, folder, EarlierRun(old))
     if base.args.process_index == 0:
-        write_whole(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
+        write_text(folder / "results.json", json.dumps({"variants": results}, indent=1) + "\n")
         plot_variants(results, folder / "ablation.png")
         print("\n" + "\n".join(table(results)))
         print(f"\nwrote {folder}/results.json and ablation.png")
@@ -169,6 +172,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
     trainer = make_trainer(plan, load_model(plan.model_args, plan.args, plan.objective.mlm_weight > 0))
     trainer.add_callback(plan.earlier)
     trainer.watch.warned = True  # the picture says it
+    trainer.stop_requests.saves = False  # nobody goes on from the middle of a run: finished ones are not run again
     main = trainer.is_world_process_zero()
     if main:
         print(f"{title} ...", flush=True)
@@ -185,7 +189,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
         scores = [point["spearman"] for point in path]
         print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
+        write_text(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
     return path
 
@@ -258,7 +262,8 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     axes.set_ylabel("alignment (lower is better)")
     axes.set_title("The embeddings along training: arrows follow time, both axes are better when lower")
     axes.legend()
-    figure.savefig(path, dpi=100)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=100)
     plt.close(figure)
 
 

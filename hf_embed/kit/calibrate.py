@@ -18,15 +18,17 @@ import numpy as np
 from torch import nn
 
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
+from hf_embed.checkpoint.save import renewed
 from hf_embed.checkpoint.tables import swept_columns
+from hf_embed.disk import check_folder
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS, spearman
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
-from hf_embed.kit.overwrite import clear_results
 from hf_embed.progress import progress_bar
+from hf_embed.safe_files import writing
 from hf_embed.tempscale import fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
 
@@ -152,11 +154,12 @@ def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: 
     """Check what is asked for, before anything is loaded.
 
     Raises:
-        InputError: a temperature and data to find one; a folder that is the model's own, or holds files that may not be
-            replaced.
+        InputError: a temperature and data to find one; a folder that cannot be written, is the model's own, or holds files
+            that may not be replaced.
     """
     if temperature is not None and tasks:
         raise InputError(f"--temperature {temperature:g} is taken as it is, and data for a search given; leave one of them out")
+    check_folder(folder, "--output_dir")
     if folder.resolve() == model.resolve():
         raise InputError(f"--output_dir {folder} is the model's own folder; name another")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -178,12 +181,12 @@ def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str,
     results = {"train": train} if (train := stored_results(origin).get("train")) else {}
     if temperature != 1:
         fold_tempscale(encoder.backbone, temperature)
-    encoder.save_pretrained(str(folder))  # first: what was there stays, with its scores, if this fails
-    clear_results(folder, keep=["README.md"])  # someone may have edited it
-    store_results(folder, results if result is None else results | {"tempscale": result})
-    if result is not None:
-        plot_sweep(result, folder / "tempscale.png")
-    write_card(encoder, folder)
+    with renewed(folder, clear=True) as place:
+        encoder.save_pretrained(str(place))
+        store_results(place, results if result is None else results | {"tempscale": result})
+        if result is not None:
+            plot_sweep(result, place / "tempscale.png")
+        write_card(encoder, place)
 
 
 def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
@@ -206,5 +209,6 @@ def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
     axes.set_ylabel("change in nDCG@10 or Spearman, x 100")
     axes.set_title("TempScale")
     axes.legend()
-    figure.savefig(path, dpi=125)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=125)
     plt.close(figure)

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import errno
 import json
 import logging
 import os
@@ -25,16 +24,17 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.data.yaml_files import read_yaml
+from hf_embed.disk import disk_errors
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import parser_actions
+from hf_embed.ranks import PATIENCE, peers_in_one_line
+from hf_embed.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 10  # seconds
 FROM_HAND = "trust_remote_code"  # no file may give this permission
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # Flags as other programs spell them, where difflib would find nothing or something else.
 ELSEWHERE = {
     "batch_size": "per_device_train_batch_size",
@@ -360,24 +360,6 @@ def check_processes() -> None:
         )
 
 
-@contextlib.contextmanager
-def full_disk_in_one_line() -> Iterator[None]:
-    """Turn the errors of a full disk into an InputError.
-
-    Files are written aside and then moved, so what was there before is whole.
-    """
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and getattr(cause, "errno", None) not in FULL and "No space left" not in str(cause):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        where = getattr(cause, "filename", None) or os.getcwd()
-        raise InputError(f"the disk is full (at {where}); make room and run it again, or name another --output_dir") from error
-
-
 class MaskedFormatter(logging.Formatter):
     """Messages, and the errors with them, without the secrets of addresses."""
 
@@ -394,6 +376,27 @@ def show_masked(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def speaking_in_turn(main_process: bool) -> Iterator[None]:
+    """Let the main process say what all have found.
+
+    A launcher ends all processes when the first one ends, so the others leave it the time to speak; if it goes on, they have
+    found something of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not main_process and not isinstance(error, RankError):
+            time.sleep(PATIENCE)
+        raise
+
+
+def end_group() -> None:
+    """End the process group: left to the interpreter's exit, its threads now and then abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2. Secrets are never shown."""
     handler = logging.StreamHandler()
@@ -405,18 +408,17 @@ def run(main: Callable[[], object]) -> None:
         logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
     use_all_cores()
     try:
-        with full_disk_in_one_line():
+        with speaking_in_turn(main_process), disk_errors(), peers_in_one_line():
             check_processes()
             main()
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort the process
+        end_group()
+    except Stopped:
+        end_group()  # all ranks have stopped
+        raise
     except InputError as error:
-        # The main process says what all have found. A launcher ends all processes when the first one ends, so the others leave
-        # it the time to speak; if it goes on, they have found something of their own.
-        if not main_process and not isinstance(error, RankError):
-            time.sleep(PATIENCE)
         # From a dataloader's worker an error comes with a traceback, whose last line is the error.
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on the disk that is full
+            print(f"error: {message}", file=sys.stderr, flush=True)
         # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
         raise SystemExit(2) from None

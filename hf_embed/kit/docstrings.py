@@ -34,6 +34,7 @@ from hf_embed.data.mixture import read_sources
 from hf_embed.errors import InputError
 from hf_embed.mining import MiningArguments, write_hard_negatives
 from hf_embed.progress import progress_bar
+from hf_embed.safe_files import write_text
 
 # "python" is the standard library. What hf_embed needs brings the others along.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
@@ -185,9 +186,9 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
         if len(rows) < 2:
             continue
         lines = (json.dumps({"query": query, "positive": positive}) for query, positive in rows)
-        Path(folder, f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         entries.append({"name": name, "file": f"{name}.jsonl"})
-    Path(folder, "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    write_text(folder / "sources.yaml", yaml.safe_dump(entries, sort_keys=False))
     for name, kind in {"doc_search": "body", "code_search": "code"}.items():
         # Texts that are copied from module to module test nothing.
         fresh = [pair for pair in tests[kind] if not trained.intersection(pair)]
@@ -239,7 +240,7 @@ def mine_negatives(folder: Path, embed: Callable[..., Tensor]) -> Path:
             write_hard_negatives(pairs, [], embed, mined / file, MiningArguments(num_negatives=1))
         entries.append({"name": source.name, "file": file})
     if state.is_main_process:
-        (mined / "sources.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+        write_text(mined / "sources.yaml", yaml.safe_dump(entries, sort_keys=False))
     state.wait_for_everyone()
     return mined / "sources.yaml"
 
@@ -255,6 +256,6 @@ def write_beir(folder: Path, pairs: list[Pair]) -> None:
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, prefix, texts in (("queries", "q", [q for q, _ in pairs]), ("corpus", "d", [d for _, d in pairs])):
         lines = (json.dumps({"_id": f"{prefix}{i}", "text": text}) for i, text in enumerate(texts))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
     qrels = [f"q{i}\td{i}\t1" for i in range(len(pairs))]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *qrels]) + "\n", encoding="utf-8")
+    write_text(folder / "qrels" / "test.tsv", "\n".join(["query-id\tcorpus-id\tscore", *qrels]) + "\n")

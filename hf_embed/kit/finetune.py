@@ -8,14 +8,15 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_embed.checkpoint.card import write_card
+from hf_embed.checkpoint.files import read_text
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.models import LoadedModel
-from hf_embed.kit.overwrite import clear_results
+from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
+from hf_embed.safe_files import new_folder, write_text
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import shown
 
@@ -49,7 +50,7 @@ def stopping(plan: Plan) -> list[TrainerCallback]:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping, whose count goes on where a run is resumed."""
+    """transformers' early stopping, whose count goes on where a run is resumed; one that has stopped stays so."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the evaluations since the best one, in the log of the run that is resumed."""
@@ -61,8 +62,8 @@ class EarlyStopping(EarlyStoppingCallback):
                 self.early_stopping_patience_counter, best = 0, value
             else:
                 self.early_stopping_patience_counter += 1
-        # A run that is resumed may have had no early stopping; transformers looks for its entry all the same.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
@@ -73,11 +74,12 @@ def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
 def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
     """Train, and save the model; what an earlier run left in the folder goes once the first step is done."""
     trainer.add_callback(plan.earlier)
+    if trainer.is_world_process_zero():
+        begin(plan.folder)
     trained = trainer.train(resume_from_checkpoint=plan.args.resume_from_checkpoint)
+    trainer.drops_results = True  # those that an earlier end of this run has left are not of these weights
     save_without_push(trainer)  # pushed with its results, by the report
-    if plan.replaces and trainer.is_world_process_zero():
-        clear_results(plan.folder)
-        write_card(trainer.encoder, plan.folder)
+    trainer.drops_results = False
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
         save_adapter(trainer.encoder, plan.folder / "adapter")
     trainer.accelerator.wait_for_everyone()
@@ -101,6 +103,7 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
     base, adapted = str(encoder.config.name_or_path), cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = shown(base)
-    adapted.save_pretrained(str(folder))
-    readme = folder / "README.md"
-    readme.write_text(readme.read_text(encoding="utf-8").replace(base, shown(base)), encoding="utf-8")
+    with new_folder(folder) as new:
+        adapted.save_pretrained(str(new))
+        readme = new / "README.md"
+        write_text(readme, read_text(readme).replace(base, shown(base)))

@@ -24,6 +24,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import uniformity, unit
 from hf_embed.progress import progress_bar
+from hf_embed.safe_files import writing
 
 Report = dict[str, list[dict[str, Any]]]
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -176,5 +177,6 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     right.set_xlabel("layer")
     right.set_title("token energy outside the mean")
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=100)
     plt.close(figure)

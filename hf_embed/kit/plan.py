@@ -11,13 +11,15 @@ from typing import Any, NamedTuple, cast
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.whole import check_whole, newest_whole
 from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
+from hf_embed.disk import ASIDE, check_folder
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, read_sts
@@ -25,7 +27,14 @@ from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.overwrite import EarlierRun, earlier_files
+from hf_embed.kit.overwrite import (
+    EarlierRun,
+    check_replaceable,
+    earlier_files,
+    is_unfinished,
+    is_working,
+    working_folder,
+)
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
@@ -195,7 +204,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where the finished model goes."""
+        """Where the run trains; see `hf_embed.kit.overwrite`."""
         return Path(str(self.args.output_dir))
 
     @property
@@ -312,7 +321,9 @@ def make_plan(
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
     plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets)
-    return dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder))) if plan.replaces else plan
+    if plan.replaces:
+        plan = dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder), plan.folder))
+    return plan
 
 
 def check_stopping(patience: int | None, args: ContrastiveTrainingArguments, tasks: dict[str, Task]) -> None:
@@ -362,37 +373,55 @@ def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainin
 
 
 def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
-    """Choose the folder, refuse one that holds another run, and find the checkpoint to resume from.
+    """Choose the folder where the run trains, refuse one that holds another run, and find the checkpoint to resume from.
 
-    Where none is given it is outputs/NAME, which `made_anew` replaces without asking.
+    Where none is given it is outputs/NAME, which `made_anew` replaces without asking. A run that is to replace another trains
+    beside it; see `hf_embed.kit.overwrite`.
     """
     given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
     default = given in (None, "trainer_output")
     folder = Path(f"outputs/{name}" if default else os.path.expanduser(given))
     overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: this is a file; name a folder")
+    check_folder(folder, "--output_dir")
+    if is_working(folder):
+        raise InputError(f"--output_dir {folder}: runs that replace another one have such names; name another folder")
+    unfinished = working_folder(folder) if is_unfinished(folder) else None
     if resume and not flags.values["seeds"]:  # of several seeds each has its own
-        resume = find_checkpoint(resume, folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        resume = find_checkpoint(resume, unfinished or folder)
+    filled = holds_run(folder)
+    if filled and not (overwrite or resume):
         raise InputError(
             f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
-    return flags.override(
-        output_dir=str(folder) if default else given, resume_from_checkpoint=resume, overwrite_output_dir=overwrite
-    )
+    working = folder if default else given
+    if resume and unfinished and (flags.values["seeds"] or Path(resume).parent == unfinished):
+        working = unfinished
+    elif filled and not resume:
+        check_replaceable(folder)
+        working = working_folder(folder)
+    return flags.override(output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds more than the logs of a run that ended before it saved anything."""
+    return any(path.name != "runs" and not path.name.startswith(ASIDE) for path in folder.glob("*"))
 
 
 def find_checkpoint(given: str, folder: Path) -> str:
-    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest."""
+    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest one that is whole.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
     if given in ("latest", "true", "True"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = newest_whole(folder)
         if last is None:
             raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
-        return last
+        return str(last)
     if not Path(given, "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {given}: no trainer_state.json there")
+    check_whole(Path(given))
     return given
 
 

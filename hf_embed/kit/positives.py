@@ -27,6 +27,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import find_model
@@ -157,7 +158,7 @@ def add_positives(
         change = partial(one_by_one, change_words)
     make = partial(make_pairs, column=column, change=partial(change, share=share), seed=seed)
     with table_bars():
-        pairs = texts.map(make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
+        pairs = cached_map(texts, make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
     same = sum(a == b for batch in pairs.iter(10_000) for a, b in zip(batch["anchor"], batch["positive"]))
     if same:
         logger.warning(f"{name}: {same:,} of {len(pairs):,} rows could not be changed by {positive}; each is its own positive")

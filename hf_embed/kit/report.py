@@ -22,6 +22,7 @@ from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, score_tasks
 from hf_embed.kit.models import embed_with
+from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.progress import hidden_bars
 from hf_embed.text_models import loading_class
@@ -49,6 +50,11 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
         results["card"] = {"title": plan.run.title}
     if trainer.is_world_process_zero():
         write_report(plan, trainer, before, results)
+        take_place(plan.folder)
+    trainer.accelerator.wait_for_everyone()
+    trainer.args.output_dir = str(place_of(plan.folder))
+    if trainer.is_world_process_zero():
+        print(saved_to(plan.folder, trainer.encoder.remote_code))
     if saved is not None and plan.run.show_searches:
         for name, task in plan.tasks.items():
             show_searches(name, task, saved, plan.run.show_searches)
@@ -105,7 +111,6 @@ def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, floa
         plot_trajectory([before | {"step": 0}, *evaluations], plan.folder / "geometry.png")
         print("\n" + "\n".join(comparison_table(results)))
     write_card(trainer.encoder, plan.folder, results)
-    print(saved_to(plan.folder, trainer.encoder.remote_code))
 
 
 def saved_to(folder: Path, remote_code: bool = False) -> str:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import gc
-import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed.checkpoint.card import store_results, write_card
 from hf_embed.checkpoint.files import read_json
-from hf_embed.checkpoint.save import put_in_place
+from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
+from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
-from hf_embed.kit.overwrite import EarlierRun, clear_results, earlier_files
-from hf_embed.kit.plan import Plan, find_checkpoint
+from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
+from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
+from hf_embed.ranks import writing_alone
+from hf_embed.resume import as_json, same_settings
+from hf_embed.safe_files import SAVING
+from hf_embed.training_record import settings_of, shown
 
 
 def read_seeds(given: str) -> list[int]:
@@ -42,7 +44,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
     """Train what the flags say, once or with each of `--seeds`; with `--preflight` only look at it.
 
     Of several, the best by the evaluation sets is what OUTPUT_DIR is then, with all seeds' scores in its card. A seed's run is
-    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay.
+    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay, except where they had other settings.
 
     Args:
         flags: with the output folder settled.
@@ -51,10 +53,20 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 
     Returns:
         What results.json in OUTPUT_DIR holds.
+
+    Raises:
+        InputError: another run writes there; what is wrong with the flags or the data.
     """
+    if flags.values["preflight"]:
+        return preflight_plan(read_plan(flags))
+    folder = Path(str(flags.values["output_dir"]))
+    with writing_alone(folder, place_of(folder)):
+        return train_alone(flags, read_plan, train)
+
+
+def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
+    """Train as `train_each_seed` says, in a folder that no other run writes to."""
     plan = read_plan(flags)
-    if plan.run.preflight:
-        return preflight_plan(plan)
     if not plan.run.seeds:
         return train(plan)
     seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint
@@ -62,37 +74,56 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
         raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
     if plan.args.push_to_hub:
         raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
-    earlier = EarlierRun([] if resume else earlier_files(plan.folder))
+    earlier = EarlierRun([] if resume else earlier_files(plan.folder), plan.folder)
     runs = {}
+    if PartialState().is_main_process:
+        begin(plan.folder)
+    PartialState().wait_for_everyone()
     for seed in seeds:
         folder = plan.folder / f"seed-{seed}"
-        if resume and (folder / "results.json").is_file():
-            runs[seed] = finished_run(folder, plan)
+        if resume and (results := finished_run(folder, plan)):
+            runs[seed] = results
             continue
+        checkpoint = interrupted_run(folder, plan) if resume else None
+        earlier_run = (folder / "results.json").is_file() or bool(checkpoints_in(folder))
+        anew = ", anew: its run had other settings" if resume and earlier_run and checkpoint is None else ""
         if PartialState().is_main_process:
-            print(f"\nseed {seed}")
-        of_seed = read_plan(seed_flags(flags, seed, folder, bool(resume)))
+            print(f"\nseed {seed}{anew}")
+        of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
+        if anew:  # what the seed's earlier run left goes with its first step, and so do its results
+            earlier = EarlierRun([*of_seed.earlier.paths, folder / "results.json"])
         runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
         gc.collect()  # a trainer and its model hold each other
     with plan.args.main_process_first():
         return keep_best(plan.folder, runs, plan.model_args.trust_remote_code)
 
 
-def seed_flags(flags: Flags, seed: int, folder: Path, resume: bool) -> Flags:
+def seed_flags(flags: Flags, seed: int, folder: Path, checkpoint: str | None) -> Flags:
     """Make the flags of the run with one of the seeds, in a folder of its own."""
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    checkpoint = last and find_checkpoint(last, folder)
     return flags.override(
         seeds=None, seed=seed, output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=checkpoint
     )
 
 
-def finished_run(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Read the results of a seed's run that is finished. Raises InputError if it had other settings."""
-    results = read_json(folder / "results.json")
-    if results["train"]["settings"] != json.loads(json.dumps(changed(plan))):
-        raise InputError(f"{folder} holds a run with other settings; replace all by --overwrite_output_dir")
-    return results
+def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
+    """Read the results of a seed's run that is finished; None if it is not, or if it had other settings."""
+    if not (folder / "results.json").is_file():
+        return None
+    results, args = read_json(folder / "results.json"), plan.args
+    now = {
+        "settings": changed(plan), "objective": settings_of(plan.objective), "data": shown(plan.source),
+        "model": shown(plan.model_args.model_name_or_path or "quickstart"),
+        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+    }  # fmt: skip
+    return results if {name: results["train"][name] for name in now} == as_json(now) else None
+
+
+def interrupted_run(folder: Path, plan: Plan) -> str | None:
+    """Return the newest whole checkpoint of a seed that was interrupted; None without one, or if it had other settings."""
+    checkpoint = None if (folder / "results.json").is_file() else newest_whole(folder)
+    manifest = checkpoint and read_manifest(checkpoint)
+    changes = manifest and not same_settings(manifest["run"], plan.args, plan.objective)
+    return None if checkpoint is None or changes else str(checkpoint)
 
 
 def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict[str, Any]:
@@ -103,16 +134,14 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
     results = runs[best] | {"seed": best, "seeds": {str(seed): run["after"] for seed, run in runs.items()}}
     results["train"] = results["train"] | {"chosen_by": scores[best]}
     if PartialState().is_main_process:
-        left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md")
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-            copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
-            names = os.listdir(copied)
-            put_in_place(str(copied), str(folder))
-        clear_results(folder, keep=names)
-        store_results(folder, results)
-        with quiet():
-            encoder = Encoder.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        write_card(encoder, folder, results)
+        left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md", f"{SAVING}*")
+        with renewed(folder, clear=True) as place:
+            with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
+                put_in_place(shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out), place)
+            store_results(place, results)
+            with quiet():
+                encoder = Encoder.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+            write_card(encoder, place, results)
         print("\n" + "\n".join(seeds_table(results)))
-        print(saved_to(folder, encoder.remote_code))
+        print(saved_to(take_place(folder), encoder.remote_code))
     return results

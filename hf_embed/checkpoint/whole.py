@@ -1,0 +1,199 @@
+"""A training's checkpoint is whole or not there: the manifest that seals it, and the readers who go by that.
+
+A checkpoint is written aside, sealed with manifest.json (`seal`), flushed, and renamed to checkpoint-N. The manifest has the
+size and the hash of each file that a resumed run reads, and what run the checkpoint belongs to (`hf_embed.resume`); a hash of
+its own protects the manifest. A checkpoint that an earlier version wrote has none: its files are checked for what they say
+of themselves, a checksum in those of torch and the lengths in those of safetensors.
+"""
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_embed.checkpoint.files import read_json
+from hf_embed.errors import InputError
+from hf_embed.safe_files import SAVING, hash_of, remove_folder
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+VERSION = 1  # of what the manifest says
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+ASIDE = f"{SAVING}{PREFIX_CHECKPOINT_DIR}-"  # begins the name of a checkpoint that is being written
+# Not in the manifest: what no resumed run reads, and people edit or pushes leave out.
+LEFT_OUT = {MANIFEST, "README.md", "training_args.bin"}
+# What a resumed run would read if it lay beside the files of the manifest.
+READ = re.compile(r"(model|pytorch_model|training\.safetensors|optimizer|scheduler|scaler|rng_state)[._-]?.*")
+TORCH_FILES = (".pt", ".pth", ".bin")
+
+
+# ---- writing ----
+
+
+def seal(folder: Path, run: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint of which every file is there.
+
+    Args:
+        folder: the checkpoint's, still under another name.
+        run: what run it belongs to, as JSON has it.
+    """
+    files = {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": hash_of(folder / name)} for name in names_in(folder)}
+    content: dict[str, Any] = {"version": VERSION, "files": files, "run": run}
+    content["xxh3_128"] = hash_of_content(content)
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the files of a checkpoint that the manifest lists, those in folders too, as paths with slashes."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if path.as_posix() not in LEFT_OUT and not path.name.startswith(SAVING))
+
+
+def hash_of_content(content: dict[str, Any]) -> str:
+    """Return the hash of a manifest, without the entry that has it."""
+    told = {key: value for key, value in content.items() if key != "xxh3_128"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+
+
+def rotate(folder: Path, limit: int | None, keep: set[str], step: int) -> None:
+    """Remove checkpoints of a run until `limit` are left: the oldest by their step.
+
+    Those of later steps than the present one go first: the run was resumed before them. Each gets another name before it goes,
+    so that no half of it is ever taken for a checkpoint.
+
+    Args:
+        folder: the run's.
+        limit: None: all stay.
+        keep: the names of those that stay in any case.
+        step: the present one.
+    """
+    found = checkpoints_in(folder)
+    surplus = 0 if limit is None else len(found) - max(limit, len(keep))
+    for path in sorted(found, key=lambda path: (found[path] <= step, found[path])):
+        if surplus > 0 and path.name not in keep:
+            remove_folder(path)
+            surplus -= 1
+
+
+# ---- reading ----
+
+
+def checkpoints_in(folder: Path) -> dict[Path, int]:
+    """Return the checkpoint-N folders of a run, and the step of each."""
+    found = {
+        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    }
+    return {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run that is whole, with a warning of each that is skipped; None without checkpoints.
+
+    Raises:
+        InputError: there are checkpoints, and none is whole.
+    """
+    skipped: list[str] = []
+    for path in newest_first(folder):
+        reason = damage(path)
+        if reason is None:
+            for line in skipped:
+                logger.warning(f"{line}: skipped; going on from {path.name}")
+            return path
+        skipped.append(f"{path.name}: {reason}")
+    if skipped:
+        raise InputError(f"{folder}: no checkpoint is whole ({'; '.join(skipped)}); start anew in another folder")
+    return None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoint-N folders of a run, that of the last step first."""
+    found = checkpoints_in(folder)
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise InputError for a checkpoint that is damaged, with the name of one beside it that is whole."""
+    reason = damage(folder)
+    if reason is None:
+        return
+    others = (path for path in newest_first(folder.parent) if path.resolve() != folder.resolve())
+    whole = next((path for path in others if damage(path) is None), None)
+    mend = "start anew in another folder" if whole is None else f"give latest, which is {whole.name}"
+    raise InputError(f"{folder}: the checkpoint is damaged ({reason}); {mend}")
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, in a few words; None where nothing is."""
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        return f"no {TRAINER_STATE_NAME}"
+    try:
+        manifest = read_manifest(folder)
+        return damage_by_itself(folder) if manifest is None else damage_by_manifest(folder, manifest["files"])
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"{Path(str(error.filename or '')).name} cannot be read: {error.strerror or error}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None for one that an earlier version wrote.
+
+    Raises:
+        InputError: it is not as it was written.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{MANIFEST} is not JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("xxh3_128") != hash_of_content(manifest):
+        raise InputError(f"{MANIFEST} is not as it was written")
+    if manifest.get("version") != VERSION:
+        raise InputError(f"{MANIFEST} is of another version of this package, {manifest.get('version')}")
+    return manifest
+
+
+def damage_by_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """Return how the files of a checkpoint differ from those of its manifest; sizes first, for they are known at once."""
+    for name, file in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != file["bytes"]:
+            return f"{name} has {size:,} bytes in place of {file['bytes']:,}"
+    if more := sorted({name for name in names_in(folder) if READ.fullmatch(name)} - set(files)):
+        return f"{more[0]} is none of its files"
+    for name, file in files.items():
+        if hash_of(folder / name) != file["xxh3_128"]:
+            return f"{name} has other content than was written"
+    return None
+
+
+def damage_by_itself(folder: Path) -> str | None:
+    """Return which file of a checkpoint without a manifest is half-written, as far as files can tell."""
+    for name in names_in(folder):
+        path = folder / name
+        try:
+            if name.endswith(".json"):
+                read_json(path)
+            elif name.endswith(".safetensors"):
+                with safe_open(path, framework="pt"):
+                    pass
+            elif name.endswith(TORCH_FILES) and "/" not in name:
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        return f"{name} has other content than was written"
+        except (ValueError, RecursionError, SafetensorError, zipfile.BadZipFile, NotImplementedError) as error:
+            return f"{name} cannot be read: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+    state = read_json(folder / TRAINER_STATE_NAME)
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        return f"{TRAINER_STATE_NAME} has no global_step"
+    return None

@@ -1,0 +1,337 @@
+"""A Trainer whose checkpoints are whole or not there, and that knows what it resumes.
+
+`hf_embed.checkpoint.whole` seals and checks a checkpoint, `hf_embed.resume` compares its run with the present one.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from hf_embed import resume, safe_files
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint import whole
+from hf_embed.checkpoint.files import read_json
+from hf_embed.disk import disk_errors
+from hf_embed.distributed import gather_objects
+from hf_embed.errors import InputError
+from hf_embed.hub_trainer import HubTrainer
+from hf_embed.library_internals import save_optimization, save_without_push, set_base_rates, train_batch_size
+
+if TYPE_CHECKING:
+    from hf_embed.trainer import ContrastiveTrainer
+
+logger = logging.getLogger(__name__)
+Made = TypeVar("Made")
+
+LATEST = "latest"  # what True means, for those who read flags
+# What transformers says of a resumed run that is said better here, or that is not so here.
+SAID_OTHERWISE = ("The best checkpoint ", "Warning: The following arguments do not match the ones in the `trainer_state.json`")
+# What is of a weight's shape in the state of torch's optimizers.
+OF_ITS_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg")
+
+
+class CheckpointTrainer(HubTrainer):
+    """What `ContrastiveTrainer` does about checkpoints."""
+
+    args: ContrastiveTrainingArguments
+    facts: resume.Facts  # what run this is; known when the training begins
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint; True or "latest": the newest in `args.output_dir` that is whole.
+            trial: None.
+            ignore_keys_for_eval: of no use here.
+
+        Raises:
+            InputError: there is no such checkpoint; it is damaged; its run had other rows, another objective or the like and
+                `args.allow_changed` is not set, or it is of another model; ranks read different rows.
+        """
+        if self.train_dataset is None:
+            raise InputError("training needs a train_dataset")
+        self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
+        resume.check_ranks_alike(gather_objects(self.facts))
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
+            self.check_on_each_node(checkpoint)
+        if self.args.should_save:
+            clear_leftovers(Path(str(self.args.output_dir)))
+        self.accelerator.wait_for_everyone()
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def find_checkpoint(self, given: str | bool) -> str:
+        """Return the checkpoint to resume from, which is whole and of this run; say what is other than it was.
+
+        Raises:
+            InputError: see `train`.
+        """
+        folder, latest = Path(str(self.args.output_dir)), given is True or given == LATEST
+        checkpoint = whole.newest_whole(folder) if latest else Path(str(given))
+        if checkpoint is None:
+            raise InputError(f"No valid checkpoint found in output directory ({folder}): no checkpoint-N folder is there")
+        if not latest:
+            if not (checkpoint / TRAINER_STATE_NAME).is_file():
+                raise InputError(f"{checkpoint}: no checkpoint there (no {TRAINER_STATE_NAME}); give a checkpoint-N folder")
+            whole.check_whole(checkpoint)
+        manifest = whole.read_manifest(checkpoint)
+        if manifest is None:
+            logger.warning(f"{checkpoint}: an earlier version wrote this checkpoint, without hashes and what run it is of: "
+                           "neither can be checked")  # fmt: skip
+        elif manifest["run"]:
+            for line in resume.compare(checkpoint, manifest["run"], self.facts, self.args.allow_changed):
+                logger.warning(line)
+        if anew := starting_anew(checkpoint):
+            logger.warning(f"{checkpoint}: {anew}")
+        return str(checkpoint)
+
+    def on_main(self, make: Callable[[], Made]) -> Made:
+        """Return on every rank what `make` returns on the main one, or raise its error."""
+        made, problem = None, None
+        if self.is_world_process_zero():
+            try:
+                made = make()
+            except Exception as error:
+                problem = error
+        made, reason = gather_objects((made, None if problem is None else str(problem)))[0]
+        if reason is not None:
+            raise problem or InputError(reason)
+        return cast(Made, made)
+
+    def check_on_each_node(self, checkpoint: str) -> None:
+        """Raise InputError where a machine has a copy of its own of the checkpoint, and that is damaged."""
+        own = self.args.save_on_each_node and self.args.local_process_index == 0
+        for rank, reason in enumerate(gather_objects(whole.damage(Path(checkpoint)) if own else None)):
+            if reason is not None:
+                raise InputError(f"{checkpoint}, on the machine of rank {rank}: {reason}; give another checkpoint")
+
+    # ---- saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, seal it when all ranks have written, and put it in its place."""
+        args, state, run_dir = self.args, self.state, Path(str(self.args.output_dir))
+        self.store_flos()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        aside = run_dir / f"{whole.ASIDE}{state.global_step}"
+        if args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with disk_errors(run_dir / name):  # before what is half-written goes
+                save_without_push(self, str(aside))
+                if not args.save_only_model:
+                    save_optimization(self, str(aside))
+                if state.best_global_step:
+                    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+                    if best.name == name or best.is_dir():
+                        state.best_model_checkpoint = str(best)
+                if args.should_save:
+                    self._note_callbacks()
+                    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    whole.seal(aside, self.facts)
+                    safe_files.replace_folder(aside, run_dir / name)
+        finally:  # after an error, or on a machine that keeps no checkpoints
+            if args.should_save or args.local_process_index == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if args.should_save:
+            best_name = Path(state.best_model_checkpoint or name).name
+            whole.rotate(run_dir, args.save_total_limit, {name, best_name}, state.global_step)
+
+    def _note_callbacks(self) -> None:
+        """Put the states of the callbacks that have one into the trainer's; a list where several are of one class."""
+        states: dict[str, list[dict]] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        noted = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
+        self.state.stateful_callbacks = cast(dict, self.state.stateful_callbacks) | noted  # type: ignore[assignment]
+
+    # ---- resuming ----
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        with without_messages(("transformers.trainer", "transformers.trainer_utils"), SAID_OTHERWISE):
+            begun = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
+        if resume_from_checkpoint is not None:
+            self.state.compute_steps(self.args, max_steps)  # when to log, evaluate and save is for the present flags to say
+            self.state.train_batch_size = train_batch_size(self)
+            stored = read_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME)).get("best_model_checkpoint")
+            if stored is not None:  # found by its name: the run's folder may be another one now, or a copy
+                places = [Path(resume_from_checkpoint).parent / Path(stored).name, Path(stored)]
+                self._settle_best(next((place for place in places if place.is_dir()), places[0]))
+        return begun
+
+    def _settle_best(self, best: Path) -> None:
+        """Let a folder be the best checkpoint so far, or none if it is not whole."""
+        reason = self.on_main(lambda: whole.damage(best))
+        self.state.best_model_checkpoint = str(best)
+        if reason is not None:
+            self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
+            if self.is_world_process_zero():
+                logger.warning(f"{best}: the best checkpoint is not whole ({reason}), and is not used")
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        """Forget a best checkpoint that is damaged, so that the last step stays; then what `Trainer` does at the end."""
+        if self.state.best_model_checkpoint is not None:
+            self._settle_best(Path(self.state.best_model_checkpoint))
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
+            for path in whole.checkpoints_in(Path(str(self.args.output_dir))):
+                if not path.samefile(best):  # Trainer would remove it file by file
+                    safe_files.remove_folder(path)
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _run_epoch(
+        self,
+        model: nn.Module,
+        epoch: int,
+        train_dataloader: DataLoader,
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        resume_from_checkpoint: str | None,
+        epochs_trained: int,
+        steps_trained_in_current_epoch: int,
+    ) -> None:
+        """Train no further step where a finished run is resumed."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(
+            model=model, epoch=epoch, train_dataloader=train_dataloader, steps_in_epoch=steps_in_epoch,
+            num_update_steps_per_epoch=num_update_steps_per_epoch, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval,
+            start_time=start_time, resume_from_checkpoint=resume_from_checkpoint, epochs_trained=epochs_trained,
+            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+        )  # fmt: skip
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read the states of optimizer and schedule; the present settings go on, also where they are other than then."""
+        if checkpoint is None:
+            return
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = cast(Any, self.optimizer), self.lr_scheduler
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        rates = scheduler.base_lrs if isinstance(scheduler, LambdaLR) else []
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:
+            raise unreadable(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME], error) from error
+        check_shapes(checkpoint, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+        if isinstance(scheduler, LambdaLR):
+            for group, given in zip(optimizer.param_groups, settings):
+                group.update(given)
+            set_base_rates(scheduler, rates)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:
+            names = [path.name for path in Path(str(checkpoint)).glob("rng_state*.pth")]
+            raise unreadable(str(checkpoint), names, error) from error
+
+
+# ---- what is read ----
+
+
+def starting_anew(checkpoint: Path) -> str | None:
+    """Say what a checkpoint does not hold, so that it starts anew; None where everything is there."""
+    names = whole.names_in(checkpoint)
+    if any(name.startswith("global_step") for name in names):  # DeepSpeed's own
+        return None
+    optimizer, schedule, random = (any(name.startswith(part) for name in names) for part in ("optimizer", "scheduler", "rng_"))
+    if not (optimizer or schedule or random):
+        return "holds the model alone (save_only_model): optimizer, learning rate schedule and random numbers start anew"
+    if not (optimizer and schedule):
+        return f"has no {SCHEDULER_NAME if optimizer else OPTIMIZER_NAME}: optimizer and learning rate schedule start anew"
+    return None if random else "has no random number states: dropout draws other numbers than it would have drawn"
+
+
+def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputError:
+    """Return the error about the first of a checkpoint's files that cannot be read, or about files that do not fit."""
+    for name in names:
+        if Path(checkpoint, name).is_file():
+            try:
+                torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
+            except Exception as problem:
+                return InputError(f"{Path(checkpoint, name)} cannot be read ({in_short(problem)}); give another checkpoint")
+    return InputError(f"{checkpoint}: {' and '.join(names)} do not fit this run ({in_short(error)}); give another checkpoint")
+
+
+def in_short(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raise InputError where the state of one of torch's optimizers is not of its weights' shapes."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in OF_ITS_SHAPE:
+            if name in state and state[name].shape != parameter.shape:
+                raise InputError(
+                    f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, and its weight "
+                    f"{tuple(parameter.shape)}; give another checkpoint"
+                )
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed runs have left half-written in the folder of a run, unless another run is writing there."""
+    if not folder.is_dir():
+        return
+    held = safe_files.key_of(folder) in safe_files.locks
+    if safe_files.take_lock(folder):
+        safe_files.remove_leftovers(folder)
+        if not held:
+            safe_files.release(folder)
+
+
+@contextlib.contextmanager
+def without_messages(names: tuple[str, ...], beginnings: tuple[str, ...]) -> Iterator[None]:
+    """Let loggers leave out, for a while, the messages that begin so."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginnings)
+
+    for name in names:
+        logging.getLogger(name).addFilter(wanted)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(wanted)

@@ -1,0 +1,276 @@
+"""What a file system refuses, in one line: it is full or read-only, a quota is used up, a name is too long.
+
+Libraries say of a full disk what they know: an error number, a text, or that they are not where they should be in the file.
+`disk_errors` makes one message of all of them. `check_folder` and `lack_of_room` look before anything is computed.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+
+from hf_embed.errors import InputError, RankError
+
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than files may be here (ulimit -f shows a limit)",
+}
+REFUSED = {
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+# How libraries say it that keep the error number to themselves: safetensors, PyTorch's workers and writer, NumPy.
+TEXTS = {
+    r"No space left on device": errno.ENOSPC,
+    r"Disk quota exceeded": errno.EDQUOT,
+    r"File too large": errno.EFBIG,
+    r"inline_container\.cc\S* \. unexpected pos|PytorchStreamWriter failed|^\d+ requested and \d+ written": errno.ENOSPC,
+    r"out of shared memory": errno.ENOSPC,
+}
+SHARED_MEMORY = Path("/dev/shm")
+OF_WORKERS = r"out of shared memory|</torch_"
+ANOTHER_FOLDER = "name another output folder"
+AGAIN = "make room there and run it again"
+ASIDE = ".saving-"  # begins the name of what is not whole yet
+LONGEST_ADDITION = 40  # bytes of the longest ending or beginning that a name gets while a file is written
+LONGEST_INSIDE = 200  # bytes of the longest path within an output folder
+
+
+class DiskError(RankError):
+    """A file system has refused a write. The message says which one, what is free there, and how to go on."""
+
+
+# ---- while something is written ----
+
+
+@contextlib.contextmanager
+def disk_errors(*places: str | Path) -> Iterator[None]:
+    """Turn the errors of a file system into a `DiskError`.
+
+    Args:
+        places: where files are written, the likeliest first: many errors do not name their file.
+
+    Raises:
+        DiskError: the disk is full or a quota used up, a file or its name is larger than allowed, or may not be written.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        message = disk_message(error, [Path(place) for place in places])
+        if message is None:
+            raise
+        raise DiskError(message) from error
+
+
+def disk_message(error: BaseException, places: list[Path]) -> str | None:
+    """Return in one line what a file system has refused; None for an error that is of something else."""
+    for cause in causes(error):
+        code = code_of(cause)
+        if code in FULL:
+            return full_message(FULL[code], place_of(cause, places))
+        if code in REFUSED and not isinstance(error, InputError) and file_of(cause):
+            return refusal(REFUSED[code], place_of(cause, places), places)
+        if "No usable temporary directory" in str(cause):
+            return "no temporary folder can be written; set TMPDIR to one that can, and that has room"
+    return None
+
+
+def refusal(reason: str, file: Path, places: list[Path]) -> str:
+    """Return the line about a file that may not be written or, of one that is not in `places` or a cache, perhaps read."""
+    mend = another_place(file)
+    written = mend != ANOTHER_FOLDER or any(Path(os.path.abspath(file)).is_relative_to(os.path.abspath(p)) for p in places)
+    if reason == REFUSED[errno.EACCES]:
+        mend = f"give this user the right to it{f', or {mend}' if written else ''}"
+    return f"{shortened(file)}: {reason}; {mend}"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, its cause, the cause of that, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
+def code_of(error: BaseException) -> int | None:
+    """Return the error number that an error has, or that its text is of."""
+    if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED):
+        return error.errno
+    return next((code for text, code in TEXTS.items() if re.search(text, str(error), re.MULTILINE)), None)
+
+
+def file_of(error: BaseException) -> Path | None:
+    """Return the file that an error names."""
+    name = getattr(error, "filename", None)
+    if isinstance(name, str | bytes | os.PathLike):
+        return Path(os.fsdecode(name))
+    quoted = re.search(r"(?:No space left on device|Disk quota exceeded)\S*: '(/[^']+)'", str(error))
+    return Path(quoted[1]) if quoted else None
+
+
+def place_of(error: BaseException, places: list[Path]) -> Path:
+    """Return where an error arose: at the file that it names, else where one writes, else where the least is free."""
+    if re.search(OF_WORKERS, str(error)):
+        return SHARED_MEMORY
+    file = file_of(error)
+    if file is not None and not (places and file.name.startswith(ASIDE)):
+        return file
+    if places:
+        return places[0]
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HOME)]
+    return min([*caches, temporary_folder(), Path.cwd()], key=lambda place: shutil.disk_usage(mount_of(place)).free)
+
+
+def full_message(reason: str, place: Path) -> str:
+    """Return the line about a file system that has no room for a file."""
+    mount = mount_of(place)
+    free = free_of(mount)
+    return f"{reason} (at {shortened(place)}): the file system {mount} has {free}; {AGAIN}, or {another_place(place)}"
+
+
+def free_of(mount: Path) -> str:
+    """Say what is free on a file system, in bytes, and in files where none can be added."""
+    usage = shutil.disk_usage(mount)
+    said = f"{size(usage.free)} of {size(usage.total)} free"
+    if hasattr(os, "statvfs"):
+        files = os.statvfs(mount)
+        if files.f_files and not files.f_favail:
+            said += f", and holds no more than the {files.f_files:,} files in it"
+    return said
+
+
+def another_place(place: Path) -> str:
+    """Return how to have a file written elsewhere, as the end of a message."""
+    for folder, mend in (
+        (SHARED_MEMORY, "set dataloader_num_workers to 0; docker run --shm-size 2g gives more"),
+        (Path(datasets.config.HF_DATASETS_CACHE), "set HF_DATASETS_CACHE to a folder elsewhere"),
+        (Path(huggingface_hub.constants.HF_HOME), "set HF_HOME to a folder elsewhere"),
+        (temporary_folder() / "tmp", "set TMPDIR to a folder elsewhere"),
+    ):
+        if os.path.abspath(place).startswith(os.path.abspath(folder)):
+            return mend
+    return ANOTHER_FOLDER
+
+
+def temporary_folder() -> Path:
+    """Return the system's folder for temporary files, which `tempfile` does not name where the disk is full."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return Path(os.environ.get("TMPDIR", "/tmp"))
+
+
+def mount_of(place: Path) -> Path:
+    """Return the folder at which the file system of a file, or of one that is to be, is mounted."""
+    path = Path(os.path.realpath(nearest(place)))
+    while not os.path.ismount(path):
+        path = path.parent
+    return path
+
+
+def nearest(place: Path) -> Path:
+    """Return the absolute path of a file or folder or, where it is not there, of the nearest folder around it that is."""
+    path = Path(os.path.abspath(place))
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> size(2_300_000)
+    '2.3 MB'
+    """
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def shortened(path: str | Path) -> str:
+    """Return a path for a message."""
+    name = str(path)
+    return name if len(name) <= 200 else f"{name[:80]} ... {name[-80:]}"
+
+
+# ---- before anything is computed ----
+
+
+def check_folder(folder: str | Path, name: str = "output_dir") -> None:
+    """Check that a folder can be written, or be made; nothing is left there.
+
+    Args:
+        folder: where files will be written.
+        name: what messages call it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    said = f"{name} {shortened(folder)}"
+    if "\0" in str(folder):
+        raise InputError(f"{name} {str(folder)!r}: a name has no NUL byte; name another folder")
+    found = nearest(Path(folder))
+    if not found.is_dir():
+        what = "this" if found == Path(os.path.abspath(folder)) else str(found)
+        raise InputError(f"{said}: {what} is a {'file' if found.exists() else 'link to nothing'}; name a folder")
+    check_length(Path(os.path.abspath(folder)), found, said)
+    try:
+        with tempfile.TemporaryFile(dir=found) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        if error.errno in FULL:
+            raise InputError(full_message(FULL[error.errno], Path(folder))) from error
+        reason = REFUSED.get(error.errno or 0, str(error.strerror or error))
+        raise InputError(f"{said}: nothing can be written in {found} ({reason}); name another folder") from error
+
+
+def check_length(path: Path, found: Path, said: str) -> None:
+    """Raise InputError for a path with a name that is too long, or that has no room for the files within."""
+    try:
+        most, longest = os.pathconf(found, "PC_NAME_MAX"), os.pathconf(found, "PC_PATH_MAX")
+    except (AttributeError, OSError, ValueError):
+        return
+    names = [len(os.fsencode(part)) for part in path.relative_to(found).parts]
+    if any(length + LONGEST_ADDITION > most for length in names):
+        raise InputError(f"{said}: a name of {max(names)} bytes is too long; take one of at most {most - LONGEST_ADDITION}")
+    if (length := len(os.fsencode(path))) + LONGEST_INSIDE > longest:
+        raise InputError(f"{said}: a path of {length} bytes is too long; take one of at most {longest - LONGEST_INSIDE}")
+
+
+def check_file(file: str | Path, name: str) -> None:
+    """Check that a file can be written; nothing is left there. `name` is what messages call it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{name} {shortened(file)}: this is a folder; name a file")
+    check_folder(path.parent, f"the folder of {name}")
+    check_length(Path(os.path.abspath(path)), nearest(path.parent), f"{name} {shortened(file)}")
+
+
+def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:
+    """Return in one line why a folder has no room for `needed` bytes, which are of `what`; None where it has.
+
+    What killed processes have left there half-written counts as free.
+    """
+    mount = mount_of(Path(folder))
+    left = [path for path in Path(folder).glob(f"{ASIDE}*/**/*") if path.is_file() and not path.is_symlink()]
+    if shutil.disk_usage(mount).free + sum(path.stat().st_size for path in left) >= needed:
+        return None
+    return f"{shortened(folder)}: {what} about {size(needed)}, and the file system {mount} has {free_of(mount)}"

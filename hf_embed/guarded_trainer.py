@@ -1,0 +1,188 @@
+"""A Trainer that comes through what happens to runs: signals, lost ranks, gradients that are no numbers, full memory."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint_trainer import CheckpointTrainer
+from hf_embed.encoder import default_chunk_tokens
+from hf_embed.errors import InputError, RankError
+from hf_embed.library_internals import save_checkpoint
+from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
+from hf_embed.stop import Stopped, StopRequests, how_to_go_on
+from hf_embed.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedTrainer(CheckpointTrainer):
+    """What `ContrastiveTrainer` does when something happens to a training."""
+
+    args: ContrastiveTrainingArguments
+    watch: Watch
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.stop_requests = StopRequests()
+        self.step_memory = StepMemory([])
+        super().__init__(*args, **kwargs)
+        self.check_skipping()
+        self.add_callback(self.stop_requests)
+        if jit := self.pop_callback(JITCheckpointCallback):  # of `enable_jit_checkpoint`, which would end with status 0
+            jit.on_train_end(self.args, self.state, self.control)  # gives the signal back
+
+    # ---- signals and ranks ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; SIGTERM, SIGUSR1 and SIGINT end it with a checkpoint, as `hf_embed.stop` says.
+
+        Raises:
+            Stopped: a `SystemExit` after such a signal.
+            InputError: another run writes to the output folder; another rank has ended, or does not answer; a gradient is not
+                a number; the memory of the GPU is full even with a single text at a time.
+        """
+        folder = Path(str(self.args.output_dir))
+        with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Do what is due, and then stop if a signal says so."""
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
+        if number := self.stop_requests.due(self.state, self.control):
+            self._stop(number, model, trial)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Return the batches of a step, and keep them until it is done."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_memory = StepMemory(batches)
+        return batches, items
+
+    def _stop(self, number: int, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, if this step has none, and raise Stopped."""
+        requests, step, checkpoint = self.stop_requests, self.state.global_step, None
+        self.stopping = True
+        if requests.saves:
+            checkpoint = str(Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
+            if requests.saved_step != step:
+                self.watch.check(self.args, self.state, model, of_weights=True)
+                save_checkpoint(self, model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            logger.warning(how_to_go_on(number, step, checkpoint))
+        raise Stopped(number)
+
+    # ---- full memory ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the loss of a batch, with its gradient added up.
+
+        Where a single process runs out of a GPU's memory, the step begins again with half of `chunk_tokens` and with gradient
+        caching, as do all that follow. The gradient is the same, but for the other draws of dropout in other chunks.
+
+        Raises:
+            InputError: it has run out with a single text at a time; or one of several processes has.
+        """
+        memory, number = self.step_memory, self.step_memory.begin()
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            self._use_less_memory(error)
+        while True:  # outside the handler, which would keep what has filled the memory
+            memory.restore(model)
+            clear_device_cache(garbage_collection=True)
+            try:
+                for batch in memory.batches[: number + 1]:
+                    loss = super().training_step(model, batch, num_items_in_batch)
+                return loss
+            except torch.OutOfMemoryError as error:
+                self._use_less_memory(error)
+
+    def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
+        """Halve `chunk_tokens` and say so, or raise InputError where that does not help."""
+        args, step = self.args, self.state.global_step + 1
+        budget = args.chunk_tokens or default_chunk_tokens(args.device)
+        mend = "set a lower chunk_tokens, gradient_caching or a smaller per_device_train_batch_size"
+        if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RankError(f"the memory of the GPU of process {args.process_index} is full, at step {step}; {mend}") from error
+        shortest = min(length for batch in self.step_memory.batches for length in batch["lengths"])
+        if budget < 2 * shortest and args.gradient_caching:
+            raise InputError(
+                f"the memory of the GPU is full at step {step}, even with a single text at a time; set a smaller max_length or "
+                "per_device_train_batch_size"
+            ) from error
+        args.chunk_tokens, args.gradient_caching = max(1, budget // 2), True
+        logger.warning(
+            f"the memory of the GPU is full, at step {step}, which begins again with chunk_tokens {args.chunk_tokens} and "
+            "gradient_caching, as all that follow; give both to have them from the first step"
+        )
+
+    # ---- gradients that are no numbers ----
+
+    def check_skipping(self) -> None:
+        """Raise InputError where the update of a single step cannot be skipped."""
+        optimizer = "DeepSpeed" if self.is_deepspeed_enabled else str(getattr(self.args.optim, "value", self.args.optim))
+        if self.args.nan_steps == "skip" and optimizer in ("DeepSpeed", "lomo", "adalomo"):
+            raise InputError(f"nan_steps is skip, but {optimizer} updates weights while it computes gradients; leave it out")
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """Return the norm of the gradient of a step, which is the same on every rank, and let the watch see it."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.mixed_precision == "fp16"  # whose scaler leaves such steps out by itself
+        self.watch.norm = None if scaled else whole_norm(norm)
+        return norm
+
+
+class StepMemory:
+    """What a step needs to begin again: its batches, and the random numbers of its beginning."""
+
+    def __init__(self, batches: list[dict[str, Any]]):
+        self.batches = batches
+        self.begun = 0  # batches
+        self.random: list[Tensor] = []
+
+    def begin(self) -> int:
+        """Note that a batch begins; return its number in the step."""
+        if not self.begun:
+            self.random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+        self.begun += 1
+        return self.begun - 1
+
+    def restore(self, model: nn.Module) -> None:
+        """Forget the gradients of the step, and draw its random numbers again."""
+        model.zero_grad()
+        torch.set_rng_state(self.random[0])
+        for state in self.random[1:]:
+            torch.cuda.set_rng_state(state)
+
+
+def whole_norm(norm: Tensor | float | None) -> Tensor | float | None:
+    """Return a norm that FSDP has left in parts as a whole."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,115 @@
+"""What a training writes: whether there is room for it is said before the first step, and a full disk in one line."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from hf_embed.disk import another_place, check_folder, disk_errors, lack_of_room
+from hf_embed.distributed import gather_objects
+from hf_embed.errors import InputError
+from hf_embed.step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+LOGS = "TENSORBOARD_LOGGING_DIR"  # where TensorBoard's files go, in place of a folder in output_dir
+
+
+class OutputTrainer(Trainer):
+    """A Trainer that says in one line what a file system refuses."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, as `Trainer.train` does.
+
+        Raises:
+            DiskError: the disk is full, or something may not be written. The checkpoints of before are whole.
+        """
+        with disk_errors(str(self.args.output_dir)):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as `Trainer.save_model` does.
+
+        Raises:
+            DiskError: the disk is full, or something may not be written. What was there is whole.
+        """
+        with disk_errors(str(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+
+def check_output(
+    args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None, trains: bool = True
+) -> None:
+    """Check that what a training writes can be written. Every rank calls this, before the first step.
+
+    Args:
+        args: the settings.
+        step: what is trained.
+        optimizer: the user's own, if there is one.
+        trains: whether there is anything to train on, so that there will be checkpoints.
+
+    Raises:
+        InputError: on some rank the folder cannot be written, or has no room for a single checkpoint.
+    """
+    problem = None
+    try:
+        check_folder(str(args.output_dir))
+        if LOGS in os.environ and "tensorboard" in (args.report_to or ()):
+            check_folder(os.path.expanduser(os.environ[LOGS]), LOGS)
+        if trains:
+            check_room(args, step, optimizer)
+    except InputError as error:
+        problem = str(error)
+    if found := next((found for found in gather_objects(problem) if found), None):
+        raise InputError(found)
+
+
+def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise InputError where a single checkpoint, or the model, does not fit; warn where two and the model do not."""
+    folder, model, checkpoint = str(args.output_dir), model_bytes(step), checkpoint_bytes(args, step, optimizer)
+    what, needed = ("a checkpoint takes", checkpoint) if saves(args) else ("the model takes", model)
+    if lack := lack_of_room(folder, needed, what):
+        raise InputError(f"output_dir {lack}; make room there, or {another_place(Path(folder))}")
+    most = lack_of_room(folder, 2 * checkpoint + model, "two checkpoints and the model take")
+    if saves(args) and most and args.process_index == 0:
+        logger.warning(f"output_dir {most}; a new checkpoint stands before an old one goes, so the disk may become full")
+
+
+def saves(args: TrainingArguments) -> bool:
+    """Return whether checkpoints are saved on the way."""
+    return args.save_strategy != SaveStrategy.NO
+
+
+def model_bytes(step: TrainingStep) -> int:
+    """Return how large the file of the finished model will be, about."""
+    return size_of(step.encoder.state_dict())
+
+
+def checkpoint_bytes(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> int:
+    """Return how large a checkpoint is at least: the model, the tensors that exist only while training, and Adam's two states.
+
+    What other optimizers keep is not counted.
+    """
+    inside = {tensor.data_ptr() for tensor in step.encoder.backbone.state_dict().values()}
+    beside = size_of({name: tensor for name, tensor in step.state_dict().items() if tensor.data_ptr() not in inside})
+    adam = isinstance(optimizer, torch.optim.Adam) or (optimizer is None and args.optim in ("adamw_torch", "adamw_torch_fused"))
+    if args.save_only_model or not adam:
+        return model_bytes(step) + beside
+    trained = {name: tensor for name, tensor in step.named_parameters() if tensor.requires_grad}
+    return model_bytes(step) + beside + 2 * size_of(trained)
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of tensors, each of which counts once."""
+    return sum({tensor.data_ptr() or name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}.values())

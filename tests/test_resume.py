@@ -1,0 +1,398 @@
+"""A resumed run knows what it resumes: what is other than in the checkpoint's run is refused, told, or goes on exactly."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+import worker_resume
+from conftest import error_of, quickstart_tokenizer, tiny_model
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from test_distributed import HERE, launch
+from test_distributed import run as launched
+from test_trainer import NO_DROPOUT, ROWS, STS, arguments
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from worker import BATCH
+
+from hf_embed import ContrastiveTrainer, ImprovedContrastive, SimCSE, resume
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seed": 3, "per_device_train_batch_size": 3}
+
+
+def trainer(folder, model=None, rows=ROWS, objective=None, eval_dataset=None, callbacks=None, **settings):
+    return ContrastiveTrainer(
+        model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **SAVING | settings),
+        objective=objective, train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=eval_dataset, callbacks=callbacks,
+    )  # fmt: skip
+
+
+def weights(run) -> dict:
+    return {name: parameter.detach().clone() for name, parameter in run.step.named_parameters()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of 4 steps with checkpoints of the steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer(folder).train()
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """A copy of it, as of one that was killed after step 3."""
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    return tmp_path / "run"
+
+
+def lora(base_seed: int = 0, rank: int = 2, alpha: int = 8):
+    model = tiny_model(seed=base_seed)
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["query"]))
+
+
+# ---- refused ----
+
+OTHER_ROWS = [row | ({"positive": "something else"} if i == 5 else {}) for i, row in enumerate(ROWS)]
+REFUSED = {
+    "a row": ({"rows": OTHER_ROWS}, "the rows: their content differs"),
+    "the order of the rows": ({"rows": ROWS[::-1]}, "the rows: their content differs"),
+    "number of rows": ({"rows": ROWS[:-1]}, "number of rows was 12 and is 11"),
+    "objective": ({"objective": ImprovedContrastive()}, "name was SimCSE and is ImprovedContrastive"),
+    "temperature": ({"objective": SimCSE(temperature=0.1)}, "temperature was 0.05 and is 0.1"),
+    "pooling": ({"pooling": "cls"}, "pooling was mean and is cls"),
+    "max_length": ({"max_length": 4}, "max_length was 66 and is 4; go back"),
+    "prompts": ({"prompts": {"query": "find: ", "document": ""}}, "prompts: query was absent and is find: "),
+    "the model's config": ({"model": tiny_model(num_attention_heads=2)}, "num_attention_heads was 4 and is 2"),
+    "temp_scale": ({"temp_scale": 0.7}, "temp_scale was absent and is given"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_run_is_refused_by_name(folder, tmp_path, case):
+    changed, message = REFUSED[case]
+    found = error_of(trainer(tmp_path, **changed).train, str(folder / "checkpoint-2"))
+    assert message in found and "allow_changed" in found and "checkpoint-2" in found
+
+
+@pytest.mark.parametrize("case", ["a row", pytest.param("pooling", marks=pytest.mark.slow)])
+def test_allow_changed_goes_on_and_says_so(folder, tmp_path, case, caplog):
+    changed, message = REFUSED[case]
+    run = trainer(tmp_path, **changed, allow_changed=True)
+    run.train(str(folder / "checkpoint-2"))
+    assert run.state.global_step == 4
+    assert [line for line in caplog.messages if message.split(";")[0] in line and "allow_changed goes on" in line]
+
+
+def test_functions_are_told_apart_by_their_names():
+    def first(embeddings, *rest):
+        return embeddings.sum()
+
+    def second(embeddings, *rest):
+        return embeddings.sum()
+
+    from functools import partial
+
+    from hf_embed.objectives.base import as_objective
+
+    facts = [resume.objective_facts(as_objective(f)) for f in (first, second, partial(first, scale=2), partial(first, scale=3))]
+    assert len({str(fact) for fact in facts}) == 4
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        (lambda: lora(), lambda: lora(rank=3), "trained parameters differ"),
+        (lambda: lora(), tiny_model, "trained parameters differ"),
+        (tiny_model, lambda: lora(), "trained parameters differ"),
+        (lambda: lora(), lambda: lora(base_seed=1), "another base model"),
+        (tiny_model, lambda: tiny_model("distilbert"), "trained parameters differ"),
+    ],
+    ids=["rank", "lora to plain", "plain to lora", "base", "model"],
+)
+def test_another_model_is_always_refused(tmp_path, then, now, message):
+    trainer(tmp_path / "then", then(), max_steps=2).train()
+    found = error_of(trainer(tmp_path / "now", now(), allow_changed=True).train, str(tmp_path / "then" / "checkpoint-2"))
+    assert message in found
+
+
+@pytest.mark.slow
+def test_another_scale_of_the_adapters_is_refused(tmp_path):
+    trainer(tmp_path / "then", lora(), max_steps=2).train()
+    found = error_of(trainer(tmp_path / "now", lora(alpha=16)).train, str(tmp_path / "then" / "checkpoint-2"))
+    assert "lora_alpha was 8 and is 16" in found
+
+
+def test_another_optimizer_is_always_refused(folder, tmp_path):
+    found = error_of(trainer(tmp_path, optim="sgd", allow_changed=True).train, str(folder / "checkpoint-2"))
+    assert "the optimizer was AdamW and is SGD" in found
+
+
+# ---- told ----
+
+TOLD = {
+    "learning_rate": ({"learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001"),
+    "schedule": ({"lr_scheduler_type": "constant"}, "lr_scheduler_type was linear and is constant"),
+    "warmup": ({"warmup_steps": 1}, "warmup_steps was 0 and is 1"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2"),
+    "batch": ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 3 and is 4"),
+    "seed": ({"seed": 4}, "seed was 3 and is 4"),
+    "precision": ({"bf16": True}, "mixed_precision was no and is bf16"),
+    "weight_decay": ({"weight_decay": 0.1}, "weight_decay was 0.0 and is 0.1"),
+    "dropout": ({"model": tiny_model(hidden_dropout_prob=0.3)}, "dropout: hidden_dropout_prob was 0.1 and is 0.3"),
+    "two": ({"seed": 4, "learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001; seed was 3 and is 4"),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_other_settings_are_told_in_one_line(run, case, caplog):
+    changed, message = TOLD[case]
+    caplog.set_level(logging.WARNING)
+    made = trainer(run, **changed)
+    made.facts = resume.facts_of(made)
+    caplog.clear()
+    made.find_checkpoint(True)
+    assert [line for line in caplog.messages if "goes on with" in line] == [f"{run / 'checkpoint-2'}: goes on with {message}"]
+
+
+def test_more_steps_and_the_same_settings_go_on_silently(run, caplog):
+    trainer(run, max_steps=6).train(True)
+    assert caplog.messages == []
+
+
+def test_the_present_settings_are_taken(run, folder):
+    """The learning rate and the weight decay of the flags, not those that the checkpoint has."""
+    made = trainer(run, learning_rate=1e-5, weight_decay=0.5, lr_scheduler_type="constant")
+    made.train(True)
+    assert made.lr_scheduler.get_last_lr() == [1e-5, 1e-5]
+    assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.5, 0.0]
+    assert {entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry and entry["step"] > 2} <= {
+        1e-5
+    }
+
+
+def test_when_to_save_is_for_the_present_flags_to_say(run):
+    trainer(run, save_steps=1, max_steps=5).train(True)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 3, 4, 5)]
+
+
+# ---- going on ----
+
+
+def test_a_finished_run_trains_no_further_step(folder, tmp_path):
+    """Inside an epoch (4 steps of 4 of the first) and behind it, with the same weights at the end."""
+    for steps in (2, 4):
+        made = trainer(tmp_path, max_steps=steps)
+        made.train(str(folder / f"checkpoint-{steps}"))
+        before = weights(made)
+        assert made.state.global_step == steps and same(before, weights(made))
+    made = trainer(tmp_path, max_steps=3)
+    made.train(str(folder / "checkpoint-4"))
+    assert made.state.global_step == 4
+
+
+@pytest.mark.slow
+def test_a_run_that_has_stopped_early_stays_so(tmp_path):
+    from hf_embed.kit.finetune import EarlyStopping
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "max_steps": 12,
+                "learning_rate": 1e-9}  # fmt: skip
+    sets = {"s": Dataset.from_list(STS)}
+    first = trainer(tmp_path, eval_dataset=sets, callbacks=[EarlyStopping(2)], **settings)
+    first.train()
+    assert first.state.global_step < 12
+    again = trainer(tmp_path, eval_dataset=sets, callbacks=[EarlyStopping(2)], **settings)
+    again.train(True)
+    assert again.state.global_step == first.state.global_step
+    more = trainer(tmp_path, eval_dataset=sets, callbacks=[EarlyStopping(4)], **settings)
+    more.train(True)
+    assert more.state.global_step > first.state.global_step  # control
+
+
+def test_a_run_folder_that_was_moved_finds_its_best_checkpoint(tmp_path, caplog):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    sets = {"s": Dataset.from_list(STS)}
+    trainer(tmp_path / "old", eval_dataset=sets, **settings).train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    made = trainer(tmp_path / "new", eval_dataset=sets, **settings | {"max_steps": 5})
+    caplog.clear()
+    made.train(True)
+    assert made.state.best_model_checkpoint.startswith(str(tmp_path / "new")) and caplog.messages == []
+
+
+def test_a_model_alone_says_what_starts_anew(tmp_path, caplog):
+    trainer(tmp_path, save_only_model=True, max_steps=2).train()
+    trainer(tmp_path, max_steps=3).train(True)
+    assert any("optimizer, learning rate schedule and random numbers start anew" in line for line in caplog.messages)
+
+
+class Counter(TrainerCallback, ExportableState):
+    """A callback with a state."""
+
+    def __init__(self, start: int = 0):
+        self.steps = start
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+
+def test_a_callback_with_a_state_that_is_new_in_a_resumed_run(run):
+    made = trainer(run, callbacks=[Counter()])
+    made.train(True)
+    assert made.state.stateful_callbacks["Counter"]["attributes"]["steps"] == 2
+    several = trainer(run, callbacks=[Counter(), Counter(5)], max_steps=8, save_steps=1)
+    several.train(True)
+    assert [state["attributes"]["steps"] for state in several.state.stateful_callbacks["Counter"]] == [4, 9]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_resume_bit_for_bit(tmp_path, persistent):
+    """Within the first epoch, at its end and behind it: workers start once, or in each epoch."""
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent, "max_steps": 7, "save_steps": 2}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    for step in (2, 4, 6):
+        resumed = trainer(tmp_path / "resumed", **settings | {"save_strategy": "no"})
+        resumed.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert same(weights(whole), weights(resumed)), step
+    without = trainer(tmp_path / "without", max_steps=7, save_strategy="no")
+    without.train()
+    assert same(weights(whole), weights(without))
+
+
+# ---- the facts ----
+
+
+def test_every_row_counts_and_of_large_tables_the_first_and_the_last(monkeypatch):
+    rows = [{"input_ids": [[i, i + 1], [i]], "text_ids": [i, i]} for i in range(50)]
+    assert resume.rows_hash(Dataset.from_list(rows)) == resume.rows_hash(
+        Dataset.from_list(rows[::-1]).select(range(49, -1, -1))
+    )
+    plain = resume.rows_hash(Dataset.from_list(rows))
+    for i in range(50):
+        changed = [row | ({"input_ids": [[i, i], [i]]} if k == i else {}) for k, row in enumerate(rows)]
+        assert resume.rows_hash(Dataset.from_list(changed)) != plain
+    regrouped = [row | ({"input_ids": [[0], [1, 0]]} if k == 0 else {}) for k, row in enumerate(rows)]
+    assert resume.rows_hash(Dataset.from_list(regrouped)) != plain
+    monkeypatch.setattr(resume, "ALL_ROWS", 10)
+    monkeypatch.setattr(resume, "SAMPLED_ROWS", 4)
+    sampled = resume.rows_hash(Dataset.from_list(rows))
+    for i in (0, 49):
+        changed = [row | ({"input_ids": [[7], [i]]} if k == i else {}) for k, row in enumerate(rows)]
+        assert resume.rows_hash(Dataset.from_list(changed)) != sampled
+
+
+def test_sources_are_compared_by_name(tmp_path):
+    def sources(**more):
+        tables = {"a": Dataset.from_list(ROWS), "b": Dataset.from_list(ROWS[:6])} | more
+        return trainer(tmp_path, rows=tables)
+
+    then, now = (resume.facts_of(sources(**more)) for more in ({}, {"b": Dataset.from_list(ROWS[6:])}))
+    assert "b: their content differs" in error_of(resume.compare, tmp_path, then, now, False)
+    more = resume.facts_of(sources(c=Dataset.from_list(ROWS)))
+    assert "c was absent and is given" in error_of(resume.compare, tmp_path, then, more, False)
+    assert resume.compare(tmp_path, then, resume.facts_of(sources()), False) == []
+
+
+def test_ranks_that_read_different_rows_are_named(tmp_path):
+    facts = [resume.facts_of(trainer(tmp_path, rows=rows)) for rows in (ROWS, ROWS, ROWS[:8])]
+    resume.check_ranks_alike(facts[:2])
+    message = error_of(resume.check_ranks_alike, facts)
+    assert (
+        "rank 2 others than rank 0 (the rows: their content differs; the rows: number of rows is 12 and on rank 2 8)" in message
+    )
+
+
+def ranks(facts, number: int, batch: int, **settings) -> dict:
+    uses = resume.rows_of_epoch(Dataset.from_dict({"x": list(range(12))}), Arguments(batch, number))
+    return facts | {"ranks": number, "rows_of_epoch": uses,
+                    "settings": facts["settings"] | {"per_device_train_batch_size": batch} | settings}  # fmt: skip
+
+
+class Arguments:
+    def __init__(self, batch: int, number: int):
+        self.per_device_train_batch_size, self.world_size, self.dataloader_drop_last = batch, number, False
+
+
+def test_another_number_of_ranks_is_exact_or_refused(tmp_path):
+    facts = resume.facts_of(trainer(tmp_path, model=tiny_model(**NO_DROPOUT)))
+    one, two = ranks(facts, 1, 4), ranks(facts, 2, 2)
+    assert resume.compare(tmp_path, one, two, False) == [] == resume.compare(tmp_path, two, one, False)
+    message = error_of(resume.compare, tmp_path, one, ranks(facts, 2, 4), False)
+    assert "number of ranks was 1 and is 2: --per_device_train_batch_size 2 --gradient_accumulation_steps 1 makes" in message
+    assert "start 1, for 4 rows do not divide" in error_of(resume.compare, tmp_path, one, ranks(facts, 3, 4), False)
+    uneven = ranks(facts, 1, 10), ranks(facts, 5, 2)  # of the last two rows, five ranks take none
+    assert "an epoch used 12 rows and uses 10" in error_of(resume.compare, tmp_path, *uneven, False)
+    dropout = resume.facts_of(trainer(tmp_path))
+    (line,) = resume.compare(tmp_path, ranks(dropout, 1, 4), ranks(dropout, 2, 2), False)
+    assert "dropout draws other numbers" in line
+
+
+def test_a_stream_needs_the_same_number_of_ranks(tmp_path):
+    stream = IterableDataset.from_generator(lambda: ({"anchor": row["anchor"], "positive": row["positive"]} for row in ROWS))
+    facts, longer = (resume.facts_of(trainer(tmp_path, rows=stream, max_steps=steps)) for steps in (4, 8))
+    assert resume.compare(tmp_path, facts, longer, False) == []
+    message = error_of(resume.compare, tmp_path, facts, facts | {"ranks": 2}, False)
+    assert "a stream's rows are divided among the ranks: start 1" in message
+
+
+# ---- two ranks ----
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A folder where one process has trained (`one`) and then two ranks have (`two`), and what these saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one = worker_resume.make_trainer(folder / "one", batch=BATCH)
+    one.train()
+    launched(launch(2, HERE / "worker_resume.py", folder))
+    seen = torch.load(folder / "seen.pt")
+    assert seen["ranks"] == 2
+    return folder, weights(one), seen
+
+
+@pytest.mark.slow
+def test_from_one_rank_to_two_and_back(two_ranks):
+    folder, one, seen = two_ranks
+    assert largest_difference(seen["whole"], one) < 1e-9 and largest_difference(seen["resumed"], one) < 1e-9
+    back = worker_resume.make_trainer(folder / "back", batch=BATCH)
+    back.train(str(folder / "two" / "checkpoint-3"))
+    assert largest_difference(weights(back), one) < 1e-9
+    start = worker_resume.make_trainer(folder / "start", batch=BATCH)
+    assert largest_difference(weights(start), one) > 1e-3  # control: it did train
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_whole_checkpoint(two_ranks):
+    _, _, seen = two_ranks
+    assert seen["damage"] is None and seen["kept"] == [3, 4, 5]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= set(seen["files"])
+
+
+@pytest.mark.slow
+def test_every_rank_is_told_the_same(two_ranks):
+    _, _, seen = two_ranks
+    for case, message in (
+        ("other rows", "ranks read different rows: rank 1 others than rank 0 (the rows: their content differs)"),
+        ("fewer rows", "number of rows is 24 and on rank 1 22"),
+        ("other batch", "the number of ranks was 1 and is 2: --per_device_train_batch_size 6"),
+        ("no checkpoint", "no checkpoint there"),
+    ):
+        assert len(set(seen[case])) == 1 and message in seen[case][0], case

@@ -1,0 +1,160 @@
+"""Files and folders are whole or not there, at every call of the system that a writer makes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_embed import safe_files
+from hf_embed.errors import InputError
+from hf_embed.safe_files import (
+    link_tree,
+    lock_folder,
+    new_folder_beside,
+    release,
+    remove_leftovers,
+    replace_folder,
+    restore_folder,
+    take_lock,
+    write_json,
+    write_text,
+    writing,
+)
+
+CALLS = ["rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "link", "symlink"]
+
+
+def killed_at(number: int, work) -> bool:
+    """Run `work` in a child that dies before its `number`-th call of the system; return whether it died."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        safe_files.exchange = counted(safe_files.exchange)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_written_file_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    number = 1
+    while killed_at(number, lambda: write_json(path, {"new": 1})):
+        assert path.read_text() in ("old", '{\n  "new": 1\n}\n')
+        number += 1
+    assert number > 2 and path.read_text() == '{\n  "new": 1\n}\n'
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_after_an_exception_nothing_has_changed(tmp_path):
+    path = tmp_path / "a.npy"
+    path.write_text("old")
+    with pytest.raises(KeyError), writing(path) as aside:
+        assert aside.suffix == ".npy" and aside.parent == tmp_path
+        aside.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.npy"]
+
+
+def make(folder: Path, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in ("config", "weights"):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, monkeypatch, exchanges):
+    folder = make(tmp_path / "model", "old")
+    if not exchanges:
+        monkeypatch.setattr(safe_files, "exchange", lambda one, other: False)
+    number = 1
+    while killed_at(number, lambda: replace_folder(make(new_folder_beside(folder), "new"), folder)):
+        restore_folder(folder)
+        assert {(folder / name).read_text() for name in ("config", "weights")} in ({"old"}, {"new"})
+        number += 1
+    assert number > 5 and (folder / "config").read_text() == (folder / "weights").read_text() == "new"
+    left = new_folder_beside(folder)  # which removes what killed processes have left
+    release(left)
+    left.rmdir()
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", safe_files.replaced_name(folder).name}
+
+
+def test_a_folder_can_be_exchanged_here(tmp_path):
+    one, other = make(tmp_path / "one", "1"), make(tmp_path / "other", "2")
+    if not safe_files.exchange(one, other):
+        pytest.skip("the file system cannot")
+    assert (one / "config").read_text() == "2" and (other / "config").read_text() == "1"
+
+
+def test_a_link_is_of_the_same_file(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "log").write_text("1")
+    (tmp_path / "a" / "link").symlink_to("b/log")
+    link_tree(tmp_path / "a", tmp_path / "c")
+    with open(tmp_path / "a" / "b" / "log", "a") as file:
+        file.write("2")
+    assert (tmp_path / "c" / "b" / "log").read_text() == (tmp_path / "c" / "link").read_text() == "12"
+    assert os.readlink(tmp_path / "c" / "link") == "b/log"
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from hf_embed.safe_files import lock_folder
+lock_folder(Path(sys.argv[1]))
+if os.fork() == 0:  # a worker, which outlives this process
+    time.sleep(5)
+    os._exit(0)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_is_of_one_process_and_goes_with_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(InputError, match="another process"):
+        lock_folder(tmp_path)
+    holder.kill()
+    holder.wait()
+    time.sleep(0.1)
+    lock_folder(tmp_path)
+    lock_folder(Path(os.path.relpath(tmp_path)))  # once more
+    release(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_lock_stays_on_a_folder_that_is_replaced(tmp_path):
+    folder = make(tmp_path / "model", "old")
+    lock_folder(folder)
+    replace_folder(make(new_folder_beside(folder), "new"), folder)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if take_lock(folder) else 7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    release(folder)
+    assert not safe_files.locks
