@@ -321,7 +321,7 @@ WRONG = {
     "random numbers": (other_object("rng_state.pth"), "rng_state.pth do not fit this run"),
     "weights": (lambda c: other_shapes(c / "model.safetensors"), "the checkpoint is of another model"),
     "training weights": (lambda c: other_shapes(c / "training.safetensors"), "the checkpoint is of another model"),
-    "no weights": (lambda c: (c / "model.safetensors").unlink(), "no weights there"),
+    "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "no global step": (lambda c: (c / "trainer_state.json").write_text("{}"), "trainer_state.json has no global_step"),
     "no state": (lambda c: (c / "trainer_state.json").unlink(), "no trainer_state.json"),
 }

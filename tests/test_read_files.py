@@ -24,15 +24,17 @@ EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_fil
 # Calls that read a file, by module, and why they are no reader of `read_files`.
 OTHERS = {
     "read_files": "the readers themselves",
-    "checkpoint.training_state": "load_file",
+    "checkpoint_trainer": "torch.load: which file of a checkpoint it is that cannot be read",
     "data.files": "open: rows of any size, a line at a time",
     "data.sources": "gzip.open: a packed parquet file",
     "data.yaml_files": "YAML, from the text of read_text",
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
-    "kit.seeds": "the same",
+    "resume": "the same",
+    "kit.row_hashes": "json.loads: cells that are JSON",
+    "evaluation.mteb": "read_text: what cannot be read is measured anew",
     "kit.command": "read_text: the recipes' own code",
     "mining": "open: the rows that were written a moment before",
-    "vector_files": "open, for writing",
+    "vector_files": "np.load, read_text: what cannot be read is made anew",
     "safe_files": "open, for writing",
     "recipes.pretrain_encoder": "json.loads: a tokenizer in memory",
 }

@@ -88,10 +88,7 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
 
 def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
     """Read the plain checkpoint in `folder` into `backbone`. Raises InputError if it is of another model."""
-    tensors = read_weights(folder)
-    if not tensors:
-        raise InputError(f"{folder}: no weights there (model.safetensors); give another checkpoint")
-    missing, unexpected = put(tensors, backbone, {}, folder)
+    missing, unexpected = put(read_weights(folder), backbone, {}, folder)
     tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
         raise InputError(f"{folder}: the checkpoint is of another model ({(list(missing) + unexpected)[:3]} ...)")

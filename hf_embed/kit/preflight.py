@@ -1,7 +1,6 @@
 """A preflight from the command line: of files (recipes/preflight.py), or of what a recipe would train on (--preflight)."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from hf_embed.kit.plan import HELD_OUT, NO_DATA, QUICKSTART, DataArguments, Plan
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
-from hf_embed.safe_files import write_text
+from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
 
@@ -76,6 +75,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
     """
     if not PartialState().is_main_process:
         return {}
+    check_outputs(plan.run.preflight_file)
     name = plan.model_args.model_name_or_path or str(QUICKSTART / "encoder")
     trusted = plan.model_args.trust_remote_code
     model = load_to_train(name, plan.args, dtype=torch.float32, trust_remote_code=trusted)
@@ -119,7 +119,7 @@ def finish(report: Report, output_file: str | None, picture: str | None, strict:
     if picture:
         plot_lengths(report, picture)
     if output_file:
-        write_text(Path(output_file), json.dumps(report, indent=1) + "\n")
+        write_json(output_file, report)
     for path in filter(None, (output_file, picture)):
         print(f"wrote {path}")
     if strict and report["findings"]:

@@ -43,6 +43,7 @@ from hf_embed.evaluation.triplets import Triplets
 from hf_embed.evaluation.zero_shot import ZeroShot
 from hf_embed.kit.preflight_source import QUANTILES, Settings, check_source, make_subject, numbered
 from hf_embed.kit.row_hashes import Ids, RowIds, batches, text_ids
+from hf_embed.safe_files import writing
 
 Report = dict[str, Any]
 Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are paired
@@ -366,5 +367,6 @@ def plot_lengths(report: Report, path: str | Path) -> None:
     axes.set_ylabel("% of the texts")
     axes.set_title("Lengths of the texts to train on")
     axes.legend()
-    figure.savefig(path, dpi=100)
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=100)
     plt.close(figure)

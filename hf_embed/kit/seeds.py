@@ -57,6 +57,8 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
     Raises:
         InputError: another run writes there; what is wrong with the flags or the data.
     """
+    if flags.values["preflight"]:
+        return preflight_plan(read_plan(flags))
     folder = Path(str(flags.values["output_dir"]))
     with writing_alone(folder, place_of(folder)):
         return train_alone(flags, read_plan, train)
@@ -65,8 +67,6 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
     """Train as `train_each_seed` says, in a folder that no other run writes to."""
     plan = read_plan(flags)
-    if plan.run.preflight:
-        return preflight_plan(plan)
     if not plan.run.seeds:
         return train(plan)
     seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint
