@@ -272,13 +272,13 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
     ranks, notes = other_ranks(then, now)
     told = told_changes(then, now)
     if not (changes or ranks):
-        return notes + ([f"{checkpoint}: goes on with {'; '.join(told)}"] if told else [])
+        return notes + ([f"{checkpoint}: goes on with other settings: {'; '.join(told)}"] if told else [])
     if not allow_changed:
         raise InputError(
             f"{checkpoint}: the checkpoint is of a run with other settings: {'; '.join(changes + ranks)}; go back to those, or "
             "start anew in another folder (allow_changed goes on all the same)"
         )
-    return notes + [f"{checkpoint}: allow_changed goes on with {'; '.join(changes + ranks + told)}"]
+    return notes + [f"{checkpoint}: allow_changed goes on although {'; '.join(changes + ranks + told)}"]
 
 
 def run_changes(then: Facts, now: Facts) -> list[str]:

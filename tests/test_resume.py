@@ -160,7 +160,9 @@ def test_other_settings_are_told_in_one_line(run, case, caplog):
     made.facts = resume.facts_of(made)
     caplog.clear()
     made.find_checkpoint(True)
-    assert [line for line in caplog.messages if "goes on with" in line] == [f"{run / 'checkpoint-2'}: goes on with {message}"]
+    assert [line for line in caplog.messages if "goes on with" in line] == [
+        f"{run / 'checkpoint-2'}: goes on with other settings: {message}"
+    ]
 
 
 def test_more_steps_and_the_same_settings_go_on_silently(run, caplog):
