@@ -212,6 +212,12 @@ class CheckpointTrainer(HubTrainer):
                     safe_files.remove_folder(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to the log of the end of a training from which step on its time and its loss are, if it was resumed."""
+        if "train_runtime" in logs and self._initial_global_step:
+            logs["resumed_at_step"] = self._initial_global_step
+        super().log(logs, start_time)
+
     def _run_epoch(
         self,
         model: nn.Module,

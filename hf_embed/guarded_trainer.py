@@ -54,7 +54,7 @@ class GuardedTrainer(CheckpointTrainer):
             InputError: another run writes to the output folder; another rank has ended, or does not answer; a gradient is not
                 a number; the memory of the GPU is full even with a single text at a time.
         """
-        folder = Path(str(self.args.output_dir))
+        folder, self.stopping = Path(str(self.args.output_dir)), False
         with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 

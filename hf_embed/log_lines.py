@@ -96,9 +96,13 @@ def training_numbers(logs: Mapping[str, Any], args: TrainingArguments, geometry:
 def summary(logs: Mapping[str, Any], state: TrainerState) -> str:
     """Return the line of a training that has ended."""
     steps, seconds = state.global_step, float(logs["train_runtime"])
+    own = steps - logs.get("resumed_at_step", 0)
+    if not own:
+        return f"no step was left to train: {steps:,} were trained before"
     rate = f", {digits(logs['train_samples_per_second'])} rows/s" if "train_samples_per_second" in logs else ""
     loss = f", mean loss {digits(logs['train_loss'])}" if "train_loss" in logs else ""
-    return f"trained {steps:,} step{'s'[: steps != 1]} in {duration(seconds)}{rate}{loss}"
+    of = f"{own:,} of {steps:,}" if own < steps else f"{steps:,}"
+    return f"trained {of} step{'s'[: steps != 1]} in {duration(seconds)}{rate}{loss}"
 
 
 class LogLines:

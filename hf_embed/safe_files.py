@@ -147,6 +147,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         DiskError: the disk is full, or something may not be written.
     """
+    folder = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
     new = new_folder_beside(folder)
     try:
         with disk_errors(folder):
@@ -214,8 +215,9 @@ def replaced_name(folder: Path) -> Path:
 
 def restore_folder(folder: Path) -> None:
     """Bring back a folder that was to be replaced when the process was killed, if neither it nor a new one is there."""
-    if not folder.exists() and replaced_name(folder).is_dir():
-        replaced_name(folder).rename(folder)
+    if folder.name and not folder.exists() and replaced_name(folder).is_dir():
+        with contextlib.suppress(FileNotFoundError):  # another rank has done it
+            replaced_name(folder).rename(folder)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -113,13 +113,27 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
         "pooling": encoder.pooling, "max_length": encoder.max_length,
         "objective": settings_of(trainer.objective),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        "learning_rate": args.learning_rate, "steps": state.global_step, "loss": end.get("train_loss"),
-        "score": score, "chosen_by": score if chosen else None,
-        "seconds": end.get("train_runtime"), "seed": args.seed, "processes": args.world_size,
+        "learning_rate": args.learning_rate, "steps": state.global_step,
+        "score": score, "chosen_by": score if chosen else None, **loss_and_time(end, state.global_step),
+        "seed": args.seed, "processes": args.world_size,
         "hardware": hardware(args), "settings": settings,
         "versions": {"hf_embed": __version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
+
+
+def loss_and_time(end: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the mean loss and the seconds of a training; of one that was resumed, the step from which on they count.
+
+    Args:
+        end: the log of its end.
+        steps: of the whole run. Where it was resumed behind its last step there are no such numbers.
+    """
+    resumed = end.get("resumed_at_step", 0)
+    told = {"loss": end.get("train_loss"), "seconds": end.get("train_runtime")}
+    if resumed:
+        told = {key: None if resumed >= steps else value for key, value in told.items()} | {"resumed_at_step": resumed}
+    return told
 
 
 def chose_a_step(state: transformers.TrainerState) -> bool:

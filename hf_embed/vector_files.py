@@ -15,7 +15,6 @@ While the file is made it lies in a folder beside it, as a memory map that all r
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
-from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
+from hf_embed.work_files import barrier, claim, digest, is_there, make_files, remove_work, work_folder
 
 SHARD = 1024  # texts between two points from which a stopped run goes on
 READ = 8192  # texts that are read at a time
@@ -84,7 +83,7 @@ def write_vectors(
             raise InputError(f"the vector of text {bad + 1} ({texts[bad][:60]!r}) is not finite; check the model")
         rows[numbers.start : numbers.stop] = vectors
         rows.flush()
-        path.write_text(hash_of(rows, numbers.start))
+        path.write_text(hash_of_part(rows, numbers.start))
 
     make_files(work / "done", "", len(texts), SHARD, write, "Encoding")
     settings = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
@@ -93,7 +92,7 @@ def write_vectors(
     if get_rank() == 0:
         write_json(description_of(output), found)
         put(unfinished, output)
-        shutil.rmtree(work)
+        remove_work(work)
     barrier()
     return found
 
@@ -109,7 +108,7 @@ def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
         raise is_there(output)
     barrier()  # nobody removes anything before everyone has looked
     if get_rank() == 0:
-        shutil.rmtree(work)
+        remove_work(work)
     return about
 
 
@@ -180,7 +179,7 @@ def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
                 os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
 
 
-def hash_of(rows: np.ndarray, start: int) -> str:
+def hash_of_part(rows: np.ndarray, start: int) -> str:
     """Return a hash of the rows of the part that begins at row `start`."""
     return xxhash.xxh3_128(rows[start : start + SHARD].tobytes()).hexdigest()
 
@@ -190,6 +189,6 @@ def forget_damaged(done: Path, rows: np.ndarray) -> None:
     if get_rank() == 0:
         for part in range(0, len(rows), SHARD):
             path = done / f"{part // SHARD:06d}"
-            if path.is_file() and path.read_text() != hash_of(rows, part):
+            if path.is_file() and path.read_text() != hash_of_part(rows, part):
                 path.unlink()
     barrier()

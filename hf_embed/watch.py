@@ -114,6 +114,11 @@ class Watch(TrainerCallback):
             return skipped
         return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()} | skipped
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget the batches of an earlier training, which may have ended for their numbers."""
+        self.last = self.finite = self.norm = None
+        self.skipped = self.skipped_in_a_row = 0
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,

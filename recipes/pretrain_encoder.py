@@ -36,7 +36,7 @@ from hf_embed.disk import check_folder
 from hf_embed.kit.cli import parse, run
 from hf_embed.ranges import COUNT, POSITIVE, SEED
 from hf_embed.ranks import claim_folder
-from hf_embed.safe_files import new_folder, write_json
+from hf_embed.safe_files import can_be_replaced, new_folder, write_json
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -98,6 +98,11 @@ def main() -> None:
 def check_output(folder: Path) -> None:
     """Raise InputError for a folder that cannot be written, or that holds files which this recipe does not write."""
     check_folder(folder, "--output_dir")
+    if folder.exists() and not can_be_replaced(folder):
+        raise InputError(
+            f"--output_dir {folder}: no new folder can take its place, for it is the current folder, a mount point, or in a "
+            "folder that cannot be written to; name a folder within it, or another one"
+        )
     if others := sorted({path.name for path in folder.glob("*")} - set(FILES)):
         raise InputError(f"--output_dir {folder} holds {others[0]}, which is no file of an encoder; name another folder")
 

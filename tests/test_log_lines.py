@@ -118,6 +118,9 @@ def test_written_numbers():
     assert digits(100.0, 4) == "100.0" and digits(12345.6) == "12,346"
     assert [duration(seconds) for seconds in (2.34, 137.1, 7300)] == ["2.3 s", "2 min 17 s", "2 h 1 min"]
     assert summary({"train_runtime": 3.0}, TrainerState(global_step=1)) == "trained 1 step in 3.0 s"
+    resumed = {"train_runtime": 3.0, "resumed_at_step": 2}
+    assert summary(resumed, TrainerState(global_step=5)) == "trained 3 of 5 steps in 3.0 s"
+    assert summary(resumed, TrainerState(global_step=2)) == "no step was left to train: 2 were trained before"
 
 
 def test_other_ranks_print_nothing(tmp_path, capsys):

@@ -17,7 +17,7 @@ from conftest import error_of
 from test_recipes import QUIET, ROOT, flags, load_recipe, make_files, recipe, sup
 from transformers import TrainerCallback
 
-from hf_embed import Encoder, InputError
+from hf_embed import Encoder, InputError, safe_files
 from hf_embed.checkpoint import save
 from hf_embed.checkpoint.save import renewed
 from hf_embed.kit.overwrite import EarlierRun, earlier_files, working_folder
@@ -171,6 +171,101 @@ def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, ol
     )
     assert done.returncode == 2 and "the disk is full" in done.stderr
     assert {name: sha for name, sha in digest(out).items() if name in before} == before
+
+
+class Killed(BaseException):
+    """A kill, of which nothing is told to whoever writes."""
+
+
+def kill(*args, **kwargs):
+    raise Killed
+
+
+def test_a_kill_behind_the_exchange_leaves_nothing_for_good(old, monkeypatch):
+    """BUG: .out.new, the earlier run by then, and .unfinished stayed."""
+    out, argv = old
+    exchange = safe_files.exchange
+    with monkeypatch.context() as patch:
+        patch.setattr(safe_files, "exchange", lambda new, folder: exchange(new, folder) and (folder != out or kill()))
+        with pytest.raises(Killed):
+            sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
+    assert matches(out) and working_folder(out).is_dir()
+    results = json.loads((out / "results.json").read_text())
+    assert results["train"]["steps"] == 3
+    again = sup(*argv, "--max_steps", 3, "--resume_from_checkpoint")
+    assert not working_folder(out).exists() and not (out / ".unfinished").exists()
+    assert [again["train"][key] for key in ("steps", "loss", "seconds", "resumed_at_step")] == [3, None, None, 3]
+
+
+@pytest.mark.parametrize("kind", ["link", "slash", "dots"])
+def test_an_output_folder_by_another_name(old, monkeypatch, kind):
+    """BUG: the link itself was exchanged, and what it led to stayed as it was."""
+    out, argv = old
+    (out.parent / "link").symlink_to("out")
+    name = {"link": out.parent / "link", "slash": f"{out}/", "dots": out / "notes" / ".."}[kind]
+    sup(*argv, "--output_dir", name, "--max_steps", 1, "--overwrite_output_dir")
+    assert json.loads((out / "results.json").read_text())["train"]["steps"] == 1 and not out.is_symlink()
+    assert (out.parent / "link").is_symlink() and not list(out.parent.glob(".*"))
+
+
+def test_the_current_folder_and_a_home_as_output(finished, tmp_path, monkeypatch):
+    """BUG: ValueError of a path without a name; the lock was one on a folder named ~."""
+    files = {name: finished / file for name, file in (("nli", "nli.csv"), ("sts", "sts.tsv"), ("model", "model"))}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    locked = []
+    lock = safe_files.lock_folder
+    monkeypatch.setattr("hf_embed.ranks.lock_folder", lambda folder: (locked.append(folder.resolve()), lock(folder)))
+    sup(*flags(files), "--output_dir", "~/out", "--max_steps", 1)
+    assert set(locked) == {tmp_path / "out"}
+    sup(*flags(files), "--output_dir", ".", "--max_steps", 1)
+    assert "the current folder" in error_of(sup, *flags(files), "--output_dir", ".", "--overwrite_output_dir")
+
+
+def test_an_unfinished_run_is_never_mistaken_for_a_later_one(old, monkeypatch):
+    """BUG: where the earlier run's folder had gone, a new run began there, and its resumption took up the unfinished one."""
+    out, argv = old
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_embed.kit.finetune.save_without_push", kill)
+        with pytest.raises(Killed):
+            sup(*argv, "--max_steps", 2, "--overwrite_output_dir")
+    monkeypatch.chdir(out.parent)
+    relative = ["--resume_from_checkpoint", ".out.new/checkpoint-2"]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr("recipe_sup_simcse.train_each_seed", lambda flags, *rest: seen.append(flags.values["output_dir"]))
+        sup(*argv, *relative)  # BUG: it went on in the folder of the earlier run
+    assert seen == [str(working_folder(out))]
+    shutil.rmtree(out)
+    assert ".out.new holds another run" in error_of(sup, *argv, "--max_steps", 2)
+
+
+def test_a_push_is_to_the_name_of_the_place(old, monkeypatch):
+    """BUG: the repository was named .out.new."""
+    out, argv = old
+    seen = []
+    monkeypatch.setattr("recipe_sup_simcse.train_each_seed", lambda flags, *rest: seen.append(flags.values["hub_model_id"]))
+    sup(*argv, "--overwrite_output_dir", "--push_to_hub")
+    sup(*argv, "--overwrite_output_dir", "--push_to_hub", "--hub_model_id", "me/mine")
+    sup(*argv, "--overwrite_output_dir")
+    assert seen == ["out", "me/mine", None]
+
+
+def test_a_kill_while_the_best_seed_is_copied(old, monkeypatch):
+    """BUG: its weights stood beside the results.json of the seed alone; .saving-* of a finished seed stayed."""
+    out, argv = old
+    shutil.rmtree(out)
+    argv = [*argv, "--max_steps", 1, "--save_steps", 1, "--seeds", "1,2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_embed.kit.seeds.quiet", kill)
+        with pytest.raises(Killed):
+            sup(*argv)
+    assert set(json.loads((out / "results.json").read_text())["seeds"]) == {"1", "2"} and (out / "model.safetensors").exists()
+    for left in (out / ".saving-x", out / "seed-1" / ".saving-y"):
+        left.mkdir()
+    sup(*argv, "--resume_from_checkpoint")
+    assert matches(out) and not list(out.rglob(".saving-*"))
 
 
 @pytest.mark.slow

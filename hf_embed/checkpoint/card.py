@@ -428,15 +428,17 @@ def training_section(train: dict[str, Any] | None) -> str:
     equation = EQUATIONS.get(name) or EQUATIONS.get(inner, "")
     lines += [f"            {equation}"] if equation else []
     lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows each"]
+    resumed = train.get("resumed_at_step")
+    since = f", from step {resumed + 1:,} on" if resumed and train.get("seconds") is not None else ""
     if train.get("loss") is not None:
-        lines.append(f"mean loss   {train['loss']:.4g}")
+        lines.append(f"mean loss   {train['loss']:.4g}{since}")
     settings = train.get("settings", {})
     if train.get("learning_rate") is not None and "learning_rate" not in settings:
         lines.append(f"setting     learning_rate {train['learning_rate']:g}")
     lines += [f"setting     {key} {value}" for key, value in settings.items()]
     lines.append(f"seed        {train['seed']}")
     if train.get("hardware"):
-        lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}")
+        lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}{since}")
     lines.append("software    " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
     return code_section("Training", lines)
 

@@ -87,9 +87,7 @@ def rotate(folder: Path, limit: int | None, keep: set[str], step: int) -> None:
 
 def checkpoints_in(folder: Path) -> dict[Path, int]:
     """Return the checkpoint-N folders of a run, and the step of each."""
-    found = {
-        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    }
+    found = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     return {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
 
 

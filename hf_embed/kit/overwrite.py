@@ -5,7 +5,9 @@ outputs/.mine.new   the new run, with its checkpoints; UNFINISHED in it says tha
 """
 
 import contextlib
+import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_embed.checkpoint.hub import FILES
 from hf_embed.checkpoint.save import RESULTS, WEIGHTS
 from hf_embed.errors import InputError
-from hf_embed.safe_files import can_be_replaced, flush_one, link_tree, lock_folder, release, remove_folder, replace_folder
+from hf_embed.safe_files import (
+    can_be_replaced,
+    flush_one,
+    link_tree,
+    lock_folder,
+    release,
+    remove_folder,
+    replace_folder,
+    replaced_name,
+)
 
 # What a run leaves on its way, and what is left where one was killed in the middle of it.
 RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
@@ -25,8 +36,10 @@ UNFINISHED = ".unfinished"
 
 
 def working_folder(folder: Path) -> Path:
-    """Return where a run trains that is to take the place of `folder`."""
-    return folder.with_name(f".{folder.name}.new")
+    """Return where a run trains that is to take the place of `folder`: beside it or, of a link, beside what it leads to."""
+    if folder.is_symlink() or folder.name in ("", ".."):
+        folder = Path(os.path.realpath(folder))
+    return folder.parent / f".{folder.name}.new"
 
 
 def is_working(folder: Path) -> bool:
@@ -56,9 +69,11 @@ def check_replaceable(folder: Path) -> None:
 def begin(folder: Path) -> None:
     """Empty a working folder unless an unfinished run is in it: a run that was replaced may be, if the process was killed then.
 
-    On one rank. Another folder stays as it is.
+    On one rank. Another folder stays as it is; what it has replaced goes, if the process was killed before that was gone.
     """
     if not is_working(folder):
+        if (folder / UNFINISHED).is_file():  # which a run takes off last
+            clear_replaced(folder)
         return
     print(
         f"{place_of(folder)} holds an earlier run, which stays until this one is complete; until then this one is in {folder}"
@@ -68,6 +83,7 @@ def begin(folder: Path) -> None:
         remove_folder(folder)
         folder.mkdir()
         lock_folder(folder)
+    (place_of(folder) / UNFINISHED).unlink(missing_ok=True)  # of a run that was killed when it had taken its place
 
 
 def take_place(folder: Path) -> Path:
@@ -82,8 +98,15 @@ def take_place(folder: Path) -> Path:
         if is_the_users(path) and not (folder / path.name).exists():
             link_tree(path, folder / path.name)
     replace_folder(folder, place)
-    (place / UNFINISHED).unlink(missing_ok=True)
+    clear_replaced(place)
     return place
+
+
+def clear_replaced(place: Path) -> None:
+    """Remove what is left of the run that another one in `place` has replaced, and then the mark of the new one."""
+    for left in (working_folder(place), replaced_name(place)):
+        shutil.rmtree(left, ignore_errors=True)
+    (place / UNFINISHED).unlink(missing_ok=True)
 
 
 def is_the_users(path: Path) -> bool:

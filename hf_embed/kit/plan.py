@@ -39,6 +39,7 @@ from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_pos
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
+from hf_embed.safe_files import restore_folder
 from hf_embed.trainer_inputs import as_task
 from hf_embed.trainer_settings import check_metric
 from hf_embed.training_record import on_the_hub
@@ -376,7 +377,7 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
     """Choose the folder where the run trains, refuse one that holds another run, and find the checkpoint to resume from.
 
     Where none is given it is outputs/NAME, which `made_anew` replaces without asking. A run that is to replace another trains
-    beside it; see `hf_embed.kit.overwrite`.
+    beside it; see `hf_embed.kit.overwrite`. A run that has begun there and is not complete is another run too.
     """
     given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
     default = given in (None, "trainer_output")
@@ -385,22 +386,28 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
     check_folder(folder, "--output_dir")
     if is_working(folder):
         raise InputError(f"--output_dir {folder}: runs that replace another one have such names; name another folder")
+    restore_folder(folder)
     unfinished = working_folder(folder) if is_unfinished(folder) else None
     if resume and not flags.values["seeds"]:  # of several seeds each has its own
         resume = find_checkpoint(resume, unfinished or folder)
-    filled = holds_run(folder)
+    filled = folder if holds_run(folder) else unfinished
     if filled and not (overwrite or resume):
         raise InputError(
-            f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint, replace it by "
+            f"--output_dir {filled} holds another run; go on with it by --resume_from_checkpoint, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
-    working = folder if default else given
-    if resume and unfinished and (flags.values["seeds"] or Path(resume).parent == unfinished):
+    working = folder
+    if resume and unfinished and (flags.values["seeds"] or Path(resume).resolve().parent == unfinished.resolve()):
         working = unfinished
     elif filled and not resume:
         check_replaceable(folder)
         working = working_folder(folder)
-    return flags.override(output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite)
+    repository = flags.values["hub_model_id"]
+    if working != folder and flags.values["push_to_hub"]:  # whose default is the name of the folder that is trained in
+        repository = repository or folder.absolute().name
+    return flags.override(
+        output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite, hub_model_id=repository
+    )
 
 
 def holds_run(folder: Path) -> bool:

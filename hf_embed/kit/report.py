@@ -79,7 +79,7 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
     return about_training(trainer, after) | {
         "model": shown(name or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(name), "datasets": plan.datasets,
-        "steps": trained.global_step, "loss": trained.training_loss, "seconds": trained.metrics.get("train_runtime"),
+        "steps": trained.global_step,
         "language": plan.run.language, "license": plan.run.license, "settings": changed(plan),
     }  # fmt: skip
 
@@ -104,13 +104,13 @@ def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
 
 
 def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], results: dict[str, Any]) -> None:
-    """Write results.json, the picture and the card; print the table."""
-    store_results(plan.folder, results)
+    """Write the picture, the card and, last, results.json, by which a run is known to be finished; print the table."""
     if plan.tasks:
         evaluations = [entry for entry in trainer.state.log_history if "eval_spearman" in entry]
         plot_trajectory([before | {"step": 0}, *evaluations], plan.folder / "geometry.png")
         print("\n" + "\n".join(comparison_table(results)))
     write_card(trainer.encoder, plan.folder, results)
+    store_results(plan.folder, results)
 
 
 def saved_to(folder: Path, remote_code: bool = False) -> str:

@@ -16,6 +16,7 @@ from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
+from hf_embed.checkpoint_trainer import clear_leftovers
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
@@ -78,6 +79,8 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
     runs = {}
     if PartialState().is_main_process:
         begin(plan.folder)
+        for folder in [plan.folder, *(plan.folder / f"seed-{seed}" for seed in seeds)]:
+            clear_leftovers(folder)
     PartialState().wait_for_everyone()
     for seed in seeds:
         folder = plan.folder / f"seed-{seed}"
@@ -137,8 +140,9 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
         left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md", f"{SAVING}*")
         with renewed(folder, clear=True) as place:
             with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
-                put_in_place(shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out), place)
-            store_results(place, results)
+                copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
+                store_results(copied, results)
+                put_in_place(copied, place)
             with quiet():
                 encoder = Encoder.from_pretrained(str(place), trust_remote_code=trust_remote_code)
             write_card(encoder, place, results)
