@@ -23,7 +23,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
 from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import save_optimization, save_without_push, set_base_rates, train_batch_size
 from hf_embed.read_files import read_json
@@ -296,11 +296,6 @@ def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputErro
             except Exception as problem:
                 return InputError(f"{Path(checkpoint, name)} cannot be read ({in_short(problem)}); give another checkpoint")
     return InputError(f"{checkpoint}: {' and '.join(names)} do not fit this run ({in_short(error)}); give another checkpoint")
-
-
-def in_short(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:

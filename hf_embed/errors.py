@@ -35,6 +35,11 @@ def masked(text: str, *addresses: str) -> str:
     return HUB_TOKEN.sub("***", ADDRESS.sub(r"\1\2", text))
 
 
+def in_short(error: BaseException) -> str:
+    """Return what an error says, in one line of at most 200 letters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def without_secrets(settings: Settings) -> Settings:
     """Copy an object with settings, for a file: what is named as a secret, `hub_token` and the like, is None in the copy."""
     clean = copy.copy(settings)

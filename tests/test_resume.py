@@ -1,5 +1,6 @@
 """A resumed run knows what it resumes: what is other than in the checkpoint's run is refused, told, or goes on exactly."""
 
+import json
 import logging
 import shutil
 
@@ -197,8 +198,22 @@ def test_a_finished_run_trains_no_further_step(folder, tmp_path):
         before = weights(made)
         assert made.state.global_step == steps and same(before, weights(made))
     made = trainer(tmp_path, max_steps=3)
-    made.train(str(folder / "checkpoint-4"))
+    assert made.train(str(folder / "checkpoint-4")).metrics["resumed_at_step"] == 4
     assert made.state.global_step == 4
+    made.save_model()
+    told = json.loads((tmp_path / "results.json").read_text())["train"]
+    assert [told[key] for key in ("steps", "loss", "seconds")] == [4, None, None]  # BUG: 0.0
+    card = (tmp_path / "README.md").read_text()
+    assert "mean loss" not in card and "time        some time on" in card
+
+
+def test_the_figures_of_a_resumed_run_say_of_which_steps(folder, tmp_path):
+    made = trainer(tmp_path, max_steps=4)
+    made.train(str(folder / "checkpoint-2"))
+    made.save_model()
+    told = json.loads((tmp_path / "results.json").read_text())["train"]
+    assert told["resumed_at_step"] == 2 and told["loss"] > 0
+    assert (tmp_path / "README.md").read_text().count(", from step 3 on") == 2
 
 
 @pytest.mark.slow

@@ -86,6 +86,19 @@ def test_jit_checkpoint_stops_the_same_way(tmp_path):
     assert stopped.value.code == 143 and get_last_checkpoint(str(tmp_path)).endswith("checkpoint-1")
 
 
+def test_the_same_trainer_goes_on(tmp_path):
+    """As in a notebook, where the SystemExit ends a cell. BUG: it pushed nothing any more."""
+    trainer = make_trainer(tmp_path, {}, [Signals(signal.SIGTERM)])
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert trainer.stopping
+    pushes = []
+    trainer.on_end = stop.TrainerCallback()
+    trainer.on_end.on_train_end = lambda args, state, control, **kwargs: pushes.append(not trainer.stopping)
+    trainer.add_callback(trainer.on_end)
+    assert trainer.train(resume_from_checkpoint=True).global_step == trainer.state.max_steps and pushes == [True]
+
+
 def test_weights_that_are_no_numbers_are_not_saved_by_a_stop(tmp_path):
     class Spoil(stop.TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):

@@ -102,6 +102,15 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(np.isfinite(log["loss"]) for log in state["log_history"])
 
 
+def test_the_same_trainer_goes_on_from_the_last_good_checkpoint(tmp_path):
+    """BUG: the loss that had ended it was remembered, and ended every further training."""
+    run = trainer(tmp_path, objective=Spoil(), max_steps=8, save_strategy="steps", save_steps=2, logging_steps=1)
+    with pytest.raises(InputError, match="not a number any more"):
+        run.train()
+    run.objective.calls = -100  # what was wrong has been mended
+    assert run.train(resume_from_checkpoint=True).global_step == 8
+
+
 def test_nan_is_seen_where_checkpoints_are_of_epochs(tmp_path):
     run = trainer(tmp_path, objective=Spoil(), max_steps=-1, num_train_epochs=5, save_strategy="epoch", logging_steps=100)
     with pytest.raises(InputError, match=r"at step 6 .*the last good checkpoint is .*checkpoint-3; go on"):

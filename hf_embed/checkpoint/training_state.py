@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_embed.adapters import has_adapters
 from hf_embed.checkpoint.files import read_weights
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, in_short
 from hf_embed.read_files import read_tensors
 from hf_embed.tempscale import applied_tempscale
 from hf_embed.tempscale.fold import folded
@@ -106,6 +106,5 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, st
     try:
         result = module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where}: the checkpoint is of another model ({reason})") from error
+        raise InputError(f"{where}: the checkpoint is of another model ({in_short(error)})") from error
     return list(result.missing_keys), list(result.unexpected_keys)

@@ -17,7 +17,7 @@ import xxhash
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, in_short
 from hf_embed.read_files import read_json, tensor_dtypes
 from hf_embed.safe_files import SAVING, hash_of, remove_folder
 
@@ -188,7 +188,7 @@ def damage_by_itself(folder: Path) -> str | None:
                     if archive.testzip():
                         return f"{name} has other content than was written"
         except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            return f"{name} cannot be read: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+            return f"{name} cannot be read: {in_short(error)}"
     if not isinstance(read_json(folder / TRAINER_STATE_NAME, with_nan=True).get("global_step"), int):
         return f"{TRAINER_STATE_NAME} has no global_step"
     return None
