@@ -31,6 +31,7 @@ Shapes: Q queries, C documents, D wide.
 import json
 import logging
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -61,7 +62,7 @@ from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
-from hf_embed.work_files import barrier, claim, digest, is_there, make_files, remove_work, work_folder
+from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -220,17 +221,17 @@ def write_hard_negatives(
     queries, documents = distinct_texts(pairs, corpus)
     if len(documents) < 2:
         raise InputError(f"{output}: {len(documents)} document(s); there is nothing to choose negatives from")
-    claim(work, digest([identity], queries, documents))
-    if output.is_file():
-        return finished(work, output, pairs, args.num_negatives)
-    query_vectors = encode_shards(queries, embed, "query", work / "queries")
-    document_vectors = encode_shards(documents, embed, "document", work / "documents")
-    rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
-    folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings do not share rows, but vectors
-    blocks = make_files(folder, ".json", len(pairs), BLOCK, rows.write, "Searching")
-    counts = join_blocks(blocks, work, output) if get_rank() == 0 else Counter()
-    barrier()
-    return counts
+    with claimed(work, digest([identity], queries, documents)):
+        if output.is_file():
+            return finished(work, output, pairs, args.num_negatives)
+        query_vectors = encode_shards(queries, embed, "query", work / "queries")
+        document_vectors = encode_shards(documents, embed, "document", work / "documents")
+        rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
+        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings do not share rows, but vectors
+        blocks = make_files(folder, ".json", len(pairs), BLOCK, rows.write, "Searching")
+        counts = join_blocks(blocks, work, output) if get_rank() == 0 else Counter()
+        barrier()
+        return counts
 
 
 def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -255,7 +256,7 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
     put(unfinished, output)
-    remove_work(work)
+    shutil.rmtree(work)
     return counts
 
 
@@ -271,7 +272,7 @@ def finished(work: Path, output: Path, pairs: Pairs, most: int) -> Counter[str]:
         raise is_there(output)
     barrier()  # nobody removes anything before everyone has looked
     if get_rank() == 0:
-        remove_work(work)
+        shutil.rmtree(work)
     lengths = [len(row["negatives"]) for row in rows]
     return Counter(rows=len(rows), negatives=sum(lengths), fewer=sum(length < most for length in lengths))
 

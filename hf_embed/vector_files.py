@@ -15,6 +15,7 @@ While the file is made it lies in a folder beside it, as a memory map that all r
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
-from hf_embed.work_files import barrier, claim, digest, is_there, make_files, remove_work, work_folder
+from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder
 
 SHARD = 1024  # texts between two points from which a stopped run goes on
 READ = 8192  # texts that are read at a time
@@ -66,35 +67,35 @@ def write_vectors(
     work = work_folder(output)
     like = np.asarray(encoder.encode([], **options))  # (0, D); and the options are checked
     identity = identity_of(encoder, texts, options, (about or {}).get("file", "texts"))
-    claim(work, identity)
-    if output.is_file():
-        return finished(work, output, identity)
-    unfinished, shape = work / "vectors.npy", (len(texts), like.shape[1])
-    if get_rank() == 0 and not holds(unfinished, shape, like.dtype):
-        allocate(unfinished, shape, like.dtype)
-    barrier()
-    rows = np.lib.format.open_memmap(unfinished, mode="r+")
-    forget_damaged(work / "done", rows)
+    with claimed(work, identity):
+        if output.is_file():
+            return finished(work, output, identity)
+        unfinished, shape = work / "vectors.npy", (len(texts), like.shape[1])
+        if get_rank() == 0 and not holds(unfinished, shape, like.dtype):
+            allocate(unfinished, shape, like.dtype)
+        barrier()
+        rows = np.lib.format.open_memmap(unfinished, mode="r+")
+        forget_damaged(work / "done", rows)
 
-    def write(numbers: range, path: Path) -> None:
-        vectors = encoder.encode(texts[numbers.start : numbers.stop], **options)
-        if not np.isfinite(vectors).all():
-            bad = numbers[int(np.argmin(np.isfinite(vectors).all(1)))]
-            raise InputError(f"the vector of text {bad + 1} ({texts[bad][:60]!r}) is not finite; check the model")
-        rows[numbers.start : numbers.stop] = vectors
-        rows.flush()
-        path.write_text(hash_of_part(rows, numbers.start))
+        def write(numbers: range, path: Path) -> None:
+            vectors = encoder.encode(texts[numbers.start : numbers.stop], **options)
+            if not np.isfinite(vectors).all():
+                bad = numbers[int(np.argmin(np.isfinite(vectors).all(1)))]
+                raise InputError(f"the vector of text {bad + 1} ({texts[bad][:60]!r}) is not finite; check the model")
+            rows[numbers.start : numbers.stop] = vectors
+            rows.flush()
+            path.write_text(hash_of_part(rows, numbers.start))
 
-    make_files(work / "done", "", len(texts), SHARD, write, "Encoding")
-    settings = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
-    found = {"rows": len(texts), "width": like.shape[1], "dtype": str(like.dtype), **(about or {}), **settings}
-    found["identity"] = identity
-    if get_rank() == 0:
-        write_json(description_of(output), found)
-        put(unfinished, output)
-        remove_work(work)
-    barrier()
-    return found
+        make_files(work / "done", "", len(texts), SHARD, write, "Encoding")
+        settings = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
+        found = {"rows": len(texts), "width": like.shape[1], "dtype": str(like.dtype), **(about or {}), **settings}
+        found["identity"] = identity
+        if get_rank() == 0:
+            write_json(description_of(output), found)
+            put(unfinished, output)
+            shutil.rmtree(work)
+        barrier()
+        return found
 
 
 def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
         raise is_there(output)
     barrier()  # nobody removes anything before everyone has looked
     if get_rank() == 0:
-        remove_work(work)
+        shutil.rmtree(work)
     return about
 
 

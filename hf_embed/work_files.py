@@ -9,9 +9,9 @@
 The folder lies beside the output, and goes when the output is whole.
 """
 
+import contextlib
 import hashlib
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,9 +20,9 @@ from hf_embed.disk import check_file
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
-from hf_embed.ranks import claim_folder
+from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_text
-from hf_embed.safe_files import is_sealed, release, remove_leftovers, seal, write_text, writing
+from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
 
 
 def work_folder(output: Path) -> Path:
@@ -54,30 +54,24 @@ def digest(*lists: Iterable[str]) -> str:
     return hashed.hexdigest()
 
 
-def claim(folder: Path, identity: str) -> None:
-    """Take a work folder that is new, or was left by a run of the same identity. Raises InputError for that of another.
+@contextlib.contextmanager
+def claimed(folder: Path, identity: str) -> Iterator[None]:
+    """Take a work folder that is new, or was left by a run of the same identity; no other process can until the work ends.
 
-    No other process can take it until this one ends.
+    Raises:
+        InputError: another process has it, or a run of another identity has left it.
     """
-    claim_folder(folder)
-    path = folder / "identity"
-    if path.is_file() and read_text(path) != identity:
-        raise InputError(
-            f"{folder}: left by a run with another model or other texts or settings; remove the folder to start anew"
-        )
-    barrier()
-    if get_rank() == 0:
-        write_text(path, identity)
-    barrier()
-
-
-def remove_work(folder: Path) -> None:
-    """Remove a work folder whose output is in its place, and give its lock back. On one rank.
-
-    What a killed process leaves of it the same call removes, for the folder keeps its name.
-    """
-    shutil.rmtree(folder)
-    release(folder)
+    with writing_alone(folder):
+        path = folder / "identity"
+        if path.is_file() and read_text(path) != identity:
+            raise InputError(
+                f"{folder}: left by a run with another model or other texts or settings; remove the folder to start anew"
+            )
+        barrier()
+        if get_rank() == 0:
+            write_text(path, identity)
+        barrier()
+        yield
 
 
 def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[[range, Path], None], title: str) -> list[Path]:
