@@ -160,10 +160,13 @@ def test_the_launcher_of_one_process_hands_a_signal_on():
 
 def test_a_fork_of_the_training_neither_saves_nor_outlives_a_signal():
     with stop.StopRequests() as requests:
+        ready = os.pipe()
         child = os.fork()
         if not child:
+            os.write(ready[1], b"1")
             time.sleep(60)
             os.kill(os.getpid(), signal.SIGKILL)
+        os.read(ready[0], 1)  # Python forgets a signal that comes while it forks
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert not requests.received
