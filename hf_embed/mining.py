@@ -31,7 +31,6 @@ Shapes: Q queries, C documents, D wide.
 import json
 import logging
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -62,7 +61,7 @@ from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
-from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
+from hf_embed.work_files import barrier, claim, digest, is_there, make_files, remove_work, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
     put(unfinished, output)
-    shutil.rmtree(work)
+    remove_work(work)
     return counts
 
 
@@ -272,7 +271,7 @@ def finished(work: Path, output: Path, pairs: Pairs, most: int) -> Counter[str]:
         raise is_there(output)
     barrier()  # nobody removes anything before everyone has looked
     if get_rank() == 0:
-        shutil.rmtree(work)
+        remove_work(work)
     lengths = [len(row["negatives"]) for row in rows]
     return Counter(rows=len(rows), negatives=sum(lengths), fewer=sum(length < most for length in lengths))
 

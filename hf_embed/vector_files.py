@@ -15,7 +15,6 @@ While the file is made it lies in a folder beside it, as a memory map that all r
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
-from hf_embed.work_files import barrier, claim, digest, is_there, make_files, work_folder
+from hf_embed.work_files import barrier, claim, digest, is_there, make_files, remove_work, work_folder
 
 SHARD = 1024  # texts between two points from which a stopped run goes on
 READ = 8192  # texts that are read at a time
@@ -93,7 +92,7 @@ def write_vectors(
     if get_rank() == 0:
         write_json(description_of(output), found)
         put(unfinished, output)
-        shutil.rmtree(work)
+        remove_work(work)
     barrier()
     return found
 
@@ -109,7 +108,7 @@ def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
         raise is_there(output)
     barrier()  # nobody removes anything before everyone has looked
     if get_rank() == 0:
-        shutil.rmtree(work)
+        remove_work(work)
     return about
 
 

@@ -10,6 +10,7 @@ The folder lies beside the output, and goes when the output is whole.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import claim_folder
 from hf_embed.read_files import read_text
-from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
+from hf_embed.safe_files import is_sealed, release, remove_leftovers, seal, write_text, writing
 
 
 def work_folder(output: Path) -> Path:
@@ -68,6 +69,12 @@ def claim(folder: Path, identity: str) -> None:
     if get_rank() == 0:
         write_text(path, identity)
     barrier()
+
+
+def remove_work(folder: Path) -> None:
+    """Remove a work folder, whose output is whole; another process may then take one of its name. On one rank."""
+    shutil.rmtree(folder)
+    release(folder)
 
 
 def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[[range, Path], None], title: str) -> list[Path]:
