@@ -116,7 +116,7 @@ def stopped_work(runs: Runs, case: Case, at: str, folder: Path) -> None:
         raise SystemExit(f"{case.name} was to be killed at {at}")
 
 
-WORKS = {"encode": "done/unfinished", "mine_negatives": "documents/unfinished", "ablation": "mkdir out/runs"}
+WORKS = {"encode": "done/.saving", "mine_negatives": "documents/.saving", "ablation": "mkdir out/runs"}
 
 
 def warned(ended: Ended, *names: str) -> bool:

@@ -73,7 +73,7 @@ class CheckpointTrainer(HubTrainer):
             checkpoint = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
             self.check_on_each_node(checkpoint)
         if self.args.should_save:
-            clear_leftovers(Path(str(self.args.output_dir)))
+            safe_files.clear_leftovers(Path(str(self.args.output_dir)))
         self.accelerator.wait_for_everyone()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
@@ -309,17 +309,6 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
                     f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, and its weight "
                     f"{tuple(parameter.shape)}; give another checkpoint"
                 )
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what killed runs have left half-written in the folder of a run, unless another run is writing there."""
-    if not folder.is_dir():
-        return
-    held = safe_files.key_of(folder) in safe_files.locks
-    if safe_files.take_lock(folder):
-        safe_files.remove_leftovers(folder)
-        if not held:
-            safe_files.release(folder)
 
 
 @contextlib.contextmanager

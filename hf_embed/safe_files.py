@@ -276,6 +276,17 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left half-written in a folder, unless another process has its lock."""
+    if not folder.is_dir():
+        return
+    held = key_of(folder) in locks
+    if take_lock(folder):
+        remove_leftovers(folder)
+        if not held:
+            release(folder)
+
+
 # ---- one process at a time ----
 
 

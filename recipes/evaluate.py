@@ -33,6 +33,7 @@ from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.report import summary
+from hf_embed.safe_files import clear_leftovers
 
 
 @dataclass
@@ -65,6 +66,7 @@ def main() -> None:
         about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
         results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        clear_leftovers(Path(args.output_dir))
         kept = stored_results(args.output_dir)  # of the training, if this is the model's own folder
         store_results(args.output_dir, kept | {"evaluated": results} if kept else results)
         print(f"\nwrote {Path(args.output_dir, 'results.json')}")

@@ -19,7 +19,7 @@ from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encod
 from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.safe_files import write_json
+from hf_embed.safe_files import clear_leftovers, write_json
 from hf_embed.tempscale import TempScaleConfig, tempscale
 
 
@@ -54,6 +54,7 @@ def main() -> None:
     print("\n".join(report_lines(reports)))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     about = {"model": args.model_name_or_path, "texts": masked(args.texts or "docstrings"), "reports": reports}
     write_json(folder / "collapse.json", about)
     plot_collapse(reports, folder / "collapse.png")

@@ -414,8 +414,8 @@ def inner_name(objective: dict[str, Any]) -> str:
 
 
 def training_section(train: dict[str, Any] | None) -> str:
-    """Return what the model was trained on, and how."""
-    if not train:
+    """Return what the model was trained on, and how; "" where too little is known."""
+    if not train or not train.keys() >= {"model", "data", "rows", "objective", "steps", "batch_size", "seed", "versions"}:
         return ""
     objective = dict(train["objective"])
     name = objective.pop("name")

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class Retrieval(EvaluationTask):
                 raise InputError(f"Retrieval: {name} is no dict of texts by id, {shortened(repr(texts))}")
         grades = list(self.qrels.values()) if isinstance(self.qrels, dict) else [None]
         if not all(
-            isinstance(found, dict) and all(isinstance(grade, Integral) for grade in found.values()) for found in grades
+            isinstance(found, dict) and all(isinstance(grade, Real) and float(grade).is_integer() for grade in found.values())
+            for found in grades
         ):
             raise InputError("Retrieval: qrels is no dict of whole numbers, {query id: {document id: grade}}")
         if not isinstance(self.cutoffs, list | tuple) or not self.cutoffs or not all(k in COUNT for k in self.cutoffs):

@@ -114,6 +114,7 @@ class DataArguments:
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
 HELD_OUT = "held_out"  # the name of the rows of --eval_file
+LATEST = ("latest", "true", "True")  # of --resume_from_checkpoint: the newest that is whole
 NO_DATA = "nothing to train on; give --train_file FILE or --dataset_name NAME"
 
 
@@ -421,7 +422,7 @@ def find_checkpoint(given: str, folder: Path) -> str:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    if given in ("latest", "true", "True"):
+    if given in LATEST:
         last = newest_whole(folder)
         if last is None:
             raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")

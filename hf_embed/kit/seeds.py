@@ -16,19 +16,18 @@ from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
-from hf_embed.checkpoint_trainer import clear_leftovers
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
-from hf_embed.kit.plan import Plan
+from hf_embed.kit.plan import LATEST, Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.report import changed, saved_to
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_json
 from hf_embed.resume import as_json, same_settings
-from hf_embed.safe_files import SAVING
+from hf_embed.safe_files import SAVING, clear_leftovers
 from hf_embed.training_record import settings_of, shown
 
 
@@ -71,6 +70,8 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
     if not plan.run.seeds:
         return train(plan)
     seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint
+    if resume and resume not in LATEST:
+        raise InputError(f"--seeds with --resume_from_checkpoint {resume}: each seed has checkpoints of its own; give no path")
     if not plan.tasks:
         raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
     if plan.args.push_to_hub:
