@@ -18,6 +18,7 @@ from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 from hf_embed.ranges import COUNT, check_ranges
+from hf_embed.safe_files import clear_leftovers
 
 
 @dataclass
@@ -48,6 +49,7 @@ def main() -> None:
     encoder = load_for_encoding(args.model_name_or_path, args)
     rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)
     print("\n" + "\n".join(lines(rows)))
+    clear_leftovers(folder)
     results = stored_results(folder)
     known = {(row["task"], row["split"]): row for row in [*results.get("mteb", []), *rows]}
     results["mteb"] = list(known.values())
