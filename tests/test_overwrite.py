@@ -297,6 +297,11 @@ def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
     assert {p.name for p in out.glob("seed-[0-9]*")} == {"seed-1", "seed-2"}
 
 
+def test_seeds_take_no_path_to_resume_from(old):
+    out, argv = old
+    assert "give no path" in error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", out / "checkpoint-2")
+
+
 def test_links_of_the_users_are_not_followed(tmp_path):
     folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     for name in ("out/seed-1/runs/a", "out/checkpoint-1", "elsewhere/run", "elsewhere/checkpoint-9"):
