@@ -39,8 +39,11 @@ def huge_header(path: Path) -> None:
 
 
 def swap(path: Path, rng: random.Random) -> None:
-    """Exchange a file with another one of the folder."""
+    """Exchange a file with another one of the folder; one that is alone is emptied."""
     others = sorted(other for other in path.parent.iterdir() if other.is_file() and other != path)
+    if not others:
+        path.write_bytes(b"")
+        return
     other, aside = rng.choice(others), path.with_name("aside")
     path.rename(aside)
     other.rename(path)

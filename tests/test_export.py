@@ -481,6 +481,15 @@ def test_layers_behind_the_pooling_come_and_go(base, tmp_path, name):
     assert_close(Encoder.from_pretrained(tmp_path / "ours").encode(TEXTS), theirs)
 
 
+# BUG: the pooling was mean then, without a word.
+@pytest.mark.parametrize("module", ["1_Pooling", "2_Dense"])
+def test_a_module_without_its_config_is_refused(tmp_path, base, module):
+    write_st(base, tmp_path, *DENSE["tanh"])
+    (tmp_path / module / "config.json").unlink()
+    with pytest.raises(InputError, match=f"{module}/config.json is missing"):
+        Encoder.from_pretrained(tmp_path)
+
+
 def test_dense_weights_of_older_folders(base, tmp_path):
     theirs = write_st(base, tmp_path, *DENSE["tanh"]).encode(TEXTS)
     weights = tmp_path / "2_Dense" / "model.safetensors"

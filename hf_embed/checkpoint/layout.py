@@ -60,6 +60,7 @@ class Module:
     kind: ClassVar[str]
     keys: ClassVar[dict[str, Allowed]]  # what its config.json may have
     has_weights: ClassVar[bool] = False
+    needs_config: ClassVar[bool] = True
 
     path: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +76,9 @@ class Module:
             save_file(tensors, target / "model.safetensors")
 
     def read(self, files: Files) -> Self:
-        """Read config.json and the weights. Raises InputError for a config that cannot be represented."""
+        """Read config.json and the weights. Raises InputError if it is missing, or cannot be represented."""
+        if self.needs_config and files.path(f"{self.path}/config.json") is None:
+            raise InputError(f"model '{files.name}': {self.path}/config.json is missing; copy the model anew")
         self.config = files.config(f"{self.path}/config.json", self.keys)
         if self.has_weights:
             self.tensors = files.tensors(self.path)
@@ -229,6 +232,7 @@ class NormalizeModule(Module):
 
     kind = "Normalize"
     keys = SENTENCE_KEYS
+    needs_config = False
 
 
 class DropoutModule(Module):
@@ -236,6 +240,7 @@ class DropoutModule(Module):
 
     kind = "Dropout"
     keys = {"dropout": object}
+    needs_config = False
 
 
 # The modules that can be represented here, in the only order that can. Dropout may stand anywhere.
