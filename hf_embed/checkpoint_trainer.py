@@ -25,7 +25,7 @@ from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
-from hf_embed.library_internals import save_optimization, save_without_push, set_base_rates, train_batch_size
+from hf_embed.library_internals import first_step, save_optimization, save_without_push, set_base_rates, train_batch_size
 from hf_embed.read_files import read_json
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ class CheckpointTrainer(HubTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to the log of the end of a training from which step on its time and its loss are, if it was resumed."""
-        if "train_runtime" in logs and self._initial_global_step:
-            logs["resumed_at_step"] = self._initial_global_step
+        if "train_runtime" in logs and (step := first_step(self)):
+            logs["resumed_at_step"] = step
         super().log(logs, start_time)
 
     def _run_epoch(

@@ -91,6 +91,11 @@ def train_batch_size(trainer: "Trainer") -> int:
     return trainer._train_batch_size
 
 
+def first_step(trainer: "Trainer") -> int:
+    """Return the step from which the last training went on; 0 where it was not resumed."""
+    return trainer._initial_global_step
+
+
 def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":
     """Return what measures memory for `skip_memory_metrics=False`; to be started and stopped around an evaluation."""
     return trainer._memory_tracker

@@ -146,6 +146,13 @@ def test_set_base_rates(tmp_path):
             run.lr_scheduler.step()
 
 
+def test_first_step(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    trainer._initial_global_step = 7  # the name that Trainer.train sets
+    assert internals.first_step(trainer) == 7
+    assert "self._initial_global_step = self.state.global_step" in inspect.getsource(type(trainer)._inner_training_loop)
+
+
 def test_memory_tracker(tmp_path):
     assert isinstance(internals.memory_tracker(plain_trainer(tmp_path)), TrainerMemoryTracker)
     tracker, found = TrainerMemoryTracker(skip_memory_metrics=False), {}

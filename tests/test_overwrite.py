@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import error_of
-from test_recipes import QUIET, ROOT, flags, load_recipe, make_files, recipe, sup
+from test_recipes import QUIET, ROOT, SUP, flags, load_recipe, make_files, recipe, sup
 from transformers import TrainerCallback
 
 from hf_embed import Encoder, InputError, safe_files
@@ -234,7 +234,7 @@ def test_an_unfinished_run_is_never_mistaken_for_a_later_one(old, monkeypatch):
     relative = ["--resume_from_checkpoint", ".out.new/checkpoint-2"]
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr("recipe_sup_simcse.train_each_seed", lambda flags, *rest: seen.append(flags.values["output_dir"]))
+        patch.setattr(SUP, "train_each_seed", lambda flags, *rest: seen.append(flags.values["output_dir"]))
         sup(*argv, *relative)  # BUG: it went on in the folder of the earlier run
     assert seen == [str(working_folder(out))]
     shutil.rmtree(out)
@@ -245,7 +245,7 @@ def test_a_push_is_to_the_name_of_the_place(old, monkeypatch):
     """BUG: the repository was named .out.new."""
     out, argv = old
     seen = []
-    monkeypatch.setattr("recipe_sup_simcse.train_each_seed", lambda flags, *rest: seen.append(flags.values["hub_model_id"]))
+    monkeypatch.setattr(SUP, "train_each_seed", lambda flags, *rest: seen.append(flags.values["hub_model_id"]))
     sup(*argv, "--overwrite_output_dir", "--push_to_hub")
     sup(*argv, "--overwrite_output_dir", "--push_to_hub", "--hub_model_id", "me/mine")
     sup(*argv, "--overwrite_output_dir")
