@@ -67,12 +67,13 @@ def check_replaceable(folder: Path) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Empty a working folder unless an unfinished run is in it: a run that was replaced may be, if the process was killed then.
+    """Prepare the folder where a run is about to train. One rank calls this.
 
-    On one rank. Another folder stays as it is; what it has replaced goes, if the process was killed before that was gone.
+    A working folder without the mark of an unfinished run is emptied: an earlier run lies there if a process was killed after the
+    exchange of the two folders. Any other folder keeps its files, and the rest of such an exchange beside it is removed.
     """
     if not is_working(folder):
-        if (folder / UNFINISHED).is_file():  # which a run takes off last
+        if (folder / UNFINISHED).is_file():  # the last thing that a run removes when it has taken its place
             clear_replaced(folder)
         return
     print(
@@ -103,7 +104,7 @@ def take_place(folder: Path) -> Path:
 
 
 def clear_replaced(place: Path) -> None:
-    """Remove what is left of the run that another one in `place` has replaced, and then the mark of the new one."""
+    """Remove the files of the replaced run, then the mark that says that the run in `place` is unfinished."""
     for left in (working_folder(place), replaced_name(place)):
         shutil.rmtree(left, ignore_errors=True)
     (place / UNFINISHED).unlink(missing_ok=True)
