@@ -69,8 +69,8 @@ def check_replaceable(folder: Path) -> None:
 def begin(folder: Path) -> None:
     """Prepare the folder where a run is about to train. One rank calls this.
 
-    A working folder without the mark of an unfinished run is emptied: an earlier run lies there if a process was killed after the
-    exchange of the two folders. Any other folder keeps its files, and the rest of such an exchange beside it is removed.
+    A working folder without the mark of an unfinished run is emptied: an earlier run lies there if a process was killed after
+    the exchange of the two folders. Any other folder keeps its files; what such an exchange has left beside it is removed.
     """
     if not is_working(folder):
         if (folder / UNFINISHED).is_file():  # the last thing that a run removes when it has taken its place
