@@ -1,53 +1,173 @@
-"""recipes/pretrain_encoder.py on a few sentences: what it saves is whole, and takes the place of an earlier encoder alone."""
+"""recipes/pretrain_encoder.py on a few sentences: both objectives, what is saved, and a run that was stopped."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import error_of
+from safetensors.torch import load_file
 from test_recipes import load_recipe
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertForMaskedLM
 
 from hf_embed import Encoder
 from hf_embed.disk import DiskError
+from hf_embed.kit import masked_lm, pretraining
 from hf_embed.kit.plan import QUICKSTART
 
-SMALL = ["--teacher_layer", 1, "--vocab_size", 500, "--hidden_size", 24, "--num_layers", 1, "--num_heads", 2,
-         "--max_length", 64, "--sentence_tokens", 600, "--long_tokens", 300, "--batch_tokens", 256]  # fmt: skip
+SMALL = ["--vocab_size", 500, "--hidden_size", 24, "--num_layers", 1, "--num_heads", 2, "--max_length", 64,
+         "--sentence_tokens", 600, "--long_tokens", 300, "--batch_tokens", 256]  # fmt: skip
+TEACHER = ["--teacher", QUICKSTART / "encoder", "--teacher_layer", 1]
+BOTH = pytest.mark.parametrize("objective", [["--objective", "mlm"], TEACHER], ids=["mlm", "distill"])
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    (tmp_path / "sentences.txt").write_text("".join(f"the cat number {i} sleeps on a warm stone\n" for i in range(120)))
+    things = ["cat", "dog", "old man", "train", "small bird"]
+    lines = [f"the {things[i % 5]} number {i} sleeps on a warm stone, and so does number {i}" for i in range(120)]
+    (tmp_path / "sentences.txt").write_text("\n".join(lines))
     recipe = load_recipe("pretrain_encoder")
 
     def run(folder: Path, *more) -> None:
-        words = ["--teacher", QUICKSTART / "encoder", "--train_file", tmp_path / "sentences.txt", "--output_dir", folder]
+        words = ["--train_file", tmp_path / "sentences.txt", "--output_dir", folder]
         monkeypatch.setattr("sys.argv", ["pretrain_encoder.py", *map(str, [*words, *SMALL, *more])])
         recipe.main()
 
     return run
 
 
-def test_an_encoder_is_saved_as_a_whole(train, tmp_path):
+@BOTH
+def test_an_encoder_is_saved_as_a_whole(train, objective, tmp_path):
     folder = tmp_path / "new" / "encoder"
-    train(folder)
+    train(folder, *objective)
     about = json.loads((folder / "training.json").read_text())
     assert about["hidden_size"] == 24 and about["loss"] > 0 and about["tokens"] > 0
     assert Encoder.from_pretrained(str(folder)).encode(["a cat"]).shape == (1, 24)
-    train(folder, "--hidden_size", 12)  # in the place of an earlier one
+    train(folder, *objective, "--hidden_size", 12)  # in the place of an earlier one
     assert Encoder.from_pretrained(str(folder)).encode(["a cat"]).shape == (1, 12)
     (folder / "notes.txt").touch()
-    assert "holds notes.txt" in error_of(train, folder)
+    assert "holds notes.txt" in error_of(train, folder, *objective)
     assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
 
 
 def test_a_full_disk_keeps_the_earlier_encoder(train, small_disk):
-    folder = small_disk("size=400k") / "encoder"
-    train(folder)
+    folder = small_disk("size=900k") / "encoder"
+    train(folder, *TEACHER)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(DiskError, match=rf"the disk is full \(at {folder}"):
-        train(folder, "--hidden_size", 120)
+    with pytest.raises(DiskError, match=r"the disk is full \(at "):
+        train(folder, *TEACHER, "--hidden_size", 120)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    small_disk("size=8m")
-    train(folder, "--hidden_size", 120)
+    small_disk("size=16m")
+    train(folder, *TEACHER, "--hidden_size", 120)
     assert json.loads((folder / "training.json").read_text())["hidden_size"] == 120
+
+
+@BOTH
+def test_a_stopped_run_goes_on_exactly(train, objective, tmp_path, monkeypatch, capsys):
+    train(tmp_path / "calm", *objective)
+    monkeypatch.setattr(pretraining, "SAVE_STEPS", 1)
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def stop_in_third_step(*args):
+        steps.append(clip(*args))
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_third_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", *objective)
+    assert not (tmp_path / "stopped").exists()
+    other = error_of(train, tmp_path / "stopped", *objective, "--learning_rate", 0.001)
+    assert "stopped.work: left by a run with another model or other texts or settings" in other
+    capsys.readouterr()
+    train(tmp_path / "stopped", *objective)
+    assert "going on at step 2 of " in capsys.readouterr().out
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("calm", "stopped")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(masked_lm, "save", lambda *args: 1 / 0)  # when all steps are done
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "out", "--objective", "mlm")
+    checkpoint = tmp_path / "out.work" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert "checkpoint.pt cannot be read" in error_of(train, tmp_path / "out", "--objective", "mlm")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--teacher is missing"),
+        ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, and it can be at most 1"),
+        (["--objective", "mlm", *TEACHER], "--objective mlm has no teacher"),
+        (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or less to a batch"),
+        (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64"),
+    ],
+)
+def test_flags_that_do_not_fit(train, tmp_path, words, message):
+    assert message in error_of(train, tmp_path / "out", *words)
+
+
+def test_a_language_model_gets_past_word_frequencies(train, tmp_path):
+    """Its loss falls below that of a model that knows how frequent each piece is, and nothing of the other words."""
+    folder = tmp_path / "out"
+    train(folder, "--objective", "mlm", "--sentence_tokens", 120_000, "--hidden_size", 48, "--learning_rate", 0.01)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pieces = tokenizer((tmp_path / "sentences.txt").read_text().splitlines(), add_special_tokens=False)["input_ids"]
+    shares = np.unique(sum(pieces, []), return_counts=True)[1] / len(sum(pieces, []))
+    frequencies = -(shares * np.log(shares)).sum()
+    assert json.loads((folder / "training.json").read_text())["loss"] < 0.8 * frequencies
+    assert BertForMaskedLM.from_pretrained(folder).config.hidden_dropout_prob == 0.1  # for the fine-tuning that follows
+
+
+def test_sequences_are_packed_and_begin_with_cls(monkeypatch):
+    stream = np.array([5, 6, 3, 7, 3, 8, 9, 10, 3, 11], dtype=np.int32)  # three sentences, each with [SEP], and one cut off
+    monkeypatch.setattr(masked_lm, "SHORT", 4)
+    monkeypatch.setattr(pretraining, "SHORT", 4)
+    assert masked_lm.sequences(stream, 4, np.array([2, 0]), cls=2).tolist() == [[2, 9, 10, 3], [2, 5, 6, 3]]
+    args = pretraining.PretrainArguments("f", "o", "mlm", max_length=4, batch_tokens=8, sentence_tokens=40, long_tokens=8)
+    batches = masked_lm.all_batches(args, stream)
+    assert [(length, len(rows)) for length, rows in batches] == [(4, 2)] * 6  # 5 of the first stage: the text is read again
+    assert all(0 <= row < 3 for _, rows in batches for row in rows) and len({tuple(rows) for _, rows in batches}) > 1
+
+
+def test_the_word_table_starts_from_mutual_information():
+    """On a text small enough to count by hand, the whole rank gives back the shifted positive mutual information."""
+    sep, words = 0, [[1, 1, 2], [3, 4], [3, 4, 3], [2, 1]] * 5 + [[1, 4]]
+    stream = np.array([token for sentence in words for token in (*sentence, sep)], dtype=np.int32)
+    counts = np.zeros((5, 5))
+    for sentence in words:
+        text = [*sentence, sep]
+        for i, left in enumerate(text):
+            for j in range(i + 1, min(i + 6, len(text))):
+                counts[left, text[j]] += 1 / (j - i)
+                counts[text[j], left] += 1 / (j - i)
+    context = counts.sum(0) ** 0.75
+    with np.errstate(divide="ignore"):
+        information = np.log(counts / (counts.sum(1, keepdims=True) * context / context.sum())) - np.log(2)
+    information = np.maximum(information, 0)
+    u, s, _ = np.linalg.svd(information)
+    vectors = masked_lm.word_vectors(stream, sep, vocab_size=5, width=5).numpy()
+    np.testing.assert_allclose(vectors @ vectors.T, u @ np.diag(s) @ u.T, atol=1e-5)
+    assert information.any()
+
+
+def test_the_loss_is_that_of_bert(train, tmp_path):
+    """Logits of the masked tokens alone give the loss that `BertForMaskedLM` gives for all of them."""
+    train(tmp_path / "out", "--objective", "mlm")
+    model = BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    input_ids = torch.randint(5, 40, (8, 16), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    loss = masked_lm.masked_lm_loss(model, tokenizer, input_ids)
+    torch.manual_seed(3)
+    masked, labels = masked_lm.mask_tokens(input_ids.flatten(), tokenizer, masked_lm.MASKED)
+    plain = model(input_ids=masked.view(8, 16), labels=labels.view(8, 16)).loss
+    assert loss.item() == pytest.approx(plain.item(), rel=2e-3)  # bfloat16 against float32
+    unmasked = F.cross_entropy(model(input_ids=input_ids).logits.flatten(0, 1), input_ids.flatten())
+    assert abs(unmasked.item() - plain.item()) > 0.01

@@ -30,13 +30,14 @@ OTHERS = {
     "data.yaml_files": "YAML, from the text of read_text",
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
     "resume": "the same",
+    "kit.pretraining": "torch.load, of weights and numbers alone",
     "kit.row_hashes": "json.loads: cells that are JSON",
     "evaluation.mteb": "read_text: what cannot be read is measured anew",
     "kit.command": "read_text: the recipes' own code",
     "mining": "open: the rows that were written a moment before",
     "vector_files": "np.load, read_text: what cannot be read is made anew",
     "safe_files": "open, for writing",
-    "recipes.pretrain_encoder": "json.loads: a tokenizer in memory",
+    "kit.distill": "json.loads: a tokenizer in memory",
 }
 
 

@@ -1,0 +1,182 @@
+"""Make a small BERT from plain text and a teacher (recipes/pretrain_encoder.py, `--objective distill`).
+
+The student has its own small vocabulary: the pieces of the teacher's that the text uses most. For every token it learns
+to predict the teacher's layer-normalised hidden state through one linear map (mean squared error), where the teacher reads
+the very same pieces. Two stages: single sentences, then sentences joined up to `--max_length` tokens, so that every position
+is trained. The result is a language encoder, not yet a sentence encoder: that is what fine-tuning is for.
+
+Shapes: B texts of T tokens, D student width, E teacher width, S tokens in a batch without its padding.
+"""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+from hf_embed.errors import InputError
+from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, read_sentences, save, train
+
+
+def pretrain(args: PretrainArguments, work: Path) -> None:
+    """Distill the teacher into a student with a small vocabulary of its own, and save it.
+
+    Args:
+        args: the flags.
+        work: the folder for the checkpoint.
+    """
+    torch.manual_seed(args.seed)
+    sentences = read_sentences(args.train_file, args.seed)
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    teacher = AutoModel.from_pretrained(str(args.teacher), dtype=torch.float32, **trusted).eval()
+    teacher.encoder.layer = teacher.encoder.layer[: args.teacher_layer]
+    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher, **trusted).backend_tokenizer
+    tokenizer, teacher_ids = smaller_vocabulary(teacher_tokenizer, sentences[:200_000], args.vocab_size)
+    student = new_student(args, teacher, torch.tensor(teacher_ids))
+
+    texts = tokenize(args, tokenizer, sentences)
+    batches = two_stages(args, texts, random.Random(args.seed))
+    print(f"{len(batches)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}", flush=True)
+    loss, seen = distill(args, teacher, student, torch.tensor(teacher_ids), batches, work / "checkpoint.pt")
+    save(args, student, BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length), loss, seen)
+
+
+def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> tuple[Tokenizer, list[int]]:
+    """Make the teacher's WordPiece tokenizer with the `size` pieces the sentences use most; and each piece's teacher id."""
+    teacher.no_truncation()
+    teacher.no_padding()
+    encodings = teacher.encode_batch(sentences, add_special_tokens=False)
+    counts = Counter(piece for encoding in encodings for piece in encoding.tokens)
+    vocabulary = teacher.get_vocab()
+    letters = [p for p in vocabulary if len(p.removeprefix("##")) == 1 and counts[p] > 0]  # so that few words are unknown
+    ranked = [p for p, _ in counts.most_common() if p not in SPECIAL and p not in letters]
+    pieces = SPECIAL + sorted(letters) + ranked[: size - len(SPECIAL) - len(letters)]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+
+    spec = json.loads(teacher.to_str())
+    spec["model"]["vocab"] = ids
+    spec["added_tokens"] = [token | {"id": ids[token["content"]]} for token in spec["added_tokens"]]
+    for token in spec["post_processor"]["special_tokens"].values():
+        token["ids"] = [ids[piece] for piece in token["tokens"]]
+    return Tokenizer.from_str(json.dumps(spec)), [vocabulary[piece] for piece in pieces]
+
+
+def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor) -> BertModel:
+    """Make a BERT whose word and position tables start as the leading directions of the teacher's.
+
+    Raises:
+        InputError: there are not so many directions.
+    """
+    most = min(len(teacher_ids), teacher.config.hidden_size)
+    if args.hidden_size > most:
+        raise InputError(
+            f"--hidden_size is {args.hidden_size}, and it can be at most {most}: the teacher's width, and the pieces that "
+            "--train_file uses of its vocabulary"
+        )
+    student = BertModel(
+        BertConfig(
+            vocab_size=len(teacher_ids), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
+            num_attention_heads=args.num_heads, intermediate_size=4 * args.hidden_size,
+            max_position_embeddings=args.max_length,
+        )
+    )  # fmt: skip
+    words = teacher.embeddings.word_embeddings.weight.detach()[teacher_ids]
+    center = words.mean(0)
+    directions = torch.linalg.svd(words - center, full_matrices=False).Vh[: args.hidden_size]  # (D, E)
+    with torch.no_grad():
+        table = (words - center) @ directions.T
+        scale = 0.05 / table.std()
+        student.embeddings.word_embeddings.weight.copy_(scale * table)
+        positions = teacher.embeddings.position_embeddings.weight[: args.max_length]
+        student.embeddings.position_embeddings.weight.copy_(scale * positions @ directions.T)
+    return student
+
+
+def tokenize(args: PretrainArguments, tokenizer: Tokenizer, sentences: list[str]) -> list[list[int]]:
+    """Return the token ids of as many sentences as the two stages need."""
+    texts: list[list[int]] = []
+    needed = args.sentence_tokens + args.long_tokens
+    while needed > 0 and len(texts) < len(sentences):
+        new = tokenizer.encode_batch(sentences[len(texts) : len(texts) + 50_000], add_special_tokens=False)
+        texts += [encoding.ids[: args.max_length - 2] for encoding in new]
+        needed -= sum(len(encoding.ids) for encoding in new)
+    return texts
+
+
+def two_stages(args: PretrainArguments, texts: list[list[int]], rng: random.Random) -> list[list[list[int]]]:
+    """Make the batches of both stages: single sentences, then joined ones."""
+    total, first_long = 0, len(texts)
+    for i, ids in enumerate(texts):
+        total += len(ids)
+        if total >= args.sentence_tokens:
+            first_long = i
+            break
+    steps = batches_of([ids for ids in texts[:first_long] if ids], args.batch_tokens, rng)
+    return steps + batches_of(join(texts[first_long:], args.max_length - 2, rng), args.batch_tokens, rng)
+
+
+def batches_of(texts: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:
+    """Make batches of about `batch_tokens` tokens, texts of nearly one length together, in random order."""
+    texts = sorted(texts, key=lambda ids: (len(ids), rng.random()))
+    start, found = 0, []
+    while start < len(texts):
+        stop = start + max(1, batch_tokens // (len(texts[start]) + 2))
+        found.append(texts[start:stop])
+        start = stop
+    rng.shuffle(found)
+    return found
+
+
+def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[list[int]]:
+    """Join sentences; the lengths of the results are spread evenly between 32 and `max_length`."""
+    joined: list[list[int]] = []
+    current: list[int] = []
+    wanted = rng.randint(32, max_length)
+    for ids in texts:
+        current = current + ids
+        if len(current) >= wanted:
+            joined.append(current[:wanted])
+            current, wanted = [], rng.randint(32, max_length)
+    return joined
+
+
+def distill(
+    args: PretrainArguments, teacher: BertModel, student: BertModel, teacher_ids: Tensor, batches: list, checkpoint: Path
+) -> tuple[float, int]:
+    """Train the student on the batches; return the last loss and the tokens read."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
+    teacher.to(device, torch.bfloat16)  # type: ignore[arg-type]  # the decorator of `to` hides its type
+    both = nn.ModuleList([student, to_teacher]).to(device).eval()  # eval: no dropout while distilling
+
+    def loss_of(step: int) -> tuple[Tensor, int]:
+        input_ids, mask = pad(batches[step], device)
+        target = teacher_states(teacher, teacher_ids.to(device)[input_ids], mask)  # (S, E)
+        with torch.autocast(device, torch.bfloat16):
+            states = student(input_ids, attention_mask=mask).last_hidden_state[mask]  # (S, D)
+            predicted = to_teacher(states).float()
+        return F.mse_loss(predicted, target), len(target)
+
+    optimizer = torch.optim.AdamW(both.parameters(), lr=args.learning_rate, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=len(batches) + 1, pct_start=0.05)
+    return train(both, optimizer, schedule, len(batches), loss_of, args.seed, checkpoint)
+
+
+def pad(batch: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
+    """Return token ids with [CLS] and [SEP], (B, T), and where there are any, (B, T) bool."""
+    cls, sep, padding = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))  # which lead the vocabulary
+    rows = [torch.tensor([cls, *text, sep]) for text in batch]
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
+    return input_ids, input_ids.ne(padding)
+
+
+@torch.no_grad()
+def teacher_states(teacher: BertModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the teacher's layer-normalised states, (S, E)."""
+    states = teacher(input_ids, attention_mask=mask).last_hidden_state[mask].float()
+    return F.layer_norm(states, states.shape[-1:])

@@ -1,0 +1,186 @@
+"""Make an encoder from plain text: the flags, and the training loop that both objectives share.
+
+`distill` (hf_embed/kit/distill.py) learns from a teacher; `masked_lm` (hf_embed/kit/masked_lm.py) has nothing but the text.
+
+While a run lasts, its state is kept beside the output, and the same command goes on from there after a stop:
+
+    OUTPUT.work/identity          the settings of the run
+    OUTPUT.work/checkpoint.pt     weights, the optimizer's state and the step; written aside, and then renamed
+"""
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import BertTokenizer, PreTrainedModel
+
+from hf_embed.data.sources import read_texts
+from hf_embed.disk import check_folder
+from hf_embed.errors import InputError, in_short
+from hf_embed.progress import calm_libraries, progress_bar
+from hf_embed.ranges import COUNT, POSITIVE, SEED
+from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
+
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary made here
+SHORT = 64  # tokens: the least `--max_length`, and what a sequence of masked language modelling has at first
+LOG_STEPS, SAVE_STEPS = 100, 500
+
+
+@dataclass
+class PretrainArguments:
+    """Flags of `pretrain_encoder.py`."""
+
+    train_file: str = field(metadata={"help": "sentences: a txt with one a line, or a table with a column text; .gz is fine"})
+    output_dir: str = field(metadata={"help": "where the encoder goes"})
+    objective: Literal["distill", "mlm"] = field(
+        default="distill", metadata={"help": "learn a teacher's hidden states, or to fill in masked tokens (needs no teacher)"}
+    )
+    teacher: str | None = field(default=None, metadata={"help": "distill: a BERT to learn from, a Hub name or a folder"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the teacher's own code, if it has any"})
+    teacher_layer: int = field(default=4, metadata={"help": "distill: which of its layers' hidden states to predict"})
+    vocab_size: int = field(default=12000, metadata={"help": "pieces of its vocabulary"})
+    hidden_size: int = field(default=192, metadata={"help": "width of its layers"})
+    num_layers: int = field(default=4, metadata={"help": "how many layers it has"})
+    num_heads: int = field(default=6, metadata={"help": "attention heads of a layer"})
+    max_length: int = field(default=512, metadata={"help": "tokens that it has positions for"})
+    sentence_tokens: int = field(default=14_000_000, metadata={"help": "tokens of the first stage, of short texts"})
+    long_tokens: int = field(default=4_000_000, metadata={"help": "tokens of the second stage, of texts up to max_length"})
+    batch_tokens: int = field(default=5120, metadata={"help": "tokens of a batch"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "the highest of the schedule"})
+    seed: int = field(default=1, metadata={"help": "of the order of the texts and of what is drawn"})
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            allowed = SEED if name == "seed" else COUNT
+            if isinstance(value, int) and not isinstance(value, bool) and value not in allowed:
+                raise InputError(f"--{name} is {value}; it must be {allowed}")
+        if self.max_length < SHORT:
+            raise InputError(f"--max_length is {self.max_length}; it must be at least {SHORT}")
+        if self.learning_rate not in POSITIVE:
+            raise InputError(f"--learning_rate is {self.learning_rate}; it must be {POSITIVE}")
+        if self.hidden_size % self.num_heads:
+            raise InputError(f"--num_heads is {self.num_heads}, which does not divide the {self.hidden_size} of --hidden_size")
+        if self.objective == "distill" and self.teacher is None:
+            raise InputError("--teacher is missing, which --objective distill learns from; give one, or --objective mlm")
+        if self.objective == "mlm" and self.teacher is not None:
+            raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
+
+    def identity(self) -> str:
+        """Return what a checkpoint has to agree with: every setting but the place of the output."""
+        return str(dataclasses.asdict(self) | {"output_dir": None})
+
+
+def check_output(folder: Path) -> None:
+    """Raise InputError for a folder that cannot be written, or that holds files which this recipe does not write."""
+    check_folder(folder, "--output_dir")
+    if folder.exists() and not can_be_replaced(folder):
+        raise InputError(
+            f"--output_dir {folder}: no new folder can take its place, for it is the current folder, a mount point, or in a "
+            "folder that cannot be written to; name a folder within it, or another one"
+        )
+    if others := sorted({path.name for path in folder.glob("*")} - set(FILES)):
+        raise InputError(f"--output_dir {folder} holds {others[0]}, which is no file of an encoder; name another folder")
+
+
+def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokenizer, loss: float, seen: int) -> None:
+    """Write the encoder, with what is known of its training, in the place of an earlier one."""
+    folder = Path(args.output_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with calm_libraries(), new_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_json(new / "training.json", dataclasses.asdict(args) | {"loss": loss, "tokens": seen})
+
+
+def read_sentences(path: str, seed: int) -> list[str]:
+    """Return the texts of a file in random order.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    sentences = read_texts(path)
+    random.Random(seed).shuffle(sentences)
+    return sentences
+
+
+def train(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    steps: int,
+    loss_of: Callable[[int], tuple[Tensor, int]],
+    seed: int,
+    checkpoint: Path,
+) -> tuple[float, int]:
+    """Train, from the checkpoint on if there is one, and write it now and then.
+
+    Args:
+        module: all that has weights to train.
+        optimizer: over its parameters.
+        schedule: of the learning rate, one step of it for each step.
+        steps: how many in all.
+        loss_of: returns the loss of a step, counted from 0, and how many tokens it read. What it draws depends on the step and
+            the seed alone, so that a run that goes on draws the same.
+        seed: of what the steps draw.
+        checkpoint: the file.
+
+    Returns:
+        The mean loss of the last steps, and the tokens of all.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    first, seen, mean = 0, 0, float("nan")
+    losses: list[float] = []
+    if checkpoint.is_file():
+        first, seen, losses, mean = load(checkpoint, module, optimizer, schedule)
+        print(f"going on at step {first} of {steps}", flush=True)
+    started, before = time.perf_counter(), seen
+    with progress_bar(total=steps, desc="training", unit="step") as bar:
+        bar.update(first)
+        for step in range(first, steps):
+            torch.manual_seed(seed + step)
+            loss, tokens = loss_of(step)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            seen += tokens
+            losses.append(loss.item())
+            done = step + 1
+            if done % LOG_STEPS == 0 or done == steps:
+                rate, mean, losses = (seen - before) / (time.perf_counter() - started), sum(losses) / len(losses), []
+                bar.clear()
+                print(f"step {done}/{steps}  loss {mean:.4f}  {rate:,.0f} tokens/s", flush=True)
+            if done % SAVE_STEPS == 0 or done == steps:
+                with writing(checkpoint) as aside:
+                    states = [part.state_dict() for part in (module, optimizer, schedule)]
+                    torch.save([*states, (done, seen, losses, mean)], aside)
+            bar.update()
+    return mean, seen
+
+
+def load(
+    checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler
+) -> tuple[int, int, list[float], float]:
+    """Load what `train` has written; return the steps done, the tokens seen, the losses not yet logged and the last mean."""
+    device = next(module.parameters()).device
+    try:
+        weights, moments, rates, progress = torch.load(checkpoint, map_location=device, weights_only=True)
+        module.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        schedule.load_state_dict(rates)
+        return progress
+    except Exception as error:
+        raise InputError(
+            f"{checkpoint} cannot be read ({in_short(error)}); remove {checkpoint.parent} to start anew"
+        ) from error
