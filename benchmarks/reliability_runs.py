@@ -132,6 +132,15 @@ CASES = [
         replace="",
     ),
     Case(
+        "pretrain_encoder of masked tokens",
+        "pretrain_encoder",
+        "--objective mlm --train_file DATA/sentences.txt --output_dir out --vocab_size 300 --hidden_size 16 --num_layers 1 "
+        "--num_heads 2 --max_length 64 --sentence_tokens 4000 --long_tokens 1000 --batch_tokens 512",
+        same=("model.safetensors", "tokenizer.json"),
+        checkpoints=False,
+        replace="",
+    ),
+    Case(
         "evaluate",
         "evaluate",
         "out --eval_sts_file dev=DATA/dev.tsv --output_dir out",

@@ -12,12 +12,12 @@ on when the same command is given again.
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
 
 # isort: split
+import shutil
 from pathlib import Path
 
 from hf_embed.kit import distill, masked_lm
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.pretraining import PretrainArguments, check_output
-from hf_embed.safe_files import remove_folder
 from hf_embed.work_files import claimed
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     with claimed(work, args.identity()):
         objective = {"distill": distill, "mlm": masked_lm}[args.objective]
         objective.pretrain(args, work)
-        remove_folder(work)
+        shutil.rmtree(work)
 
 
 if __name__ == "__main__":
