@@ -57,7 +57,7 @@ def script(place: Path, name: str, *argv: str, **environment: str) -> subprocess
     inherited = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "CUDA_VISIBLE_DEVICES"}}
     return subprocess.run(
         ["bash", ROOT / "benchmarks" / name, *argv], cwd=place, env=inherited | own | environment, capture_output=True,
-        text=True, timeout=600,
+        text=True, timeout=1800,
     )  # fmt: skip
 
 
