@@ -1,0 +1,159 @@
+"""Append the row of a run to a table of docs/paper_runs.md, as benchmarks/paper_simcse.sh and paper_gte.sh do at their end.
+
+    python benchmarks/paper_row.py SimCSE "unsup bert_base" outputs/papers/unsup_simcse_bert_base --table docs/paper_runs.md
+    python benchmarks/paper_row.py GTE base outputs/papers/gte_base/pretrain outputs/papers/gte_base/finetune --table ...
+
+Everything in it is from the results.json of the folders, one for each stage, of which the last has the scores; the commits are
+from the files FOLDER.started, which the scripts write. The date is today's. A row that is there already is not appended again.
+"""
+
+import argparse
+import datetime
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from hf_embed.checkpoint.card import stored_results
+from hf_embed.checkpoint.tables import duration
+from hf_embed.errors import InputError
+from hf_embed.evaluation.sts import SEVEN_TASKS
+from hf_embed.kit.cli import run
+from hf_embed.read_files import read_text
+from hf_embed.safe_files import write_text
+
+KINDS = ["Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization"]
+DATE = -3  # the column of the date
+
+
+def simcse_scores(results: dict[str, Any], name: str) -> list[str]:
+    """The seven scores and their average."""
+    found = results.get("evaluated", {}).get("sts", {})
+    if missing := [task for task in SEVEN_TASKS if found.get(task) is None]:
+        raise InputError(f"{name}: no score on {', '.join(missing)}; run recipes/evaluate.py --seven_sts")
+    scores = [found[task] for task in SEVEN_TASKS]
+    return [f"{score:.2f}" for score in [*scores, mean(scores)]]
+
+
+def gte_scores(results: dict[str, Any], name: str) -> list[str]:
+    """The number of sets, the mean over those of each kind, and the mean over all sets."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in results.get("mteb", []):
+        found.setdefault((row["type"], row["task"]), []).append(row["score"])  # a score for each split
+    scores = {key: mean(splits) for key, splits in found.items()}
+    if not scores or not all(map(math.isfinite, scores.values())):
+        raise InputError(f"{name}: no scores on MTEB, or some that are no numbers; run recipes/evaluate_mteb.py")
+    if others := {kind for kind, _ in scores} - set(KINDS):
+        raise InputError(f"{name}: the table has no column for tasks of {', '.join(sorted(others))}")
+    of_kinds = [[score for (kind, _), score in scores.items() if kind == column] for column in KINDS]
+    means = [f"{mean(part):.2f}" if part else "" for part in of_kinds]
+    return [str(len(scores)), *means, f"{mean(scores.values()):.2f}"]
+
+
+SCORES = {"SimCSE": simcse_scores, "GTE": gte_scores}
+
+
+def cpu_name() -> str:
+    """The name of this machine's processor, "" where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def hardware(train: dict[str, Any]) -> str:
+    """What a stage was trained on: "8 x NVIDIA H100", or the CPU, which results.json does not name."""
+    found = train["hardware"]
+    return f"{found} ({cpu_name()})" if "CPU" in found and cpu_name() else found
+
+
+def versions(train: dict[str, Any], folder: Path) -> str:
+    """The versions a stage was trained with, and the commits at which it was started."""
+    started = Path(f"{folder}.started")
+    commits = read_text(started).splitlines()[1:] if started.is_file() else []
+    at = f" ({joined(commits)})" if commits else ""
+    found = train["versions"]
+    return f"hf_embed {found['hf_embed']}{at}, torch {found['torch']}, transformers {found['transformers']}"
+
+
+def settings(train: dict[str, Any], results: dict[str, Any]) -> str:
+    """What a stage was trained on and how, in words: enough to see that a run is not the paper's."""
+    changed = train["settings"]
+    words = [
+        train["model"], train["data"], f"batch {train['batch_size']:,}", f"{train['steps']:,} steps",
+        f"learning rate {train['learning_rate']:g}", f"{train['max_length']} tokens",
+        next((name for name in ("bf16", "fp16") if changed.get(name)), "float32"), f"seed {train['seed']}",
+    ]  # fmt: skip
+    if seeds := results.get("seeds"):
+        words[-1] += f", the best of seeds {', '.join(seeds)} by the development set"
+    resumed = f" from step {train['resumed_at_step']:,}" if train.get("resumed_at_step") else ""
+    return ", ".join([*words, f"{train['processes']} process(es)", f"{duration(train['seconds'])}{resumed}"])
+
+
+def joined(parts: Iterable[str]) -> str:
+    """The different ones, in order."""
+    return ", then ".join(dict.fromkeys(parts))
+
+
+def row_of(paper: str, name: str, folders: list[Path]) -> list[str]:
+    """The cells of a run's row."""
+    stages = [(folder, stored_results(folder)) for folder in folders]
+    for folder, results in stages:
+        if not results.get("train"):
+            raise InputError(f"{folder}: no results.json that says what was trained; the training is not finished")
+    folder, last = stages[-1]
+    scores = SCORES[paper](last, str(folder))
+    about = [
+        joined(hardware(results["train"]) for _, results in stages),
+        datetime.date.today().isoformat(),
+        joined(versions(results["train"], folder) for folder, results in stages),
+        joined(settings(results["train"], results) for _, results in stages),
+    ]
+    return [cell.replace("|", "\\|") for cell in [name, "measured", *scores, *about]]
+
+
+def append(path: Path, paper: str, row: list[str]) -> bool:
+    """Append a row to the table whose first column is headed by the paper's name; False if it is there already."""
+    lines = read_text(path).splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"| {paper} |")), None)
+    if start is None:
+        raise InputError(f"{path}: no table that begins with | {paper} |; copy docs/paper_runs.md there")
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    columns = len(cells(lines[start]))
+    if len(row) != columns:
+        raise InputError(
+            f"{path}: the table of {paper} has {columns} columns, and a row has {len(row)}; copy docs/paper_runs.md"
+        )
+    if any(undated(cells(line)) == undated(row) for line in lines[start:end]):
+        return False
+    lines.insert(end, f"| {' | '.join(row)} |")
+    write_text(path, "\n".join(lines) + "\n")
+    return True
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a line of a table."""
+    return [cell.strip() for cell in line.replace("\\|", "\0").strip().strip("|").split("|")]
+
+
+def undated(row: list[str]) -> list[str]:
+    """A row without its date, and as `cells` reads it."""
+    return [cell.replace("\\|", "\0") for i, cell in enumerate(row) if i != len(row) + DATE]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper", choices=list(SCORES))
+    parser.add_argument("run", help="what the first column says")
+    parser.add_argument("folders", type=Path, nargs="+", help="one for each stage; the last has the scores")
+    parser.add_argument("--table", type=Path, required=True)
+    args = parser.parse_args()
+    row = row_of(args.paper, args.run, args.folders)
+    new = append(args.table, args.paper, row)
+    print(f"\n{'appended to' if new else 'already in'} {args.table}:\n| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    run(main)
