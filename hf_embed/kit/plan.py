@@ -47,7 +47,6 @@ from hf_embed.training_record import on_the_hub
 logger = logging.getLogger(__name__)
 
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
-LANGUAGE_MODEL = QUICKSTART / "language_model"  # the built-in model that has learned nothing but to fill in masked tokens
 TRUST = "Run the Python code that the model brings, if it has any: read it before."
 
 
@@ -56,7 +55,7 @@ class ModelArguments:
     """Flags of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder. Default: a small built-in one."}
+        default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
     )
     dropout: float | None = field(default=None, metadata={"help": "All of the model's dropout rates. Default: its own."})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
@@ -243,30 +242,20 @@ def without_data(flags: cli.Flags) -> bool:
 
 
 def uses_quickstart(flags: cli.Flags) -> bool:
-    """Tell whether to train a built-in model on the built-in texts.
+    """Tell whether to train the built-in encoder on the built-in texts.
 
     Raises:
         InputError: a model of the user's, but no data.
     """
-    model = flags.values["model_name_or_path"]
-    if without_data(flags) and model and Path(model).parent != QUICKSTART:
+    if without_data(flags) and flags.values["model_name_or_path"]:
         raise InputError(NO_DATA)
     return without_data(flags)
 
 
-def settle_quickstart(flags: cli.Flags, name: str, model: Path = QUICKSTART / "encoder") -> cli.Flags:
-    """Settle the model, which is `model` where none is given, and the output folder.
-
-    That is outputs/NAME or, of the built-in texts, outputs/quickstart, which is made anew each time.
-    """
+def settle_quickstart(flags: cli.Flags, name: str) -> cli.Flags:
+    """Settle the output folder, outputs/NAME or, of the built-in texts, outputs/quickstart, which is made anew each time."""
     quickstart = uses_quickstart(flags)
-    flags = settle_model(flags, model)
     return settle_output_dir(flags, "quickstart" if quickstart else name, made_anew=quickstart)
-
-
-def settle_model(flags: cli.Flags, model: Path) -> cli.Flags:
-    """Take a built-in model where none is given."""
-    return flags if flags.values["model_name_or_path"] else flags.override(model_name_or_path=str(model))
 
 
 def settle_offline(
