@@ -100,3 +100,24 @@ def test_flags_named_in_the_readme_exist(flag):
     for recipe in (ROOT / "recipes").glob("[!_]*.py"):  # their own: fields of dataclasses
         names |= set(re.findall(r"^    (\w+): .*= ", recipe.read_text(encoding="utf-8"), re.MULTILINE))
     assert flag in names
+
+
+def test_links_lead_somewhere():
+    """Every link in README.md and docs/ to a file of the repository, and to a heading in one."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    broken = []
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+            name, _, heading = target.partition("#")
+            path = (page.parent / name) if name else page
+            if not path.exists() or (heading and heading not in headings(path)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def headings(page: Path) -> set[str]:
+    """Return the names by which links lead to the headings of a page, as GitHub makes them."""
+    lines = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines()
+    titles = [line.lstrip("#").strip().lower() for line in lines if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
