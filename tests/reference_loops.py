@@ -186,7 +186,6 @@ def gte(
     """
     batch, losses = Batch(vectors, rows), []
     for i in range(len(rows)):
-
         query, document = (i, 0), (i, 1)
         left_out = {text for text in batch.texts if masked and batch.is_no_negative(i, text)} - {query, document}
         queries, documents = ([text for text in side if text not in left_out] for side in (batch.queries, batch.documents))
