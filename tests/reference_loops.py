@@ -222,18 +222,17 @@ def mask_words(ids: Tensor, words: Words) -> tuple[Tensor, Tensor]:
     Also returns which were chosen, (tokens,). It draws, in this order, one number for each token that says whether it is
     chosen, one that says what becomes of it, and one word.
     """
-    chosen = torch.rand(len(ids)) < 0.15
-    fate = torch.rand(len(ids))
-    any_word = torch.randint(words.count, (len(ids),))
-    masked = ids.clone()
-    for place, word in enumerate(ids.tolist()):
-        if word in words.special:
-            chosen[place] = False
-        elif chosen[place] and fate[place] < 0.8:
+    draws = torch.rand(len(ids)).tolist()
+    fates = torch.rand(len(ids)).tolist()
+    any_words = torch.randint(words.count, (len(ids),)).tolist()
+    masked = ids.tolist()
+    chosen = [draw < 0.15 and word not in words.special for draw, word in zip(draws, masked)]
+    for place in range(len(ids)):
+        if chosen[place] and fates[place] < 0.8:
             masked[place] = words.mask
-        elif chosen[place] and fate[place] >= 0.9:
-            masked[place] = any_word[place]
-    return masked, chosen
+        elif chosen[place] and fates[place] >= 0.9:
+            masked[place] = any_words[place]
+    return torch.tensor(masked), torch.tensor(chosen)
 
 
 def masked_word_loss(model: nn.Module, texts: list[Text], masked: Tensor, chosen: Tensor) -> Tensor:
@@ -250,8 +249,9 @@ def masked_word_loss(model: nn.Module, texts: list[Text], masked: Tensor, chosen
     order = longest_first(texts)
     ids, mask = padded([seen[number] for number in order])
     logits = model(input_ids=ids, attention_mask=mask).logits
-    losses = []
-    for place, number in enumerate(order):
-        for token in chosen.split(lengths)[number].nonzero().flatten().tolist():
-            losses.append(F.cross_entropy(logits[place, token], torch.tensor(texts[number][token])))
-    return torch.stack(losses).mean() if losses else logits.sum() * 0
+    of_texts = chosen.split(lengths)
+    places = [(place, token) for place, number in enumerate(order) for token in of_texts[number].nonzero().flatten().tolist()]
+    if not places:
+        return logits.sum() * 0
+    right = torch.tensor([texts[order[place]][token] for place, token in places])
+    return F.cross_entropy(torch.stack([logits[place, token] for place, token in places]), right)

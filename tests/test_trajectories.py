@@ -26,8 +26,10 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Matryoshka, SimCSE
 
-ATOL = 1e-11  # of weights, the largest of which are 1, after 30 steps; what was measured is below 1e-12
-FLOAT32_ATOL = 1e-5  # beside sentence-transformers
+ATOL = 1e-11  # of weights, the largest of which are 1, after 30 steps in float64; at most 2e-13 was measured
+# Beside sentence-transformers; 1e-13 and 4e-7 were measured. In float32 the biases of the keys are not compared: they change no
+# vector, so their gradient is 0 but for rounding, and of that Adam makes steps (of 2e-5 in all; in float64 of 1e-13).
+PEER_ATOL = {torch.float64: ATOL, torch.float32: 1e-5}
 NOTICED = 1e-4  # by how much weights differ, at least, where the loop does something else
 BATCH = 8
 LOOP = Settings(learning_rate=2e-3, weight_decay=0.1, max_grad_norm=1.0, adam_epsilon=1e-6, warmup_steps=5, steps=30, seed=100)
@@ -232,8 +234,8 @@ CASES = {
     ),  # fmt: skip
 }
 SLOW = [
-    "unsupervised, no dropout", "supervised, pairs", "supervised", "supervised, weight 1.5", "mlm", "gte, negatives",
-    "gte, positive once", "matryoshka",
+    "unsupervised cls_mlp_train", "unsupervised, no dropout", "supervised, pairs", "supervised", "supervised, weight 1.5",
+    "mlm, chunks", "gte, negatives", "gte, positive once", "matryoshka",
 ]  # fmt: skip
 MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
@@ -256,14 +258,14 @@ class Control(NamedTuple):
 
 
 CONTROLS = {
-    "another temperature": Control("unsupervised cls_mlp_train", {"loss": partial(simcse, temperature=0.051)}),
+    "another temperature": Control("unsupervised, cached", {"loss": partial(simcse, temperature=0.051)}),
     "another pooler": Control("unsupervised first_last", {"pooling": "top2"}),
     "the positive is left out of the denominator": Control(
         "supervised, chunks", {"loss": partial(simcse, in_denominator=False)}
     ),
     "no weight": Control("supervised, weight 1.5", {"loss": partial(simcse, temperature=T)}),
     "equal texts are negatives": Control("supervised, repeated texts", {"loss": partial(weighted, masked=False)}),
-    "another weight of masked words": Control("mlm, chunks", {"objective": SimCSE(mlm_weight=0.11)}),
+    "another weight of masked words": Control("mlm", {"objective": SimCSE(mlm_weight=0.11)}),
     "the positive once": Control("gte", {"loss": partial(gte, positive_twice=False)}),
     "documents are not compared": Control("gte, chunks and tiles", {"loss": partial(warm_gte, sums=("qd", "qq", "dq"))}),
     "queries of equal documents are negatives": Control("gte, repeated texts", {"loss": partial(warm_gte, masked=False)}),
@@ -289,10 +291,10 @@ def test_control_another_loop_ends_elsewhere(name):
 
 def test_control_the_decoder_of_masked_words_is_tied():
     """SimCSE's code trains a decoder of its own, which starts as a copy of the word table; here it is the word table."""
-    start, batches, weights = trained("mlm, chunks")
+    start, batches, weights = trained("mlm")
     untied = deepcopy(start)
     untied.cls.predictions.decoder.weight = nn.Parameter(start.bert.embeddings.word_embeddings.weight.detach().clone())
-    other = loop_weights(CASES["mlm, chunks"], untied, batches)
+    other = loop_weights(CASES["mlm"], untied, batches)
     table = "bert.embeddings.word_embeddings.weight"
     assert (weights[table] - other[table]).abs().max() > NOTICED
     assert torch.equal(weights[table], weights["cls.predictions.decoder.weight"])
@@ -356,15 +358,14 @@ def both_trainers(case: Case, make_loss: Callable, dtype: torch.dtype, folder: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", PEER_ATOL, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", PEERS)
 def test_trainer_ends_in_the_weights_of_sentence_transformers(name, dtype, tmp_path):
     weights, expected, start = both_trainers(*PEERS[name], dtype, str(tmp_path))
-    print("PEER", name, largest_difference(weights, expected), largest_difference(weights, start))
-    diffs = sorted([((weights[k] - expected[k]).abs().max().item(), k) for k in expected], reverse=True)
-    print("PEER", diffs[:6])
     assert largest_difference(weights, start) > 0.01
-    assert largest_difference(weights, expected) < FLOAT32_ATOL
+    if dtype == torch.float32:
+        expected = {key: weight for key, weight in expected.items() if not key.endswith(".key.bias")}
+    assert largest_difference(weights, expected) < PEER_ATOL[dtype]
 
 
 OTHERWISE = {
@@ -379,7 +380,6 @@ OTHERWISE = {
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_control_sentence_transformers_ends_elsewhere(name, tmp_path):
     weights, other, _ = both_trainers(*OTHERWISE[name], torch.float32, str(tmp_path))
-    print("PEER", name, largest_difference(weights, other))
     assert largest_difference(weights, other) > NOTICED
 
 
