@@ -5,7 +5,8 @@ parts, each part is scored at the temperature that is best on the others, and co
 temperatures beside the best are tried for the best on all queries; a part may choose them, or not.)
 
 Without labels the second half of a text is what its first half looks for. (Geometry alone is no
-guide: docs/results/tempscale.md has a model whose retrieval gains two points while its embeddings draw a little closer together.)
+guide: docs/results/tempscale.md has a model whose retrieval gains two points while its embeddings draw a little closer
+together.)
 
 Shapes: P parts, Q queries or pairs of a task.
 """

@@ -98,7 +98,7 @@ def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokeniz
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / "training.json", dataclasses.asdict(args) | {"loss": loss, "tokens": seen})
-    print(f"saved to {folder}: {type(model).__name__}.from_pretrained({str(folder)!r}) loads it, and so does AutoModel", flush=True)
+    print(f"saved to {folder}: {type(model).__name__}.from_pretrained({str(folder)!r}) loads it, and so does AutoModel")
 
 
 def read_sentences(path: str, seed: int) -> list[str]:
