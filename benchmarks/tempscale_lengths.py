@@ -14,6 +14,7 @@ are kept in --output, and what is there is not computed again.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,9 +86,10 @@ def label_of(config: TempScaleConfig) -> str:
 class Store:
     """Per-query scores of one set under one setting after another, kept in a file."""
 
-    def __init__(self, file: Path, encoder: Encoder, name: str, task: Retrieval):
+    def __init__(self, file: Path, model: str, encoder: Encoder, name: str, task: Retrieval):
         self.file, self.encoder, self.task = file, encoder, task
-        self.key = [name, len(task.corpus), len(task.qrels), encoder.max_length, str(encoder.dtype)]
+        texts = [[task.queries[query], found] for query, found in task.qrels.items()], task.corpus
+        self.key = [name, model, encoder.max_length, str(encoder.dtype), hashlib.sha256(repr(texts).encode()).hexdigest()]
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         self.known = {row["label"]: np.array(row["ndcg"]) for row in rows if row["key"] == self.key}
 
@@ -197,7 +199,7 @@ def main() -> None:
     labels: dict[str, Any] = {}
     for name, task in read_sets(args).items():
         tokens, even = document_tokens(encoder, task), np.arange(len(task.qrels)) % 2 == 0
-        kinds = kinds_of(Store(args.output, encoder, name, task), args, even)
+        kinds = kinds_of(Store(args.output, args.model, encoder, name, task), args, even)
         print(f"{name}: {len(task.qrels):,} queries, {len(task.corpus):,} documents of {tokens.mean():.0f} tokens", flush=True)
         shown = kinds["one temperature"] | kinds.get("falls with length", {})
         labels |= dict.fromkeys(label for label in shown if label != "1")
