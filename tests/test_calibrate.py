@@ -37,7 +37,10 @@ def encoder():
 
 @pytest.fixture
 def search():
-    corpus = {f"d{i}": f"{a} and {b} or {WORDS[i % 7]}" for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:4])}
+    corpus = {
+        f"d{i}": f"{a} and {b} or {WORDS[i % 7]}" + " or" * (i % 5)
+        for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:4])
+    }
     queries = {f"q{i}": f"{a} {WORDS[i]}" for i, a in enumerate(WORDS[::-1])}
     return Retrieval(queries, corpus, {f"q{i}": {f"d{3 * i}": 1, f"d{4 * i}": 1} for i in range(12)})
 
@@ -58,8 +61,14 @@ def test_scores_of_folds(encoder, search, sts):
         for place, chosen in ((1 + f, fold != f), (4 + f, fold == f)):
             part = dataclasses.replace(search, qrels={q: d for c, (q, d) in zip(chosen, search.qrels.items()) if c})
             assert got[place] == pytest.approx(part.score(embed)["ndcg@10"])
+    relevant = [sum(len(search.corpus[d].split()) for d in found) / len(found) for found in search.qrels.values()]
+    for third, score in zip((slice(0, 4), slice(4, 8), slice(8, 12)), got[-3:]):
+        queries = sorted(range(12), key=lambda i: relevant[i])[third]
+        part = dataclasses.replace(search, qrels={q: d for i, (q, d) in enumerate(search.qrels.items()) if i in queries})
+        assert score == pytest.approx(part.score(embed)["ndcg@10"])
     got = part_scores(sts, embed, 3)
     assert got[0] == pytest.approx(sts.score(embed)["spearman"])
+    assert np.isnan(got[-3:]).all()
     assert got[4] == pytest.approx(STS(sts.rows.select(np.flatnonzero(fold == 0))).score(embed)["spearman"])
     with pytest.raises(InputError, match="12 queries are too few for 7 folds"):
         part_scores(search, embed, 7)
@@ -96,6 +105,12 @@ def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path)
     assert result["cross_validated_gain"] == pytest.approx(np.mean(held_out))
     assert result["gain"] != pytest.approx(result["cross_validated_gain"])  # else the test could not tell them apart
     assert sum("*" in line for line in sweep_table(result)) == 1
+    assert [row["words"] for row in result["by_length"]] == [[5, 6], [6, 8], [8, 8]]  # of the retrieval set alone
+    for key, t in (("before", 1.0), ("after", best)):
+        with tempscale(encoder.backbone, t):
+            assert [row[key] for row in result["by_length"]] == pytest.approx(part_scores(search, embed, 3)[-3:])
+    assert sweep_table({key: value for key, value in result.items() if key != "by_length"}) == sweep_table(result)[:-5]
+    assert sweep_table(result)[-1].endswith(f"{result['by_length'][-1]['after'] - result['by_length'][-1]['before']:+.2f}")
     plot_sweep(result, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
 

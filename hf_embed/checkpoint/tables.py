@@ -71,7 +71,23 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
         "",
         f"best: {sweep['temperature']:g}, {sweep['gain']:+.2f} against 1 on the queries that chose it, "
         f"{sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
+        *length_table(sweep),
     ]
+
+
+def length_table(sweep: dict[str, Any]) -> list[str]:
+    """Return a line for each third of the queries by length of their document; none where 1 is best, or nothing is known."""
+    rows = sweep.get("by_length", [])
+    if not rows or sweep["temperature"] == 1:
+        return []
+    width = max(len(row["set"]) for row in rows)
+    best = f"at {sweep['temperature']:g}"
+    lines = ["", f"{'':{width}}  {'words of the document':>21}  {'queries':>7}  {'at 1':>7}  {best:>7}  {'change':>7}"]
+    for row in rows:
+        words = "{:,} to {:,}".format(*row["words"])
+        scores = f"{row['before']:7.2f}  {row['after']:7.2f}  {row['after'] - row['before']:+7.2f}"
+        lines.append(f"{row['set']:{width}}  {words:>21}  {row['queries']:>7,}  {scores}")
+    return lines
 
 
 def swept_columns(sweep: dict[str, Any]) -> list[str]:

@@ -8,6 +8,9 @@ Without labels the second half of a text is what its first half looks for. (Geom
 guide: docs/results/tempscale.md has a model whose retrieval gains two points while its embeddings draw a little closer
 together.)
 
+A gain may be that of long documents alone: of retrieval sets the scores are told by thirds of the queries too, from those whose
+relevant documents are shortest to those whose are longest.
+
 Shapes: P parts, Q queries or pairs of a task.
 """
 
@@ -50,10 +53,23 @@ def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
     return pairs_to_retrieval([(" ".join(text[: len(text) // 2]), " ".join(text[len(text) // 2 :])) for text in words])
 
 
-def part_scores(task: Task, embed: Embed, parts: int) -> np.ndarray:
-    """Return the task's main metric on all queries, on all but those of part 1 to P, and on those of part 1 to P: (1 + 2P,).
+def document_words(task: Retrieval) -> np.ndarray:
+    """Return the words of each query's relevant document, the mean where there are several: (Q,)."""
+    words = {document: len(text.split()) for document, text in task.corpus.items()}
+    found = [[words[d] for d, grade in judged.items() if grade > 0 and d in words] for judged in task.qrels.values()]
+    return np.array([np.mean(counts or [0]) for counts in found])  # none of them may be in the corpus
 
-    It is nDCG@10 x 100 of a retrieval set, Spearman x 100 of an STS set.
+
+def thirds(lengths: np.ndarray) -> list[np.ndarray]:
+    """Return the numbers of the queries in the shortest, the middle and the longest third of lengths (Q,)."""
+    return np.array_split(np.argsort(lengths, kind="stable"), 3)
+
+
+def part_scores(task: Task, embed: Embed, parts: int) -> np.ndarray:
+    """Return the task's main metric on parts of its queries: (1 + 2P + 3,).
+
+    They are all queries, all but those of part 1 to P, those of part 1 to P, and of a retrieval set the `thirds` by length of
+    the relevant document (NaN of an STS set). The metric is nDCG@10 x 100 of a retrieval set, Spearman x 100 of an STS set.
 
     Raises:
         InputError: a task of another kind, too few queries, or cosines that have no order.
@@ -82,7 +98,8 @@ def part_scores(task: Task, embed: Embed, parts: int) -> np.ndarray:
     found = np.array([metric(chosen) for chosen in [everything, *others, *own]])
     if not np.isfinite(found).all():
         raise InputError(f"{len(values)} pairs in {parts} folds leave one with equal scores only; give more, or fewer --folds")
-    return found
+    by_length = [metric(third) for third in thirds(document_words(task))] if isinstance(task, Retrieval) else [np.nan] * 3
+    return np.append(found, by_length)
 
 
 def sweep(
@@ -107,9 +124,10 @@ def sweep(
             {"temperature": 0.8, "curve": [{"temperature": 0.6, "mine": 39.0, "mean": 39.0}, ...],
              "gain": 1.3,                    of the best temperature against 1, mean over tasks, on the queries that chose it
              "cross_validated_gain": 1.2,    on queries that did not
-             "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8]}     chosen on all queries but those of a part
+             "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8],     chosen on all queries but those of a part
+             "by_length": [{"set": "mine", "words": [12, 80], "queries": 40, "before": 38.0, "after": 38.1}, ...]}
     """
-    scores: dict[float, np.ndarray] = {}  # (tasks, 1 + 2P) at each temperature
+    scores: dict[float, np.ndarray] = {}  # (tasks, 1 + 2P + 3) at each temperature
 
     def visit(wanted: Iterable[float]) -> None:
         for temperature in progress_bar(sorted({round(t, 4) for t in wanted} - scores.keys()), desc="Temperatures"):
@@ -121,12 +139,26 @@ def sweep(
     if len(temperatures) > 1:
         best = best_of({temperature: found[:, 0].mean() for temperature, found in scores.items()})
         visit(temperature for temperature in (best - STEP, best + STEP) if temperature > 0)
-    return summarise(scores, list(tasks), parts)
+    result = summarise(scores, list(tasks), parts)
+    return result | {"by_length": length_rows(tasks, scores[1.0], scores[result["temperature"]])}
+
+
+def length_rows(tasks: Mapping[str, Task], before: np.ndarray, after: np.ndarray) -> list[dict[str, Any]]:
+    """Return a row for each third of each retrieval set, of the scores (tasks, 1 + 2P + 3) at temperature 1 and at the best."""
+    rows = []
+    for (name, task), old, new in zip(tasks.items(), before, after):
+        if isinstance(task, Retrieval):
+            words = document_words(task)
+            for third, *scores in zip(thirds(words), old[-3:], new[-3:]):
+                ends = [round(float(words[third].min())), round(float(words[third].max()))]
+                row = {"set": name, "words": ends, "queries": len(third)}
+                rows.append(row | dict(zip(("before", "after"), map(float, scores))))
+    return rows
 
 
 def summarise(scores: dict[float, np.ndarray], names: list[str], parts: int) -> dict[str, Any]:
-    """Return what `sweep` returns, of the scores (tasks, 1 + 2P) at each temperature, 1 among them."""
-    mean = {temperature: found.mean(0) for temperature, found in scores.items()}  # (1 + 2P,)
+    """Return what `sweep` returns but for the rows by length, of the scores (tasks, 1 + 2P + 3) at each temperature."""
+    mean = {temperature: found.mean(0) for temperature, found in scores.items()}  # (1 + 2P + 3,)
     best = best_of({temperature: found[0] for temperature, found in mean.items()})
     chosen, held_out = [], []
     for part in range(parts):
