@@ -48,10 +48,10 @@ def rows_with(negatives: int) -> list[dict]:
 
 
 def rows_of_several_positives() -> list[dict]:
-    """Rows of up to three positives, which are also hard negatives and positives of other rows."""
-    texts = [row["positive"] for row in ROWS[:12]]
+    """Rows of up to three positives, which are also hard negatives and positives of other rows; 24 pairs, two whole batches."""
+    texts = [row["positive"] for row in ROWS[:14]]
     return [
-        {"query": row["anchor"], "pos": texts[i : i + 1 + i % 3], "neg": [texts[(i + 2) % 12], row["negative"]]}
+        {"query": row["anchor"], "pos": texts[i : i + 1 + i % 3], "neg": [texts[i + 2], row["negative"]]}
         for i, row in enumerate(ROWS[:12])
     ]
 
