@@ -1,12 +1,10 @@
 """Make a small BERT from nothing but plain text, or from plain text and a teacher.
 
-The two encoders that come with hf_embed were made so (their cards have the whole commands):
-
     python recipes/pretrain_encoder.py --objective mlm --train_file sentences.txt.gz --output_dir outputs/language_model
     python recipes/pretrain_encoder.py --teacher MODEL --train_file sentences.txt.gz --output_dir outputs/encoder
 
-The first learns to fill in masked tokens, the second to predict the hidden states of a teacher. A run that was stopped goes
-on when the same command is given again.
+The first learns to fill in masked tokens, the second to predict the hidden states of a teacher: the encoder that comes with
+hf_embed was made by it. A run that was stopped goes on when the same command is given again.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from hf_embed.kit import distill, masked_lm
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.pretraining import PretrainArguments, check_output
+from hf_embed.kit.pretraining import PretrainArguments, check_output, read_sentences
 from hf_embed.work_files import claimed
 
 
@@ -27,9 +25,10 @@ def main() -> None:
     output = Path(args.output_dir)
     check_output(output)
     work = output.with_name(output.name + ".work")
-    with claimed(work, args.identity()):
+    sentences = read_sentences(args.train_file, args.seed)
+    with claimed(work, args.identity(sentences)):
         objective = {"distill": distill, "mlm": masked_lm}[args.objective]
-        objective.pretrain(args, work)
+        objective.pretrain(args, sentences, work)
         shutil.rmtree(work)
 
 

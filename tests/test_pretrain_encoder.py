@@ -81,6 +81,10 @@ def test_a_stopped_run_goes_on_exactly(train, objective, tmp_path, monkeypatch, 
     assert not (tmp_path / "stopped").exists()
     other = error_of(train, tmp_path / "stopped", *objective, "--learning_rate", 0.001)
     assert "stopped.work: left by a run with another model or other texts or settings" in other
+    text = (tmp_path / "sentences.txt").read_text()
+    (tmp_path / "sentences.txt").write_text(text.replace("number 7 ", "number 8 "))  # other sentences in the same file
+    assert "by a run with another model or other texts" in error_of(train, tmp_path / "stopped", *objective)
+    (tmp_path / "sentences.txt").write_text(text)
     capsys.readouterr()
     train(tmp_path / "stopped", *objective)
     assert "going on at step 2 of " in capsys.readouterr().out
@@ -105,6 +109,7 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
         ([], "--teacher is missing"),
         ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, and it can be at most 1"),
         (["--objective", "mlm", *TEACHER], "--objective mlm has no teacher"),
+        (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10; the letters of this text alone are"),
         (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or less to a batch"),
         (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64"),
     ],

@@ -20,18 +20,18 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from hf_embed.errors import InputError
-from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, read_sentences, save, train
+from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, save, train
 
 
-def pretrain(args: PretrainArguments, work: Path) -> None:
+def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
     """Distill the teacher into a student with a small vocabulary of its own, and save it.
 
     Args:
         args: the flags.
+        sentences: what to read, in random order.
         work: the folder for the checkpoint.
     """
     torch.manual_seed(args.seed)
-    sentences = read_sentences(args.train_file, args.seed)
     trusted = {"trust_remote_code": args.trust_remote_code}
     teacher = AutoModel.from_pretrained(str(args.teacher), dtype=torch.float32, **trusted).eval()
     teacher.encoder.layer = teacher.encoder.layer[: args.teacher_layer]

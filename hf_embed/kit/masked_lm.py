@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, get_linear_schedule_with_warmup
 
 from hf_embed.errors import InputError
-from hf_embed.kit.pretraining import SHORT, SPECIAL, PretrainArguments, read_sentences, save, train
+from hf_embed.kit.pretraining import SHORT, SPECIAL, PretrainArguments, save, train
 from hf_embed.mlm import mask_tokens
 
 MASKED = 0.2  # of the tokens: more than BERT's 0.15 trains faster where the model is small
@@ -36,18 +36,18 @@ VOCABULARY_SENTENCES = 200_000  # that the vocabulary is made from
 MOST_LETTERS = 500  # of the vocabulary; words with others are unknown
 
 
-def pretrain(args: PretrainArguments, work: Path) -> None:
+def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
     """Make the vocabulary, the word table and the model, and save it.
 
     Args:
         args: the flags.
+        sentences: what to read, in random order.
         work: the folder for the checkpoint.
 
     Raises:
         InputError: the text is too short for a single batch.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sentences = read_sentences(args.train_file, args.seed)
     tokenizer = train_tokenizer(sentences[:VOCABULARY_SENTENCES], args.vocab_size, args.max_length)
     stream = token_stream(tokenizer, sentences)
     torch.manual_seed(args.seed)
@@ -76,13 +76,19 @@ def pretrain(args: PretrainArguments, work: Path) -> None:
 
 
 def train_tokenizer(sentences: list[str], size: int, max_length: int) -> BertTokenizer:
-    """Make an uncased WordPiece tokenizer from sentences; the same ones give the same pieces in the same order."""
+    """Make an uncased WordPiece tokenizer from sentences; the same ones give the same pieces in the same order.
+
+    Raises:
+        InputError: so few pieces cannot even be the letters.
+    """
     tokenizer = uncased(models.WordPiece(unk_token="[UNK]"))
     counts = Counter(letter for text in sentences for letter in tokenizer.normalizer.normalize_str(text) if letter > " ")
     letters = sorted(letter for letter, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_LETTERS])
     # The trainer numbers letters within words as it meets them, in an order that changes from run to run, and takes of two
     # pairs that are equally frequent the one with the lower numbers. Pieces that are given come first, in their order.
     given = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    if size < len(given):
+        raise InputError(f"--vocab_size is {size}; the letters of this text alone are {len(given)} pieces, so give more")
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=given, limit_alphabet=len(letters), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     pieces = tokenizer.get_vocab()

@@ -27,6 +27,7 @@ from hf_embed.errors import InputError, in_short
 from hf_embed.progress import calm_libraries, progress_bar
 from hf_embed.ranges import COUNT, POSITIVE, SEED
 from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
+from hf_embed.work_files import digest
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary made here
@@ -73,9 +74,9 @@ class PretrainArguments:
         if self.objective == "mlm" and self.teacher is not None:
             raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
 
-    def identity(self) -> str:
-        """Return what a checkpoint has to agree with: every setting but the place of the output."""
-        return str(dataclasses.asdict(self) | {"output_dir": None})
+    def identity(self, sentences: list[str]) -> str:
+        """Return what a checkpoint has to agree with: the sentences, wherever they lie, and every setting."""
+        return str(dataclasses.asdict(self) | {"train_file": digest(sentences), "output_dir": None})
 
 
 def check_output(folder: Path) -> None:
