@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--teacher is missing"),
+        ([], "--objective distill learns from a teacher"),
         ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, and it can be at most 1"),
         (["--objective", "mlm", *TEACHER], "--objective mlm has no teacher"),
         (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10; the letters of this text alone are"),

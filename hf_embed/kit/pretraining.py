@@ -55,8 +55,8 @@ class PretrainArguments:
     sentence_tokens: int = field(default=14_000_000, metadata={"help": "tokens of the first stage, of short texts"})
     long_tokens: int = field(default=4_000_000, metadata={"help": "tokens of the second stage, of texts up to max_length"})
     batch_tokens: int = field(default=5120, metadata={"help": "tokens of a batch"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "the highest of the schedule"})
-    seed: int = field(default=1, metadata={"help": "of the order of the texts and of what is drawn"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of the schedule"})
+    seed: int = field(default=1, metadata={"help": "seed of the order of the texts and of what is masked"})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -70,7 +70,7 @@ class PretrainArguments:
         if self.hidden_size % self.num_heads:
             raise InputError(f"--num_heads is {self.num_heads}, which does not divide the {self.hidden_size} of --hidden_size")
         if self.objective == "distill" and self.teacher is None:
-            raise InputError("--teacher is missing, which --objective distill learns from; give one, or --objective mlm")
+            raise InputError("--objective distill learns from a teacher; give --teacher MODEL, or --objective mlm")
         if self.objective == "mlm" and self.teacher is not None:
             raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
 
