@@ -53,6 +53,20 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if get_world_size() == 1 else _AllGather.apply(rows)
 
 
+def same_on_all_ranks(tensor: Tensor) -> None:
+    """Replace a tensor by the one of the main process, in place."""
+    if get_world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace a tensor by its mean over the ranks, in place, and return it."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= get_world_size()
+    return tensor
+
+
 def gather_objects(thing: Gathered) -> list[Gathered]:
     """Return a picklable object of every rank, in rank order."""
     ranks = get_world_size()

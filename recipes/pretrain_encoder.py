@@ -4,7 +4,8 @@
     python recipes/pretrain_encoder.py --teacher MODEL --train_file sentences.txt.gz --output_dir outputs/encoder
 
 The first learns to fill in masked tokens, the second to predict the hidden states of a teacher: the encoder that comes with
-hf_embed was made by it. A run that was stopped goes on when the same command is given again.
+hf_embed was made by it. A run that was stopped goes on when the same command is given again. `accelerate launch` shares the
+batches among processes: the result is the same, to rounding.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -12,6 +13,9 @@ import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
 # isort: split
 import shutil
 from pathlib import Path
+
+import torch
+from accelerate import PartialState
 
 from hf_embed.kit import distill, masked_lm
 from hf_embed.kit.cli import parse, run
@@ -22,6 +26,7 @@ from hf_embed.work_files import claimed
 def main() -> None:
     """Make the encoder, from its last checkpoint on if there is one."""
     (args,) = parse([PretrainArguments])
+    state = PartialState(cpu=not torch.cuda.is_available())
     output = Path(args.output_dir)
     check_output(output)
     work = output.with_name(output.name + ".work")
@@ -29,7 +34,8 @@ def main() -> None:
     with claimed(work, args.identity(sentences)):
         objective = {"distill": distill, "mlm": masked_lm}[args.objective]
         objective.pretrain(args, sentences, work)
-        shutil.rmtree(work)
+        if state.is_main_process:
+            shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """recipes/pretrain_encoder.py on a few sentences: both objectives, what is saved, and a run that was stopped."""
 
+import contextlib
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import torch
 from conftest import error_of
 from safetensors.torch import load_file
+from test_distributed import launch
 from test_recipes import load_recipe
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForMaskedLM
+from worker import WORDS
 
 from hf_embed import Encoder
 from hf_embed.disk import DiskError
@@ -128,6 +132,52 @@ def test_a_language_model_gets_past_word_frequencies(train, tmp_path):
     frequencies = -(shares * np.log(shares)).sum()
     assert json.loads((folder / "training.json").read_text())["loss"] < 0.8 * frequencies
     assert BertForMaskedLM.from_pretrained(folder).config.hidden_dropout_prob == 0.1  # for the fine-tuning that follows
+
+
+def test_ranks_share_a_batch(monkeypatch):
+    """The mean over the ranks of their parts is the loss and the gradient of the whole batch, whatever is masked in each."""
+    monkeypatch.setattr(torch, "autocast", lambda *args: contextlib.nullcontext())  # bfloat16 would round each part by itself
+    texts = [f"{word} is a word that someone may know" for word in WORDS]
+    tokenizer = masked_lm.train_tokenizer(texts, 200, 64)
+    args = pretraining.PretrainArguments("f", "o", "mlm", hidden_size=24, num_layers=1, num_heads=2, max_length=64)
+    model = masked_lm.new_model(args, tokenizer).double().eval()
+    input_ids = masked_lm.sequences(masked_lm.token_stream(tokenizer, texts), 16, np.arange(7), tokenizer.cls_token_id)
+
+    def loss_and_gradient(rank: int, ranks: int) -> tuple[float, torch.Tensor]:
+        monkeypatch.setattr(pretraining, "get_rank", lambda: rank)
+        for module in (pretraining, masked_lm):
+            monkeypatch.setattr(module, "get_world_size", lambda: ranks)
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = masked_lm.masked_lm_loss(model, tokenizer, input_ids)
+        loss.backward()
+        return loss.item(), model.bert.embeddings.word_embeddings.weight.grad.clone()
+
+    whole, gradient = loss_and_gradient(0, 1)
+    for ranks in (2, 3):
+        losses, gradients = zip(*(loss_and_gradient(rank, ranks) for rank in range(ranks)))
+        assert np.mean(losses) == pytest.approx(whole, rel=1e-6)  # the loss is in float32
+        assert (sum(gradients) / ranks - gradient).norm() < 1e-6 * gradient.norm()
+    monkeypatch.setattr(masked_lm, "own_rows", lambda rows: rows[1:])  # negative control: a row that nobody has
+    assert abs(loss_and_gradient(0, 1)[0] - whole) > 1e-3 * whole
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_processes(train, objective, tmp_path):
+    """A real run on two processes ends with the loss of one process, and leaves one finished encoder."""
+    words = ["--train_file", tmp_path / "sentences.txt", *SMALL, *objective, "--output_dir"]
+    train(tmp_path / "alone", *objective)
+    recipe = Path(__file__).parents[1] / "recipes" / "pretrain_encoder.py"
+    done = subprocess.run(launch(2, recipe, *words, tmp_path / "both"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved to ") == 1 and not list(tmp_path.glob("*.work"))
+    alone, both = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("alone", "both"))
+    assert alone["tokens"] == both["tokens"] and both["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    assert Encoder.from_pretrained(str(tmp_path / "both")).encode(["a cat"]).shape == (1, 24)
+    few = launch(2, recipe, *words, tmp_path / "few", "--batch_tokens", 64)
+    done = subprocess.run(few, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "2 processes share a batch of 1 texts; give more --batch_tokens" in done.stderr
 
 
 def test_sequences_are_packed_and_begin_with_cls(monkeypatch):

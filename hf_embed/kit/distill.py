@@ -14,13 +14,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from hf_embed.distributed import get_world_size
 from hf_embed.errors import InputError
-from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, save, train
+from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, check_shares, own_rows, save, say, train
 
 
 def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
@@ -41,7 +43,8 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
 
     texts = tokenize(args, tokenizer, sentences)
     batches = two_stages(args, texts, random.Random(args.seed))
-    print(f"{len(batches)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}", flush=True)
+    check_shares(min(map(len, batches)))
+    say(f"{len(batches)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}")
     loss, seen = distill(args, teacher, student, torch.tensor(teacher_ids), batches, work / "checkpoint.pt")
     save(args, student, BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length), loss, seen)
 
@@ -149,25 +152,26 @@ def distill(
     args: PretrainArguments, teacher: BertModel, student: BertModel, teacher_ids: Tensor, batches: list, checkpoint: Path
 ) -> tuple[float, int]:
     """Train the student on the batches; return the last loss and the tokens read."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = PartialState().device
     to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
     teacher.to(device, torch.bfloat16)  # type: ignore[arg-type]  # the decorator of `to` hides its type
     both = nn.ModuleList([student, to_teacher]).to(device).eval()  # eval: no dropout while distilling
 
     def loss_of(step: int) -> tuple[Tensor, int]:
-        input_ids, mask = pad(batches[step], device)
+        tokens = sum(len(text) + 2 for text in batches[step])
+        input_ids, mask = pad(own_rows(batches[step]), device)
         target = teacher_states(teacher, teacher_ids.to(device)[input_ids], mask)  # (S, E)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             states = student(input_ids, attention_mask=mask).last_hidden_state[mask]  # (S, D)
             predicted = to_teacher(states).float()
-        return F.mse_loss(predicted, target), len(target)
+        return F.mse_loss(predicted, target) * len(target) * get_world_size() / tokens, tokens
 
     optimizer = torch.optim.AdamW(both.parameters(), lr=args.learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=len(batches) + 1, pct_start=0.05)
     return train(both, optimizer, schedule, len(batches), loss_of, args.seed, checkpoint)
 
 
-def pad(batch: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
+def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token ids with [CLS] and [SEP], (B, T), and where there are any, (B, T) bool."""
     cls, sep, padding = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))  # which lead the vocabulary
     rows = [torch.tensor([cls, *text, sep]) for text in batch]

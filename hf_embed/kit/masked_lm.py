@@ -19,13 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, get_linear_schedule_with_warmup
 
+from hf_embed.distributed import get_world_size
 from hf_embed.errors import InputError
-from hf_embed.kit.pretraining import SHORT, SPECIAL, PretrainArguments, save, train
+from hf_embed.kit.pretraining import SHORT, SPECIAL, PretrainArguments, check_shares, own_rows, save, say, train
 from hf_embed.mlm import mask_tokens
 
 MASKED = 0.2  # of the tokens: more than BERT's 0.15 trains faster where the model is small
@@ -47,7 +49,7 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
     Raises:
         InputError: the text is too short for a single batch.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = PartialState().device
     tokenizer = train_tokenizer(sentences[:VOCABULARY_SENTENCES], args.vocab_size, args.max_length)
     stream = token_stream(tokenizer, sentences)
     torch.manual_seed(args.seed)
@@ -57,9 +59,8 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
         start_words(model, stream, tokenizer.sep_token_id)
     model.to(device).eval()  # type: ignore[arg-type]  # eval: no dropout; the decorator of `to` hides its type
     batches = all_batches(args, stream)
-    print(
-        f"{len(sentences):,} sentences, {len(stream):,} tokens, vocabulary {len(tokenizer):,}, {len(batches)} steps", flush=True
-    )
+    check_shares(min(len(rows) for _, rows in batches))
+    say(f"{len(sentences):,} sentences, {len(stream):,} tokens, vocabulary {len(tokenizer):,}, {len(batches)} steps")
 
     def loss_of(step: int) -> tuple[Tensor, int]:
         length, rows = batches[step]
@@ -187,10 +188,16 @@ def sequences(stream: np.ndarray, length: int, rows: np.ndarray, cls: int) -> Te
 
 
 def masked_lm_loss(model: BertForMaskedLM, tokenizer: BertTokenizer, input_ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the masked tokens of (B, T) ids; only these get logits, (M, V)."""
-    masked, labels = mask_tokens(input_ids.flatten(), tokenizer, MASKED)
+    """Return this rank's part of the mean cross-entropy of the masked tokens of a whole batch, (B, T) ids.
+
+    Every rank masks the whole batch and encodes its own rows, so the draws do not depend on the number of ranks. The mean of
+    the parts over the ranks is the loss. Only masked tokens get logits, (M, V).
+    """
+    masked, labels = (ids.view_as(input_ids) for ids in mask_tokens(input_ids.flatten(), tokenizer, MASKED))
+    share = get_world_size() / labels.ne(-100).sum()
+    masked, labels = own_rows(masked), own_rows(labels)
     chosen = labels.ne(-100)
     with torch.autocast(input_ids.device.type, torch.bfloat16):
-        states = model.bert(input_ids=masked.view_as(input_ids)).last_hidden_state.flatten(0, 1)[chosen]  # (M, D)
+        states = model.bert(input_ids=masked).last_hidden_state[chosen]  # (M, D)
         logits = model.cls(states)
-    return F.cross_entropy(logits.float(), labels[chosen])
+    return F.cross_entropy(logits.float(), labels[chosen], reduction="sum") * share

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers import BertTokenizer, PreTrainedModel
 
 from hf_embed.data.sources import read_texts
 from hf_embed.disk import check_folder
+from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, same_on_all_ranks
 from hf_embed.errors import InputError, in_short
 from hf_embed.progress import calm_libraries, progress_bar
 from hf_embed.ranges import COUNT, POSITIVE, SEED
@@ -33,6 +34,7 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary made here
 SHORT = 64  # tokens: the least `--max_length`, and what a sequence of masked language modelling has at first
 LOG_STEPS, SAVE_STEPS = 100, 500
+Rows = TypeVar("Rows", list, Tensor)
 
 
 @dataclass
@@ -92,7 +94,9 @@ def check_output(folder: Path) -> None:
 
 
 def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokenizer, loss: float, seen: int) -> None:
-    """Write the encoder, with what is known of its training, in the place of an earlier one."""
+    """Write the encoder and the facts of its training, on the main process. It replaces an earlier one."""
+    if not is_main_process():
+        return
     folder = Path(args.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with calm_libraries(), new_folder(folder) as new:
@@ -129,8 +133,9 @@ def train(
         optimizer: over its parameters.
         schedule: of the learning rate, one step of it for each step.
         steps: how many in all.
-        loss_of: returns the loss of a step, counted from 0, and how many tokens it read. What it draws depends on the step and
-            the seed alone, so that a run that goes on draws the same.
+        loss_of: returns this rank's part of the loss of a step, and how many tokens the step reads. Steps count from 0. The
+            mean of the parts over the ranks is the loss of the whole batch, so the number of processes changes nothing but
+            the speed. All random draws depend on the step and the seed alone, so a resumed run repeats them.
         seed: of what the steps draw.
         checkpoint: the file.
 
@@ -144,7 +149,9 @@ def train(
     losses: list[float] = []
     if checkpoint.is_file():
         first, seen, losses, mean = load(checkpoint, module, optimizer, schedule)
-        print(f"going on at step {first} of {steps}", flush=True)
+        say(f"going on at step {first} of {steps}")
+    for tensor in module.state_dict().values():
+        same_on_all_ranks(tensor)
     started, before = time.perf_counter(), seen
     with progress_bar(total=steps, desc="training", unit="step") as bar:
         bar.update(first)
@@ -153,22 +160,44 @@ def train(
             loss, tokens = loss_of(step)
             optimizer.zero_grad()
             loss.backward()
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    mean_over_ranks(parameter.grad)
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             seen += tokens
-            losses.append(loss.item())
+            losses.append(mean_over_ranks(loss.detach()).item())
             done = step + 1
             if done % LOG_STEPS == 0 or done == steps:
                 rate, mean, losses = (seen - before) / (time.perf_counter() - started), sum(losses) / len(losses), []
                 bar.clear()
-                print(f"step {done}/{steps}  loss {mean:.4f}  {rate:,.0f} tokens/s", flush=True)
-            if done % SAVE_STEPS == 0 or done == steps:
+                say(f"step {done}/{steps}  loss {mean:.4f}  {rate:,.0f} tokens/s")
+            if (done % SAVE_STEPS == 0 or done == steps) and is_main_process():
                 with writing(checkpoint) as aside:
                     states = [part.state_dict() for part in (module, optimizer, schedule)]
                     torch.save([*states, (done, seen, losses, mean)], aside)
             bar.update()
     return mean, seen
+
+
+def say(line: str) -> None:
+    """Print a line, on the main process."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+def own_rows(rows: Rows) -> Rows:
+    """Return this rank's share of the rows of a batch: a list or a tensor."""
+    return rows[get_rank() :: get_world_size()]
+
+
+def check_shares(fewest: int) -> None:
+    """Raise InputError if a batch has so few rows that a rank would have none."""
+    if fewest < get_world_size():
+        raise InputError(
+            f"{get_world_size()} processes share a batch of {fewest} texts; give more --batch_tokens, or start fewer processes"
+        )
 
 
 def load(
