@@ -17,6 +17,7 @@ from hf_embed.safe_files import writing
 
 # Cosines that lie no further apart are equal but for rounding: there is no order in them.
 ROUNDING = 1e-6
+MOST_LABELS = 12  # points of the picture that are labelled with their step
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -69,15 +70,19 @@ def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     axes.plot(x, y, color="0.7", linewidth=1, zorder=1)
     dots = axes.scatter(x, y, c=[point["eval_spearman"] for point in points], cmap="viridis", s=36, zorder=2)
-    offset: dict[str, Any] = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 9}
-    axes.annotate(f"step {points[0].get('step', 0)}", (x[0], y[0]), **offset)
-    if len(points) > 1:
-        axes.annotate(f"step {points[-1]['step']}", (x[-1], y[-1]), **offset)
     axes.margins(0.12)  # room for the labels
-    axes.set_xlabel("uniformity (lower is better)")
-    axes.set_ylabel("alignment (lower is better)")
-    axes.set_title("The embeddings along the run")
-    figure.colorbar(dots, label="STS, Spearman x 100")
+    middle = (min(x) + max(x)) / 2
+    every = -(-len(points) // MOST_LABELS)
+    for number, point in enumerate(points):
+        if number % every == 0 or point is points[-1]:
+            side = -1 if x[number] > middle else 1  # towards the middle, so that the label stays inside the frame
+            place: dict[str, Any] = {"xytext": (7 * side, 5), "ha": "right" if side < 0 else "left", "fontsize": 9}
+            label = f"step {point.get('step', 0)}"
+            axes.annotate(label, (x[number], y[number]), textcoords="offset points", **place)
+    axes.set_xlabel("uniformity: are all sentences spread out? (lower is better)")
+    axes.set_ylabel("alignment: are similar sentences close? (lower is better)")
+    axes.set_title("Alignment and uniformity after each evaluation")
+    figure.colorbar(dots, label="STS, Spearman x 100 (higher is better)")
     with writing(path) as aside:
         figure.savefig(aside, dpi=125)
     plt.close(figure)

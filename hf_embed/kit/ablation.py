@@ -192,7 +192,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
     ]
     if main:
         scores = [point["spearman"] for point in path]
-        print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {max(scores):.2f}, {trainer.state.global_step} steps")
+        print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {best_score(path):.2f}, {trainer.state.global_step} steps")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
@@ -212,6 +212,11 @@ def settings(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for part in parts for key, value in part.items()}, default=str))
 
 
+def best_score(path: list[dict[str, Any]]) -> float:
+    """Return the best STS score of a run after its first step. Step 0 is the untrained model, so it does not count."""
+    return max(point["spearman"] for point in path[1:] or path)
+
+
 def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Sum up the runs of a variant: mean, smallest and largest of each metric."""
 
@@ -219,7 +224,7 @@ def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
         return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
 
     last = {key: mean_and_limits([path[-1][key] for path in paths]) for key in METRICS}
-    best = mean_and_limits([max(point["spearman"] for point in path) for path in paths])
+    best = mean_and_limits([best_score(path) for path in paths])
     return {"before": paths[0][0]["spearman"], "best": best} | last
 
 
@@ -253,19 +258,26 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    starts: set[tuple[float, float]] = set()
     for line, (name, result) in enumerate(results.items()):
-        paths = result["seeds"].values()
+        paths = list(result["seeds"].values())
         y, x = (np.mean([[point[key] for point in path] for path in paths], axis=0) for key in ("alignment", "uniformity"))
         colour, marker = look(line)
-        label = f"{name}: STS {result['spearman'][0]:.1f}, best {result['best'][0]:.1f}"
+        label = f"{name}: STS {result['spearman'][0]:.1f} at the end, best {result['best'][0]:.1f}"
         axes.plot(x, y, linewidth=1, label=label, color=colour, marker=marker, markersize=6)
         arrow = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 12}
         for start, end in itertools.pairwise(zip(x, y)):
             middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
             axes.annotate("", xy=middle, xytext=start, arrowprops=arrow)
-    axes.set_xlabel("uniformity (lower is better)")
-    axes.set_ylabel("alignment (lower is better)")
-    axes.set_title("The embeddings along training: arrows follow time, both axes are better when lower")
+        axes.annotate(f"step {paths[0][-1]['step']}", (x[-1], y[-1]), xytext=(7, 5), textcoords="offset points", color=colour)
+        if (x[0], y[0]) not in starts:  # variants that pool alike start at the same point
+            starts.add((x[0], y[0]))
+            start_label = f"before training: STS {result['before']:.1f}"
+            axes.annotate(start_label, (x[0], y[0]), xytext=(-7, -14), textcoords="offset points", ha="right")
+    axes.margins(0.1)  # room for the labels
+    axes.set_xlabel("uniformity: are all sentences spread out? (lower is better)", fontsize=11)
+    axes.set_ylabel("alignment: are similar sentences close? (lower is better)", fontsize=11)
+    axes.set_title("Alignment and uniformity during training (arrows follow time)")
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
