@@ -119,7 +119,7 @@ def length_of(encoder: Encoder, name: str, stated: int | None) -> int:
     """Return the number of tokens after which texts are truncated.
 
     This is the length that the folder states, but at most the number of the model's positions. If the folder states none, it is
-    the length that the encoder has chosen. A warning says so if that is shorter than in sentence-transformers.
+    the length that the encoder has chosen. A warning appears if texts are truncated earlier than in sentence-transformers.
     """
     limit, longest = encoder.positions, encoder.tokenizer.model_max_length
     if stated is None or (limit is None and stated > MOST_TOKENS):
@@ -235,7 +235,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
     except Exception as error:
         raise unreachable(name, error, "its tokenizer cannot be loaded") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust panics if the file is damaged
+        if type(error).__name__ != "PanicException":  # a damaged file causes a Rust panic, not an Exception
             raise
         raise unreachable(name, error, "its tokenizer is damaged") from error
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
@@ -252,8 +252,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
 def check_added_tokens(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise InputError if the tokenizer does not add a token that tokenizer_config.json asks for, before or after each text.
 
-    Since version 5, transformers reads this only from tokenizer.json. A model that pools the end-of-text token would then pool
-    the last word.
+    Since version 5, transformers follows only tokenizer.json. If it lacks the end-of-text token, a model that pools this token
+    would pool a word instead.
     """
     for kind, end in (("bos", slice(1)), ("eos", slice(-1, None))):
         token = getattr(tokenizer, f"{kind}_token_id")
