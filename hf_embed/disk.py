@@ -41,7 +41,7 @@ SHARED_MEMORY = Path("/dev/shm")
 OF_WORKERS = r"out of shared memory|</torch_"
 ANOTHER_FOLDER = "name another output folder"
 AGAIN = "make room there and run it again"
-ASIDE = ".saving-"  # prefix of names that are incomplete
+ASIDE = ".saving-"  # prefix of the names of incomplete files and folders
 LONGEST_ADDITION = 40  # bytes of the longest prefix or suffix that a name gets while a file is written
 LONGEST_INSIDE = 200  # bytes of the longest path inside an output folder
 

@@ -4,7 +4,7 @@ import copy
 import re
 from typing import TypeVar
 
-# Parts: scheme; user name and password; host and path; query and fragment, without the punctuation of the sentence around.
+# Parts: scheme; user name and password; host and path; query and fragment, without punctuation of the surrounding sentence.
 ADDRESS = re.compile(
     r"\b([a-z][\w+.-]*://)(?:[^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*?(?=[.,:;)\]]*(?:[\s'\"<>]|$)))?", re.IGNORECASE
 )
@@ -41,7 +41,7 @@ def in_short(error: BaseException) -> str:
 
 
 def without_secrets(settings: Settings) -> Settings:
-    """Copy an object with settings, to be written to a file. In the copy, secrets such as `hub_token` are None."""
+    """Copy an object with settings, to write it to a file. Settings named like secrets (`hub_token`) are None in the copy."""
     clean = copy.copy(settings)
     for name, value in vars(settings).items():
         secret = SECRET_WORDS & set(name.lower().split("_")) or name.lower().endswith("api_key")
@@ -55,7 +55,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         message = masked(str(message))
-        if TRACEBACK not in message:  # from a dataloader worker; its last line is the message
+        if TRACEBACK not in message:  # of a dataloader worker; the last line is the message
             message = CONTROL.sub(" ", message)
         super().__init__(message)
 

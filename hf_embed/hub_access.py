@@ -34,7 +34,7 @@ WHAT_TO_GIVE = (
     "a recipe without arguments runs offline on the built-in quickstart encoder"
 )
 OFFLINE = "HF_HUB_OFFLINE=1 takes what is in the cache"
-_answered: set[tuple[str, ...]] = set()  # repositories that the Hub has answered for: not asked again
+_answered: set[tuple[str, ...]] = set()  # (name, kind, revision) that need not be asked again
 
 
 class Unreachable(str):

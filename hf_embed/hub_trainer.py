@@ -22,7 +22,7 @@ class HubTrainer(OutputTrainer):
     push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.named: dict[str, Any] = {}  # facts that create_model_card has set
+        self.named: dict[str, Any] = {}  # facts for the card, from create_model_card and push_to_hub
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

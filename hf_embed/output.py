@@ -1,4 +1,4 @@
-"""Check the output of a training run before its first step, and report a full disk in one line."""
+"""Check before the first step that a training run can write its output, and report a full disk in one line."""
 
 import logging
 import os

@@ -114,7 +114,7 @@ def decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
 
 
 def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant) -> Any:
-    """Return the value of a JSON text.
+    """Parse a JSON text and return its value.
 
     Args:
         text: the whole text.
@@ -193,7 +193,7 @@ def read_tensors(path: str | Path, name: str = "") -> dict[str, Tensor]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # header, unpickler and allocator raise many kinds
+    except Exception as error:  # header, unpickler and allocator raise many kinds of errors
         raise not_whole(name, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{name}: holds something else than tensors by name; take the weights of the model")

@@ -1,7 +1,7 @@
 """Files and folders that are either complete or absent. All code in this package writes files in this way.
 
 New content is written beside its final place under a name that begins with `.saving-`, flushed to the disk, and put in place by
-one atomic rename. However the process ends, either the old content or the new content is there, complete.
+one atomic rename. However the process ends, either the complete old or the complete new content is there.
 
     with writing(Path("results.npy")) as aside:
         numpy.save(aside, vectors)
@@ -31,7 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-SAVING = ASIDE  # prefix of names that are incomplete or about to be removed
+SAVING = ASIDE  # prefix of files and folders that are incomplete or about to be removed
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2 on Linux
 numbers = itertools.count()
 locks: dict[str, int] = {}  # of this process: real path -> file descriptor of the open folder
@@ -297,7 +297,7 @@ def clear_leftovers(folder: Path) -> None:
 def lock_folder(folder: Path) -> None:
     """Keep other processes from writing to a folder, until this process ends or releases the lock.
 
-    The lock is a lock of the operating system on the folder itself. However a process ends, nothing of the lock remains. File
+    The operating system keeps the lock, on the folder itself. However the process ends, nothing of the lock remains. File
     systems without such locks give no protection.
 
     Raises:

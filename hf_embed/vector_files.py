@@ -5,13 +5,13 @@
     write_vectors(encoder, texts, "vectors.npy", precision="int8")
     vectors = numpy.load("vectors.npy", mmap_mode="r")  # (N, D), row i is the vector of text i
 
-While the file is being made, it is in a folder beside it, as a memory map that all ranks write to:
+While the file is being made, it is a memory map in a folder beside its final place. All ranks write to it:
 
     vectors.npy.work/
         identity          hash of the model, the texts and the options
         vectors.npy       (N, D), where the rows of every finished part are correct
-        done/000003       part 3 is finished: a hash of its rows, which are those of SHARD texts
-    vectors.npy.json      description of the vectors; written before vectors.npy moves out and the folder is removed
+        done/000003       hash of the rows of part 3 (SHARD texts); it exists when the part is finished
+    vectors.npy.json      description of the vectors; written before vectors.npy moves to its final place
 """
 
 import os
@@ -33,7 +33,7 @@ from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
 from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder
 
-SHARD = 1024  # texts in a part; a stopped run is resumed at a part
+SHARD = 1024  # texts per part; a stopped run loses only unfinished parts
 READ = 8192  # texts that are read at a time
 WITHOUT_EFFECT = ("batch_size", "chunk_tokens")  # options that change a vector only by rounding
 
