@@ -1,7 +1,7 @@
-"""What a file system refuses, in one line: it is full or read-only, a quota is used up, a name is too long.
+"""Errors of a file system in one line: it is full or read-only, a quota is used up, a name is too long.
 
-Libraries say of a full disk what they know: an error number, a text, or that they are not where they should be in the file.
-`disk_errors` makes one message of all of them. `check_folder` and `lack_of_room` look before anything is computed.
+Libraries report a full disk in different ways: by an error number, by a text, or by a wrong position in the file. `disk_errors`
+turns all of them into one message. `check_folder` and `lack_of_room` check before anything is computed.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ REFUSED = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
 }
-# How libraries say it that keep the error number to themselves: safetensors, PyTorch's workers and writer, NumPy.
+# The texts of libraries that do not give the error number: safetensors, PyTorch's workers and writer, NumPy.
 TEXTS = {
     r"No space left on device": errno.ENOSPC,
     r"Disk quota exceeded": errno.EDQUOT,
@@ -41,13 +41,13 @@ SHARED_MEMORY = Path("/dev/shm")
 OF_WORKERS = r"out of shared memory|</torch_"
 ANOTHER_FOLDER = "name another output folder"
 AGAIN = "make room there and run it again"
-ASIDE = ".saving-"  # begins the name of what is not whole yet
-LONGEST_ADDITION = 40  # bytes of the longest ending or beginning that a name gets while a file is written
-LONGEST_INSIDE = 200  # bytes of the longest path within an output folder
+ASIDE = ".saving-"  # prefix of the names of incomplete files and folders
+LONGEST_ADDITION = 40  # bytes of the longest prefix or suffix that a name gets while a file is written
+LONGEST_INSIDE = 200  # bytes of the longest path inside an output folder
 
 
 class DiskError(RankError):
-    """A file system has refused a write. The message says which one, what is free there, and how to go on."""
+    """A write failed. The message says which file system refused it, how much room it has, and how to go on."""
 
 
 # ---- while something is written ----
@@ -58,10 +58,11 @@ def disk_errors(*places: str | Path) -> Iterator[None]:
     """Turn the errors of a file system into a `DiskError`.
 
     Args:
-        places: where files are written, the likeliest first: many errors do not name their file.
+        places: where files are written, the most likely place first. Many errors do not name their file.
 
     Raises:
-        DiskError: the disk is full or a quota used up, a file or its name is larger than allowed, or may not be written.
+        DiskError: if the disk is full, if a quota is used up, if a file or its name is too large, or if a file cannot be
+            written.
     """
     try:
         yield
@@ -75,7 +76,7 @@ def disk_errors(*places: str | Path) -> Iterator[None]:
 
 
 def disk_message(error: BaseException, places: list[Path]) -> str | None:
-    """Return in one line what a file system has refused; None for an error that is of something else."""
+    """Return one line about what a file system has refused, or None if the error has another cause."""
     for cause in causes(error):
         code = code_of(cause)
         if code in FULL:
@@ -88,7 +89,11 @@ def disk_message(error: BaseException, places: list[Path]) -> str | None:
 
 
 def refusal(reason: str, file: Path, places: list[Path]) -> str:
-    """Return the line about a file that may not be written or, of one that is not in `places` or a cache, perhaps read."""
+    """Return the line about a file that was refused.
+
+    A file in one of `places` or in a cache was refused for writing. Any other file was perhaps refused for reading. If
+    permission is denied for such a file, the message does not suggest another output folder.
+    """
     mend = another_place(file)
     written = mend != ANOTHER_FOLDER or any(Path(os.path.abspath(file)).is_relative_to(os.path.abspath(p)) for p in places)
     if reason == REFUSED[errno.EACCES]:
@@ -97,7 +102,7 @@ def refusal(reason: str, file: Path, places: list[Path]) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, its cause, the cause of that, and so on."""
+    """Yield an error, its cause, the cause of the cause, and so on."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -105,14 +110,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def code_of(error: BaseException) -> int | None:
-    """Return the error number that an error has, or that its text is of."""
+    """Return the error number of an error, from its attribute or from its text, or None."""
     if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED):
         return error.errno
     return next((code for text, code in TEXTS.items() if re.search(text, str(error), re.MULTILINE)), None)
 
 
 def file_of(error: BaseException) -> Path | None:
-    """Return the file that an error names."""
+    """Return the file that an error names, or None."""
     name = getattr(error, "filename", None)
     if isinstance(name, str | bytes | os.PathLike):
         return Path(os.fsdecode(name))
@@ -121,7 +126,7 @@ def file_of(error: BaseException) -> Path | None:
 
 
 def place_of(error: BaseException, places: list[Path]) -> Path:
-    """Return where an error arose: at the file that it names, else where one writes, else where the least is free."""
+    """Return where an error occurred: the file that it names, else the first of `places`, else where least is free."""
     if re.search(OF_WORKERS, str(error)):
         return SHARED_MEMORY
     file = file_of(error)
@@ -141,7 +146,7 @@ def full_message(reason: str, place: Path) -> str:
 
 
 def free_of(mount: Path) -> str:
-    """Say what is free on a file system, in bytes, and in files where none can be added."""
+    """Say how much is free on a file system: the bytes, and the number of files if no more files can be created."""
     usage = shutil.disk_usage(mount)
     said = f"{size(usage.free)} of {size(usage.total)} free"
     if hasattr(os, "statvfs"):
@@ -152,7 +157,7 @@ def free_of(mount: Path) -> str:
 
 
 def another_place(place: Path) -> str:
-    """Return how to have a file written elsewhere, as the end of a message."""
+    """Return the end of a message that says how to write a file to another place."""
     for folder, mend in (
         (SHARED_MEMORY, "set dataloader_num_workers to 0; docker run --shm-size 2g gives more"),
         (Path(datasets.config.HF_DATASETS_CACHE), "set HF_DATASETS_CACHE to a folder elsewhere"),
@@ -165,7 +170,7 @@ def another_place(place: Path) -> str:
 
 
 def temporary_folder() -> Path:
-    """Return the system's folder for temporary files, which `tempfile` does not name where the disk is full."""
+    """Return the system's folder for temporary files. `tempfile` does not name it if the disk is full."""
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -173,7 +178,7 @@ def temporary_folder() -> Path:
 
 
 def mount_of(place: Path) -> Path:
-    """Return the folder at which the file system of a file, or of one that is to be, is mounted."""
+    """Return the mount point of the file system that holds a path. The path need not exist."""
     path = Path(os.path.realpath(nearest(place)))
     while not os.path.ismount(path):
         path = path.parent
@@ -181,7 +186,7 @@ def mount_of(place: Path) -> Path:
 
 
 def nearest(place: Path) -> Path:
-    """Return the absolute path of a file or folder or, where it is not there, of the nearest folder around it that is."""
+    """Return the absolute path of a file or folder. If it does not exist, return its nearest parent that exists."""
     path = Path(os.path.abspath(place))
     while not os.path.lexists(path):
         path = path.parent
@@ -189,7 +194,7 @@ def nearest(place: Path) -> Path:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for people.
+    """Return a number of bytes in a readable form.
 
     >>> size(2_300_000)
     '2.3 MB'
@@ -201,7 +206,7 @@ def size(count: float) -> str:
 
 
 def shortened(path: str | Path) -> str:
-    """Return a path for a message."""
+    """Return a path for a message, without its middle if it is long."""
     name = str(path)
     return name if len(name) <= 200 else f"{name[:80]} ... {name[-80:]}"
 
@@ -210,14 +215,14 @@ def shortened(path: str | Path) -> str:
 
 
 def check_folder(folder: str | Path, name: str = "output_dir") -> None:
-    """Check that a folder can be written, or be made; nothing is left there.
+    """Check that a folder can be written to, or created. The check leaves nothing behind.
 
     Args:
-        folder: where files will be written.
+        folder: the folder where files will be written.
         name: what messages call it.
 
     Raises:
-        InputError: it cannot.
+        InputError: if files cannot be written there.
     """
     said = f"{name} {shortened(folder)}"
     if "\0" in str(folder):
@@ -239,7 +244,7 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
 
 
 def check_length(path: Path, found: Path, said: str) -> None:
-    """Raise InputError for a path with a name that is too long, or that has no room for the files within."""
+    """Raise InputError if a name in the path is too long, or if the path leaves no room for the names of files inside."""
     try:
         most, longest = os.pathconf(found, "PC_NAME_MAX"), os.pathconf(found, "PC_PATH_MAX")
     except (AttributeError, OSError, ValueError):
@@ -252,10 +257,10 @@ def check_length(path: Path, found: Path, said: str) -> None:
 
 
 def check_file(file: str | Path, name: str) -> None:
-    """Check that a file can be written; nothing is left there. `name` is what messages call it.
+    """Check that a file can be written. The check leaves nothing behind. `name` is what messages call the file.
 
     Raises:
-        InputError: it cannot.
+        InputError: if it cannot be written.
     """
     path = Path(file)
     if path.is_dir():
@@ -265,9 +270,10 @@ def check_file(file: str | Path, name: str) -> None:
 
 
 def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:
-    """Return in one line why a folder has no room for `needed` bytes, which are of `what`; None where it has.
+    """Return one line about why a folder has no room for `needed` bytes, or None if it has room.
 
-    What killed processes have left there half-written counts as free.
+    `what` names the content in the message, for example "a checkpoint takes". Incomplete files that killed processes left in
+    the folder count as free room.
     """
     mount = mount_of(Path(folder))
     left = [path for path in Path(folder).glob(f"{ASIDE}*/**/*") if path.is_file() and not path.is_symlink()]

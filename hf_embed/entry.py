@@ -1,6 +1,7 @@
-"""How the user has started this process: messages name recipes the same way; and the files that recipes ship with.
+"""How the user started this process, so that messages name recipes in the same way, and where the files of the recipes are.
 
-Nothing here, and nothing that is imported here, imports PyTorch: the first line of a recipe is printed before that.
+Neither this module nor anything that it imports may import PyTorch, because the first line of a recipe is printed before
+PyTorch is loaded.
 """
 
 import importlib.util
@@ -10,21 +11,21 @@ import sys
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-CONSOLE = "hf-embed"  # the command that setup.cfg makes
+CONSOLE = "hf-embed"  # the command that setup.cfg defines
 PACKAGE = "hf_embed.recipes"
-CPU_CONFIG = "recipes/accelerate/cpu_2.yaml"  # several CPU processes: of MULTI_CPU, or --cpu, accelerate starts a single one
-PRESET = "configs/sup_simcse_quickstart.yaml"  # by which a folder of recipes is known
+CPU_CONFIG = "recipes/accelerate/cpu_2.yaml"  # several CPU processes; for MULTI_CPU or --cpu, accelerate starts one
+PRESET = "configs/sup_simcse_quickstart.yaml"  # a folder with this file is the folder of the recipes
 
 
 def recipe_command(name: str) -> str:
-    """Return the command line of a recipe, in the form in which this process was started.
+    """Return the command line of a recipe, in the form in which the user started this process.
 
     >>> recipe_command("push")
     'python recipes/push.py'
     """
     if by_console():
         return f"{CONSOLE} {name.replace('_', '-')}"
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m`
     if spec is not None and spec.name.startswith(PACKAGE):
         return f"python -m {PACKAGE}.{name}"
     return f"python recipes/{name}.py"
@@ -36,7 +37,7 @@ def by_console() -> bool:
 
 
 def running_recipe() -> ModuleType | None:
-    """Return the module of the recipe that this process was started for; None in anything else, a user's own script for one."""
+    """Return the module of the recipe that this process runs, or None for anything else, such as a user's own script."""
     if by_console():
         name = Path(sys.argv[0]).name.removeprefix(CONSOLE).strip().replace("-", "_")
         return sys.modules.get(f"{PACKAGE}.{name}")
@@ -46,19 +47,19 @@ def running_recipe() -> ModuleType | None:
 
 
 def starts_recipe() -> bool:
-    """Return whether this process is starting a recipe, as a script or by `python -m`: what it imports first may ask."""
-    if sys.argv[:1] == ["-m"]:  # Python is looking for the module
+    """Return whether this process is starting a recipe, as a script or by `python -m`. The first imports may call this."""
+    if sys.argv[:1] == ["-m"]:  # Python is still looking for the module
         return any(word.startswith(f"{PACKAGE}.") for word in sys.orig_argv[1:])
     return not by_console() and running_recipe() is not None
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that speaks: no other rank, and no worker."""
+    """Return whether this process prints messages: it has rank 0 and is not a worker."""
     return os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error that nobody has caught; Ctrl-C is one line, for where it fell is of no interest."""
+    """Print an error that nothing has caught. For Ctrl-C, print one line, because its traceback is of no interest."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     elif is_first_process():
@@ -66,14 +67,17 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
 
 
 def announce(version: str) -> None:
-    """Print the first line of a recipe to stderr on the main process: the imports that follow take seconds."""
+    """Print the first line of a recipe to stderr on the main process, because the next imports take seconds.
+
+    Errors that nothing catches are printed by `show_error` from now on.
+    """
     sys.excepthook = show_error
     if is_first_process():
         print(f"hf_embed {version}: loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
 
 def recipes_folder() -> Path | None:
-    """Return the folder of the recipes that are installed with the package, or of this clone; None if there is neither."""
+    """Return the folder of the recipes, installed with the package or in this clone, or None if there is neither."""
     clone = Path(__file__).resolve().parent.parent / "recipes"
     spec = importlib.util.find_spec(PACKAGE)
     installed = map(Path, (spec and spec.submodule_search_locations) or [])
@@ -81,7 +85,7 @@ def recipes_folder() -> Path | None:
 
 
 def shipped(path: str) -> str:
-    """Return `path`, or the file that the recipes ship with for one that begins with recipes/ and is not there.
+    """Return `path`. If it begins with recipes/ and does not exist, return the file that ships with the recipes instead.
 
     So "recipes/configs/sup_simcse_bert_base.yaml" is found from any folder.
     """

@@ -1,8 +1,8 @@
-"""Is a model or data set there? A name that nobody can reach is known in seconds, and said in one line.
+"""Check whether a model or dataset exists. If its name cannot be reached, one line says so within seconds.
 
-The libraries ask the Hub six times over for each of several files, which takes a minute and prints thirty lines. So it is asked
-once before, for one small file. Where the Hub itself has trouble (too many requests, an error of its own), the libraries go on
-and try again as they do.
+The libraries ask the Hub six times for each of several files, which takes a minute and prints thirty lines. Therefore this
+module asks the Hub first, for one small file. If the Hub itself has trouble (too many requests, an internal error), the
+libraries continue and retry as usual.
 """
 
 import difflib
@@ -27,33 +27,33 @@ from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 4.0  # seconds of a request; HF_HUB_ETAG_TIMEOUT, where it is set, replaces it
+TIMEOUT = 4.0  # seconds per request; HF_HUB_ETAG_TIMEOUT replaces it, if it is set
 ATTEMPTS = 2
 WHAT_TO_GIVE = (
     "Give a local folder that holds config.json, weights and tokenizer; "
     "a recipe without arguments runs offline on the built-in quickstart encoder"
 )
 OFFLINE = "HF_HUB_OFFLINE=1 takes what is in the cache"
-_answered: set[tuple[str, ...]] = set()  # what the Hub has said to be there
+_answered: set[tuple[str, ...]] = set()  # (name, kind, revision) that need not be asked again
 
 
 class Unreachable(str):
-    """Why nothing can be had from the Hub at all; a copy in the cache will do."""
+    """Why the Hub cannot be reached at all. A copy in the cache can then be used."""
 
 
 def find_model(name: str, **hub: Any) -> dict[str, bool]:
-    """Look whether a model is a folder here, or on the Hub.
+    """Check whether a model is a local folder or on the Hub.
 
     Args:
-        name: of either.
-        **hub: what `from_pretrained` takes: revision, token, cache_dir, local_files_only.
+        name: a folder, or a model on the Hub.
+        **hub: arguments of `from_pretrained`: revision, token, cache_dir, local_files_only.
 
     Returns:
-        What `from_pretrained` should be given besides: {"local_files_only": True} where the Hub cannot be reached and the model
-        is in the cache, which a warning says; else {}.
+        Further arguments for `from_pretrained`. If the Hub cannot be reached and the model is in the cache,
+        {"local_files_only": True}, after a warning. Otherwise {}.
 
     Raises:
-        InputError: it is neither.
+        InputError: if the model is neither a local folder nor available on the Hub.
     """
     name = str(name)
     if os.path.exists(name):
@@ -79,7 +79,7 @@ def is_cached(name: str, hub: dict[str, Any]) -> bool:
 
 
 def check_dataset(name: str) -> None:
-    """Raise InputError for a data set that is no folder here, not on the Hub and not in the cache."""
+    """Raise InputError if a dataset is not a local folder, not on the Hub and not in the cache."""
     if os.path.exists(name) or constants.is_offline_mode() or "/" not in name or "://" in name:
         return
     if looks_local(name):
@@ -93,12 +93,12 @@ def check_dataset(name: str) -> None:
 
 
 def looks_local(name: str) -> bool:
-    """Return whether a name can only be a path: those of the Hub are NAME or OWNER/NAME."""
+    """Return whether a name can only be a path. Names on the Hub have the form NAME or OWNER/NAME."""
     return name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("/") or "\\" in name or name.endswith("/")
 
 
 def similar(name: str) -> str:
-    """Return the folder beside which a misspelt path would be, as the end of a message."""
+    """Return the end of a message that suggests a folder with a similar name, or "" if there is none."""
     path = Path(name)
     if not path.name or not path.parent.is_dir():
         return ""
@@ -107,7 +107,7 @@ def similar(name: str) -> str:
 
 
 def ask_hub(name: str, file: str, kind: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """Ask the Hub for the head of a file. Returns why the repository cannot be had, or None if it can, or may be."""
+    """Ask the Hub for the metadata of a file. Return why the repository is not available, or None if it is or may be."""
     question = (name, kind, str(revision))
     given = "HF_HUB_ETAG_TIMEOUT" in os.environ
     for attempt in range(ATTEMPTS):
@@ -124,9 +124,9 @@ def ask_hub(name: str, file: str, kind: str, revision: str | None = None, token:
             return f"the {kind} on the Hub has no revision '{revision}'"
         except HFValidationError:
             return "no name on the Hub looks like this: they are OWNER/NAME"
-        except (EntryNotFoundError, HfHubHTTPError):  # it is there; or the Hub has trouble that may pass
+        except (EntryNotFoundError, HfHubHTTPError):  # the repository exists, or the Hub has trouble that may pass
             pass
-        except Exception as error:  # of the network, of many kinds
+        except Exception as error:  # network errors are of many kinds
             if attempt + 1 < ATTEMPTS:
                 continue
             reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".") or type(error).__name__

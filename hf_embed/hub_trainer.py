@@ -1,4 +1,4 @@
-"""A Trainer whose pushes are of the model's own files, with the card that its folder has; see `hf_embed.checkpoint.hub`."""
+"""A Trainer that pushes only the model's own files, with the card of the output folder; see `hf_embed.checkpoint.hub`."""
 
 from concurrent.futures import Future
 from functools import partial
@@ -15,18 +15,18 @@ from hf_embed.output import OutputTrainer
 
 
 class HubTrainer(OutputTrainer):
-    """What `ContrastiveTrainer` does on the Hub."""
+    """The part of `ContrastiveTrainer` that works with the Hub."""
 
     encoder: Encoder
-    stopping = False  # whether a signal is ending the run: then nothing is pushed
+    stopping = False  # True if a signal is ending the run: then nothing is pushed
     push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.named: dict[str, Any] = {}  # by create_model_card
+        self.named: dict[str, Any] = {}  # facts for the card, from create_model_card and push_to_hub
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, before the first step: a name or a token that the Hub refuses is known then."""
+        """Create the repository before the first step, so that a name or token that the Hub refuses is known early."""
         hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
 
     def push_to_hub(  # type: ignore[override]  # it takes nothing for Trainer's own card, and returns the commit's address
@@ -38,11 +38,12 @@ class HubTrainer(OutputTrainer):
         private: bool | None = None,
         **named: Any,
     ) -> str | Future[str] | None:
-        """Save, and upload the model's own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
+        """Save the model, and upload its own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
 
-        `named` is for the card, as for `create_model_card`.
+        `named` holds facts for the card, as in `create_model_card`.
 
-        Returns the commit's address, a Future of it unless `blocking`, or None on other ranks than the first.
+        Returns:
+            The address of the commit, a Future of it if `blocking` is False, or None on all ranks except the main process.
         """
         args = self.args
         self.named |= card_facts(named)
@@ -60,7 +61,7 @@ class HubTrainer(OutputTrainer):
         return push() if blocking else HfApi().run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile."""
+        """Upload a checkpoint in the background, from a copy, because the checkpoint may be rotated away meanwhile."""
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or self.stopping:
             return
@@ -77,14 +78,14 @@ class HubTrainer(OutputTrainer):
         self.push_in_progress = None
 
     def create_model_card(self, **named: Any) -> None:  # type: ignore[override]  # by name alone, and not the trainer's own card
-        """Name in the card what the training does not know; README.md in `args.output_dir` is made anew, if it is there.
+        """Add facts to the card that training does not know, and write README.md in `args.output_dir` again, if it exists.
 
         Args:
-            named: language, license, tags, and what Trainer calls model_name (the title), finetuned_from (the base model on
-                the Hub), dataset (the data's name) and dataset_tags (data sets on the Hub).
+            named: language, license, tags, and further arguments of Trainer: model_name (the title), finetuned_from (the base
+                model on the Hub), dataset (the name of the data) and dataset_tags (datasets on the Hub).
 
         Raises:
-            InputError: another name.
+            InputError: if another argument is given.
         """
         self.named |= card_facts(named)
         if self.is_world_process_zero():

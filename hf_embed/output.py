@@ -1,4 +1,4 @@
-"""What a training writes: whether there is room for it is said before the first step, and a full disk in one line."""
+"""Check before the first step that a training run can write its output, and report a full disk in one line."""
 
 import logging
 import os
@@ -18,11 +18,11 @@ from hf_embed.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
-LOGS = "TENSORBOARD_LOGGING_DIR"  # where TensorBoard's files go, in place of a folder in output_dir
+LOGS = "TENSORBOARD_LOGGING_DIR"  # where TensorBoard writes its files, instead of a folder in output_dir
 
 
 class OutputTrainer(Trainer):
-    """A Trainer that says in one line what a file system refuses."""
+    """A Trainer that reports in one line what a file system refuses."""
 
     def train(
         self,
@@ -33,7 +33,7 @@ class OutputTrainer(Trainer):
         """Train, as `Trainer.train` does.
 
         Raises:
-            DiskError: the disk is full, or something may not be written. The checkpoints of before are whole.
+            DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         with disk_errors(str(self.args.output_dir)):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -42,7 +42,7 @@ class OutputTrainer(Trainer):
         """Save the model, as `Trainer.save_model` does.
 
         Raises:
-            DiskError: the disk is full, or something may not be written. What was there is whole.
+            DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.
         """
         with disk_errors(str(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
@@ -51,16 +51,16 @@ class OutputTrainer(Trainer):
 def check_output(
     args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None, trains: bool = True
 ) -> None:
-    """Check that what a training writes can be written. Every rank calls this, before the first step.
+    """Check that a training run can write its output. Every rank calls this before the first step.
 
     Args:
-        args: the settings.
-        step: what is trained.
-        optimizer: the user's own, if there is one.
-        trains: whether there is anything to train on, so that there will be checkpoints.
+        args: the training arguments.
+        step: the training step, which holds all tensors that are trained.
+        optimizer: the user's own optimizer, if there is one.
+        trains: whether there is training data, so that there will be checkpoints.
 
     Raises:
-        InputError: on some rank the folder cannot be written, or has no room for a single checkpoint.
+        InputError: if on any rank the folder cannot be written to, or has no room for one checkpoint.
     """
     problem = None
     try:
@@ -76,7 +76,7 @@ def check_output(
 
 
 def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise InputError where a single checkpoint, or the model, does not fit; warn where two and the model do not."""
+    """Raise InputError if one checkpoint, or the model, does not fit. Warn if two checkpoints and the model do not fit."""
     folder, model, checkpoint = str(args.output_dir), model_bytes(step), checkpoint_bytes(args, step, optimizer)
     what, needed = ("a checkpoint takes", checkpoint) if saves(args) else ("the model takes", model)
     if lack := lack_of_room(folder, needed, what):
@@ -87,19 +87,20 @@ def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.opt
 
 
 def saves(args: TrainingArguments) -> bool:
-    """Return whether checkpoints are saved on the way."""
+    """Return whether checkpoints are saved during training."""
     return args.save_strategy != SaveStrategy.NO
 
 
 def model_bytes(step: TrainingStep) -> int:
-    """Return how large the file of the finished model will be, about."""
+    """Return the approximate size in bytes of the finished model's file."""
     return size_of(step.encoder.state_dict())
 
 
 def checkpoint_bytes(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> int:
-    """Return how large a checkpoint is at least: the model, the tensors that exist only while training, and Adam's two states.
+    """Return the minimum size of a checkpoint in bytes.
 
-    What other optimizers keep is not counted.
+    This is the size of the model, of the tensors that exist only during training, and of the two moments that Adam keeps. The
+    state of other optimizers is not counted.
     """
     inside = {tensor.data_ptr() for tensor in step.encoder.backbone.state_dict().values()}
     beside = size_of({name: tensor for name, tensor in step.state_dict().items() if tensor.data_ptr() not in inside})
@@ -111,5 +112,5 @@ def checkpoint_bytes(args: TrainingArguments, step: TrainingStep, optimizer: tor
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return the bytes of tensors, each of which counts once."""
+    """Return the size of tensors in bytes. Tensors that share memory are counted once."""
     return sum({tensor.data_ptr() or name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}.values())

@@ -1,7 +1,7 @@
-"""The readers of text, JSON, tensors and arrays, one each.
+"""Readers for text, JSON, tensors and arrays, with one function for each format.
 
-Whatever is wrong with a file is an InputError in one line: which file it is, what is wrong with it, and the mend. `name` is
-what messages call the file, where its path says less (a file of a model on the Hub, the value of a flag).
+Any problem with a file becomes an InputError of one line, which says which file it is, what is wrong and how to fix it. `name`
+is what messages call the file, if its path would say less (a file of a model on the Hub, the value of a flag).
 """
 
 import json
@@ -20,27 +20,27 @@ from torch import Tensor
 
 from hf_embed.errors import InputError
 
-# How the file begins that git leaves in place of one which Git LFS has not fetched.
+# The beginning of a pointer file. Git leaves such a file in place of each file that Git LFS has not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 NOT_FETCHED = "is a pointer of Git LFS, not the file itself; fetch it by git lfs pull, or download it anew"
 COPY_ANEW = "correct it or copy it anew"
-# Objects and lists within each other. No file has so many; Python's own limit depends on who calls.
+# Limit for nested objects and lists, more than any real file has. Python's own limit varies with the depth of the caller.
 MOST_LEVELS = 100
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def trouble_with(path: str | Path) -> str | None:
-    """Return why a path is not that of a file which can be read, and the mend; None if it is."""
+    """Return why a path is not a readable file, and how to fix that, or None if the file can be read."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return "no such file; check the path"
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL byte
+    except (OSError, ValueError) as error:  # the name is too long, or holds a NUL byte
         return f"no file can be there ({first_line_of_system(error)}); check the path"
     if stat.S_ISDIR(mode):
         return "this is a folder; name a file in it"
@@ -52,15 +52,15 @@ def trouble_with(path: str | Path) -> str | None:
 
 
 def first_line_of_system(error: OSError | ValueError) -> str:
-    """Return what the operating system says, without the path, which the message names already."""
+    """Return the message of the operating system without the path, which the caller's message already names."""
     return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def check_file(path: str | Path, name: str = "") -> str:
-    """Return what messages call a file: `name`, or its path.
+    """Check that a file can be read. Return what messages call it: `name`, or its path.
 
     Raises:
-        InputError: there is no such file, it may not be read, or it is a pointer of Git LFS.
+        InputError: if the file does not exist, may not be read, or is a pointer of Git LFS.
     """
     name = name or str(path)
     if trouble := trouble_with(path):
@@ -79,16 +79,16 @@ def check_file(path: str | Path, name: str = "") -> str:
 
 
 def read_text(path: str | Path, name: str = "") -> str:
-    """Return the text of a file in UTF-8, without a byte-order mark.
+    """Return the text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        InputError: there is no such file, it may not be read, or it is no text in UTF-8.
+        InputError: if the file does not exist, may not be read, or is not text in UTF-8.
     """
     name = check_file(path, name)
     try:
         with open(path, "rb") as file:
             start = file.read(4096)
-            if b"\0" in start:  # known before a file of many gigabytes is read
+            if b"\0" in start:  # checked before many gigabytes are read
                 raise InputError(f"{name}: holds NUL bytes, so it is no text in UTF-8; save it as UTF-8, or name another file")
             content = start + file.read()
         return content.decode("utf-8-sig")
@@ -103,26 +103,26 @@ def read_text(path: str | Path, name: str = "") -> str:
 
 
 def refuse_constant(constant: str) -> Any:
-    """Raise ValueError for NaN or Infinity, which Python writes and JSON does not have."""
+    """Raise ValueError for NaN or Infinity, which Python writes although JSON does not have them."""
     raise ValueError(f"{constant} is not a number of JSON")
 
 
 @cache
 def decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
-    """Return what decodes JSON; a file of many lines needs it for each."""
+    """Return a JSON decoder. It is cached, because a file of many lines needs it for each line."""
     return json.JSONDecoder(parse_constant=constant)
 
 
 def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant) -> Any:
-    """Return the value that a text in JSON holds.
+    """Parse a JSON text and return its value.
 
     Args:
         text: the whole text.
-        constant: returns what NaN, Infinity and -Infinity stand for.
+        constant: a function that returns the value of NaN, Infinity and -Infinity.
 
     Raises:
-        ValueError: the text is no JSON (`json.JSONDecodeError`), it has more than MOST_LEVELS levels or a number of too many
-            digits, or a text in it holds half of a character (`UnicodeEncodeError`), which no encoding can write.
+        ValueError: if the text is not JSON (`json.JSONDecodeError`), if it has more than MOST_LEVELS levels or a number with
+            too many digits, or if a string holds half of a surrogate pair (`UnicodeEncodeError`), which no encoding can write.
     """
     try:
         found = decoder(constant).decode(text)
@@ -136,7 +136,7 @@ def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant) -> A
 
 
 def has_more_levels(value: Any, most: int) -> bool:
-    """Return whether a value has more than `most` lists and dicts within each other."""
+    """Return whether lists and dicts in a value are nested in more than `most` levels."""
     level = [value]
     for _ in range(most + 1):
         level = [child for item in level if isinstance(item, dict | list) for child in children(item)]
@@ -144,21 +144,21 @@ def has_more_levels(value: Any, most: int) -> bool:
 
 
 def children(item: dict | list) -> Iterator[Any]:
-    """Return what is in a list or a dict."""
+    """Return the values in a list or a dict."""
     return iter(item.values() if isinstance(item, dict) else item)
 
 
 def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str = "", with_nan: bool = False) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Args:
-        path: of the file.
-        kind: what has to be at its top, or one of several.
-        name: what messages call the file; default: its path.
-        with_nan: take NaN and Infinity, which Python writes for numbers that are none.
+        path: the path of the file.
+        kind: the type that the top-level value must have, or a tuple of types.
+        name: what messages call the file. Default: its path.
+        with_nan: accept NaN and Infinity, which Python writes although JSON does not have them.
 
     Raises:
-        InputError: there is no such file, it is not JSON, or has something else at its top.
+        InputError: if the file does not exist, is not JSON, or has another type at its top.
     """
     name = name or str(path)
     text = read_text(path, name)
@@ -181,10 +181,10 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str 
 
 
 def read_tensors(path: str | Path, name: str = "") -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, or of one that `torch.save` wrote, by name, on the CPU.
+    """Return the tensors of a .safetensors file, or of a file that `torch.save` wrote, by name, on the CPU.
 
     Raises:
-        InputError: there is no such file, it is truncated or damaged, or holds something else than tensors, or none.
+        InputError: if the file does not exist, is truncated or damaged, holds anything except tensors, or holds none.
     """
     name = check_file(path, name)
     try:
@@ -193,7 +193,7 @@ def read_tensors(path: str | Path, name: str = "") -> dict[str, Tensor]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the header, the unpickler and the allocator: many kinds
+    except Exception as error:  # header, unpickler and allocator raise many kinds of errors
         raise not_whole(name, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{name}: holds something else than tensors by name; take the weights of the model")
@@ -203,10 +203,10 @@ def read_tensors(path: str | Path, name: str = "") -> dict[str, Tensor]:
 
 
 def tensor_dtypes(path: str | Path, name: str = "") -> dict[str, str]:
-    """Return the types of the tensors of a .safetensors file, "F32" and the like, by name; the tensors are not read.
+    """Return the data types of the tensors in a .safetensors file by name, such as "F32". The tensors are not read.
 
     Raises:
-        InputError: there is no such file, or it is truncated or damaged.
+        InputError: if the file does not exist, or is truncated or damaged.
     """
     name = check_file(path, name)
     try:
@@ -217,26 +217,27 @@ def tensor_dtypes(path: str | Path, name: str = "") -> dict[str, str]:
 
 
 def not_whole(name: str, error: Exception) -> InputError:
-    """Return the error of a file with tensors that could not be read."""
+    """Return the error for a file of tensors that could not be read."""
     reason = first_line(error).removeprefix("Error while deserializing header: ").rstrip(".:")
     return InputError(f"{name}: is no whole file of weights ({type(error).__name__}: {reason[:200]}); copy it anew")
 
 
 def read_array(path: str | Path, dimensions: int = 2, name: str = "") -> np.ndarray:
-    """Return the numbers of a .npy file, as a memory map that is read where it is used.
+    """Return the numbers of a .npy file as a memory map, which reads data only when it is used.
 
     Args:
-        path: of the file.
-        dimensions: how many it has to have.
-        name: what messages call the file; default: its path.
+        path: the path of the file.
+        dimensions: the number of dimensions that the array must have.
+        name: what messages call the file. Default: its path.
 
     Raises:
-        InputError: there is no such file, it is truncated or no .npy, or it holds objects or another shape.
+        InputError: if the file does not exist, is truncated, is not a .npy file, holds objects, or has another number of
+            dimensions.
     """
     name = check_file(path, name)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header makes many kinds
+    except Exception as error:  # a damaged header raises many kinds of errors
         raise InputError(f"{name}: is no whole .npy file ({first_line(error)[:200]}); make it anew") from error
     if not isinstance(array, np.ndarray) or array.ndim != dimensions or array.dtype.kind not in "fiub":
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"

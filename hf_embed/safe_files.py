@@ -1,12 +1,12 @@
-"""Files and folders that are whole or not there: how everything in this package is written.
+"""Files and folders that are either complete or absent. All code in this package writes files in this way.
 
-What is new is written beside its place under a name that begins with `.saving-`, is flushed to the disk, and takes its place at
-one rename. Whatever ends the process, the old one or the new one is there as a whole.
+New content is written beside its final place under a name that begins with `.saving-`, flushed to the disk, and put in place by
+one atomic rename. However the process ends, either the complete old or the complete new content is there.
 
     with writing(Path("results.npy")) as aside:
         numpy.save(aside, vectors)
 
-    with new_folder(Path("model")) as new:  # at the end it takes the place of an old one
+    with new_folder(Path("model")) as new:  # at the end, it replaces an old folder of that name
         ...
 """
 
@@ -31,10 +31,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-SAVING = ASIDE  # begins the name of what is not whole yet, or is about to go
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2, Linux
+SAVING = ASIDE  # prefix of files and folders that are incomplete or about to be removed
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2 on Linux
 numbers = itertools.count()
-locks: dict[str, int] = {}  # of this process: the open folders
+locks: dict[str, int] = {}  # of this process: real path -> file descriptor of the open folder
 
 
 # ---- a file ----
@@ -42,12 +42,12 @@ locks: dict[str, int] = {}  # of this process: the open folders
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Yield the name under which to write a file, of the same ending; at the end the file is flushed and takes its place.
+    """Yield a temporary path with the same suffix. At the end, the file is flushed and renamed to `path`.
 
-    After an exception the file at `path`, or its absence, is as it was.
+    After an exception, the file at `path` is unchanged or still absent.
 
     Raises:
-        DiskError: the disk is full, or the file may not be written.
+        DiskError: if the disk is full, or if the file cannot be written.
     """
     path = Path(path)
     aside = path.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}{path.suffix}")
@@ -75,20 +75,20 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def put(new: Path, path: Path) -> None:
-    """Put the file `new`, which is complete, in the place of `path`, on the same file system."""
+    """Move the complete file `new` to `path`, on the same file system."""
     flush_one(new)
     new.replace(path)
     flush_one(path.parent)
 
 
 def seal(path: Path) -> None:
-    """Flush a file that is complete, and write its size and hash beside it, by which `is_sealed` knows it."""
+    """Flush a complete file and write its size and hash to a file beside it, which `is_sealed` compares."""
     flush_one(path)
     write_text(seal_of(path), content_of(path))
 
 
 def is_sealed(path: Path) -> bool:
-    """Return whether a file is byte for byte as it was when it was sealed."""
+    """Return whether a file is byte for byte the same as when it was sealed."""
     try:
         return seal_of(path).read_bytes() == content_of(path).encode()
     except FileNotFoundError:
@@ -96,30 +96,30 @@ def is_sealed(path: Path) -> bool:
 
 
 def seal_of(path: Path) -> Path:
-    """Return where the seal of a file lies."""
+    """Return the path of the seal of a file."""
     return path.with_name(f"{path.name}.xxh3")
 
 
 def content_of(path: Path) -> str:
-    """Return what the seal of a file says."""
+    """Return the text that the seal of a file holds."""
     return f"{path.stat().st_size} bytes, xxh3_128 {hash_of(path)}\n"
 
 
 def hash_of(path: Path) -> str:
-    """Return a hash of a file's content."""
+    """Return the hash of a file's content."""
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
 
 def flush_one(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # which opens no folders, and flushes only what is open for writing
+    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
+    if os.name == "nt":  # Windows cannot open folders, and flushes only files open for writing
         return
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
             raise
     finally:
         os.close(opened)
@@ -129,7 +129,7 @@ def flush_one(path: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all files of a folder, and of the folders in it, are on the disk."""
+    """Wait until all files in a folder and its subfolders are on the disk."""
     for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place, name)
@@ -140,14 +140,14 @@ def flush(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; at the end it takes the place of `folder`, whether that is there or not.
+    """Yield an empty folder to fill. At the end, it is renamed to `folder` and replaces an existing folder there.
 
-    After an exception `folder`, or its absence, is as it was.
+    After an exception, `folder` is unchanged or still absent.
 
     Raises:
-        DiskError: the disk is full, or something may not be written.
+        DiskError: if the disk is full, or if something cannot be written.
     """
-    folder = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
+    folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
     new = new_folder_beside(folder)
     try:
         with disk_errors(folder):
@@ -160,7 +160,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def new_folder_beside(folder: Path) -> Path:
-    """Make an empty folder beside `folder`, locked by this process; those that killed processes have left are removed."""
+    """Create an empty folder beside `folder` and lock it. Remove such folders that killed processes have left."""
     prefix = f"{SAVING}{folder.name[:100]}-"
     for left in folder.parent.glob(f"{escaped(prefix)}*"):
         if left.is_dir() and take_lock(left):
@@ -173,15 +173,15 @@ def new_folder_beside(folder: Path) -> Path:
 
 
 def escaped(name: str) -> str:
-    """Return a pattern of `Path.glob` that matches nothing but `name`."""
+    """Return a pattern for `Path.glob` that matches only `name`."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put the folder `new`, which is complete, in the place of `folder`, which goes; at every moment one of them stands there.
+    """Replace `folder` by the complete folder `new`. At every moment, one of the two is in place.
 
-    Where the system cannot exchange two names, there is a moment with neither; `restore_folder` then brings the old one back.
-    A lock that this process holds on `folder` is one on the new folder afterwards.
+    If the system cannot exchange two names, neither is in place for a moment. If the process is killed then, `restore_folder`
+    brings the old one back. If this process holds a lock on `folder`, it holds the lock on the new folder afterwards.
     """
     flush(new)
     was_locked = key_of(folder) in locks
@@ -194,7 +194,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         old = new
     else:
         old = replaced_name(folder)
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed when the new one stood in its place
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed after the new folder was in place
         folder.rename(old)
         new.rename(folder)
     flush_one(folder.parent)
@@ -205,23 +205,23 @@ def replace_folder(new: Path, folder: Path) -> None:
     elif lock_of_new is not None:
         os.close(lock_of_new)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # what stays begins with .saving-
+        shutil.rmtree(old, ignore_errors=True)  # what remains after an error still begins with .saving-
 
 
 def replaced_name(folder: Path) -> Path:
-    """Return the name of a folder while another one takes its place."""
+    """Return the temporary name of a folder while another one replaces it."""
     return folder.with_name(f"{SAVING}replaced-{folder.name[:100]}")
 
 
 def restore_folder(folder: Path) -> None:
-    """Bring back a folder that was to be replaced when the process was killed, if neither it nor a new one is there."""
+    """Bring back a folder if a process was killed while replacing it, and neither the old nor the new folder is in place."""
     if folder.name and not folder.exists() and replaced_name(folder).is_dir():
         with contextlib.suppress(FileNotFoundError):  # another rank has done it
             replaced_name(folder).rename(folder)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders at once; return False where the system or the file system cannot."""
+    """Exchange the names of two folders atomically. Return False if the system or the file system does not support this."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -235,14 +235,18 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def can_be_replaced(folder: Path) -> bool:
-    """Return whether another folder can take the place of one that is there: not of a mount point, or the current folder."""
+    """Return whether another folder can replace an existing one.
+
+    This is not possible for a mount point, for the current folder and the folders around it, for a folder whose parent is not
+    writable, and on Windows.
+    """
     folder = Path(os.path.realpath(folder))
     in_use = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
     return os.name != "nt" and not in_use and os.access(folder.parent, os.W_OK)
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Give a file, a folder or a link a second name; a copy is made only where the file system has no second names."""
+    """Give a file, a folder or a link a second name. Files are copied only if the file system has no hard links."""
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
     elif source.is_dir():
@@ -260,7 +264,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; it gets another name first, so that no half of it is ever taken for the whole."""
+    """Remove a folder. It is renamed first, so that an incomplete folder is never taken for a complete one."""
     going = folder if folder.name.startswith(SAVING) else folder.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}")
     if going != folder:
         folder.rename(going)
@@ -268,7 +272,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left half-written in a folder; only whoever holds its lock may call this."""
+    """Remove incomplete files that killed processes left in a folder. Only the process that holds its lock may call this."""
     for path in folder.glob(f"{SAVING}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -277,7 +281,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left half-written in a folder, unless another process has its lock."""
+    """Remove incomplete files that killed processes left in a folder, unless another process has locked the folder."""
     if not folder.is_dir():
         return
     held = key_of(folder) in locks
@@ -291,20 +295,20 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other processes from writing to a folder, until this one ends or releases it.
+    """Keep other processes from writing to a folder, until this process ends or releases the lock.
 
-    The lock is one of the system on the folder itself: however a process ends, nothing of it stays behind. On file systems
-    without such locks there is none.
+    The operating system keeps the lock, on the folder itself. However the process ends, nothing of the lock remains. File
+    systems without such locks give no protection.
 
     Raises:
-        InputError: another process has the lock.
+        InputError: if another process holds the lock.
     """
     if not take_lock(folder):
         raise InputError(f"{folder}: another process writes there; wait until it has ended, or name another folder")
 
 
 def take_lock(folder: Path) -> bool:
-    """Lock a folder that is there; return whether this process has the lock now. Once more does no harm."""
+    """Lock an existing folder, and return False if another process holds the lock. Locking it twice does no harm."""
     if fcntl is None or key_of(folder) in locks:
         return True
     opened = os.open(folder, os.O_RDONLY)
@@ -318,19 +322,19 @@ def take_lock(folder: Path) -> bool:
 
 
 def release(folder: Path) -> None:
-    """Release the lock on a folder, if this process has it."""
+    """Release the lock on a folder, if this process holds it."""
     opened = locks.pop(key_of(folder), None)
     if opened is not None:
         os.close(opened)
 
 
 def key_of(folder: Path) -> str:
-    """Return the one name of a folder, under which this process knows its lock."""
+    """Return the real path of a folder, under which this process stores its lock."""
     return os.path.realpath(folder)
 
 
 def forget_locks() -> None:
-    """Close the locked folders in a child process, which would keep the lock when this process is gone."""
+    """Close the locked folders in a forked child, which would otherwise keep the locks after this process has ended."""
     for opened in locks.values():
         os.close(opened)
     locks.clear()

@@ -1,17 +1,17 @@
-"""Vectors of many texts in a file: shared among ranks, and gone on with where it was stopped.
+"""Write the vectors of many texts to a file. The ranks share the work, and a stopped run can be resumed.
 
     from hf_embed.vector_files import write_vectors
 
     write_vectors(encoder, texts, "vectors.npy", precision="int8")
-    vectors = numpy.load("vectors.npy", mmap_mode="r")  # (N, D), row i is of text i
+    vectors = numpy.load("vectors.npy", mmap_mode="r")  # (N, D), row i is the vector of text i
 
-While the file is made it lies in a folder beside it, as a memory map that all ranks write to:
+While the file is being made, it is a memory map in a folder beside its final place. All ranks write to it:
 
     vectors.npy.work/
         identity          hash of the model, the texts and the options
-        vectors.npy       (N, D), of which the rows of every finished part are right
-        done/000003       the rows of part 3 are there, SHARD texts: a hash of them
-    vectors.npy.json      what the vectors are of; written before the folder goes and vectors.npy takes its place
+        vectors.npy       (N, D), where the rows of every finished part are correct
+        done/000003       hash of the rows of part 3 (SHARD texts); it exists when the part is finished
+    vectors.npy.json      description of the vectors; written before vectors.npy moves to its final place
 """
 
 import os
@@ -33,39 +33,39 @@ from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
 from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder
 
-SHARD = 1024  # texts between two points from which a stopped run goes on
+SHARD = 1024  # texts per part; a stopped run loses only unfinished parts
 READ = 8192  # texts that are read at a time
-WITHOUT_EFFECT = ("batch_size", "chunk_tokens")  # options that change a vector by rounding alone
+WITHOUT_EFFECT = ("batch_size", "chunk_tokens")  # options that change a vector only by rounding
 
 
 def write_vectors(
     encoder: Encoder, texts: Sequence[str], output_file: str | Path, about: dict[str, Any] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Encode texts into a .npy file, a row for each. Every rank calls this, and encodes its share.
+    """Encode texts into a .npy file, one row for each text. Every rank calls this and encodes its share.
 
-    What was done when a run is stopped is kept in OUTPUT_FILE.work; the same call goes on.
+    If a run is stopped, OUTPUT_FILE.work keeps the finished parts, and the same call resumes the work.
 
     Args:
-        encoder: on the device where this rank computes.
-        texts: a list, or a column of a `datasets.Dataset`, which is read in parts; or what else `Encoder.encode` takes.
-        output_file: where the vectors go, (N, D) in float32 or as `precision` says; OUTPUT_FILE.json says what they are of.
-        about: what else OUTPUT_FILE.json is to say.
+        encoder: the encoder, on the device of this rank.
+        texts: a list, a column of a `datasets.Dataset` (which is read in parts), or anything else that `Encoder.encode` takes.
+        output_file: the file of the vectors, (N, D) in float32 or as `precision` says. OUTPUT_FILE.json describes them.
+        about: further entries of OUTPUT_FILE.json.
         options: prompt_name, truncate_dim, normalize, precision, batch_size, chunk_tokens of `Encoder.encode`.
 
     Returns:
-        What OUTPUT_FILE.json says.
+        The content of OUTPUT_FILE.json.
 
     Raises:
-        InputError: `output_file` is there, or is no .npy; the folder beside it is of another model, other texts or other
-            options; a text is empty; a vector is not finite.
+        InputError: if `output_file` exists or does not end in .npy, if the folder beside it belongs to another model, other
+            texts or other options, if a text is empty, or if a vector is not finite.
     """
-    if isinstance(texts, str) or not isinstance(texts, Sequence):  # which could not be counted, or read in parts
+    if isinstance(texts, str) or not isinstance(texts, Sequence):  # a text or an iterator cannot be counted or read in parts
         texts = text_list(texts)
     output = Path(output_file)
     if output.suffix != ".npy":
         raise InputError(f"{output}: vectors are written as .npy; name it {output.with_suffix('.npy')}")
     work = work_folder(output)
-    like = np.asarray(encoder.encode([], **options))  # (0, D); and the options are checked
+    like = np.asarray(encoder.encode([], **options))  # (0, D); this also checks the options
     identity = identity_of(encoder, texts, options, (about or {}).get("file", "texts"))
     with claimed(work, identity):
         if output.is_file():
@@ -99,25 +99,25 @@ def write_vectors(
 
 
 def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
-    """Remove the work on a file that a run had finished when it was killed; return what is said of the file.
+    """Remove the work folder of a run that was killed after its file was complete. Return the description of the file.
 
     Raises:
-        InputError: the file is of another model, other texts or other options.
+        InputError: if the file belongs to another model, other texts or other options.
     """
     about = read_json(description_of(output)) if description_of(output).is_file() else {}
     if about.get("identity") != identity:
         raise is_there(output)
-    barrier()  # nobody removes anything before everyone has looked
+    barrier()  # no rank removes anything before all ranks have looked
     if get_rank() == 0:
         shutil.rmtree(work)
     return about
 
 
 def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the vectors of a file, a memory map (N, D), and the options of `Encoder.encode` that they were made with.
+    """Return the vectors of a file as a memory map (N, D), and the options of `Encoder.encode` that made them.
 
     Raises:
-        InputError: the file was not written by `write_vectors`, or is of another model, other texts or other settings.
+        InputError: if `write_vectors` did not write the file, or if it belongs to another model, other texts or other settings.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; recipes/encode.py writes one")
@@ -132,7 +132,7 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
         raise InputError(f"{path}: the vectors are not those that {description_of(Path(path)).name} describes; encode anew")
     try:
         identity = identity_of(encoder, texts, options, about.get("file", "texts"))
-    except InputError as error:  # of an option that this model does not have, or an empty text
+    except InputError as error:  # the model does not have an option, or a text is empty
         raise InputError(f"{path}: {error}") from error
     if identity != about.get("identity"):
         raise InputError(f"{path}: the vectors are of another model, other settings of it or other texts; encode the file anew")
@@ -140,12 +140,16 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
 
 
 def description_of(output: Path) -> Path:
-    """Return where it is said what the vectors of a file are of."""
+    """Return the path of the JSON file that describes a file of vectors."""
     return output.with_name(output.name + ".json")
 
 
 def identity_of(encoder: Encoder, texts: Sequence[str], options: dict[str, Any], name: str) -> str:
-    """Return a hash of all that vectors depend on. Raises InputError for an empty text; `name` is of what messages speak."""
+    """Return a hash of everything that the vectors depend on. `name` is what messages call the texts.
+
+    Raises:
+        InputError: if a text is empty.
+    """
     settings = {"precision": "float32"} | {
         key: value for key, value in options.items() if key not in (*WITHOUT_EFFECT, "prompt_name") and value is not None
     }
@@ -154,7 +158,10 @@ def identity_of(encoder: Encoder, texts: Sequence[str], options: dict[str, Any],
 
 
 def filled(texts: Sequence[str], name: str) -> Iterator[str]:
-    """Yield the texts of `name`. Raises InputError for an empty one: left out, it would move the rows of all that follow."""
+    """Yield the texts. Raise InputError for an empty text, because leaving it out would move the rows of all later texts.
+
+    `name` is what messages call the texts.
+    """
     for start in range(0, len(texts), READ):
         for number, text in enumerate(texts[start : start + READ], start + 1):
             if wrong := missing_text(text):
@@ -163,7 +170,7 @@ def filled(texts: Sequence[str], name: str) -> Iterator[str]:
 
 
 def holds(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
-    """Return whether a .npy file is there, of this shape and as long as that."""
+    """Return whether a complete .npy file with this shape and data type exists."""
     try:
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -172,7 +179,10 @@ def holds(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
 
 
 def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
-    """Make a .npy file of this shape with room on the disk: on a full one, writing to a memory map would kill the process."""
+    """Create a .npy file of this shape and reserve its room on the disk.
+
+    Without reserved room, writing to a memory map on a full disk would kill the process.
+    """
     with writing(path) as aside:
         np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
@@ -186,7 +196,7 @@ def hash_of_part(rows: np.ndarray, start: int) -> str:
 
 
 def forget_damaged(done: Path, rows: np.ndarray) -> None:
-    """Let the parts be made again whose rows are not as they were written: `done` says of each what its rows were."""
+    """Let damaged parts be made again. A part is damaged if its rows differ from the hash in the folder `done`."""
     if get_rank() == 0:
         for part in range(0, len(rows), SHARD):
             path = done / f"{part // SHARD:06d}"

@@ -1,12 +1,12 @@
-"""Work that goes on where it was stopped: each piece of it is a file, made once, by one of the ranks.
+"""Work that can be resumed: each part of it is a file, which one of the ranks makes once.
 
     OUTPUT.work/
-        identity            what the pieces depend on: the model, the texts, the settings
-        000000.npy          a piece
-        000000.npy.xxh3     its size and hash: a piece that is not as it was written is made again
-        .saving-...         one that is being made; it is renamed when it is whole
+        identity            what the parts depend on: the model, the texts, the settings
+        000000.npy          a part
+        000000.npy.xxh3     its size and hash: a part that has changed since it was written is made again
+        .saving-...         a part that is being made; it is renamed when it is complete
 
-The folder lies beside the output, and goes when the output is whole.
+The folder is beside the output, and is removed when the output is complete.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, w
 
 
 def work_folder(output: Path) -> Path:
-    """Return where the work on a file is kept.
+    """Return the folder that keeps the unfinished work on a file.
 
     Raises:
-        InputError: the file is there, unless the work is too: then a run was killed that had but to remove it. Or it cannot be
-            written.
+        InputError: if the file cannot be written, or if it exists without a work folder. A file with a work folder is allowed:
+            then an earlier run was killed when it only had to remove the folder.
     """
     work = output.with_name(output.name + ".work")
     if output.exists() and not work.is_dir():
@@ -40,7 +40,7 @@ def work_folder(output: Path) -> Path:
 
 
 def is_there(output: Path) -> InputError:
-    """Return the error about an output that is there."""
+    """Return the error for an output that already exists."""
     return InputError(f"{output}: is there already; remove it or name another file")
 
 
@@ -56,10 +56,10 @@ def digest(*lists: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def claimed(folder: Path, identity: str) -> Iterator[None]:
-    """Take a work folder that is new, or was left by a run of the same identity; no other process can until the work ends.
+    """Claim a work folder that is new or comes from a run with the same identity. No other process can use it until the end.
 
     Raises:
-        InputError: another process has it, or a run of another identity has left it.
+        InputError: if another process uses the folder, or if a run with another identity left it.
     """
     with writing_alone(folder):
         path = folder / "identity"
@@ -75,25 +75,25 @@ def claimed(folder: Path, identity: str) -> Iterator[None]:
 
 
 def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[[range, Path], None], title: str) -> list[Path]:
-    """Make a file for every `size` of `items` items: those that are there are kept, and the ranks share the others.
+    """Make a file for every `size` of `items` items. Files that exist are kept, and the ranks share the others.
 
     Args:
-        folder: where the files are; each is written under another name, renamed when it is whole, and sealed.
-        ending: of the files' names.
-        items: how many items there are in all.
-        size: how many of them a file has.
+        folder: the folder of the files. Each file is written under a temporary name, renamed when it is complete, and sealed.
+        ending: the suffix of the file names.
+        items: the total number of items.
+        size: the number of items per file.
         make: `make(numbers, path)` writes the file of the items with these numbers.
-        title: of the progress bar.
+        title: the title of the progress bar.
 
     Returns:
-        All paths, on every rank, when all files are there.
+        All paths, on every rank, when all files exist.
     """
     rank, ranks = get_rank(), get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
     parts = [range(start, min(start + size, items)) for start in range(0, items, size)]
     paths = [folder / f"{i:06d}{ending}" for i in range(len(parts))]
     missing = [i for i, path in enumerate(paths) if not is_sealed(path)][rank::ranks]
-    barrier()  # nobody writes before everyone has looked
+    barrier()  # no rank writes before all ranks have looked for files
     if rank == 0:
         remove_leftovers(folder)
     barrier()
@@ -108,6 +108,6 @@ def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this function."""
     if get_world_size() > 1:
         torch.distributed.barrier()

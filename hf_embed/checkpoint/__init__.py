@@ -1,1 +1,4 @@
-"""A model to a folder and back, and to the Hub: an ordinary checkpoint, with what sentence-transformers reads and a card."""
+"""Save an encoder to a folder, load it again, and upload it to the Hub.
+
+A saved folder is an ordinary checkpoint, with the files that sentence-transformers reads and a model card.
+"""

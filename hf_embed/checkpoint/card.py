@@ -1,8 +1,8 @@
-"""README.md of a saved folder: what the model is, how to load it, what it was trained on, what it scores.
+"""README.md of a saved folder: what the model is, how to load it, its training data and its scores.
 
-All of it comes from the encoder and from results.json beside it, so the card can be made anew at any time. What users have
-named (data, sets, models) goes into the metadata through a YAML writer and into the text as code: it cannot become Markdown or
-HTML.
+All content comes from the encoder and from results.json beside it, so the card can be written again at any time. Names that
+users choose (of data, evaluation sets, models) enter the metadata through a YAML writer and the text as code, so that they
+cannot become Markdown or HTML.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
-# What sentence-transformers calls some kinds of sets on the Hub: their task's type and name, and their metrics.
+# The names of some kinds of evaluation sets on the Hub, as in sentence-transformers: task type, task name and metrics.
 AS_SENTENCE_TRANSFORMERS = {
     "triplet": ("triplet", "Triplet", {"triplet_accuracy": "cosine_accuracy"}),
     "pair_classification": (
@@ -55,21 +55,21 @@ AS_SENTENCE_TRANSFORMERS = {
         "reranking", "Reranking", {"rerank_map": "map", "rerank_mrr@10": "mrr_at_10", "rerank_ndcg@10": "ndcg_at_10"},
     ),
 }  # fmt: skip
-RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card", "evaluated"}  # of results.json
-# What Trainer calls the facts of a card, and what results.json does.
+RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card", "evaluated"}  # keys of results.json
+# Facts of a card: their names in Trainer, and in results.json.
 FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
          "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip
 PROMPTS = (
     "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`. Give other loaders, and servers that "
     "do not know the prompts, texts that begin with them."
 )
-FOLDER = "FOLDER"  # what the snippets load, until the model has a name
+FOLDER = "FOLDER"  # the name that snippets load until the model has one
 CODE = (
     "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
     "`trust_remote_code=True`. Read them first.\n\n"
 )
 MARK = "<!-- hf_embed made this card: {} -->"
-TEXTS = ["a cat", "a dog sleeping by the fire"]  # which the snippets encode
+TEXTS = ["a cat", "a dog sleeping by the fire"]  # the texts that the snippets encode
 
 
 def write_card(
@@ -81,16 +81,18 @@ def write_card(
     language: str | list[str] | None = None,
     license: str | None = None,
 ) -> None:
-    """Make the card of `folder`, unless someone has written or changed one there.
+    """Write the model card of `folder`, unless someone has written or changed a card there.
+
+    results.json keeps the title, language and license.
 
     Args:
         encoder: the model in the folder.
-        folder: where README.md goes.
-        results: as in results.json, which is read if they are not given.
-        overwrite: make it even then.
-        title: its title; default: that of the card before, else "Text embeddings". It is kept in results.json, as are
-        language: of the texts, as the Hub writes it, and
-        license: the same.
+        folder: the folder of README.md.
+        results: the content of results.json. Default: read it from the folder.
+        overwrite: also replace a card that someone has written or changed.
+        title: the title. Default: the title of the earlier card, or "Text embeddings".
+        language: the language of the texts, as the Hub writes it.
+        license: the license, as the Hub writes it.
     """
     path = Path(folder, "README.md")
     if path.is_file() and not overwrite and not is_generated(card_text(path)):
@@ -103,20 +105,20 @@ def write_card(
 
 
 def card_text(path: Path) -> str:
-    """Return the text of a card; "" of one that is no text, which someone else has made."""
+    """Return the text of a card, or "" if the file is not text. Such a file does not come from this package."""
     with suppress(InputError):
         return read_text(path)
     return ""
 
 
 def is_generated(text: str) -> bool:
-    """Return whether a card is as `model_card` made it."""
+    """Return whether a card is unchanged since `model_card` made it."""
     body, mark, rest = text.rpartition(MARK.partition("{")[0])
     return bool(mark) and rest == f"{digest(body)} -->\n"
 
 
 def with_repository(text: str, repository: str) -> str:
-    """Return a generated card with snippets that load `repository`, OWNER/NAME; one that someone has edited as it is."""
+    """Return a generated card with snippets that load `repository`, OWNER/NAME. An edited card is returned unchanged."""
     if not is_generated(text):
         return text
     body = text.rpartition(MARK.partition("{")[0])[0]
@@ -124,7 +126,7 @@ def with_repository(text: str, repository: str) -> str:
 
 
 def with_mark(body: str) -> str:
-    """Return a card with the mark at its end by which `is_generated` knows it."""
+    """Append the mark by which `is_generated` recognizes a card."""
     return body + MARK.format(digest(body)) + "\n"
 
 
@@ -134,12 +136,12 @@ def digest(text: str) -> str:
 
 
 def stored_results(folder: str | Path) -> Results:
-    """Return what results.json in `folder` holds; {} without the file, and of one that is not of this package."""
+    """Return the content of results.json in `folder`, or {} if there is no such file or it is not from this package."""
     return own_results(Path(folder, "results.json")) or {}
 
 
 def own_results(path: Path) -> Results | None:
-    """Return what a results.json holds, {} where there is none; None of one that is not of this package, or damaged."""
+    """Return the content of a results.json, {} if there is none, or None if it is damaged or not from this package."""
     if not path.is_file():
         return {}
     try:
@@ -147,16 +149,16 @@ def own_results(path: Path) -> Results | None:
         if not found.keys() <= RESULT_KEYS:
             return None
         metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
-    except Exception as error:  # someone may have edited it, and anything may have another type
+    except Exception as error:  # a user may have edited it, and any value may have another type
         logger.warning(f"{path} is damaged ({first_line(error)}); it stays as it is, and the card does not show it")
         return None
     return found
 
 
 def keep_results(folder: str | Path, results: Results) -> Results:
-    """Write results.json in `folder`, unless a file of that name there is another's; return the results.
+    """Write results.json in `folder`, unless a file of that name is not from this package. Return the results.
 
-    What a card before was named by (its title, language and license) stays.
+    The title, language and license of an earlier card stay.
     """
     path = Path(folder, "results.json")
     before = own_results(path)
@@ -175,13 +177,13 @@ def store_results(folder: str | Path, results: Results) -> None:
 
 
 def model_card(encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER) -> str:
-    """Return the card of an encoder.
+    """Return the text of the model card of an encoder.
 
     Args:
-        encoder: the model that it is about.
-        results: as in results.json.
-        picture: whether geometry.png lies beside it.
-        name: what its snippets load.
+        encoder: the model to describe.
+        results: the content of results.json.
+        picture: whether geometry.png is beside the card.
+        name: the model name that the snippets load.
     """
     results = results or {}
     sections = [
@@ -214,7 +216,7 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
 
 
 def snippet_fields(encoder: Encoder, name: str) -> dict[str, str]:
-    """Return what the template's snippets are filled with."""
+    """Return the values for the placeholders in the template's snippets."""
     loader = loading_class(encoder.config)
     return {
         "name": json.dumps(name),
@@ -229,7 +231,7 @@ def snippet_fields(encoder: Encoder, name: str) -> dict[str, str]:
 
 
 def vector_lines(encoder: Encoder, name: str) -> list[str]:
-    """Return code from the model's `output` to `vectors`, as `Encoder.encode` gives them."""
+    """Return code that turns the model's `output` into `vectors`, as `Encoder.encode` gives them."""
     lines = [*POOLINGS[saved_pooling(encoder.pooling)].card, *dense_lines(encoder, name)]
     if encoder.normalize:
         lines.append("vectors = torch.nn.functional.normalize(vectors, dim=-1)")
@@ -239,12 +241,12 @@ def vector_lines(encoder: Encoder, name: str) -> list[str]:
 
 
 def dense_lines(encoder: Encoder, name: str) -> list[str]:
-    """Return code for the layers behind the pooling, which AutoModel does not know."""
+    """Return code for the dense layers after the pooling, which AutoModel does not load."""
     if not encoder.dense:
         return []
     lines = ["from safetensors.torch import load_file", "from transformers.utils import cached_file"]
     layers = cast("list[Dense]", list(encoder.dense))
-    modules = of_kind(modules_of(encoder, {}), DenseModule)[-len(layers) :]  # before them may be the model's own pooler
+    modules = of_kind(modules_of(encoder, {}), DenseModule)[-len(layers) :]  # the model's own pooler may come first
     for layer, module in zip(layers, modules):
         lines.append(f'dense = load_file(cached_file({name}, "{module.path}/model.safetensors"))')
         lines.append('out = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
@@ -258,7 +260,7 @@ def dense_lines(encoder: Encoder, name: str) -> list[str]:
 
 
 def normalize_note(encoder: Encoder) -> str:
-    """Return what the card says of the vectors' length and of how to compare them."""
+    """Return the card's note on the norm of the vectors and on how to compare them."""
     note = "unit vectors" if encoder.normalize else "not normalised"
     if encoder.truncate_dim:
         note += f", of which the first {encoder.dimension} numbers are kept (`truncate_dim`)"
@@ -271,15 +273,15 @@ def normalize_note(encoder: Encoder) -> str:
 
 
 def facts(results: Results) -> dict[str, Any]:
-    """Return what is known of the training, and what the card was named by, which goes before it."""
+    """Return the facts about the training. Facts that a user has set for the card take precedence."""
     return results.get("train", {}) | results.get("card", {})
 
 
 def card_facts(named: dict[str, Any]) -> dict[str, Any]:
-    """Return facts that are named as `Trainer.create_model_card` names them by their names in results.json.
+    """Return the arguments of `Trainer.create_model_card` under their names in results.json.
 
     Raises:
-        InputError: a name that there is not.
+        InputError: if an argument is unknown.
     """
     if unknown := sorted(named.keys() - FACTS.keys()):
         raise InputError(f"create_model_card has no argument {unknown[0]}; the card takes {', '.join(FACTS)}")
@@ -287,13 +289,13 @@ def card_facts(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def rename_card(encoder: Encoder, folder: str, named: dict[str, Any]) -> None:
-    """Make the card in `folder` anew with these facts, if there is one."""
+    """Write the card in `folder` again with these facts, if there is a card."""
     if Path(folder, "README.md").is_file():
         write_card(encoder, folder, keep_results(folder, stored_results(folder) | {"card": named}))
 
 
 def metadata(results: Results) -> str:
-    """Return the card's first lines, in YAML."""
+    """Return the metadata at the top of the card, in YAML."""
     train = facts(results)
     tags = [train["tags"]] if isinstance(train.get("tags"), str) else train.get("tags") or []
     about = ModelCardData(
@@ -311,7 +313,7 @@ def metadata(results: Results) -> str:
 
 
 def eval_results(results: Results) -> list[EvalResult]:
-    """Return the scores of results.json as the Hub's model-index takes them."""
+    """Return the scores of results.json in the form of the Hub's model-index."""
     after = results.get("after", {})
     found = [
         eval_result("semantic-similarity", "Semantic Similarity", name, "spearman_cosine", score)
@@ -333,7 +335,7 @@ def eval_results(results: Results) -> list[EvalResult]:
 
 
 def eval_result(kind: str, task: str, dataset: str, metric: str, value: float | None, split: str | None = None) -> EvalResult:
-    """Return a score as the Hub's model-index takes it; `kind` is the Hub's name of the task."""
+    """Return one score in the form of the Hub's model-index. `kind` is the Hub's name of the task."""
     return EvalResult(
         task_type=kind,
         task_name=task,
@@ -347,23 +349,23 @@ def eval_result(kind: str, task: str, dataset: str, metric: str, value: float | 
 
 
 def slug(name: str) -> str:
-    """Return a name of letters, digits and -_./ alone."""
+    """Return a name with only letters, digits and _-./ in it."""
     return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
 
 
 def plain(text: str) -> str:
-    """Return a user's text as one line in which nothing is Markdown or HTML."""
+    """Return a user's text as one line without active Markdown or HTML."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", one_line(text)).strip()
 
 
-# ---- what servers give ----
+# ---- vectors on servers ----
 
 
 def served_otherwise(encoder: Encoder) -> str:
-    """Say how the vectors of a server that reads no module but 1_Pooling differ from the encoder's; "" if they do not.
+    """Say how vectors differ on servers that read no module except 1_Pooling. Return "" if they do not differ.
 
-    What a server does not read is every module behind or before the pooling, but for the last one's unit length, which changes
-    no cosine.
+    Such a server ignores all modules before and after the pooling. The last normalization does not count, because it changes no
+    cosine similarity.
     """
     known = (TransformerModule, PoolingModule, NormalizeModule)
     unread = [module.path for module in modules_of(encoder, {}) if not isinstance(module, known)]
@@ -379,11 +381,11 @@ def served_otherwise(encoder: Encoder) -> str:
     )
 
 
-# ---- sections; each "" where there is nothing to say ----
+# ---- sections; each is "" if it has no content ----
 
 
 def code_section(title: str, lines: list[str], before: str = "") -> str:
-    """Return a section with literal lines. Indented, they are code: Markdown and HTML in them stay text."""
+    """Return a section with literal lines. They are indented as code, so that Markdown and HTML in them stay text."""
     if not lines:
         return ""
     code = [f"    {one_line(line)}".rstrip() for line in lines]
@@ -391,7 +393,7 @@ def code_section(title: str, lines: list[str], before: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` as one line, whatever a name in it contains."""
+    """Return `text` as one line. Characters that are not printable become spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
@@ -406,15 +408,15 @@ def results_section(results: Results, picture: bool) -> str:
 
 
 def inner_name(objective: dict[str, Any]) -> str:
-    """Return the name of the objective within another, such as Matryoshka; "" if there is none.
+    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none.
 
-    Results of before version 0.1.0 do not have it: the recipes had only one such objective.
+    Results of versions before 0.1.0 do not have the name, because the recipes had only one such objective.
     """
     return objective["objective"].get("name", "ImprovedContrastive") if objective.get("objective") else ""
 
 
 def training_section(train: dict[str, Any] | None) -> str:
-    """Return what the model was trained on, and how; "" where too little is known."""
+    """Return the section on the training data and settings, or "" if too little is known."""
     if not train or not train.keys() >= {"model", "data", "rows", "objective", "steps", "batch_size", "seed", "versions"}:
         return ""
     objective = dict(train["objective"])
@@ -444,14 +446,14 @@ def training_section(train: dict[str, Any] | None) -> str:
 
 
 def prompts_section(encoder: Encoder) -> str:
-    """Return the prompts by name."""
+    """Return the section with the prompts by name."""
     default = encoder.default_prompt_name
     lines = [f"{name:9} {text!r}{' (the default)' * (name == default)}" for name, text in encoder.prompts.items()]
     return code_section("Prompts", lines, PROMPTS)
 
 
 def limits_section(encoder: Encoder, results: Results) -> str:
-    """Return what the model cannot do, and what its scores do not say."""
+    """Return the section on what the model cannot do and what its scores do not show."""
     lines = [f"Texts are cut after {encoder.max_length} tokens."]
     if results.get("after") or results.get("mteb"):
         lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
@@ -465,7 +467,7 @@ def limits_section(encoder: Encoder, results: Results) -> str:
 
 
 def papers_section(encoder: Encoder, results: Results) -> str:
-    """Return the papers of the objective and of TempScale."""
+    """Return the section with the papers of the objective and of TempScale."""
     objective = results.get("train", {}).get("objective", {})
     names = [objective.get("name"), inner_name(objective)]
     names += ["TempScale"] if getattr(encoder.base.config, "temp_scale", None) else []
@@ -474,7 +476,7 @@ def papers_section(encoder: Encoder, results: Results) -> str:
 
 
 def tempscale_note(encoder: Encoder) -> str:
-    """Return what the card says of attention's temperature."""
+    """Return the card's note on the temperature of the attention."""
     entry = getattr(encoder.base.config, "temp_scale", None)
     if not entry:
         return ""
@@ -489,7 +491,7 @@ def tempscale_note(encoder: Encoder) -> str:
 
 
 def sweep_section(encoder: Encoder, sweep: dict[str, Any] | None) -> str:
-    """Return the search for the temperature that this model has; nothing of a search for another."""
+    """Return the section on the temperature search, or "" if the model has another temperature than the search chose."""
     entry = getattr(encoder.base.config, "temp_scale", None) or {"temperature": 1}
     if not sweep or entry["temperature"] != sweep["temperature"]:
         return ""

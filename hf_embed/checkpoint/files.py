@@ -1,4 +1,4 @@
-"""The files of a model, in a local folder or on the Hub: its configs and its weights."""
+"""Readers for the files of a model, its configs and weights, in a local folder or on the Hub."""
 
 import json
 import re
@@ -12,18 +12,19 @@ from hf_embed.errors import InputError
 from hf_embed.library_internals import optional_file
 from hf_embed.read_files import COPY_ANEW, read_json, read_tensors
 
-# The values that a key of a config file may have: a type or, where only some values change nothing, a list of these.
+# The allowed values of a key in a config file: a type, or a list of the values that have no effect.
 Allowed = Any
-# What a key may always be: it then says nothing.
+# Values that are allowed for every key, because they set nothing.
 EMPTY: list[Any] = [None, False, "", [], {}]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder's model.safetensors, or of all its shards, by name.
+    """Return all tensors of a folder by name, from model.safetensors or from its shards.
 
     Raises:
-        InputError: there are none, or a file of them is missing, damaged, or has other tensors than the index says.
+        InputError: if the folder has no weights, or if a weights file is missing, damaged, or lacks a tensor that the index
+            lists for it.
     """
     files = Files(str(folder))
     listed = files.weight_map()
@@ -37,7 +38,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def check_numbers(tensors: dict[str, Tensor], name: str) -> None:
-    """Raise InputError for tensors that are not of floating-point numbers, or not finite; `name` is of what messages speak."""
+    """Raise InputError if a tensor is not floating-point, or holds NaN or infinity. `name` begins the message."""
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{name}: '{key}' is stored as {tensor.dtype}; save it in floating point")
@@ -46,35 +47,35 @@ def check_numbers(tensors: dict[str, Tensor], name: str) -> None:
 
 
 class Files:
-    """The files of a model: of a local folder, or on the Hub.
+    """The files of one model, in a local folder or on the Hub.
 
     Args:
-        name: the folder, or the model's name on the Hub.
-        **hub: what `cached_file` takes: revision, token, cache_dir, local_files_only, subfolder.
+        name: the folder, or the name of the model on the Hub.
+        **hub: options of `cached_file`: revision, token, cache_dir, local_files_only, subfolder.
     """
 
     def __init__(self, name: str, **hub: Any):
         self.name, self.hub = name, hub
 
     def path(self, file: str) -> str | None:
-        """Return where a file lies on this machine, after a download if need be; None without the file."""
+        """Return the local path of a file, after a download if needed, or None if the model has no such file."""
         return optional_file(self.name, file, **self.hub)
 
     def json(self, file: str, kind: type = dict) -> Any:
-        """Return what a JSON file says, a `kind`; None without the file."""
+        """Return the content of a JSON file, or None if there is no such file. The top-level value must be of type `kind`."""
         path = self.path(file)
         if path is None:
             return None
         return read_json(path, kind, f"model '{self.name}': {file}")
 
     def config(self, file: str, keys: dict[str, Allowed]) -> dict[str, Any]:
-        """Return what a config file says, checked by `check_keys`; {} without the file."""
+        """Return the content of a config file after `check_keys`, or {} if there is no such file."""
         config = self.json(file) or {}
         self.check_keys(file, config, keys)
         return config
 
     def check_keys(self, file: str, config: dict[str, Any], keys: dict[str, Allowed]) -> None:
-        """Raise InputError for a key of `config` that `keys` does not have, or a value that it does not allow, unless empty."""
+        """Raise InputError for a key or a value in `config` that `keys` does not allow. Empty values are always allowed."""
         for key, value in config.items():
             allowed = keys.get(key, EMPTY)
             if not (value in allowed if isinstance(allowed, list) else isinstance(value, allowed) or value in EMPTY):
@@ -82,7 +83,7 @@ class Files:
                 raise self.refused(f"{key} {shown if len(shown) < 100 else shown[:100] + ' ...'} of {file}")
 
     def tensors(self, folder: str) -> dict[str, Tensor]:
-        """Return the weights of a module's folder."""
+        """Return the weights of a module from the module's folder. Raise InputError if there are none."""
         for name in (WEIGHTS, "pytorch_model.bin"):
             if path := self.path(f"{folder}/{name}"):
                 tensors = read_tensors(path, f"model '{self.name}': {folder}/{name}")
@@ -93,12 +94,12 @@ class Files:
         )
 
     def weight_map(self) -> dict[str, str] | None:
-        """Return the name of the file that has each tensor of a model in shards; None where one file has them all.
+        """Return the name of the shard that holds each tensor, or None if the weights are not in shards.
 
         Raises:
-            InputError: the index of the shards is not one, or names a file outside of the folder.
+            InputError: if the index of the shards is not valid, or names a file outside the folder.
         """
-        if self.path(WEIGHTS) or (index := self.json(INDEX)) is None:  # transformers takes the single file where it is there
+        if self.path(WEIGHTS) or (index := self.json(INDEX)) is None:  # transformers prefers the single file
             return None
         listed = index.get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
@@ -108,10 +109,10 @@ class Files:
         return listed
 
     def weight_files(self) -> dict[str, str]:
-        """Return the safetensors files of the model, where they lie on this machine, by name; {} if it has others.
+        """Return the local paths of the model's safetensors files by name, or {} if its weights have another format.
 
         Raises:
-            InputError: one of the shards is missing.
+            InputError: if one of the shards is missing.
         """
         listed = self.weight_map()
         found = {name: self.path(name) for name in (sorted(set(listed.values())) if listed else [WEIGHTS])}
@@ -120,5 +121,5 @@ class Files:
         return {name: path for name, path in found.items() if path is not None}
 
     def refused(self, what: str, mend: str = "load it with sentence-transformers") -> InputError:
-        """Return the error for what sentence-transformers would do and this package cannot."""
+        """Return the error for a feature of sentence-transformers that this package does not support."""
         return InputError(f"model '{self.name}': {what} cannot be represented here; {mend}")

@@ -1,11 +1,12 @@
-"""A finished folder to the Hub: the model's own files, in one commit, tried again where the network or the Hub falters.
+"""Upload a finished model folder to the Hub in one commit, and retry if the network or the Hub fails.
 
-Only what a model is made of goes there, by exact names: no optimizer state, no checkpoints, no data, no logs, no links. Large
-files that an earlier, broken push has uploaded are known by their hash and not sent again; files that the repository has are
-not committed again.
+Only the files of the model are uploaded. They are selected by exact names: no optimizer state, checkpoints, data, logs or
+links. Large files that an earlier, interrupted push has uploaded are recognized by their hash and are not sent again. Files
+that are already in the repository are not committed again.
 
-The commit is made here and not by `HfApi.upload_folder`: where Xet is installed, that splits a commit that fails into smaller
-ones, so that half a model can be seen; it refuses a branch for a pull request; and it uploads a card only as the file has it.
+This module creates the commit itself and does not use `HfApi.upload_folder`, for three reasons. If Xet is installed,
+`upload_folder` splits a failed commit into smaller ones, so that users can see half a model. It refuses `create_pr` together
+with a branch. It uploads the model card unchanged, whereas this module writes the name of the repository into it.
 """
 
 import logging
@@ -33,10 +34,10 @@ from hf_embed.read_files import read_json, read_text
 
 logger = logging.getLogger(__name__)
 
-# The files of a model's folder, by their exact names: a pattern would take a vocabulary of customers along.
+# The exact names of the files in a model folder. A pattern such as vocab* could also upload a user's private files.
 WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# What the tokenizers of transformers call theirs (`vocab_files_names`), and what any of them has.
+# The files of all tokenizers in transformers (their `vocab_files_names`), and those that every tokenizer has.
 TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.txt", "vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
@@ -51,12 +52,12 @@ FILES = frozenset({
 })  # fmt: skip
 MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
 MODULE_FILES = ("config.json", "model.safetensors")
-# Trainer's own settings, a pickle: of use here only, and nobody should load one from elsewhere.
+# Trainer's own settings, as a pickle. They are useful only here, and loading a pickle from elsewhere is not safe.
 TRAINING_ARGS = "training_args.bin"
 TRIES = 5
-FIRST_WAIT = 1.0  # seconds; doubled after each try
+FIRST_WAIT = 1.0  # seconds before the second try; each later wait is twice as long
 Result = TypeVar("Result")
-COPY = "_pushing"  # in the output folder: the checkpoint that is being uploaded
+COPY = "_pushing"  # in the output folder: a copy of the checkpoint that is being uploaded
 
 
 def push_folder(
@@ -69,22 +70,26 @@ def push_folder(
     token: str | None = None,
     everything: bool = False,
 ) -> str:
-    """Upload a saved model to a repository, which is made if it is not there. Returns the commit's address.
+    """Upload a saved model to a repository, which is created if it does not exist.
 
     Args:
-        folder: what `save_pretrained` or a run has written.
+        folder: a folder that `save_pretrained` or a training run has written.
         repo: "name" or "owner/name".
-        private: of a repository that is made.
-        revision: a branch; made if it is not there. Default: main.
-        create_pr: open a pull request in place of a commit.
-        commit_message: the commit's, or the title of the pull request.
-        token: default: the one you are logged in with.
-        everything: upload the folder as it is, checkpoints, optimizer state and logs too; but no links, no dotfiles, and no
+        private: whether a repository that is created is private.
+        revision: the branch, which is created if it does not exist. Default: main.
+        create_pr: open a pull request instead of committing to the branch.
+        commit_message: the message of the commit, or the title of the pull request.
+        token: a Hub token. Default: the token of the current login.
+        everything: upload the whole folder, including checkpoints, optimizer state and logs, but no links, no dotfiles and no
             `training_args.bin`.
 
+    Returns:
+        The address of the commit or of the pull request.
+
     Raises:
-        InputError: a folder that is no model, or has links in the place of its files; a name or token that the Hub refuses, or
-            a push that failed five times. The folder is as it was; the message has the command that finishes the push.
+        InputError: if the folder is not a model or has links in place of its files, if the Hub refuses the name or the token,
+            or if the push failed five times. The folder is unchanged. After a failed push, the message shows the command that
+            finishes it.
     """
     folder = Path(folder)
     check_names(folder, repo)
@@ -106,7 +111,7 @@ def push_folder(
 
 
 def check_names(folder: Path, repo: str) -> None:
-    """Raise InputError for a folder that is no model, or a name that no repository can have."""
+    """Raise InputError if the folder does not hold a model, or if `repo` is not a valid repository name."""
     if not has_model(folder):
         raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
     try:
@@ -119,16 +124,17 @@ def check_names(folder: Path, repo: str) -> None:
 
 
 def init_repository(make: Callable[[], None], args: TrainingArguments) -> None:
-    """Make the repository of a training by `make`. Raises InputError for a name or a token that the Hub refuses."""
+    """Create the repository of a training run by calling `make`. Raise InputError if the Hub refuses the name or the token."""
     folder = Path(str(args.output_dir))
     repo = args.hub_model_id or folder.absolute().name
     with_retries(make, repo, command(folder, repo))
 
 
 def push_checkpoint(checkpoint: str, repo: str, args: TrainingArguments, step: int) -> PushInProgress:
-    """Upload a checkpoint while the training goes on, from a copy: the checkpoint may be rotated away meanwhile.
+    """Upload a checkpoint in the background while training continues.
 
-    Two commits: the model, and all that resuming needs, where `args.hub_strategy` asks for it.
+    The upload reads a copy, because the checkpoint may be rotated away meanwhile. There are up to two commits: one with the
+    model and, if `args.hub_strategy` asks for it, one with everything that resuming needs.
     """
     copy = Path(str(args.output_dir), COPY)
     shutil.rmtree(copy, ignore_errors=True)
@@ -147,7 +153,7 @@ def push_checkpoint(checkpoint: str, repo: str, args: TrainingArguments, step: i
 
 
 def finish_push(push: PushInProgress | None, args: TrainingArguments) -> None:
-    """Warn of a checkpoint that did not reach the Hub, and remove the copy that it was uploaded from."""
+    """Wait for the upload of a checkpoint, warn if it failed, and remove the copy that it read."""
     jobs: Any = push.jobs if push is not None else []
     for job in jobs:
         if error := job.exception():
@@ -159,17 +165,17 @@ def finish_push(push: PushInProgress | None, args: TrainingArguments) -> None:
 
 
 def has_model(folder: Path) -> bool:
-    """Return whether a folder holds a model, or an adapter, with all its weights."""
+    """Return whether a folder holds a model or an adapter, with its weights file or at least one shard."""
     names = {path.name for path in folder.glob("*")}
     adapter, model = ({"adapter_config.json", "adapter_model.safetensors"}, {"config.json", "model.safetensors"})
     return adapter <= names or model <= names or ("config.json" in names and any(map(SHARD.fullmatch, names)))
 
 
 def additions(folder: Path, repo: str, everything: bool = False, inside: str = "") -> list[CommitOperationAdd]:
-    """Return the files to upload, by their paths in `repo`, below `inside`. The card has the name of the repository.
+    """Return the upload operations for a folder, with paths below `inside`. The model card gets the name of the repository.
 
     Raises:
-        InputError: a link in the place of one of the model's own files, even where `everything` is uploaded.
+        InputError: if one of the model's own files is a link. This holds even if `everything` is uploaded.
     """
     paths = model_files(folder)
     paths = all_files(folder) if everything else paths
@@ -183,10 +189,10 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return what a model is made of: regular files of known names, its modules' folders, the code that its config names.
+    """Return the files of a model: files with known names, its modules' folders, and the code that its configs name.
 
     Raises:
-        InputError: one of them is a link, which may lead anywhere, or a module is not in a folder of its own.
+        InputError: if one of them is a link, which may lead anywhere, or if a module has no folder of its own.
     """
     paths = [path for path in sorted(folder.iterdir()) if path.name in FILES or SHARD.fullmatch(path.name)]
     for module in module_folders(folder):
@@ -204,7 +210,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def module_folders(folder: Path) -> list[Path]:
-    """Return the folders of the modules that modules.json lists, beside the transformer in the folder itself."""
+    """Return the folders of the modules in modules.json, except the transformer, which is in the folder itself."""
     listed = read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []
     if wrong := [module for module in listed if not (isinstance(module, dict) and are_texts(module, "path", "type"))]:
         raise InputError(f"{folder}: modules.json lists {wrong[0]!r}, which has no path and type; save the model anew")
@@ -219,12 +225,12 @@ def module_folders(folder: Path) -> list[Path]:
 
 
 def are_texts(content: dict[str, Any], *keys: str) -> bool:
-    """Return whether these keys are there and have texts."""
+    """Return whether all these keys exist and their values are strings."""
     return all(isinstance(content.get(key), str) for key in keys)
 
 
 def code_files(folder: Path) -> list[Path]:
-    """Return the code that a model brings: the files that `auto_map` names in its configs, and those that they import."""
+    """Return the model's own Python files in the folder: those that `auto_map` names, and those that they import."""
     found: dict[Path, None] = {}
     for name in code_names(folder):
         path = folder / f"{name}.py"
@@ -237,25 +243,25 @@ def code_files(folder: Path) -> list[Path]:
 
 
 def code_names(folder: Path) -> list[str]:
-    """Return the names of the Python files, in the folder itself, that `auto_map` of the configs names."""
+    """Return the names of the Python files in the folder that `auto_map` names in the configs, without ".py"."""
     names: list[str] = []
     for config in (folder / "config.json", folder / "tokenizer_config.json"):
         auto_map = (read_json(config) if config.is_file() else {}).get("auto_map") or {}
         listed = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
         classes = [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]
-        # OWNER/REPO--file.Class stays where it is.
+        # Code of another repository, OWNER/REPO--file.Class, is not uploaded.
         found = [re.fullmatch(r"(\w+)\.\w+", name) for name in classes if isinstance(name, str)]
         names += [file[1] for file in found if file]
     return names
 
 
 def all_files(folder: Path) -> list[Path]:
-    """Return the files in `folder` and in the folders within; no links, no dotfiles, no `training_args.bin`."""
+    """Return all files in `folder` and its subfolders, except links, dotfiles and `training_args.bin`."""
     found, links = [], 0
     for parent, folders, files in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links += sum(Path(parent, name).is_symlink() for name in [*folders, *files])
-        files = [name for name in sorted(files) if not name.startswith(".") or name == ".metadata"]  # of FSDP's checkpoints
+        files = [name for name in sorted(files) if not name.startswith(".") or name == ".metadata"]  # FSDP needs .metadata
         paths = [Path(parent, name) for name in files if name != TRAINING_ARGS]
         found += [path for path in paths if path.is_file() and not path.is_symlink()]
     if links:
@@ -264,7 +270,7 @@ def all_files(folder: Path) -> list[Path]:
 
 
 def command(folder: str | Path, repo: str, revision: str | None = None, **flags: bool) -> str:
-    """Return the command line that finishes a push."""
+    """Return the command line with which a user can finish a push."""
     words = [f"--revision {revision}"] if revision else []
     return " ".join([f"{recipe_command('push')} {folder} {repo}", *words, *(f"--{flag}" for flag, on in flags.items() if on)])
 
@@ -273,14 +279,14 @@ def command(folder: str | Path, repo: str, revision: str | None = None, **flags:
 
 
 def with_retries(upload: Callable[[], Result], repo: str, command: str) -> Result:
-    """Call `upload` until it succeeds, at most five times. Raises InputError for what trying again cannot mend."""
+    """Call `upload` until it succeeds, at most five times. Raise InputError if a retry cannot help or the last one failed."""
     wait = FIRST_WAIT
     for attempt in range(1, TRIES + 1):
         try:
             return upload()
         except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
             raise InputError(f"push to {repo}: {' '.join(str(error).split())}") from error
-        except Exception as error:  # the client wraps what goes wrong in a large file
+        except Exception as error:  # for large files, the client wraps it in other errors
             why = reason(error)
             if why is None:
                 raise
@@ -294,7 +300,7 @@ def with_retries(upload: Callable[[], Result], repo: str, command: str) -> Resul
 
 
 def reason(error: BaseException) -> tuple[str, bool] | None:
-    """Return what went wrong in one line, and whether it is worth another try; None for an error that is not of the network."""
+    """Describe a network error in one line, and tell whether a retry may help. Return None for any other error."""
     while not isinstance(error, OSError) and not is_of_client(error) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
@@ -315,5 +321,5 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
 
 
 def is_of_client(error: BaseException) -> bool:
-    """Return whether an error is of the HTTP client that huggingface_hub uses, httpx or its successor."""
+    """Return whether an error comes from the HTTP client of huggingface_hub, which is httpx or its successor."""
     return type(error).__module__.split(".")[0].startswith("httpx")

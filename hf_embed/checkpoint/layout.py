@@ -1,6 +1,6 @@
-"""The modules that sentence-transformers makes a model of: one list, made from an encoder and written, or read from a folder.
+"""The modules of a sentence-transformers model, as a list that is made from an encoder or read from a folder.
 
-They are how sentence-transformers, mteb and `Encoder.from_pretrained` know pooling, max length, prompts and normalisation:
+Their files tell sentence-transformers, mteb and `Encoder.from_pretrained` the pooling, max length, prompts and normalization:
 
     modules.json  1_Pooling/  [1_LayerPooling/  2_Dense/  3_Normalize/]  sentence_bert_config.json
     config_sentence_transformers.json
@@ -23,16 +23,16 @@ from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS, Dense, saved_pooling
 from hf_embed.safe_files import write_json
 
-# sentence-transformers' flags of poolings, in the order of its own files; all of them are written.
+# The pooling flags of sentence-transformers, in the order of its own files. All of them are written.
 FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
 TANH = "torch.nn.modules.activation.Tanh"
-# What sentence-transformers looks for, in its order.
+# The config files that sentence-transformers looks for, in its order.
 TRANSFORMER_CONFIGS = [
     f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
 MODEL_CONFIG = "config_sentence_transformers.json"
-# The keys that a file may have. With a type, the key is read here or no vector depends on it; with a list, these are the
-# values that change nothing. Every other key that is not empty is refused: its meaning would be lost.
+# The keys that each file may have. A type means that the key is read here, or that no vector depends on it. A list holds the
+# values that have no effect. Every other key that is not empty is refused, because its meaning would be lost.
 MODULES_KEYS: dict[str, Allowed] = {"idx": int, "name": str, "path": str, "type": str, "kwargs": list}
 MODEL_KEYS: dict[str, Allowed] = {
     "__version__": object,
@@ -47,18 +47,18 @@ SENTENCE_KEYS: dict[str, Allowed] = {
     "module_input_name": ["sentence_embedding"],
     "module_output_name": ["sentence_embedding", None],
 }
-WIDTH_KEYS: dict[str, Allowed] = {"word_embedding_dimension": int, "embedding_dimension": int}  # of no consequence
+WIDTH_KEYS: dict[str, Allowed] = {"word_embedding_dimension": int, "embedding_dimension": int}  # no effect on the vectors
 
 
 @dataclass
 class Module:
-    """A module as modules.json lists it: its folder below the model's own, its config.json and its weights.
+    """One module as modules.json lists it: its folder below the model's folder, its config.json and its weights.
 
-    One that was listed in a folder has neither config nor weights before `read`.
+    A module that `read_modules` returns has neither config nor weights until `read` is called.
     """
 
     kind: ClassVar[str]
-    keys: ClassVar[dict[str, Allowed]]  # what its config.json may have
+    keys: ClassVar[dict[str, Allowed]]  # the keys that its config.json may have
     has_weights: ClassVar[bool] = False
     needs_config: ClassVar[bool] = True
 
@@ -67,7 +67,7 @@ class Module:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: str) -> None:
-        """Write config.json and the weights to the module's folder below `folder`."""
+        """Write config.json and the weights to the module's own folder below `folder`."""
         target = Path(folder, self.path)
         target.mkdir()
         write_json(target / "config.json", self.config)
@@ -76,7 +76,7 @@ class Module:
             save_file(tensors, target / "model.safetensors")
 
     def read(self, files: Files) -> Self:
-        """Read config.json and the weights. Raises InputError if it is missing, or cannot be represented."""
+        """Read config.json and the weights. Raise InputError if a file is missing or a setting is not supported."""
         if self.needs_config and files.path(f"{self.path}/config.json") is None:
             raise InputError(f"model '{files.name}': {self.path}/config.json is missing; copy the model anew")
         self.config = files.config(f"{self.path}/config.json", self.keys)
@@ -86,30 +86,30 @@ class Module:
 
 
 class TransformerModule(Module):
-    """The model itself, at the folder's top in what is written here."""
+    """The transformer itself. In folders that this package writes, it is at the top."""
 
     kind = "Transformer"
     keys = {
         "max_seq_length": int,
         "do_lower_case": bool,
-        "unpad_inputs": bool,  # another layout in memory, for flash attention
+        "unpad_inputs": bool,  # only another memory layout, for flash attention
         "transformer_task": ["feature-extraction"],
         "modality_config": [{"text": {"method": "forward", "method_output_name": "last_hidden_state"}}],
         "module_output_name": ["token_embeddings"],
     }
-    file: str = TRANSFORMER_CONFIGS[0]  # where `config` stands, below the model's folder
+    file: str = TRANSFORMER_CONFIGS[0]  # the path of the file of `config`, below the model's folder
 
     @classmethod
     def of(cls, max_length: int) -> Self:
-        """Return the module of a model whose texts have at most `max_length` tokens."""
+        """Return the module of a model that truncates texts to `max_length` tokens."""
         return cls(config={"max_seq_length": max_length, "do_lower_case": False})
 
     def write(self, folder: str) -> None:
-        """Write the settings, whose file is not called config.json: that is the model's."""
+        """Write the settings. Their file is not called config.json, because that is the model's own config."""
         write_json(Path(folder, self.file), self.config)
 
     def read(self, files: Files) -> Self:
-        """Read the settings as sentence-transformers finds them. Raises InputError for a chat template and for unknown keys."""
+        """Read the settings as sentence-transformers finds them. Raise InputError for a chat template or an unknown key."""
         prefix = f"{self.path}/" if self.path else ""
         found = ((prefix + file, files.json(prefix + file)) for file in TRANSFORMER_CONFIGS)
         nothing: tuple[str, dict[str, Any]] = (prefix + TRANSFORMER_CONFIGS[0], {})
@@ -117,7 +117,7 @@ class TransformerModule(Module):
         modalities = self.config.get("modality_config")
         if isinstance(modalities, dict) and "message" in modalities:
             raise files.refused(f"the chat template that texts go through by modality_config of {self.file}")
-        for key, value in self.config.items():  # of loading; sentence-transformers heeds no trust_remote_code from a file
+        for key, value in self.config.items():  # sentence-transformers ignores trust_remote_code in this file
             if key.endswith(("_args", "_kwargs")) and isinstance(value, dict):
                 self.config[key] = {name: argument for name, argument in value.items() if name != "trust_remote_code"}
         files.check_keys(self.file, self.config, self.keys)
@@ -125,7 +125,7 @@ class TransformerModule(Module):
 
 
 class LayerPoolingModule(Module):
-    """A weighted mean of the layers' states, before the pooling."""
+    """A weighted mean of the hidden states of several layers, computed before the pooling."""
 
     kind = "WeightedLayerPooling"
     keys = {"layer_start": int, "num_hidden_layers": int} | WIDTH_KEYS
@@ -133,7 +133,7 @@ class LayerPoolingModule(Module):
 
     @classmethod
     def of(cls, width: int, depth: int, layers: tuple[int, int]) -> Self:
-        """Return the module that averages two `layers`, as `Pooling` has them, of a model with `depth` layers."""
+        """Return the module that averages two `layers`, numbered as in `Pooling`, of a model with `depth` layers."""
         weights = torch.zeros(depth)
         for number in layer_numbers(layers, depth):
             weights[max(number, 1) - 1] += 1
@@ -141,10 +141,11 @@ class LayerPoolingModule(Module):
         return cls(config=config, tensors={"layer_weights": weights})
 
     def layers(self, files: Files, backbone: PreTrainedModel, mend: str) -> tuple[int, int] | None:
-        """Return the two layers that are averaged, as `Pooling` has them; None if it is the last layer alone.
+        """Return the two layers that are averaged, numbered as in `Pooling`, or None if only the last layer is used.
 
         Raises:
-            InputError: weights that no pooling here has. `mend` says what to do about it.
+            InputError: if no pooling of this package has such weights, or if config.json lacks output_hidden_states, without
+                which sentence-transformers skips the module. `mend` is the advice in the message.
         """
         depth: int = backbone.config.num_hidden_layers
         weights = self.tensors["layer_weights"].tolist()
@@ -163,25 +164,25 @@ class LayerPoolingModule(Module):
 
 
 class PoolingModule(Module):
-    """The states of a text's tokens to one vector."""
+    """The pooling, which turns the hidden states of a text's tokens into one vector."""
 
     kind = "Pooling"
     keys = {"pooling_mode": str | list, "include_prompt": bool} | WIDTH_KEYS | {f"pooling_mode_{flag}": bool for flag in FLAGS}
 
     @classmethod
     def of(cls, width: int, flag: str) -> Self:
-        """Return the module with this flag of `FLAGS`."""
+        """Return the module with one flag of `FLAGS` set."""
         return cls(config={"word_embedding_dimension": width} | {f"pooling_mode_{known}": known == flag for known in FLAGS})
 
     def modes(self) -> list[str]:
-        """Return the flags, or the names of sentence-transformers 6, whose vectors it concatenates."""
+        """Return the pooling modes: flags, or names of sentence-transformers 6. Several modes mean concatenated vectors."""
         flags = [flag for flag in FLAGS if self.config.get(f"pooling_mode_{flag}")]
         modes = self.config.get("pooling_mode") or flags or ["mean"]
         return [modes] if isinstance(modes, str) else modes
 
 
 class DenseModule(Module):
-    """A layer behind the pooling."""
+    """A dense layer after the pooling."""
 
     kind = "Dense"
     keys = {"in_features": int, "out_features": int, "bias": bool, "activation_function": str, "use_residual": bool}
@@ -190,7 +191,7 @@ class DenseModule(Module):
 
     @classmethod
     def of(cls, layer: Dense, tensors: dict[str, Tensor]) -> Self:
-        """Return the module of a layer, with these of its tensors: linear.weight, linear.bias, residual.weight."""
+        """Return the module of a layer with its tensors: linear.weight, linear.bias, residual.weight."""
         linear, activation = layer.linear, type(layer.activation)
         config = {
             "in_features": linear.in_features,
@@ -202,33 +203,33 @@ class DenseModule(Module):
 
     @classmethod
     def of_pooler(cls, width: int, tensors: dict[str, Tensor]) -> Self:
-        """Return the module that stands for the model's own pooler, with these of its tensors: weight, bias."""
+        """Return the module that stands for the model's own pooler, with its tensors: weight, bias."""
         config = {"in_features": width, "out_features": width, "bias": True, "activation_function": TANH}
         return cls(config=config, tensors={f"linear.{name}": tensor for name, tensor in tensors.items()})
 
     def layer(self, files: Files) -> Dense:
-        """Return the layer. Raises InputError if config and weights do not make one."""
+        """Build the layer. Raise InputError if the config and the weights do not fit together."""
         package, _, kind = (self.config.get("activation_function", TANH) or "").rpartition(".")
         activation = getattr(nn, kind, None) if f"{package}.".startswith("torch.nn.") else None
         taken: Any = self.config.get("in_features")
         made: Any = self.config.get("out_features")
         try:
             weight = self.tensors["linear.weight"]
-            if not isinstance(activation, type) or weight.shape != (made, taken):  # before the memory for it is taken
+            if not isinstance(activation, type) or weight.shape != (made, taken):  # before the layer is allocated
                 raise TypeError("an activation that is not of torch.nn, or other sizes than those of the weights")
             linear = nn.Linear(taken, made, bias=self.config.get("bias", True))
             dense = Dense(linear, activation(), residual=self.config.get("use_residual", False))
             dense.load_state_dict(self.tensors)
             if dense.eval()(weight.new_zeros(1, taken, dtype=torch.float32)).shape != (1, made):
                 raise TypeError("an activation that changes the width")
-        except Exception as error:  # of whatever class of torch.nn it is
+        except Exception as error:  # the activation can be any class of torch.nn
             sizes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
             raise files.refused(f"the module Dense ('{self.path}'), {json.dumps(self.config)} with weights {sizes},") from error
         return dense
 
 
 class NormalizeModule(Module):
-    """The vectors to unit length."""
+    """The normalization of vectors to unit length."""
 
     kind = "Normalize"
     keys = SENTENCE_KEYS
@@ -236,14 +237,14 @@ class NormalizeModule(Module):
 
 
 class DropoutModule(Module):
-    """Dropout, which changes no vector but in training. It is left out, wherever it stands."""
+    """Dropout, which changes vectors only in training. This package leaves it out, wherever it stands in the list."""
 
     kind = "Dropout"
     keys = {"dropout": object}
     needs_config = False
 
 
-# The modules that can be represented here, in the only order that can. Dropout may stand anywhere.
+# The supported modules, in the only supported order. Dropout may stand anywhere.
 KINDS: dict[str, type[Module]] = {
     "Transformer": TransformerModule,
     "WeightedLayerPooling": LayerPoolingModule,
@@ -257,7 +258,7 @@ Kind = TypeVar("Kind", bound=Module)
 
 
 def layer_numbers(layers: tuple[int, int], depth: int) -> tuple[int, int]:
-    """Return the numbers of two layers of a model with `depth` layers, whose last is -1 or `depth`.
+    """Return the numbers of two layers without negative indices. In a model with `depth` layers, -1 is layer `depth`.
 
     >>> layer_numbers((1, -1), depth=12), layer_numbers((-2, -1), depth=12)
     ((1, 12), (11, 12))
@@ -272,7 +273,7 @@ def of_kind(modules: Sequence[Module], kind: type[Kind]) -> list[Kind]:
 
 
 def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, without it."""
+    """Return the tensors whose names begin with `prefix`, and remove `prefix` from the names."""
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
@@ -283,9 +284,9 @@ def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
     """Return the modules of an encoder, each with its folder.
 
     Args:
-        encoder: the encoder that is saved, or described in a card.
-        tensors: those of the layers behind the pooling, `dense.0.linear.weight` and so on, and of the model's own pooler,
-            `pooler.dense.weight` and `pooler.dense.bias`, where it is the pooling; {} where only the folders matter.
+        encoder: the encoder to save, or to describe in a model card.
+        tensors: the tensors of the dense layers, `dense.0.linear.weight` and so on. If the pooling is the model's own pooler,
+            also `pooler.dense.weight` and `pooler.dense.bias`. {} if the caller needs only the folders.
     """
     pooling, width = POOLINGS[saved_pooling(encoder.pooling)], encoder.width
     modules: list[Module] = [TransformerModule.of(encoder.max_length)]
@@ -303,9 +304,9 @@ def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
 
 
 def number_folders(modules: list[Module]) -> None:
-    """Give each module behind the transformer its folder: 1_Pooling, 2_Dense, 3_Normalize.
+    """Set the folder of each module after the transformer: 1_Pooling, 2_Dense, 3_Normalize.
 
-    Layer pooling, which comes before the pooling, is not counted, so that it is 1_LayerPooling.
+    Layer pooling comes before the pooling and is not counted, so its folder is 1_LayerPooling.
     """
     counted = 1
     for module in modules[1:]:
@@ -314,7 +315,7 @@ def number_folders(modules: list[Module]) -> None:
 
 
 def write_sentence_transformers_files(encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the modules beside the checkpoint in `folder`. `state_dict` replaces the encoder's own."""
+    """Write the modules and configs beside the checkpoint in `folder`. `state_dict` replaces the encoder's own tensors."""
     tensors = encoder.state_dict() if state_dict is None else state_dict
     pooler = read_weights(folder) if POOLINGS[saved_pooling(encoder.pooling)].model_pooler else {}
     modules = modules_of(encoder, tensors | {name: pooler[name] for name in pooler if name.startswith("pooler.dense.")})
@@ -337,16 +338,19 @@ def write_sentence_transformers_files(encoder: Encoder, folder: str, state_dict:
 
 
 def transformer_folder(name: str, **hub: Any) -> dict[str, str]:
-    """Return where below `name` the transformer and its tokenizer are, for their from_pretrained: {} or {"subfolder": ...}."""
+    """Return the arguments with which `from_pretrained` finds the transformer and its tokenizer: {} or {"subfolder": ...}."""
     modules = read_modules(Files(name, **hub))
     return {"subfolder": modules[0].path} if modules and modules[0].path else {}
 
 
 def read_modules(files: Files) -> list[Module] | None:
-    """Return the modules that modules.json lists, a Transformer first, not read yet; None without modules.json.
+    """Return the modules that modules.json lists, the transformer first, or None if there is no modules.json.
+
+    The configs and weights of the modules are not read yet.
 
     Raises:
-        InputError: a module that is not sentence-transformers' own or not known here, or an order that cannot be represented.
+        InputError: if a module is not part of sentence-transformers or not supported here, if two modules have the same name,
+            or if the order is not supported.
     """
     listed = files.json("modules.json", list)
     if listed is None:
@@ -371,7 +375,7 @@ def read_modules(files: Files) -> list[Module] | None:
 
 
 def read_module(files: Files, entry: Any) -> Module:
-    """Return the module of one entry of modules.json."""
+    """Return the module of one entry of modules.json. Raise InputError if the entry is not valid or not supported."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("path", "type")):
         raise InputError(f"model '{files.name}': modules.json lists {entry!r}, which has no path and type; copy it anew")
     files.check_keys("modules.json", entry, MODULES_KEYS)

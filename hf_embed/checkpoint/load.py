@@ -1,4 +1,4 @@
-"""A folder or a model on the Hub to an `Encoder`; weights and tokenizer files that are not whole are refused."""
+"""Load an `Encoder` from a folder or from the Hub. Incomplete weights or tokenizer files are refused."""
 
 import contextlib
 import logging
@@ -25,15 +25,15 @@ from hf_embed.read_files import COPY_ANEW, first_line, read_json, tensor_dtypes
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
-# What a safetensors file may hold of a model that is not quantised. Transformers would read int8 as if it were float.
+# The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
 MEND = "take the whole folder that save_pretrained wrote"
 
 logger = logging.getLogger(__name__)
 
-# Which files of a repository; they count for all of them.
+# The options that select files in a repository. They apply to all files of a model.
 HUB = ("revision", "token", "cache_dir", "local_files_only")
-# Tokenizers without a limit say 10^30.
+# A larger length means that there is no limit: such tokenizers state 10^30.
 MOST_TOKENS = 10**9
 
 
@@ -47,21 +47,21 @@ def load_encoder(
     new_pooler: bool = False,
     **model_kwargs: Any,
 ) -> Encoder:
-    """Return the encoder of a folder or of a model on the Hub, as `Encoder.from_pretrained` describes it.
+    """Load the encoder of a folder or of a model on the Hub, as `Encoder.from_pretrained` describes.
 
     Args:
         cls: the class of the encoder.
         name: a folder, or a model on the Hub.
-        pooling: in place of the folder's own.
-        max_length: in place of the folder's own.
-        normalize: in place of the folder's own.
-        trust_remote_code: run the Python code that the model brings.
-        new_pooler: the weights need not hold a pooler: it is trained from nothing.
-        **model_kwargs: for `AutoModel.from_pretrained`.
+        pooling: replaces the pooling that the folder states.
+        max_length: replaces the maximum length that the folder states.
+        normalize: replaces the normalization that the folder states.
+        trust_remote_code: run the Python code that comes with the model.
+        new_pooler: accept weights without a pooler, because training starts it from random weights.
+        **model_kwargs: arguments for `AutoModel.from_pretrained`.
 
     Raises:
-        InputError: the model cannot be reached; weights or tokenizer files are missing, broken or of another model; a setting
-            of sentence-transformers that cannot be represented here.
+        InputError: if the model cannot be reached, if weights or tokenizer files are missing, broken or of another model, or if
+            a setting of sentence-transformers is not supported here.
     """
     if "subfolder" in model_kwargs:
         raise InputError(f"model '{name}': from_pretrained takes no subfolder; give the path of that folder as the model")
@@ -87,7 +87,7 @@ def load_encoder(
 
 
 def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
-    """Apply the TempScale that the config states and the weights do not hold."""
+    """Apply the TempScale that the config states, unless it is already folded into the weights."""
     entry = getattr(backbone.config, "temp_scale", None)
     if entry and not isinstance(entry, dict):
         raise InputError(f"model '{backbone.name_or_path}': temp_scale of config.json is {entry!r}; {COPY_ANEW}")
@@ -97,7 +97,7 @@ def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
 
 
 def warn_of_similarity(name: str, similarity: str) -> None:
-    """Say that training and evaluation compare vectors by the cosine, where the model's own similarity is another."""
+    """Warn if the model's own similarity is not the cosine, by which this package trains and evaluates."""
     if similarity != "cosine":
         logger.warning(
             f"model '{name}': similarity() and mteb compare its vectors by {similarity}, as it says; "
@@ -106,7 +106,7 @@ def warn_of_similarity(name: str, similarity: str) -> None:
 
 
 def find_transformer(name: str, **hub: Any) -> dict[str, str]:
-    """Return what `transformer_folder` does. Raises InputError if the model cannot be reached."""
+    """Return the result of `transformer_folder`. Raise InputError if the model cannot be reached."""
     try:
         return transformer_folder(name, **hub)
     except InputError:
@@ -116,9 +116,10 @@ def find_transformer(name: str, **hub: Any) -> dict[str, str]:
 
 
 def length_of(encoder: Encoder, name: str, stated: int | None) -> int:
-    """Return after how many tokens to cut texts: as the folder states, if the model takes so many; else as the encoder does.
+    """Return the number of tokens after which texts are truncated.
 
-    A warning says so where that is earlier than sentence-transformers cuts them.
+    This is the length that the folder states, but at most the number of the model's positions. If the folder states none, it is
+    the length that the encoder has chosen. A warning appears if texts are truncated earlier than in sentence-transformers.
     """
     limit, longest = encoder.positions, encoder.tokenizer.model_max_length
     if stated is None or (limit is None and stated > MOST_TOKENS):
@@ -138,19 +139,19 @@ def length_of(encoder: Encoder, name: str, stated: int | None) -> int:
 def load_model(
     name: str, auto_class: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model, and the names of its parameters that the weights file does not have.
+    """Return the model, and the names of its parameters that are missing in the weights file.
 
     Args:
         name: a folder, or a model on the Hub.
-        auto_class: a class of transformers; default: the one that loads this model as a text encoder.
-        trust_remote_code: run the Python code that the model brings.
-        **kwargs: for its from_pretrained.
+        auto_class: a class of transformers. Default: the class that loads this model as a text encoder.
+        trust_remote_code: run the Python code that comes with the model.
+        **kwargs: arguments for the `from_pretrained` of that class.
 
     Raises:
-        InputError: the model cannot be reached, or its weights are not its own or not whole.
+        InputError: if the model cannot be reached, or if its weights are incomplete or belong to another model.
     """
     kwargs = {"dtype": "auto"} | kwargs
-    if kwargs.get("local_files_only"):  # transformers looks for an adapter too, and would ask the Hub for it
+    if kwargs.get("local_files_only"):  # else transformers would ask the Hub for an adapter
         kwargs.setdefault("adapter_kwargs", {"local_files_only": True})
     try:
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
@@ -164,35 +165,35 @@ def load_model(
             model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
     except InputError:
         raise
-    except Exception as error:  # many kinds: no network, no file, not JSON, a broken header, a missing package
+    except Exception as error:  # such as no network, no file, not JSON, a broken header, a missing package
         raise unreachable(name, error) from error
     check_weights(files, model, report)
     return model, sorted(report["missing_keys"])
 
 
 def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> PretrainedConfig:
-    """Return the configuration of a model. Raises InputError for one that is missing or wrong.
+    """Return the configuration of a model. Raise InputError if it is missing or wrong.
 
     Args:
         name: a folder, or a model on the Hub.
-        trust_remote_code: run the Python code that the model brings.
-        **where: as in `Files`.
+        trust_remote_code: run the Python code that comes with the model.
+        **where: options as in `Files`.
     """
     files = Files(name, **where)
     try:
         path = files.path("config.json")
         stated = read_json(path, name="config.json") if path else {}
-    except Exception as error:  # of the Hub's client too
+    except Exception as error:  # the Hub client raises many kinds of errors
         raise unreachable(name, error) from error
     check_counts(files, stated)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
-    except Exception as error:  # of any value in it
+    except Exception as error:  # any value in the config can cause an error
         raise unreachable(name, error) from error
 
 
 def refuse_adapter(files: Files) -> None:
-    """Raise InputError for a folder with an adapter in place of a model."""
+    """Raise InputError if the folder holds an adapter instead of a model."""
     if (adapter := files.json("adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path") or "an unnamed model"
         raise InputError(
@@ -202,7 +203,11 @@ def refuse_adapter(files: Files) -> None:
 
 
 def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
-    """Raise InputError for weights of another shape, of more layers than the model has, quantised or not finite."""
+    """Raise InputError if the weights do not fit the model.
+
+    That is the case for a wrong shape, for more layers than the model has, for quantized weights although config.json names no
+    quantization, and for numbers that are not finite.
+    """
     name = files.name
     if report["mismatched_keys"]:
         key, found, wanted = sorted(report["mismatched_keys"])[0]
@@ -224,13 +229,13 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model. Raises InputError if its files are missing or not whole."""
+    """Return the tokenizer of a model. Raise InputError if its files are missing or incomplete."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
         raise unreachable(name, error, "its tokenizer cannot be loaded") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, where the file is damaged; it is no Exception
+        if type(error).__name__ != "PanicException":  # a damaged file causes a Rust panic, not an Exception
             raise
         raise unreachable(name, error, "its tokenizer is damaged") from error
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
@@ -245,9 +250,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
 
 
 def check_added_tokens(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise InputError if a token that tokenizer_config.json puts before or after each text is not put there.
+    """Raise InputError if the tokenizer does not add a token that tokenizer_config.json asks for, before or after each text.
 
-    Since version 5, transformers goes by tokenizer.json alone: models that pool the end-of-text token would pool a word.
+    Since version 5, transformers follows only tokenizer.json. If it lacks the end-of-text token, a model that pools this token
+    would pool a word instead.
     """
     for kind, end in (("bos", slice(1)), ("eos", slice(-1, None))):
         token = getattr(tokenizer, f"{kind}_token_id")
@@ -259,18 +265,18 @@ def check_added_tokens(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def has_merges(model: BPE) -> bool:
-    """Return whether a byte-pair encoding joins anything: without merges each letter is a token of its own."""
+    """Return whether a byte-pair encoding joins any letters. Without merges, each letter is a token of its own."""
     return any(len(model.tokenize(word)) < len(word) for word in ("the", "and", "ing", "tion", "ation"))
 
 
 def listed(names: list[str]) -> str:
-    """Name the first of `names` and count the others: 'a' and 11 more."""
+    """Return the first of `names` and the number of the others: 'a' and 11 more."""
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 @contextlib.contextmanager
 def own_code(backbone: PreTrainedModel) -> Iterator[None]:
-    """Take `auto_map` out of the config for a while, if the class is transformers' own: that code is not saved."""
+    """Remove `auto_map` from the config temporarily if the model uses no custom code, because no such code is saved."""
     auto_map = None if is_remote(backbone) or is_remote(backbone.config) else vars(backbone.config).pop("auto_map", None)
     try:
         yield

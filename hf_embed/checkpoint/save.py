@@ -1,9 +1,9 @@
-"""A finished encoder to a plain folder.
+"""Save a finished encoder to a folder.
 
-The folder is an ordinary checkpoint (`AutoModel.from_pretrained`, no code of ours), with the files of
-`hf_embed.checkpoint.layout` and a card (README.md) beside it. Nothing is put in place before texts encoded through every
-loader agree with the encoder itself (`hf_embed.checkpoint.verify`). An earlier model in the folder is there as a whole until
-the new one, its scores and its card take its place, at one rename.
+The folder is an ordinary checkpoint, which `AutoModel.from_pretrained` loads without code of this package. The files of
+`hf_embed.checkpoint.layout` and a model card (README.md) are beside it. Nothing is put in place until texts encoded through
+every loader agree with the encoder itself (`hf_embed.checkpoint.verify`). An earlier model in the folder stays complete until
+the new model, its scores and its card replace it, by one atomic rename.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ from hf_embed.text_models import is_remote
 
 logger = logging.getLogger(__name__)
 
-# What an earlier save may have left that loaders would take before, or put on top of, the new weights.
+# Files of an earlier save that loaders would prefer to the new weights, or apply on top of them.
 WEIGHTS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model(-.*)?\.bin.*|adapter_.*")
-# What belongs to the weights in a folder: scores, pictures, extras and the modules behind the transformer.
+# Files that belong to the weights in a folder: scores, pictures, extras and the modules after the transformer.
 RESULTS = re.compile(
     r"results\.json|(geometry|tempscale)\.png|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
 )
@@ -54,22 +54,22 @@ def save_encoder(
     allow_runtime: bool = False,
     results: Results | None = None,
 ) -> None:
-    """Write `encoder` to `folder` as a plain checkpoint; adapters are merged into a copy first, TempScale is folded.
+    """Write `encoder` to `folder` as a plain checkpoint. Adapters are merged into a copy first, and TempScale is folded.
 
     Args:
-        encoder: the model, which stays as it is.
-        folder: made if it is not there; an earlier model in it is replaced, other files stay.
-        verify: check the folder before it is put in place.
-        state_dict: replaces the encoder's own (FSDP gathers it).
-        allow_runtime: TempScale that cannot be folded stays out of the weights: this package's loader applies it, others do
-            not, and the card says so.
-        results: what is known of the training, which the card says and results.json in the folder then holds; with {} the
-            scores and extras of an earlier model go; default: the card says what results.json holds.
+        encoder: the model, which is not changed.
+        folder: created if it does not exist. An earlier model in it is replaced. Other files stay.
+        verify: check the new files before they are put in place.
+        state_dict: replaces the encoder's own tensors (FSDP gathers them).
+        allow_runtime: keep TempScale out of the weights if it cannot be folded. The loader of this package then applies it,
+            other loaders do not, and the card says so.
+        results: facts about the training, for the card and for results.json in the folder. {} removes the scores and extras of
+            an earlier model. Default: the card shows what results.json already holds.
 
     Raises:
-        ExportError: AutoModel or sentence-transformers (when installed) give other weights, or vectors that differ by more
-            than 1e-5 of their norm. The folder is as it was.
-        InputError: TempScale cannot be folded.
+        ExportError: if AutoModel or sentence-transformers (when installed) gives other weights, or vectors that differ by more
+            than 1e-5 of their norm (1e-2 in half precision). The folder is unchanged.
+        InputError: if TempScale cannot be folded.
     """
     runtime = needs_runtime(encoder, allow_runtime)
     if verify:
@@ -79,7 +79,7 @@ def save_encoder(
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
             weights = write_checkpoint(encoder, new, state_dict, fold=not runtime)
             write_sentence_transformers_files(encoder, new, state_dict)
-            if verify and not runtime:  # other loaders do not know it
+            if verify and not runtime:  # other loaders do not apply TempScale at runtime
                 verify_folder(encoder, new, weights)
             put_in_place(Path(new), place)
         write_card(encoder, place, keep_results(place, results) if results else None)
@@ -87,24 +87,25 @@ def save_encoder(
 
 @functools.cache
 def warn_of_servers(note: str) -> None:
-    """Say, once, that servers would give other vectors; "" where they would not."""
+    """Warn, once per note, that servers would give other vectors. An empty note causes no warning."""
     if note:
         logger.warning(note)
 
 
 @contextlib.contextmanager
 def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
-    """Yield where to put a model that is to stand in `folder`, with its scores and its card.
+    """Yield the folder to which a model, its scores and its card are written. At the end, its content stands in `folder`.
 
-    Where a model is in `folder`, or no folder is there, that is a new folder, which takes its place at the end. Other files are
-    in both, by links that are no copies. Else it is the folder itself: no loader takes it while it has no weights, which
-    `put_in_place` puts there last.
+    If `folder` holds a model or does not exist, the yielded folder is a new one, which replaces `folder` at the end. Files of
+    `folder` that belong to no model are in both, as hard links and not as copies. Otherwise, or if `folder` cannot be replaced
+    (`can_be_replaced`), the yielded folder is `folder` itself. No loader accepts it while it has no weights, and `put_in_place`
+    moves the weights there last.
 
     Args:
-        folder: after an exception it is as it was.
-        clear: what belongs to the model in `folder`, its scores and extras, does not stay.
+        folder: the target. After an exception it is unchanged, unless files were already moved into it.
+        clear: leave out what belongs to the earlier model in `folder`: its scores and extras.
     """
-    folder = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
+    folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
     there = os.listdir(folder) if folder.is_dir() else []
     if folder.is_dir() and not (any(map(WEIGHTS.fullmatch, there)) and can_be_replaced(folder)):
         yield folder
@@ -120,7 +121,7 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Move the whole checkpoint `new` into `folder`, over an earlier one, whose weights go first; the new ones come last."""
+    """Move the complete checkpoint `new` into `folder`. Earlier weights are removed first, and new weights are moved last."""
     flush(new)
     for path in list(folder.iterdir()):
         if WEIGHTS.fullmatch(path.name):
@@ -136,7 +137,7 @@ def put_in_place(new: Path, folder: Path) -> None:
 def write_checkpoint(
     encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True
 ) -> dict[str, Tensor]:
-    """Write the weights, config and tokenizer. Returns the tensors that were written, by name."""
+    """Write the weights, the config and the tokenizer. Return the written tensors by name."""
     backbone = encoder.backbone
     settings: dict[str, Any] = {}
     if has_adapters(backbone):
@@ -144,7 +145,7 @@ def write_checkpoint(
     else:
         state_dict, settings = tensors_to_save(backbone, state_dict, fold)
     if type(backbone).__module__.startswith("transformers_modules."):
-        type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever class it came in
+        type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever auto class loaded it
     with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone), calm_libraries():
         backbone.save_pretrained(folder, state_dict=state_dict)
     write_tokenizer(encoder, folder)
@@ -152,9 +153,9 @@ def write_checkpoint(
 
 
 def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool) -> PreTrainedModel:
-    """Return a copy of `backbone` with its adapters merged, and TempScale folded or noted in its config.
+    """Return a copy of `backbone` with its adapters merged, and with TempScale folded or recorded in its config.
 
-    The one in training goes on as it is. `state_dict` replaces its tensors.
+    The model in training is not changed. `state_dict` replaces the tensors of the copy.
     """
     scaling = applied_tempscale(backbone)
     backbone = copy.deepcopy(backbone)
@@ -173,7 +174,7 @@ def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None,
 def tensors_to_save(
     backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool
 ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    """Return the tensors to save in place of the model's own, if any, and the settings of its config, with TempScale folded."""
+    """Return tensors to save instead of the model's own (None: no others) and config settings, with TempScale folded."""
     tensors = strip_prefix(state_dict, "backbone.") if state_dict else None
     if not (applied_tempscale(backbone) and fold):
         return tensors, {}
@@ -182,21 +183,21 @@ def tensors_to_save(
 
 
 def write_tokenizer(encoder: Encoder, folder: str) -> None:
-    """Write the tokenizer as the encoder uses it."""
+    """Write the tokenizer with the settings that the encoder uses."""
     tokenizer = copy.deepcopy(encoder.tokenizer)
     if not is_remote(tokenizer):
         tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.model_max_length = encoder.max_length
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved as it is now, not as it was loaded
-    tokenizer.padding_side = "right"  # absolute positions and the card's "last" count from the left
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else the value from loading is saved
+    tokenizer.padding_side = "right"  # absolute positions and pooling "last" in the card count from the left
     tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
 def config_for_saving(config: PreTrainedConfig, pooling: str, settings: dict[str, Any]) -> Iterator[None]:
-    """Give the config `settings` for a while.
+    """Set `settings` in the config temporarily.
 
-    Poolings over several layers need the model to hand out the states of all layers, in every loader.
+    Poolings over several layers also need `output_hidden_states`, so that the model returns all hidden states in every loader.
     """
     all_layers = POOLINGS[pooling].layers is not None
     settings = {"output_hidden_states": config.output_hidden_states or all_layers} | settings
@@ -211,7 +212,7 @@ def config_for_saving(config: PreTrainedConfig, pooling: str, settings: dict[str
 
 
 def needs_runtime(encoder: Encoder, allowed: bool) -> bool:
-    """Return whether TempScale has to stay out of the weights. Raises InputError if that is not allowed."""
+    """Return whether TempScale must stay out of the weights. Raise InputError if it must and that is not allowed."""
     if applied_tempscale(encoder.backbone) is None:
         return False
     try:

@@ -1,6 +1,6 @@
-"""What the sentence-transformers files beside a checkpoint say, as arguments of `Encoder`.
+"""Read the sentence-transformers files beside a checkpoint, as arguments of `Encoder`.
 
-Whatever would make other vectors here than sentence-transformers makes is refused (InputError), by name.
+Any setting that would give other vectors here than in sentence-transformers causes an InputError that names the setting.
 """
 
 import json
@@ -42,17 +42,17 @@ def read_settings(
     pooling: str | None = None,
     **hub: Any,
 ) -> Settings:
-    """Return what the files of a folder or a model on the Hub say, as arguments of `Encoder`.
+    """Return the settings in the files of a folder or of a model on the Hub, as arguments of `Encoder`.
 
     Args:
         name: the folder, or the model on the Hub.
-        backbone: its model, loaded.
-        tokenizer: without it nothing is said of the length of texts.
-        pooling: replaces the folder's own, which then need not be one that can be represented here.
-        **hub: as in `Files`.
+        backbone: the loaded model.
+        tokenizer: the tokenizer. Without it, the settings have no max_length.
+        pooling: replaces the folder's own pooling, which then need not be supported here.
+        **hub: options as in `Files`.
 
     Raises:
-        InputError: whatever else would make other vectors than sentence-transformers makes.
+        InputError: if any other setting would give other vectors than in sentence-transformers.
     """
     files = Files(name, **hub)
     modules = read_modules(files)
@@ -81,7 +81,13 @@ def read_settings(
 def plain_settings(
     files: Files, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pooling: str | None
 ) -> Settings:
-    """Return those of a checkpoint without modules.json, for which sentence-transformers has defaults: mostly mean pooling."""
+    """Return the settings of a checkpoint without modules.json.
+
+    sentence-transformers has defaults for such a checkpoint, mostly mean pooling.
+
+    Raises:
+        InputError: if `pooling` is not given and the defaults of sentence-transformers are unclear or not supported here.
+    """
     left = [file for file in ("1_Pooling/config.json", MODEL_CONFIG) if files.path(file)]
     if left and pooling is None:
         raise InputError(
@@ -108,7 +114,7 @@ def plain_settings(
 
 
 def own_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedModel, given: str | None) -> str | None:
-    """Return the folder's own pooling; None, after a warning, if it cannot be read and another is `given`."""
+    """Return the folder's own pooling. If it cannot be read and another one is `given`, warn and return None."""
     try:
         return read_pooling(files, modules, backbone)
     except InputError as error:
@@ -119,7 +125,7 @@ def own_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedMod
 
 
 def read_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedModel) -> str:
-    """Return the name in `POOLINGS` of what the modules up to the first Dense do."""
+    """Return the name in `POOLINGS` of the pooling that the modules up to the first Dense compute."""
     mode = read_mode(files, of_kind(modules, PoolingModule))
     pooling, said, layers = find_pooling(mode), mode, None
     if layer_poolings := of_kind(modules, LayerPoolingModule):
@@ -137,7 +143,7 @@ def read_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedMo
 
 
 def read_mode(files: Files, poolings: Sequence[PoolingModule]) -> str:
-    """Return sentence-transformers' word for the pooling, its flag or its newer name."""
+    """Return the name of the pooling in sentence-transformers: its flag, or its name in newer versions."""
     if not poolings:
         raise files.refused("a modules.json without Pooling", POOLING_MEND)
     module = poolings[0].read(files)
@@ -151,7 +157,7 @@ def read_mode(files: Files, poolings: Sequence[PoolingModule]) -> str:
 
 
 def has_mlp_head(name: str, backbone: PreTrainedModel) -> bool:
-    """Return whether the folder's own pooling goes through the model's own pooler."""
+    """Return whether the folder's own pooling uses the model's own pooler."""
     files = Files(name)
     modules = read_modules(files)
     if not modules:
@@ -163,7 +169,7 @@ def has_mlp_head(name: str, backbone: PreTrainedModel) -> bool:
 
 
 def is_pooler(files: Files, module: DenseModule, backbone: PreTrainedModel) -> bool:
-    """Return whether a Dense module is the backbone's own pooler, which is how the MLP head is saved."""
+    """Return whether a Dense module equals the backbone's own pooler. The MLP head is saved as such a module."""
     pooler = getattr(getattr(backbone, "pooler", None), "dense", None)
     layer = module.read(files).layer(files)
     if pooler is None or layer.residual is not None or not isinstance(layer.activation, nn.Tanh):
@@ -176,7 +182,7 @@ def is_pooler(files: Files, module: DenseModule, backbone: PreTrainedModel) -> b
 
 
 def read_dense_layers(files: Files, modules: Sequence[DenseModule], backbone: PreTrainedModel) -> list[Dense]:
-    """Return the layers behind the pooling, in the precision and on the device of the backbone."""
+    """Return the dense layers after the pooling, with the data type and device of the backbone."""
     layers, width = [], getattr(backbone.config, "hidden_size", None)
     for module in modules:
         layer = module.read(files).layer(files)
@@ -191,7 +197,7 @@ def read_dense_layers(files: Files, modules: Sequence[DenseModule], backbone: Pr
 def read_transformer(
     files: Files, module: TransformerModule, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Settings:
-    """Return max_length, as sentence-transformers finds it. Raises InputError where it would tokenize otherwise."""
+    """Return max_length as sentence-transformers finds it. Raise InputError if its tokenization would differ."""
     config = module.read(files).config
     if tokenizer is None:
         return {}
@@ -206,18 +212,18 @@ def read_transformer(
         )
     if config.get("max_seq_length"):
         return {"max_length": config["max_seq_length"]}
-    positions = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet says -1
+    positions = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet states -1
     return {"max_length": int(min(longest, positions) if positions > 0 else longest)}
 
 
 def lower_cases(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer takes capitals for small letters."""
+    """Return whether a tokenizer treats capital letters as small letters."""
     sample = "Ein ÄRGER in İstanbul"
     return tokenizer.tokenize(sample) == tokenizer.tokenize(sample.lower())
 
 
 def read_model_config(files: Files) -> Settings:
-    """Return the settings of the model as a whole."""
+    """Return the settings that apply to the model as a whole."""
     config = files.config(MODEL_CONFIG, MODEL_KEYS)
     if config.get("requirements"):
         logger.warning(f"model '{files.name}' asks for {json.dumps(config['requirements'])}, which is not checked here")
@@ -226,7 +232,7 @@ def read_model_config(files: Files) -> Settings:
         raise InputError(f"model '{files.name}': prompts {prompts!r} are no texts by name; correct {MODEL_CONFIG}")
     prompts = {key: text or "" for key, text in prompts.items()}
     return {
-        # sentence-transformers always has these two, empty.
+        # sentence-transformers always writes these two, even if they are empty.
         "prompts": {key: text for key, text in prompts.items() if text or key not in ("query", "document")},
         "default_prompt_name": config.get("default_prompt_name"),
         "similarity_fn_name": config.get("similarity_fn_name") or "cosine",

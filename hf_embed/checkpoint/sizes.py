@@ -1,4 +1,4 @@
-"""Does a config.json describe a model of the size of its weights? Known before the memory for it is taken."""
+"""Check that config.json describes a model of the size of its weights, before memory for the model is allocated."""
 
 import copy
 import os
@@ -12,18 +12,18 @@ from hf_embed.checkpoint.files import Files
 from hf_embed.errors import InputError
 from hf_embed.read_files import COPY_ANEW
 
-# Counts for each of which transformers makes objects, and more than any model has.
+# Upper limits of counts in config.json. transformers creates one object per unit, and no real model reaches the limits.
 MOST: dict[re.Pattern[str], int] = {
     re.compile(r"num_labels"): 1_000_000,
     re.compile(r"(\w+_)?(num|n)_(\w+_)?(layers?|blocks)"): 1_000,
     re.compile(r"(\w+_)?(num|n)_(\w+_)?(heads?|experts)"): 10_000,
 }
-# A model of fewer numbers takes no memory to speak of, whatever its file holds.
+# A model with fewer numbers than this needs little memory, whatever its weights file holds.
 SMALL = 5_000_000
 
 
 def check_counts(files: Files, stated: dict[str, Any]) -> None:
-    """Raise InputError for counts in config.json that no model has: to count up to them would take hours."""
+    """Raise InputError for a count in config.json that no real model has. Building such a model would take hours."""
     for key, value in stated.items():
         if isinstance(value, dict):
             check_counts(files, value)
@@ -35,19 +35,19 @@ def check_counts(files: Files, stated: dict[str, Any]) -> None:
 
 
 def check_size(files: Files, model_class: Any, config: PretrainedConfig) -> None:
-    """Raise InputError for a config.json of a model that is too large for its weights files: it would fill the memory.
+    """Raise InputError if config.json describes a model too large for its weights files, which would fill the memory.
 
-    Each number takes a byte of the files at least, unless the weights are quantised.
+    Each number takes at least one byte in the files, unless the weights are quantized.
 
     Args:
-        files: of the model.
-        model_class: a class of transformers that loads it, or one of its auto classes.
-        config: of the model; one that needs code of its own is not checked.
+        files: the files of the model.
+        model_class: the class of transformers that loads the model, or one of the auto classes.
+        config: the config of the model. A config that needs custom code is not checked.
     """
     paths = list(files.weight_files().values()) or list(filter(None, [files.path("pytorch_model.bin")]))
     if not paths or getattr(config, "quantization_config", None) or getattr(config, "auto_map", None):
         return
-    own = copy.deepcopy(config)  # a model writes into its config
+    own = copy.deepcopy(config)  # because the model changes its config
     with torch.device("meta"):
         model = model_class.from_config(own) if hasattr(model_class, "from_config") else model_class(own)
     numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])

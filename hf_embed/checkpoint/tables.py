@@ -1,17 +1,17 @@
-"""The tables of scores that the console and a model's card show, as lines of text.
+"""The tables of scores that the console and a model card show, as lines of text.
 
-`Results` is what results.json holds. The scores in it, `before` and `after` and of each of the `seeds`, are
+`Results` is the content of results.json. The scores in it, under `before`, `after` and for each of the `seeds`, look like this:
 
     {"sts": {set: score}, "retrieval": {set: {metric: score}}, "zero_shot": {set: {"accuracy": score}},
      "held_out": {set: {"loss": number}}, "alignment": number, "uniformity": number}
 
-and other kinds of sets as retrieval.
+Here `set` is the name of an evaluation set. Other kinds of evaluation sets have the form of retrieval.
 """
 
 import math
 from typing import Any
 
-# The metric of a kind of set that its tables show, and what they call it; of other kinds it is the first one.
+# The metric that tables show for a kind of evaluation set, and its label. For other kinds it is the first metric.
 SHOWN = {
     "retrieval": ("ndcg@10", "nDCG@10"),
     "zero_shot": ("accuracy", "accuracy"),
@@ -25,7 +25,10 @@ Scores = dict[str, Any]
 
 
 def comparison_table(results: Results) -> list[str]:
-    """Return before -> after, a line for each evaluation set, then alignment and uniformity; no more than is known."""
+    """Return a line for each evaluation set with its scores before and after training, then alignment and uniformity.
+
+    If a score from before the training is unknown, the line shows only the score after it.
+    """
     before, after = labelled(results.get("before", {})), labelled(results["after"])
     width = max(map(len, after), default=0)
     if not before:
@@ -41,7 +44,7 @@ def comparison_table(results: Results) -> list[str]:
 
 
 def seeds_table(results: Results) -> list[str]:
-    """Return mean, smallest and largest over the seeds of a run, a line for each measure, and the seed of this model."""
+    """Return a line for each measure with its mean, minimum and maximum over the seeds, and its value for this model's seed."""
     seeds = {seed: labelled(scores) for seed, scores in results["seeds"].items()}
     kept = seeds[str(results["seed"])]
     width = max(map(len, kept))
@@ -54,13 +57,13 @@ def seeds_table(results: Results) -> list[str]:
 
 
 def mteb_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each task of mteb."""
+    """Return a line for each MTEB task."""
     width = max((len(row["task"]) for row in rows), default=0)
     return [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
 
 
 def sweep_table(sweep: dict[str, Any]) -> list[str]:
-    """Return a line for each temperature that was tried, the chosen one starred; then what it gained."""
+    """Return a line for each temperature that was tried, with a star at the chosen one, and then the gain of that one."""
     names = swept_columns(sweep)
     lines = ["temperature" + "".join(f"  {name:>12}" for name in names)]
     for row in sweep["curve"]:
@@ -76,7 +79,10 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
 
 
 def length_table(sweep: dict[str, Any]) -> list[str]:
-    """Return a line for each third of the queries by length of their document; none where 1 is best, or nothing is known."""
+    """Return a line for each third of the queries, grouped by the length of their document.
+
+    There are no lines if the best temperature is 1 or if the results hold no such groups.
+    """
     rows = sweep.get("by_length", [])
     if not rows or sweep["temperature"] == 1:
         return []
@@ -91,20 +97,20 @@ def length_table(sweep: dict[str, Any]) -> list[str]:
 
 
 def swept_columns(sweep: dict[str, Any]) -> list[str]:
-    """Return the tasks of a search for the temperature, and their mean if there are several."""
+    """Return the tasks of a temperature search, and their mean if there are several tasks."""
     names = [name for name in sweep["curve"][0] if name != "temperature"]
     return names if len(names) > 2 else names[:1]
 
 
 def labelled(scores: Scores) -> dict[str, float]:
-    """Return a model's scores, each under the name that tables give it."""
+    """Return the scores of a model under the labels that tables show."""
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
     for kind, (metric, label) in SHOWN.items():
         found |= {f"{name} ({label} x 100)": metrics[metric] for name, metrics in scores.get(kind, {}).items()}
     found |= {f"{name} (loss, lower is better)": metrics["loss"] for name, metrics in scores.get("held_out", {}).items()}
     for kind in [
         kind for kind in scores if kind not in ("sts", "alignment", "uniformity", "held_out", *SHOWN)
-    ]:  # of users' own tasks
+    ]:  # tasks that users have added
         for name, metrics in scores[kind].items():
             metric = next(iter(metrics))
             found[f"{name} ({metric})"] = metrics[metric]
@@ -113,12 +119,12 @@ def labelled(scores: Scores) -> dict[str, float]:
 
 
 def digits_of(label: str) -> int:
-    """Return the decimals that a measure is shown with."""
+    """Return the number of decimals that a measure is shown with."""
     return 3 if "lower is better" in label else 2
 
 
 def duration(seconds: float | None) -> str:
-    """Return a time in words."""
+    """Return a duration in words."""
     if seconds is None:
         return "some time"
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of a training beyond the plain model: the tensors that resuming needs and `AutoModel` does not.
+"""The part of a checkpoint that resuming needs and `AutoModel` does not: tensors beyond the plain model.
 
-They stand in training.safetensors, by the names that the encoder gives them (`backbone.…`, `dense.…`) and those of what exists
-only while training (`train_head.…`, `mlm_head.…`, `log_temperature`). In the module that is trained, the encoder's names may
-have `encoder.` before them.
+They are in training.safetensors. Their names are those of the encoder (`backbone.…`, `dense.…`) and those of modules that exist
+only during training (`train_head.…`, `mlm_head.…`, `log_temperature`). In the trained module, the names of the encoder may have
+the prefix `encoder.`.
 """
 
 from collections.abc import Mapping
@@ -22,26 +22,26 @@ from hf_embed.tempscale import applied_tempscale
 from hf_embed.tempscale.fold import folded
 
 TRAINING_TENSORS = "training.safetensors"
-ENCODER = "encoder."  # before the encoder's names, in the module that is trained
+ENCODER = "encoder."  # prefix of the encoder's names in the trained module
 
 
 def with_file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the module that is trained by their names in the files."""
+    """Return the tensors of the trained module under their names in the files."""
     return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items()}
 
 
 def save_training_tensors(folder: str | Path, trained: nn.Module, encoder: Encoder, state_dict: Mapping[str, Tensor]) -> None:
-    """Write what the plain checkpoint in `folder` does not hold of the module that is trained, if there is anything.
+    """Write the tensors of the trained module that the plain checkpoint in `folder` does not hold, if there are any.
 
     Args:
-        folder: a checkpoint's, with the plain checkpoint.
-        trained: the module that is trained, with `encoder` in it.
+        folder: the checkpoint folder, which holds the plain checkpoint.
+        trained: the trained module, which contains `encoder`.
         encoder: the encoder.
-        state_dict: its tensors (FSDP gathers them), by its own names or those of the files.
+        state_dict: the tensors of `trained` (FSDP gathers them), under its own names or their names in the files.
     """
     names = training_names(trained, encoder)
     kept = {
-        # A copy of each: safetensors does not take tensors that share their memory.
+        # Copy each tensor, because safetensors refuses tensors that share memory.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in with_file_names(state_dict).items()
         if not name.startswith("backbone.") or name in names
@@ -51,9 +51,10 @@ def save_training_tensors(folder: str | Path, trained: nn.Module, encoder: Encod
 
 
 def training_names(trained: nn.Module, encoder: Encoder) -> set[str]:
-    """Return the names of the backbone's tensors that the plain checkpoint has otherwise, or not at all.
+    """Return the names of the backbone's tensors that the plain checkpoint changes or lacks.
 
-    With adapters, which it has merged, they are all that is trained; with TempScale the weights that it is folded into.
+    With adapters, these are all trained tensors, because the plain checkpoint holds the merged weights. With TempScale, these
+    are the weights that it is folded into.
     """
     if has_adapters(encoder.backbone):
         return set(with_file_names({name: tensor for name, tensor in trained.named_parameters() if tensor.requires_grad}))
@@ -63,10 +64,10 @@ def training_names(trained: nn.Module, encoder: Encoder) -> set[str]:
 
 
 def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder) -> None:
-    """Read a checkpoint's tensors into the module that is trained, which has `encoder` in it.
+    """Load a checkpoint's tensors into the trained module, which contains `encoder`.
 
     Raises:
-        InputError: there is no checkpoint, or one of another model; a file of it is missing or cannot be read.
+        InputError: if there is no checkpoint, if it belongs to another model, or if a file is missing or cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -87,7 +88,7 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
 
 
 def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
-    """Read the plain checkpoint in `folder` into `backbone`. Raises InputError if it is of another model."""
+    """Load the plain checkpoint in `folder` into `backbone`. Raise InputError if it belongs to another model."""
     missing, unexpected = put(read_weights(folder), backbone, {}, folder)
     tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
@@ -95,13 +96,13 @@ def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
 
 
 def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str], where: Path) -> tuple[list[str], list[str]]:
-    """Read tensors into a module, under its own names of them where `names` has these.
+    """Load tensors into a module. `names` gives the module's own name for a tensor where it differs.
 
     Returns:
-        The names of the module's tensors that are missing, and of those that it does not have.
+        The names of the module's tensors that are missing, and the names of tensors that the module does not have.
 
     Raises:
-        InputError: a tensor has another shape; `where` is what the message calls them.
+        InputError: if a tensor has another shape. `where` begins the message.
     """
     try:
         result = module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)

@@ -1,4 +1,4 @@
-"""The check of a saved folder: every loader gives the weights and the vectors of the encoder in memory."""
+"""Check a saved folder: every loader must give the weights and the vectors of the encoder in memory."""
 
 import contextlib
 import importlib.util
@@ -19,30 +19,31 @@ from hf_embed.forward_check import TEXTS
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
 from hf_embed.text_models import loading_class
 
-Encode = Callable[[list[str]], Tensor]  # N texts to their vectors (N, D), on the CPU
-# The largest difference of two vectors, as a share of their norm.
+Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), on the CPU
+# The largest allowed difference between two vectors, as a share of their norm.
 TOLERANCE = 1e-5
-HALF_TOLERANCE = 1e-2  # of single texts; sentence-transformers pools in half precision too
+HALF_TOLERANCE = 1e-2  # for single texts; sentence-transformers also pools in half precision
 
 
 class ExportError(RuntimeError):
-    """The saved folder would not give the encoder's own vectors."""
+    """The saved folder would not give the same weights or vectors as the encoder."""
 
 
 def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> None:
-    """Check that `folder` gives what was meant to be saved.
+    """Check that `folder` gives the model that was meant to be saved.
 
-    Its tensors are `weights`, bit for bit; and AutoModel and sentence-transformers (where it is installed) give the encoder's
-    vectors, of single texts and of an unequal batch, to 1e-5 of their norm.
+    The tensors must equal `weights` bit for bit. AutoModel and sentence-transformers (if installed) must give the encoder's
+    vectors to within 1e-5 of their norm, for single texts and for a batch of texts with different lengths. In half precision,
+    only single texts are checked, to within 1e-2.
 
     Raises:
-        ExportError: one of these does not hold.
+        ExportError: if one of these checks fails.
     """
     dtype = next(encoder.backbone.parameters()).dtype
     half = dtype in (torch.float16, torch.bfloat16)
     batches = [[text] for text in TEXTS] + ([] if half else [TEXTS])
     with quiet():
-        trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
+        trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
         model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype, **trusted)
     verify_weights(model, weights)
     loaders = {"AutoModel": through_automodel(encoder, folder, model.to(encoder.device).eval())}
@@ -61,7 +62,7 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> 
 
 
 def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Raise ExportError unless `model` has `weights`, bit for bit."""
+    """Raise ExportError unless `model` has exactly the tensors `weights`, bit for bit."""
     loaded = model.state_dict()
     for name, tensor in weights.items():
         if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].device)):
@@ -69,7 +70,7 @@ def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel) -> Encode:
-    """Return a function from texts to vectors, as the card tells users to write it."""
+    """Return a function that encodes texts as the model card tells users to do it."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=encoder.remote_code)
     tokenizer.padding_side = "right"
     pooling = POOLINGS[saved_pooling(encoder.pooling)]
@@ -93,7 +94,7 @@ def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel) -> 
 
 
 def through_sentence_transformers(encoder: Encoder, folder: str, dtype: torch.dtype) -> Encode:
-    """Return a function from texts to the vectors that sentence-transformers makes of them."""
+    """Return a function that encodes texts with sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
     with quiet():
@@ -104,22 +105,23 @@ def through_sentence_transformers(encoder: Encoder, folder: str, dtype: torch.dt
 
 
 def verify_loadable(encoder: Encoder) -> None:
-    """Check that a saved folder would load as the same model and tokenizer, before the training and not after it.
+    """Check that a saved folder would load as the same model and tokenizer.
 
-    AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
+    AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved. This check runs before training,
+    so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: one of them would be of another class, or needs a processor.
+        InputError: if the model or the tokenizer would load as another class, or if the model needs a processor.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
         with own_code(encoder.base):
             encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
-        trusted = {"trust_remote_code": encoder.remote_code}  # it runs already
+        trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
         tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
         try:
             config = AutoConfig.from_pretrained(folder, **trusted)
-            # sentence-transformers asks for a processor; of a text model it is the tokenizer.
+            # sentence-transformers loads a processor. For a text model, that is the tokenizer.
             AutoProcessor.from_pretrained(folder, **trusted)
         except Exception as error:
             raise InputError(
@@ -131,12 +133,12 @@ def verify_loadable(encoder: Encoder) -> None:
 
 
 def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Raise InputError unless a model of the class of `base` is what transformers makes of `config`."""
+    """Raise InputError unless transformers would make a model of the class of `base` from `config`."""
     loader = loading_class(base.config)
     found, known = None, transformers.MODEL_MAPPING
     if loader != "AutoModel":
         found = getattr(transformers, loader)
-    elif type(config) in known:  # AutoModel asks so; get() would find more
+    elif type(config) in known:  # the same test as in AutoModel; get() would find more classes
         found = known[type(config)]
     classes = found if isinstance(found, list | tuple) else [found] if found else []
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
@@ -148,7 +150,7 @@ def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
-    """Raise InputError unless the tokenizer that was saved and `loaded` gives the tokens of the encoder's own."""
+    """Raise InputError unless `loaded`, the saved and loaded tokenizer, gives the same tokens as the encoder's own."""
     for text in TEXTS:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(
@@ -159,7 +161,7 @@ def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers for a while: loading for a check says nothing."""
+    """Silence transformers temporarily, so that loading for a check prints nothing."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

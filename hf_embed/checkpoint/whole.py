@@ -1,9 +1,9 @@
-"""A training's checkpoint is whole or not there: the manifest that seals it, and the readers who go by that.
+"""A training checkpoint is either complete or absent. A manifest seals it, and the functions here verify it.
 
-A checkpoint is written aside, sealed with manifest.json (`seal`), flushed, and renamed to checkpoint-N. The manifest has the
-size and the hash of each file that a resumed run reads, and what run the checkpoint belongs to (`hf_embed.resume`); a hash of
-its own protects the manifest. A checkpoint that an earlier version wrote has none: its files are checked for what they say
-of themselves, a checksum in those of torch and the lengths in those of safetensors.
+A checkpoint is written under a temporary name, sealed with manifest.json (`seal`), flushed to the disk and renamed to
+checkpoint-N. The manifest holds the size and hash of each file that a resumed run reads, and describes the run that the
+checkpoint belongs to (`hf_embed.resume`). A hash of its own protects the manifest. Checkpoints of earlier versions have no
+manifest. Their files are checked by what their formats record: a checksum in torch files, and lengths in safetensors files.
 """
 
 import json
@@ -24,12 +24,12 @@ from hf_embed.safe_files import SAVING, hash_of, remove_folder
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-VERSION = 1  # of what the manifest says
+VERSION = 1  # format version of the manifest
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-ASIDE = f"{SAVING}{PREFIX_CHECKPOINT_DIR}-"  # begins the name of a checkpoint that is being written
-# Not in the manifest: what no resumed run reads, and people edit or pushes leave out.
+ASIDE = f"{SAVING}{PREFIX_CHECKPOINT_DIR}-"  # prefix of a checkpoint that is being written
+# Files that are not in the manifest: no resumed run reads them, and users edit them or a push leaves them out.
 LEFT_OUT = {MANIFEST, "README.md", "training_args.bin"}
-# What a resumed run would read if it lay beside the files of the manifest.
+# Files that a resumed run would read, even if the manifest does not list them.
 READ = re.compile(r"(model|pytorch_model|training\.safetensors|optimizer|scheduler|scaler|rng_state)[._-]?.*")
 TORCH_FILES = (".pt", ".pth", ".bin")
 
@@ -38,11 +38,11 @@ TORCH_FILES = (".pt", ".pth", ".bin")
 
 
 def seal(folder: Path, run: dict[str, Any]) -> None:
-    """Write the manifest of a checkpoint of which every file is there.
+    """Write the manifest of a checkpoint after all its files are written.
 
     Args:
-        folder: the checkpoint's, still under another name.
-        run: what run it belongs to, as JSON has it.
+        folder: the checkpoint folder, still under a temporary name.
+        run: a description of the run that the checkpoint belongs to, as JSON values.
     """
     files = {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": hash_of(folder / name)} for name in names_in(folder)}
     content: dict[str, Any] = {"version": VERSION, "files": files, "run": run}
@@ -51,28 +51,28 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the files of a checkpoint that the manifest lists, those in folders too, as paths with slashes."""
+    """Return the files of a checkpoint that the manifest lists, also those in subfolders, as paths with slashes."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if path.as_posix() not in LEFT_OUT and not path.name.startswith(SAVING))
 
 
 def hash_of_content(content: dict[str, Any]) -> str:
-    """Return the hash of a manifest, without the entry that has it."""
+    """Return the hash of a manifest, without the entry that stores this hash."""
     told = {key: value for key, value in content.items() if key != "xxh3_128"}
     return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
 
 
 def rotate(folder: Path, limit: int | None, keep: set[str], step: int) -> None:
-    """Remove checkpoints of a run until `limit` are left: the oldest by their step.
+    """Remove the oldest checkpoints of a run, by step, until `limit` are left.
 
-    Those of later steps than the present one go first: the run was resumed before them. Each gets another name before it goes,
-    so that no half of it is ever taken for a checkpoint.
+    Checkpoints with later steps than the current one are removed first, because the run was resumed from an earlier checkpoint.
+    Each checkpoint is renamed before it is removed, so that an incomplete one is never taken for a checkpoint.
 
     Args:
-        folder: the run's.
-        limit: None: all stay.
-        keep: the names of those that stay in any case.
-        step: the present one.
+        folder: the folder of the run.
+        limit: the number of checkpoints to keep. None keeps all.
+        keep: the names of checkpoints that stay in any case.
+        step: the current step.
     """
     found = checkpoints_in(folder)
     surplus = 0 if limit is None else len(found) - max(limit, len(keep))
@@ -92,10 +92,10 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run that is whole, with a warning of each that is skipped; None without checkpoints.
+    """Return the newest complete checkpoint of a run, or None if there are no checkpoints. Warn about each skipped one.
 
     Raises:
-        InputError: there are checkpoints, and none is whole.
+        InputError: if there are checkpoints and none is complete.
     """
     skipped: list[str] = []
     for path in newest_first(folder):
@@ -111,13 +111,13 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoint-N folders of a run, that of the last step first."""
+    """Return the checkpoint-N folders of a run, the latest step first."""
     found = checkpoints_in(folder)
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
 def check_whole(folder: Path) -> None:
-    """Raise InputError for a checkpoint that is damaged, with the name of one beside it that is whole."""
+    """Raise InputError if a checkpoint is damaged. The message names a complete checkpoint beside it, if there is one."""
     reason = damage(folder)
     if reason is None:
         return
@@ -128,7 +128,7 @@ def check_whole(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, in a few words; None where nothing is."""
+    """Return a short description of what is wrong with a checkpoint, or None if it is complete."""
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"no {TRAINER_STATE_NAME}"
     try:
@@ -141,10 +141,10 @@ def damage(folder: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint; None for one that an earlier version wrote.
+    """Return the manifest of a checkpoint, or None if an earlier version without manifests wrote the checkpoint.
 
     Raises:
-        InputError: it is not as it was written.
+        InputError: if the manifest was changed after it was written, or has another format version.
     """
     if not (folder / MANIFEST).is_file():
         return None
@@ -160,7 +160,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def damage_by_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
-    """Return how the files of a checkpoint differ from those of its manifest; sizes first, for they are known at once."""
+    """Return how the files of a checkpoint differ from its manifest, or None. Sizes are compared first, which is fast."""
     for name, file in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -175,7 +175,7 @@ def damage_by_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str | 
 
 
 def damage_by_itself(folder: Path) -> str | None:
-    """Return which file of a checkpoint without a manifest is half-written, as far as files can tell."""
+    """Return which file of a checkpoint without a manifest is incomplete, or None if the file formats show no damage."""
     for name in names_in(folder):
         path = folder / name
         try:
