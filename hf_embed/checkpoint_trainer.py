@@ -59,7 +59,7 @@ class CheckpointTrainer(HubTrainer):
         Args:
             resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in
                 `args.output_dir`.
-            trial: None.
+            trial: leave it None.
             ignore_keys_for_eval: not used here.
 
         Raises:
@@ -209,7 +209,7 @@ class CheckpointTrainer(HubTrainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         """Finish the training as `Trainer` does, but ignore the best checkpoint if it is damaged.
 
-        The model then keeps the weights of the last step.
+        In that case, the model keeps the weights of the last step.
         """
         if self.state.best_model_checkpoint is not None:
             self._settle_best(Path(self.state.best_model_checkpoint))
@@ -221,7 +221,7 @@ class CheckpointTrainer(HubTrainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log. If the training was resumed, its last entry also says from which step on its time and loss count."""
+        """Log as `Trainer` does. For a resumed training, the last entry also says from which step its time and loss count."""
         if "train_runtime" in logs and (step := first_step(self)):
             logs["resumed_at_step"] = step
         super().log(logs, start_time)

@@ -3,7 +3,7 @@
 1. A batch arrives flat: the tokens of all texts in one row, and the length of each text. Nothing is padded yet.
 2. The texts are sorted by length and divided into chunks of at most `chunk_tokens` tokens, padding included. A chunk also ends
    where more padding would cost more time than a further small chunk. Each chunk is padded to its own longest text.
-3. The embeddings of the chunks are put back into the order of the batch, so the chunks have no effect on the loss.
+3. The embeddings of the chunks are put back into the order of the batch, so the objective does not need to know the chunks.
 
 With `gradient_caching`, each chunk uses activation checkpointing. Its activations are freed after the forward pass and
 recomputed in the backward pass, with the same random states. The memory for activations is then that of one chunk, whatever the
@@ -53,7 +53,7 @@ def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[
 
 
 def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
-    """Increase the number of chunks to `count`: halve the largest, or duplicate one if all chunks are single texts."""
+    """Increase the number of chunks to `count`: halve the largest, or duplicate the first if all are single texts."""
     chunks = list(chunks)
     while len(chunks) < count:
         i = max(range(len(chunks)), key=lambda i: len(chunks[i]))

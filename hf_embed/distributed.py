@@ -1,6 +1,6 @@
-"""Exchange of embeddings and other objects between ranks.
+"""Communication between ranks. Only this module exchanges embeddings between ranks in training.
 
-The gradient is that of the mean loss over the global batch, without any extra factor:
+The gradient of a training step is that of the mean loss over the global batch, without any extra factor:
 
 1. Each rank computes the mean loss of its own rows against the rows of all ranks.
 2. The backward pass of the gather sums the gradients that all ranks compute for a row.
@@ -51,7 +51,10 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Gather the rows (B, ...) of R ranks to (R * B, ...). Gradients flow back as the module docstring describes."""
+    """Gather the rows (B, ...) of R ranks to (R * B, ...). With one rank, return `rows` unchanged.
+
+    Gradients flow back as the module docstring describes.
+    """
     return rows if get_world_size() == 1 else _AllGather.apply(rows)
 
 

@@ -52,8 +52,8 @@ class GuardedTrainer(CheckpointTrainer):
 
         Raises:
             Stopped: if such a signal ended the training. It is a `SystemExit`.
-            InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a gradient
-                is NaN or infinite, or if the memory of the GPU is full even with a single text at a time.
+            InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a loss, a
+                gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
         """
         folder, self.stopping = Path(str(self.args.output_dir)), False
         with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):

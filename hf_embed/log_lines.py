@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 def chief_metrics(logs: Mapping[str, Any], tasks: Mapping[str, Task], prefix: str) -> dict[str, str]:
     """Return the numbers of an evaluation that are shown, formatted, by name.
 
-    They are the main metric of each set, the means over sets, alignment and uniformity, and numbers that are no task's metrics.
+    They are the main metric of each set, the means over sets, alignment and uniformity, and numbers that are not from a task.
 
     Args:
         logs: metrics by name: PREFIX_NAME_METRIC and PREFIX_METRIC.
@@ -165,12 +165,12 @@ class Printer(PrinterCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Print the lines of a log."""
+        """Print the lines that can be shown after a log entry."""
         if state.is_world_process_zero:
             write(self.lines.add(logs or {}, args, state, control))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print a line whose evaluation has not come."""
+        """Print the line that waits, if its evaluation did not follow."""
         if state.is_world_process_zero and self.lines.waiting:
             write(self.lines.flush(state))
 
@@ -191,12 +191,12 @@ class Progress(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Print the lines of a log."""
+        """Print the lines that can be shown after a log entry."""
         if state.is_world_process_zero and self.lines is not None:
             write(self.lines.add(logs or {}, args, state, control))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print a line whose evaluation has not come."""
+        """Print the line that waits, if its evaluation did not follow."""
         if state.is_world_process_zero and self.lines is not None and self.lines.waiting:
             write(self.lines.flush(state))
 
@@ -253,7 +253,7 @@ def notebook_table(lines: LogLines) -> "NotebookProgressCallback":
 
 
 def show_lines(trainer: Trainer, tasks: Mapping[str, Task]) -> LogLines:
-    """Replace the callback with which `Trainer` prints its logs by one that shows lines. Return the maker of the lines."""
+    """Replace the callback with which `Trainer` prints its logs by one that shows lines. Return its `LogLines`."""
     lines = LogLines(tasks)
     replaced: TrainerCallback
     if trainer.pop_callback(PrinterCallback):

@@ -46,7 +46,7 @@ def first_rows(table: Dataset | Stream) -> list[dict[str, Any]]:
 
 
 def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, name: str) -> str:
-    """Return the first line: the number of rows, and how many of their texts are truncated."""
+    """Return the first line: the number of rows, and how many texts are truncated. For a stream, only the truncated share."""
     if isinstance(rows, Mixture):
         more = len(rows.names) - SHOWN_SOURCES
         listed = ", ".join(rows.names[:SHOWN_SOURCES]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Ranges for numeric settings. Each dataclass with settings has a table {field: Range}, and is checked when it is made."""
+"""Ranges for numeric settings. A dataclass has a table {field: Range}, and checks its fields with it when it is made."""
 
 import dataclasses
 import inspect
@@ -42,7 +42,7 @@ SEED = Range(least=0, most=2**32 - 1, whole=True)  # the seeds that NumPy accept
 
 
 def is_one_of(value: Any, names: Iterable[str]) -> bool:
-    """Return whether a value is one of some names. For a list or an array, return False, where `in` alone could fail."""
+    """Return whether a value is one of some names. Lists and arrays give False, whereas a plain `in` could fail on them."""
     return isinstance(value, str) and value in names
 
 

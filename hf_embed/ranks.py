@@ -35,7 +35,7 @@ SILENT = ("Timed out waiting", "timeout caused pair closure", "collective operat
 
 
 class PeerError(RankError):
-    """The error that another process of the run has ended. The error of that process says why."""
+    """The error when another process of the run has ended. The message of that process says why."""
 
     def __init__(self, message: str = "another process of this run has ended; its own error says why") -> None:
         super().__init__(message)

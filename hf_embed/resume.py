@@ -1,7 +1,7 @@
 """Decide whether the current run may resume from a checkpoint of an earlier run.
 
 `facts_of` describes a run, and the manifest of each checkpoint holds this description. `compare` compares the description in a
-checkpoint with that of the current run. What happens if they differ:
+checkpoint with that of the current run. What happens if one of these differs:
 
     rows, objective, pooling, prompts ...         error that names the change; `allow_changed` resumes with a warning
     trained parameters, optimizer, base model     error, because the tensors of the checkpoint would not fit

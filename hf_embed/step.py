@@ -170,7 +170,8 @@ def make_step(
 ) -> TrainingStep:
     """Build the module to train: the encoder with the settings in `args`, and the heads that the objective needs.
 
-    If `model` is an earlier `TrainingStep`, its heads are kept. Its temperature is reset to the objective's initial value.
+    If `model` is an earlier `TrainingStep`, the heads that are still needed are kept. The temperature is reset to the initial
+    value of the objective.
 
     Raises:
         InputError: if the model cannot be trained as asked, or could not be saved as a plain checkpoint.

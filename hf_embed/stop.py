@@ -2,7 +2,7 @@
 
     SIGTERM         sent by clusters and launchers before they kill a process: exit status 143
     SIGUSR1         sent by Slurm before the time limit (--signal=USR1@120): exit status 138
-    SIGINT          Ctrl-C: exit status 130. A second Ctrl-C, at least a second later, ends the run at once.
+    SIGINT          Ctrl-C: exit status 130. A second Ctrl-C, more than a second later, ends the run at once.
 
 These handlers are active only while a training runs. Before and after it, signals have their usual effect. At the end of each
 optimizer step, all ranks agree on whether one of them has received a signal. So all ranks stop after the same step.
@@ -46,7 +46,7 @@ class StopRequests(TrainerCallback):
     """Record the signals that arrive while a training runs.
 
     This is a context manager around the training, and also one of its callbacks. Python can set signal handlers only in the
-    main thread, so no signal is recorded in other threads.
+    main thread, so no signal is recorded if the training runs in another thread.
     """
 
     def __init__(self) -> None:

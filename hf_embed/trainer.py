@@ -91,7 +91,7 @@ class ContrastiveTrainer(GuardedTrainer):
     `eval_NAME_ndcg@10` and further metrics for retrieval. It also logs the mean of each metric over the sets that have it, for
     example `eval_spearman`. `metric_for_best_model` can name any of these metrics. With several sources, the training log has
     `loss_NAME` for each source that was drawn. With a learned temperature, it has `temperature`. Every training log has the
-    statistics of `hf_embed.watch`, which warns of a collapse and stops the run at NaN.
+    statistics of `hf_embed.watch`, which warns of a collapse and stops the run at NaN or infinity.
 
     Raises:
         InputError: if something is wrong with the data or the settings. This is raised before the first step.

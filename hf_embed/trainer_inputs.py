@@ -96,7 +96,7 @@ def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> C
 
 
 def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Objective:
-    """Return the objective; the default is SimCSE.
+    """Return the loss as an `Objective`; the default is SimCSE.
 
     Raises:
         InputError: if it is a text or a class, or cannot be called with the arguments in `CALLED_WITH`.
@@ -227,7 +227,7 @@ def refuse_columns(rows: Mapping[str, object], name: str) -> None:
     """Refuse a dict of columns and a dict that is a single row. A dict must map names to datasets.
 
     Raises:
-        InputError: if the dict is empty, or if one of its values is a text or a list of texts.
+        InputError: if the dict is empty, or if one of its values is a list of texts or a text that is not a file name.
     """
     if not rows:
         raise InputError(f"{name}: the dict is empty; give sets by name, or a single set")

@@ -226,7 +226,10 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
 
 
 def check_world(args: TrainingArguments) -> None:
-    """Raise InputError if processes were launched together but are not connected: each would silently train its own model."""
+    """Raise InputError if the process group and the training arguments disagree about the number of processes.
+
+    Each process would then silently train a model of its own.
+    """
     if get_world_size() != args.world_size:
         raise InputError(
             f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with "

@@ -252,7 +252,8 @@ def origin_of(rows: Any, name: str) -> Origin:
 
     Args:
         rows: the rows as they are given to the trainer.
-        name: the name of the rows in messages. Unless it is the default, "train_dataset", it is the name of the origin too.
+        name: the name of the rows in messages. If it is not the default, "train_dataset", and `rows` is not a path, then it is
+            also the name of the origin.
     """
     if isinstance(rows, str | Path):
         return Origin(shown(str(rows)))

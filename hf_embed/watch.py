@@ -10,7 +10,7 @@ Every training log has four statistics of the first rows of the last batch on th
 One warning is logged if the loss falls but the embeddings get worse, judged by the evaluation sets or, without evaluation sets,
 by the batches.
 
-The run ends if a loss, a gradient or a weight is NaN or infinite, before anything of it is saved. With `nan_steps="skip"`, the
+The run ends if a loss, a gradient or a weight is NaN or infinite, before such a model is saved. With `nan_steps="skip"`, the
 update by such a gradient is skipped instead, on all ranks. The log counts these steps as `skipped_steps`.
 
 Shapes: B rows, V texts per row, D width of an embedding.
@@ -64,8 +64,8 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
 
     There are two signs, and they count only if the loss falls:
 
-    - uniformity loses a quarter of its earlier improvement, and at least 0.1. If it never improved by more than 0.1, the limit
-      is half of its initial value;
+    - uniformity loses more than a quarter of its earlier improvement, and more than 0.1. If it never improved by more than 0.1,
+      the limit is half of its initial value;
     - alignment on the evaluation sets is more than 1.5 times its value at the start.
 
     Args:
@@ -164,7 +164,10 @@ class Watch(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Before a log, an evaluation or a checkpoint, end the run on all ranks if a loss or a weight is NaN or infinite."""
+        """End the run on all ranks if a loss or a weight is NaN or infinite.
+
+        This is checked before a log (losses only), before an evaluation or a checkpoint, and at the end of the training.
+        """
         assert model is not None
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
             return
