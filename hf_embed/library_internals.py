@@ -88,7 +88,7 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 
 def train_batch_size(trainer: "Trainer") -> int:
-    """Return the number of rows in a micro-batch on this rank, which `auto_find_batch_size` may have changed."""
+    """Return the number of rows in a micro-batch on this rank, as Trainer has set it."""
     return trainer._train_batch_size
 
 
