@@ -1,6 +1,7 @@
 """hf_embed: fine-tune any PreTrainedModel into a text-embedding model with the Hugging Face Trainer.
 
-A name is imported when it is used, for PyTorch and transformers take seconds: `import hf_embed` alone takes none.
+Public names are imported when they are first used, because importing PyTorch and transformers takes seconds.
+`import hf_embed` alone is immediate.
 """
 
 import importlib
@@ -55,7 +56,7 @@ __all__ = [
     "write_vectors",
 ]
 
-# Where each name of `__all__` is, as the imports above say to type checkers.
+# The module of each name in `__all__`. The imports above tell type checkers the same.
 MODULES = {
     "arguments": ["ContrastiveTrainingArguments"],
     "checkpoint.card": ["write_card"],
@@ -93,5 +94,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if starts_recipe():  # `hf-embed` says it when it knows the recipe
+if starts_recipe():  # the `hf-embed` command announces the version itself, as soon as it knows the recipe
     announce(__version__)

@@ -1,4 +1,4 @@
-"""Settings. `ContrastiveTrainingArguments` is for every user of the trainer; the other dataclasses are what recipes add."""
+"""The settings of the trainer. Recipes add dataclasses of their own, with further flags."""
 
 import dataclasses
 from contextlib import suppress
@@ -18,16 +18,20 @@ from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_befor
 
 @dataclass
 class ContrastiveTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and what an embedding model needs besides.
+    """`transformers.TrainingArguments` with the further settings that an embedding model needs.
 
-    Other defaults than there: `report_to` is TensorBoard where it is installed; `ddp_find_unused_parameters` is False
-    (parameters without a use are frozen); with `load_best_model_at_end` the metric is the mean STS Spearman, or the first
-    evaluation set's chief metric (nDCG@10, accuracy) where there is no STS set.
-    Fields of `TrainingArguments` that mean nothing here are refused, or named in a warning when the trainer is made:
-    `hf_embed.trainer_settings` lists both.
+    Some defaults differ from `transformers.TrainingArguments`:
+
+    - `report_to` is TensorBoard if it is installed;
+    - `ddp_find_unused_parameters` is False, because unused parameters are frozen;
+    - with `load_best_model_at_end`, the metric is the mean STS Spearman. Without an STS set, it is the main metric of the first
+      evaluation set, for example nDCG@10 or accuracy.
+
+    Some fields of `TrainingArguments` have no meaning here. They raise an error, or cause a warning when the trainer is built.
+    `hf_embed.trainer_settings` lists both groups.
 
     Raises:
-        InputError: a number out of range, a name that there is not, a package that is not installed.
+        InputError: if a number is out of range, a name is unknown, or a package is not installed.
     """
 
     pooling: str | None = field(
@@ -82,13 +86,13 @@ class ContrastiveTrainingArguments(TrainingArguments):
         check_before(self)
         chosen = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in METRIC_SCHEDULES
         if chosen and self.metric_for_best_model is None:
-            self.metric_for_best_model = "auto"  # the trainer knows the sets
+            self.metric_for_best_model = "auto"  # the trainer resolves it, because it knows the evaluation sets
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("alignment", "uniformity")):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         if not torch.accelerator.is_available():
-            # Said aloud, else transformers refuses bf16, and takes several CPU processes for several single ones.
+            # Without this, transformers refuses bf16 and treats several CPU processes as unrelated single processes.
             self.use_cpu = True
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
@@ -101,7 +105,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         self._check_own()
 
     def _check_own(self) -> None:
-        """Read the prompts, and raise InputError for what is wrong with the fields that TrainingArguments does not have."""
+        """Parse the prompts, and raise InputError if a field that TrainingArguments does not have is wrong."""
         if self.pooling is not None:
             check_pooling(self.pooling)
         if isinstance(self.prompts, str):
@@ -116,17 +120,18 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
     @classmethod
     def of(cls, args: TrainingArguments, has_loss: bool = False) -> Self:
-        """Return plain `TrainingArguments` with the fields that an embedding model needs besides, at their defaults.
+        """Convert plain `TrainingArguments`: add the fields that an embedding model needs, at their defaults.
 
-        Every value stays as it is: what `TrainingArguments` has derived is not derived again. Only where the loss would choose
-        the model, which is transformers' default, and no evaluation set logs a loss, the sets' own metric chooses it.
+        Values stay as they are, and derived values are not derived again. There are two exceptions. An unset
+        `ddp_find_unused_parameters` becomes False. If the loss would choose the best model, which is the default of
+        transformers, but no evaluation set logs a loss, then the main metric of the evaluation sets chooses it.
 
         Args:
-            args: of `TrainingArguments` or a class derived from it, whose own fields are at their defaults.
+            args: `TrainingArguments`, or a subclass whose additional fields are at their defaults.
             has_loss: whether an evaluation set logs a loss.
 
         Raises:
-            InputError: a setting that cannot be had here.
+            InputError: if a setting is not available here.
         """
         refuse_other_fields(args)
         made = object.__new__(cls)

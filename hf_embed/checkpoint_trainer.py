@@ -1,6 +1,7 @@
-"""A Trainer whose checkpoints are whole or not there, and that knows what it resumes.
+"""A Trainer that writes checkpoints atomically, and that checks a checkpoint before it resumes from it.
 
-`hf_embed.checkpoint.whole` seals and checks a checkpoint, `hf_embed.resume` compares its run with the present one.
+A checkpoint is either complete or absent. `hf_embed.checkpoint.whole` seals and checks checkpoints. `hf_embed.resume` compares
+the run that wrote a checkpoint with the current run.
 """
 
 import contextlib
@@ -34,18 +35,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
-LATEST = "latest"  # what True means, for those who read flags
-# What transformers says of a resumed run that is said better here, or that is not so here.
+LATEST = "latest"  # the same as True, but easier to read on a command line
+# Beginnings of transformers' messages about a resumed run that this package replaces, or that are wrong here.
 SAID_OTHERWISE = ("The best checkpoint ", "Warning: The following arguments do not match the ones in the `trainer_state.json`")
-# What is of a weight's shape in the state of torch's optimizers.
+# Entries of a torch optimizer's state that have the shape of their weight.
 OF_ITS_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg")
 
 
 class CheckpointTrainer(HubTrainer):
-    """What `ContrastiveTrainer` does about checkpoints."""
+    """The part of `ContrastiveTrainer` that writes checkpoints and resumes from them."""
 
     args: ContrastiveTrainingArguments
-    facts: resume.Facts  # what run this is; known when the training begins
+    facts: resume.Facts  # the description of this run; set when the training begins
 
     def train(
         self,
@@ -56,13 +57,15 @@ class CheckpointTrainer(HubTrainer):
         """Train, as `Trainer.train` does.
 
         Args:
-            resume_from_checkpoint: the folder of a checkpoint; True or "latest": the newest in `args.output_dir` that is whole.
-            trial: None.
-            ignore_keys_for_eval: of no use here.
+            resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in
+                `args.output_dir`.
+            trial: leave it None.
+            ignore_keys_for_eval: not used here.
 
         Raises:
-            InputError: there is no such checkpoint; it is damaged; its run had other rows, another objective or the like and
-                `args.allow_changed` is not set, or it is of another model; ranks read different rows.
+            InputError: if there are no training rows, if the checkpoint does not exist, is damaged or belongs to another model,
+                or if ranks read different rows. Also if the checkpoint's run had other rows, another objective or the like,
+                unless `args.allow_changed` is set.
         """
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
@@ -78,10 +81,10 @@ class CheckpointTrainer(HubTrainer):
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def find_checkpoint(self, given: str | bool) -> str:
-        """Return the checkpoint to resume from, which is whole and of this run; say what is other than it was.
+        """Return the checkpoint to resume from, after checking that it is complete and fits this run. Warn about changes.
 
         Raises:
-            InputError: see `train`.
+            InputError: as described in `train`.
         """
         folder, latest = Path(str(self.args.output_dir)), given is True or given == LATEST
         checkpoint = whole.newest_whole(folder) if latest else Path(str(given))
@@ -103,7 +106,7 @@ class CheckpointTrainer(HubTrainer):
         return str(checkpoint)
 
     def on_main(self, make: Callable[[], Made]) -> Made:
-        """Return on every rank what `make` returns on the main one, or raise its error."""
+        """Call `make` on the main process, and return its result on every rank, or raise its error on every rank."""
         made, problem = None, None
         if self.is_world_process_zero():
             try:
@@ -116,7 +119,7 @@ class CheckpointTrainer(HubTrainer):
         return cast(Made, made)
 
     def check_on_each_node(self, checkpoint: str) -> None:
-        """Raise InputError where a machine has a copy of its own of the checkpoint, and that is damaged."""
+        """Raise InputError if a machine has its own copy of the checkpoint (`save_on_each_node`) and that copy is damaged."""
         own = self.args.save_on_each_node and self.args.local_process_index == 0
         for rank, reason in enumerate(gather_objects(whole.damage(Path(checkpoint)) if own else None)):
             if reason is not None:
@@ -125,7 +128,7 @@ class CheckpointTrainer(HubTrainer):
     # ---- saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, seal it when all ranks have written, and put it in its place."""
+        """Write a checkpoint under a temporary name, seal it after all ranks have written, and rename it to its final name."""
         args, state, run_dir = self.args, self.state, Path(str(self.args.output_dir))
         self.store_flos()
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -135,7 +138,8 @@ class CheckpointTrainer(HubTrainer):
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
-            with disk_errors(run_dir / name):  # before what is half-written goes
+            # Inside the `try`, so that the error reports the free space before the temporary folder is removed.
+            with disk_errors(run_dir / name):
                 save_without_push(self, str(aside))
                 if not args.save_only_model:
                     save_optimization(self, str(aside))
@@ -150,7 +154,7 @@ class CheckpointTrainer(HubTrainer):
                 if args.should_save:
                     whole.seal(aside, self.facts)
                     safe_files.replace_folder(aside, run_dir / name)
-        finally:  # after an error, or on a machine that keeps no checkpoints
+        finally:  # remove the temporary folder after an error, or on a machine that keeps no checkpoints
             if args.should_save or args.local_process_index == 0:
                 shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -161,7 +165,7 @@ class CheckpointTrainer(HubTrainer):
             whole.rotate(run_dir, args.save_total_limit, {name, best_name}, state.global_step)
 
     def _note_callbacks(self) -> None:
-        """Put the states of the callbacks that have one into the trainer's; a list where several are of one class."""
+        """Store the states of stateful callbacks in the trainer's state; several callbacks of one class become a list."""
         states: dict[str, list[dict]] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -184,16 +188,17 @@ class CheckpointTrainer(HubTrainer):
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
         if resume_from_checkpoint is not None:
-            self.state.compute_steps(self.args, max_steps)  # when to log, evaluate and save is for the present flags to say
+            # The current flags, and not those in the checkpoint, set the batch size and when to log, evaluate and save.
+            self.state.compute_steps(self.args, max_steps)
             self.state.train_batch_size = train_batch_size(self)
             stored = read_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME), with_nan=True).get("best_model_checkpoint")
-            if stored is not None:  # found by its name: the run's folder may be another one now, or a copy
+            if stored is not None:  # look for it by its name, because the run's folder may have been moved or copied
                 places = [Path(resume_from_checkpoint).parent / Path(stored).name, Path(stored)]
                 self._settle_best(next((place for place in places if place.is_dir()), places[0]))
         return begun
 
     def _settle_best(self, best: Path) -> None:
-        """Let a folder be the best checkpoint so far, or none if it is not whole."""
+        """Record a folder as the best checkpoint so far, or record None if the checkpoint is incomplete."""
         reason = self.on_main(lambda: whole.damage(best))
         self.state.best_model_checkpoint = str(best)
         if reason is not None:
@@ -202,18 +207,21 @@ class CheckpointTrainer(HubTrainer):
                 logger.warning(f"{best}: the best checkpoint is not whole ({reason}), and is not used")
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        """Forget a best checkpoint that is damaged, so that the last step stays; then what `Trainer` does at the end."""
+        """Finish the training as `Trainer` does, but ignore the best checkpoint if it is damaged.
+
+        In that case, the model keeps the weights of the last step.
+        """
         if self.state.best_model_checkpoint is not None:
             self._settle_best(Path(self.state.best_model_checkpoint))
         best = self.state.best_model_checkpoint
         if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
             for path in whole.checkpoints_in(Path(str(self.args.output_dir))):
-                if not path.samefile(best):  # Trainer would remove it file by file
+                if not path.samefile(best):  # Trainer would remove it file by file, which could leave a damaged checkpoint
                     safe_files.remove_folder(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to the log of the end of a training from which step on its time and its loss are, if it was resumed."""
+        """Log as `Trainer` does. For a resumed training, the last entry also says from which step its time and loss count."""
         if "train_runtime" in logs and (step := first_step(self)):
             logs["resumed_at_step"] = step
         super().log(logs, start_time)
@@ -232,7 +240,7 @@ class CheckpointTrainer(HubTrainer):
         epochs_trained: int,
         steps_trained_in_current_epoch: int,
     ) -> None:
-        """Train no further step where a finished run is resumed."""
+        """Train one epoch, or nothing if the resumed run is already finished."""
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
@@ -244,7 +252,11 @@ class CheckpointTrainer(HubTrainer):
         )  # fmt: skip
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Read the states of optimizer and schedule; the present settings go on, also where they are other than then."""
+        """Read the states of optimizer and learning-rate schedule, but keep the current settings, such as the learning rate.
+
+        Raises:
+            InputError: if a file cannot be read, or does not fit this run.
+        """
         if checkpoint is None:
             return
         if self.is_deepspeed_enabled:
@@ -271,13 +283,13 @@ class CheckpointTrainer(HubTrainer):
             raise unreadable(str(checkpoint), names, error) from error
 
 
-# ---- what is read ----
+# ---- checks of the files of a checkpoint ----
 
 
 def starting_anew(checkpoint: Path) -> str | None:
-    """Say what a checkpoint does not hold, so that it starts anew; None where everything is there."""
+    """Describe the training state that a checkpoint lacks and that therefore starts again. None if the state is complete."""
     names = whole.names_in(checkpoint)
-    if any(name.startswith("global_step") for name in names):  # DeepSpeed's own
+    if any(name.startswith("global_step") for name in names):  # DeepSpeed stores its state in a folder of its own
         return None
     optimizer, schedule, random = (any(name.startswith(part) for name in names) for part in ("optimizer", "scheduler", "rng_"))
     if not (optimizer or schedule or random):
@@ -288,7 +300,7 @@ def starting_anew(checkpoint: Path) -> str | None:
 
 
 def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputError:
-    """Return the error about the first of a checkpoint's files that cannot be read, or about files that do not fit."""
+    """Return the error for the first of these files that cannot be read. If all can be read, say that they do not fit."""
     for name in names:
         if Path(checkpoint, name).is_file():
             try:
@@ -299,7 +311,7 @@ def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputErro
 
 
 def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
-    """Raise InputError where the state of one of torch's optimizers is not of its weights' shapes."""
+    """Raise InputError if the state of a torch optimizer does not have the shapes of its weights."""
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
     for parameter, state in optimizer.state.items():
@@ -313,7 +325,12 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def without_messages(names: tuple[str, ...], beginnings: tuple[str, ...]) -> Iterator[None]:
-    """Let loggers leave out, for a while, the messages that begin so."""
+    """Suppress log messages for a while.
+
+    Args:
+        names: the loggers.
+        beginnings: how the suppressed messages begin.
+    """
 
     def wanted(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(beginnings)

@@ -1,16 +1,16 @@
-"""Texts of one step, cut into length-sorted chunks, each encoded with hardly any padding.
+"""Encode the texts of one step in length-sorted chunks, with very little padding.
 
-1. A batch arrives flat: all its tokens in one row, and the length of each text. Nothing is padded yet.
-2. The texts are sorted by length and cut into chunks of at most `chunk_tokens` padded tokens; the cut also falls where
-   padding would begin to cost more than a small chunk does. Each chunk is padded to its own longest text.
-3. The chunks' embeddings are put back into the order of the batch, so the loss never knows.
+1. A batch arrives flat: the tokens of all texts in one row, and the length of each text. Nothing is padded yet.
+2. The texts are sorted by length and divided into chunks of at most `chunk_tokens` tokens, padding included. A chunk also ends
+   where more padding would cost more time than a further small chunk. Each chunk is padded to its own longest text.
+3. The embeddings of the chunks are put back into the order of the batch, so the objective does not need to know the chunks.
 
-With `gradient_caching` each chunk runs under activation checkpointing: its activations are thrown away after the forward
-pass and computed again, under the same random states, in the backward pass. Memory is then that of one chunk, whatever
-the batch; gradients are bit for bit those of the same chunks without it. DDP sees one forward and one backward, and so
-reduces gradients once.
+With `gradient_caching`, each chunk uses activation checkpointing. Its activations are freed after the forward pass and
+recomputed in the backward pass, with the same random states. The memory for activations is then that of one chunk, whatever the
+batch size. The gradients are bit for bit the same as with the same chunks and no caching. DDP still sees one forward and one
+backward pass, so it reduces gradients once.
 
-Shapes: N texts with S tokens in all; a chunk has b texts padded to T tokens; D is the width of an embedding.
+Shapes: N texts with S tokens in total. A chunk has b texts, padded to T tokens. D is the width of an embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_embed.distributed import gather_objects
 
-# A chunk is closed early when the next text is this much shorter than its longest one ...
+# A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.
 MAX_PADDING = 0.15
-# ... unless the chunk is still smaller than this: tiny chunks leave the hardware idle.
+# But a chunk with fewer padded tokens than this does not end early, because very small chunks use the hardware badly.
 MIN_CHUNK_TOKENS = {"cpu": 512, "default": 2048}
 
 
 def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[list[int]]:
-    """Cut texts of the given lengths into chunks of text numbers, longest first.
+    """Divide texts with the given lengths into chunks. Each chunk is a list of indices of texts, longest text first.
 
     >>> plan_chunks([3, 9, 3, 8], chunk_tokens=18, min_tokens=4)
     [[1, 3], [0, 2]]
 
-    A chunk has at most `chunk_tokens` padded tokens, a text longer than that a chunk of its own.
+    A chunk has at most `chunk_tokens` tokens, padding included. A text that is longer than that gets a chunk of its own.
     """
     chunks: list[list[int]] = []
     chunk: list[int] = []
@@ -53,7 +53,7 @@ def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[
 
 
 def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
-    """Make exactly `count` chunks by halving the largest; where all are single texts, the first is encoded again."""
+    """Increase the number of chunks to `count`: halve the largest, or duplicate the first if all are single texts."""
     chunks = list(chunks)
     while len(chunks) < count:
         i = max(range(len(chunks)), key=lambda i: len(chunks[i]))
@@ -63,16 +63,16 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
 
 
 def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pad the texts of one chunk, whose tokens stand in one row of S ids.
+    """Pad the texts of one chunk. Here S is the number of tokens in the chunk.
 
     Args:
-        ids: (S,) the tokens.
-        words: (S + 1, width) the ids' rows of the word table, and last the padding token's; or None.
-        lengths: (b,) the tokens of each text, on the CPU, so that no GPU is waited for.
-        pad_id: what the ids are padded with.
+        ids: (S,) token ids of all texts of the chunk, one text after the other.
+        words: (S + 1, width) token embeddings of `ids`, followed by that of the padding token; or None.
+        lengths: (b,) the number of tokens of each text. It is a CPU tensor, so that reading it does not wait for the GPU.
+        pad_id: the id of the padding token.
 
     Returns:
-        Token ids (b, T); mask (b, T); words (b, T, width) or None.
+        Token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None.
     """
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     places = (mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, len(ids)).to(ids.device)
@@ -93,19 +93,20 @@ def encode_in_chunks(
     """Encode the texts of a flat batch, chunk by chunk.
 
     Args:
-        encode: maps token ids and mask, both (b, T), and the ids' rows of the word table (b, T, width) or None, to (b, D).
-        input_ids: (S,) the tokens of all texts, one text behind the other.
-        lengths: the tokens of each text, N numbers that sum to S.
-        pad_id: what chunks are padded with.
-        chunk_tokens: padded tokens of a chunk.
-        gradient_caching: compute a chunk again in the backward pass instead of keeping its activations.
-        equal_chunks: every rank encodes equally many chunks, which sharded models need: there each layer of each chunk is a
-            collective.
-        embed_tokens: the word table, (S,) -> (S, width), read once for all chunks: its gradient is as large as the table, and
-            one for each chunk would cost more than the chunk. None: each chunk reads it inside the model.
+        encode: maps token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None, to (b, D).
+        input_ids: (S,) the tokens of all texts, one text after the other.
+        lengths: the number of tokens of each text: N numbers that sum to S.
+        pad_id: the id of the padding token.
+        chunk_tokens: the maximum number of tokens in a chunk, padding included.
+        gradient_caching: recompute each chunk in the backward pass instead of keeping its activations.
+        equal_chunks: encode the same number of chunks on every rank. Sharded models need this, because each layer of each chunk
+            is a collective.
+        embed_tokens: the table of token embeddings, (S,) -> (S, width), which is then read once for all chunks. Its gradient is
+            as large as the table, so one gradient for each chunk would cost more time than the chunk itself. None: each chunk
+            reads the table inside the model.
 
     Returns:
-        (N, D), in the batch's order.
+        Embeddings (N, D), in the order of the batch.
     """
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
     chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
@@ -123,14 +124,14 @@ def encode_in_chunks(
             encoded.append(encode(*padded))
     embeddings = torch.cat(encoded)
     restored = embeddings[move_back(order, len(lengths)).to(input_ids.device)]
-    # A text encoded once more has its backward pass too, with nothing in it.
+    # Keep duplicate chunks in the autograd graph with zero gradient, so every rank runs the same number of collectives.
     return restored if len(order) == len(lengths) else restored + 0 * embeddings.sum()
 
 
 def move_tokens(lengths: Tensor, order: Tensor) -> Tensor:
-    """Return where the tokens of text order[0] stand in the batch, then those of text order[1], and so on.
+    """Return the positions in the batch of the tokens of text order[0], then those of text order[1], and so on.
 
-    Three texts with the tokens 0 1 | 2 | 3 4 5, and the longest first:
+    Three texts with the tokens 0 1 | 2 | 3 4 5, reordered so that the longest comes first:
 
         >>> move_tokens(torch.tensor([2, 1, 3]), order=torch.tensor([2, 0, 1]))
         tensor([3, 4, 5, 0, 1, 2])
@@ -142,7 +143,7 @@ def move_tokens(lengths: Tensor, order: Tensor) -> Tensor:
 
 
 def move_back(order: Tensor, texts: int) -> Tensor:
-    """Return where each of so many texts stands in `order`.
+    """Return the position of each text in `order`. `texts` is the number of texts.
 
     >>> move_back(torch.tensor([2, 0, 1]), texts=3)
     tensor([1, 2, 0])
@@ -155,7 +156,18 @@ def move_back(order: Tensor, texts: int) -> Tensor:
 def words_of_chunks(
     embed_tokens: Callable[[Tensor], Tensor] | None, input_ids: Tensor, counts: list[int], pad_id: int
 ) -> Sequence[Tensor | None]:
-    """Read the word table once: for each chunk of so many tokens their rows, (tokens + 1, width), and last the padding's."""
+    """Look up the token embeddings of all chunks at once.
+
+    Args:
+        embed_tokens: the table of token embeddings, or None.
+        input_ids: (S,) the tokens of all chunks, in the order of the chunks.
+        counts: the number of tokens in each chunk.
+        pad_id: the id of the padding token.
+
+    Returns:
+        For each chunk (tokens + 1, width): its token embeddings, followed by that of the padding token. Without a table, None
+        for each chunk.
+    """
     if embed_tokens is None:
         return [None] * len(counts)
     *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_tensor([pad_id])])).split([*counts, 1])

@@ -1,8 +1,10 @@
-"""The one place where ranks exchange embeddings.
+"""Communication between ranks. Only this module exchanges embeddings between ranks in training.
 
-The contract: each rank takes the mean loss of its own rows against the rows of all ranks; the backward pass of the gather
-adds up what all ranks send back to a row; so the average over ranks, which DDP and FSDP take, is the gradient of the mean
-loss over the global batch. No factor anywhere.
+The gradient of a training step is that of the mean loss over the global batch, without any extra factor:
+
+1. Each rank computes the mean loss of its own rows against the rows of all ranks.
+2. The backward pass of the gather sums the gradients that all ranks compute for a row.
+3. DDP and FSDP average the gradients over the ranks.
 """
 
 import os
@@ -16,22 +18,22 @@ Gathered = TypeVar("Gathered")
 
 
 def get_rank() -> int:
-    """Return the number of this process among those of the process group; 0 where there is no group."""
+    """Return the rank of this process in the process group, or 0 if there is no group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process that speaks for all, also where a launcher has started several without a group yet."""
+    """Return whether this is the main process, also before a launcher's processes have formed a process group."""
     return get_rank() == 0 and os.environ.get("RANK", "0") == "0"
 
 
 def get_world_size() -> int:
-    """Return the number of processes of the process group; 1 where there is no group."""
+    """Return the number of processes in the process group, or 1 if there is no group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _AllGather(torch.autograd.Function):
-    """Map own rows (B, ...) to those of all ranks (R * B, ...), in rank order. B is the same on every rank."""
+    """Gather rows (B, ...) of each of R ranks to (R * B, ...), in rank order. B must be the same on every rank."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -49,7 +51,10 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows of all ranks, (R * B, ...) from (B, ...), differentiable under the contract above; `rows` on one rank."""
+    """Gather the rows (B, ...) of R ranks to (R * B, ...). With one rank, return `rows` unchanged.
+
+    Gradients flow back as the module docstring describes.
+    """
     return rows if get_world_size() == 1 else _AllGather.apply(rows)
 
 
@@ -68,10 +73,10 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(thing: Gathered) -> list[Gathered]:
-    """Return a picklable object of every rank, in rank order."""
+    """Gather a picklable object from every rank, in rank order. Every rank must call this."""
     ranks = get_world_size()
     if ranks == 1:
         return [thing]
-    gathered = [thing] * ranks  # each is overwritten
+    gathered = [thing] * ranks  # placeholders that `all_gather_object` overwrites
     dist.all_gather_object(gathered, thing)
     return gathered

@@ -1,4 +1,4 @@
-"""A Trainer that comes through what happens to runs: signals, lost ranks, gradients that are no numbers, full memory."""
+"""A Trainer that handles signals, lost ranks, NaN or infinite gradients, and full GPU memory during a training."""
 
 import logging
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedTrainer(CheckpointTrainer):
-    """What `ContrastiveTrainer` does when something happens to a training."""
+    """The part of `ContrastiveTrainer` that handles interruptions and failures of a training."""
 
     args: ContrastiveTrainingArguments
     watch: Watch
@@ -36,8 +36,9 @@ class GuardedTrainer(CheckpointTrainer):
         super().__init__(*args, **kwargs)
         self.check_skipping()
         self.add_callback(self.stop_requests)
-        if jit := self.pop_callback(JITCheckpointCallback):  # of `enable_jit_checkpoint`, which would end with status 0
-            jit.on_train_end(self.args, self.state, self.control)  # gives the signal back
+        # `enable_jit_checkpoint` adds this callback. It would end the run with exit status 0, so it is removed.
+        if jit := self.pop_callback(JITCheckpointCallback):
+            jit.on_train_end(self.args, self.state, self.control)  # restores the earlier signal handler
 
     # ---- signals and ranks ----
 
@@ -47,12 +48,12 @@ class GuardedTrainer(CheckpointTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; SIGTERM, SIGUSR1 and SIGINT end it with a checkpoint, as `hf_embed.stop` says.
+        """Train. SIGTERM, SIGUSR1 and SIGINT save a checkpoint and end the training, as `hf_embed.stop` describes.
 
         Raises:
-            Stopped: a `SystemExit` after such a signal.
-            InputError: another run writes to the output folder; another rank has ended, or does not answer; a gradient is not
-                a number; the memory of the GPU is full even with a single text at a time.
+            Stopped: if such a signal ended the training. It is a `SystemExit`.
+            InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a loss, a
+                gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
         """
         folder, self.stopping = Path(str(self.args.output_dir)), False
         with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
@@ -69,7 +70,7 @@ class GuardedTrainer(CheckpointTrainer):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        """Do what is due, and then stop if a signal says so."""
+        """Log, evaluate and save if it is time for that. Then stop if a signal was received."""
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
@@ -79,13 +80,13 @@ class GuardedTrainer(CheckpointTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Return the batches of a step, and keep them until the next one."""
+        """Return the micro-batches of a step, and keep them until the next step, in case the step must be repeated."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_memory = StepMemory(batches)
         return batches, items
 
     def _stop(self, number: int, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, if this step has none, and raise Stopped."""
+        """Save a checkpoint if this step has none yet, and raise Stopped. `number` is the number of the signal."""
         requests, step, checkpoint = self.stop_requests, self.state.global_step, None
         self.stopping = True
         if requests.saves:
@@ -102,20 +103,22 @@ class GuardedTrainer(CheckpointTrainer):
     # ---- full memory ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the loss of a batch, with its gradient added up.
+        """Return the loss of a micro-batch, and accumulate its gradient.
 
-        Where a single process runs out of a GPU's memory, the step begins again with half of `chunk_tokens` and with gradient
-        caching, as do all that follow. The gradient is the same, but for the other draws of dropout in other chunks.
+        If a run of one process runs out of GPU memory, the step is repeated with half of `chunk_tokens` and with gradient
+        caching. All later steps use the same settings. The gradient is the same except for dropout, which draws other random
+        numbers in other chunks.
 
         Raises:
-            InputError: it has run out with a single text at a time; or one of several processes has.
+            InputError: if the memory is full even with a single text at a time.
+            RankError: if the memory of one of several processes is full.
         """
         memory, number = self.step_memory, self.step_memory.begin()
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             self._use_less_memory(error)
-        while True:  # outside the handler, which would keep what has filled the memory
+        while True:  # outside the except block, whose traceback would keep the tensors that fill the memory
             memory.restore(model)
             clear_device_cache(garbage_collection=True)
             try:
@@ -126,7 +129,7 @@ class GuardedTrainer(CheckpointTrainer):
                 self._use_less_memory(error)
 
     def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
-        """Halve `chunk_tokens` and say so, or raise InputError where that does not help."""
+        """Halve `chunk_tokens` and warn, or raise the error about full memory if a smaller value cannot help."""
         args, step = self.args, self.state.global_step + 1
         budget = args.chunk_tokens or default_chunk_tokens(args.device)
         mend = "set a lower chunk_tokens, gradient_caching or a smaller per_device_train_batch_size"
@@ -144,39 +147,39 @@ class GuardedTrainer(CheckpointTrainer):
             "gradient_caching, as all that follow; give both to have them from the first step"
         )
 
-    # ---- gradients that are no numbers ----
+    # ---- gradients that are NaN or infinite ----
 
     def check_skipping(self) -> None:
-        """Raise InputError where the update of a single step cannot be skipped."""
+        """Raise InputError if `nan_steps` is "skip" and the optimizer cannot skip the update of a step."""
         optimizer = "DeepSpeed" if self.is_deepspeed_enabled else str(getattr(self.args.optim, "value", self.args.optim))
         if self.args.nan_steps == "skip" and optimizer in ("DeepSpeed", "lomo", "adalomo"):
             raise InputError(f"nan_steps is skip, but {optimizer} updates weights while it computes gradients; leave it out")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """Return the norm of the gradient of a step, which is the same on every rank, and let the watch see it."""
+        """Return the gradient norm of a step, which is the same on every rank, and pass it to the watch."""
         norm = super()._get_grad_norm(model, grad_norm)
-        scaled = self.accelerator.mixed_precision == "fp16"  # whose scaler leaves such steps out by itself
+        scaled = self.accelerator.mixed_precision == "fp16"  # the gradient scaler of fp16 already skips such steps
         self.watch.norm = None if scaled else whole_norm(norm)
         return norm
 
 
 class StepMemory:
-    """What a step needs to begin again: its batches, and the random numbers of its beginning."""
+    """The data that is needed to repeat a step: its micro-batches, and the random state at its start."""
 
     def __init__(self, batches: list[dict[str, Any]]):
         self.batches = batches
-        self.begun = 0  # batches
-        self.random: list[Tensor] = []
+        self.begun = 0  # number of micro-batches that have begun
+        self.random: list[Tensor] = []  # random states at the start of the step: CPU, then GPU
 
     def begin(self) -> int:
-        """Note that a batch begins; return its number in the step."""
+        """Record that a micro-batch begins, and return its number within the step, from 0."""
         if not self.begun:
             self.random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
         self.begun += 1
         return self.begun - 1
 
     def restore(self, model: nn.Module) -> None:
-        """Forget the gradients of the step, and draw its random numbers again."""
+        """Clear the gradients of the step, and restore the random state at its start."""
         model.zero_grad()
         torch.set_rng_state(self.random[0])
         for state in self.random[1:]:
@@ -184,5 +187,5 @@ class StepMemory:
 
 
 def whole_norm(norm: Tensor | float | None) -> Tensor | float | None:
-    """Return a norm that FSDP has left in parts as a whole."""
+    """Return a gradient norm as a plain value. FSDP may leave it distributed over the ranks as a DTensor."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

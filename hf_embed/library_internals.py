@@ -1,7 +1,8 @@
-"""Every private name of another library that this package relies on, each behind a function or constant.
+"""Wrappers for every private name of another library that this package uses. Each one is a function or a constant.
 
-A private name may change with any release. tests/test_library_internals.py has one test for each, so that an upgrade tells at
-once which one moved; only this file has to follow then. No other module may use a private name of another library.
+A private name may change with any release. tests/test_library_internals.py has one test for each name, so after an upgrade the
+tests show at once which name has changed. Only this file must then be adapted. No other module may use a private name of
+another library.
 """
 
 import argparse
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.trainer_utils import TrainerMemoryTracker
 
-__all__ = ["PushInProgress"]  # transformers calls it internal: `Trainer.push_in_progress` has to be one
+__all__ = ["PushInProgress"]  # internal to transformers, but `Trainer.push_in_progress` must be an object of this class
 
-# Private methods of `Trainer` that `ContrastiveTrainer` replaces, and the parameters that they are called with.
+# Private methods of `Trainer` that `ContrastiveTrainer` overrides, and the parameters that they are called with.
 # fmt: off
 REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_save": ("output_dir", "state_dict"),
@@ -46,7 +47,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_get_grad_norm": ("model", "grad_norm"),
 }
 # fmt: on
-# Private methods of `evaluate.Metric` that a metric has to define.
+# Private methods of `evaluate.Metric` that a metric must define.
 METRIC_METHODS = ("_info", "_compute")
 
 
@@ -54,7 +55,7 @@ METRIC_METHODS = ("_info", "_compute")
 
 
 def attention_backend(config: Any) -> str | dict | None:
-    """Return the attention that a model runs on: "sdpa", "flash_attention_2", a dict of them by submodel, or None."""
+    """Return a model's attention implementation: "sdpa", "flash_attention_2", a dict of them by submodel, or None."""
     return getattr(config, "_attn_implementation", None)
 
 
@@ -64,17 +65,17 @@ def saves_its_code(kind: type) -> bool:
 
 
 def layers_to_wrap(model: nn.Module) -> Any:
-    """Return the class names of the layers that FSDP wraps one by one."""
+    """Return the class names of the layers that FSDP wraps separately."""
     return model._no_split_modules
 
 
 def forget_adapters(model: nn.Module) -> None:
-    """Let `save_pretrained` write the whole model, whose adapters are merged, instead of adapters alone."""
+    """Make `save_pretrained` write the whole model with its merged adapters, instead of the adapters only."""
     model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def optional_file(name: str, file: str, **hub: Any) -> str | None:
-    """Return the local path of a file of a model folder or Hub repository; None if there is no such file."""
+    """Return the local path of a file in a model folder or Hub repository, or None if there is no such file."""
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
 
 
@@ -82,39 +83,39 @@ def optional_file(name: str, file: str, **hub: Any) -> str | None:
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Keep `Trainer` from wrapping the model in `DataParallel`, which it does where one process sees several GPUs."""
+    """Prevent `Trainer` from wrapping the model in `DataParallel`, which it does if one process sees several GPUs."""
     args._n_gpu = 1
 
 
 def train_batch_size(trainer: "Trainer") -> int:
-    """Return the rows of a batch on this rank, as `auto_find_batch_size` has set them."""
+    """Return the number of rows in a micro-batch on this rank, as Trainer has set it."""
     return trainer._train_batch_size
 
 
 def first_step(trainer: "Trainer") -> int:
-    """Return the step from which the last training went on; 0 where it was not resumed."""
+    """Return the step from which the last training was resumed, or 0 if it was not resumed."""
     return trainer._initial_global_step
 
 
 def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":
-    """Return what measures memory for `skip_memory_metrics=False`; to be started and stopped around an evaluation."""
+    """Return the object that measures memory if `skip_memory_metrics=False`. Start and stop it around an evaluation."""
     return trainer._memory_tracker
 
 
 def save_without_push(trainer: "Trainer", folder: str | None = None) -> None:
-    """Save the model in `folder` or the output folder, and do not push it even where `push_to_hub` is set."""
+    """Save the model in `folder` or in the output folder, without pushing it, even if `push_to_hub` is set."""
     trainer.save_model(folder, _internal_call=True)
 
 
 def save_optimization(trainer: "Trainer", folder: str) -> None:
-    """Write the states of optimizer, schedule and gradient scaler, and of this rank's random numbers, into `folder`."""
+    """Write the states of optimizer, learning-rate schedule and gradient scaler, and this rank's random state, to `folder`."""
     trainer._save_optimizer_and_scheduler(folder)
     trainer._save_scaler(folder)
     trainer._save_rng_state(folder)
 
 
 def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
-    """Save a checkpoint of this step, with what resuming needs."""
+    """Save a checkpoint of the current step, with everything that a resumed run needs."""
     trainer._save_checkpoint(model, trial)
 
 
@@ -122,7 +123,10 @@ def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
 
 
 def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
-    """Let a schedule go on from other learning rates, one of each group of weights: they are `rates` times its factor now."""
+    """Give a learning-rate schedule new base rates, one for each parameter group.
+
+    The current learning rates become `rates` times the current factor of the schedule.
+    """
     scheduler.base_lrs = rates
     scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas)]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
@@ -135,17 +139,17 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
 
 
 def set_group_timeout(timeout: timedelta) -> None:
-    """Set how long a collective of the default group waits for other ranks, with gloo as with NCCL."""
+    """Set how long a collective of the default group waits for other ranks, for both gloo and NCCL."""
     torch.distributed.distributed_c10d._set_pg_timeout(timeout)
 
 
 def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:
-    """Set what `Dataset.map` names its cache by, so that the same file is not tokenized twice."""
+    """Set the fingerprint that names the cache files of `Dataset.map`, so that the same file is not tokenized twice."""
     rows._fingerprint = fingerprint
 
 
 def fingerprint_of(rows: datasets.Dataset) -> str:
-    """Return what `Dataset.map` names the cache of these rows by."""
+    """Return the fingerprint that names the cache files of `Dataset.map` for these rows."""
     return rows._fingerprint
 
 

@@ -1,9 +1,9 @@
-"""What a person sees of a run: a line for a log of the training, merged with that of the evaluation at the same step.
+"""The log lines that a user sees during a run. Training and evaluation at the same step share one line.
 
     step  15/90  loss 3.88  quickstart 51.23  alignment 0.325  uniformity -1.74
 
-Each evaluation set stands by its main metric; means are shown where several sets share one. `log_history`, TensorBoard and the
-other loggers have every number.
+For each evaluation set, the line has its name and its main metric. If several sets have the same main metric, the line also has
+the mean. `log_history`, TensorBoard and the other loggers have all numbers.
 """
 
 import sys
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from transformers.utils.notebook import NotebookProgressCallback
 
 GEOMETRY = ("alignment", "uniformity")
-SHOWN_BESIDE = ("loss", "temperature", *GEOMETRY)  # an evaluation set of such a name is shown with its metric
-# What is for loggers: of a log of the training, and at the end of a metric's name.
+# An evaluation set with one of these names is shown with its metric, to avoid confusion.
+SHOWN_BESIDE = ("loss", "temperature", *GEOMETRY)
+# Numbers that only the loggers get: beginnings of names in a training log, and endings of the names of metrics.
 FOR_LOGGERS = ("loss_", "norm_spread", "masked_share", "grad_norm", "total_flos", "num_input_tokens_", "train_mem_",
                "before_init_mem_", "init_mem_")  # fmt: skip
 TIMES = ("_runtime", "_per_second", "_preparation_time", "epoch")
 
 
 def digits(value: Any, count: int = 3) -> str:
-    """Write a number with so many significant digits; anything else as it is."""
+    """Format a number with `count` significant digits. Integers are written in full, and other values as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -42,7 +43,7 @@ def digits(value: Any, count: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people.
+    """Format a duration for people.
 
     >>> duration(137.1)
     '2 min 17 s'
@@ -55,12 +56,14 @@ def duration(seconds: float) -> str:
 
 
 def chief_metrics(logs: Mapping[str, Any], tasks: Mapping[str, Task], prefix: str) -> dict[str, str]:
-    """Return what is shown of an evaluation, written, by its name: sets, means, alignment and uniformity, and further numbers.
+    """Return the numbers of an evaluation that are shown, formatted, by name.
+
+    They are the main metric of each set, the means over sets, alignment and uniformity, and numbers that are not from a task.
 
     Args:
-        logs: PREFIX_NAME_METRIC and so on.
-        tasks: the sets that were scored, by name.
-        prefix: that the metrics' names begin with, "eval".
+        logs: metrics by name: PREFIX_NAME_METRIC and PREFIX_METRIC.
+        tasks: the evaluation sets that were scored, by name.
+        prefix: the prefix of the metric names, for example "eval".
     """
     shown: dict[str, str] = {}
     for name, task in tasks.items():
@@ -82,9 +85,9 @@ def chief_metrics(logs: Mapping[str, Any], tasks: Mapping[str, Task], prefix: st
 
 
 def training_numbers(logs: Mapping[str, Any], args: TrainingArguments, geometry: bool) -> dict[str, str]:
-    """Return what is shown of a log of the training, written, by its name.
+    """Return the numbers of a training log that are shown, formatted, by name.
 
-    The learning rate is shown where it follows the evaluation; the alignment and uniformity of the batch where `geometry`.
+    The learning rate is shown if it depends on the evaluation. Alignment and uniformity of the batch are shown if `geometry`.
     """
     hidden = ("epoch", "step", *(() if geometry else GEOMETRY))
     if args.lr_scheduler_type not in METRIC_SCHEDULES:
@@ -94,7 +97,7 @@ def training_numbers(logs: Mapping[str, Any], args: TrainingArguments, geometry:
 
 
 def summary(logs: Mapping[str, Any], state: TrainerState) -> str:
-    """Return the line of a training that has ended."""
+    """Return the line that is shown at the end of a training."""
     steps, seconds = state.global_step, float(logs["train_runtime"])
     own = steps - logs.get("resumed_at_step", 0)
     if not own:
@@ -106,19 +109,19 @@ def summary(logs: Mapping[str, Any], state: TrainerState) -> str:
 
 
 class LogLines:
-    """Makes lines of logs. One of the training waits for the evaluation that is due at its step."""
+    """Makes lines from log entries. The line of a training log waits if an evaluation follows at the same step."""
 
     def __init__(self, tasks: Mapping[str, Task] | None = None):
-        self.tasks, self.prefix = dict(tasks or {}), "eval"  # of the evaluation that is being logged
-        self.geometry = not any(metric in metric_names(self.tasks) for metric in GEOMETRY)
-        self.waiting: tuple[int, dict[str, str]] | None = None  # the step of a log, and what is shown of it
+        self.tasks, self.prefix = dict(tasks or {}), "eval"  # those of the evaluation that is logged next
+        self.geometry = not any(metric in metric_names(self.tasks) for metric in GEOMETRY)  # show them for batches?
+        self.waiting: tuple[int, dict[str, str]] | None = None  # the step and the numbers of the training log that waits
 
     def scored(self, tasks: Mapping[str, Task], prefix: str) -> None:
-        """Say which sets the evaluation is of that is logged next, and what its metrics' names begin with."""
+        """Set the tasks of the evaluation that is logged next, and the prefix of its metric names."""
         self.tasks, self.prefix = dict(tasks), prefix
 
     def add(self, logs: Mapping[str, Any], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> list[str]:
-        """Return the lines that can be shown now that `logs` are there."""
+        """Add a log entry, and return the lines that can be shown now."""
         if "train_runtime" in logs:
             return [*self.flush(state), summary(logs, state)]
         if any(key.startswith(f"{self.prefix}_") for key in logs):
@@ -134,27 +137,27 @@ class LogLines:
         return [*lines, *self.line(state.global_step, numbers, state)]
 
     def flush(self, state: TrainerState) -> list[str]:
-        """Return the line that was waiting, if one was."""
+        """Return the line that was waiting, in a list; the list is empty if no line was waiting."""
         step, numbers = self.waiting or (0, {})
         self.waiting = None
         return self.line(step, numbers, state)
 
     def line(self, step: int, numbers: Mapping[str, str], state: TrainerState) -> list[str]:
-        """Return the line of a step, in a list; none where there is nothing to show."""
+        """Return the line of a step, in a list; the list is empty if there is nothing to show."""
         width = len(f"{state.max_steps:,}")
         at = f"step {step:{width},}/{state.max_steps:,}" if state.max_steps > 0 else f"step {step:,}"
         return ["  ".join([at, *(f"{name} {value}" for name, value in numbers.items())])] if numbers else []
 
 
 def write(lines: list[str]) -> None:
-    """Print lines above the bars that there may be, at once, so that a log file has them too."""
+    """Print lines above any progress bars. Flush stdout, so that a log file has the lines at once."""
     for line in lines:
         tqdm.write(line)
     sys.stdout.flush()
 
 
 class Printer(PrinterCallback):
-    """Prints the lines, and shows no bar: for `disable_tqdm`."""
+    """Prints the lines without a progress bar. This is used with `disable_tqdm`."""
 
     def __init__(self, lines: LogLines):
         self.lines = lines
@@ -162,25 +165,25 @@ class Printer(PrinterCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Print the lines of a log."""
+        """Print the lines that can be shown after a log entry."""
         if state.is_world_process_zero:
             write(self.lines.add(logs or {}, args, state, control))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print a line whose evaluation has not come."""
+        """Print the line that waits, if its evaluation did not follow."""
         if state.is_world_process_zero and self.lines.waiting:
             write(self.lines.flush(state))
 
 
 class Progress(ProgressCallback):
-    """Prints the lines, above a bar of the steps; without `lines` there is the bar alone."""
+    """Prints the lines above a progress bar of the steps. Without `lines`, it shows only the bar."""
 
     def __init__(self, lines: LogLines | None = None, desc: str | None = None):
         super().__init__()
         self.lines, self.desc = lines, desc
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the bar, where bars are shown."""
+        """Show the progress bar, unless bars are hidden (see `hf_embed.progress`)."""
         if state.is_world_process_zero:
             self.training_bar = progress_bar(total=state.max_steps, desc=self.desc, unit="step")
         self.current_step = 0
@@ -188,23 +191,26 @@ class Progress(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Print the lines of a log."""
+        """Print the lines that can be shown after a log entry."""
         if state.is_world_process_zero and self.lines is not None:
             write(self.lines.add(logs or {}, args, state, control))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print a line whose evaluation has not come."""
+        """Print the line that waits, if its evaluation did not follow."""
         if state.is_world_process_zero and self.lines is not None and self.lines.waiting:
             write(self.lines.flush(state))
 
 
 def notebook_table(lines: LogLines) -> "NotebookProgressCallback":
-    """Return the callback of a notebook, whose table has a column for what the lines show, less the validation loss."""
+    """Return a callback for notebooks, whose table has a column for each number that the lines show.
+
+    It does not have the column for the validation loss that transformers' table has.
+    """
     from IPython.display import HTML, display
     from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker, text_to_html_table
 
     class NotebookTable(NotebookProgressCallback):
-        """Shows the steps' bar, and a table with a row for each log or evaluation."""
+        """Shows a progress bar of the steps, and a table with a row for each log or evaluation."""
 
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             super().on_train_begin(args, state, control, **kwargs)
@@ -231,7 +237,7 @@ def notebook_table(lines: LogLines) -> "NotebookProgressCallback":
                 self.training_tracker.remove_child()
 
         def row(self, numbers: dict[str, str], state: TrainerState) -> None:
-            """Show a row; a table of its own where nothing is being trained."""
+            """Show a row in the table of the training, or in a table of its own if no training is running."""
             values: dict[str, Any] = {"Step": state.global_step} | numbers
             if self.training_tracker is None:
                 display(HTML(text_to_html_table([list(values), list(values.values())])))
@@ -247,7 +253,7 @@ def notebook_table(lines: LogLines) -> "NotebookProgressCallback":
 
 
 def show_lines(trainer: Trainer, tasks: Mapping[str, Task]) -> LogLines:
-    """Show lines in place of what `Trainer` prints of its logs, and return what makes them."""
+    """Replace the callback with which `Trainer` prints its logs by one that shows lines. Return its `LogLines`."""
     lines = LogLines(tasks)
     replaced: TrainerCallback
     if trainer.pop_callback(PrinterCallback):

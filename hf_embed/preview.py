@@ -1,4 +1,4 @@
-"""Some rows as the model will read them: with their prompts, cut to the maximum length, by their tokens."""
+"""A preview of training rows as the model reads them: with prompts, truncated, and decoded from their token ids."""
 
 from itertools import islice
 from typing import Any
@@ -15,13 +15,15 @@ SHOWN_SOURCES = 6
 
 
 def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_mask: bool = False) -> list[str]:
-    """Return lines about the rows to train on, two of which are shown text by text; of several sources, those of the first.
+    """Return lines that describe the training rows, and that show the texts of two rows.
+
+    With several sources, the two rows are from the first source.
 
     Args:
-        rows: as they are trained on, that is, as token ids.
-        encoder: whose tokenizer tells the texts of the tokens.
-        name: of the rows.
-        same_dropout_mask: whether both views of a single text are under one dropout mask.
+        rows: the tokenized training rows.
+        encoder: its tokenizer decodes the token ids.
+        name: the name of the rows.
+        same_dropout_mask: whether both views of a single text have the same dropout mask.
     """
     table = rows.tables[0] if isinstance(rows, Mixture) else rows
     shown = first_rows(table)
@@ -35,16 +37,16 @@ def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_m
 
 
 def first_rows(table: Dataset | Stream) -> list[dict[str, Any]]:
-    """Return the first rows, tokenized. Of a stream, those that it begins with: it goes on as if they had not been read."""
+    """Return the first rows, tokenized. Reading them from a streaming dataset does not remove them from the training."""
     if isinstance(table, Dataset):
         return table.__getitems__(list(range(min(SHOWN_ROWS, len(table)))))
-    found = [table.texts(row) or [] for row in islice(table.rows, SHOWN_ROWS)]  # a row with several positives is several
+    found = [table.texts(row) or [] for row in islice(table.rows, SHOWN_ROWS)]  # a row with several positives becomes several
     columns = table.tokenizer([texts for rows in found for texts, _ in rows][:SHOWN_ROWS])
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, name: str) -> str:
-    """Return the line about all rows: how many there are, and how many of their texts are cut."""
+    """Return the first line: the number of rows, and how many texts are truncated. For a stream, only the truncated share."""
     if isinstance(rows, Mixture):
         more = len(rows.names) - SHOWN_SOURCES
         listed = ", ".join(rows.names[:SHOWN_SOURCES]) + (f" and {more} more" if more > 0 else "")
@@ -59,7 +61,10 @@ def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, 
 
 
 def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
-    """Return a line for each of a row's texts: what it is, its tokens and its beginning; of several negatives, the first."""
+    """Return one line for each text of a row: its role, its number of tokens and its beginning.
+
+    Only the first of several negatives is shown.
+    """
     texts = row["input_ids"]
     roles = ["text"] if len(texts) == 1 else ["anchor", "positive", "negative"]
     lines = []

@@ -1,6 +1,6 @@
-"""Progress bars, all made in one way: on stderr, on the main process, gone when they are done.
+"""Progress bars. All are made in the same way: on stderr, on the main process only, and cleared when they are done.
 
-There is no bar where stderr is no terminal (a log file needs none), nor within `hidden_bars`.
+No bar is shown if stderr is not a terminal (for example a log file), except in notebooks, nor inside `hidden_bars`.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from transformers.utils.logging import set_tqdm_hook
 
 from hf_embed.distributed import is_main_process
 
-DELAY = 3  # seconds that a library may load or write without a bar
-_hidden: list[bool] = []  # of the `hidden_bars` that are open
+DELAY = 3  # seconds; a library that loads or writes for a shorter time shows no bar
+_hidden: list[bool] = []  # the argument of each `hidden_bars` that is active
 
 
 def bars_shown() -> bool:
-    """Return whether this process shows bars: the main one, on a terminal or in a notebook."""
+    """Return whether this process shows bars: it is the main process, in a terminal or notebook, and bars are not hidden."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     return is_main_process() and (terminal or "ipykernel" in sys.modules) and not any(_hidden)
 
@@ -27,13 +27,16 @@ def bars_shown() -> bool:
 def progress_bar(
     iterable: Iterable[Any] | None = None, *, desc: str | None = None, total: int | None = None, unit: str = "it"
 ) -> tqdm:
-    """Return a bar around `iterable`, or one of `total` steps for `update`; see the module for where it is shown."""
+    """Return a bar around `iterable`, or a bar of `total` steps that the caller advances by `update`.
+
+    The module docstring says when a bar is shown.
+    """
     return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, disable=not bars_shown(), dynamic_ncols=True)
 
 
 @contextlib.contextmanager
 def hidden_bars(hidden: bool = True) -> Iterator[None]:
-    """Show no bars for a while, if `hidden`."""
+    """Show no progress bars inside the `with` block, if `hidden`."""
     _hidden.append(hidden)
     try:
         yield
@@ -43,7 +46,7 @@ def hidden_bars(hidden: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calm_libraries() -> Iterator[None]:
-    """Let transformers show its bars, of loading weights and writing shards, only where they take long; not of downloads."""
+    """Show transformers' bars for loading weights and writing shards only if they take long. Downloads are not affected."""
 
     def calm(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return bar(*args, **(kwargs | {"delay": DELAY, "leave": False, "disable": not bars_shown()}))
@@ -57,7 +60,7 @@ def calm_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def table_bars() -> Iterator[None]:
-    """Let `datasets` show its bars, of a table that is made of another, only where bars are shown."""
+    """Show the bars of `datasets`, for example those of `Dataset.map`, only if this process shows bars."""
     hide = not bars_shown() and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()

@@ -1,4 +1,4 @@
-"""The numbers that settings may be: a table {field: Range} for each dataclass, checked when it is made."""
+"""Ranges for numeric settings. A dataclass has a table {field: Range}, and checks its fields with it when it is made."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,7 @@ from hf_embed.errors import InputError
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two limits. `str()` says it in words: "at least 1 and whole"."""
+    """A range of finite numbers. `str()` describes it in words: "at least 1 and whole"."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -24,7 +24,7 @@ class Range:
 
     def __contains__(self, value: Any) -> bool:
         number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        most = 2**63 - 1 if self.whole else sys.float_info.max  # a Python integer may be larger than both
+        most = 2**63 - 1 if self.whole else sys.float_info.max  # Python integers have no limit of their own
         return number and -most <= value <= most and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -38,24 +38,24 @@ class Range:
 COUNT = Range(least=1, whole=True)
 POSITIVE = Range(above=0)
 FINITE = Range()
-SEED = Range(least=0, most=2**32 - 1, whole=True)  # numpy takes no others
+SEED = Range(least=0, most=2**32 - 1, whole=True)  # the seeds that NumPy accepts
 
 
 def is_one_of(value: Any, names: Iterable[str]) -> bool:
-    """Return whether a value is one of some names; an array or a list is none, which `in` could not say."""
+    """Return whether a value is one of some names. Lists and arrays give False, whereas a plain `in` could fail on them."""
     return isinstance(value, str) and value in names
 
 
 def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
-    """Check a dataclass's numbers, the choices that its fields name, and that a switch is True or False.
+    """Check the fields of a dataclass: numbers against `ranges`, names against the field's choices, and switches.
 
-    A field may be None where its type or its default says so. Of a list, every element has to be in range, and there
-    is at least one.
+    A field may be None if its type or its default allows None. In a list, every element must be in range, and there must be at
+    least one element. A switch must be True or False, not a text.
 
     Raises:
-        InputError: the first setting that is wrong, with the numbers that it may be.
+        InputError: for the first setting that is wrong. The message says which values are allowed.
     """
-    types: dict[str, Any] = {}  # as they were written: transformers' parser overwrites `field.type`
+    types: dict[str, Any] = {}  # read from the classes, because transformers' parser overwrites `field.type`
     for kind in reversed(type(settings).__mro__):
         types |= inspect.get_annotations(kind)
     for field in dataclasses.fields(settings):

@@ -1,7 +1,7 @@
-"""What becomes of a rank when another one has ended, or does not answer; and one run at a time in a folder.
+"""Handle ranks that have ended or do not answer, and let only one run at a time write to a folder.
 
-A collective then fails with some lines of the library's C++ code. The rank that has failed says why; the others end without a
-traceback of their own, and soon, for they would wait in vain.
+When a rank has ended, the collectives of the other ranks fail with an error from C++ code. The failed rank itself prints the
+reason. The other ranks end soon and without a traceback, because waiting would be useless.
 """
 
 import contextlib
@@ -26,30 +26,33 @@ from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import set_group_timeout
 from hf_embed.safe_files import key_of, lock_folder, locks, release
 
-PATIENCE = 5  # seconds that the main process has to say what all ranks have found
-SOON = 2  # seconds in which a launcher ends the ranks that are left when one has ended
-# What gloo, NCCL and the store say of a process that is gone, and of one that does not answer.
+PATIENCE = 5  # seconds that the main process has to report an error that all ranks have found
+SOON = 2  # seconds within which a launcher ends the remaining ranks after one has ended
+# Parts of the error messages of gloo, NCCL and the store: for a process that has ended, and for one that does not answer.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exited",
         "Connection was likely closed", "Connection refused")  # fmt: skip
 SILENT = ("Timed out waiting", "timeout caused pair closure", "collective operation timeout", "wait timeout after")
 
 
 class PeerError(RankError):
-    """Another process of the run has ended. Its own error says why."""
+    """The error when another process of the run has ended. The message of that process says why."""
 
     def __init__(self, message: str = "another process of this run has ended; its own error says why") -> None:
         super().__init__(message)
 
 
 def limit_waiting(seconds: int) -> None:
-    """Let no collective wait longer than this for another rank: `ddp_timeout`, which accelerate gives to GPUs' groups alone."""
+    """Limit how long a collective waits for another rank to `ddp_timeout`. Accelerate sets this limit for GPU groups only."""
     if get_world_size() > 1:
         set_group_timeout(timedelta(seconds=seconds))
 
 
 @functools.cache
 def cpu_group() -> dist.ProcessGroup | None:
-    """Return a group of all ranks that exchanges numbers on the CPU, so that no GPU is waited for; None is the default one."""
+    """Return a group of all ranks that communicates on the CPU, so that collectives do not wait for a GPU.
+
+    None means the default group, which already uses gloo.
+    """
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
@@ -64,14 +67,14 @@ def largest(number: int) -> int:
 
 @contextlib.contextmanager
 def peers_in_one_line(seconds: int | None = None) -> Iterator[None]:
-    """Turn the error of a collective with a rank that is gone, or does not answer, into one of a single line.
+    """Replace the error of a collective by a one-line error if another rank has ended or does not answer.
 
     Args:
         seconds: `ddp_timeout`, for the message.
 
     Raises:
-        PeerError: another rank is gone. It is raised after a while, in which a launcher ends this process too.
-        InputError: another rank has not answered in time.
+        PeerError: if another rank has ended. It is raised after a delay, within which a launcher ends this process too.
+        InputError: if another rank has not answered in time.
     """
     try:
         yield
@@ -92,16 +95,17 @@ def peers_in_one_line(seconds: int | None = None) -> Iterator[None]:
 
 
 class PeerWatch:
-    """End this process where a launcher tells it to, for another rank of this machine is gone.
+    """Kill this process when its launcher sends SIGTERM because another rank on this machine has ended.
 
-    Where a training takes SIGTERM for a wish to stop, a rank that waits for one that is gone would never come to the end of its
-    step, and on a GPU would not even get to hear of the signal. A thread does, as soon as the system delivers it.
+    A training treats SIGTERM as a request to stop after the current step. But a rank that waits for an ended rank never reaches
+    the end of its step, and while it waits for a GPU, Python does not even run the signal handler. So a thread watches a pipe
+    into which Python writes each signal as soon as the system delivers it.
     """
 
     def __init__(self) -> None:
-        self.others: list[int] = []
-        self.pipe = (-1, -1)
-        self.earlier = -1
+        self.others: list[int] = []  # process ids of the other ranks on this machine
+        self.pipe = (-1, -1)  # file descriptors: read end, write end
+        self.earlier = -1  # the wakeup file descriptor that was set before
 
     def __enter__(self) -> Self:
         if get_world_size() > 1:
@@ -123,20 +127,20 @@ class PeerWatch:
     def _watch(self, pipe: int) -> None:
         while number := os.read(pipe, 1):
             if number[0] == signal.SIGTERM and not all(map(exists, self.others)):
-                time.sleep(SOON)  # for an error that this rank has found itself
+                time.sleep(SOON)  # first let this rank report an error of its own
                 if self.pipe[0] == pipe:
                     os.kill(os.getpid(), signal.SIGKILL)
         os.close(pipe)
 
 
 def place_of_process() -> str:
-    """Return what is the same for processes that see each other's numbers."""
+    """Return a text that is equal for processes that can see each other's process ids: host name and PID namespace."""
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(space) if sys.platform.startswith('linux') and space.is_symlink() else ''}"
 
 
 def exists(process: int) -> bool:
-    """Return whether there is a process of this number."""
+    """Return whether a process with this process id exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -150,15 +154,15 @@ def exists(process: int) -> bool:
 
 
 def claim_folder(folder: Path) -> list[Path]:
-    """Keep other runs from writing to a folder, which is made if it is not there; every rank of this run calls this.
+    """Lock a folder so that no other run writes to it, and create it if needed. Every rank of this run must call this.
 
-    The lock is the main process's. It goes with that, however it ends, or by `safe_files.release`.
+    The main process holds the lock. The lock ends when that process ends, or with `safe_files.release`.
 
     Returns:
-        The folders that were made, on the main process.
+        The folders that were created, on the main process; on other ranks, an empty list.
 
     Raises:
-        InputError: on every rank, where another run has the folder.
+        InputError: on every rank, if another run has locked the folder.
     """
     problem: Exception | None = None
     made: list[Path] = []
@@ -177,12 +181,12 @@ def claim_folder(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def writing_alone(*folders: Path) -> Iterator[None]:
-    """Claim folders, and release them at the end; what was made for that and is still empty then goes.
+    """Claim folders, and release them at the end. Folders that were created for this and are still empty are then removed.
 
-    Folders that this process has claimed before stay claimed.
+    Folders that this process had already claimed stay claimed.
 
     Raises:
-        InputError: see `claim_folder`.
+        InputError: if another run has locked a folder.
     """
     with contextlib.ExitStack() as at_end:
         for folder in folders:
@@ -195,7 +199,7 @@ def writing_alone(*folders: Path) -> Iterator[None]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove folders that are empty, the first one first."""
+    """Remove folders in the given order, and stop at the first that is not empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

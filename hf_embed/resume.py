@@ -1,13 +1,13 @@
-"""What run a checkpoint belongs to, and whether the present run goes on with it.
+"""Decide whether the current run may resume from a checkpoint of an earlier run.
 
-`facts_of` says it of a run, for the manifest of its checkpoints; `compare` sets the facts of a checkpoint against those of the
-run that is resumed from it. What a resumed run can do with what is other:
+`facts_of` describes a run, and the manifest of each checkpoint holds this description. `compare` compares the description in a
+checkpoint with that of the current run. What happens if one of these differs:
 
-    other rows, objective, pooling, prompts ...      refused by name; `allow_changed` goes on
-    other trained parameters, optimizer, base model  refused: the checkpoint's tensors would not fit
-    other number of ranks                            goes on where every step has the same rows, else refused
-    other learning rate, schedule, batch, seed ...   goes on with the new ones, and says so
-    more epochs or steps                             goes on
+    rows, objective, pooling, prompts ...         error that names the change; `allow_changed` resumes with a warning
+    trained parameters, optimizer, base model     error, because the tensors of the checkpoint would not fit
+    number of ranks                               resume if every step still has the same rows, else as in the first line
+    learning rate, schedule, batch size, seed ... resume with the new values, and warn
+    more epochs or steps                          resume
 """
 
 import dataclasses
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 
 ROWS = "the rows"  # the name of a single table
-ALL_ROWS = 100_000  # up to so many rows all are hashed, of more tables a sample
-SAMPLED_ROWS = 1_000
-SAMPLED_NUMBERS = 1_000  # of each tensor of a base model
-# Entries of a config that do not change what the model computes, or are compared otherwise.
+ALL_ROWS = 100_000  # tables of up to this many rows are hashed completely, larger tables by a sample
+SAMPLED_ROWS = 1_000  # the number of rows in that sample
+SAMPLED_NUMBERS = 1_000  # about how many numbers of each tensor of a base model are hashed
+# Entries of a config that do not change what the model computes, or that are compared in another way.
 OF_NO_FUNCTION = re.compile(
     r"drop|name|path|revision|version|dtype|cache|^output_|return_dict|temp_scale|inference_mode|task_type|_attn|^init|_init|"
     "token_id|chunk_size"
 )
-# The settings that a run may change on its way, and that are told.
+# Settings that may change when a run is resumed. A warning names the changes.
 TOLD = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "gradient_accumulation_steps",
@@ -60,14 +60,15 @@ TOLD = (
 )  # fmt: skip
 
 
-# ---- what a run is ----
+# ---- the description of a run ----
 
 
 def facts_of(trainer: "ContrastiveTrainer") -> Facts:
-    """Return what run a trainer's is, as JSON has it.
+    """Return the description of a trainer's run, as values that JSON can store.
 
-    The rows of a table are hashed as token ids, in their order: all of them up to `ALL_ROWS`, of more a sample that is spread
-    evenly and has the first and the last. Of a stream there are the name and the settings alone: its rows are not checked.
+    The rows of a table are described by a hash of their token ids, in order. Tables of more than `ALL_ROWS` rows are hashed by
+    an evenly spaced sample that includes the first and the last row. A streaming dataset is described by its name and settings
+    only, so its rows are not compared.
     """
     args, encoder = trainer.args, trainer.encoder
     scaling = applied_tempscale(encoder.backbone)
@@ -94,19 +95,19 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
 
 
 def as_json(facts: Facts) -> Facts:
-    """Return facts as they are read from a file."""
+    """Return facts in the form in which they are read from a JSON file (for example, tuples become lists)."""
     return json.loads(json.dumps(facts, default=str))
 
 
 def same_settings(then: Facts, args: ContrastiveTrainingArguments, objective: Objective) -> bool:
-    """Return whether a run with these arguments and this objective has the settings of a checkpoint's, the seed left out."""
+    """Return whether these arguments and this objective equal those of a checkpoint's run (`then`), except for the seed."""
     now = as_json({name: getattr(args, name) for name in TOLD} | {"seed": None})
     settings = now | {name: value for name, value in then["settings"].items() if name in now} | {"seed": None}
     return settings == now and then["objective"] == as_json(objective_facts(objective))
 
 
 def data_facts(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> Facts:
-    """Return what the rows to train on are: of each source by its name, or of the one table."""
+    """Return the description of the training rows: that of each source by its name, or that of the single table."""
     if not isinstance(rows, Mixture):
         return {ROWS: table_facts(rows)}
     facts = {}
@@ -122,7 +123,7 @@ def table_facts(table: Dataset) -> Facts:
 
 
 def stream_facts(stream: Stream) -> Facts:
-    """Return the settings of a stream."""
+    """Return the settings of a streaming dataset."""
     tokenizer = stream.tokenizer
     return {
         "stream": True, "columns": stream.columns, "negatives": stream.negatives,
@@ -132,7 +133,7 @@ def stream_facts(stream: Stream) -> Facts:
 
 
 def rows_hash(table: Dataset) -> str:
-    """Return a hash of the token ids of a table, and of the other positives of its rows; see `facts_of`."""
+    """Return a hash of the token ids in a table, and of the other positives of its rows, as `facts_of` describes."""
     columns = [name for name in ("input_ids", "other_ids") if name in table.column_names]
     if len(table) > ALL_ROWS:
         table = table.select([number * (len(table) - 1) // (SAMPLED_ROWS - 1) for number in range(SAMPLED_ROWS)])
@@ -148,7 +149,10 @@ def rows_hash(table: Dataset) -> str:
 
 
 def order_of(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> str:
-    """Return a hash of the first global batches that are drawn from (seed, epoch 0), of at most 10,000 rows of each table."""
+    """Return a hash of the first three global batches of epoch 0 for the run's seed. It detects changes of the sampling code.
+
+    Only the first 10,000 rows of each table take part, to save time.
+    """
     batch, seed = args.per_device_train_batch_size * args.world_size, data_seed(args)
     sampler: GlobalBatchSampler | SourceBatchSampler
     if isinstance(rows, Mixture):
@@ -161,7 +165,7 @@ def order_of(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> str
 
 
 def rows_of_epoch(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> int | None:
-    """Return how many rows of a table an epoch uses on this number of ranks; None for several sources, which use all."""
+    """Return how many rows of a table an epoch uses with this number of ranks. None for several sources, which use all rows."""
     if isinstance(rows, Mixture):
         return None
     batch = args.per_device_train_batch_size
@@ -170,7 +174,7 @@ def rows_of_epoch(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -
 
 
 def objective_facts(objective: Objective) -> Facts:
-    """Return the name of an objective and its settings; of a function its full name, and what is bound to it."""
+    """Return the name and the settings of an objective. For a function, the name includes arguments bound by `partial`."""
     facts = settings_of(objective)
     if isinstance(objective, FunctionObjective):
         facts["name"] = name_of(objective.function)
@@ -182,7 +186,7 @@ def objective_facts(objective: Objective) -> Facts:
 
 
 def name_of(function: Any) -> str:
-    """Return the full name of a function, a class or the class of an object."""
+    """Return the full name of a function, of a class, or of the class of an object."""
     if isinstance(function, functools.partial):
         bound = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in sorted(function.keywords.items()))]
         return f"{name_of(function.func)}({', '.join(bound)})"
@@ -191,14 +195,14 @@ def name_of(function: Any) -> str:
 
 
 def config_facts(backbone: nn.Module) -> Facts:
-    """Return what the configs of a model and of its adapters say of its function, as numbers and names."""
+    """Return the entries in the configs of a model and its adapters that decide what the model computes."""
     configs = configs_of(backbone)
     facts = {key: value for config in configs for key, value in config.items() if isinstance(value, int | float | str)}
     return {key: value for key, value in facts.items() if not OF_NO_FUNCTION.search(key)}
 
 
 def configs_of(backbone: nn.Module) -> list[Facts]:
-    """Return the config of a model, and those of its adapters."""
+    """Return the config of a model and the configs of its adapters, as dicts."""
     configs = [backbone.config.to_dict()]  # type: ignore[operator, union-attr]
     if has_adapters(backbone):  # type: ignore[arg-type]
         configs += [config.to_dict() for config in backbone.peft_config.values()]  # type: ignore[operator]
@@ -206,7 +210,7 @@ def configs_of(backbone: nn.Module) -> list[Facts]:
 
 
 def base_model_hash(backbone: nn.Module) -> str | None:
-    """Return a hash of the weights that adapters are put on, which a checkpoint does not hold; None without adapters."""
+    """Return a hash of the frozen base weights under adapters, which a checkpoint does not hold. None without adapters."""
     if not has_adapters(backbone):  # type: ignore[arg-type]
         return None
     digest = xxhash.xxh3_128()
@@ -219,7 +223,7 @@ def base_model_hash(backbone: nn.Module) -> str | None:
 
 
 def optimizer_class(trainer: Trainer) -> str:
-    """Return the name of the optimizer's class; of one that can be made for a model only, its name in `optim`."""
+    """Return the name of the optimizer's class. For an optimizer that cannot be built without a model, return `optim`."""
     if trainer.optimizer is not None:
         return type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__  # accelerate wraps it
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
@@ -230,7 +234,7 @@ def optimizer_class(trainer: Trainer) -> str:
 
 
 def dropout_rates(backbone: nn.Module) -> Facts:
-    """Return the dropout rates of a model's config and of its adapters, by their names."""
+    """Return the dropout rates in the configs of a model and its adapters, by name."""
     rates = {key: value for config in configs_of(backbone) for key, value in config.items() if "drop" in key}
     return {key: value for key, value in rates.items() if isinstance(value, int | float) and not isinstance(value, bool)}
 
@@ -239,7 +243,7 @@ def dropout_rates(backbone: nn.Module) -> Facts:
 
 
 def check_ranks_alike(facts: list[Facts]) -> None:
-    """Raise InputError where ranks would train on different rows; `facts` are those of each rank, in rank order."""
+    """Raise InputError if ranks would train on different rows. `facts` has the description of each rank, in rank order."""
     other = [str(rank) for rank, of_rank in enumerate(facts) if of_rank["data"] != facts[0]["data"]]
     if other:
         changes = changes_of(facts[0]["data"], facts[int(other[0])]["data"], "is", f"on rank {other[0]}")
@@ -249,23 +253,23 @@ def check_ranks_alike(facts: list[Facts]) -> None:
         )
 
 
-# ---- a checkpoint's run and the present one ----
+# ---- the checkpoint's run and the current run ----
 
 
 def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> list[str]:
-    """Set the facts of a checkpoint's run against those of the present one.
+    """Compare the description of a checkpoint's run with that of the current run.
 
     Args:
-        checkpoint: for messages.
+        checkpoint: the folder of the checkpoint, for messages.
         then: the facts of the checkpoint's run.
-        now: those of the present one.
-        allow_changed: whether other rows, another objective and the like are only told.
+        now: the facts of the current run.
+        allow_changed: if True, other rows, another objective and the like cause a warning instead of an error.
 
     Returns:
-        The warnings, each in one line.
+        The warnings, one line each.
 
     Raises:
-        InputError: the present run cannot go on from this checkpoint, or should not.
+        InputError: if the current run cannot or should not resume from this checkpoint.
     """
     changes = run_changes(then, now)
     check_fit(checkpoint, then, now, changes)
@@ -282,10 +286,10 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
 
 
 def run_changes(then: Facts, now: Facts) -> list[str]:
-    """Say what is other than it was of what a run is about: the model's function, the objective, the rows."""
+    """Describe the changes that `allow_changed` must permit: those of the model, the objective and the rows."""
     changes = [change for key in ("encoder", "objective") for change in changes_of(then.get(key, {}), now.get(key, {}))]
     config, present_config = then.get("config", {}), now["config"]
-    common = config.keys() & present_config.keys()  # another version of transformers may have further ones
+    common = config.keys() & present_config.keys()  # another version of transformers may have added or removed entries
     changes += changes_of({key: config[key] for key in common}, {key: present_config[key] for key in common})
     retokenized = {"max_length", "prompts"} & changed_keys(then.get("encoder", {}), now.get("encoder", {}))
     data, present_data = (without_content(facts.get("data", {}), bool(retokenized)) for facts in (then, now))
@@ -296,9 +300,9 @@ def run_changes(then: Facts, now: Facts) -> list[str]:
 
 
 def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> None:
-    """Raise InputError where the checkpoint's tensors are not those of the present model and optimizer.
+    """Raise InputError if the checkpoint's tensors do not fit the current model and optimizer.
 
-    The message tells the other `changes` too, which may be why.
+    If parameters differ, the message also lists the other `changes`, because they may be the cause.
     """
     besides = f" ({'; '.join(changes)})" if changes else ""
     before, present = then.get("parameters", {}), now.get("parameters", {})
@@ -319,30 +323,37 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
 
 
 def shape(size: list[int] | None) -> str:
-    """Return the shape of a parameter, in words."""
+    """Format the shape of a parameter: "768x768", "a number" for a scalar, or "absent" for None."""
     return "absent" if size is None else "x".join(map(str, size)) or "a number"
 
 
 def without_content(data: Facts, leave_out: bool) -> Facts:
-    """Return the facts of the rows; without the hashes of token ids where these differ anyway."""
+    """Return the description of the rows; if `leave_out`, without the parts that change with the tokenization.
+
+    These are the hashes of token ids, max_length and prompts.
+    """
     names = ("content", "max_length", "prompts") if leave_out else ()
     return {name: {key: value for key, value in facts.items() if key not in names} for name, facts in data.items()}
 
 
 def same_draws(then: Facts, now: Facts) -> bool:
-    """Return whether both runs draw the same rows, by what the draws depend on."""
+    """Return whether both runs should draw the same rows: seed, global batch size and `dataloader_drop_last` are equal."""
     last = "dataloader_drop_last"
     seeds, drops = then.get("seed_of_rows") == now["seed_of_rows"], then["settings"].get(last) == now["settings"][last]
     return seeds and drops and global_batch(then) == global_batch(now)
 
 
 def global_batch(facts: Facts) -> int:
-    """Return the rows of a batch on all ranks."""
+    """Return the number of rows in a batch on all ranks together, without gradient accumulation."""
     return int(facts["settings"]["per_device_train_batch_size"]) * int(facts["ranks"])
 
 
 def other_ranks(then: Facts, now: Facts) -> tuple[list[str], list[str]]:
-    """Return why another number of ranks is not exact, if it is not; and what is to be said where it is."""
+    """Compare the numbers of ranks.
+
+    Returns:
+        If the number has changed: the reasons why a resumed run would not have the same batches, and the warnings if it would.
+    """
     before, ranks = int(then["ranks"]), int(now["ranks"])
     if before == ranks:
         return [], []
@@ -363,19 +374,22 @@ def other_ranks(then: Facts, now: Facts) -> tuple[list[str], list[str]]:
 
 
 def told_changes(then: Facts, now: Facts) -> list[str]:
-    """Say each change of the settings of which a change is told; with another number of ranks the batch is told with that."""
+    """Describe the changes of settings that only cause a warning: those in `TOLD`, normalize, the dtype and dropout.
+
+    If the number of ranks has changed, the batch size per device is left out, because `other_ranks` reports it.
+    """
     before, present = then["settings"], now["settings"]
     names = (before.keys() & present.keys()) - ({"per_device_train_batch_size"} if then["ranks"] != now["ranks"] else set())
     return changes_of({name: before[name] for name in names}, {name: present[name] for name in names})
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Return the keys with different values, or without one in one of the two."""
+    """Return the keys whose values differ, and the keys that only one of the two has."""
     return {key for key in {*then, *now} if (key in then) != (key in now) or then[key] != now[key]}
 
 
 def changes_of(then: Facts, now: Facts, was: str = "was", is_: str = "is") -> list[str]:
-    """Say each difference of two sets of facts, those of a source with its name: "pooling was mean and is cls"."""
+    """Describe each difference of two sets of facts: "pooling was mean and is cls". Nested differences begin with their key."""
     told = []
     for key in sorted(changed_keys(then, now)):
         before, present = then.get(key), now.get(key)
@@ -391,6 +405,6 @@ def changes_of(then: Facts, now: Facts, was: str = "was", is_: str = "is") -> li
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message, not too much of it."""
+    """Format a value for a message, in at most 60 characters."""
     text = "absent" if value is None else f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

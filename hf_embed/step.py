@@ -1,14 +1,14 @@
-"""TrainingStep: an encoder and what exists only while it trains. It is the module that DDP and FSDP wrap.
+"""TrainingStep: an encoder together with the parts that exist only during training. DDP and FSDP wrap this module.
 
-Beside the encoder there may be
+Besides the encoder, there may be
 
-- a training head: SimCSE's MLP between pooling and embedding (pooling `cls_mlp_train`), which evaluation and export leave out;
-- a masked-language-modelling head (`mlm_weight`; see `hf_embed.mlm`);
-- the temperature of the loss, where the objective learns it.
+- a training head: SimCSE's MLP between pooling and embedding (pooling `cls_mlp_train`). Evaluation and export leave it out;
+- a masked-language-modeling head (`mlm_weight`; see `hf_embed.mlm`);
+- the temperature of the loss, if the objective learns it.
 
-Everything that has a gradient comes out of one `forward`: DDP reduces once, and FSDP gathers once.
+One call of `forward` returns everything that has a gradient. So DDP reduces gradients once, and FSDP gathers weights once.
 
-Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the width of an embedding.
+Shapes: N texts, S tokens in total. A chunk has b texts of T tokens. D is the width of an embedding.
 """
 
 import logging
@@ -37,18 +37,19 @@ from hf_embed.unused import settle_unused
 
 logger = logging.getLogger(__name__)
 
-# A learned temperature stops here: below, a step of training is a step of noise (CLIP stops at 0.01).
+# Lower limit of a learned temperature. Below it, training steps are dominated by noise. (CLIP's limit is 0.01.)
 MIN_TEMPERATURE = 0.001
 
 
 class TrainingStep(nn.Module):
-    """The module in training.
+    """The module that is trained: an encoder, and optional heads and temperature.
 
     Args:
-        encoder: what is trained and saved.
-        train_head: (b, width) -> (b, width), between the pooling and the layers behind it, while training only.
-        mlm_head: token states (b, T, width) to logits (b, T, words).
-        temperature: where a learned temperature of the loss starts; None: it is not learned.
+        encoder: the model that is trained and saved.
+        train_head: maps pooled vectors (b, width) -> (b, width). It runs after the pooling, before the dense layers, and in
+            training mode only.
+        mlm_head: maps hidden states (b, T, width) to logits (b, T, vocabulary).
+        temperature: the initial value of a learned temperature. None: the temperature is not learned.
     """
 
     encoder: Encoder
@@ -82,19 +83,20 @@ class TrainingStep(nn.Module):
         mlm: tuple[Tensor, Tensor] | None = None,
         sharded: bool = False,
     ) -> dict[str, Tensor]:
-        """Compute all that the loss needs of a flat batch.
+        """Compute everything that the loss needs from a flat batch.
 
         Args:
-            input_ids: (S,), as for `Encoder.forward`; so are lengths, chunk_tokens, gradient_caching and sharded.
-            lengths: N numbers that sum to S.
-            chunk_tokens: padded tokens of a chunk.
-            gradient_caching: compute a chunk again in the backward pass.
-            mlm: masked token ids and labels, both (S,), of the masked-language-modelling auxiliary.
-            sharded: ranks make equally many chunks.
+            input_ids: (S,) the tokens of all texts, one text after the other. This and the other arguments, except `mlm`, are
+                as for `Encoder.forward`.
+            lengths: the number of tokens of each text: N numbers that sum to S.
+            chunk_tokens: the maximum number of tokens in a chunk, padding included.
+            gradient_caching: recompute each chunk in the backward pass.
+            mlm: masked token ids and labels, both (S,), for the auxiliary masked-language-modeling loss.
+            sharded: every rank must encode the same number of chunks.
 
         Returns:
-            "embeddings" (N, D), not normalised; with `mlm` "mlm", the summed cross-entropy of the masked tokens; with a learned
-            temperature "temperature", a scalar.
+            A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
+            masked tokens. With a learned temperature it also has "temperature", a scalar.
         """
         outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, embed=self.embed)
         if self.log_temperature is not None:
@@ -114,20 +116,20 @@ class TrainingStep(nn.Module):
         return outputs
 
     def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:
-        """Embed a chunk as `Encoder.embed` does, through the training head while training."""
+        """Embed a chunk as `Encoder.embed` does, but apply the training head in training mode."""
         pooled = self.encoder.pool(input_ids, mask, words)
         if self.train_head is not None and self.training:
             pooled = self.train_head(pooled)
         return self.encoder.dense(pooled)
 
     def mlm_losses(self, masked_ids: Tensor, labels: Tensor, places: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:
-        """Return the summed cross-entropy of the masked tokens of each text of a chunk, (b, 1).
+        """Return the summed cross-entropy of the masked tokens, for each text of a chunk: (b, 1).
 
         Args:
             masked_ids: (S,) the tokens of the flat batch, some of them masked.
-            labels: (S,) the tokens that were masked; -100 elsewhere.
-            places: (b, T) where in the flat batch the tokens of the chunk stand.
-            mask: (b, T) 1 on tokens and 0 on padding.
+            labels: (S,) the original ids of the masked tokens, and -100 elsewhere.
+            places: (b, T) the positions of the chunk's tokens in the flat batch.
+            mask: (b, T) attention mask: 1 on tokens, 0 on padding.
         """
         assert self.mlm_head is not None
         ids = masked_ids[places].masked_fill(mask == 0, self.encoder.tokenizer.pad_token_id)
@@ -135,7 +137,7 @@ class TrainingStep(nn.Module):
         wanted = labels[places].masked_fill(mask == 0, -100)
         return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
 
-    # What Trainer, accelerate and FSDP ask of a model.
+    # Attributes that Trainer, accelerate and FSDP expect of a model.
 
     @property
     def config(self) -> PretrainedConfig:
@@ -143,16 +145,19 @@ class TrainingStep(nn.Module):
         return self.encoder.config
 
     @property
-    def _no_split_modules(self) -> set[str] | list[str] | None:  # FSDP asks which layers to wrap
+    def _no_split_modules(self) -> set[str] | list[str] | None:  # FSDP reads from this which layers to wrap
         return layers_to_wrap(self.encoder.base)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute each layer in the backward pass (Trainer's --activation_checkpointing)."""
+        """Turn on activation checkpointing, which recomputes each layer in the backward pass (--activation_checkpointing)."""
         self.encoder.backbone.activation_checkpointing_enable(**kwargs)
 
 
 def bounded_temperature(log_temperature: Tensor) -> Tensor:
-    """Return the temperature, a scalar, at least `MIN_TEMPERATURE`. Gradients go by the floor, so that it can rise again."""
+    """Return the temperature, a scalar of at least `MIN_TEMPERATURE`.
+
+    The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
+    """
     below = (math.log(MIN_TEMPERATURE) - log_temperature.detach()).clamp(min=0)
     return (log_temperature + below).exp().squeeze(0)
 
@@ -163,12 +168,13 @@ def make_step(
     args: ContrastiveTrainingArguments,
     objective: Objective,
 ) -> TrainingStep:
-    """Put together what is trained: the encoder, with what `args` say of it, and the heads that the objective needs.
+    """Build the module to train: the encoder with the settings in `args`, and the heads that the objective needs.
 
-    The heads of an earlier step stay; its temperature starts anew, where the objective says.
+    If `model` is an earlier `TrainingStep`, the heads that are still needed are kept. The temperature is reset to the initial
+    value of the objective.
 
     Raises:
-        InputError: the model cannot be trained as asked, or could not be saved as a plain checkpoint.
+        InputError: if the model cannot be trained as asked, or could not be saved as a plain checkpoint.
     """
     train_head: nn.Module | None = None
     mlm_head: nn.Module | None = None
@@ -180,7 +186,7 @@ def make_step(
     encoder = make_encoder(model, tokenizer, args)
     if args.temp_scale is not None:
         apply_tempscale(encoder.backbone, args.temp_scale)
-    needs_runtime(encoder, allowed=False)  # said now, not after the training
+    needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training
     verify_loadable(encoder)
     settle_unused(encoder, args)
     objective.check_width(encoder.full_dimension)
@@ -197,10 +203,11 @@ def make_step(
 def make_encoder(
     model: PreTrainedModel | Encoder | None, tokenizer: PreTrainedTokenizerBase | None, args: ContrastiveTrainingArguments
 ) -> Encoder:
-    """Return the encoder to train, with what `args` say about it.
+    """Return the encoder to train, with the settings in `args`.
 
     Raises:
-        InputError: there is no model, or no tokenizer; adapters that cannot be merged; a setting that the model cannot have.
+        InputError: if the model or the tokenizer is missing, if the adapters cannot be merged, or if the model does not support
+            a setting.
     """
     if model is None:
         raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel, an Encoder, or the name or folder of one")
@@ -214,7 +221,7 @@ def make_encoder(
     given = {key: value for key, value in settings.items() if value is not None}
     if isinstance(model, Encoder):
         own = model.settings
-        if "prompts" in given:  # which speak of queries and documents alone
+        if "prompts" in given:  # these are only the query and document prompts, so keep the model's other prompts
             others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
             given["prompts"] = others | given["prompts"]
         tokenizer = tokenizer or model.tokenizer
@@ -233,7 +240,7 @@ def make_encoder(
 
 
 def warn_of_settings_for_encode(encoder: Encoder) -> None:
-    """Say which settings of the model training has no use for."""
+    """Warn about settings of the model that only `encode` uses and that training ignores."""
     if encoder.prompt():
         logger.warning(
             f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts; training puts those named "
@@ -246,25 +253,26 @@ def warn_of_settings_for_encode(encoder: Encoder) -> None:
 
 
 def new_head(width: int, config: PretrainedConfig) -> nn.Sequential:
-    """Return SimCSE's MLP head, (b, width) -> (b, width): a dense layer started like the model's own, and tanh."""
+    """Return SimCSE's MLP head, (b, width) -> (b, width): a newly initialized dense layer, followed by tanh."""
     dense = nn.Linear(width, width)
     reset_dense(dense, config)
     return nn.Sequential(dense, nn.Tanh())
 
 
 def reset_dense(dense: nn.Linear, config: PretrainedConfig) -> None:
-    """Start a dense layer anew, as the model's own layers were."""
+    """Initialize a dense layer in the same way as the layers of the model."""
     nn.init.normal_(dense.weight, std=getattr(config, "initializer_range", 0.02))
     nn.init.zeros_(dense.bias)
 
 
 def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: object, step: TrainingStep) -> None:
-    """Let the user's optimizer train what the trainer itself has made: the learned temperature and the training head.
+    """Add the parameters that the trainer created to the user's optimizer: the learned temperature and the training head.
 
     The temperature gets no weight decay.
 
     Raises:
-        InputError: a scheduler would not know of them, or the optimizer is of another model.
+        InputError: if the optimizer holds no parameter of this model, or if a scheduler was given that was built before these
+            parameters existed.
     """
     if optimizer is None:
         return

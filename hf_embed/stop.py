@@ -1,11 +1,11 @@
-"""Signals that end a training: it saves a checkpoint at the end of its step, and ends with a status that is never 0.
+"""Stop a training by a signal: save a checkpoint at the end of the current step, and end with a nonzero exit status.
 
-    SIGTERM         what clusters and launchers send before they kill: status 143
-    SIGUSR1         Slurm's warning of the end of the time (--signal=USR1@120): status 138
-    SIGINT          Ctrl-C: status 130; once more, a second later or after that, ends the run at once
+    SIGTERM         sent by clusters and launchers before they kill a process: exit status 143
+    SIGUSR1         sent by Slurm before the time limit (--signal=USR1@120): exit status 138
+    SIGINT          Ctrl-C: exit status 130. A second Ctrl-C, more than a second later, ends the run at once.
 
-They count while a training runs. Before and after they do what they do in any program. All ranks agree, at the end of each
-optimizer step, on whether one of them was told to stop: a step that one rank has done is one that all have done.
+These handlers are active only while a training runs. Before and after it, signals have their usual effect. At the end of each
+optimizer step, all ranks agree on whether one of them has received a signal. So all ranks stop after the same step.
 """
 
 import ctypes
@@ -27,15 +27,15 @@ from hf_embed.ranks import PeerError, largest
 logger = logging.getLogger(__name__)
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-AGAIN = 1.0  # seconds: a launcher and the terminal may both send the same Ctrl-C
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
-# What starts the processes of a run, as a program and by `python -m`.
+AGAIN = 1.0  # seconds; a SIGINT sooner than this is the same Ctrl-C, which launcher and terminal may both send
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
+# The launchers that start the processes of a run, as programs and as modules of `python -m`.
 PROGRAMS = ("accelerate", "accelerate-launch", "hf-embed", "torchrun")
 MODULES = ("accelerate.commands.", "torch.distributed.")
 
 
 class Stopped(SystemExit):
-    """The end of a training that was told to stop; `code` is 128 and the number of the signal, as a shell has it."""
+    """The exception that ends a training after a signal. `code` is 128 plus the signal number, as in a shell."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
@@ -43,20 +43,21 @@ class Stopped(SystemExit):
 
 
 class StopRequests(TrainerCallback):
-    """Note the signals that come while a training runs; a context manager around the training, and one of its callbacks.
+    """Record the signals that arrive while a training runs.
 
-    Outside the main thread, where Python takes no signals, nothing is noted.
+    This is a context manager around the training, and also one of its callbacks. Python can set signal handlers only in the
+    main thread, so no signal is recorded if the training runs in another thread.
     """
 
     def __init__(self) -> None:
-        self.saves = True  # a checkpoint; not where nobody would go on from one
-        self.received = 0  # the first signal's number
-        self.since = 0.0
+        self.saves = True  # whether to save a checkpoint on a signal; False if no run would resume from it
+        self.received = 0  # the number of the first signal, 0 before that
+        self.since = 0.0  # when the first signal arrived
         self.process = os.getpid()
-        self.earlier: dict[int, Any] = {}  # handlers
+        self.earlier: dict[int, Any] = {}  # the signal handlers from before the training
         self.saved_step = -1  # the step of the last checkpoint
-        self.at_step_end = False  # and not at the end of an epoch
-        self.follows_launcher = False
+        self.at_step_end = False  # True at the end of a step, False at the end of an epoch
+        self.follows_launcher = False  # whether Linux sends a signal when the launcher ends
 
     # ---- around a training ----
 
@@ -73,11 +74,12 @@ class StopRequests(TrainerCallback):
         self.earlier = {}
         if self.follows_launcher:
             end_with_launcher(0)
-        if isinstance(error, PeerError) and self.received == signal.SIGTERM:  # a launcher ends what is left of the run
+        # Another rank has ended, and the launcher is terminating the remaining ranks: end as SIGTERM does by default.
+        if isinstance(error, PeerError) and self.received == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a fork of the training, which neither saves nor speaks
+        if os.getpid() != self.process:  # in a forked child process, a signal has its default effect
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -87,25 +89,25 @@ class StopRequests(TrainerCallback):
         if not self.received:
             self.received, self.since = number, now
 
-    # ---- in the training's loop ----
+    # ---- in the training loop ----
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note where in the loop the training is."""
+        """Record that the training loop is at the end of a step."""
         self.at_step_end = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note where in the loop the training is."""
+        """Record that the training loop is at the end of an epoch."""
         self.at_step_end = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note which step has a checkpoint."""
+        """Record that the current step has a checkpoint."""
         self.saved_step = state.global_step
 
     def due(self, state: TrainerState, control: TrainerControl) -> int:
-        """Return the signal to stop for now, at the end of a step or of an epoch, or 0; the same on every rank.
+        """Return the number of the signal to stop for now, or 0. The result is the same on every rank.
 
-        The last step of an epoch is over when what is due at the end of the epoch is done. A training that a callback has ended
-        (early stopping) is complete: one that is resumed would go on.
+        After the last step of an epoch, the stop waits until the work at the end of the epoch is done. If a callback has ended
+        the training early (early stopping), the training is complete and the result is 0: a resumed run would train further.
         """
         of_epoch = self.at_step_end and state.epoch is not None and float(state.epoch).is_integer()
         over = control.should_training_stop and state.global_step < state.max_steps
@@ -115,7 +117,7 @@ class StopRequests(TrainerCallback):
 
 
 def how_to_go_on(number: int, step: int, checkpoint: str | None) -> str:
-    """Return the line that says that the training has stopped, and how it goes on."""
+    """Return the message that the training was stopped, and how to resume it."""
     said = f"stopped by {signal.Signals(number).name} after step {step}"
     if checkpoint is None:
         return f"{said}; the same command begins this run again, and keeps those that are finished"
@@ -140,13 +142,13 @@ def launched_by() -> psutil.Process | None:
 
 
 def end_with_launcher(number: int) -> bool:
-    """Ask Linux to send this process a signal when its launcher ends; 0: no signal any more.
+    """Ask Linux to send this process a signal when its launcher ends; 0 cancels the request.
 
-    `accelerate launch` of one process does not hand on the SIGTERM that ends it. A process without a launcher, under nohup for
-    example, outlives its parent as before.
+    This is needed because `accelerate launch` with one process does not forward the SIGTERM that ends the launcher. A process
+    without a launcher, for example under nohup, still outlives its parent.
 
     Returns:
-        Whether this was asked for.
+        Whether the request was made.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,9 +1,14 @@
-"""ContrastiveTrainer: the Trainer you know, with a contrastive step.
+"""ContrastiveTrainer: the Hugging Face Trainer with a contrastive training step.
 
-One step: the collator's flat batch -> `TrainingStep.forward` in length-sorted chunks (inside DDP or FSDP, one call) -> a block
-of embeddings, a row for each row of the data -> one gather -> the objective on the own rows against all rows -> backward.
+One training step:
 
-Shapes: B own rows, N rows of all ranks, V texts a row, D wide.
+1. The collator makes a flat batch.
+2. `TrainingStep.forward` encodes the batch in length-sorted chunks. It is a single call of the model that DDP or FSDP wraps.
+3. The embeddings become a block with one row for each row of the data.
+4. One gather exchanges the embeddings of all ranks.
+5. The objective compares the rows of this rank with the rows of all ranks. The backward pass follows.
+
+Shapes: B rows of this rank, N rows of all ranks, V texts per row, D width of an embedding.
 """
 
 import logging
@@ -56,37 +61,49 @@ class ContrastiveTrainer(GuardedTrainer):
     """Fine-tune `model` into a text encoder.
 
     Args:
-        model: the name or folder of a model, loaded by `Encoder.from_pretrained` in float32; a `PreTrainedModel`, a PEFT model
-            around one, an `Encoder`, or the `TrainingStep` of an earlier training (`trainer.step`), whose heads stay.
-        args: `ContrastiveTrainingArguments`; pooling, max_length, normalize and prompts given there go to the encoder. Plain
-            `TrainingArguments` keep their values.
-        objective: e.g. `SimCSE(temperature=0.05)`, the default.
-        train_dataset: a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or text alone
-            (`hf_embed.data.sources` lists what is accepted), tokenized here, once; a pandas DataFrame, a list or the path of
-            a file (`hf_embed.data.python_rows`); or many sources, each batch of one of them: a dict of these by name, or a
-            list of `Source`. An `IterableDataset` is streamed.
-        eval_dataset: rows as for `train_dataset`: with sentence1, sentence2 and score an STS set, with anchor and positive
-            held-out rows, of which `eval_loss` is the objective's loss (`hf_embed.evaluation.held_out`); another task, e.g. a
-            `Retrieval` (`hf_embed.evaluation.tasks`); or a dict of these by name.
-        processing_class: the tokenizer, or its name (an `Encoder` and a named model bring their own).
+        model: one of
+
+            - the name or folder of a model, which `Encoder.from_pretrained` loads in float32;
+            - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`;
+            - the `TrainingStep` of an earlier training (`trainer.step`), whose heads are kept.
+        args: `ContrastiveTrainingArguments`. Its pooling, max_length, normalize and prompts are passed to the encoder. Plain
+            `TrainingArguments` are also accepted and keep their values.
+        objective: the loss. The default is `SimCSE(temperature=0.05)`.
+        train_dataset: one of
+
+            - a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or with the column text alone
+              (`hf_embed.data.sources` lists the accepted columns). The trainer tokenizes it once;
+            - a pandas DataFrame, a list, or the path of a file (`hf_embed.data.python_rows`);
+            - many sources: a dict from names to the kinds above, or a list of `Source`. Each batch comes from one source.
+
+            An `IterableDataset` is streamed.
+        eval_dataset: one of
+
+            - rows of the same kinds as `train_dataset`. Rows with sentence1, sentence2 and score are an STS set. Rows with
+              anchor and positive are held out, and `eval_loss` is the objective's loss on them
+              (`hf_embed.evaluation.held_out`);
+            - another task, for example a `Retrieval` (`hf_embed.evaluation.tasks`);
+            - a dict from names to these.
+        processing_class: the tokenizer, or its name. An `Encoder` and a model that is given by name have their own.
         callbacks, optimizers: as for `Trainer`.
 
-    Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each STS set (`eval_NAME_ndcg@10`
-    and so on for retrieval), and their means `eval_spearman` and so on, which `metric_for_best_model` can name. With several
-    sources the log has `loss_NAME` for those drawn, with a learned temperature `temperature`; every log has the numbers of
-    `hf_embed.watch`, which warns of a collapse and stops at NaN.
+    Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each STS set, and
+    `eval_NAME_ndcg@10` and further metrics for retrieval. It also logs the mean of each metric over the sets that have it, for
+    example `eval_spearman`. `metric_for_best_model` can name any of these metrics. With several sources, the training log has
+    `loss_NAME` for each source that was drawn. With a learned temperature, it has `temperature`. Every training log has the
+    statistics of `hf_embed.watch`, which warns of a collapse and stops the run at NaN or infinity.
 
     Raises:
-        InputError: what is wrong with the data or the settings, before the first step.
+        InputError: if something is wrong with the data or the settings. This is raised before the first step.
     """
 
     args: ContrastiveTrainingArguments
-    model: nn.Module  # as it is placed: under FSDP this one has its weights together
+    model: nn.Module  # the module that Trainer has placed on the device. Under FSDP only this module gathers its weights.
     eval_dataset: dict[str, Task] | None
     objective: Objective
-    drops_results = False  # whether `save_model` removes the scores of an earlier model in the folder
-    describes_itself = True  # whether `save_model` writes what it knows of the training: recipes report more, themselves
-    loss_is_scaled_for_ga = False  # the loss is a mean per batch; Trainer divides it among accumulated batches
+    drops_results = False  # True: `save_model` removes the scores that an earlier model left in the folder
+    describes_itself = True  # True: `save_model` writes the training record. Recipes set False and write a longer report.
+    loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch, so Trainer divides it by the accumulation steps
 
     def __init__(
         self,
@@ -118,8 +135,8 @@ class ContrastiveTrainer(GuardedTrainer):
         if args.process_index == 0:
             warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
-        self.scored: dict[str, Task] = {}  # what has been evaluated, by name
-        self.scores_before: dict[str, float] = {}  # those of before the first step
+        self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
+        self.scores_before: dict[str, float] = {}  # metrics from before the first step
         self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
         super().__init__(
             model=self.step,
@@ -131,9 +148,9 @@ class ContrastiveTrainer(GuardedTrainer):
             callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
             optimizers=optimizers,
         )
-        self.encoder.check_forward()  # as it will be trained: on this device, with its adapters and its temperature
-        self.temperature: Tensor | None = None  # the learned one at the last step
-        self.source_losses: dict[int, list[Tensor]] = {}  # of each source, since the last log
+        self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
+        self.temperature: Tensor | None = None  # the learned temperature at the last step
+        self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
             logger.info("\n".join(self.preview()))
         self.lines = show_lines(self, tasks)
@@ -142,11 +159,11 @@ class ContrastiveTrainer(GuardedTrainer):
 
     @property
     def sharded(self) -> bool:
-        """Whether a layer's forward is a collective (FSDP, ZeRO-3), so that ranks must make equally many."""
+        """Whether each layer's forward pass is a collective (FSDP, ZeRO-3), so all ranks must encode equally many chunks."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return this rank's batches, which are a function of (seed, epoch, step)."""
+        """Return a loader of this rank's batches, which depend only on (seed, epoch, step)."""
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         args = self.args
@@ -165,10 +182,10 @@ class ContrastiveTrainer(GuardedTrainer):
         """Return the mean loss of this rank's rows against the rows of all ranks, a scalar.
 
         Args:
-            model: the wrapped `TrainingStep`: gradients synchronise only through its forward.
+            model: the wrapped `TrainingStep`. It must be called through the wrapper, or gradients are not synchronized.
             inputs: a batch of `RaggedCollator`.
             return_outputs: also return {"embeddings": (B, V, D)}.
-            num_items_in_batch: Trainer's number of tokens; the loss is a mean over rows and has no use for it.
+            num_items_in_batch: the token count that Trainer passes. It is not used, because the loss is a mean over rows.
         """
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
         mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
@@ -179,7 +196,8 @@ class ContrastiveTrainer(GuardedTrainer):
         if "other_ids" in inputs:
             given["other_ids"] = used_columns(gather_rows(inputs["other_ids"]))
         loss = self.objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
-        if mlm is not None:  # the mean over the masked tokens of all ranks, before ranks are averaged
+        # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
+        if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
             loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / masked
         if model.training:
@@ -187,7 +205,7 @@ class ContrastiveTrainer(GuardedTrainer):
         return (loss, {"embeddings": rows}) if return_outputs else loss
 
     def _note(self, loss: Tensor, rows: Tensor, inputs: dict, outputs: dict[str, Tensor]) -> None:
-        """Keep what the next log is made of."""
+        """Store the values that the next log needs."""
         self.watch.see(loss, rows, inputs["text_ids"])
         if "temperature" in outputs:
             self.temperature = outputs["temperature"].detach()
@@ -195,8 +213,8 @@ class ContrastiveTrainer(GuardedTrainer):
             self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of the sources, the learned temperature and the numbers of `hf_embed.watch` to a log of training."""
-        if "loss" in logs:  # on every rank
+        """Add the loss of each source, the learned temperature and the statistics of `hf_embed.watch` to a training log."""
+        if "loss" in logs:  # every rank runs this block, because `reduce` is a collective
             if isinstance(self.train_dataset, Mixture):
                 for source, losses in sorted(self.source_losses.items()):
                     mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
@@ -209,11 +227,11 @@ class ContrastiveTrainer(GuardedTrainer):
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As Trainer's, without the learned temperature."""
+        """Return the names that Trainer returns, without the learned temperature, which gets no weight decay."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     def preview(self) -> list[str]:
-        """Return lines about the rows to train on, and two of them as the model reads them; see `hf_embed.preview`."""
+        """Return lines that describe the training rows and show two of them as the model reads them (`hf_embed.preview`)."""
         if self.train_dataset is None:
             return []
         return preview(self.train_dataset, self.encoder, self.origin.name, self.args.same_dropout_mask)
@@ -226,15 +244,17 @@ class ContrastiveTrainer(GuardedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the metrics of every set, and their means; every text counts once on any number of ranks.
+        """Return the metrics of every evaluation set, and the means of metrics that several sets share.
+
+        Every text counts once, whatever the number of ranks.
 
         Args:
-            eval_dataset: sets in place of the trainer's own, or the name of one of these.
-            ignore_keys: of no use here.
-            metric_key_prefix: what the metrics' names begin with.
+            eval_dataset: evaluation sets to use in place of the trainer's own, or the name of one of the trainer's own.
+            ignore_keys: not used here.
+            metric_key_prefix: the prefix of the metric names.
 
         Raises:
-            InputError: there is no evaluation set.
+            InputError: if there is no evaluation set, or none with the given name.
         """
         tasks = inputs.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.objective)
         memory = memory_tracker(self)
@@ -254,7 +274,7 @@ class ContrastiveTrainer(GuardedTrainer):
         return metrics
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
-        """Return vectors (N, D), finished as `encode` does."""
+        """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""
         texts = [self.encoder.prompt(prompt_name) + text for text in texts]
         embeddings = embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, self.sharded)
         return self.encoder.finish(embeddings.float())
@@ -262,7 +282,11 @@ class ContrastiveTrainer(GuardedTrainer):
     # ---- saving and loading ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a plain checkpoint, verified when it is the final one, and what resuming needs beyond it."""
+        """Save the model, and the state that a resumed run needs.
+
+        The final model is verified (unless FSDP or DeepSpeed gathered its tensors) and gets a results.json. A checkpoint of a
+        running training also gets the tensors that a plain model folder does not hold.
+        """
         args = self.args
         if not args.should_save:
             return

@@ -1,4 +1,4 @@
-"""What `ContrastiveTrainer` accepts for each of its arguments, and what it makes of it; all else is refused in one line."""
+"""Checks and conversions of the arguments of `ContrastiveTrainer`. Anything else is refused with a one-line message."""
 
 import copy
 import difflib
@@ -35,14 +35,15 @@ from hf_embed.trainer_settings import check_batch, check_training
 
 logger = logging.getLogger(__name__)
 
-CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")  # a loss that is a function
+# The positional arguments that a loss given as a function is called with.
+CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")
 
 Model: TypeAlias = PreTrainedModel | Encoder | TrainingStep | str | Path
 TrainRows: TypeAlias = TrainData | RowData | dict[str, RowData]
 EvalSet: TypeAlias = Task | RowData
 EvalSets: TypeAlias = EvalSet | Mapping[str, EvalSet]
 
-# Arguments of other trainers, and what is there for them.
+# Arguments that other trainers have, and what to use here instead.
 ELSEWHERE = {
     "tokenizer": "processing_class= takes the tokenizer",
     "loss": "objective= takes the loss, SimCSE(temperature=0.05) for example",
@@ -61,8 +62,8 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
     """Refuse arguments that the trainer does not have.
 
     Raises:
-        InputError: one that other trainers have; the message says what is there for it.
-        TypeError: any other.
+        InputError: if other trainers have the argument. The message says what to use instead.
+        TypeError: if the argument is any other.
     """
     for name in arguments:
         if name in ELSEWHERE:
@@ -76,10 +77,13 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
 
 
 def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> ContrastiveTrainingArguments:
-    """Return the arguments, as a copy: some settings follow from the data and the model, and the caller's object stays.
+    """Return a copy of the training arguments as `ContrastiveTrainingArguments`.
+
+    It is a copy because the trainer changes settings that follow from the data and the model. The caller's object must stay
+    the same.
 
     Raises:
-        InputError: no TrainingArguments, or some with a setting that cannot be had here.
+        InputError: if `args` are not TrainingArguments, or have a setting that is not available here.
     """
     if args is None:
         return ContrastiveTrainingArguments("tmp_trainer")
@@ -92,7 +96,11 @@ def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> C
 
 
 def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Objective:
-    """Return the objective, SimCSE where none is given. Raises InputError for what cannot be called, and for a class."""
+    """Return the loss as an `Objective`; the default is SimCSE.
+
+    Raises:
+        InputError: if it is a text or a class, or cannot be called with the arguments in `CALLED_WITH`.
+    """
     if objective is None:
         return SimCSE()
     if isinstance(objective, str):
@@ -107,7 +115,7 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
         called = objective.forward if isinstance(objective, nn.Module) else objective
         try:
             inspect.signature(called).bind(*CALLED_WITH)
-        except ValueError:  # some functions in C do not say what they take
+        except ValueError:  # some functions written in C have no signature
             pass
         except TypeError as error:
             raise InputError(
@@ -118,7 +126,11 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
 
 
 def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
-    """Return the callbacks, of which a single one may stand by itself. Raises InputError for what is none."""
+    """Return the callbacks as a list; a single callback is also accepted.
+
+    Raises:
+        InputError: if one of them is not a TrainerCallback.
+    """
     given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     for callback in given:
         kind = callback if isinstance(callback, type) else type(callback)
@@ -128,7 +140,7 @@ def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
 
 
 def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None, Any]:
-    """Return the optimizer and the schedule. Raises InputError for what is no pair of these."""
+    """Return the optimizer and the learning-rate schedule. Raises InputError if they are not such a pair."""
     pair = tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
     if len(pair) != 2:
         raise InputError(f"optimizers is {described(optimizers)}; give the pair (optimizer, schedule), None for one made here")
@@ -145,12 +157,13 @@ def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None
 def as_model(
     model: Any, tokenizer: Any, args: ContrastiveTrainingArguments
 ) -> tuple[PreTrainedModel | Encoder | TrainingStep | None, PreTrainedTokenizerBase | None]:
-    """Return the model, loaded where it is named, and the tokenizer that is given beside it.
+    """Return the model and the tokenizer, and load them if they are given by name.
 
-    A named model is loaded as `Encoder.from_pretrained` loads it, with the settings of its folder, in float32.
+    A model that is given by name is loaded as `Encoder.from_pretrained` loads it: with the settings of its folder, in float32.
 
     Raises:
-        InputError: neither a model nor the name of one; something that is no tokenizer; a model that cannot be loaded.
+        InputError: if `model` is neither a model nor the name of one, if `tokenizer` is not a tokenizer, or if the model cannot
+            be loaded.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
@@ -174,19 +187,19 @@ def as_model(
 
 
 def of_type(thing: object) -> str:
-    """Return an object's type for the message about a model."""
+    """Describe the type of an object that is not a model, for the error message."""
     return described(thing) if isinstance(thing, type) else f"of the type {type(thing).__name__}"
 
 
 def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) -> Encoder:
     """Load a model to train, with the settings of its folder and those in `args`.
 
-    With pooling `cls_mlp` the head starts anew, as in SimCSE's code, unless the folder has a trained one.
+    With the pooling `cls_mlp`, the MLP head is newly initialized, as in SimCSE's code, unless the folder has a trained one.
 
     Args:
         name: a folder, or a model on the Hub.
-        args: of which pooling, max_length and normalize count.
-        **kwargs: of `Encoder.from_pretrained`.
+        args: only pooling, max_length and normalize are used.
+        **kwargs: passed to `Encoder.from_pretrained`.
     """
     settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize")}
     encoder = load_encoder(Encoder, name, **settings, new_pooler=uses_pooler(args.pooling), **kwargs)
@@ -199,7 +212,7 @@ def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) 
 
 
 def as_train_data(rows: Any, name: str) -> TrainData | None:
-    """Return the rows to train on as datasets, or as sources. Raises InputError for what holds no rows."""
+    """Return the training rows as datasets, or as a list of sources. Raises InputError if `rows` holds no rows."""
     if rows is None or (isinstance(rows, list) and rows and all(isinstance(source, Source) for source in rows)):
         return rows
     if isinstance(rows, Source):
@@ -211,7 +224,11 @@ def as_train_data(rows: Any, name: str) -> TrainData | None:
 
 
 def refuse_columns(rows: Mapping[str, object], name: str) -> None:
-    """Refuse a dict of columns, and one that is a single row: a dict is of sets by name."""
+    """Refuse a dict of columns and a dict that is a single row. A dict must map names to datasets.
+
+    Raises:
+        InputError: if the dict is empty, or if one of its values is a list of texts or a text that is not a file name.
+    """
     if not rows:
         raise InputError(f"{name}: the dict is empty; give sets by name, or a single set")
     for key, value in rows.items():
@@ -223,13 +240,13 @@ def refuse_columns(rows: Mapping[str, object], name: str) -> None:
 
 
 def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
-    """Return evaluation sets by name, held-out rows behind the others.
+    """Return evaluation sets by name, with the held-out rows last.
 
-    A table with sentence1, sentence2 and score is an STS set; one with the columns of training rows is held out, and gives the
-    loss. A single set is named by its kind.
+    A table with the columns sentence1, sentence2 and score is an STS set. A table with the columns of training rows is held
+    out, and its metric is the loss. A single evaluation set is named after its kind.
 
     Raises:
-        InputError: a table that is neither, or both; something else.
+        InputError: if a table could be neither kind or both kinds, or if a value is not an evaluation set.
     """
     if sets is None:
         return {}
@@ -251,10 +268,17 @@ def choose_tasks(
     args: ContrastiveTrainingArguments,
     objective: Objective,
 ) -> dict[str, Task]:
-    """Return the tasks to evaluate: the trainer's own, that of a name, or others that are given in their place.
+    """Return the tasks to evaluate.
+
+    Args:
+        own: the trainer's own tasks.
+        sets: None for all of the trainer's own tasks, the name of one of them, or other evaluation sets to use instead.
+        step: the module that is trained.
+        args: the settings of the training.
+        objective: computes the loss of held-out rows.
 
     Raises:
-        InputError: there are none, or none of that name.
+        InputError: if there is no task, or none with that name.
     """
     if isinstance(sets, str):
         if sets not in (own or {}):
@@ -269,14 +293,21 @@ def choose_tasks(
 
 
 def as_task(given: Any, name: str) -> Task | Dataset:
-    """Return a task as it is, a table of an STS set as a Dataset, and one of training rows as `HeldOut`."""
+    """Convert one evaluation set.
+
+    Returns:
+        A task as it is, a table with an STS set as a `Dataset`, and a table of training rows as `HeldOut`.
+
+    Raises:
+        InputError: if `given` is a class, or a table that could be both kinds or neither.
+    """
     if isinstance(given, type):
         raise InputError(f"{name}: {described(given)} is no evaluation set; give an object of it")
     if isinstance(given, Task) and not is_frame(given):
         return given
     rows = stored_rows(given, name)
     others = [column for column in rows.column_names if column not in COLUMNS]
-    if len(others) + len(COLUMNS) > len(rows.column_names):  # no STS set
+    if len(others) + len(COLUMNS) > len(rows.column_names):  # a column of an STS set is missing
         return held_out(rows, name)
     try:
         pair = text_columns(others, name, paired=True)[:2]
@@ -289,7 +320,7 @@ def as_task(given: Any, name: str) -> Task | Dataset:
 
 
 def stored_rows(given: Any, name: str) -> Dataset:
-    """Return the rows of an evaluation set as a table. Raises InputError for a stream, and for what holds no rows."""
+    """Return the rows of an evaluation set as a table. Raises InputError for a streaming dataset, and if there are no rows."""
     rows = as_rows(given, name)
     if isinstance(rows, IterableDataset):
         raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
@@ -297,7 +328,14 @@ def stored_rows(given: Any, name: str) -> Dataset:
 
 
 def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
-    """Return rows of a training that are held out; a table whose columns are nearly an STS set's as it is."""
+    """Return a table of held-out training rows as `HeldOut`.
+
+    A table that has sentence1 and sentence2 but is not a complete STS set is returned unchanged. The check of STS sets then
+    reports what is wrong.
+
+    Raises:
+        InputError: if the columns are not those of training rows with pairs.
+    """
     if labelled_layout(rows.column_names, name) is not None:
         return HeldOut(rows)
     try:
@@ -311,7 +349,7 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
                 f"{name}: rows of a single text cannot be held out, for without dropout a text is its own positive and the "
                 "loss says nothing; give pairs (anchor, positive), or an STS set"
             ) from error
-        if judging_columns(rows.column_names):  # whose mend is in the error
+        if judging_columns(rows.column_names):  # the error of `text_columns` already says what to do
             raise
         raise InputError(
             f"{name}: found the columns {', '.join(rows.column_names)}; an STS set has sentence1, sentence2 and score, "
@@ -327,17 +365,17 @@ def make_held_out(
     objective: Objective,
     training: Dataset | Mixture | None = None,
 ) -> dict[str, Task]:
-    """Return the tasks, of which held-out rows are tokenized as those to train on, and checked.
+    """Return the tasks, after tokenizing and checking the held-out rows among them in the same way as training rows.
 
-    A warning counts those that are among the rows to train on.
+    A warning counts the held-out rows that are also training rows (`training`).
 
     Raises:
-        InputError: a batch of one row, which has no negatives, or whatever is wrong with the rows.
+        InputError: if a batch would have one row, and so no negatives, or if something is wrong with the rows.
     """
     made = dict(tasks)
     batch_size = args.per_device_eval_batch_size * args.world_size
     encoding = copy.copy(args)
-    encoding.same_dropout_mask = False  # of rows of a single text, which these are not
+    encoding.same_dropout_mask = False  # this setting is for rows of a single text, and held-out rows are pairs
     for name, task in tasks.items():
         if not isinstance(task, HeldOut) or isinstance(task, HeldOutLoss):
             continue
@@ -356,7 +394,7 @@ def make_held_out(
 
 
 def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -> None:
-    """Warn of held-out rows that are also trained on: on them the loss says how well the model remembers."""
+    """Warn about held-out rows that are also training rows: on them, the loss measures memorization, not generalization."""
     tables = training.tables if isinstance(training, Mixture) else [training]
     if seen := seen_in_training(rows, [table for table in tables if isinstance(table, Dataset)]):
         logger.warning(f"{name}: {seen:,} of {len(rows):,} held-out rows are also trained on; leave them out of one of the two")
@@ -370,7 +408,14 @@ def read_training_rows(
     name: str,
     paired: bool | None,
 ) -> tuple[Dataset | Mixture | None, list[int]]:
-    """Tokenize and check the rows to train on. Returns them, and the number of texts in a row of each source."""
+    """Tokenize and check the training rows.
+
+    Returns:
+        The tokenized rows, and the number of texts per row of each source.
+
+    Raises:
+        InputError: if something is wrong with the rows, or if the run would train nothing.
+    """
     if rows is None:
         return None, [2]
     check_batch(args)

@@ -1,7 +1,8 @@
-"""What becomes of every field of `transformers.TrainingArguments` here, and the checks of those that are honoured.
+"""How this package treats every field of `transformers.TrainingArguments`, and the checks of the fields that it supports.
 
-`REFUSED`: ignoring them would change the result. `IGNORED`: they have no effect, and do no harm; a warning names them. All
-others do what they do for a plain Trainer; tests/test_training_arguments.py walks them.
+- `REFUSED`: fields that raise an error, because ignoring them would change the result.
+- `IGNORED`: fields that have no effect and do no harm. A warning names them.
+- All other fields do what they do in a plain Trainer. tests/test_training_arguments.py checks each of them.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ IGNORED = {
     "do_predict": "there is nothing to predict",
 }
 
-# accelerate's loader settings: {setting: (the values that are what happens here anyway, why)}.
+# Settings of accelerate's data loader: {setting: (the values that agree with what this package does, why)}.
 LOADER = {
     "split_batches": ((False,), "per_device_train_batch_size is of one process"),
     "dispatch_batches": ((None, False), "every process reads its own rows"),
@@ -82,27 +83,27 @@ LOADER = {
     "non_blocking": ((False,), "batches are not copied by accelerate"),
 }
 
-# Fields that other libraries' training arguments have, and what is there for them here; others are to be left out.
+# Fields that the training arguments of other libraries have, and what to use here instead. Other such fields must be left out.
 OTHERS = {
     "prompts": 'give ContrastiveTrainingArguments(prompts={"query": "...", "document": "..."})',
     "batch_sampler": "leave it out: a text that stands twice in a batch is no negative of itself here",
     "multi_dataset_batch_sampler": "leave it out: ContrastiveTrainingArguments(source_alpha=) says how often a source is drawn",
 }
 
-METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # those that read the metric
-NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that Trainer checks when it makes them
-WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning-rate schedules that read the evaluation metric
+NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that need the model, so Trainer checks them later
+WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimizers that ignore `optim_args`
 
 
 def changed_from_default(args: TrainingArguments, name: str) -> bool:
-    """Whether a field of TrainingArguments has another value than its default."""
+    """Return whether a field of TrainingArguments has a value other than its default."""
     field = TrainingArguments.__dataclass_fields__[name]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return getattr(args, name) not in (default, [], None)  # what TrainingArguments and its parser make of ""
+    return getattr(args, name) not in (default, [], None)  # TrainingArguments and its parser turn "" into [] or None
 
 
 def refuse_other_fields(args: TrainingArguments) -> None:
-    """Raise InputError for a field of a class derived from TrainingArguments that is set: nothing here would read it."""
+    """Raise InputError if a field that a subclass adds to TrainingArguments is set, because nothing here would read it."""
     kind = type(args).__name__
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(args):
@@ -114,7 +115,7 @@ def refuse_other_fields(args: TrainingArguments) -> None:
 
 
 def check_before(args: TrainingArguments) -> None:
-    """Raise InputError for what is wrong with the arguments as they were given."""
+    """Raise InputError if the arguments are wrong as the user gave them, before TrainingArguments derives others from them."""
     check_ranges(args, RANGES)
     if args.max_steps != -1 and args.max_steps not in COUNT:
         raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to go by num_train_epochs")
@@ -141,7 +142,7 @@ def check_before(args: TrainingArguments) -> None:
 
 
 def check_after(args: TrainingArguments) -> None:
-    """Raise InputError for what is wrong with the arguments now that TrainingArguments has made something of them."""
+    """Raise InputError if the arguments are wrong after TrainingArguments has converted them and derived others from them."""
     loader: Any = args.accelerator_config
     for name, (harmless, reason) in LOADER.items():
         if (value := getattr(loader, name)) not in harmless:
@@ -154,7 +155,7 @@ def check_after(args: TrainingArguments) -> None:
     for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(f"report_to: there is no '{name}'; there are {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
-        if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):  # these two are known by no package
+        if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):  # transformers never lists these two
             raise InputError(f"report_to: the package of {name} is not installed; install it, or set report_to to none")
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise InputError("save_strategy is best, but eval_strategy is no: nothing would be saved; set eval_strategy")
@@ -165,7 +166,11 @@ def check_after(args: TrainingArguments) -> None:
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Make the optimizer of a single weight: InputError for a missing package, or settings that it does not take."""
+    """Check the optimizer's settings by building the optimizer for a single weight.
+
+    Raises:
+        InputError: if the optimizer's package is missing, or if the optimizer does not accept the settings.
+    """
     name = OptimizerNames(args.optim).value
     if args.optim_args and name in WITHOUT_OPTIM_ARGS:
         raise InputError(f"optim_args is {args.optim_args!r}, and {name} reads none of it; leave it out")
@@ -181,10 +186,12 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Give a schedule that reads the metric its direction, and make one for a single weight.
+    """Check the settings of the learning-rate schedule by building the schedule for a single weight.
+
+    For a schedule that reads the evaluation metric, this also sets `mode`: whether a larger or a smaller metric is better.
 
     Raises:
-        InputError: settings that the schedule does not take.
+        InputError: if the schedule does not accept the settings.
     """
     name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
@@ -194,7 +201,7 @@ def check_schedule(args: TrainingArguments) -> None:
         if given.get("mode", mode) != mode:
             metric = args.metric_for_best_model
             raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum")
-        given = args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers leaves it at min
+        given = args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers would always use "min"
     steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
@@ -204,22 +211,25 @@ def check_schedule(args: TrainingArguments) -> None:
 
 
 def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
-    """Check the arguments with which a trainer is made, and settle those that follow from the evaluation sets.
+    """Check the arguments that a trainer is built with, and set those that follow from the evaluation sets.
 
     Raises:
-        InputError: a setting that cannot be had, or that needs an evaluation set.
+        InputError: if a setting is not available here, or needs an evaluation set and there is none.
     """
     check_world(args)
-    check_before(args)  # once more, for a script may have changed them since
+    check_before(args)  # a second time, because a script may have changed the arguments after they were made
     check_evaluation(args, tasks)
     check_metric(args, tasks)
-    if args.n_gpu > 1:  # DataParallel would cut the flat batch in the wrong places
+    if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts
         logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
         use_one_gpu(args)
 
 
 def check_world(args: TrainingArguments) -> None:
-    """Raise InputError for ranks that do not know of each other: they would train apart without a word."""
+    """Raise InputError if the process group and the training arguments disagree about the number of processes.
+
+    Each process would then silently train a model of its own.
+    """
     if get_world_size() != args.world_size:
         raise InputError(
             f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with "
@@ -228,7 +238,7 @@ def check_world(args: TrainingArguments) -> None:
 
 
 def check_batch(args: TrainingArguments) -> None:
-    """Raise InputError for a batch of a single row, which has no negatives."""
+    """Raise InputError if a global batch has a single row, which has no negatives."""
     if args.per_device_train_batch_size * args.world_size < 2:
         raise InputError(
             "per_device_train_batch_size is 1: a batch of one row has no negatives; set at least 2 "
@@ -237,7 +247,11 @@ def check_batch(args: TrainingArguments) -> None:
 
 
 def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
-    """Settle which metric of the evaluation sets chooses the model. Raises InputError for one that they do not log."""
+    """Resolve which metric of the evaluation sets chooses the best model ("auto": their main metric).
+
+    Raises:
+        InputError: if no evaluation set logs the metric.
+    """
     if not tasks or args.metric_for_best_model is None:
         return
     if args.metric_for_best_model == "auto":
@@ -254,7 +268,7 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
 
 
 def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
-    """Raise InputError for settings that need an evaluation set where there is none."""
+    """Raise InputError if a setting needs an evaluation set and there is none."""
     schedule = SchedulerType(args.lr_scheduler_type).value
     for wanted, what in (
         (args.eval_strategy != "no", f"eval_strategy is {IntervalStrategy(args.eval_strategy).value}"),
@@ -268,8 +282,15 @@ def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
 
 
 def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:
-    """Raise InputError for a run that would train nothing, or evaluate nothing though it should."""
-    trained = ("backbone.", "dense.")  # what is saved; heads of the training and a learned temperature are not
+    """Raise InputError if the run would train nothing, or if it would never evaluate because `eval_delay` is too large.
+
+    Args:
+        args: the settings of the training.
+        encoder: the model that is trained.
+        batches: the number of batches per epoch on this rank.
+        name: the name of the rows in messages.
+    """
+    trained = ("backbone.", "dense.")  # the parts that are saved; training heads and a learned temperature are not saved
     if not any(p.requires_grad for key, p in encoder.named_parameters() if key.startswith(trained)):
         raise InputError("no weight of the model requires a gradient, so nothing would be trained; unfreeze some")
     if not batches:
@@ -285,13 +306,13 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
 
 
 def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
-    """Name the settings that have no effect."""
+    """Warn about settings that have no effect."""
     kinds = {task.kind for task in tasks.values()}
     read = set()
     if HeldOut.kind in kinds:
         read.add("per_device_eval_batch_size")
     if kinds == {HeldOut.kind}:
-        read.add("prediction_loss_only")  # there is nothing else
+        read.add("prediction_loss_only")  # the loss is the only metric anyway
     for name, reason in IGNORED.items():
         if name not in read and changed_from_default(args, name) and not (name == "do_eval" and args.eval_strategy != "no"):
             logger.warning(f"{name} has no effect: {reason}")

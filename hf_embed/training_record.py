@@ -1,4 +1,4 @@
-"""What a finished training says of itself: what was trained on what and how, and what it scores, as results.json has it."""
+"""The record of a finished training for results.json: the model, the data, the settings and the scores."""
 
 import dataclasses
 import math
@@ -26,8 +26,8 @@ from hf_embed.version import __version__
 if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
 
-# The settings that a result depends on: results.json and the card have those that are not at their default. The test of
-# `changed` has the others, each named, so that a new field of TrainingArguments has to be put in one of the two lists.
+# The settings that a result depends on. results.json and the model card list those that are not at their default.
+# tests/test_report.py lists the other settings by name, so that each new field of TrainingArguments must be classified.
 RESULT_SETTINGS = frozenset({
     # the model
     "dropout", "trust_remote_code", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
@@ -35,33 +35,34 @@ RESULT_SETTINGS = frozenset({
     # the rows
     "positive", "synonyms", "fill_model", "same_dropout_mask", "drop_empty_rows", "source_alpha", "small_sources",
     "shuffle_buffer_size", "data_seed", "ignore_data_skip",
-    # the optimisation
+    # the optimization
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
     "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "gradient_accumulation_steps", "nan_steps", "restore_callback_states_from_checkpoint",
-    # how it is computed
+    # the computation
     "bf16", "fp16", "tf32", "full_determinism", "gradient_caching", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
     "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "use_cache", "enable_jit_checkpoint",
     "include_num_input_tokens_seen", "skip_memory_metrics",
 })  # fmt: skip
 UNNAMED = "data given in a script"
-SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # of several sources
+SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # settings that matter only with several sources
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where rows to train on are from: their name for people, and the data sets of the Hub among them, OWNER/NAME."""
+    """The origin of training rows: a name for people, and the datasets on the Hub that they come from, as OWNER/NAME."""
 
     name: str
     datasets: list[str] = dataclasses.field(default_factory=list)
 
 
 def training_results(trainer: "ContrastiveTrainer") -> Results:
-    """Return what results.json says of a training, from the trainer's log; {} where there is nothing to say.
+    """Return the content of results.json for a training, taken from the trainer's log, or {} if there is nothing to report.
 
-    The scores are those of the model as it is now: of an evaluation behind the training, or at the step whose model it is.
-    Where there is none, they are of the last evaluation before, whose step stands in `train`.
+    The scores belong to the current model. They come from an evaluation after the training, or from one at the step whose
+    weights the model has. If there is neither, they come from the last evaluation, and `train` holds the step of that
+    evaluation (`scored_step`).
     """
     results: Results = {"card": trainer.named} if trainer.named else {}
     if not trainer.describes_itself:
@@ -79,7 +80,10 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
 
 
 def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float | None]:
-    """Return the metrics of the model as it is, and None; or those of the last evaluation of the training, and its step."""
+    """Return metrics, and the step of the evaluation that they come from.
+
+    The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation.
+    """
     history = trainer.state.log_history
     ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
     behind = history[ends[-1] + 1 :] if ends else []
@@ -94,12 +98,15 @@ def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float 
 
 
 def metrics_of(entries: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Return the metrics of evaluations in a log; of a metric that stands in several, the last."""
+    """Return the evaluation metrics in log entries. If several entries have the same metric, the last value counts."""
     return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
 
 
 def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return what was trained on what and how, as results.json has it; `scores` are the model's."""
+    """Return the entry `train` of results.json: the model, the data and the settings of the training.
+
+    `scores` are the metrics of the model.
+    """
     args, state, encoder = trainer.args, trainer.state, trainer.encoder
     end = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
     name = encoder.config.name_or_path
@@ -123,11 +130,13 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
 
 
 def loss_and_time(end: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return the mean loss and the seconds of a training; of one that was resumed, the step from which on they count.
+    """Return the mean loss and the duration of a training in seconds.
+
+    If the training was resumed, both count from the step where it resumed, and that step is returned too.
 
     Args:
-        end: the log of its end.
-        steps: of the whole run. Where it was resumed behind its last step there are no such numbers.
+        end: the last log entry of the training.
+        steps: the number of steps of the whole run. If the run was resumed after its last step, loss and seconds are None.
     """
     resumed = end.get("resumed_at_step", 0)
     told = {"loss": end.get("train_loss"), "seconds": end.get("train_runtime")}
@@ -137,13 +146,13 @@ def loss_and_time(end: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def chose_a_step(state: transformers.TrainerState) -> bool:
-    """Tell whether evaluations chose the model among several steps."""
+    """Return whether evaluations chose the best model among several steps."""
     evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     return state.best_model_checkpoint is not None and len(evaluated) > 1
 
 
 def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return the metric by which models are chosen, its value, and which direction is better."""
+    """Return the metric that chooses the best model, its value, and whether a greater value is better."""
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     greater = args.greater_is_better
     if args.metric_for_best_model is None:
@@ -153,14 +162,19 @@ def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scor
 
 
 def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str, Any]:
-    """Return those of the settings objects' fields that a result depends on and that are not at their default."""
+    """Return the settings that a result depends on (`RESULT_SETTINGS`) and that are not at their default.
+
+    Args:
+        objects: dataclass objects with settings; None is skipped.
+        several_sources: whether the training rows come from several sources.
+    """
     objects = [settings for settings in objects if settings is not None]
     names = RESULT_SETTINGS - (set() if several_sources else SOURCE_SETTINGS)
     if any(isinstance(settings, ContrastiveTrainingArguments) and settings.max_steps > 0 for settings in objects):
         names -= {"num_train_epochs"}
     found = {}
     for settings in objects:
-        kind = type(settings)  # its defaults as `__post_init__` leaves them, which fills some in
+        kind = type(settings)  # compare with an object of defaults, because `__post_init__` fills some of them in
         defaults = kind("unused") if issubclass(kind, ContrastiveTrainingArguments) else kind()
         for field in dataclasses.fields(kind):
             value = getattr(settings, field.name)
@@ -170,12 +184,12 @@ def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str,
 
 
 def summary(metrics: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """Sum up metrics for results.json.
+    """Group metrics by the kind of their task, for results.json.
 
         {"sts": {NAME: Spearman}, "alignment": x, "uniformity": y, "retrieval": {NAME: {METRIC: value}}, "zero_shot": ...,
          "held_out": {NAME: {"loss": value}}}
 
-    of the kinds of tasks that there are, and of which the metrics are there.
+    Only tasks whose reported metrics are all in `metrics` are included.
     """
     scores: dict[str, Any] = {}
     for name, task in tasks.items():
@@ -190,7 +204,7 @@ def summary(metrics: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str
 
 
 def settings_of(objective: Objective) -> dict[str, Any]:
-    """Return the name of an objective's class and its settings; of one around another, the other's too."""
+    """Return the class name and the settings of an objective. For `Matryoshka`, include those of the objective inside it."""
     named = objective.function if isinstance(objective, FunctionObjective) else type(objective)
     settings = {"name": getattr(named, "__name__", type(named).__name__)}
     if dataclasses.is_dataclass(objective):
@@ -201,41 +215,45 @@ def settings_of(objective: Objective) -> dict[str, Any]:
 
 
 def hardware(args: ContrastiveTrainingArguments) -> str:
-    """Name the devices of a run, for example "8 x NVIDIA H100" or "2 CPU cores"."""
+    """Describe the devices of a run, for example "8 x NVIDIA H100" or "2 CPU cores"."""
     if args.device.type == "cuda":
         return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     return f"{psutil.cpu_count(logical=False) or os.cpu_count()} {args.device.type.upper()} cores"
 
 
 def number(value: float, digits: int) -> float | None:
-    """Round a number for results.json, which knows no NaN."""
+    """Round a number for results.json. Return None for NaN and infinity, which JSON does not have."""
     return round(value, digits) if math.isfinite(value) else None
 
 
-# ---- names that others may see ----
+# ---- names that may be published ----
 
 
 def shown(name: str) -> str:
-    """Return what others may see of the name of a file or folder.
+    """Return the form of a file or folder name that may be published.
 
-    Of a full path that is the last part: where it lies here is nobody's business. Secrets are masked.
+    For an absolute path this is its last part, so that the folders of this machine stay private. Secrets are masked.
     """
     return Path(name).name if Path(name).is_absolute() else masked(name)
 
 
 def on_the_hub(name: str | None) -> str | None:
-    """Return a model's or data set's name, OWNER/NAME, if it is on the Hub."""
+    """Return the name of a model or dataset if it looks like OWNER/NAME on the Hub, else None.
+
+    A name that ends like a data file, or that is an existing local path, does not count.
+    """
     files = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
     named = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(files) and not Path(name).exists()
     return name if named else None
 
 
 def origin_of(rows: Any, name: str) -> Origin:
-    """Return where rows to train on are from, as far as they know it: a path, the data set of the Hub, their names.
+    """Return the origin of training rows, as far as it is known: a path, datasets on the Hub, or the names of the sources.
 
     Args:
-        rows: as they are given to the trainer.
-        name: what messages call them, which is taken where nothing better is known.
+        rows: the rows as they are given to the trainer.
+        name: the name of the rows in messages. If it is not the default, "train_dataset", and `rows` is not a path, then it is
+            also the name of the origin.
     """
     if isinstance(rows, str | Path):
         return Origin(shown(str(rows)))
@@ -251,7 +269,7 @@ def origin_of(rows: Any, name: str) -> Origin:
 
 
 def hub_names(rows: Any) -> list[str]:
-    """Return the data sets of the Hub that `datasets.load_dataset` has read rows from."""
+    """Return the datasets on the Hub that `datasets.load_dataset` read these rows from."""
     if not isinstance(rows, Dataset | IterableDataset):
         return []
     files = list(rows.info.download_checksums or ())

@@ -1,17 +1,19 @@
-"""Is a run learning, or collapsing? Numbers of the batch in every log, one warning, and an end to what cannot be mended.
+"""Watch a training: log statistics of the embeddings, warn once if they collapse, and end the run at NaN or infinity.
 
-In every log, of the first rows of the last batch on the main process (B rows, V texts each, D wide):
+Every training log has four statistics of the first rows of the last batch on the main process:
 
-    alignment      mean squared distance of anchors and positives, on the unit sphere; lower is better
-    uniformity     log of the mean Gaussian potential of the anchors; lower is better
-    norm_spread    standard deviation of the anchors' lengths, over their mean
-    masked_share   share of the other rows' positives that are no negatives, being equal texts
+    alignment      mean squared distance between anchors and positives, normalized to unit length; lower is better
+    uniformity     logarithm of the mean Gaussian potential of the anchors; lower is better
+    norm_spread    standard deviation of the norms of the anchors, divided by their mean
+    masked_share   share of the positives of other rows that are masked as false negatives, because their texts are equal
 
-A warning, once, where the loss falls but the embeddings get worse: by the evaluation sets if there are any, else by the
-batches.
+One warning is logged if the loss falls but the embeddings get worse, judged by the evaluation sets or, without evaluation sets,
+by the batches.
 
-A loss, a gradient or a weight that is no number any more ends the run before anything of it is saved. With `nan_steps="skip"`
-the update of such a gradient is left out instead, on all ranks alike; the log counts these steps as `skipped_steps`.
+The run ends if a loss, a gradient or a weight is NaN or infinite, before such a model is saved. With `nan_steps="skip"`, the
+update by such a gradient is skipped instead, on all ranks. The log counts these steps as `skipped_steps`.
+
+Shapes: B rows, V texts per row, D width of an embedding.
 """
 
 import logging
@@ -31,15 +33,20 @@ from hf_embed.objectives.masking import false_negatives
 
 logger = logging.getLogger(__name__)
 
-ROWS = 512  # of a batch that are looked at
-RISE = 0.25  # of what uniformity had gained, given back
-DRIFT = 1.5  # times the alignment of the start
-MOST_SKIPPED = 20  # steps in a row
+ROWS = 512  # rows of the last batch that the statistics use
+RISE = 0.25  # warn if uniformity loses more than this share of its earlier improvement
+DRIFT = 1.5  # warn if alignment is worse than at the start by more than this factor
+MOST_SKIPPED = 20  # end the run after this many skipped steps in a row
 
 
 @torch.no_grad()
 def batch_geometry(rows: Tensor, text_ids: Tensor) -> dict[str, float]:
-    """Return the numbers above, of embeddings (B, V, D) and text hashes (B, V), of two rows at least."""
+    """Compute the four statistics of the module docstring.
+
+    Args:
+        rows: embeddings (B, V, D), at least two rows.
+        text_ids: hashes of the texts (B, V).
+    """
     rows, text_ids = rows[:ROWS].float(), text_ids[:ROWS]
     anchors, positives = F.normalize(rows[:, 0], dim=-1), F.normalize(rows[:, 1], dim=-1)
     norms = rows[:, 0].norm(dim=-1)
@@ -53,10 +60,17 @@ def batch_geometry(rows: Tensor, text_ids: Tensor) -> dict[str, float]:
 
 
 def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
-    """Say what is wrong with a run that has logged `history`, from before its first step on; None if nothing is.
+    """Return a warning if the embeddings of a run get worse, else None.
 
-    Two signs, which count only while the loss falls: uniformity gives back a quarter of what it had gained (or half of what the
-    model came with, if it never gained); or alignment, of evaluation pairs, is worse than at the start by half.
+    There are two signs, and they count only if the loss falls:
+
+    - uniformity loses more than a quarter of its earlier improvement, and more than 0.1. If it never improved by more than 0.1,
+      the limit is half of its initial value;
+    - alignment on the evaluation sets is more than 1.5 times its value at the start.
+
+    Args:
+        history: all log entries of the run, including those from before the first step.
+        batches_alike: whether all batches come from the same source, so that statistics of batches are comparable.
     """
     evaluated = any("eval_uniformity" in entry for entry in history)
     if not evaluated and not batches_alike:
@@ -71,7 +85,7 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
         return None
     start, now, best = points[0], points[-1], min(points, key=lambda point: point[1])
     if now[2] > min(start[2], best[2]):
-        return None  # the loss itself says that something is wrong
+        return None  # the loss does not fall, so the loss already shows that something is wrong
     gained = start[1] - best[1]
     if now[1] - best[1] > (max(0.1, RISE * gained) if gained > 0.1 else -start[1] / 2):
         return f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: embeddings draw together"
@@ -84,29 +98,30 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
 
 
 class Watch(TrainerCallback):
-    """Added to every `ContrastiveTrainer`."""
+    """The callback that watches a training. Every `ContrastiveTrainer` has one."""
 
     def __init__(self, batches_alike: bool = True, skips: bool = False):
         self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
-        self.finite: Tensor | None = None  # of the losses since the last look: a tensor, so that no step waits for the device
-        self.history: list[dict] = []  # everything logged, from before the first step on
+        # True while all losses since the last check were finite. A tensor, because reading it makes the step wait for the GPU.
+        self.finite: Tensor | None = None
+        self.history: list[dict] = []  # all log entries, including those from before the first step
         self.warned = False
-        self.batches_alike = batches_alike  # not so with many sources: each batch is of another
-        self.skips = skips  # the updates of gradients that are no numbers, instead of ending the run
-        self.norm: Tensor | float | None = None  # of the gradient of this step, the same on every rank; None: not looked at
-        self.skipped = 0  # steps since the last log
+        self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
+        self.skips = skips  # True: skip the update if the gradient is NaN or infinite. False: end the run.
+        self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
+        self.skipped = 0  # skipped steps since the last log
         self.skipped_in_a_row = 0
 
     def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor) -> None:
-        """Keep what the next log is made of: a loss, embeddings (B, V, D) and text hashes (B, V)."""
+        """Store the values that the next log needs: a loss, embeddings (B, V, D) and text hashes (B, V)."""
         self.last = rows.detach()[:ROWS], text_ids[:ROWS]
         finite = loss.detach().isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
 
     def numbers(self) -> dict[str, float]:
-        """Return the numbers of the last batch, rounded for a log, and how many steps were skipped since the last log.
+        """Return the statistics of the last batch, rounded for a log, and the number of steps skipped since the last log.
 
-        There are none of a batch with a single row.
+        A batch with a single row has no statistics.
         """
         skipped: dict[str, float] = {"skipped_steps": self.skipped} if self.skipped else {}
         self.skipped = 0
@@ -115,7 +130,7 @@ class Watch(TrainerCallback):
         return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()} | skipped
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Forget the batches of an earlier training, which may have ended for their numbers."""
+        """Clear the values of an earlier training, which may have ended because of a NaN or infinite value."""
         self.last = self.finite = self.norm = None
         self.skipped = self.skipped_in_a_row = 0
 
@@ -127,7 +142,7 @@ class Watch(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """End the run, or leave the update out, where the gradient is no number; before it reaches a weight."""
+        """If the gradient is NaN or infinite, end the run or skip the update, before the gradient changes any weight."""
         assert model is not None
         if self.norm is None or math.isfinite(self.norm):
             self.skipped_in_a_row = 0
@@ -135,7 +150,7 @@ class Watch(TrainerCallback):
         step = state.global_step + 1
         if not self.skips:
             raise self.error(args, f"the loss or its gradient is not a number any more, at step {step} (without its update)")
-        model.zero_grad()  # to None: an optimizer leaves such weights alone, its own averages too
+        model.zero_grad()  # sets gradients to None, so that the optimizer changes neither the weights nor its own averages
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.last = self.finite = None
         if self.skipped_in_a_row == MOST_SKIPPED:
@@ -149,20 +164,23 @@ class Watch(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """End the run, on all ranks, where a loss or a weight is no number any more."""
+        """End the run on all ranks if a loss or a weight is NaN or infinite.
+
+        This is checked before a log (losses only), before an evaluation or a checkpoint, and at the end of the training.
+        """
         assert model is not None
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
             return
         self.check(args, state, model, control.should_save or control.should_evaluate or control.should_training_stop)
 
     def check(self, args: TrainingArguments, state: TrainerState, model: nn.Module, of_weights: bool) -> None:
-        """Look at the losses since the last look and, before a checkpoint, at the weights; every rank calls this.
+        """Check the losses since the last check and, if `of_weights`, also the weights. Every rank must call this.
 
         Raises:
-            InputError: on every rank, where one of them has found what is no number.
+            InputError: on every rank, if one of them has found a value that is NaN or infinite.
         """
         finite = [self.finite is None or self.finite.item()]
-        if of_weights:  # the step after a good loss may have spoilt them
+        if of_weights:  # the update after a finite loss may have made them NaN or infinite
             finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
         if not all(gather_objects(all(finite))):
             found = f"the loss or a weight is not a number any more, at step {state.global_step} or shortly before"
@@ -170,18 +188,18 @@ class Watch(TrainerCallback):
         self.finite = None
 
     def error(self, args: TrainingArguments, found: str) -> InputError:
-        """Return the error of a run that ends for what was found."""
+        """Return the error that ends the run. Its message names the last undamaged checkpoint."""
         last = next((path for path in newest_first(Path(str(args.output_dir))) if damage(path) is None), None)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
         mend = "a lower learning_rate, a higher temperature, or bf16 in place of fp16"
         return InputError(f"{found}; {kept}; go on with {mend}")
 
-    on_epoch_end = on_step_end  # with save_strategy "epoch" this is where a checkpoint is decided on
+    on_epoch_end = on_step_end  # with save_strategy "epoch", checkpoints are saved here
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Warn, once, where the run collapses."""
+        """Add the entry to the history, and warn once if the embeddings collapse."""
         self.history.append({"step": state.global_step} | (logs or {}))
         if not self.warned and state.is_world_process_zero and (message := warning_of(self.history, self.batches_alike)):
             self.warned = True
