@@ -1,9 +1,9 @@
-"""The search for the attention temperature that suits a model and its texts, with an unbiased estimate of the gain.
+"""The search for the attention temperature that suits a model and its texts, with a cross-validated estimate of the gain.
 
-The best of eight temperatures is partly best by luck, so its score is too optimistic. The gain is therefore cross-validated.
-The queries are divided into parts. Each part is scored at the temperature that is best on the other parts, and this score is
-compared with the score of the same part at temperature 1. (The search also tries the two temperatures next to the one that is
-best on all queries. The temperature for a part may be one of these two, or any other.)
+The best of eight temperatures is the best partly by luck, so its score is too optimistic. The gain is therefore
+cross-validated. The queries are divided into parts. Each part is scored at the temperature that is best on the other parts,
+and this score is compared with the score of the same part at temperature 1. (The search also tries the two temperatures next to
+the one that is best on all queries. The temperature for a part may be one of these two, or any other.)
 
 Without labels, the first half of each text is a query, and its second half is the relevant document. (The geometry of the
 embeddings alone is not a reliable guide: docs/results/tempscale.md describes a model whose retrieval score gains two points
@@ -228,7 +228,7 @@ def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: 
 
 
 def check_foldable_at(encoder: Encoder, temperature: float) -> None:
-    """Raise InputError if a temperature cannot be folded into the weights. Called before the slow search."""
+    """Raise InputError if a temperature cannot be folded into the weights. The check runs before the slow search."""
     with tempscale(encoder.backbone, temperature):
         folded(encoder.backbone)
 
@@ -236,8 +236,8 @@ def check_foldable_at(encoder: Encoder, temperature: float) -> None:
 def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str, result: dict[str, Any] | None = None) -> None:
     """Fold a temperature into the weights of an encoder, and save the encoder with its card and the result of `sweep`.
 
-    The results in the folder `origin`, from which the model was loaded, are not kept, because the scores belong to the model
-    without the temperature. Only the record of the training is kept.
+    Of the results in the folder `origin`, from which the model was loaded, only the record of the training is kept. The scores
+    there belong to the model without the temperature.
     """
     results = {"train": train} if (train := stored_results(origin).get("train")) else {}
     if temperature != 1:

@@ -355,10 +355,10 @@ def convert_one(parser: Parser, action: argparse.Action, value: object) -> objec
 
 
 def use_all_cores() -> None:
-    """Use all CPU cores if there is no accelerator.
+    """Use all CPU cores in a process of `accelerate launch` if there is no accelerator.
 
     `accelerate launch` sets OMP_NUM_THREADS to 1 unless the user sets it. With one thread per process, half or more of the
-    cores of a laptop would be idle.
+    cores of a laptop would be idle. Several processes of a machine share its cores equally.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():

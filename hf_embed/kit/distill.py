@@ -2,9 +2,9 @@
 
 The student has a small vocabulary of its own: the pieces of the teacher's vocabulary that occur most often in the text. For
 every token, the student learns to predict the teacher's layer-normalized hidden state through one linear map (mean squared
-error). The teacher reads exactly the same pieces. The training has two stages: single sentences, then sentences joined to up to
-`--max_length` tokens, so that every position is trained. The result is a language encoder. It becomes a sentence encoder by
-fine-tuning.
+error). The teacher reads exactly the same pieces. The training has two stages: single sentences, then sentences joined into
+texts of up to `--max_length` tokens, so that every position is trained. The result is a language encoder. Fine-tuning makes it
+a sentence encoder.
 
 Shapes: B texts of T tokens, D width of the student, E width of the teacher, S tokens of a batch without padding.
 """
@@ -78,7 +78,7 @@ def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> t
 def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor) -> BertModel:
     """Make a BERT whose word and position embeddings start as projections of the teacher's embeddings.
 
-    Both tables are projected on the D leading principal directions of the teacher's word embeddings.
+    Both tables are projected onto the D leading principal directions of the teacher's word embeddings.
 
     Raises:
         InputError: if there are fewer than D directions.
@@ -144,7 +144,7 @@ def batches_of(texts: list[list[int]], batch_tokens: int, rng: random.Random) ->
 
 
 def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[list[int]]:
-    """Join sentences to texts of random lengths, uniform between 32 and `max_length` tokens."""
+    """Join sentences into texts of random lengths, uniform between 32 and `max_length` tokens."""
     joined: list[list[int]] = []
     current: list[int] = []
     wanted = rng.randint(32, max_length)

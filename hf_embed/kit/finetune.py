@@ -1,4 +1,4 @@
-"""The run of a `Plan`: make the trainer, score the model before the training, train the model and save it.
+"""The run of a `Plan`: the trainer, the scores before the training, the training itself, and the saved model.
 
 `hf_embed.kit.report` scores the saved model and writes the results.
 """
@@ -94,7 +94,7 @@ def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
 
 
 def check_adapter(trainer: ContrastiveTrainer) -> None:
-    """Check that adapters alone can hold everything that is trained.
+    """Check that the adapters can be saved by themselves.
 
     Raises:
         InputError: if there are no adapters, if the adapters are sharded, or if the model has TempScale or layers after the

@@ -66,7 +66,7 @@ def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
         raise SystemExit(128 + error.sigval) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:  # an error in starting the processes: the recipe itself runs in them
+    except Exception as error:  # the recipe runs in the other processes, so this error is about starting them
         refuse(" ".join(str(error).split()))
 
 

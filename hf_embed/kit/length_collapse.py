@@ -37,8 +37,8 @@ def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LE
 
     Returns:
         {"cut": [...], "natural": [...]}. Each list has a dict for each group: "tokens", "texts", and the measures of the module
-        docstring. A length is used in "cut" if at least half of the texts, or 100 texts, have so many tokens. All groups of
-        "cut" hold the same texts: those that have at least as many tokens as the largest of these lengths. "tokens" is the
+        docstring. A length is used in "cut" if at least half of the texts, or 100 texts, have at least that many tokens. All
+        groups of "cut" hold the same texts: those with at least as many tokens as the largest of these lengths. "tokens" is the
         length in "cut", and the upper end of the bin in "natural".
 
     Raises:

@@ -34,7 +34,7 @@ MASKED = 0.2  # share of the tokens; for a small model this trains faster than B
 WINDOW = 5  # largest distance of two tokens that count as neighbors; a pair has the weight 1 / distance
 SMOOTHING = 0.75  # exponent of the neighbors' counts (Levy, Goldberg and Dagan, 2015)
 SHIFT = math.log(2)  # subtracted from the mutual information
-VOCABULARY_SENTENCES = 200_000  # the vocabulary is made from the first so many sentences
+VOCABULARY_SENTENCES = 200_000  # the vocabulary is made from this many sentences
 MOST_LETTERS = 500  # in the vocabulary; a word with any other letter is unknown
 
 
@@ -94,7 +94,7 @@ def train_tokenizer(sentences: list[str], size: int, max_length: int) -> BertTok
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=given, limit_alphabet=len(letters), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     pieces = tokenizer.get_vocab()
-    made = uncased(models.WordPiece(pieces, unk_token="[UNK]"))  # in the first, letters are special tokens
+    made = uncased(models.WordPiece(pieces, unk_token="[UNK]"))  # in `tokenizer`, letters are special tokens
     made.post_processor = processors.BertProcessing(("[SEP]", pieces["[SEP]"]), ("[CLS]", pieces["[CLS]"]))
     return BertTokenizer(tokenizer_object=made, model_max_length=max_length)
 

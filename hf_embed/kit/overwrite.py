@@ -36,9 +36,9 @@ UNFINISHED = ".unfinished"
 
 
 def working_folder(folder: Path) -> Path:
-    """Return the folder in which a run trains that will replace `folder`.
+    """Return the working folder, in which the run that will replace `folder` trains.
 
-    It lies beside `folder`. If `folder` is a symbolic link, it lies beside the target of the link.
+    The working folder lies beside `folder`. If `folder` is a symbolic link, it lies beside the target of the link.
     """
     if folder.is_symlink() or folder.name in ("", ".."):
         folder = Path(os.path.realpath(folder))

@@ -109,7 +109,7 @@ def parse_positive(positive: str) -> tuple[str, float]:
     """Parse "crop:0.3" as ("crop", 0.3). The share is 0 for a kind without a share.
 
     Raises:
-        InputError: if the kind is unknown, or if the share is missing, superfluous, or not between 0 and 1.
+        InputError: if the kind is unknown, or if the share is missing, not allowed for the kind, or not between 0 and 1.
     """
     kind, colon, written = positive.partition(":")
     if kind not in MAKERS or bool(colon) != MAKERS[kind].takes_share:
