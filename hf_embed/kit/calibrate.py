@@ -1,17 +1,18 @@
-"""Which temperature suits a model and its texts: a sweep, and an honest account of what it gains.
+"""The search for the attention temperature that suits a model and its texts, with a cross-validated estimate of the gain.
 
-Whoever takes the best of eight temperatures takes the luckiest too. So the gain is cross-validated: queries are dealt into
-parts, each part is scored at the temperature that is best on the others, and compared with itself at temperature 1. (The two
-temperatures beside the best are tried for the best on all queries; a part may choose them, or not.)
+The best of eight temperatures is the best partly by luck, so its score is too optimistic. The gain is therefore
+cross-validated. The queries are divided into parts. Each part is scored at the temperature that is best on the other parts,
+and this score is compared with the score of the same part at temperature 1. (The search also tries the two temperatures next to
+the one that is best on all queries. The temperature for a part may be one of these two, or any other.)
 
-Without labels the second half of a text is what its first half looks for. (Geometry alone is no
-guide: docs/results/tempscale.md has a model whose retrieval gains two points while its embeddings draw a little closer
-together.)
+Without labels, the first half of each text is a query, and its second half is the relevant document. (The geometry of the
+embeddings alone is not a reliable guide: docs/results/tempscale.md describes a model whose retrieval score gains two points
+while its embeddings move slightly closer together.)
 
-A gain may be that of long documents alone: of retrieval sets the scores are told by thirds of the queries too, from those whose
-relevant documents are shortest to those whose are longest.
+The gain may come from long documents alone. For retrieval sets, the scores are therefore also reported for thirds of the
+queries: those with the shortest relevant documents, those with medium ones, and those with the longest.
 
-Shapes: P parts, Q queries or pairs of a task.
+Shapes: P parts of the cross-validation, Q queries of a retrieval set or pairs of an STS set.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,14 +38,14 @@ from hf_embed.tempscale import fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
 
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-STEP = 0.05  # on either side of the best of these
+STEP = 0.05  # distance of the two additional temperatures from the best of these
 
 
 def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
-    """Make a retrieval set without labels: the first half of each text looks for the second.
+    """Make a retrieval set without labels: the first half of each text is a query, the second half its document.
 
     Raises:
-        InputError: fewer than two texts have `least` words.
+        InputError: if fewer than two different texts have `least` words or more.
     """
     words = [text.split() for text in dict.fromkeys(texts)]
     words = [text for text in words if len(text) >= least]
@@ -54,25 +55,30 @@ def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
 
 
 def document_words(task: Retrieval) -> np.ndarray:
-    """Return the words of each query's relevant document, the mean where there are several: (Q,)."""
+    """Count the words of each query's relevant document, (Q,). For several documents, return the mean."""
     words = {document: len(text.split()) for document, text in task.corpus.items()}
     found = [[words[d] for d, grade in judged.items() if grade > 0 and d in words] for judged in task.qrels.values()]
-    return np.array([np.mean(counts or [0]) for counts in found])  # none of them may be in the corpus
+    return np.array([np.mean(counts or [0]) for counts in found])  # 0 if the corpus holds none of the relevant documents
 
 
 def thirds(lengths: np.ndarray) -> list[np.ndarray]:
-    """Return the numbers of the queries in the shortest, the middle and the longest third of lengths (Q,)."""
+    """Return the indices of the queries in the shortest, the middle and the longest third of `lengths` (Q,)."""
     return np.array_split(np.argsort(lengths, kind="stable"), 3)
 
 
 def part_scores(task: Task, embed: Embed, parts: int) -> np.ndarray:
-    """Return the task's main metric on parts of its queries: (1 + 2P + 3,).
+    """Return the task's main metric on groups of its queries: (1 + 2P + 3,).
 
-    They are all queries, all but those of part 1 to P, those of part 1 to P, and of a retrieval set the `thirds` by length of
-    the relevant document (NaN of an STS set). The metric is nDCG@10 x 100 of a retrieval set, Spearman x 100 of an STS set.
+        1    all queries
+        P    for each part: all queries except those of the part
+        P    for each part: the queries of the part
+        3    for a retrieval set: the `thirds` of the queries by the length of the relevant document; for an STS set: NaN
+
+    The metric is nDCG@10 x 100 for a retrieval set, and Spearman x 100 for an STS set.
 
     Raises:
-        InputError: a task of another kind, too few queries, or cosines that have no order.
+        InputError: if the task is of another kind, if it has too few queries for `parts` parts, if its cosine similarities
+            define no order, or if all pairs of a part have the same score.
     """
     if isinstance(task, Retrieval):
         values = np.array([100 * metrics["ndcg@10"] for metrics in task.per_query(embed)])
@@ -109,25 +115,28 @@ def sweep(
     temperatures: Iterable[float] = TEMPERATURES,
     parts: int = 5,
 ) -> dict[str, Any]:
-    """Score `tasks` at `temperatures`, at 1, and, if several are given, at two more around the best.
+    """Find the temperature at which the model scores best on `tasks`.
+
+    The model is scored at each of `temperatures` and at 1. If several temperatures are given, it is also scored at two more:
+    `STEP` below and `STEP` above the best one.
 
     Args:
-        model: what `embed` embeds with.
-        embed: a function from texts to vectors. Every temperature costs one encoding of the texts.
+        model: the model that `embed` uses.
+        embed: a function from texts to vectors. At every temperature, it encodes all texts once.
         tasks: STS and retrieval sets by name.
-        temperatures: to try.
-        parts: of the cross-validation.
+        temperatures: the temperatures to try.
+        parts: the number of parts of the cross-validation.
 
     Returns:
         The temperature that is best on all queries, and what it gains:
 
             {"temperature": 0.8, "curve": [{"temperature": 0.6, "mine": 39.0, "mean": 39.0}, ...],
-             "gain": 1.3,                    of the best temperature against 1, mean over tasks, on the queries that chose it
-             "cross_validated_gain": 1.2,    on queries that did not
-             "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8],     chosen on all queries but those of a part
+             "gain": 1.3,                    from temperature 1 to the best, mean over tasks, on the queries that chose the best
+             "cross_validated_gain": 1.2,    the same gain on queries that did not choose the temperature
+             "fold_temperatures": [0.8, 0.8, 0.75, 0.8, 0.8],     for each part: the best on all queries except the part's
              "by_length": [{"set": "mine", "words": [12, 80], "queries": 40, "before": 38.0, "after": 38.1}, ...]}
     """
-    scores: dict[float, np.ndarray] = {}  # (tasks, 1 + 2P + 3) at each temperature
+    scores: dict[float, np.ndarray] = {}  # for each temperature: (tasks, 1 + 2P + 3)
 
     def visit(wanted: Iterable[float]) -> None:
         for temperature in progress_bar(sorted({round(t, 4) for t in wanted} - scores.keys()), desc="Temperatures"):
@@ -144,7 +153,13 @@ def sweep(
 
 
 def length_rows(tasks: Mapping[str, Task], before: np.ndarray, after: np.ndarray) -> list[dict[str, Any]]:
-    """Return a row for each third of each retrieval set, of the scores (tasks, 1 + 2P + 3) at temperature 1 and at the best."""
+    """Return a row for each third of each retrieval set.
+
+    Args:
+        tasks: the tasks by name; STS sets have no rows.
+        before: the scores at temperature 1, (tasks, 1 + 2P + 3).
+        after: the scores at the best temperature, (tasks, 1 + 2P + 3).
+    """
     rows = []
     for (name, task), old, new in zip(tasks.items(), before, after):
         if isinstance(task, Retrieval):
@@ -157,12 +172,18 @@ def length_rows(tasks: Mapping[str, Task], before: np.ndarray, after: np.ndarray
 
 
 def summarise(scores: dict[float, np.ndarray], names: list[str], parts: int) -> dict[str, Any]:
-    """Return what `sweep` returns but for the rows by length, of the scores (tasks, 1 + 2P + 3) at each temperature."""
+    """Return the result of `sweep` without "by_length".
+
+    Args:
+        scores: for each temperature, the scores (tasks, 1 + 2P + 3).
+        names: the names of the tasks.
+        parts: the number of parts, P.
+    """
     mean = {temperature: found.mean(0) for temperature, found in scores.items()}  # (1 + 2P + 3,)
     best = best_of({temperature: found[0] for temperature, found in mean.items()})
     chosen, held_out = [], []
     for part in range(parts):
-        others, own = 1 + part, 1 + parts + part  # the places of all queries but the part's, and of the part's
+        others, own = 1 + part, 1 + parts + part  # columns: all queries except the part's, and the part's
         chosen.append(best_of({temperature: found[others] for temperature, found in mean.items()}))
         held_out.append(mean[chosen[-1]][own] - mean[1.0][own])
     curve = []
@@ -179,16 +200,23 @@ def summarise(scores: dict[float, np.ndarray], names: list[str], parts: int) -> 
 
 
 def best_of(scores: Mapping[float, float]) -> float:
-    """Return the temperature that scores best; of equals the one nearest to 1."""
+    """Return the temperature with the best score. If several have the same score, return the one nearest to 1."""
     return max(scores, key=lambda temperature: (round(scores[temperature], 6), -abs(temperature - 1)))
 
 
 def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: Path, model: Path, overwrite: bool) -> None:
-    """Check what is asked for, before anything is loaded.
+    """Check the user's flags before anything is loaded.
+
+    Args:
+        temperature: the temperature that the user gave, or None to search for one.
+        tasks: the tasks for the search.
+        folder: the output folder.
+        model: the folder of the model.
+        overwrite: files in the output folder may be replaced.
 
     Raises:
-        InputError: a temperature and data to find one; a folder that cannot be written, is the model's own, or holds files
-            that may not be replaced.
+        InputError: if both a temperature and data for a search are given, or if the output folder cannot be written, is the
+            model's own folder, or holds files that may not be replaced.
     """
     if temperature is not None and tasks:
         raise InputError(f"--temperature {temperature:g} is taken as it is, and data for a search given; leave one of them out")
@@ -200,16 +228,16 @@ def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: 
 
 
 def check_foldable_at(encoder: Encoder, temperature: float) -> None:
-    """Raise InputError for whatever stands in the way of saving: it is known before the search, not after."""
+    """Raise InputError if a temperature cannot be folded into the weights. The check runs before the slow search."""
     with tempscale(encoder.backbone, temperature):
         folded(encoder.backbone)
 
 
 def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str, result: dict[str, Any] | None = None) -> None:
-    """Save an encoder with a temperature in its weights, and beside it the card, and what `sweep` returned.
+    """Fold a temperature into the weights of an encoder, and save the encoder with its card and the result of `sweep`.
 
-    Of the results of the folder `origin`, where the model is from, how it was trained is kept: the scores are of the model as
-    it was.
+    Of the results in the folder `origin`, from which the model was loaded, only the record of the training is kept. The scores
+    there belong to the model without the temperature.
     """
     results = {"train": train} if (train := stored_results(origin).get("train")) else {}
     if temperature != 1:
@@ -223,7 +251,7 @@ def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str,
 
 
 def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
-    """Plot the change against temperature 1, a line for each task, of what `sweep` returns."""
+    """Plot the result of `sweep`: the change of the score against temperature 1, with one line for each task."""
     import matplotlib
 
     matplotlib.use("Agg")

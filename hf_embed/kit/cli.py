@@ -1,4 +1,4 @@
-"""What recipes share on the command line: flags from dataclasses, `--config FILE.yaml`, and errors in one line."""
+"""The command line of all recipes: flags from dataclasses, `--config FILE.yaml`, and errors in one line."""
 
 import argparse
 import contextlib
@@ -34,8 +34,8 @@ from hf_embed.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
-FROM_HAND = "trust_remote_code"  # no file may give this permission
-# Flags as other programs spell them, where difflib would find nothing or something else.
+FROM_HAND = "trust_remote_code"  # a permission that the user must give on the command line, never in a file
+# Names of flags in other programs, and our names for them. difflib would suggest no flag, or a wrong one.
 ELSEWHERE = {
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
@@ -59,7 +59,7 @@ Preset = Callable[[list[str]], str | None]
 
 
 class Parser(HfArgumentParser):
-    """A parser of the flags of dataclasses, which raises InputError."""
+    """A parser for the flags of dataclasses. It raises InputError for a user's mistake."""
 
     def __init__(self, kinds: Sequence[type]):
         try:
@@ -71,27 +71,30 @@ class Parser(HfArgumentParser):
         self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
         self.kinds = list(kinds)
         for action in self.actions.values():
-            if action.dest == "resume_from_checkpoint":  # alone it means the newest checkpoint
+            if action.dest == "resume_from_checkpoint":  # without a value, the flag means the newest checkpoint
                 action.nargs, action.const = "?", "latest"
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message, where argparse would print it and exit."""
+        """Raise an InputError with the message, which argparse itself would print before it exits."""
         raise InputError(f"{message}; --help lists the flags")
 
     @property
     def positionals(self) -> dict[str, str]:
-        """The flags whose values may stand first without them, and what messages call each: {"folder": "FOLDER"}."""
+        """The positional flags, with their names in messages: {"folder": "FOLDER"}.
+
+        The value of a positional flag may come first on the command line, without the flag.
+        """
         fields = [field for kind in self.kinds for field in dataclasses.fields(kind) if field.metadata.get("positional")]
         return {field.name: str(self.actions[f"--{field.name}"].metavar or field.name.upper()) for field in fields}
 
     @property
     def usage_line(self) -> str:
-        """The command line in general, for messages and --help."""
+        """The general form of the command line, for messages and --help."""
         return usage(self.usage_words)
 
     @property
     def usage_words(self) -> list[str]:
-        """The words that stand first, as the command line in general shows them: "MODEL", "[FILE ...]"."""
+        """The positional words in the general form of the command line, optional ones in brackets: "MODEL", "[FILE ...]"."""
         shown = []
         for name, word in self.positionals.items():
             word = f"{word} ..." if self.actions[f"--{name}"].nargs == "+" else word
@@ -99,19 +102,19 @@ class Parser(HfArgumentParser):
         return shown
 
     def help(self, full: bool = False) -> str:
-        """Return the text of --help."""
+        """Return the text of --help or, with `full`, of --help all."""
         return help_text(self.usage_line, sections(self.kinds, self.actions, full))
 
     def action_of(self, flag: str) -> argparse.Action | None:
-        """Return what `--FLAG` does, or None where there is no such flag."""
+        """Return the argparse action of `--FLAG`, or None if there is no such flag."""
         return self.actions.get(f"--{flag}")
 
     def names(self) -> set[str]:
-        """Return the flags that a file may set."""
+        """Return the names of the flags that a YAML file may set."""
         return {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind) if field.init}
 
     def suggestion(self, word: str) -> str:
-        """Return the flag that a misspelt word is close to, as the end of a message."""
+        """Return the end of a message that suggests a flag for a misspelled word, or "" if no flag is similar."""
         word = word.partition("=")[0].replace("-", "_")
         elsewhere = ELSEWHERE.get(word)
         close = [elsewhere] if elsewhere in self.names() else difflib.get_close_matches(word, [*self.names(), "help"], 1)
@@ -120,30 +123,33 @@ class Parser(HfArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The value of every flag, from defaults, `--config` and the command line: what settings objects are made of."""
+    """The value of every flag, from the defaults, `--config` and the command line.
+
+    `make` builds a settings object from these values.
+    """
 
     parser: Parser
     values: dict[str, Any]
 
     def make(self, kind: type[Settings]) -> Settings:
-        """Make an instance of one of the dataclasses. Raises InputError for values that it refuses."""
+        """Make an instance of one of the dataclasses. Raises InputError if the dataclass refuses a value."""
         names = [field.name for field in dataclasses.fields(flag_class(kind)) if field.init]
         try:
             return kind(**{name: copy.deepcopy(self.values[name]) for name in names})
         except InputError:
             raise
-        except ValueError as error:  # transformers' own checks of its arguments
+        except ValueError as error:  # raised by the checks of transformers' TrainingArguments
             raise InputError(" ".join(str(error).split())) from error
 
     def override(self, **values: Any) -> "Flags":
-        """Return the same flags, some with other values, of the flags' own types."""
+        """Return a copy of the flags with some other values, which must have the types of the flags."""
         return dataclasses.replace(self, values=self.values | values)
 
     def override_as_given(self, values: dict[str, Any]) -> "Flags":
-        """Return the same flags, some with values as a YAML file has them.
+        """Return a copy of the flags with some other values, which are given as in a YAML file and are converted.
 
         Raises:
-            InputError: an unknown flag, or a value that it does not take.
+            InputError: if a flag is unknown or does not accept its value.
         """
         converted = {}
         for flag, value in values.items():
@@ -155,16 +161,25 @@ class Flags:
 
 
 def parse(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> list[Any]:
-    """Make an instance of each dataclass of the command line; see `read_flags`."""
+    """Read the command line, and make an instance of each dataclass. See `read_flags`."""
     flags = read_flags(kinds, preset, argv)
     return [flags.make(kind) for kind in kinds]
 
 
 def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> Flags:
-    """Read the flags of the dataclasses `kinds`: each of their fields is one.
+    """Read the flags of the dataclasses `kinds` from the command line. Each field is a flag.
 
-    `--config FILE.yaml` gives defaults; a flag on the command line overrides them. `preset` names the file to take where the
-    user gives none, from the flags given. Raises InputError for an unknown flag or key, and for a value of the wrong type.
+    `--config FILE.yaml` gives defaults. A flag on the command line overrides them.
+
+    Args:
+        kinds: the dataclasses.
+        preset: a function from the names of the given flags to the YAML file to use if the user gives no `--config`. It
+            returns None for no file.
+        argv: the words of the command line. Default: those of this process.
+
+    Raises:
+        InputError: if a flag or a key of the file is unknown, or a value has the wrong type.
+        HelpShown: if the command line asks for --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(kinds)
@@ -187,16 +202,19 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
 
 
 def flag_class(kind: type) -> Any:
-    """Make a dataclass of the flags of `kind`, as HfArgumentParser reads it.
+    """Convert `kind` to a dataclass that HfArgumentParser can read. A tuple becomes a list.
 
-    A tuple is a list there. Metadata of a field: with {"flag": False} it is no flag; with {"positional": True} its value may
-    stand first without the flag, and {"metavar": "FOLDER"} is what messages call it.
+    The metadata of a field may hold:
+
+        {"flag": False}           the field is not a flag
+        {"positional": True}      the value may come first on the command line, without the flag
+        {"metavar": "FOLDER"}     the name of the value in messages
     """
     if not dataclasses.is_dataclass(kind):
         raise InputError(f"{kind.__name__} is no dataclass, so it has no flags; put @dataclass before it")
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
-        annotation, read = hints[field.name], copy.copy(field)  # the parser writes into it
+        annotation, read = hints[field.name], copy.copy(field)  # a copy, because the parser changes it
         read.metadata = MappingProxyType({key: value for key, value in field.metadata.items() if key != "positional"})
         if get_origin(annotation) is tuple:
             annotation, read.default = list[get_args(annotation)[0]], dataclasses.MISSING  # type: ignore[misc]
@@ -207,7 +225,7 @@ def flag_class(kind: type) -> Any:
 
 
 class HelpShown(SystemExit):
-    """The end of a recipe that has shown its flags, those of `parser`."""
+    """The exit of a recipe after it has printed its flags. `parser` is the parser of these flags."""
 
     def __init__(self, parser: Parser):
         super().__init__(0)
@@ -215,7 +233,7 @@ class HelpShown(SystemExit):
 
 
 def show_help(parser: Parser, argv: list[str]) -> None:
-    """Print the flags and raise HelpShown, if the command line asks for them: by --help, or --help all."""
+    """Print the flags and raise HelpShown if the command line contains --help or --help all."""
     for i, word in enumerate(argv):
         if word in ("-h", "--help", "--help=all", "--help-all", "--help_all"):
             print(parser.help(full=word not in ("-h", "--help") or argv[i + 1 : i + 2] == ["all"]))
@@ -223,10 +241,13 @@ def show_help(parser: Parser, argv: list[str]) -> None:
 
 
 def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
-    """Put the flags before the words that stand first without them; the last flag takes all further words, if it is a list.
+    """Insert the names of the positional flags before their values.
+
+    With the positional flags "folder" and "repo", `mine me/repo --private` becomes `--folder mine --repo me/repo --private`.
+    If the last positional flag takes a list, it gets all further words.
 
     Raises:
-        InputError: there are more words than flags that may stand so, or a flag is given too.
+        InputError: if there are more words than positional flags, or if one of these flags is also given by name.
     """
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, rest, known = argv[:count], argv[count:], parser.positionals
@@ -242,7 +263,7 @@ def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
 
 
 def check_positionals(parser: Parser, argv: list[str]) -> None:
-    """Raise InputError where a word that has to stand first is missing."""
+    """Raise InputError if a required positional value is missing."""
     given = given_flags(argv)
     missing = [word for name, word in parser.positionals.items() if parser.actions[f"--{name}"].required and name not in given]
     if missing:
@@ -250,7 +271,11 @@ def check_positionals(parser: Parser, argv: list[str]) -> None:
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
-    """Return the value of `option` (`--x V` or `--x=V`), and the arguments without it."""
+    """Return the value of `option` (`--x V` or `--x=V`), None if it is not given, and the other arguments.
+
+    Raises:
+        InputError: if the option is the last word, without a value.
+    """
     for i, word in enumerate(argv):
         if word == option:
             if i + 1 == len(argv):
@@ -262,14 +287,22 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def given_flags(argv: list[str]) -> list[str]:
-    """Return the names of the flags on a command line."""
+    """Return the names of the flags on a command line, without dashes: "output_dir" for --output-dir=mine."""
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
 def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> None:
-    """Make the values of a YAML file the parser's defaults, except those that the user gave as flags.
+    """Make the values of a YAML file the parser's defaults, except for the flags that the user gave.
 
-    `source` is what messages call the file.
+    Args:
+        parser: gets the defaults.
+        path: the YAML file.
+        source: the name of the file in messages.
+        given: the names of the flags that the user gave.
+
+    Raises:
+        InputError: if the file is not a table of known flags, if a flag does not accept its value, or if the file holds
+            `trust_remote_code`.
     """
     settings = read_yaml(path, source) or {}
     if not isinstance(settings, dict):
@@ -289,8 +322,8 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> No
 
 
 def convert(parser: Parser, action: argparse.Action, value: object) -> object:
-    """Convert a value from a YAML file to the type of the flag. Raises InputError for one that the flag does not take."""
-    if action.nargs == 0:  # --no_FLAG, for one
+    """Convert a value from a YAML file to the type of the flag. Raises InputError if the flag does not accept the value."""
+    if action.nargs == 0:  # a flag without a value, for example --no_FLAG
         parser.error(str(argparse.ArgumentError(action, f"ignored explicit argument {str(value)!r}")))
     for item in value if isinstance(value, list) else []:
         if str(item).startswith("--"):
@@ -305,7 +338,7 @@ def convert(parser: Parser, action: argparse.Action, value: object) -> object:
 
 
 def convert_one(parser: Parser, action: argparse.Action, value: object) -> object:
-    """Convert a single value, with the messages of argparse."""
+    """Convert a single value to the type of the flag, with the error messages of argparse."""
     kind = action.type if callable(action.type) else str
     text = json.dumps(value) if isinstance(value, dict) else str(value)
     try:
@@ -322,10 +355,10 @@ def convert_one(parser: Parser, action: argparse.Action, value: object) -> objec
 
 
 def use_all_cores() -> None:
-    """Use all CPU cores where no accelerator does the work.
+    """Use all CPU cores in a process of `accelerate launch` if there is no accelerator.
 
-    `accelerate launch` gives a process one CPU thread unless OMP_NUM_THREADS says otherwise: half a laptop or more would stand
-    idle.
+    `accelerate launch` sets OMP_NUM_THREADS to 1 unless the user sets it. With one thread per process, half or more of the
+    cores of a laptop would be idle. Several processes of a machine share its cores equally.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
@@ -334,17 +367,18 @@ def use_all_cores() -> None:
 
 
 def check_processes() -> None:
-    """Check that accelerate has started as many processes as it was asked for.
+    """Check that accelerate has started as many processes as the user asked for.
 
-    On CPUs it starts a single one where `--num_processes` or a configuration of MULTI_CPU asks for several, and says nothing.
-    It has then set the address of a main process, which its own environment does not have, but no number of processes.
+    On CPUs, accelerate starts a single process even if `--num_processes` or a configuration with MULTI_CPU asks for several,
+    and prints no warning. In this case, MASTER_ADDR is set in this process but not in the launcher, and WORLD_SIZE, the number
+    of processes, is not set.
 
     Raises:
-        InputError: it has not.
+        InputError: if accelerate was asked for several processes and started one.
     """
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
         return
-    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")):  # mpirun's
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")):  # started by mpirun
         return
     try:
         of_launcher = psutil.Process().parent()
@@ -361,15 +395,15 @@ def check_processes() -> None:
 
 
 class MaskedFormatter(logging.Formatter):
-    """Messages, and the errors with them, without the secrets of addresses."""
+    """A log formatter that removes the secrets in URLs from messages and their tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a message without secrets."""
+        """Format a message, and remove secrets from it."""
         return masked(super().format(record))
 
 
 def show_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error that nobody has caught, without the secrets of addresses."""
+    """Print an uncaught error without the secrets in URLs."""
     if issubclass(kind, KeyboardInterrupt):
         show_error(kind, error, trace)
         return
@@ -378,10 +412,11 @@ def show_masked(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 @contextlib.contextmanager
 def speaking_in_turn(main_process: bool) -> Iterator[None]:
-    """Let the main process say what all have found.
+    """Give the main process time to report an error that all processes have found.
 
-    A launcher ends all processes when the first one ends, so the others leave it the time to speak; if it goes on, they have
-    found something of their own.
+    A launcher ends all processes when the first one ends. Therefore the other processes wait before they report an error. If
+    the main process has found the same error, it reports the error during this time. Otherwise the error belongs to one
+    process alone, and this process reports it after the wait.
     """
     try:
         yield
@@ -392,13 +427,16 @@ def speaking_in_turn(main_process: bool) -> Iterator[None]:
 
 
 def end_group() -> None:
-    """End the process group: left to the interpreter's exit, its threads now and then abort the process."""
+    """End the process group. At the exit of the interpreter, threads of a running group sometimes abort the process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a recipe; what the user gave wrong, and a full disk, end in one line and exit code 2. Secrets are never shown."""
+    """Run a recipe.
+
+    A mistake of the user or a full disk ends the recipe with one line and exit status 2. Secrets are never printed.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -413,12 +451,12 @@ def run(main: Callable[[], object]) -> None:
             main()
         end_group()
     except Stopped:
-        end_group()  # all ranks have stopped
+        end_group()  # all ranks have stopped, so no rank has to wait
         raise
     except InputError as error:
-        # From a dataloader's worker an error comes with a traceback, whose last line is the error.
+        # An error in a worker of the dataloader arrives as a traceback. Its last line is the error.
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
-        with contextlib.suppress(OSError):  # a log on the disk that is full
+        with contextlib.suppress(OSError):  # stderr may be a file on the full disk
             print(f"error: {message}", file=sys.stderr, flush=True)
-        # Not sys.exit: under accelerate other ranks end here too, and none should wait for another.
+        # The process group is not ended here: under accelerate, other ranks end here too, and no rank should wait for another.
         raise SystemExit(2) from None

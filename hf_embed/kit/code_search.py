@@ -1,4 +1,4 @@
-"""Code search: a docstring looks for the function that it stands in."""
+"""Code search: each docstring is a query, and the function that it describes is the relevant document."""
 
 import os
 
@@ -7,16 +7,20 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.kit.docstrings import read_definitions
 
-# Columns of code search files: CodeSearchNet's own, and its copies'.
+# Names of the columns in CodeSearchNet and in its copies.
 DOCSTRINGS = ("docstring", "func_documentation_string", "query")
 CODES = ("code", "func_code_string")
 
 
 def read_code_search(path: str) -> Retrieval:
-    """Read docstrings (queries) and the functions that they stand in (documents).
+    """Read docstrings (queries) and the functions that they describe (documents).
 
-    `path` is a jsonl file with the columns docstring and code, as in CodeSearchNet, or a Python package, by folder or name.
-    Raises InputError for a file without these columns, and where there is no function with a docstring.
+    Args:
+        path: a jsonl file with the columns docstring and code, as in CodeSearchNet, or the folder or the name of a Python
+            package.
+
+    Raises:
+        InputError: if the file does not have these columns, or if there is no function with a docstring.
     """
     if "://" not in path and not os.path.isfile(path):
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]

@@ -1,6 +1,6 @@
-"""The command `hf-embed`: every recipe by its name, from any folder.
+"""The command `hf-embed`, which runs every recipe by its name from any folder.
 
-hf-embed                                  # the recipes
+hf-embed                                  # lists the recipes
 hf-embed sup-simcse --help
 hf-embed sup-simcse --train_file nli.csv --output_dir outputs/mine
 hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml sup-simcse --train_file nli.csv
@@ -15,11 +15,11 @@ import hf_embed
 from hf_embed.entry import CONSOLE, PACKAGE, announce, recipes_folder
 from hf_embed.errors import InputError
 
-LAUNCH = "launch"  # which is no recipe
+LAUNCH = "launch"  # a command that is not a recipe
 
 
 def recipes() -> dict[str, str]:
-    """Return the first line of what each recipe says of itself, by the name that the command has for it."""
+    """Return the first line of each recipe's docstring by the name of the recipe, for example "sup-simcse"."""
     found, folder = {}, recipes_folder()
     for path in sorted(folder.glob("*.py")) if folder is not None else []:
         if path.stem != "__init__":
@@ -29,7 +29,7 @@ def recipes() -> dict[str, str]:
 
 
 def listing() -> str:
-    """Return the list of the recipes, a line for each."""
+    """Return the text that lists the recipes, one on each line."""
     known = recipes()
     width = max(map(len, known), default=0)
     lines = [f"  {name:{width}}  {line}" for name, line in known.items()]
@@ -40,7 +40,7 @@ def listing() -> str:
 
 
 def find_recipe(word: str) -> str:
-    """Return the name of a recipe. Raises InputError for a name that there is not."""
+    """Return the name of a recipe, with hyphens. Raises InputError if there is no such recipe."""
     name = word.replace("_", "-")
     known = recipes()
     if name not in known:
@@ -51,10 +51,13 @@ def find_recipe(word: str) -> str:
 
 
 def start_several(words: list[str]) -> None:
-    """Run a recipe in several processes; before its name stand the flags of `accelerate launch`.
+    """Run a recipe in several processes.
+
+    Args:
+        words: the flags of `accelerate launch`, the name of the recipe, and the flags of the recipe.
 
     Raises:
-        InputError: no recipe is named.
+        InputError: if no recipe is named.
     """
     if words and not words[0].startswith("-"):
         find_recipe(words[0])
@@ -63,13 +66,13 @@ def start_several(words: list[str]) -> None:
     if place is None:
         raise InputError(f"name a recipe: {CONSOLE} {LAUNCH} --config_file FILE RECIPE [FLAGS]; {CONSOLE} lists them")
     print(f"hf_embed {hf_embed.__version__}: starting the processes ...", file=sys.stderr, flush=True)
-    from hf_embed.kit.launch import launch  # which imports PyTorch
+    from hf_embed.kit.launch import launch  # imports PyTorch, which is slow
 
     launch(words[:place], words[place].replace("-", "_"), words[place + 1 :])
 
 
 def main() -> None:
-    """Run `hf-embed`."""
+    """Run the command `hf-embed`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help", "list"):
         print(listing())
         return
@@ -85,7 +88,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     announce(hf_embed.__version__)
-    from hf_embed.kit.cli import run  # which imports PyTorch
+    from hf_embed.kit.cli import run  # imports PyTorch, which is slow
 
     sys.argv = [f"{CONSOLE} {name}", *sys.argv[2:]]
     run(importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}").main)

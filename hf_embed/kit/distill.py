@@ -1,11 +1,12 @@
 """Make a small BERT from plain text and a teacher (recipes/pretrain_encoder.py, `--objective distill`).
 
-The student has its own small vocabulary: the pieces of the teacher's that the text uses most. For every token it learns
-to predict the teacher's layer-normalised hidden state through one linear map (mean squared error), where the teacher reads
-the very same pieces. Two stages: single sentences, then sentences joined up to `--max_length` tokens, so that every position
-is trained. The result is a language encoder, not yet a sentence encoder: that is what fine-tuning is for.
+The student has a small vocabulary of its own: the pieces of the teacher's vocabulary that occur most often in the text. For
+every token, the student learns to predict the teacher's layer-normalized hidden state through one linear map (mean squared
+error). The teacher reads exactly the same pieces. The training has two stages: single sentences, then sentences joined into
+texts of up to `--max_length` tokens, so that every position is trained. The result is a language encoder. Fine-tuning makes it
+a sentence encoder.
 
-Shapes: B texts of T tokens, D student width, E teacher width, S tokens in a batch without its padding.
+Shapes: B texts of T tokens, D width of the student, E width of the teacher, S tokens of a batch without padding.
 """
 
 import json
@@ -26,12 +27,15 @@ from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, check_shares, o
 
 
 def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
-    """Distill the teacher into a student with a small vocabulary of its own, and save it.
+    """Distill the teacher into a student with a small vocabulary of its own, and save the student.
 
     Args:
         args: the flags.
-        sentences: what to read, in random order.
+        sentences: the training text, in random order.
         work: the folder for the checkpoint.
+
+    Raises:
+        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary.
     """
     torch.manual_seed(args.seed)
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -50,13 +54,18 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
 
 
 def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> tuple[Tokenizer, list[int]]:
-    """Make the teacher's WordPiece tokenizer with the `size` pieces the sentences use most; and each piece's teacher id."""
+    """Reduce the teacher's WordPiece tokenizer to the `size` pieces that occur most often in the sentences.
+
+    Returns:
+        The new tokenizer, and for each of its pieces, in order, the id that the teacher has for the piece.
+    """
     teacher.no_truncation()
     teacher.no_padding()
     encodings = teacher.encode_batch(sentences, add_special_tokens=False)
     counts = Counter(piece for encoding in encodings for piece in encoding.tokens)
     vocabulary = teacher.get_vocab()
-    letters = [p for p in vocabulary if len(p.removeprefix("##")) == 1 and counts[p] > 0]  # so that few words are unknown
+    # All letters that occur are kept, so that few words are unknown.
+    letters = [p for p in vocabulary if len(p.removeprefix("##")) == 1 and counts[p] > 0]
     ranked = [p for p, _ in counts.most_common() if p not in SPECIAL and p not in letters]
     pieces = SPECIAL + sorted(letters) + ranked[: size - len(SPECIAL) - len(letters)]
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -70,10 +79,12 @@ def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> t
 
 
 def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor) -> BertModel:
-    """Make a BERT whose word and position tables start as the leading directions of the teacher's.
+    """Make a BERT whose word and position embeddings start as projections of the teacher's embeddings.
+
+    Both tables are projected onto the D leading principal directions of the teacher's word embeddings.
 
     Raises:
-        InputError: there are not so many directions.
+        InputError: if there are fewer than D directions.
     """
     most = min(len(teacher_ids), teacher.config.hidden_size)
     if args.hidden_size > most:
@@ -101,7 +112,7 @@ def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor
 
 
 def tokenize(args: PretrainArguments, tokenizer: Tokenizer, sentences: list[str]) -> list[list[int]]:
-    """Return the token ids of as many sentences as the two stages need."""
+    """Return the token ids of the first sentences, as many as the two stages need."""
     texts: list[list[int]] = []
     needed = args.sentence_tokens + args.long_tokens
     while needed > 0 and len(texts) < len(sentences):
@@ -112,7 +123,7 @@ def tokenize(args: PretrainArguments, tokenizer: Tokenizer, sentences: list[str]
 
 
 def two_stages(args: PretrainArguments, texts: list[list[int]], rng: random.Random) -> list[list[list[int]]]:
-    """Make the batches of both stages: single sentences, then joined ones."""
+    """Make the batches of both stages: single sentences, then joined sentences."""
     total, first_long = 0, len(texts)
     for i, ids in enumerate(texts):
         total += len(ids)
@@ -124,7 +135,7 @@ def two_stages(args: PretrainArguments, texts: list[list[int]], rng: random.Rand
 
 
 def batches_of(texts: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:
-    """Make batches of about `batch_tokens` tokens, texts of nearly one length together, in random order."""
+    """Make batches of about `batch_tokens` tokens from texts of similar length. The batches are in random order."""
     texts = sorted(texts, key=lambda ids: (len(ids), rng.random()))
     start, found = 0, []
     while start < len(texts):
@@ -136,7 +147,7 @@ def batches_of(texts: list[list[int]], batch_tokens: int, rng: random.Random) ->
 
 
 def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[list[int]]:
-    """Join sentences; the lengths of the results are spread evenly between 32 and `max_length`."""
+    """Join sentences into texts of random lengths, uniform between 32 and `max_length` tokens."""
     joined: list[list[int]] = []
     current: list[int] = []
     wanted = rng.randint(32, max_length)
@@ -151,7 +162,7 @@ def join(texts: list[list[int]], max_length: int, rng: random.Random) -> list[li
 def distill(
     args: PretrainArguments, teacher: BertModel, student: BertModel, teacher_ids: Tensor, batches: list, checkpoint: Path
 ) -> tuple[float, int]:
-    """Train the student on the batches; return the last loss and the tokens read."""
+    """Train the student on the batches. Return the mean loss of the last steps and the number of tokens read."""
     device = PartialState().device
     to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
     teacher.to(device, torch.bfloat16)  # type: ignore[arg-type]  # the decorator of `to` hides its type
@@ -172,8 +183,8 @@ def distill(
 
 
 def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids with [CLS] and [SEP], (B, T), and where there are any, (B, T) bool."""
-    cls, sep, padding = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))  # which lead the vocabulary
+    """Add [CLS] and [SEP] to each text and pad the batch. Return token ids (B, T) and the attention mask (B, T), bool."""
+    cls, sep, padding = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))  # the first pieces of the vocabulary
     rows = [torch.tensor([cls, *text, sep]) for text in batch]
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
     return input_ids, input_ids.ne(padding)
@@ -181,6 +192,6 @@ def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def teacher_states(teacher: BertModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the teacher's layer-normalised states, (S, E)."""
+    """Return the teacher's layer-normalized hidden states, (S, E)."""
     states = teacher(input_ids, attention_mask=mask).last_hidden_state[mask].float()
     return F.layer_norm(states, states.shape[-1:])

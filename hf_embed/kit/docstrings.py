@@ -1,4 +1,4 @@
-"""Pairs to train and test on that every machine has: the docstrings of the Python packages installed on it.
+"""Training and test pairs that are available on every machine: the docstrings of the installed Python packages.
 
     def norm(x, ord=None):
         '''Matrix or vector norm.
@@ -8,8 +8,8 @@
         x = asarray(x)
         ...
 
-gives three pairs: the summary and the body of the docstring; the qualified name and the summary; the summary and the code
-without its docstring. Files are parsed, never imported.
+gives three pairs: the summary and the body of the docstring, the qualified name and the summary, and the summary and the code
+without the docstring. Files are parsed, never imported.
 """
 
 import ast
@@ -39,17 +39,18 @@ from hf_embed.progress import progress_bar
 from hf_embed.read_files import read_text
 from hf_embed.safe_files import write_text
 
-# "python" is the standard library. What hf_embed needs brings the others along.
+# "python" is the standard library. The other packages are installed together with hf_embed.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
             "huggingface_hub", "accelerate", "peft")  # fmt: skip
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "tests", "test", "testing", "_vendor", "vendored"}
-MOST_FILES = 50_000  # of a folder; no package has so many, but a whole disk may
-MAX_FILES = 150  # of a package, chosen at random: parsing all of torch and transformers takes a minute
-# Texts are cut to this many characters (a token is about four), and shorter ones than the least say too little.
+MOST_FILES = 50_000  # in a folder. No package has so many files, but a whole disk may
+MAX_FILES = 150  # of each package, chosen at random, because parsing all of torch and transformers takes a minute
+# Most and fewest characters of a text (a token has about four). A longer body or code is cut, and a longer summary is left out.
+# Shorter texts hold too little information.
 LONGEST = {"summary": 300, "body": 500, "code": 500}
 SHORTEST = {"summary": 20, "body": 60, "code": 80}
 Pair = tuple[str, str]  # query, document
-# kind of pair -> query and document
+# kind of pair -> the fields that are the query and the document
 KINDS = {"body": ("summary", "body"), "name": ("name", "summary"), "code": ("summary", "code")}
 
 
@@ -58,7 +59,7 @@ Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @dataclass
 class Definition:
-    """A function or class with a docstring; `body` and `code` are empty where there is not enough of them."""
+    """A function or class with a docstring. `body` or `code` is empty if the text is too short."""
 
     name: str  # numpy.linalg.norm
     module: str  # numpy.linalg._linalg
@@ -68,12 +69,14 @@ class Definition:
 
 
 def read_definitions(package: str, max_files: int | None = None) -> list[Definition]:
-    """Read the definitions of a package or a folder of Python files; each summary once.
+    """Read the definitions of a package or of a folder of Python files. Each summary occurs once.
 
-    A package is given by its name; "python" is the standard library.
+    Args:
+        package: the name of a package, "python" for the standard library, or the path of a folder.
+        max_files: the largest number of files to read, chosen at random. Default: all.
 
     Raises:
-        InputError: there is no such package or folder, or it holds more than MOST_FILES files.
+        InputError: if there is no such package or folder, or if it holds more than MOST_FILES Python files.
     """
     root = package_folder(package)
     found = list(islice(root.rglob("*.py"), MOST_FILES + 1))
@@ -95,7 +98,7 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
 
 
 def package_folder(package: str) -> Path:
-    """Find the folder of a package's files, without importing it. Raises InputError if there is none."""
+    """Find the folder of a package without importing the package. Raises InputError if there is no such folder."""
     if package == "python":
         return Path(sysconfig.get_paths()["stdlib"])
     if os.path.isdir(package):
@@ -110,14 +113,14 @@ def package_folder(package: str) -> Path:
 
 
 def parse_file(path: Path, module: str) -> Iterator[Definition]:
-    """Yield the definitions in a file; a file that is no Python of this version has none."""
+    """Yield the definitions in a file. A file that this version of Python cannot parse has none."""
     try:
         source = read_text(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of strange escapes in other people's code
+            warnings.simplefilter("ignore")  # about invalid escape sequences in the code of other packages
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # InputError is a ValueError
-        return  # templates and files for other Pythons
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # an InputError of read_text is a ValueError
+        return  # a template, or a file for another version of Python
     lines = source.splitlines()
 
     def definitions(node: ast.AST, name: str) -> Iterator[Definition]:
@@ -128,18 +131,18 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
                     yield from describe(child, qualified, module, inspect.cleandoc(docstring), lines)
                 yield from definitions(child, qualified)
             elif not isinstance(child, ast.expr):
-                yield from definitions(child, name)  # within if and try
+                yield from definitions(child, name)  # definitions inside if and try
 
     yield from definitions(tree, module)
 
 
 def describe(node: Documented, name: str, module: str, docstring: str, lines: list[str]) -> Iterator[Definition]:
-    """Yield the definition at `node`, if its summary is neither too short nor too long."""
+    """Yield the definition at `node` if its summary has a suitable length and more than one word."""
     summary, _, body = docstring.partition("\n\n")
     summary = " ".join(summary.split())
     if not SHORTEST["summary"] <= len(summary) <= LONGEST["summary"] or " " not in summary:
         return
-    written = node.body[0]  # the docstring's statement
+    written = node.body[0]  # the statement that is the docstring
     kept = lines[node.lineno - 1 : written.lineno - 1] + lines[written.end_lineno : node.end_lineno]
     code = textwrap.dedent("\n".join(kept)).strip() if len(node.body) > 1 else ""
     body = body.strip()
@@ -151,10 +154,9 @@ def describe(node: Documented, name: str, module: str, docstring: str, lines: li
 
 
 def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES, least: int = 500) -> list[str]:
-    """Read long texts that every machine has.
+    """Read long texts that are available on every machine.
 
-    A text is that of all docstrings of a module of the installed packages, one after the other, where it has at least `least`
-    characters.
+    Each text joins the docstrings of one module of the installed packages. Texts of fewer than `least` characters are left out.
     """
     pages: dict[str, list[str]] = {}
     for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
@@ -165,25 +167,28 @@ def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES,
         for definition in definitions:
             pages.setdefault(definition.module, []).append(f"{definition.summary} {definition.body}")
     texts = [text for parts in pages.values() if len(text := " ".join(" ".join(parts).split())) >= least]
-    random.Random(0).shuffle(texts)  # packages mixed: whoever takes the first takes of all
+    random.Random(0).shuffle(texts)  # mixes the packages, so that the first texts come from all of them
     return texts
 
 
 def held_out(definition: Definition) -> bool:
-    """Tell whether a definition is for testing: one module in eight is, by its name, so that every run agrees."""
+    """Return True if a definition is for testing.
+
+    One module in eight is held out. The choice depends on the name of the module only, so it is the same in every run.
+    """
     return zlib.crc32(definition.module.encode()) % 8 == 0
 
 
 def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES) -> dict[str, int]:
-    """Write what a run on docstrings needs into `folder`.
+    """Write the training and evaluation data for a run on docstrings into `folder`.
 
-    The formats are those of any other data:
+    The files have the same formats as a user's own data:
 
         PACKAGE.KIND.jsonl ...   a source for each package and kind of pair: {"query": ..., "positive": ...}
-        sources.yaml             which lists them
+        sources.yaml             the list of these sources
         doc_search/  code_search/   BEIR folders of the held-out modules: summary -> body, summary -> code
 
-    Packages that are not installed are left out. Returns what was collected, for printing: {"packages": 13, ...}.
+    Packages that are not installed are left out. Returns counts for printing: {"packages": 13, ...}.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +202,7 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
         entries.append({"name": name, "file": f"{name}.jsonl"})
     write_text(folder / "sources.yaml", yaml.safe_dump(entries, sort_keys=False))
     for name, kind in {"doc_search": "body", "code_search": "code"}.items():
-        # Texts that are copied from module to module test nothing.
+        # A pair with a text of the training data is left out, because it would not test generalization.
         fresh = [pair for pair in tests[kind] if not trained.intersection(pair)]
         write_beir(folder / name, list(dict(fresh).items()))
     return {
@@ -210,7 +215,7 @@ def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, 
     """Collect pairs from packages.
 
     Returns:
-        Pairs to train on, by PACKAGE.KIND; pairs of held-out modules to test on, by kind; and the texts that are trained on.
+        The training pairs by PACKAGE.KIND, the test pairs (of held-out modules) by kind, and all texts of the training modules.
     """
     pairs: dict[str, list[Pair]] = {}
     tests: dict[str, list[Pair]] = {"body": [], "code": []}
@@ -232,7 +237,11 @@ def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, 
 
 
 def mine_negatives(folder: Path, embed: Callable[..., Tensor]) -> Path:
-    """Mine a hard negative for each pair of the sources in `folder`, on every rank. Returns the file of the mined sources."""
+    """Mine a hard negative for each pair of the sources in `folder`. Every rank calls this.
+
+    Returns:
+        The path of sources.yaml for the mined sources.
+    """
     mined, state = folder / "mined", PartialState()
     if state.is_main_process:
         shutil.rmtree(mined, ignore_errors=True)
@@ -253,13 +262,13 @@ def mine_negatives(folder: Path, embed: Callable[..., Tensor]) -> Path:
 
 
 def pair_of(definition: Definition, kind: str) -> Pair | None:
-    """Return a definition's pair of a kind, if it has both texts."""
+    """Return the (query, document) pair of one kind for a definition, or None if one of its two texts is missing."""
     query, document = (getattr(definition, part) for part in KINDS[kind])
     return (query, document) if query and document else None
 
 
 def write_beir(folder: Path, pairs: list[Pair]) -> None:
-    """Write a BEIR folder in which every query has one relevant document, the one it stands with."""
+    """Write a BEIR folder of (query, document) pairs. Each query has one relevant document, that of its pair."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, prefix, texts in (("queries", "q", [q for q, _ in pairs]), ("corpus", "d", [d for _, d in pairs])):
         lines = (json.dumps({"_id": f"{prefix}{i}", "text": text}) for i, text in enumerate(texts))

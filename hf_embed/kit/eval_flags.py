@@ -1,4 +1,4 @@
-"""Evaluation sets from the command line, for every recipe alike."""
+"""The flags for evaluation sets, which all recipes share, and the reader of these sets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,7 +60,12 @@ class EvalArguments:
 
 
 def read_tasks(args: EvalArguments) -> dict[str, Task]:
-    """Read the tasks that the flags name. Raises InputError for bad files and for names given twice."""
+    """Read the evaluation tasks that the flags name.
+
+    Raises:
+        InputError: if a file cannot be read, if two sets have the same name, or if `--zero_shot_labels` names a set that
+            `--eval_zero_shot` does not.
+    """
     labels = named_paths(args.zero_shot_labels, "--zero_shot_labels")
     if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
         raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")
@@ -83,7 +88,11 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, str]:
-    """Read NAME=PATH items as {NAME: PATH}. Raises InputError for others, and for a name given twice."""
+    """Parse items of the form NAME=PATH as {NAME: PATH}.
+
+    Raises:
+        InputError: if an item has another form, or if a name is given twice.
+    """
     paths = {}
     for item in items:
         name, equals, path = item.partition("=")

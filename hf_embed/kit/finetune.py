@@ -1,4 +1,7 @@
-"""The run of a `Plan`: the trainer, the scores before, the training and the saved folder; `hf_embed.kit.report` is the rest."""
+"""The run of a `Plan`: the trainer, the scores before the training, the training itself, and the saved model.
+
+`hf_embed.kit.report` scores the saved model and writes the results.
+"""
 
 import math
 from pathlib import Path
@@ -22,18 +25,19 @@ from hf_embed.training_record import shown
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
-    """Make the trainer of a plan, which tokenizes the rows.
+    """Make the trainer of a plan. The trainer tokenizes the rows.
 
-    The console lists several sources, and shows two rows as the model reads them.
+    The main process prints a list of the sources, if there are several, and two rows as the model reads them.
 
-    Raises InputError for what cannot be trained or saved as asked.
+    Raises:
+        InputError: if the model cannot be trained or saved as the plan asks.
     """
     trainer = ContrastiveTrainer(
         model=loaded.model, processing_class=loaded.tokenizer, args=loaded.args, objective=plan.objective,
         train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
         callbacks=stopping(plan),
     )  # fmt: skip
-    trainer.describes_itself = False  # `hf_embed.kit.report` does, with the scores of the saved folder
+    trainer.describes_itself = False  # `hf_embed.kit.report` writes the results, with the scores of the saved folder
     if plan.model_args.save_adapter:
         check_adapter(trainer)
     if isinstance(trainer.train_dataset, Mixture) and trainer.is_world_process_zero():
@@ -44,16 +48,19 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
 
 
 def stopping(plan: Plan) -> list[TrainerCallback]:
-    """Return what ends the run early, if that is asked for."""
+    """Return the callback for early stopping if the plan asks for it, else an empty list."""
     patience = plan.run.early_stopping_patience
     return [] if patience is None else [EarlyStopping(patience)]
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping, whose count goes on where a run is resumed; one that has stopped stays so."""
+    """transformers' early stopping, which keeps its count of evaluations when a run is resumed.
+
+    A run that was stopped early does not train further when it is resumed.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the evaluations since the best one, in the log of the run that is resumed."""
+        """Restore the number of evaluations since the best one from the log of the resumed run."""
         super().on_train_begin(args, state, control, **kwargs)
         key = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         self.early_stopping_patience_counter, best = 0, math.nan
@@ -67,18 +74,18 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
-    """Score the model as it is, before the training; without evaluation sets there are no scores."""
+    """Score the model before the training. Without evaluation sets, return an empty dict."""
     return trainer.evaluate() if trainer.eval_dataset else {}
 
 
 def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
-    """Train, and save the model; what an earlier run left in the folder goes once the first step is done."""
+    """Train the model and save it. After the first step, the files of an earlier run in the folder are removed."""
     trainer.add_callback(plan.earlier)
     if trainer.is_world_process_zero():
         begin(plan.folder)
     trained = trainer.train(resume_from_checkpoint=plan.args.resume_from_checkpoint)
-    trainer.drops_results = True  # those that an earlier end of this run has left are not of these weights
-    save_without_push(trainer)  # pushed with its results, by the report
+    trainer.drops_results = True  # scores from an earlier end of this run do not belong to these weights
+    save_without_push(trainer)  # the report pushes the model together with its results
     trainer.drops_results = False
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
         save_adapter(trainer.encoder, plan.folder / "adapter")
@@ -87,7 +94,12 @@ def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
 
 
 def check_adapter(trainer: ContrastiveTrainer) -> None:
-    """Raise InputError where the adapters would not be all that is trained, or cannot be gathered."""
+    """Check that the adapters can be saved by themselves.
+
+    Raises:
+        InputError: if there are no adapters, if the adapters are sharded, or if the model has TempScale or layers after the
+            pooling, which adapters do not hold.
+    """
     for wrong, what in (
         (trainer.encoder.backbone is trainer.encoder.base, "without --lora_r there is no adapter"),
         (trainer.sharded, "FSDP and ZeRO shard the adapters; the merged model is saved"),
@@ -99,7 +111,7 @@ def check_adapter(trainer: ContrastiveTrainer) -> None:
 
 
 def save_adapter(encoder: Encoder, folder: Path) -> None:
-    """Save the adapters by themselves, as PEFT does, without the place where the base model lies here."""
+    """Save the adapters in a folder of their own, as PEFT does, without the local path of the base model."""
     base, adapted = str(encoder.config.name_or_path), cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = shown(base)

@@ -1,4 +1,4 @@
-"""Makes docs/flags.md, the flags of every recipe: `python -m hf_embed.kit.flags_page > docs/flags.md`."""
+"""The generator of docs/flags.md, the flags of every recipe: `python -m hf_embed.kit.flags_page > docs/flags.md`."""
 
 import contextlib
 import importlib.util
@@ -26,11 +26,17 @@ too, of the installed version: `--help all` lists them. They do what they do for
 
 
 def parser_of(path: Path) -> tuple[str, Parser]:
-    """Return what the recipe in a file says of itself, and the parser of its flags."""
+    """Return the docstring of the recipe in a file, and the parser of its flags.
+
+    The recipe runs with `--help`, which ends it as soon as it reads its flags.
+
+    Raises:
+        InputError: if the recipe ends without reading its flags.
+    """
     spec = importlib.util.spec_from_file_location(f"flags_of_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their types
+    sys.modules[spec.name] = module  # dataclasses look up their types there
     argv, sys.argv = sys.argv, [f"{CONSOLE} {path.stem.replace('_', '-')}", "--help"]
     try:
         spec.loader.exec_module(module)
@@ -45,13 +51,13 @@ def parser_of(path: Path) -> tuple[str, Parser]:
 
 
 def table(section: Section) -> list[str]:
-    """Return the Markdown of the flags under a heading."""
+    """Return the flags under a heading as the lines of a Markdown table."""
     rows = [(flag.call.replace("|", "\\|"), flag.text.replace("|", "\\|")) for flag in section.flags]
     return ["| flag | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in rows), ""]
 
 
 def page(folder: Path) -> str:
-    """Return docs/flags.md of the recipes in a folder: each with its own flags, then the flags that several share."""
+    """Return the text of docs/flags.md: first each recipe with its own flags, then the flags that several recipes share."""
     found = {}
     for path in sorted(folder.glob("[!_]*.py")):
         name = path.stem.replace("_", "-")

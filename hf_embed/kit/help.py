@@ -1,6 +1,7 @@
-"""The text of --help, and what docs/flags.md is made of: the flags of a recipe under headings, its own first.
+"""The text of --help and the parts of docs/flags.md: the flags of a recipe under headings, its own flags first.
 
-`--help` has the flags of this package, and those of `transformers.TrainingArguments` that most runs use; `--help all` has all.
+`--help` shows the flags of this package, and those flags of `transformers.TrainingArguments` that most runs use. `--help all`
+shows all flags.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_embed.entry import PACKAGE, by_console, recipe_command, running_recipe
 
-COLUMN = 30  # where the texts begin
-# The settings of Trainer that most runs touch.
+COLUMN = 30  # the column at which the text of a flag begins
+# The settings of Trainer that most runs use, in the order in which --help shows them.
 USUAL = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps",
     "lr_scheduler_type", "weight_decay", "bf16", "seed", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
@@ -36,7 +37,7 @@ HELP = ("--help [all]", "Show this text; with all, every setting of Trainer too.
 
 
 class Flag(NamedTuple):
-    """A flag as it is shown."""
+    """A flag as --help shows it."""
 
     call: str  # "--lora_r N"
     text: str
@@ -44,21 +45,21 @@ class Flag(NamedTuple):
 
 @dataclass
 class Section:
-    """Flags under a heading."""
+    """A heading and the flags under it."""
 
     heading: str
     flags: list[Flag]
 
 
 def heading_of(kind: type) -> str:
-    """Return the first sentence of a dataclass's docstring; its name where it has none of its own."""
+    """Return the first line of a dataclass's docstring, or the name of the class if it has no docstring of its own."""
     docstring = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
     first = docstring.splitlines()[0] if docstring else ""
     return kind.__name__ if not first or first.startswith(f"{kind.__name__}(") else first.rstrip(".")
 
 
 def metavar(name: str, action: argparse.Action, text: str) -> str:
-    """Return what stands behind a flag in place of its value: "FILE", "{a,b}", "" for a switch."""
+    """Return the placeholder for the value of a flag: "FILE", "{a,b}", or "" for a flag without a value."""
     if action.metavar is not None:
         return str(action.metavar)
     if action.nargs == 0 or (action.nargs == "?" and action.const is True):
@@ -75,7 +76,7 @@ def metavar(name: str, action: argparse.Action, text: str) -> str:
 
 
 def default_text(field: dataclasses.Field, action: argparse.Action, text: str) -> str:
-    """Return the default of a flag, as the end of its text; "" where it says nothing, or the text says it."""
+    """Return the default of a flag as the end of its text, or "" if the default is empty or the text mentions it."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is True:
         return f" (default: yes; --no_{field.name} turns it off)"
@@ -88,7 +89,7 @@ def default_text(field: dataclasses.Field, action: argparse.Action, text: str) -
 
 
 def flag_of(field: dataclasses.Field, action: argparse.Action, brief: bool = False) -> Flag:
-    """Return how a flag is shown; in `brief` the first sentence of its text."""
+    """Return a flag as --help shows it. With `brief`, keep only the first sentence of its text."""
     text = " ".join((field.metadata.get("help") or "").split())
     if action.choices is not None and metavar(field.name, action, text) == "NAME" and not brief:
         text += f" One of {', '.join(map(str, action.choices))}."
@@ -102,10 +103,16 @@ def flag_of(field: dataclasses.Field, action: argparse.Action, brief: bool = Fal
 
 
 def sections(kinds: Sequence[type], actions: dict[str, argparse.Action], full: bool) -> list[Section]:
-    """Return the flags of dataclasses under headings; those of Trainer last, all of them or the usual ones."""
+    """Group the flags of dataclasses under headings. The settings of Trainer come last.
+
+    Args:
+        kinds: the dataclasses.
+        actions: the argparse action of each option.
+        full: show all settings of Trainer, not only those in `USUAL`.
+    """
     found, trainer, others = [], [], 0
     for kind in kinds:
-        get_type_hints(kind)  # a name that cannot be resolved is an error of the recipe
+        get_type_hints(kind)  # fails if an annotation of the recipe names an unknown type
         fields = [field for field in dataclasses.fields(kind) if f"--{field.name}" in actions]
         inherited = TrainingArguments.__dataclass_fields__ if issubclass(kind, TrainingArguments) else {}
         of_trainer = [field for field in fields if field.name in inherited and field.name not in kind.__annotations__]
@@ -125,7 +132,7 @@ def sections(kinds: Sequence[type], actions: dict[str, argparse.Action], full: b
 
 
 def usage(positionals: Sequence[str]) -> str:
-    """Return the command line of this process's recipe in general: "hf-embed push FOLDER REPO [FLAGS]"."""
+    """Return the general form of the running recipe's command line: "hf-embed push FOLDER REPO [FLAGS]"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = sys.argv[0] if by_console() else f"python {sys.argv[0]}"
     if spec is not None and spec.name.startswith(PACKAGE):
@@ -134,7 +141,7 @@ def usage(positionals: Sequence[str]) -> str:
 
 
 def help_text(parser_usage: str, shown: Sequence[Section]) -> str:
-    """Return the text of --help."""
+    """Return the text of --help: the usage line, the docstring of the running recipe, and the flags."""
     recipe = running_recipe()
     about = (recipe.__doc__ or "").strip() if recipe is not None else ""
     about = re.sub(r"python recipes/(\w+)\.py", lambda found: recipe_command(found[1]), about)
@@ -145,7 +152,7 @@ def help_text(parser_usage: str, shown: Sequence[Section]) -> str:
 
 
 def flag_lines(flag: Flag) -> list[str]:
-    """Return the lines of a flag, as wide as the terminal."""
+    """Return the lines of a flag, wrapped to the width of the terminal."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     text = textwrap.wrap(flag.text, width - COLUMN) or [""]
     call = f"  {flag.call}"

@@ -1,4 +1,4 @@
-"""What the recipes share that encode and do not train: the flags of the model, its loading, and the texts of a file."""
+"""Shared code of the recipes that encode but do not train: the flags of the model, its loading, and the texts of a file."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ MODEL_HELP = "A folder or a Hub name. Default: the built-in quickstart encoder."
 
 @dataclass(kw_only=True)
 class EncodingArguments:
-    """Flags of how a model encodes; a recipe's own dataclass derives from it."""
+    """Flags for how a model encodes. The dataclass of a recipe derives from this class."""
 
     pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
     max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
@@ -34,15 +34,17 @@ class EncodingArguments:
 
 
 def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch.device | str | None = None) -> Encoder:
-    """Load a model as the flags ask. A recipe that shares its work among processes names the device of its own process.
+    """Load a model with the settings that the flags ask for.
 
     Args:
-        name_or_path: of the model.
-        flags: those of the recipe.
-        device: default: the GPU, where there is one, for a recipe of one process.
+        name_or_path: the name or the folder of the model.
+        flags: the flags of the recipe.
+        device: the device of this process, for a recipe that shares its work among several processes. Default, for a recipe
+            that runs in one process: the GPU, or the CPU if there is no GPU.
 
     Raises:
-        InputError: the model cannot be loaded; several processes were started for a recipe of one, and each would do it all.
+        InputError: if the model cannot be loaded, or if several processes were started for a recipe that runs in one. (Each of
+            them would do the whole work.)
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if device is None and processes > 1:
@@ -52,13 +54,17 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
 
 
 def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
-    """Read a file's column of texts, an entry for every row: the named one, or text (or sentence), or the only one.
+    """Read the column of a file that holds the texts, with an entry for every row.
+
+    Args:
+        path: the file.
+        column: the name of the column. Default: text or sentence, or the only column of the file.
 
     Returns:
-        The column's name, and the column, of which parts are read when they are asked for.
+        The name of the column, and the column. Its parts are read from the file when they are needed.
 
     Raises:
-        InputError: the file cannot be read, or has no such column.
+        InputError: if the file cannot be read, or has no such column.
     """
     rows = read_file(path)
     if column is None:
@@ -77,16 +83,17 @@ def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
 def document_vectors(
     encoder: Encoder, texts: Sequence[str], name: str, path: str | None
 ) -> tuple[np.ndarray, dict[str, Any], str]:
-    """Return the vectors of texts, of a file or encoded now, the options to encode queries with, and how to compare them.
+    """Return the vectors of documents, the options for encoding queries, and the name of the similarity function.
 
     Args:
         encoder: the model.
-        texts: what is searched.
-        name: what messages call the texts.
-        path: a file of `hf_embed.vector_files.write_vectors`.
+        texts: the documents.
+        name: the name of the texts in messages.
+        path: a file of `hf_embed.vector_files.write_vectors` with the vectors. None: the texts are encoded now.
 
     Raises:
-        InputError: an empty text; vectors that are of something else, or that have another prompt than documents.
+        InputError: if a text is empty, if the vectors in the file belong to other texts or another model, or if they were
+            encoded without the prompt for documents.
     """
     if path is None:
         documents = list(filled(texts, name))
@@ -95,5 +102,5 @@ def document_vectors(
     vectors, options = read_vectors(path, encoder, texts)
     if encoder.prompt(options.pop("prompt_name", None)) != encoder.prompt("document"):
         raise InputError(f"{path}: the texts were encoded without the model's prompt for documents; add --prompt_name document")
-    small = options.pop("precision", "float32") != "float32"  # a query stays in float32
+    small = options.pop("precision", "float32") != "float32"  # only the documents: queries are encoded in float32
     return vectors, options, "cosine" if small else encoder.similarity_fn_name

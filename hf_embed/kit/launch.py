@@ -1,7 +1,7 @@
-"""Several processes: `hf-embed launch`, which is `accelerate launch` of a recipe.
+"""The command `hf-embed launch`, which runs a recipe in several processes by `accelerate launch`.
 
-`hf-embed launch` ends a user's error in the one line that the recipe prints. `accelerate launch` prints some thirty lines of
-its own beneath it.
+After a user's mistake, `hf-embed launch` shows only the one line that the recipe prints. `accelerate launch` by itself prints
+about thirty more lines below it.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from hf_embed.errors import InputError
 from hf_embed.stop import SIGNALS
 
 FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT")
-GRACE = 300  # seconds that processes have to save a checkpoint when they are told to stop
-# Statuses of a process that has said why it ends: by an error, or a signal that it has taken for a wish to stop.
+GRACE = 300  # seconds that the processes have to save a checkpoint after a signal to stop
+# Exit statuses of a process that has already printed why it ended: an error, or a signal that it took as a request to stop.
 SPOKEN = {1, 2, *(128 + number for number in SIGNALS)}
-LAUNCHERS = ("accelerate", "torch.distributed")  # whose messages and tracebacks say nothing that the recipe has not said
+LAUNCHERS = ("accelerate", "torch.distributed")  # loggers whose messages and tracebacks only repeat what the recipe has printed
 
 
 def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
     """Run a recipe in several processes.
 
     Args:
-        flags: those of `accelerate launch`.
+        flags: the flags of `accelerate launch`.
         recipe: the name of the recipe's module.
-        arguments: of the recipe.
+        arguments: the command-line arguments of the recipe.
 
     Raises:
-        InputError: flags or a configuration that accelerate does not take.
-        SystemExit: with the exit status of the process that failed first.
+        InputError: if accelerate does not accept the flags or the configuration.
+        SystemExit: if a process fails. The exit status is that of the process that failed first.
     """
     parser = launch_command_parser()
     parser.error = refuse
@@ -52,7 +52,7 @@ def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
         args.config_file, args.cpu = shipped(CPU_CONFIG), False
     for name in LAUNCHERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(FORWARDED))  # which torch hands on to several processes
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(FORWARDED))  # the signals that torch forwards to several processes
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(GRACE))
     try:
         with forwarding():
@@ -66,15 +66,15 @@ def launch(flags: list[str], recipe: str, arguments: list[str]) -> None:
         raise SystemExit(128 + error.sigval) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:  # the recipe runs in other processes: this is about how to start them
+    except Exception as error:  # the recipe runs in the other processes, so this error is about starting them
         refuse(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager
 def forwarding() -> Iterator[None]:
-    """Hand the signals that end a training on to the one process that accelerate starts, and wait until it has ended.
+    """Forward the signals that stop a training to the single process that accelerate starts, and keep waiting for it.
 
-    Of several processes torch does this, with handlers of its own.
+    For several processes, torch forwards the signals with its own handlers.
     """
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -91,12 +91,15 @@ def forwarding() -> Iterator[None]:
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise what accelerate finds wrong."""
+    """Raise an InputError with a message of accelerate."""
     raise InputError(f"{message}; accelerate launch --help lists its flags")
 
 
 def status_of(failure: ProcessFailure, rank: int) -> int:
-    """Return the exit status of a process that failed; print the signal that has ended it, which it could not say itself."""
+    """Return the exit status of a failed process, and print how it ended if the process could not print this itself.
+
+    For a process that was ended by a signal, the exit status is 128 plus the number of the signal.
+    """
     if failure.exitcode >= 0:
         if failure.exitcode not in SPOKEN:
             print(f"error: process {rank} ended with status {failure.exitcode}", file=sys.stderr)

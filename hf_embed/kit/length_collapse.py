@@ -1,16 +1,17 @@
-"""Length collapse: do the embeddings of long texts draw together?
+"""Measures of length collapse: do embeddings become more similar to each other when the texts are longer?
 
-The paper is https://arxiv.org/abs/2410.24200. The same texts, cut to 16, 32, 64 ... tokens: what differs is the length alone.
-And the texts as they are, in bins of length. Of each group of N texts:
+The paper is https://arxiv.org/abs/2410.24200. The measures are computed for two kinds of groups of texts: the same texts
+truncated to 16, 32, 64 ... tokens, so that only the length differs, and the texts as they are, in bins of similar length. For
+each group of N texts:
 
-    mean_cosine      mean over pairs; rises where embeddings draw together
-    uniformity       log E exp(-2 ||x - y||^2) over pairs; rises with it
+    mean_cosine      mean cosine similarity of all pairs; higher if the embeddings are closer together
+    uniformity       log E exp(-2 ||x - y||^2) over all pairs; higher if the embeddings are closer together
     effective_rank   exp of the entropy of the singular values' shares (Roy and Vetterli, 2007): how many directions are used
-    to_mean          mean cosine to the mean direction
-    high_frequency   after each layer: the energy of the token states outside their mean over the text, as a share of all;
-                     what a low-pass filter takes away. The first is that of the word embeddings
+    to_mean          mean cosine similarity to the mean direction
+    high_frequency   after each layer: the energy of the tokens' hidden states outside their mean over the text, as a share of
+                     the whole energy. A low-pass filter removes this part. The first number is for the word embeddings
 
-Shapes: N texts, T tokens, D wide.
+Shapes: N texts, B texts of a batch, T tokens, D width of the model.
 """
 
 from collections.abc import Sequence
@@ -28,19 +29,20 @@ from hf_embed.safe_files import writing
 
 Report = dict[str, list[dict[str, Any]]]
 LENGTHS = (16, 32, 64, 128, 256, 512)
-LAYER_SAMPLE = 64  # texts whose token states are looked at, layer by layer
+LAYER_SAMPLE = 64  # texts whose hidden states are measured, layer by layer
 
 
 def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LENGTHS) -> Report:
-    """Measure texts cut to the `wanted` lengths, and as they are.
+    """Measure texts truncated to the `wanted` lengths, and the texts as they are.
 
     Returns:
-        {"cut": [...], "natural": [...]}, in each a dict for a group: tokens, texts, and the measures above. "cut" takes the
-        texts that fill the largest length that half of them, or 100 of them, fill; "tokens" is the length. In "natural" it is
-        the upper end of the bin.
+        {"cut": [...], "natural": [...]}. Each list has a dict for each group: "tokens", "texts", and the measures of the module
+        docstring. A length is used in "cut" if at least half of the texts, or 100 texts, have at least that many tokens. All
+        groups of "cut" hold the same texts: those with at least as many tokens as the largest of these lengths. "tokens" is the
+        length in "cut", and the upper end of the bin in "natural".
 
     Raises:
-        InputError: fewer than two texts, or none of the shortest length.
+        InputError: if there are fewer than two texts, or if too few texts have the shortest length.
     """
     lengths = sorted({min(length, encoder.max_length) for length in wanted})
     if len(texts) < 2:
@@ -56,7 +58,7 @@ def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LE
     bar = progress_bar(filled, desc="Texts cut short", unit="length")
     report: Report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in bar], "natural": []}
     for lower, upper in progress_bar(list(zip([0, *lengths], lengths)), desc="Texts as they are", unit="length"):
-        last = upper == lengths[-1]  # whatever is longer is cut
+        last = upper == lengths[-1]  # the last bin also takes longer texts, truncated
         inside = [text for text, count in zip(texts, tokens) if lower < count and (count <= upper or last)]
         if len(inside) > 1:
             report["natural"].append({"tokens": upper} | measure(encoder, inside, upper))
@@ -64,7 +66,7 @@ def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LE
 
 
 def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict[str, Any]:
-    """Return the measures of one group, its texts cut to `max_length` tokens."""
+    """Return the measures of one group, with its texts truncated to `max_length` tokens."""
     before = encoder.max_length
     encoder.max_length = max_length
     try:
@@ -76,7 +78,7 @@ def measure(encoder: Encoder, texts: list[str], max_length: int) -> dict[str, An
 
 
 def geometry(vectors: np.ndarray) -> dict[str, float]:
-    """Return the measures of unit vectors (N, D)."""
+    """Return the first four measures of the module docstring for unit vectors (N, D)."""
     count, total = len(vectors), vectors.sum(0)
     values = np.linalg.svd(vectors, compute_uv=False)
     shares = values[values > 1e-12] / values.sum()
@@ -90,9 +92,9 @@ def geometry(vectors: np.ndarray) -> dict[str, float]:
 
 @torch.inference_mode()
 def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[float]:
-    """Return the share of the token states' energy outside their mean over the text, a mean over the texts.
+    """Return the mean over the texts of "high_frequency", as the module docstring defines it.
 
-    There is a number for the word embeddings and for each layer.
+    The list has one number for the word embeddings, and one for each layer.
     """
     shares = []
     for start in progress_bar(range(0, len(texts), batch), desc="Layers", unit="batch"):
@@ -114,12 +116,12 @@ def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[f
 
 
 def collapse(report: Report) -> float:
-    """Return by how much the mean cosine of the same texts rises from their shortest cut to the longest."""
+    """Return the increase of the same texts' mean cosine similarity from the shortest length to the longest."""
     return report["cut"][-1]["mean_cosine"] - report["cut"][0]["mean_cosine"]
 
 
 def report_lines(reports: dict[str, Report]) -> list[str]:
-    """Return, for people, a table for each report by its name, and how each collapses."""
+    """Return the lines of a readable text: a table for each report, and the `collapse` of each report."""
     out = []
     for name, report in reports.items():
         out += ["", name, "", *lines(report)]
@@ -131,7 +133,7 @@ def report_lines(reports: dict[str, Report]) -> list[str]:
 
 
 def lines(report: Report) -> list[str]:
-    """Return a table for people."""
+    """Return the lines of a readable table of a report."""
     out = []
     for kind, title in (("cut", "the same texts, cut to"), ("natural", "texts as they are, up to")):
         if not report[kind]:
@@ -148,9 +150,9 @@ def lines(report: Report) -> list[str]:
 
 
 def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
-    """Plot mean cosine and uniformity against length, and the high-frequency share along the layers, of the cut texts.
+    """Plot the truncated texts: mean cosine and uniformity against length, and the high-frequency share against the layer.
 
-    There is a line for each report, by its name.
+    The plots have a line for each report, labeled with its name. The third plot shows the shortest and the longest length.
     """
     import matplotlib
 
@@ -158,7 +160,7 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # told apart without colour too
+    colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color
     for (name, report), colour, style in zip(reports.items(), colours, styles):
         cut = report["cut"]
         tokens = [row["tokens"] for row in cut]

@@ -1,16 +1,18 @@
-"""Make a small BERT from nothing but a text file, by masked language modelling (Devlin et al., 2019, section 3.1).
+"""Make a small BERT from a text file alone, by masked language modeling (Devlin et al., 2019, section 3.1).
 
-On a small machine such a model stays long at the loss of guessing frequent words. It gets past that sooner when its word table
-starts from co-occurrence statistics: the leading directions of the shifted positive pointwise mutual information of words at
-most `WINDOW` apart (Levy and Goldberg, 2014). The sentences are packed, without padding, as RoBERTa's (Liu et al., 2019):
+On a small machine, the loss of such a model stays for a long time at the value for guessing frequent words. It falls sooner if
+the word embeddings start from co-occurrence statistics: the leading directions of the shifted positive pointwise mutual
+information of words at most `WINDOW` apart (Levy and Goldberg, 2014). The sentences are packed without padding, as in RoBERTa
+(Liu et al., 2019):
 
-    [CLS] a man plays a guitar . [SEP] it rained . [SEP] the train to     a sequence; the next one goes on with the sentence
+    [CLS] a man plays a guitar . [SEP] it rained . [SEP] the train to     a sequence; the next one continues the sentence
     [CLS] london was late . [SEP] ...
 
-Two stages, as BERT's: most tokens in short sequences, the others in sequences of `--max_length`, so that every position is
-trained. Dropout is off while training; the saved config has BERT's 0.1, for fine-tuning.
+The training has two stages, as for BERT: most tokens are in short sequences, the others in sequences of `--max_length` tokens,
+so that every position is trained. Dropout is off during this training. The saved config has BERT's rate of 0.1 for fine-tuning.
 
-Shapes: B sequences of T tokens, M masked tokens of a batch, V pieces of the vocabulary, D width.
+Shapes: N tokens of the text, B sequences of T tokens, M masked tokens of a batch, V pieces of the vocabulary, D width of the
+model.
 """
 
 import math
@@ -30,24 +32,24 @@ from hf_embed.errors import InputError
 from hf_embed.kit.pretraining import SHORT, SPECIAL, PretrainArguments, check_shares, own_rows, save, say, train
 from hf_embed.mlm import mask_tokens
 
-MASKED = 0.2  # of the tokens: more than BERT's 0.15 trains faster where the model is small
-WINDOW = 5  # how far apart two tokens may be to count as neighbours; a pair counts one over their distance
-SMOOTHING = 0.75  # the exponent of the neighbours' counts (Levy, Goldberg and Dagan, 2015)
-SHIFT = math.log(2)  # what is taken off the mutual information
-VOCABULARY_SENTENCES = 200_000  # that the vocabulary is made from
-MOST_LETTERS = 500  # of the vocabulary; words with others are unknown
+MASKED = 0.2  # share of the tokens; for a small model this trains faster than BERT's 0.15
+WINDOW = 5  # largest distance of two tokens that count as neighbors; a pair has the weight 1 / distance
+SMOOTHING = 0.75  # exponent of the neighbors' counts (Levy, Goldberg and Dagan, 2015)
+SHIFT = math.log(2)  # subtracted from the mutual information
+VOCABULARY_SENTENCES = 200_000  # the vocabulary is made from this many sentences
+MOST_LETTERS = 500  # in the vocabulary; a word with any other letter is unknown
 
 
 def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
-    """Make the vocabulary, the word table and the model, and save it.
+    """Make the vocabulary and the word embeddings, train the model, and save it.
 
     Args:
         args: the flags.
-        sentences: what to read, in random order.
+        sentences: the training text, in random order.
         work: the folder for the checkpoint.
 
     Raises:
-        InputError: the text is too short for a single batch.
+        InputError: if the text is too short for a single batch, or if `--vocab_size` is too small for its letters.
     """
     device = PartialState().device
     tokenizer = train_tokenizer(sentences[:VOCABULARY_SENTENCES], args.vocab_size, args.max_length)
@@ -77,29 +79,29 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
 
 
 def train_tokenizer(sentences: list[str], size: int, max_length: int) -> BertTokenizer:
-    """Make an uncased WordPiece tokenizer from sentences; the same ones give the same pieces in the same order.
+    """Make an uncased WordPiece tokenizer from sentences. The same sentences always give the same pieces in the same order.
 
     Raises:
-        InputError: so few pieces cannot even be the letters.
+        InputError: if `size` is too small for the letters of the sentences.
     """
     tokenizer = uncased(models.WordPiece(unk_token="[UNK]"))
     counts = Counter(letter for text in sentences for letter in tokenizer.normalizer.normalize_str(text) if letter > " ")
     letters = sorted(letter for letter, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_LETTERS])
-    # The trainer numbers letters within words as it meets them, in an order that changes from run to run, and takes of two
-    # pairs that are equally frequent the one with the lower numbers. Pieces that are given come first, in their order.
+    # The trainer numbers the letters inside words in the order in which it meets them, which changes from run to run. Of two
+    # equally frequent pairs, it merges the one with the lower numbers. As special tokens, the letters have a fixed order.
     given = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     if size < len(given):
         raise InputError(f"--vocab_size is {size}; the letters of this text alone are {len(given)} pieces, so give more")
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=given, limit_alphabet=len(letters), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     pieces = tokenizer.get_vocab()
-    made = uncased(models.WordPiece(pieces, unk_token="[UNK]"))  # anew: given letters would be special tokens in the first one
+    made = uncased(models.WordPiece(pieces, unk_token="[UNK]"))  # in `tokenizer`, letters are special tokens
     made.post_processor = processors.BertProcessing(("[SEP]", pieces["[SEP]"]), ("[CLS]", pieces["[CLS]"]))
     return BertTokenizer(tokenizer_object=made, model_max_length=max_length)
 
 
 def uncased(pieces: models.WordPiece) -> Tokenizer:
-    """Make a tokenizer that lowers case and splits words as BERT's."""
+    """Make a tokenizer that lowercases the text and splits it into words as BERT does."""
     tokenizer = Tokenizer(pieces)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -108,7 +110,7 @@ def uncased(pieces: models.WordPiece) -> Tokenizer:
 
 
 def token_stream(tokenizer: BertTokenizer, sentences: list[str]) -> np.ndarray:
-    """Return the token ids of all sentences, one after another, each with [SEP] at its end; (N,) int32."""
+    """Return the token ids of all sentences, one after another, with [SEP] after each sentence: (N,) int32."""
     parts = []
     for start in range(0, len(sentences), 20_000):
         encoded = tokenizer.backend_tokenizer.encode_batch(sentences[start : start + 20_000], add_special_tokens=False)
@@ -128,20 +130,20 @@ def new_model(args: PretrainArguments, tokenizer: BertTokenizer) -> BertForMaske
 
 
 def start_words(model: BertForMaskedLM, stream: np.ndarray, sep: int) -> None:
-    """Let the word table start from co-occurrence statistics; a piece without neighbours keeps its random vector."""
+    """Initialize the word embeddings from co-occurrence statistics. A piece without neighbors keeps its random vector."""
     table = model.bert.embeddings.word_embeddings.weight
     vectors = word_vectors(stream, sep, *table.shape)
     known = vectors.any(1)
     with torch.no_grad():
-        table[known] = vectors[known] / vectors[known].std() * 0.04  # about the spread that training ends with
+        table[known] = vectors[known] / vectors[known].std() * 0.04  # about the standard deviation after training
 
 
 def word_vectors(stream: np.ndarray, sep: int, vocab_size: int, width: int) -> Tensor:
-    """Return the vectors whose inner products come nearest to the mutual information of neighbours, (V, D).
+    """Return the vectors (V, D) whose inner products best approximate the mutual information of neighbors.
 
-    Neighbours are at most `WINDOW` apart and in one sentence.
+    Neighbors are tokens of the same sentence, at most `WINDOW` apart.
     """
-    sentence = np.cumsum(stream == sep) - (stream == sep)  # its [SEP] is in it
+    sentence = np.cumsum(stream == sep) - (stream == sep)  # (N,); a [SEP] belongs to the sentence before it
     counts = np.zeros(vocab_size * vocab_size, dtype=np.float32)
     for distance in range(1, WINDOW + 1):
         together = sentence[:-distance] == sentence[distance:]
@@ -160,10 +162,10 @@ def word_vectors(stream: np.ndarray, sep: int, vocab_size: int, width: int) -> T
 
 
 def all_batches(args: PretrainArguments, stream: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Return, for each step, the length of its sequences and their numbers; a text that is too short is read again.
+    """Return, for each step, the length of its sequences and their indices. A text that is too short is read several times.
 
     Raises:
-        InputError: the text has fewer tokens than a batch.
+        InputError: if the text has fewer tokens than one batch.
     """
     rng = np.random.default_rng(args.seed)
     batches = []
@@ -181,7 +183,7 @@ def all_batches(args: PretrainArguments, stream: np.ndarray) -> list[tuple[int, 
 
 
 def sequences(stream: np.ndarray, length: int, rows: np.ndarray, cls: int) -> Tensor:
-    """Return the sequences with these numbers, [CLS] and then T - 1 tokens of the stream; (B, T)."""
+    """Return the sequences with the indices `rows`: [CLS], and then T - 1 tokens of the stream, (B, T)."""
     there = len(stream) // (length - 1)
     tokens = stream[: there * (length - 1)].reshape(there, length - 1)[rows]
     return torch.from_numpy(np.pad(tokens, ((0, 0), (1, 0)), constant_values=cls).astype(np.int64))

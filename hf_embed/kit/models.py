@@ -1,4 +1,4 @@
-"""The model that a plan names, with dropout, LoRA and heads as its flags ask."""
+"""Loading of the model that a plan names, with the dropout, LoRA adapters and heads that the flags ask for."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
@@ -25,7 +25,10 @@ ENCODER_SETTINGS = ("pooling", "max_length", "normalize")
 
 
 class LoadedModel(NamedTuple):
-    """A model, and the training arguments with what its folder says of it where the model itself cannot carry that."""
+    """A model, its tokenizer, and the training arguments.
+
+    A masked language model cannot hold the settings of its folder, such as the pooling. The training arguments hold them.
+    """
 
     model: PreTrainedModel | Encoder
     tokenizer: PreTrainedTokenizerBase
@@ -33,10 +36,12 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, masked_lm: bool) -> LoadedModel:
-    """Load a model in float32, with dropout, LoRA and a new MLP head as asked.
+    """Load a model in float32, with the dropout, the LoRA adapters and the MLP head that the flags ask for.
 
-    It is an Encoder where the folder says how it pools, so that its settings stay; with `masked_lm` it is the masked language
-    model.
+    The model is an Encoder with the settings of its folder. With `masked_lm`, it is the masked language model instead.
+
+    Raises:
+        InputError: if the model cannot be loaded as the flags ask, or if both LoRA and `masked_lm` are asked for.
     """
     name = model_args.model_name_or_path or str(QUICKSTART / "encoder")
     set_seed(args.seed)
@@ -56,7 +61,11 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
 
 
 def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[str, Any]) -> LoadedModel:
-    """Load a masked language model, whose head the auxiliary trains. Raises InputError where the folder's settings are lost."""
+    """Load a masked language model. The auxiliary loss trains its head.
+
+    Raises:
+        InputError: if the weights are incomplete, or if the folder has settings that would be lost.
+    """
     found = find_model(name)
     folder: dict[str, Any] = find_transformer(name, **found) | found
     tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
@@ -70,14 +79,18 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
     if lost := [key for key, value in own.items() if key not in kept and value not in (None, [], "cosine")]:
         raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")
     known = [key for key in kept if own.get(key) not in (None, {})]
-    args = settled(args, **{key: own[key] for key in known if getattr(args, key) is None})  # as the folder says, unless told
-    if uses_pooler(args.pooling):  # masked-LM models come without a pooler
+    args = settled(args, **{key: own[key] for key in known if getattr(args, key) is None})  # the user's values come first
+    if uses_pooler(args.pooling):  # masked language models are loaded without a pooler
         model.base_model.pooler = type(model.base_model)(model.config).pooler
     return LoadedModel(model, tokenizer, args)
 
 
 def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Load the model's configuration, with all its dropout rates at `rate`. Raises InputError if it has none."""
+    """Load the configuration of a model, and set all its dropout rates to `rate`.
+
+    Raises:
+        InputError: if the rate is out of range, or if the configuration has no dropout rate.
+    """
     if not 0 <= rate < 1:
         raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
     found = find_model(name)
@@ -92,7 +105,7 @@ def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> Pre
 
 
 def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
-    """Put LoRA adapters around the backbone. Raises InputError for modules that cannot be adapted."""
+    """Add LoRA adapters to the backbone. Raises InputError if a module cannot be adapted."""
     targets = model_args.lora_target_modules or ["all-linear"]
     check_lora_targets(encoder.backbone, targets)
     config = LoraConfig(
@@ -102,12 +115,16 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
     )  # fmt: skip
     try:
         encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
-    except (ValueError, TypeError) as error:  # a module of a kind that PEFT does not adapt, for one
+    except (ValueError, TypeError) as error:  # for example, PEFT does not support the kind of the module
         raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
 
 
 def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise InputError for a name that is the end of no module's: PEFT is content if one of several is found."""
+    """Check that every name is the end of the name of a module. PEFT itself only checks that one of the names is.
+
+    Raises:
+        InputError: if a name matches no module.
+    """
     modules = [name for name, module in model.named_modules() if not list(module.children())]
     for target in names:
         if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in modules):
@@ -118,7 +135,7 @@ def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def embed_with(encoder: Encoder) -> Callable[..., Tensor]:
-    """Return the encoder as evaluation tasks call it."""
+    """Return a function from texts to embeddings, in the form in which evaluation tasks call it."""
 
     def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
         return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))

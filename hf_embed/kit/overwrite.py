@@ -1,7 +1,7 @@
-"""A new run in the place of an earlier one: it trains beside it, and takes its place when it is complete.
+"""The replacement of an earlier run: the new run trains in a folder beside it, and takes its place when it is complete.
 
-outputs/mine        the earlier run: whole, and what loaders find, until the new one is complete
-outputs/.mine.new   the new run, with its checkpoints; UNFINISHED in it says that it is not complete
+outputs/mine        the earlier run; it stays complete, and loaders find it, until the new run is complete
+outputs/.mine.new   the new run, with its checkpoints; the file UNFINISHED in it marks it as incomplete
 """
 
 import contextlib
@@ -29,36 +29,39 @@ from hf_embed.safe_files import (
     replaced_name,
 )
 
-# What a run leaves on its way, and what is left where one was killed in the middle of it.
+# What a run writes while it trains, and the temporary files of a killed run.
 RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
 SEED = re.compile(r"seed-\d+")
 UNFINISHED = ".unfinished"
 
 
 def working_folder(folder: Path) -> Path:
-    """Return where a run trains that is to take the place of `folder`: beside it or, of a link, beside what it leads to."""
+    """Return the working folder, in which the run that will replace `folder` trains.
+
+    The working folder lies beside `folder`. If `folder` is a symbolic link, it lies beside the target of the link.
+    """
     if folder.is_symlink() or folder.name in ("", ".."):
         folder = Path(os.path.realpath(folder))
     return folder.parent / f".{folder.name}.new"
 
 
 def is_working(folder: Path) -> bool:
-    """Return whether a folder is named as a working folder is."""
+    """Return True if a folder has the name of a working folder, `.NAME.new`."""
     return folder.name.startswith(".") and folder.name.endswith(".new")
 
 
 def place_of(folder: Path) -> Path:
-    """Return where a run that trains in `folder` stands when it is complete."""
+    """Return the final folder of a run that trains in `folder`."""
     return folder.with_name(folder.name[1:].removesuffix(".new")) if is_working(folder) else folder
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a run that is to take the place of `folder` has begun, and is not complete."""
+    """Return True if a run that will replace `folder` has begun but is not complete."""
     return (working_folder(folder) / UNFINISHED).is_file()
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise InputError for a folder whose place another one cannot take."""
+    """Raise InputError if another folder cannot take the place of `folder`."""
     if not can_be_replaced(folder):
         raise InputError(
             f"--overwrite_output_dir: another folder cannot take the place of {folder}, which is the current folder, a mount "
@@ -67,13 +70,13 @@ def check_replaceable(folder: Path) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Prepare the folder where a run is about to train. One rank calls this.
+    """Prepare the folder in which a run is about to train. Only one rank calls this.
 
-    A working folder without the mark of an unfinished run is emptied: an earlier run lies there if a process was killed after
-    the exchange of the two folders. Any other folder keeps its files; what such an exchange has left beside it is removed.
+    A working folder without the file UNFINISHED is emptied. It may hold an earlier run, if a process was killed just after it
+    exchanged the two folders. Any other folder keeps its files, and leftovers of such an exchange beside it are removed.
     """
     if not is_working(folder):
-        if (folder / UNFINISHED).is_file():  # the last thing that a run removes when it has taken its place
+        if (folder / UNFINISHED).is_file():  # a run removes this file last, after it has taken its place
             clear_replaced(folder)
         return
     print(
@@ -84,13 +87,13 @@ def begin(folder: Path) -> None:
         remove_folder(folder)
         folder.mkdir()
         lock_folder(folder)
-    (place_of(folder) / UNFINISHED).unlink(missing_ok=True)  # of a run that was killed when it had taken its place
+    (place_of(folder) / UNFINISHED).unlink(missing_ok=True)  # from a run that was killed after it had taken its place
 
 
 def take_place(folder: Path) -> Path:
-    """Put a complete run in its place, and return that. On one rank.
+    """Move a complete run to its final folder, and return that folder. Only one rank calls this.
 
-    Of the earlier run's folder, files that are not of a run stay.
+    Files in the folder of the earlier run that do not belong to a run are kept.
     """
     place = place_of(folder)
     if place == folder:
@@ -104,28 +107,28 @@ def take_place(folder: Path) -> Path:
 
 
 def clear_replaced(place: Path) -> None:
-    """Remove the files of the replaced run, then the mark that says that the run in `place` is unfinished."""
+    """Remove the replaced run, and then the file that marks the run in `place` as unfinished."""
     for left in (working_folder(place), replaced_name(place)):
         shutil.rmtree(left, ignore_errors=True)
     (place / UNFINISHED).unlink(missing_ok=True)
 
 
 def is_the_users(path: Path) -> bool:
-    """Return whether a file or folder in a run's folder is of no run and no model."""
+    """Return True if a file or folder in a run's folder belongs neither to a run nor to a model."""
     return path.name not in FILES and not any(kind.fullmatch(path.name) for kind in (RUNNING, SEED, RESULTS, WEIGHTS))
 
 
 class EarlierRun(TrainerCallback):
-    """Remove what an earlier run left, `paths`, once the first step of the new one is done: until then that may still fail.
+    """Remove the files `paths` of an earlier run after the first step of the new run. Before that, the new run may still fail.
 
-    From then on the run in `folder`, if that is a working folder, is one that can be gone on with.
+    If `folder` is a working folder, the callback also marks it as an unfinished run. From then on, this run can be resumed.
     """
 
     def __init__(self, paths: Iterable[Path], folder: Path | None = None):
         self.paths, self.folder, self.waiting = list(paths), folder, True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove the paths, on one rank, while the others wait."""
+        """Remove the paths on one rank, while the other ranks wait."""
         if self.waiting and args.process_index == 0:
             if self.folder is not None and is_working(self.folder):
                 (self.folder / UNFINISHED).touch()
@@ -133,26 +136,26 @@ class EarlierRun(TrainerCallback):
             for path in self.paths:
                 remove(path)
             for folder in sorted({path.parent for path in self.paths}, reverse=True):
-                with contextlib.suppress(OSError):  # it is not empty
+                with contextlib.suppress(OSError):  # the folder is not empty
                     folder.rmdir()
-        if self.waiting:  # else another rank might save into a folder that is about to go
+        if self.waiting:  # otherwise another rank might save into a folder that is about to be removed
             PartialState().wait_for_everyone()
         self.paths, self.waiting = [], False
 
 
 def earlier_files(folder: Path) -> list[Path]:
-    """List checkpoints, logs and runs of single seeds, which the new run, if it is resumed, might take for its own."""
+    """List the checkpoints, logs and runs of single seeds. If the new run is resumed, it could mistake them for its own."""
     there = sorted(folder.glob("*"))
     paths = [path for path in there if RUNNING.fullmatch(path.name)]
     for seed in there:
         if SEED.fullmatch(seed.name) and not seed.is_symlink():
             paths += sorted(seed.glob("*"))
-    logs = [path for path in paths if path.name == "runs" and not path.is_symlink()]  # the new run's logs will be in there too
+    logs = [path for path in paths if path.name == "runs" and not path.is_symlink()]  # the new run writes there too
     return [path for path in paths if path.name != "runs"] + [path for parent in logs for path in sorted(parent.glob("*"))]
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; of a link, nothing but the link."""
+    """Remove a file or a folder. If it is a symbolic link, remove only the link."""
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
     else:

@@ -1,18 +1,18 @@
-"""Positives for training on plain sentences: what a sentence is paired with (SimCSE, section 3.1, tables 1 and 2).
+"""Positives for training on plain sentences: the text that each sentence is paired with (SimCSE, section 3.1, tables 1 and 2).
 
-    dropout            itself, under another dropout mask; SimCSE's own way
-    same_mask          itself, under the same dropout mask: nothing to learn from but the other sentences
+    dropout            the sentence itself, with another dropout mask; SimCSE's own method
+    same_mask          the sentence itself, with the same dropout mask; the loss then depends on the other sentences only
     delete_one_word    the quick brown fox jumps  ->  the quick fox jumps
-    delete:0.3         as many of its words deleted
-    crop:0.3           as many of its words cut off at the ends
-    repeat:0.3         as many of its words said twice (ESimCSE, https://arxiv.org/abs/2109.04380)
-    synonym:0.3        as many of its words replaced from a table
+    delete:0.3         the sentence with 30% of its words deleted
+    crop:0.3           as many of its words deleted at the ends
+    repeat:0.3         as many of its words repeated (ESimCSE, https://arxiv.org/abs/2109.04380)
+    synonym:0.3        as many of its words replaced by synonyms from a table
     mask_fill:0.3      as many of its words masked and filled in by a masked language model
     next_sentence      the sentence of the next row
 
-The first two leave the rows as they are: `ContrastiveTrainer` makes both views of a row with a single text. The others make
-rows of anchor and positive, and have the model's dropout on top (`--dropout 0` turns it off). What is drawn depends on the seed
-and the row's number alone, so workers, ranks and batches do not matter.
+The first two kinds leave the rows as they are: `ContrastiveTrainer` encodes each row of a single text twice. The other kinds
+make rows of anchor and positive. The model's dropout applies to these rows too (`--dropout 0` turns it off). The random choices
+depend only on the seed and the row's number, not on workers, ranks or batches.
 """
 
 import logging
@@ -36,10 +36,10 @@ from hf_embed.read_files import read_text
 logger = logging.getLogger(__name__)
 
 
-ChangeWords = Callable[..., list[str]]  # of a sentence
-ChangeTexts = Callable[..., list[list[str]]]  # of several
+ChangeWords = Callable[..., list[str]]  # changes the words of one sentence
+ChangeTexts = Callable[..., list[list[str]]]  # changes the words of several sentences
 
-# Functions of a sentence's words; `share` is above 0 and below 1, or 0 for a kind that takes none.
+# Functions that change the words of one sentence. `share` is above 0 and below 1, or 0 for a kind without a share.
 
 
 def delete(words: list[str], share: float, draw: random.Random) -> list[str]:
@@ -49,40 +49,41 @@ def delete(words: list[str], share: float, draw: random.Random) -> list[str]:
 
 
 def delete_one_word(words: list[str], share: float, draw: random.Random) -> list[str]:
-    """Delete one of the words."""
+    """Delete one random word."""
     gone = draw.randrange(len(words))
     return words[:gone] + words[gone + 1 :]
 
 
 def crop(words: list[str], share: float, draw: random.Random) -> list[str]:
-    """Delete a share of the words at the ends."""
+    """Keep a random run of consecutive words, so that a share of the words is deleted at the two ends."""
     kept = len(words) - len(places(words, share, draw))
     start = draw.randint(0, len(words) - kept)
     return words[start : start + kept]
 
 
 def repeat(words: list[str], share: float, draw: random.Random) -> list[str]:
-    """Say a share of the words twice."""
+    """Repeat a share of the words."""
     twice = places(words, share, draw)
     return [word for i, word in enumerate(words) for _ in range(1 + (i in twice))]
 
 
 def places(words: list[str], share: float, draw: random.Random) -> set[int]:
-    """Draw the places of a share of the words, of one at least and never of all."""
+    """Draw the positions of a share of the words: at least one position, and never all."""
     return set(draw.sample(range(len(words)), min(max(1, round(share * len(words))), len(words) - 1)))
 
 
 def replace(words: list[str], share: float, draw: random.Random, table: dict[str, list[str]]) -> list[str]:
-    """Replace as many words as `share` of all, of those that the table knows."""
+    """Replace words that are in the table, as many as `share` of all words."""
     known = [i for i, word in enumerate(words) if word.lower() in table]
     chosen = draw.sample(known, min(max(1, round(share * len(words))), len(known)))
     return [draw.choice(table[word.lower()]) if i in chosen else word for i, word in enumerate(words)]
 
 
 class Maker(NamedTuple):
-    """A kind of positive: what changes the words of a sentence, given a share of them and a source of random numbers.
+    """A kind of positive.
 
-    Kinds without such a function need more than the words, and are made in `add_positives`.
+    `change` is a function that changes the words of a sentence, given a share of the words and a random number generator. It is
+    None for kinds that need more than the words. `add_positives` makes these kinds.
     """
 
     change: ChangeWords | None = None
@@ -105,10 +106,10 @@ KNOWN = tuple(f"{kind}:SHARE" if maker.takes_share else kind for kind, maker in 
 
 
 def parse_positive(positive: str) -> tuple[str, float]:
-    """Read "crop:0.3" as ("crop", 0.3).
+    """Parse "crop:0.3" as ("crop", 0.3). The share is 0 for a kind without a share.
 
     Raises:
-        InputError: an unknown kind, or a share that is not between 0 and 1.
+        InputError: if the kind is unknown, or if the share is missing, not allowed for the kind, or not between 0 and 1.
     """
     kind, colon, written = positive.partition(":")
     if kind not in MAKERS or bool(colon) != MAKERS[kind].takes_share:
@@ -126,21 +127,21 @@ def add_positives(
     rows: Dataset, positive: str, seed: int = 0, name: str = "train_dataset", synonyms: str | None = None,
     model: str | None = None, trust_remote_code: bool = False,
 ) -> Dataset:  # fmt: skip
-    """Make rows of anchor and positive of rows of a single text; for "dropout" and "same_mask" the rows stay as they are.
+    """Make rows of anchor and positive from rows of a single text. For "dropout" and "same_mask", return the rows unchanged.
 
-    A sentence too short to be changed is its own positive; such rows are counted in a warning.
+    A sentence that cannot be changed, for example because it has one word, is its own positive. A warning counts such rows.
 
     Args:
-        rows: with a column of texts.
-        positive: one of the kinds above.
-        seed: of what is drawn.
-        name: what messages call the rows.
-        synonyms: for "synonym", a file with a word, a tab, and its synonyms separated by commas, in each line.
-        model: for "mask_fill", the masked language model.
-        trust_remote_code: let that model's own code run.
+        rows: a dataset with a column of texts.
+        positive: one of the kinds of the module docstring.
+        seed: the seed of the random choices.
+        name: the name of the rows in messages.
+        synonyms: for "synonym", a file whose lines hold a word, a tab, and the synonyms of the word, separated by commas.
+        model: for "mask_fill", the name or the folder of the masked language model.
+        trust_remote_code: allow the model's own code to run.
 
     Raises:
-        InputError: an unknown kind or a bad share; a table or a model that is missing or of no use.
+        InputError: if the kind is unknown, if the share is invalid, or if the table or the model is missing or unusable.
     """
     kind, share = parse_positive(positive)
     if kind in WITHOUT_ROWS:
@@ -166,7 +167,7 @@ def add_positives(
 
 
 def make_pairs(batch: dict, numbers: list[int], column: str, change: ChangeTexts, seed: int) -> dict[str, list]:
-    """Make the anchors and positives of a batch of rows, which have the numbers `numbers`."""
+    """Make the anchors and positives of a batch of rows. The random choices depend on `seed` and the rows' `numbers`."""
     anchors = batch[column]
     words = {i: text.split() for i, text in enumerate(anchors) if isinstance(text, str)}
     long = [i for i, split in words.items() if len(split) > 1]
@@ -178,12 +179,16 @@ def make_pairs(batch: dict, numbers: list[int], column: str, change: ChangeTexts
 
 
 def one_by_one(change: ChangeWords, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:
-    """Change each text by itself."""
+    """Apply `change` to each text separately."""
     return [change(words, share=share, draw=draw) for words, draw in zip(texts, draws)]
 
 
 def read_synonyms(path: str | None) -> dict[str, list[str]]:
-    """Read the synonyms of each word. Raises InputError for a file that is missing or no such table."""
+    """Read the synonyms of each word.
+
+    Raises:
+        InputError: if no file is given, or if the file cannot be read, has a malformed line, or holds no words.
+    """
     if path is None:
         raise InputError("positive synonym needs --synonyms FILE, lines of a word, a tab, and synonyms separated by commas")
     table = {}
@@ -200,7 +205,7 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
 
 
 class MaskFill:
-    """Masked words, each replaced by the model's best guess."""
+    """A function that masks words, and replaces each by the best guess of a masked language model."""
 
     def __init__(self, name: str | None, trust_remote_code: bool = False):
         if name is None:
@@ -229,7 +234,7 @@ class MaskFill:
             inputs = self.tokenizer(masked, truncation=True, padding=True, return_tensors="pt").to(self.model.device)
             guesses = self.model(**inputs).logits.argmax(-1)
             for n, ids, best in zip(part, inputs["input_ids"], guesses):
-                found = best[ids == self.tokenizer.mask_token_id]  # those behind the cut keep their words
+                found = best[ids == self.tokenizer.mask_token_id]  # words after the truncation have no guess
                 for i, guess in zip(chosen[n], self.tokenizer.convert_ids_to_tokens(found.tolist())):
                     if word := self.tokenizer.convert_tokens_to_string([guess]).replace("##", "").strip():
                         texts[n][i] = word
