@@ -1,1 +1,1 @@
-"""From files and datasets to the batches of a training."""
+"""Read files and datasets, and turn them into training batches."""
