@@ -1,1 +1,1 @@
-"""Read files and datasets, and turn them into training batches."""
+"""Training data: how files and datasets become batches."""

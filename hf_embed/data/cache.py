@@ -1,8 +1,8 @@
 """Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written.
 
 A damaged table could hold other tokens or fewer rows without any error message. So the size and hash of each table are stored
-beside it. A table that does not match them is made again. This happens, for example, after the machine crashed, or when an
-earlier version of this package wrote the cache.
+beside it, and a table that does not match them is made again. This happens, for example, after the machine crashed, or when
+an earlier version of this package wrote the cache.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Collate rows into one flat batch of texts of different lengths.
+"""A collator that turns rows into one flat batch of texts of different lengths.
 
 The collator does not pad. Each chunk of the batch is padded later, when the whole batch is known.
 """

@@ -1,4 +1,4 @@
-"""Decide which columns of a table hold which texts: from known column names, or from the columns that the user names.
+"""Rules that decide which columns of a table hold which texts: by known column names, or as the user names the columns.
 
 Case, spaces, hyphens and underscores do not matter when names are compared. There are two kinds of known layouts:
 
@@ -62,7 +62,7 @@ JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "d
 GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating"}
 # Columns of teacher scores do not judge a pair: it is already known whether the scored texts are positives or negatives.
 TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?_scores?", re.IGNORECASE)
-# A column whose name contains one of these words holds no texts to train on.
+# A column whose name contains one of these words does not hold texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
 # A column name with more words than this may be a text, because the file has no header.
@@ -95,7 +95,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
 
     Args:
         names: the names of all columns.
-        name: the name of the dataset in messages.
+        name: the name of the rows in messages.
         paired: True requires anchor and positive, False requires single texts, None accepts both.
 
     Raises:
@@ -270,7 +270,7 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
 def named_columns(rows: Dataset, given: list[str], name: str) -> Dataset:
     """Return rows with only the columns that `--columns` names, or with all columns if the flag is empty.
 
-    `name` is the name of the dataset in messages.
+    `name` is the name of the rows in messages.
     """
     try:
         return take_columns(rows, read_columns(given)) if given else rows

@@ -1,4 +1,4 @@
-"""Read the rows of text files. Each error message names the line.
+"""Readers of text files. They turn lines into rows, and each error message names the line.
 
     txt          each line is a row, in the column `text`
     csv, tsv     a header and rows of cells; each cell is a text, so "007", "NA" and "1e5" are not changed
@@ -308,7 +308,8 @@ def parsed(text: str, path: str, number: int) -> Any:
         InputError: if the text is not JSON, or if a string in it cannot be encoded.
     """
     try:
-        return parse_json(text.rstrip(), missing_value)  # rstrip: else an error at the line end would count for the next line
+        # Without rstrip, an error at the line end would be reported for the next line.
+        return parse_json(text.rstrip(), missing_value)
     except json.JSONDecodeError as error:
         raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Convert labeled pairs, such as those of SNLI and QQP, to anchors, positives and hard negatives.
+"""Conversion of labeled pairs, such as those of SNLI and QQP, to anchors, positives and hard negatives.
 
     premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`ALIKE`);
                                     also labels, gold_label, is_duplicate, is_paraphrase in place of label
@@ -15,10 +15,10 @@ anchor.
 The positives of an anchor are a list. Later, each positive of the list becomes a row of its own (`hf_embed.data.sources`). The
 grouping needs all rows, so a stream is refused.
 
-The meaning of a label comes from its word, or from the name that a `ClassLabel` gives to its number. Plain numbers are read as
-0 and 1. For premise and hypothesis, plain numbers are read in the order of SNLI: 0 entailment, 1 neutral, 2 contradiction. A
-message says how the labels were read. All other labels are refused. For example, 0 and 1 are refused for premise and
-hypothesis, because in other datasets (RTE) 0 is the entailment.
+The meaning of a label comes from its word, or from the name that a `ClassLabel` gives to its number. The plain number 1 means
+a match, and 0 means no match. For premise and hypothesis, the plain numbers 0, 1 and 2 are read in the order of SNLI: 0
+entailment, 1 neutral, 2 contradiction. A message says how the labels were read. All other labels are refused. For example, 0
+and 1 without 2 are refused for premise and hypothesis, because 0 is the entailment in some datasets (RTE) and 1 in others.
 """
 
 import hashlib

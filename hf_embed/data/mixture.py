@@ -1,8 +1,11 @@
-"""Train on many sources: which sources there are, how often each one is drawn, and how to read their rows by number.
+"""Training on many sources: which sources there are, how often each one is drawn, and how their rows are read by number.
 
 A batch has rows of one source only (GTE, section 3.2). So the negatives of a row are texts of the same kind, and the model
-cannot tell them apart by their kind. Source i with n_i rows is drawn with the probability p_i = w_i n_i^alpha / sum_j w_j
-n_j^alpha, where w_i is its weight. A YAML file lists the sources. Paths in it are relative to the YAML file:
+cannot tell them apart by their kind. Source i with n_i rows and weight w_i is drawn with the probability
+
+    p_i = w_i n_i^alpha / sum_j w_j n_j^alpha
+
+A YAML file lists the sources. Paths in it are relative to the YAML file:
 
     - name: questions
       file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
@@ -15,7 +18,7 @@ n_j^alpha, where w_i is its weight. A YAML file lists the sources. Paths in it a
       negatives: 1                     # how many negatives of each row to use; default: all
       max_length: 128                  # default: the maximum length of the run
       ignore_columns: [label]          # a column that judges pairs is refused, unless it is ignored
-      weight: 2.0                      # drawn twice as often as with the default weight of 1
+      weight: 2.0                      # drawn twice as often as its size implies; default: 1
     - name: web
       file: web-*.jsonl.gz
       streaming: true                  # read the file where it is and store nothing; rows are shuffled in a buffer
@@ -365,7 +368,7 @@ class Stream:
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Rows of several sources, read by (source, row) pairs from `SourceBatchSampler`. Each row also holds its source."""
+    """Rows of several sources, read by (source, row) pairs from `SourceBatchSampler`. Each row has the index of its source."""
 
     def __init__(self, sources: list[Source], tables: list[Dataset | Stream], alpha: float):
         self.names = [source.name for source in sources]

@@ -1,4 +1,4 @@
-"""Convert rows that a script holds in memory, for example a DataFrame or a list, to a `Dataset`.
+"""Conversion of rows that a script holds in memory, for example a DataFrame or a list, to a `Dataset`.
 
     a list of dicts             each dict is a row; a key that a dict lacks is a missing value
     a list of lists or tuples   each is a row: anchor, positive and any negatives, by position

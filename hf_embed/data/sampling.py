@@ -1,4 +1,4 @@
-"""Choose the rows that each rank sees at each step. The choice depends only on (seed, epoch, step)."""
+"""Samplers that choose the rows of each rank at each step. The choice depends only on (seed, epoch, step)."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Read files and Hub datasets into rows of text. The columns and texts are checked before any computation starts.
+"""Readers that turn files and Hub datasets into rows of text. The rows are checked before any computation starts.
 
 Accepted columns (case, spaces, hyphens and underscores do not matter):
 

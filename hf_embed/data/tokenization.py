@@ -1,4 +1,4 @@
-"""Tokenize rows of text once, into an Arrow table of token ids and text hashes that `datasets` caches on disk."""
+"""Tokenization of rows of text, done only once: `datasets` caches the token ids and text hashes in an Arrow table on disk."""
 
 import hashlib
 import logging

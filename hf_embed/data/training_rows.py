@@ -1,4 +1,4 @@
-"""Turn the accepted forms of `train_dataset` into tokenized rows, and the rows into the batches of one rank."""
+"""The steps from the accepted forms of `train_dataset` to tokenized rows, and from these rows to the batches of one rank."""
 
 import os
 import signal

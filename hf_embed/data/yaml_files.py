@@ -1,4 +1,4 @@
-"""Read YAML files: configurations and lists of sources."""
+"""A reader of YAML files, which hold configurations and lists of sources."""
 
 from itertools import accumulate
 from typing import Any

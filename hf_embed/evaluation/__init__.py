@@ -1,1 +1,1 @@
-"""Evaluate an encoder. Each evaluation set is a task: an object with `score(embed)`."""
+"""Evaluation of an encoder. Each evaluation set is a task: an object with `score(embed)`."""

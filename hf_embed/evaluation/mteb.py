@@ -1,4 +1,4 @@
-"""Run MTEB (https://arxiv.org/abs/2210.07316) on an `Encoder` with mteb 2. `mteb.evaluate` accepts the encoder directly.
+"""MTEB (https://arxiv.org/abs/2210.07316) on an `Encoder`, run by mteb 2. `mteb.evaluate` accepts the encoder directly.
 
 `Encoder.encode` accepts the batches of mteb, and `prompt_type` selects the encoder's own prompt "query" or "document".
 `mteb_model_meta` describes the model. Without it, mteb would drop the encoder and keep only an empty description.

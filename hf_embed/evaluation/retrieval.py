@@ -1,4 +1,4 @@
-"""Retrieval: do the nearest documents in the corpus answer the query? Reports nDCG, MAP, recall and MRR as defined in BEIR.
+"""Retrieval: do the nearest documents in the corpus answer the query? nDCG, MAP, recall and MRR are defined as in BEIR.
 
 A BEIR folder has corpus.jsonl ({"_id", "title", "text"}), queries.jsonl ({"_id", "text"}) and qrels/SPLIT.tsv (query-id,
 corpus-id, score). Code search works the same way, with docstrings as queries and functions as documents.

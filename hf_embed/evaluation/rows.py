@@ -1,4 +1,4 @@
-"""Read the rows of labeled evaluation sets from a file or the Hub, and check their cells."""
+"""Readers of labeled evaluation sets from a file or the Hub, and checks of the cells of their rows."""
 
 import os
 import re

@@ -132,7 +132,7 @@ EvalData: TypeAlias = Dataset | Task | Mapping[str, Dataset | Task]
 def named_tasks(sets: EvalData | None) -> dict[str, Task]:
     """Return the evaluation sets as tasks by name. A `Dataset` is checked and becomes an STS task.
 
-    A single set without a name is named after its kind.
+    A single evaluation set without a name is named after its kind.
 
     Raises:
         InputError: if a `Dataset` is not an STS dataset.
@@ -169,7 +169,7 @@ class STS(EvaluationTask):
         return (first * second).sum(-1)
 
     def vectors(self, embed: Embed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return normalized embeddings of the different sentences (N, D), and of the pairs' first and second sentences (P, D)."""
+        """Return normalized embeddings of the different sentences (N, D), and of the pairs' first and second ones (P, D)."""
         rows = self.rows[:]  # columns as lists, because iterating over a Dataset column formats each row separately
         texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each text once, in order
         vectors = unit(embed_on_all_ranks(texts, embed))

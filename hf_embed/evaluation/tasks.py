@@ -1,4 +1,4 @@
-"""Define what a task is: an evaluation set that scores an embedding function. Also hold the code that the tasks share.
+"""The definition of a task, which is an evaluation set that scores an embedding function, and code that tasks share.
 
 A new kind of task is a class that derives from `EvaluationTask`. Every rank calls the `score` of a task, encodes its share of
 the texts with `embed_on_all_ranks`, and gets the same result. Metrics are x 100, except alignment, uniformity and thresholds.
@@ -59,7 +59,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class LogsMore(Protocol):
-    """A task that logs more metrics than it reports."""
+    """A task that also logs metrics that it does not report."""
 
     @property
     def logged(self) -> Sequence[str]:
@@ -70,7 +70,8 @@ class LogsMore(Protocol):
 class EvaluationTask:
     """The base class of tasks. `score` returns the metrics in `reported`, unless `logged` lists more.
 
-    @dataclass class Lengths(EvaluationTask):
+    @dataclass
+    class Lengths(EvaluationTask):
         texts: list[str]
 
         kind, main, reported = "lengths", "longest", ("longest", "mean")
