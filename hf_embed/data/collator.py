@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RaggedCollator:
-    """Concatenate the token ids of the texts of B rows.
+    """A collator that concatenates the token ids of the texts of B rows.
 
     The example has two rows, and the second row has no negative. `views` lists the largest number of texts in a row for each
     source of a `Mixture`. Here the only source has 3 texts per row at most:
