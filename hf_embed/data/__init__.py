@@ -1,1 +1,1 @@
-"""From files and datasets to the batches of a training."""
+"""Training data: how files and datasets become batches."""

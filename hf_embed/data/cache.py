@@ -1,7 +1,8 @@
-"""Tables that `datasets` keeps on disk: made once, and taken again only where they are byte for byte as they were written.
+"""Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written.
 
-A damaged table could hold other tokens, or fewer rows, without a word. So each has its size and hash beside it, and is made
-again where they do not agree: after a crash of the machine, for one, or in a cache that an earlier version has written.
+A damaged table could hold other tokens or fewer rows without any error message. So the size and hash of each table are stored
+beside it, and a table that does not match them is made again. This happens, for example, after the machine crashed, or when
+an earlier version of this package wrote the cache.
 """
 
 import contextlib
@@ -26,28 +27,28 @@ from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, wr
 
 logger = logging.getLogger(__name__)
 
-TRUNCATED = "Expected to be able to read"  # is in the error about a table that is
-OLD = 24 * 3600  # seconds since the last write to a file that nobody writes any more
+TRUNCATED = "Expected to be able to read"  # part of the error message about a truncated table
+OLD = 24 * 3600  # seconds without a write, after which a temporary file counts as abandoned
 
 
 def cache_folder() -> Path:
-    """Return where tables of this package are kept, a folder in the cache of `datasets`."""
+    """Return the folder for the tables of this package, inside the cache of `datasets`."""
     return Path(datasets.config.HF_DATASETS_CACHE, "hf_embed")
 
 
 def check_cache() -> None:
-    """Raise InputError where no table is in the cache yet, and none can be written there."""
+    """Raise InputError if the folder for cached tables does not exist yet and cannot be created."""
     if not cache_folder().is_dir():
         check_folder(cache_folder(), "HF_DATASETS_CACHE, the cache of datasets:")
 
 
 def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter], None]) -> Dataset:
-    """Return the rows of a table in the cache, which is made where there is none of this identity.
+    """Return the rows of a cached table. Write the table first if the cache has none with this identity.
 
     Args:
-        identity: what the rows depend on, a hash.
+        identity: a hash of everything that the rows depend on.
         features: the columns.
-        write: writes the rows.
+        write: a function that writes the rows.
     """
     path = cache_folder() / f"{identity}.arrow"
     if not found(path):
@@ -64,10 +65,10 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
 
 
 def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> Dataset:
-    """Return `rows.map(function, **settings)`, of a cache that is checked.
+    """Return `rows.map(function, **settings)`, and check the cached result before it is used again.
 
-    The cache lies beside the file that the rows are in, as that of `datasets` does or, where nothing can be written there, in
-    the cache of `datasets`. Rows in memory, and those of a process whose caching is disabled, have none.
+    The result is stored beside the file that holds the rows, as `datasets` does it. If that folder is not writable, the result
+    goes into the cache of `datasets`. Nothing is cached for rows in memory, or in a process that has disabled caching.
     """
     if not rows.cache_files or not len(rows) or not is_caching_enabled():
         with disk_errors():
@@ -81,7 +82,7 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             remove_old(folder)
-            with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:  # `map` leaves its own files there, where it fails
+            with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:  # if `map` fails, it leaves files behind
                 made = Path(new, "rows.arrow")
                 rows.map(function, cache_file_name=str(made), load_from_cache_file=False, **named)
                 put(made, path)
@@ -90,7 +91,7 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
 
 
 def checked_load(path: str, **settings: Any) -> Any:
-    """Return `datasets.load_dataset(path, **settings)`, whose tables are made again where they are damaged."""
+    """Return `datasets.load_dataset(path, **settings)`. Make its cached tables again if they are damaged."""
     with disk_errors(datasets.config.HF_DATASETS_CACHE):
         try:
             rows = datasets.load_dataset(path, **settings)
@@ -108,21 +109,21 @@ def checked_load(path: str, **settings: Any) -> Any:
 
 
 def files_of(rows: Any) -> list[Path]:
-    """Return the files in which the tables of rows lie; none for a stream, for example."""
+    """Return the files that hold the tables of `rows`. The list is empty for a stream, for example."""
     return [Path(file["filename"]) for file in rows.cache_files] if isinstance(rows, Dataset) else []
 
 
 def identity_of(rows: Dataset, function: Callable[..., Any], settings: dict[str, Any]) -> str:
-    """Return a hash of rows and of what is made of them; another one each time, where a function cannot be hashed."""
+    """Return a hash of the rows, the function and the settings. If the function cannot be hashed, return a random identity."""
     try:
         named = sorted((name, value) for name, value in settings.items() if name != "desc")
         return Hasher.hash([fingerprint_of(rows), Hasher.hash(function), Hasher.hash(named)])
-    except Exception:  # of pickling whatever the function holds
+    except Exception:  # pickling the objects that the function holds can raise anything
         return generate_random_fingerprint()
 
 
 def found(path: Path) -> bool:
-    """Return whether a table is in the cache as it was written; say it where it is another one now."""
+    """Return whether the cache holds the table as it was written. Log a warning if the table has changed since then."""
     if is_sealed(path):
         return True
     if path.is_file() and seal_of(path).is_file() and is_main_process():
@@ -131,7 +132,7 @@ def found(path: Path) -> bool:
 
 
 def remove_old(folder: Path) -> None:
-    """Remove what killed processes have left half-written in a cache, which other processes may be writing to."""
+    """Remove incomplete files that killed processes left in a cache. Keep recent files: other processes may be writing them."""
     for path in folder.glob(f"{ASIDE}*"):
         with contextlib.suppress(OSError):
             if time.time() - max(part.stat().st_mtime for part in [path, *path.glob("*")]) > OLD:

@@ -1,4 +1,7 @@
-"""Rows to one flat ragged batch. No padding: that is decided per chunk, when the whole batch is known."""
+"""A collator that turns rows into one flat batch of texts of different lengths.
+
+The collator does not pad. Each chunk of the batch is padded later, when the whole batch is known.
+"""
 
 from typing import Any
 
@@ -7,9 +10,10 @@ from torch import Tensor
 
 
 class RaggedCollator:
-    """Concatenate the texts of B rows.
+    """A collator that concatenates the token ids of the texts of B rows.
 
-    Two rows, the second without a negative; `views` = 3 texts a row at most (a list: of each source of a `Mixture`):
+    The example has two rows, and the second row has no negative. `views` lists the largest number of texts in a row for each
+    source of a `Mixture`. Here the only source has 3 texts per row at most:
 
         >>> rows = [{"input_ids": [[1, 7, 2], [1, 8, 8, 2], [1, 9, 2]], "text_ids": [70, 80, 90]},
         ...         {"input_ids": [[1, 5, 2], [1, 6, 2]], "text_ids": [50, 60]}]
@@ -18,28 +22,29 @@ class RaggedCollator:
         tensor([1, 7, 2, 1, 8, 8, 2, 1, 9, 2, 1, 5, 2, 1, 6, 2])
         >>> batch["lengths"]
         [3, 4, 3, 3, 3]
-        >>> batch["slots"]  # where each text's embedding goes in the (B * views) grid
+        >>> batch["slots"]  # the place of each text's embedding in the (B * views) grid
         tensor([0, 1, 2, 3, 4])
         >>> batch["text_ids"]
         tensor([[70, 80, 90],
                 [50, 60,  0]])
 
-    A row of a single text (unsupervised) is given twice: dropout makes the second the positive of the first. With `once` it is
-    given once and has two slots: one embedding, under one dropout mask, is both views.
+    In unsupervised training a row has a single text. The batch then contains this text twice, and dropout makes the second copy
+    the positive of the first. With `once` the batch contains the text once and gives it two slots: one embedding, computed with
+    one dropout mask, serves as both views.
 
-    Where rows have `other_ids`, the hashes of a row's other positives, the batch has them as they are, (B, W).
+    If the rows have `other_ids`, the hashes of a row's other positives, the batch holds them unchanged as a tensor (B, W).
     """
 
     def __init__(self, views: list[int], once: bool = False):
         self.views, self.once = views, once
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        """Return the batch of some rows: the example's entries, and "source", the number of the rows' source."""
+        """Return a batch with the entries of the example above, and "source", the index of the source of all rows."""
         ids: list[int] = []
         lengths: list[int] = []
         slots: list[int] = []
         source = rows[0].get("source", 0)
-        views = self.views[source]  # the same on every rank, whatever texts its rows have
+        views = self.views[source]  # fixed per source, so that the tensors have the same shape on every rank
         text_ids = torch.zeros(len(rows), views, dtype=torch.int64)
         for i, row in enumerate(rows):
             texts, hashes = row["input_ids"], row["text_ids"]
@@ -72,9 +77,9 @@ def used_columns(ids: Tensor) -> Tensor:
 
 
 def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:
-    """Put embeddings (texts, D) into their slots of (B, V, D), in float32 at least; an absent text is zero.
+    """Put embeddings (texts, D) into their slots of a tensor (B, V, D), in float32 or more precise. Missing texts become zeros.
 
-    With `twice` each embedding is both views of its row: one pass, under one dropout mask.
+    With `twice`, each embedding becomes both views of its row: the model ran once, with one dropout mask.
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         embeddings = embeddings.float()

@@ -1,9 +1,12 @@
-"""Which columns of a table hold which texts: the layouts that are known by name, and the columns that a user names.
+"""Rules that decide which columns of a table hold which texts: by known column names, or as the user names the columns.
 
-Two kinds of layouts are known, and names are compared without case, spaces, hyphens and underscores. Of those that name their
-positives (LAYOUTS) the first match is taken, whatever other columns there are. Those that only describe what the texts are
-(DESCRIBED) are taken where nothing else could be meant: a table of question, answer and context has two pairs, and is refused.
-Whatever has other names is named by the user: `--columns anchor=frage positive=antwort`.
+Case, spaces, hyphens and underscores do not matter when names are compared. There are two kinds of known layouts:
+
+- A layout in LAYOUTS names its positives. The first such layout that matches is used, whatever other columns the table has.
+- A layout in DESCRIBED only describes what its texts are. It is used only if nothing else matches. For example, a table with
+  question, answer and context contains two such pairs, and is refused.
+
+The user names columns with other names: `--columns anchor=frage positive=antwort`.
 """
 
 import logging
@@ -33,8 +36,8 @@ LAYOUTS = [
     ("anchor", "entailment"),
     ("premise", "entailment"),
 ]
-# Pairs of one kind of text, which a column of labels may call the same or not; `hf_embed.data.labelled` reads those.
-INFERENCE = ("premise", "hypothesis")  # without a label it is not said what these are to each other
+# Pairs of two texts of the same kind. If a column of labels says which pairs match, `hf_embed.data.labelled` reads them.
+INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
 ALIKE = [
     ("sentence1", "sentence2"),
     ("sentencea", "sentenceb"),
@@ -51,36 +54,36 @@ DESCRIBED = [
     ("comment", "code"),
     *ALIKE,
 ]
-# A table with a column text has single texts, unless pairs are asked for.
+# A table with a column `text` counts as single texts, unless the caller asks for pairs.
 WITH_TEXT = [("title", "text")]
-# A column that judges a pair has one of these words in its name: label, gold_label, is_duplicate, relevance_score ...
+# A column whose name contains one of these words judges a pair: label, gold_label, is_duplicate, relevance_score ...
 JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "duplicate", "paraphrase", "relevance",
            "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
 GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating"}
-# A teacher's scores of texts that are known to be positives or negatives judge no pair.
+# Columns of teacher scores do not judge a pair: it is already known whether the scored texts are positives or negatives.
 TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?_scores?", re.IGNORECASE)
-# Columns of these names hold no texts to train on.
+# A column whose name contains one of these words does not hold texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
-# A name of more words than these may be a text, of a file without a header.
+# A column name with more words than this may be a text, because the file has no header.
 NAME_WORDS = 4
-# What the user may call a column, and what it is called from then on.
+# Roles that the user may give a column -> the name that the column gets.
 ROLES = {"text": "text", "anchor": "anchor", "query": "anchor", "positive": "positive", "positives": "positive",
          "negative": "negative", "negatives": "negative"}  # fmt: skip
 
 
 def plain(column: str) -> str:
-    """Return a name without case, spaces, hyphens and underscores: "Sentence 1" is "sentence1"."""
+    """Return a column name in lower case without spaces, hyphens and underscores: "Sentence 1" becomes "sentence1"."""
     return re.sub(r"[\s_-]+", "", column).lower()
 
 
 def words_of(column: str) -> list[str]:
-    """Return the words of a name in lower case: relevanceScore is relevance, score."""
+    """Return the words of a column name in lower case: relevanceScore becomes relevance, score."""
     return re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower())
 
 
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
-    """Return the names of the columns, of a stream that does not know them those of its first row."""
+    """Return the names of the columns. If a stream does not list its columns, return those of its first row."""
     return rows.column_names or list(next(iter(rows)))
 
 
@@ -91,13 +94,13 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     """Choose the columns that hold texts, in the order anchor, positive, negatives.
 
     Args:
-        names: of all columns.
-        name: what messages call the rows.
-        paired: True asks for anchor and positive, False for single texts, None takes what is there.
+        names: the names of all columns.
+        name: the name of the rows in messages.
+        paired: True requires anchor and positive, False requires single texts, None accepts both.
 
     Raises:
-        InputError: there are no such columns, several could be meant, or one judges the pairs, which then may not all be
-            positives.
+        InputError: if no columns match, if more than one choice is possible, or if an unused column judges the pairs, because
+            then some pairs may not be positives.
     """
     found = {column.lower(): column for column in names}
     single = next((found[column] for column in SINGLE if column in found), None)
@@ -128,10 +131,12 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
 
 
 def pair_of(names: list[str], name: str, single: str | None = None) -> list[str] | None:
-    """Return the columns of anchors and positives, None where there are none; `single` is a column of texts by themselves.
+    """Return the columns of anchors and positives, or None if there are none.
+
+    `single` is a column of single texts, if the table has one.
 
     Raises:
-        InputError: several pairs could be meant, or single texts.
+        InputError: if more than one pair of columns matches, or if the table could also hold single texts.
     """
     found = {plain(column): column for column in reversed(names)}
 
@@ -153,7 +158,7 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
 
 
 def negative_columns(names: list[str]) -> list[str]:
-    """Return the columns of negatives, negative_10 behind negative_9; beside entailments, contradictions are negatives."""
+    """Return the columns of negatives, with negative_10 after negative_9. Beside entailments, contradictions are negatives."""
     negatives = [column for column in names if NEGATIVE.fullmatch(column)]
     if "entailment" in map(plain, names):
         negatives += [column for column in names if plain(column) == "contradiction"]
@@ -161,7 +166,7 @@ def negative_columns(names: list[str]) -> list[str]:
 
 
 def refuse_twins(names: list[str], columns: list[str], name: str) -> None:
-    """Refuse a column whose name is the same as another's: either could be meant."""
+    """Raise InputError if another column has the same plain name as one of `columns`, because either could be meant."""
     for column in columns:
         if twins := [other for other in names if other != column and plain(other) == plain(column)]:
             raise InputError(
@@ -171,7 +176,7 @@ def refuse_twins(names: list[str], columns: list[str], name: str) -> None:
 
 
 def mend(names: list[str], paired: bool | None) -> str:
-    """Return what to do about columns that are not known."""
+    """Return advice for a table whose columns are not recognized."""
     judging = judging_columns(names)
     texts = [column for column in names if column not in judging and not NO_TEXT.intersection(words_of(column))]
     negatives = [column for column in texts if NEGATIVE.fullmatch(column)]
@@ -186,19 +191,25 @@ def mend(names: list[str], paired: bool | None) -> str:
 
 
 def flag(*columns: str) -> str:
-    """Return the flag that names a column of texts, or those of anchors, positives and negatives; and its other forms."""
+    """Return the `--columns` flag that names these columns, and other ways to name them.
+
+    One column holds single texts. Several columns are an anchor, a positive and any negatives, in this order.
+    """
     roles = ["text"] if len(columns) == 1 else ["anchor", "positive", *["negative"] * (len(columns) - 2)]
     given = " ".join(shlex.quote(f"{role}={column}") for role, column in zip(roles, columns))
     return f"--columns {given} (columns: in a sources file, rename_columns of a Dataset)"
 
 
 def judging_columns(names: list[str]) -> list[str]:
-    """Return the columns that by their names judge pairs."""
+    """Return the columns whose names say that they judge pairs."""
     return [column for column in names if JUDGING.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
 
 
 def refuse_judgements(unused: list[str], name: str) -> None:
-    """Refuse a column that judges the pairs: a pair of label 0 is none, and trained on as it stands it would be a positive."""
+    """Raise InputError if an unused column judges the pairs.
+
+    A pair with label 0 is not a positive pair, but the training would treat it as one.
+    """
     if judging := judging_columns(unused):
         scores = "; --eval_sts_file scores a model on graded pairs" if GRADES.intersection(words_of(judging[0])) else ""
         raise InputError(
@@ -214,10 +225,10 @@ def refuse_judgements(unused: list[str], name: str) -> None:
 def read_columns(given: list[str]) -> dict[str, str | list[str]]:
     """Read `--columns anchor=question positive=answer` as {"anchor": "question", "positive": "answer"}.
 
-    Negatives may have several columns, each with its own negative=COLUMN.
+    Negatives may have several columns: each is given as its own negative=COLUMN.
 
     Raises:
-        InputError: a word without a role or a column, an unknown role, or a role given twice.
+        InputError: if a word lacks the role or the column, a role is unknown, or a role is given twice.
     """
     columns: dict[str, Any] = {}
     for word in given:
@@ -236,7 +247,8 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), or text.
 
     Raises:
-        InputError: an unknown role, two names of one role, a column that is not there, or roles that make no row.
+        InputError: if a role is unknown, a role is given under both of its names, a column does not exist, the roles do not
+            form a row, or an unused column judges the pairs.
     """
     if not isinstance(columns, dict) or not columns or not all(is_one_of(role, ROLES) for role in columns):
         raise InputError(f"columns: expected a mapping from {', '.join(ROLES)} to the file's columns")
@@ -250,13 +262,16 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
     if len(names) > 1:
         refuse_judgements([column for column in found if column not in names], "columns")
     rows = rows.select_columns(list(names))
-    # In two steps, for a stream cannot swap two names in one.
+    # Rename in two steps, because a stream cannot swap two names in one step.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
     return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})
 
 
 def named_columns(rows: Dataset, given: list[str], name: str) -> Dataset:
-    """Return rows with the columns that `--columns` names, all where it names none; `name` is what messages call the rows."""
+    """Return rows with only the columns that `--columns` names, or with all columns if the flag is empty.
+
+    `name` is the name of the rows in messages.
+    """
     try:
         return take_columns(rows, read_columns(given)) if given else rows
     except InputError as error:
@@ -264,7 +279,7 @@ def named_columns(rows: Dataset, given: list[str], name: str) -> Dataset:
 
 
 def new_names(columns: dict) -> dict[str, str]:
-    """Return the new name of each column that `columns` maps."""
+    """Return a mapping from each column named in `columns` to its new name."""
     names: dict[str, str] = {}
     for key, taken in columns.items():
         if isinstance(taken, list) and ROLES[key] != "negative":

@@ -1,12 +1,12 @@
-"""Text files to rows, with the line in every complaint.
+"""Readers of text files. They turn lines into rows, and each error message names the line.
 
-    txt          a line is a row, in the column `text`
-    csv, tsv     a header and rows of cells, each of them a text: "007", "NA" and "1e5" stay what they are
-    jsonl, json  an object a line, or one list of objects (or of texts)
+    txt          each line is a row, in the column `text`
+    csv, tsv     a header and rows of cells; each cell is a text, so "007", "NA" and "1e5" are not changed
+    jsonl, json  one object per line, or one list of objects (or of texts)
 
-A file is read twice. `survey` looks at all of it: whatever is wrong is said before anything is computed, and the types of its
-columns are known, which `datasets` guesses from the first 10 MB. Then the rows are written to datasets' cache, a batch at a
-time. A stream is read anew in every pass instead, and only its beginning is looked at.
+A file is read twice. First, `survey` reads all of it. So every error is reported before any computation starts, and the column
+types are known for the whole file (`datasets` guesses them from the first 10 MB). Then the rows are written to the cache of
+`datasets`, in batches. A stream, in contrast, is read again in every pass, and only its first rows are checked in advance.
 """
 
 import codecs
@@ -46,21 +46,21 @@ FILL_IN = "fill it in or delete the row"
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
-# Of a stream, the rows whose columns are taken for those of all.
+# The number of first rows of a stream that determine its columns.
 PROBED_ROWS = 1000
 NO_QUOTING = (
     " if quotes belong to the texts, turn quoting off: --no_quoting (quoting: false in a sources file), or save the file as tsv"
 )
-END = "\ufdd0end of file"  # behind the last line of a csv, to see whether a quote is still open there
+END = "\ufdd0end of file"  # added after the last line of a csv, to detect a quote that is still open there
 
 
 @dataclass(frozen=True)
 class Table:
-    """How a csv or tsv file is read.
+    """Settings for reading a csv or tsv file.
 
     Args:
-        header: whether the first row names the columns; if not, their names are 0, 1, 2 ...
-        quoting: whether quotes enclose cells; never in tsv files.
+        header: whether the first row names the columns; otherwise their names are 0, 1, 2 ...
+        quoting: whether quotes enclose cells of a csv file; in a tsv file they never do.
     """
 
     header: bool = True
@@ -68,7 +68,7 @@ class Table:
 
 
 def kind_of(path: str) -> str:
-    """Return the ending of a path or an address, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
+    """Return the ending of a path or URL, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
     suffixes = [suffix.lower() for suffix in Path(urlsplit(path).path if "://" in path else path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -76,26 +76,26 @@ def kind_of(path: str) -> str:
 
 
 def unreadable(path: str, reason: str) -> InputError:
-    """Return the error of a file that cannot be read."""
+    """Return the error for a file that cannot be read."""
     return InputError(f"{path}: cannot be read as {kind_of(path)}: {masked(reason, path)}")
 
 
 # ---- lines ----
 
-DOWNLOADED: dict[str, str] = {}  # where addresses lie once `download` has been there; streams are read from afar
+DOWNLOADED: dict[str, str] = {}  # URL -> its downloaded file; `download` fills this, and streams do not use it
 
 
 def download(address: str) -> None:
-    """Download a file into the cache of `datasets`, unless it is there."""
+    """Download a file into the cache of `datasets`, unless the cache already has it."""
     try:
         DOWNLOADED[address] = datasets.DownloadManager().download(address)
-    except Exception as error:  # of the many clients
+    except Exception as error:  # each client raises its own kinds of errors
         raise unreadable(address, first_line(error)) from error
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BufferedReader]:
-    """Open a file or an address for its bytes, unpacked where the name ends in .gz."""
+    """Open a file or URL as bytes. Decompress it if its name ends in .gz."""
     packed = (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
     local = DOWNLOADED.get(path, path)
     with fsspec.open(local, "rb") if "://" in local else open(local, "rb") as file:
@@ -103,10 +103,10 @@ def opened(path: str) -> Iterator[BufferedReader]:
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
-    """Read the lines of a UTF-8 file, with their numbers and line ends; a byte-order mark is left out.
+    """Read the lines of a UTF-8 file with their line numbers and line ends. A byte-order mark is skipped.
 
     Raises:
-        InputError: the file has another encoding or NUL bytes, or cannot be read or unpacked.
+        InputError: if the file has another encoding or contains NUL bytes, or cannot be read or decompressed.
     """
     try:
         with opened(path) as file:
@@ -129,7 +129,7 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
                     ) from error
     except InputError:
         raise
-    except Exception as error:  # file systems, unpackers and clients of addresses raise many kinds
+    except Exception as error:  # file systems, decompression and URL clients raise many kinds of errors
         raise unreadable(path, first_line(error)) from error
 
 
@@ -137,14 +137,14 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
-    """Read the rows, the header among them: their first line, their last line and their cells. Blank lines are no rows."""
+    """Read the rows, including the header, as (first line, last line, cells). Blank lines are skipped."""
     separator = SEPARATORS[kind_of(path)]
     if separator == "\t" or not table.quoting:
         for number, line in lines(path):
             if line := line.rstrip("\r\n"):
                 yield number, number, line.split(separator)
         return
-    csv.field_size_limit(2**31 - 1)  # of the whole process; the default is 131,072 characters
+    csv.field_size_limit(2**31 - 1)  # applies to the whole process; the default is 131,072 characters
     reader = csv.reader(chain((line for _, line in lines(path)), [END]))
     before = 0
     try:
@@ -162,7 +162,7 @@ def table_columns(path: str, table: Table) -> list[str]:
     """Return the names of the columns.
 
     Raises:
-        InputError: there is no row, or the separator looks like another one.
+        InputError: if there is no row, or if the file seems to use another separator.
     """
     _, _, cells = next(table_rows(path, table), (0, 0, []))
     if not cells:
@@ -179,29 +179,33 @@ def table_columns(path: str, table: Table) -> list[str]:
         )
     if not table.header:
         return [str(i) for i in range(len(cells))]
-    return [cell or f"Unnamed: {i}" for i, cell in enumerate(cells)]  # as pandas names its index
+    return [cell or f"Unnamed: {i}" for i, cell in enumerate(cells)]  # the name that pandas gives to such a column
 
 
 def other_separator(header: str, own: str = "") -> str | None:
-    """Return a separator that stands in the name of a file's only column."""
+    """Return another separator that occurs in the name of a file's only column, or None."""
     return next((separator for separator in ";|\t," if separator != own and separator in header), None)
 
 
 def shortened(text: str) -> str:
-    """Return the beginning of a text, in one line."""
+    """Return the beginning of a text, on one line."""
     start = " ".join(text[:61].split())
     return start if len(text) <= 60 else f"{start[:60]}..."
 
 
 def missing_text(cell: object) -> str | None:
-    """Return what is wrong with a cell that has to be a text, in words that follow "the text is"; None if nothing is."""
+    """Return what is wrong with a cell that must be a text, in words to follow "the text is". Return None for a valid text."""
     if not isinstance(cell, str):
         return "missing" if cell is None else f"not a text ({shortened(repr(cell))})"
     return None if cell.strip() else "empty"
 
 
 def common_columns(paths: list[str], table: Table) -> list[str]:
-    """Return the column names of the files. Raises InputError unless all files have the same ones in the same order."""
+    """Return the column names that all files share.
+
+    Raises:
+        InputError: if the files do not have the same columns in the same order, or if two columns have the same name.
+    """
     names = table_columns(paths[0], table)
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; names must differ")
@@ -216,10 +220,10 @@ def common_columns(paths: list[str], table: Table) -> list[str]:
 
 
 def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
-    """Read the rows of `table_rows` behind the header.
+    """Read the rows of `table_rows` after the header.
 
     Raises:
-        InputError: a row has more cells than there are columns.
+        InputError: if a row has more cells than there are columns.
     """
     rows, width = table_rows(path, table), 0
     for first, last, cells in rows:
@@ -237,10 +241,10 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
 
 
 def survey_tables(paths: list[str], table: Table) -> Features:
-    """Return the columns of csv or tsv files, all of them texts; warn of quoted cells with line breaks."""
+    """Return the columns of csv or tsv files, all as texts. Warn about quoted cells with line breaks."""
     names, rows = common_columns(paths, table), 0
     for path in paths:
-        broken: list[tuple[int, int]] = []  # the first and the last line of rows with line breaks
+        broken: list[tuple[int, int]] = []  # the first and last line of each row with line breaks
         count = last = 0
         for first, last, _ in body_rows(path, table):
             count += 1
@@ -260,12 +264,12 @@ def survey_tables(paths: list[str], table: Table) -> Features:
 
 
 def json_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """Read the objects of a file and the lines that they stand in (of one list: their numbers). Blank lines are no rows."""
+    """Read the objects of a file with their line numbers (in a single list: their positions). Blank lines are skipped."""
     numbered = lines(path)
     start, head = next(((number, line) for number, line in numbered if not line.isspace()), (0, ""))
     if head.lstrip().startswith("[") or (kind_of(path) == "json" and not is_json(head)):
         rest = "".join(line for _, line in numbered)
-        if rest.strip() and is_json(head):  # a list a line, which does not say what its texts are
+        if rest.strip() and is_json(head):  # each line is a list, and a list does not say what its texts are
             mend = 'such as {"anchor": "a question", "positive": "its answer"}'
             raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {mend}")
         items = parsed(head + rest, path, start)
@@ -294,17 +298,18 @@ def is_json(text: str) -> bool:
 
 
 def missing_value(constant: str) -> None:
-    """Return None for NaN and Infinity: pandas and json.dumps write a missing value so."""
+    """Return None for NaN and Infinity: pandas and json.dumps write missing values as these constants."""
 
 
 def parsed(text: str, path: str, number: int) -> Any:
-    """Parse JSON, whose first line has this number.
+    """Parse a JSON text whose first line has the line number `number`.
 
     Raises:
-        InputError: it is no JSON, or one of its texts cannot be encoded.
+        InputError: if the text is not JSON, or if a string in it cannot be encoded.
     """
     try:
-        return parse_json(text.rstrip(), missing_value)  # an error behind the line end would be in the next line
+        # Without rstrip, an error at the line end would be reported for the next line.
+        return parse_json(text.rstrip(), missing_value)
     except json.JSONDecodeError as error:
         raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
     except UnicodeEncodeError as error:
@@ -315,7 +320,7 @@ def parsed(text: str, path: str, number: int) -> Any:
 
 
 def survey_json(paths: list[str]) -> Features:
-    """Return the type of each column, whatever its first rows have."""
+    """Return the type of each column, determined from all rows."""
     kinds: dict[str, set[str | None]] = {}
     for path in paths:
         for _, row in json_rows(path):
@@ -325,7 +330,7 @@ def survey_json(paths: list[str]) -> Features:
 
 
 def kind_of_value(value: object) -> str | None:
-    """Return a word for the type of a value; None for null."""
+    """Return a word for the type of a value, or None for null."""
     if isinstance(value, list):
         return "texts" if all(item is None or isinstance(item, str) for item in value) else "any"
     if isinstance(value, bool):
@@ -337,9 +342,9 @@ def kind_of_value(value: object) -> str | None:
 
 def type_of(kinds: set[str | None]) -> Any:
     """Return the narrowest type of `datasets` that holds all values of a column."""
-    if kinds <= {"text"}:  # or null alone
+    if kinds <= {"text"}:  # also a column that holds only nulls
         return Value("string")
-    if kinds <= {"text", "texts"}:  # a text alone is a list of one
+    if kinds <= {"text", "texts"}:  # a single text becomes a list of one
         return List(Value("string"))
     for simple, name in (({"bool"}, "bool"), ({"int"}, "int64"), ({"int", "float"}, "float64")):
         if kinds <= simple:
@@ -348,7 +353,7 @@ def type_of(kinds: set[str | None]) -> Any:
 
 
 def as_column(values: list, feature: Any) -> pyarrow.Array:
-    """Return the values of a column in its type."""
+    """Return the values of a column as an Arrow array of the column's type."""
     if isinstance(feature, List):
         return pyarrow.array(
             [[value] if isinstance(value, str) else value for value in values], pyarrow.list_(pyarrow.string())
@@ -360,7 +365,7 @@ def as_column(values: list, feature: Any) -> pyarrow.Array:
 
 
 def storable(value: Any) -> Any:
-    """Return a JSON value with numbers that `datasets` can read again: of more than 64 bits as floats, of no end as None."""
+    """Return a JSON value that `datasets` can read back: integers over 64 bits become floats, infinity and NaN become None."""
     if isinstance(value, list):
         return [storable(item) for item in value]
     if isinstance(value, dict):
@@ -370,7 +375,7 @@ def storable(value: Any) -> Any:
     return float(value) if abs(value) <= sys.float_info.max else None  # NaN too
 
 
-# ---- all of them ----
+# ---- all kinds of files ----
 
 
 def rows_of(path: str, table: Table) -> Iterator[dict]:
@@ -390,10 +395,10 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
 
 
 def survey(paths: list[str], table: Table) -> Features:
-    """Read files to their end, and return their columns and types.
+    """Read the files completely, and return their columns with the types.
 
     Raises:
-        InputError: whatever is wrong with them.
+        InputError: if anything is wrong with the files.
     """
     kind = kind_of(paths[0])
     if kind in SEPARATORS:
@@ -411,7 +416,7 @@ def survey(paths: list[str], table: Table) -> Features:
 
 
 def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Group rows, so that a batch has neither many rows nor many characters."""
+    """Group rows into batches that are limited in rows and in characters."""
     batch: list[dict] = []
     size = 0
     for row in rows:
@@ -425,7 +430,7 @@ def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def load(paths: list[str], table: Table) -> Dataset:
-    """Load all rows of text files, from a file in the cache of `datasets` that is made once."""
+    """Load all rows of text files through a table in the cache of `datasets`, which is written only once."""
     for path in paths:
         if "://" in path:
             download(path)
@@ -438,7 +443,7 @@ def load(paths: list[str], table: Table) -> Dataset:
 
 
 def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Dataset:
-    """Return rows from a file in the cache of `datasets`, which is made of `rows` where no file has this identity."""
+    """Return the cached table with this identity. If the cache has none, write `rows` to it first."""
     return cached_table(identity, features, partial(write_rows, rows, features))
 
 
@@ -450,11 +455,13 @@ def write_rows(rows: Iterable[dict], features: Features, writer: ArrowWriter) ->
 
 
 def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:
-    """Return the rows of text files as a stream, read anew in every pass.
+    """Return the rows of text files as a stream, which reads the files again in every pass.
 
-    The columns are those of the first rows. A jsonl stream may lack those of `optional` there: ANY_NEGATIVES stands for all
-    negatives that begin later, whatever they are called. Negatives that begin later and have no place are refused, unless
-    `optional` says that they are not wanted: [] or other names. None says nothing of them.
+    The first rows determine the columns. In a jsonl stream, `optional` says what to do with negatives that begin later:
+
+    - A list of columns: the stream has these columns too, and other negatives are ignored. [] ignores all.
+    - ANY_NEGATIVES: if the first rows have no negatives, later ones go into the column `negatives`; otherwise they are refused.
+    - None: they are refused.
     """
     kind, late = kind_of(paths[0]), []
     if kind in SEPARATORS:
@@ -471,7 +478,7 @@ def stream(paths: list[str], table: Table, optional: list[str] | None) -> Iterab
 
 
 def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool) -> Iterator[dict]:
-    """Read the rows of a stream; with `refuse`, raise InputError where a column of negatives begins late."""
+    """Read the rows of a stream. With `refuse`, raise InputError if a column of negatives begins late."""
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):

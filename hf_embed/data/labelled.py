@@ -1,20 +1,24 @@
-"""Pairs with a label, as SNLI and QQP have them, to anchors, positives and hard negatives.
+"""Conversion of labeled pairs, such as those of SNLI and QQP, to anchors, positives and hard negatives.
 
-    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2 and their like (`ALIKE`);
-                                    labels, gold_label, is_duplicate, is_paraphrase
+    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`ALIKE`);
+                                    also labels, gold_label, is_duplicate, is_paraphrase in place of label
 
-Labels of inference are made into triplets as SimCSE's NLI file was (https://arxiv.org/abs/2104.08821, section 4): an anchor is
-a premise, its positives are the hypotheses that it entails, and its hard negative is one that contradicts it, the first in the
-file. A premise without both is left out, as are neutral hypotheses and pairs without a gold label (-1, "-", null).
+Pairs with inference labels (entailment, neutral, contradiction) become triplets, as in SimCSE's NLI file
+(https://arxiv.org/abs/2104.08821, section 4). The anchor is a premise. Its positives are the hypotheses that it entails. Its
+hard negative is the first hypothesis in the file that contradicts it. A premise is left out if it lacks a positive or a
+negative. Neutral hypotheses and pairs without a gold label (-1, "-", null) are left out too.
 
-Of two labels, 1 is a match: the anchor is the first text of a pair, its positives are the texts that match it, and its hard
-negatives those that do not. Pairs that do not match are left out where nothing matches their anchor.
+With two labels, 1 means that the pair matches. The anchor is the first text of a pair. Its positives are the texts that match
+it, and its hard negatives are the texts that do not match it. Pairs that do not match are left out if no text matches their
+anchor.
 
-Several positives of an anchor are a list, which becomes a row for each (`hf_embed.data.sources`). All rows are needed for this,
-so a stream is refused. What labels mean is taken from their words, or from the names that a `ClassLabel` has for its numbers.
-Plain numbers are 0 and 1, or with premise and hypothesis SNLI's order, 0 entailment, 1 neutral, 2 contradiction; what was taken
-is said. Anything else is refused: 0 and 1 beside premise and hypothesis, for example, where other data sets (RTE) call the
-entailment 0.
+The positives of an anchor are a list. Later, each positive of the list becomes a row of its own (`hf_embed.data.sources`). The
+grouping needs all rows, so a stream is refused.
+
+The meaning of a label comes from its word, or from the name that a `ClassLabel` gives to its number. The plain number 1 means
+a match, and 0 means no match. For premise and hypothesis, the plain numbers 0, 1 and 2 are read in the order of SNLI: 0
+entailment, 1 neutral, 2 contradiction. A message says how the labels were read. All other labels are refused. For example, 0
+and 1 without 2 are refused for premise and hypothesis, because 0 is the entailment in some datasets (RTE) and 1 in others.
 """
 
 import hashlib
@@ -45,20 +49,20 @@ from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# In plain letters, as all names here.
+# Names of label columns, in the form that `plain` returns.
 LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
 EMPTY, TWICE = "with an empty text", "a second time"
 BATCH = 10_000  # rows read at a time
 LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
-# Words of data sets of two labels.
+# The words for the two labels of datasets with two labels.
 MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
 NO_MATCHES = ("0", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
 ABSENT = ("", "-", "-1", "none", "nan")
 
 
 class Layout(NamedTuple):
-    """The columns of labelled pairs."""
+    """The columns of labeled pairs."""
 
     first: str
     second: str
@@ -66,15 +70,15 @@ class Layout(NamedTuple):
 
     @property
     def inference(self) -> bool:
-        """Whether their names are those of inference."""
+        """Whether the two columns of texts are premise and hypothesis."""
         return (plain(self.first), plain(self.second)) == INFERENCE
 
 
 def labelled_layout(names: list[str], name: str) -> Layout | None:
-    """Return the columns of labelled pairs; None where the rows are something else.
+    """Return the columns of labeled pairs, or None if the rows are of another kind.
 
     Raises:
-        InputError: there are two columns of labels.
+        InputError: if there are two columns of labels.
     """
     found = {plain(column): column for column in reversed(names)}
     pairs = [pair for pair in [INFERENCE, *ALIKE] if found.keys() >= set(pair)]
@@ -94,16 +98,17 @@ def labelled_layout(names: list[str], name: str) -> Layout | None:
 def as_pairs(
     rows: Dataset | IterableDataset, name: str, paired: bool | None = None, drop_empty_rows: bool = False
 ) -> Dataset | IterableDataset:
-    """Return labelled pairs as rows with anchor, positive and negatives; other rows as they are.
+    """Convert labeled pairs to rows with anchor, positive and negatives. Return other rows unchanged.
 
     Args:
-        rows: with any columns, and no format.
-        name: what messages call the rows.
-        paired: see `hf_embed.data.columns.text_columns`; single texts have no pairs to be labelled.
+        rows: rows with any columns, and without a format.
+        name: the name of the rows in messages.
+        paired: see `hf_embed.data.columns.text_columns`; with False (single texts) nothing is converted.
         drop_empty_rows: drop and count pairs with an empty text.
 
     Raises:
-        InputError: labels that are not known, or no pair that matches; an empty text; a stream.
+        InputError: if the meaning of a label is unknown, no anchor has a positive (and a negative, for inference labels), a
+            text is empty, or the labeled pairs are a stream.
     """
     names = column_names(rows)
     layout = None if paired is False else labelled_layout(names, name)
@@ -134,10 +139,10 @@ def as_pairs(
 
 
 class Meanings(NamedTuple):
-    """What the labels of a table mean."""
+    """The meanings of the labels of a table."""
 
-    of: dict[Any, str]  # POSITIVE and so on, by label; NaN is None
-    inference: bool  # whether they are those of inference, of which triplets are made
+    of: dict[Any, str]  # label -> POSITIVE, NEGATIVE, NEUTRAL or NO_LABEL; a NaN label is stored as None
+    inference: bool  # whether the labels are inference labels, whose pairs become triplets
     explained: str
 
 
@@ -145,7 +150,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     """Return what each label in the rows means.
 
     Raises:
-        InputError: one is not known.
+        InputError: if the meaning of a label is unknown.
     """
     labels = list(dict.fromkeys(map(hashable, rows[layout.label][:])))
     texts = {label: text_of(label, rows.features[layout.label]) for label in labels}
@@ -159,7 +164,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     numbers = all(word.isdecimal() for word in words)
     inference, shown = words <= set(LABELS_OF_INFERENCE), {word: word for word in words}
     known = LABELS_OF_INFERENCE
-    if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # SNLI's order
+    if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # the order of SNLI
         inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
         shown = {str(number): f"{number} ({word})" for number, word in enumerate(LABELS_OF_INFERENCE)}
     elif not inference:
@@ -173,48 +178,48 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
 
 
 def hashable(label: Any) -> Any:
-    """Return a label as a key: NaN as None, and the text of what cannot be one."""
+    """Return a label in a form that can be a dict key: None for NaN, and the repr of a value of an unexpected type."""
     if isinstance(label, float) and math.isnan(label):
         return None
     return label if isinstance(label, str | int | float | None) else repr(label)
 
 
 def text_of(label: Any, feature: Any) -> str:
-    """Return the word of a label: of a ClassLabel its name, of 1.0 "1", of True "true", of "Not entailment" "notentailment"."""
+    """Return the word of a label: "1" for 1.0, "true" for True, "notentailment" for "Not entailment", a ClassLabel's name."""
     if isinstance(feature, ClassLabel) and label is not None and label >= 0:
         label = feature.int2str(label)
     text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
-    return text if text in ABSENT or text.startswith("-") else plain(text)  # which takes hyphens for spaces
+    return text if text in ABSENT or text.startswith("-") else plain(text)  # `plain` removes "-"
 
 
 def mend_of(words: set[str], layout: Layout) -> str:
-    """Return what to do about labels that are not known."""
+    """Return advice for labels whose meaning is unknown."""
     if words and words <= {"0", "1"} and layout.inference:
         return "0 is the entailment in some data sets and 1 in others; write the words entailment and contradiction"
     return "write entailment, neutral and contradiction, or 1 for a match and 0 for none"
 
 
-# ---- the pairs of an anchor ----
+# ---- grouping the pairs by anchor ----
 
 
 @dataclass
 class Groups:
-    """The pairs of each anchor, in the file's order, and counts of the pairs by what became of them."""
+    """The pairs grouped by anchor, in the order of the file, and counts of the pairs by what happened to them."""
 
     layout: Layout
-    triplets: bool  # only anchors with a negative, and one negative of each
-    positives: dict[str, dict[str, None]] = field(default_factory=dict)  # ordered sets of texts, by anchor
+    triplets: bool  # keep only anchors with a negative, and one negative per anchor
+    positives: dict[str, dict[str, None]] = field(default_factory=dict)  # anchor -> ordered set of texts
     negatives: dict[str, dict[str, None]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, first: str, second: str, meaning: str) -> None:
-        """Add a pair that matches or does not; one that is there already is counted as such."""
+        """Add a pair as a positive or a negative. A repeated pair is counted as a duplicate."""
         texts = (self.positives if meaning == POSITIVE else self.negatives).setdefault(first, {})
         self.counts[TWICE if second in texts else meaning] += 1
         texts[second] = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each anchor: its text, its positives and its negatives."""
+        """Return one row per anchor: its text, its positives and its negatives."""
         kept = []
         for anchor, positives in self.positives.items():
             negatives = list(self.negatives.get(anchor, ()))[: 1 if self.triplets else None]
@@ -223,7 +228,7 @@ class Groups:
         return kept
 
     def described(self, kept: list[dict[str, Any]]) -> str:
-        """Return in words what was made of the pairs, of which `kept` are the rows."""
+        """Describe in words what happened to the pairs. `kept` are the rows that `rows` returns."""
         positives, negatives = (sum(len(row[key]) for row in kept) for key in ("positive", "negatives"))
         made = f"{positives:,} triplets" if self.triplets else f"{positives:,} pairs with {negatives:,} hard negatives"
         alone = sum(len(texts) for anchor, texts in self.negatives.items() if anchor not in self.positives)
@@ -240,7 +245,11 @@ class Groups:
 
 
 def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_empty_rows: bool) -> Groups:
-    """Group pairs by their first text. Raises InputError for an empty text, unless such pairs are dropped."""
+    """Group pairs by their first text.
+
+    Raises:
+        InputError: if a text is empty, unless such pairs are dropped.
+    """
     groups = Groups(layout, meanings.inference)
     for start, batch in enumerate(rows.select_columns(list(layout)).iter(BATCH)):
         for place, (first, second, label) in enumerate(zip(*(batch[column] for column in layout)), 1):
@@ -261,7 +270,7 @@ def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_e
 
 
 def cached(rows: list[dict[str, Any]]) -> Dataset:
-    """Return rows as a table in the cache of `datasets`, so that they are tokenized once for all runs and processes."""
+    """Return rows as a table in the cache of `datasets`, so that they are tokenized only once for all runs and processes."""
     hashed = hashlib.sha256()
     for row in rows:
         hashed.update(repr(row).encode())
@@ -271,10 +280,10 @@ def cached(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
-    """Return the pairs of anchor and positive of a table, of a row with several positives each.
+    """Return the (anchor, positive) pairs of a table. A row with several positives gives a pair for each of them.
 
     Raises:
-        InputError: wrong columns, or an empty text.
+        InputError: if the columns are not recognized, or a text is empty.
     """
     rows = as_pairs(rows, name, paired=True)
     columns = text_columns(rows.column_names, name, paired=True)[:2]

@@ -1,25 +1,28 @@
-"""Training on many sources: which they are, how often each is drawn, and their rows by number.
+"""Training on many sources: which sources there are, how often each one is drawn, and how their rows are read by number.
 
-A batch is of one source (GTE, section 3.2): the negatives of a row are then of its own kind, and cannot be told apart by
-what kind of text they are. Source i of n_i rows is drawn with p_i = w_i n_i^alpha / sum_j w_j n_j^alpha. A YAML file lists the
-sources; paths in it are relative to the file:
+A batch has rows of one source only (GTE, section 3.2). So the negatives of a row are texts of the same kind, and the model
+cannot tell them apart by their kind. Source i with n_i rows and weight w_i is drawn with the probability
+
+    p_i = w_i n_i^alpha / sum_j w_j n_j^alpha
+
+A YAML file lists the sources. Paths in it are relative to the YAML file:
 
     - name: questions
       file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
-      columns: {query: title, positive: body}   # default: known by their names, as hf_embed.data.sources lists them
+      columns: {query: title, positive: body}   # default: recognized by the names that hf_embed.data.sources lists
       query_prompt: "query: "
     - name: nli
-      dataset: sentence-transformers/all-nli    # on the Hub, in place of a file
+      dataset: sentence-transformers/all-nli    # a dataset on the Hub instead of a file
       config: triplet
       split: train
-      negatives: 1                     # how many of each row's negatives to take; default: all
-      max_length: 128                  # default: the run's
-      ignore_columns: [label]          # a column that judges pairs is refused, unless it is left out
-      weight: 2.0                      # drawn twice as often as its size says; default: 1
+      negatives: 1                     # how many negatives of each row to use; default: all
+      max_length: 128                  # default: the maximum length of the run
+      ignore_columns: [label]          # a column that judges pairs is refused, unless it is ignored
+      weight: 2.0                      # drawn twice as often as its size implies; default: 1
     - name: web
       file: web-*.jsonl.gz
-      streaming: true                  # read from where it lies, nothing stored; shuffled in a buffer
-      rows: 80000000                   # about; a stream does not know its size
+      streaming: true                  # read the file where it is and store nothing; rows are shuffled in a buffer
+      rows: 80000000                   # approximate; the length of a stream is unknown
     - name: clicks
       file: clicks.csv
       quoting: false                   # quotes are part of the texts, as in tsv files
@@ -67,9 +70,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A stream's first rows, which are checked before training.
+# The number of first rows of a stream that are checked before training.
 PROBED_ROWS = 100
-# Of a row of a stream, which nobody has counted.
+# The largest number of positives in a row of a stream. The actual number is unknown in advance.
 MOST_POSITIVES = 64
 
 
@@ -78,20 +81,20 @@ class Source:
     """Rows of one kind to train on.
 
     Args:
-        name: for messages and logs (`loss_NAME`).
-        rows: a `Dataset`, or an `IterableDataset`, with the columns that `hf_embed.data.sources` accepts.
-        query_prompt, document_prompt: text before queries and documents; default: the model's own.
-        max_length: tokens of a text; default: the run's.
-        negatives: how many of each row's hard negatives to take; default: all. A stream that has negatives must say.
-        weight: factor on how often it is drawn.
-        size: number of rows, where `rows` does not know it.
-        origin: where the rows are from, for messages.
-        columns: which columns hold what, {"anchor": "question", "positive": "answer"} for example, with "negative" (one, or a
-            list) or "text"; default: `hf_embed.data.sources` knows them by name.
+        name: the name in messages and logs (`loss_NAME`).
+        rows: a `Dataset` or an `IterableDataset`, with the columns that `hf_embed.data.sources` accepts.
+        query_prompt, document_prompt: text to put before queries and documents; default: the prompts of the model.
+        max_length: the maximum number of tokens of a text; default: that of the run.
+        negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
+        weight: a factor on how often the source is drawn.
+        size: the number of rows, if `rows` does not provide it.
+        origin: where the rows come from, for messages.
+        columns: which columns hold what, for example {"anchor": "question", "positive": "answer"}; also with "negative" (one
+            column or a list), or only "text". Default: the columns are recognized by the names in `hf_embed.data.sources`.
 
     Raises:
-        InputError: columns that are not there, a weight that is not above 0, negatives or max_length below what makes sense, a
-            stream without a size.
+        InputError: if a column does not exist, the weight is not above 0, negatives or max_length is too small, there are no
+            rows, or the number of rows of a stream is unknown.
     """
 
     name: str
@@ -144,12 +147,12 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What messages call the source."""
+        """The name of the source in messages."""
         return f"source '{self.name}'" + (f" ({self.origin})" if self.origin else "")
 
 
 def check_sources(sources: list[Source]) -> None:
-    """Check that there are sources, and that their names differ."""
+    """Check that there is at least one source, and that the names of the sources differ."""
     names = [source.name for source in sources]
     if not names:
         raise InputError("no source to train on; list at least one")
@@ -160,7 +163,7 @@ def check_sources(sources: list[Source]) -> None:
 # ---- the YAML file ----
 
 SETTINGS = ("query_prompt", "document_prompt", "max_length", "negatives", "weight")
-# What the other keys may be, in YAML's types and in words.
+# The values that the other keys accept: their YAML types, and a description in words.
 TYPES = {
     "file": (str | list, "a path, a pattern, or a list of these"),
     "dataset": (str, "a name"),
@@ -178,7 +181,7 @@ def read_sources(path: str) -> list[Source]:
     """Read the sources that a YAML file lists.
 
     Raises:
-        InputError: what is wrong, with the file, the source and the key.
+        InputError: if an entry is wrong. The message names the file, the source and the key.
     """
     entries = read_yaml(path, path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -191,7 +194,7 @@ def read_sources(path: str) -> list[Source]:
 
 @contextlib.contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Show no progress bars of `datasets`: dozens of sources need none each."""
+    """Hide the progress bars of `datasets` while many sources are loaded."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -202,10 +205,10 @@ def quiet_bars() -> Iterator[None]:
 
 
 def read_source(entry: dict, number: int, path: str) -> Source:
-    """Read the source that an entry of a YAML file describes, the `number`-th.
+    """Read the source that the `number`-th entry of a YAML file describes.
 
     Raises:
-        InputError: what is wrong, with the file, the source and the key.
+        InputError: if the entry is wrong. The message names the file, the source and the key.
     """
     name = entry.get("name")
     if not isinstance(name, str) or not name:
@@ -236,7 +239,7 @@ def check_entry(entry: dict, where: str) -> None:
 
 
 def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, str]:
-    """Return the rows of an entry, with the columns that it takes, and where they are from."""
+    """Return the rows of an entry, with only the columns that it uses, and a description of where the rows come from."""
     streaming, columns = entry.get("streaming", False), entry.get("columns")
     if "file" in entry:
         files = expand(entry["file"], folder)
@@ -253,7 +256,10 @@ def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, st
 
 
 def late_negatives(entry: dict) -> list[str] | None:
-    """Return the columns of negatives that a source says it takes, and a jsonl stream may show late; None: it does not say."""
+    """Return the columns of negatives that an entry asks for, which may begin late in a jsonl stream.
+
+    Return None if the entry does not say which negatives it uses. See `hf_embed.data.files.stream`.
+    """
     if "columns" in entry:
         named = [entry["columns"].get(key) for key in ("negative", "negatives")]
         return [column for part in named for column in (part if isinstance(part, list) else [part]) if column is not None]
@@ -261,7 +267,7 @@ def late_negatives(entry: dict) -> list[str] | None:
 
 
 def expand(files: str | list[str], folder: Path) -> list[str]:
-    """List the files that are named by path, pattern or URL; paths are relative to `folder`."""
+    """List the files that are given by path, pattern or URL. Paths are relative to `folder`."""
     found = []
     for file in [files] if isinstance(files, str) else files:
         full = file if "://" in file else str(folder / file)
@@ -273,19 +279,20 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
 
 
 class Stream:
-    """The rows of an iterable dataset by number: this rank's part of it, shuffled in a buffer, over and over.
+    """This rank's rows of an iterable dataset, numbered from 0. The rows are shuffled in a buffer and repeated without end.
 
-    Each pass is shuffled anew, from (seed, pass). Rows can be read forwards only; a number further on reads up to there.
+    Each pass over the rows is shuffled differently, from (seed, pass). To read a row, all rows before it are read too. Reading
+    an earlier row again starts from the beginning of the first pass.
     """
 
-    several = False  # whether rows have lists of positives
+    several = False  # whether the cells of positives are lists
 
     def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
         self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
-        self.size = source.size or 0  # a source has one
-        self.read = 0  # how many rows have been read from `endless`
+        self.size = source.size or 0  # `Source` guarantees that the size is set
+        self.read = 0  # the number of rows that have been read from `endless`
         self.endless: Iterator[tuple[list[str], list[str]]] | None = None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
@@ -309,16 +316,19 @@ class Stream:
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def one_pass(self, turn: int) -> IterableDataset:
-        """Shuffle a dataset of its own: `set_epoch` on a common one would reach into the passes of other worker processes."""
+        """Return this rank's rows of one pass, shuffled, as a separate dataset.
+
+        With a shared dataset, `set_epoch` would also change the passes of other worker processes.
+        """
         shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
         return split_dataset_by_node(shuffled, self.rank, self.ranks)
 
     def passes(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Read pass after pass, without end: the texts of each row, and its other positives."""
+        """Read one pass after another, without end. Yield the texts of each row and its other positives."""
         turn = 0
         while True:
             taken = dropped = 0
-            # Not iter(): in a worker process that would give a part of the rows; here each worker skips what others take.
+            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
             batches = self.one_pass(turn).iter(batch_size=256)
             while (texts := self.next_texts(batches)) is not None:
                 taken += len(texts)
@@ -332,18 +342,18 @@ class Stream:
             turn += 1
 
     def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]] | None] | None:
-        """Read the rows of the next batch as `texts` returns them; return None behind the last batch."""
+        """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
         try:
             batch = next(batches, None)
             rows = range(len(batch[self.columns[0]]) if batch else 0)
             return None if batch is None else [self.texts({name: batch[name][i] for name in self.columns}) for i in rows]
         except InputError as error:
             raise RankError(str(error)) from error
-        except Exception as error:  # of the readers and of what is between them and the rows
+        except Exception as error:  # the readers and the file systems below them raise many kinds of errors
             raise RankError(f"{self.label}: cannot be read on: {first_line(error)}") from error
 
     def texts(self, row: dict) -> list[tuple[list[str], list[str]]] | None:
-        """Return the texts and the other positives of a row, for each of its positives; None if it is dropped."""
+        """Return (texts, other positives) for each positive of a row, or None if the row is dropped."""
         where = f"{self.label}, the row {str(row)[:60]}..."
         try:
             made = rows_of_texts(row, self.columns, where)
@@ -358,7 +368,7 @@ class Stream:
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Rows of several sources, read by (source, row) pairs; see `SourceBatchSampler`. The rows of a batch say their source."""
+    """Rows of several sources, read by (source, row) pairs from `SourceBatchSampler`. Each row has the index of its source."""
 
     def __init__(self, sources: list[Source], tables: list[Dataset | Stream], alpha: float):
         self.names = [source.name for source in sources]
@@ -385,15 +395,15 @@ class Mixture(torch.utils.data.Dataset):
 
 
 def has_several_positives(table: Dataset | Stream) -> bool:
-    """Return whether tokenized rows have the hashes of other positives."""
+    """Return whether tokenized rows hold the hashes of other positives."""
     return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
 
 
 def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments") -> Mixture:
-    """Tokenize the sources' tables and open their streams, as `args` say.
+    """Tokenize the tables of the sources and open their streams, with the settings of `args`.
 
     Raises:
-        InputError: whatever is wrong with a source, by its name.
+        InputError: if anything is wrong with a source. The message names the source.
     """
     check_sources(sources)
     tables, truncated = [], {}
@@ -407,10 +417,10 @@ def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTr
 
 
 def source_tokenizer(source: Source, encoder: "Encoder") -> RowTokenizer:
-    """Return the tokenizer of a source's rows, with its own length and prompts where it has some.
+    """Return the tokenizer of a source's rows, with the maximum length and the prompts of the source if it sets them.
 
     Raises:
-        InputError: a setting does not suit the model.
+        InputError: if a setting does not suit the model.
     """
     max_length = min(source.max_length or encoder.max_length, encoder.max_length)
     if source.max_length and source.max_length > encoder.max_length:
@@ -422,10 +432,10 @@ def source_tokenizer(source: Source, encoder: "Encoder") -> RowTokenizer:
 
 
 def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments") -> "Dataset | Stream":
-    """Tokenize a source's table, or open its stream, with its own settings where it has some.
+    """Tokenize the table of a source, or open its stream, with the settings of the source if it has some.
 
     Raises:
-        InputError: a setting does not suit the model or the rows; wrong columns, or an empty text.
+        InputError: if a setting does not suit the model or the rows, the columns are not recognized, or a text is empty.
     """
     tokenizer = source_tokenizer(source, encoder)
     rows = as_pairs(source.rows, source.label, None, args.drop_empty_rows)
@@ -439,7 +449,7 @@ def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTraini
 
 
 def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") -> None:
-    """Refuse a source that is smaller than a global batch, or warn of it, as `args.small_sources` says."""
+    """Check that a source fills at least one global batch. If not, raise InputError or warn, as `args.small_sources` says."""
     global_batch = args.per_device_train_batch_size * args.world_size
     if rows < global_batch:
         short = f"{source.label}: {rows} rows, fewer than the {global_batch} of a global batch"
@@ -449,7 +459,7 @@ def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") 
 
 
 def data_seed(args: "ContrastiveTrainingArguments") -> int:
-    """Return the seed of the order of the rows."""
+    """Return the seed for the order of the rows."""
     return args.seed if args.data_seed is None else args.data_seed
 
 

@@ -1,12 +1,12 @@
-"""Rows that a script has at hand, a DataFrame or a list for example, to a `Dataset`.
+"""Conversion of rows that a script holds in memory, for example a DataFrame or a list, to a `Dataset`.
 
-    a list of dicts             a row each; a key that a row lacks is missing there
-    a list of lists or tuples   anchor, positive and any negatives of a row, by position
-    a list of texts             rows of a single text
-    a pandas DataFrame          its columns; the index is left out
-    a path                      the file, as `hf_embed.data.sources.read_file` reads it
+    a list of dicts             each dict is a row; a key that a dict lacks is a missing value
+    a list of lists or tuples   each is a row: anchor, positive and any negatives, by position
+    a list of texts             each text is a row of a single text
+    a pandas DataFrame          its columns, without the index
+    a path                      a file, which `hf_embed.data.sources.read_file` reads
 
-None, NaN and pandas' NA are missing values.
+None, NaN and the missing values of pandas (NA, NaT) are read as missing values.
 """
 
 import sys
@@ -30,10 +30,11 @@ ACCEPTED_ROWS = (
 
 
 def as_rows(data: RowData, name: str) -> Dataset | IterableDataset:
-    """Return rows of any of the kinds above as a `Dataset`; one that is a dataset already stays as it is.
+    """Return rows of any of the kinds above as a `Dataset`. A `Dataset` or `IterableDataset` is returned unchanged.
 
     Raises:
-        InputError: something else, no rows, rows of several kinds, or a column of values of several kinds; it names the row.
+        InputError: if `data` is of another kind, has no rows, mixes rows of several kinds, or has a column that mixes texts
+            with other values. The message names the row.
     """
     if isinstance(data, Dataset | IterableDataset):
         return data
@@ -49,12 +50,12 @@ def as_rows(data: RowData, name: str) -> Dataset | IterableDataset:
 
 
 def described(thing: object) -> str:
-    """Return what kind of thing an argument is, for messages: a list, the class BertModel."""
+    """Return the kind of an argument in words, for messages: "a list", "the class BertModel"."""
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 def no_rows(data: object, name: str) -> InputError:
-    """Return the error about something that holds no rows, with what to do about it."""
+    """Return the error for an object that does not hold rows. Its message says what to give instead."""
     kind = type(data)
     mend = f"give {ACCEPTED_ROWS}"
     if isinstance(data, DatasetDict):
@@ -69,13 +70,13 @@ def no_rows(data: object, name: str) -> InputError:
 
 
 def is_frame(data: object) -> bool:
-    """Return whether `data` is a pandas DataFrame. It cannot be one where pandas was never imported."""
+    """Return whether `data` is a pandas DataFrame. It cannot be one if pandas was never imported."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(data, pandas.DataFrame)
 
 
 def from_frame(frame: Any, name: str) -> Dataset:
-    """Return the columns of a DataFrame."""
+    """Return the columns of a DataFrame as a table."""
     names = [str(column) for column in frame.columns]
     if frame.columns.nlevels > 1:
         raise InputError(f"{name}: the DataFrame's columns have {frame.columns.nlevels} levels; give them names of one level")
@@ -87,7 +88,7 @@ def from_frame(frame: Any, name: str) -> Dataset:
 
 
 def columns_of(rows: list, name: str) -> dict[str, list]:
-    """Return the columns of a list of dicts, of lists or tuples, or of texts."""
+    """Return the columns of a list of dicts, a list of lists or tuples, or a list of texts."""
     kinds: dict[type, str] = {str: "a text", dict: "a dict", list: "a list", tuple: "a tuple"}
     first = next((kind for kind in kinds if isinstance(rows[0], kind)), None)
     for number, row in enumerate(rows, 1):
@@ -115,7 +116,11 @@ def columns_of(rows: list, name: str) -> dict[str, list]:
 
 
 def table_of(columns: dict[str, list], name: str) -> Dataset:
-    """Return a table of columns, NaN as null. Raises InputError for a column of several kinds of values."""
+    """Return the columns as a table, with NaN as null.
+
+    Raises:
+        InputError: if a column mixes texts with other values, or if its values cannot be stored.
+    """
     tables = []
     for column, given in columns.items():
         cells = [None if is_missing(cell) else cell for cell in given]
@@ -128,7 +133,7 @@ def table_of(columns: dict[str, list], name: str) -> Dataset:
                 )
         try:
             tables.append(Dataset.from_dict({column: cells}))
-        except Exception as error:  # of Arrow, which has many kinds
+        except Exception as error:  # Arrow raises many kinds of errors
             raise InputError(
                 f"{name}, column '{column}' cannot be stored: {first_line(error)}; correct it, or leave it out"
             ) from error

@@ -1,4 +1,4 @@
-"""Which rows a rank sees at which step: a function of (seed, epoch, step) and nothing else."""
+"""Samplers that choose the rows of each rank at each step. The choice depends only on (seed, epoch, step)."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Return a generator of random numbers that depend on all the given ones, and on their order."""
+    """Return a random-number generator whose seed depends on all given numbers and on their order."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number) % 2**63
@@ -17,12 +17,14 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Draw one rank's rows of each global batch.
+    """A sampler that draws one rank's rows of each global batch.
 
-    An epoch is one permutation of all rows, drawn from (seed, epoch), and global batch g its g-th run of
-    `ranks * batch_size` rows: the same rows whatever the number of ranks, each rank taking an equal part in rank order.
-    The last batch may be smaller; what cannot be divided evenly among the ranks (fewer than `ranks` rows), or would be a
-    batch of one row, without negatives, is left out of that epoch.
+    An epoch is one permutation of all rows, drawn from (seed, epoch). It is cut into global batches of `ranks * batch_size`
+    rows. Each rank takes an equal part of a global batch, in rank order. So a global batch holds the same rows for any number
+    of ranks with the same `ranks * batch_size`.
+
+    The last batch may be smaller. An epoch leaves out the rows that cannot be divided evenly among the ranks (fewer than
+    `ranks` rows). It also leaves out a last batch of one row in total, because that row would have no negatives.
 
         >>> list(GlobalBatchSampler(rows=5, batch_size=2, rank=0, ranks=1, seed=1))
         [[4, 2], [1, 0]]
@@ -38,7 +40,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             self.sizes.append(last_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be that of an epoch."""
+        """Set the epoch of the next pass over the sampler."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -59,19 +61,20 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Draw one rank's rows of each global batch, where a batch is of one source: pairs (source, row).
+    """A sampler that draws one rank's rows of each global batch as pairs (source, row). A batch has rows of one source only.
 
-    The source of every step is drawn with the given probabilities from (seed, epoch), alike on all ranks. The rows of a source
-    are one endless sequence, cut into global batches in the order in which they are drawn, over all epochs: a permutation
-    of its rows, then another, and so on. An epoch is as many steps as it takes to see as many rows as there are.
+    The source of each step is drawn with the given probabilities from (seed, epoch), so all ranks draw the same source. The
+    rows of a source form one endless sequence: a permutation of its rows, then another permutation, and so on. Each time the
+    source is drawn, in any epoch, the next global batch is taken from this sequence. The number of steps of an epoch is the
+    number of full global batches in all rows of all sources together, and at least 1.
 
         >>> list(SourceBatchSampler([4, 2], [0.5, 0.5], batch_size=2, rank=0, ranks=1, seed=3))
         [[(0, 2), (0, 3)], [(1, 0), (1, 1)], [(1, 1), (1, 0)]]
 
-    A source in `streams` has no random access: its rows are numbered as this rank will read them.
+    A source in `streams` has no random access. Its rows are numbered in the order in which this rank reads them.
     """
 
-    left_out = 0  # what does not fill a batch comes first in the next one of its source
+    left_out = 0  # rows that do not fill a batch come first in the next batch of their source
 
     def __init__(
         self,
@@ -89,7 +92,7 @@ class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
         self.steps = max(1, sum(sizes) // (batch_size * ranks))
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be that of an epoch."""
+        """Set the epoch of the next pass over the sampler."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -103,7 +106,7 @@ class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         drawn = Counter(source for epoch in range(self.epoch) for source in self.draws(epoch))
-        orders: dict[int, tuple[int, Tensor]] = {}  # of each source, the number of the permutation in use, and it
+        orders: dict[int, tuple[int, Tensor]] = {}  # source -> (number of its current permutation, the permutation)
         for source in self.draws(self.epoch):
             first = drawn[source] * self.batch_size
             drawn[source] += 1
@@ -115,7 +118,7 @@ class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(source, number) for number in numbers]
 
     def row(self, source: int, place: int, orders: dict[int, tuple[int, Tensor]]) -> int:
-        """Return the row at a place of a source's endless sequence; keep the permutation that it is in."""
+        """Return the row at a position of a source's endless sequence. Keep the current permutation in `orders`."""
         turn, place = divmod(place, self.sizes[source])
         if source not in orders or orders[source][0] != turn:
             seeded = generator(self.seed, source + 1, turn)

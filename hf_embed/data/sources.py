@@ -1,26 +1,27 @@
-"""Files and Hub datasets to rows of text, checked before anything is computed.
+"""Readers that turn files and Hub datasets into rows of text. The rows are checked before any computation starts.
 
 Accepted columns (case, spaces, hyphens and underscores do not matter):
 
-    text | sentence                             one text a row: unsupervised, the text is its own positive
-    anchor | query | question, positive         sentence-transformers, and retrieval; also `positives` or `pos`, each a text or
-                                                a list of texts, as in FlagEmbedding's jsonl
-    sent0, sent1                                SimCSE's own NLI files
+    text | sentence                             one text per row; in unsupervised training it is its own positive
+    anchor | query | question, positive         as in sentence-transformers and retrieval; also `positives` or `pos`; each cell
+                                                is a text or a list of texts, as in FlagEmbedding's jsonl
+    sent0, sent1                                as in SimCSE's own NLI files
     anchor | premise, entailment                with `contradiction` as the negative
     question | query, answer | passage | document | context
-    title, body | abstract                      and title, text where pairs are asked for
+    title, body | abstract                      also title, text if the caller asks for pairs
     summary, article; comment, code
     sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
-    premise, hypothesis, label                  and the pairs of the line above with a column of labels:
-                                                `hf_embed.data.labelled` makes positives and negatives of them
+    premise, hypothesis, label                  also the pairs of the line above with a column of labels;
+                                                `hf_embed.data.labelled` converts them to positives and negatives
 
-each with any negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`, each a text, a list of
-texts, or null (a row may have fewer negatives than others). The first three lines of pairs name their positives, and the first
-match is taken; of the others there may be one alone (`hf_embed.data.columns`). A list of positives becomes a row for each, and
-the others of the list are never its negatives. Columns of other names are named by `--columns anchor=frage positive=antwort`.
+All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`. A cell of negatives
+is a text, a list of texts, or null (a row may have fewer negatives than other rows). The layouts in the lines with `positive`,
+`sent0` and `entailment` name their positives, and the first of them that matches is used. Of the other layouts, only one may
+match (`hf_embed.data.columns`). A list of positives becomes one row for each positive, and the other positives of the list are
+never negatives of that row. `--columns anchor=frage positive=antwort` names columns with other names.
 
-Other columns are not used; one that judges the pairs, by its name a label or a score, is refused, for not every pair may be a
-positive.
+Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
+because then some pairs may not be positives.
 """
 
 import glob
@@ -50,17 +51,17 @@ KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 def read_file(
     path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True, optional: list[str] | None = None
 ) -> Dataset | IterableDataset:
-    """Read the rows of a txt (one text a line, column `text`), csv, tsv, jsonl, json or parquet file, gzipped or not.
+    """Read the rows of a txt (one text per line, column `text`), csv, tsv, jsonl, json or parquet file, also gzipped.
 
     Args:
-        path: a file, or several of one kind and with the same columns, whose rows follow each other.
-        header: whether csv and tsv files have one; without it the columns are named 0, 1, 2 ...
-        streaming: store nothing, and read the rows anew in every pass.
-        quoting: whether quotes enclose cells of csv files. In tsv files they never do, as most corpora are written.
-        optional: columns that a jsonl stream may lack in its first rows; see `hf_embed.data.files.stream`.
+        path: a file, or several files of one kind with the same columns; their rows are concatenated.
+        header: whether csv and tsv files have a header; without it the columns are named 0, 1, 2 ...
+        streaming: store nothing, and read the rows again in every pass.
+        quoting: whether quotes enclose cells of csv files; in tsv files they never do, because most corpora are written so.
+        optional: columns that may be missing in the first rows of a jsonl stream; see `hf_embed.data.files.stream`.
 
     Raises:
-        InputError: a file is missing, empty, of another kind, or wrong in a line.
+        InputError: if a file is missing, empty, of another kind, or has an invalid line.
     """
     paths = [path] if isinstance(path, str) else path
     kind = check_files(paths)
@@ -75,27 +76,27 @@ def read_file(
 
 
 def is_empty(rows: IterableDataset, path: str) -> bool:
-    """Return whether a stream of the file has no rows. Raises InputError if it cannot be read."""
+    """Return whether a stream of the file has no rows. Raise InputError if the file cannot be read."""
     try:
         return next(iter(rows), None) is None
     except InputError:
         raise
-    except Exception as error:  # of Arrow, and of the clients of addresses
+    except Exception as error:  # Arrow and the URL clients raise many kinds of errors
         raise files.unreadable(path, first_line(error)) from error
 
 
 def first_cells(path: str) -> list[str] | None:
-    """Return what may be the header of a csv or tsv file, in lower case; None for a file of another kind."""
+    """Return the first row of a csv or tsv file, possibly a header, in lower case. Return None for other kinds of files."""
     if check_files([path]) not in files.SEPARATORS:
         return None
     return [cell.lower() for cell in files.table_columns(path, files.Table())]
 
 
 def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
-    """Read parquet files; InputError for what cannot be read."""
+    """Read parquet files. Raise InputError if one cannot be read."""
     path = paths[0]
     try:
-        if path.endswith(".gz"):  # datasets does not unpack these
+        if path.endswith(".gz"):  # `datasets` does not decompress these files
             if len(paths) > 1 or streaming:
                 raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
             with gzip.open(path) as unpacked:
@@ -106,12 +107,12 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
         return checked_load("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
-    except Exception as error:  # of Arrow, datasets, gzip and the clients of addresses
+    except Exception as error:  # Arrow, datasets, gzip and the URL clients raise many kinds of errors
         raise files.unreadable(path, first_line(error.__cause__ or error)) from error
 
 
 def check_parquet(path: str) -> None:
-    """Raise InputError for a local parquet file without rows, or with two columns of one name."""
+    """Raise InputError if a local parquet file has no rows, an empty first row group, or two columns of the same name."""
     if "://" in path:
         return
     found = pyarrow.parquet.read_metadata(path)
@@ -120,19 +121,19 @@ def check_parquet(path: str) -> None:
         raise InputError(f"{path}: two columns are named '{twice[0]}'; names must differ")
     if found.num_rows == 0:
         raise InputError(f"{path}: no rows")
-    if found.row_group(0).num_rows == 0:  # which datasets takes for the size of a batch
+    if found.row_group(0).num_rows == 0:  # `datasets` uses this number as its batch size
         raise InputError(f"{path}: its first row group has no rows; write the file anew")
 
 
 def check_files(paths: list[str]) -> str:
-    """Return the one kind that all the files are of.
+    """Return the kind of the files, which must be the same for all of them.
 
     Raises:
-        InputError: a file is missing, empty or of no such kind.
+        InputError: if a file is missing, empty or of an unknown kind, or if the kinds differ.
     """
     endings = set()
     for path in paths:
-        if "://" not in path:  # a URL (https://, hf://datasets/...) is left to the reader
+        if "://" not in path:  # a URL (https://, hf://datasets/...) is checked when it is read
             try:
                 check_file(path)
             except InputError as error:
@@ -151,17 +152,17 @@ def check_files(paths: list[str]) -> str:
 
 
 def read_hub(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-    """Load the rows of a Hub dataset (or of a local folder that `datasets.load_dataset` reads).
+    """Load the rows of a Hub dataset, or of a local folder that `datasets.load_dataset` reads.
 
     Raises:
-        InputError: it cannot be loaded, or has several splits.
+        InputError: if the dataset cannot be loaded, or if it has several splits and none was chosen.
     """
     check_dataset(name)
     try:
         rows = checked_load(name, name=config, split=split, streaming=streaming)
     except DiskError:
         raise
-    except Exception as error:  # the Hub client raises many kinds; each means: no rows from there
+    except Exception as error:  # the Hub client raises many kinds of errors, and all mean that no rows can be loaded
         reason = first_line(error)
         raise InputError(
             f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; or give a local file"
@@ -172,7 +173,10 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
 
 
 def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the rows as plain Python values: the columns that `with_format` left, or what `with_transform` makes of them."""
+    """Return the rows as plain Python values.
+
+    Only the columns that `with_format` selected are kept. The function of `with_transform` is applied.
+    """
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     if rows.format["type"] == "custom":
@@ -181,7 +185,7 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
-    """Return `rows` without `columns`; InputError if one of them is not there."""
+    """Return `rows` without `columns`. Raise InputError if one of these columns does not exist."""
     if not columns:
         return rows
     found = column_names(rows)
@@ -191,7 +195,7 @@ def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) ->
 
 
 def read_texts(path: str) -> list[str]:
-    """Read the texts of a txt, a line each, or of a file's column text (or sentence); empty ones are left out."""
+    """Read the texts of a txt file (one per line), or of the column text (or sentence) of another file. Skip empty texts."""
     rows = read_file(path)
     column = text_columns(rows.column_names, path, paired=False)[0]
     texts = rows[column][:]
@@ -205,7 +209,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """Return the texts of one row: anchor, positive, negatives.
 
     Raises:
-        InputError: one is empty or no text, or the negatives are a list written as a text. The message begins with `where`.
+        InputError: if a cell is empty or not a text, or the negatives are a list that was written as a text. The message begins
+            with `where`.
     """
     texts = []
     for i, column in enumerate(columns):
@@ -225,12 +230,12 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
 
 
 def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
-    """Return the texts of a row as `row_texts` does, and its other positives, for each of its positives.
+    """Return a pair (texts as in `row_texts`, other positives) for each positive of a row.
 
         {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
 
     Raises:
-        InputError: as `row_texts`, or the list of positives is empty.
+        InputError: if the list of positives is empty, or for the reasons of `row_texts`.
     """
     positives = row[columns[1]] if len(columns) > 1 else None
     if not isinstance(positives, list):
@@ -238,15 +243,15 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
     if not positives:
         raise InputError(f"{where}, column '{columns[1]}': there is no positive; give one or delete the row")
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
-    different = {own[1]: own for own in texts}  # a positive may stand twice
+    different = {own[1]: own for own in texts}  # the same positive may be listed twice
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
 
 
 def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
-    """Yield the rows of a table with these columns alone.
+    """Yield the rows of a table with only these columns.
 
     Raises:
-        InputError: a cell holds what Python has no value for, a date before the year 1 for example.
+        InputError: if Python cannot represent the value of a cell, for example a date before the year 1.
     """
     try:
         yield from rows.select_columns(columns)
@@ -255,7 +260,10 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
 
 
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
-    """Refuse anchors or positives that are lists written as texts in all of some first rows; one alone may be a text."""
+    """Raise InputError if all anchors, or all positives, in some first rows are lists that were written as texts.
+
+    A single such text is accepted, because it may be a real text.
+    """
     rows = list(rows)
     for column in columns[:2]:
         cells = [row[column] for row in rows if isinstance(row[column], str)]
@@ -266,7 +274,7 @@ def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
 
 
 def is_list(text: str) -> bool:
-    """Return whether a text is a list of texts as pandas, numpy and json write it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
+    """Return whether a text is a list of texts as pandas, numpy or json writes it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
     text = re.sub(r"^array\((.*?)(,\s*dtype=.*)?\)$", r"\1", text.strip(), flags=re.DOTALL)
     if not (text.startswith("[") and text.endswith("]")):
         return False

@@ -1,4 +1,4 @@
-"""Tokenize once: rows of text to an Arrow table of token ids and text hashes, which `datasets` caches on disk."""
+"""Tokenization of rows of text, done only once: `datasets` caches the token ids and text hashes in an Arrow table on disk."""
 
 import hashlib
 import logging
@@ -20,20 +20,21 @@ from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
 
-# Above this share of truncated texts a run says so.
+# If the share of truncated texts is above this value, a warning is logged.
 TRUNCATION_WARNING = 0.05
 
 
 def text_id(tokens: list[int]) -> int:
-    """Return a 64-bit hash of a text's token ids, never 0; equal tokens have equal hashes on every rank."""
+    """Return a 64-bit hash of a text's token ids, never 0. Equal token ids have equal hashes on every rank."""
     return int.from_bytes(hashlib.blake2b(array("q", tokens), digest_size=8).digest(), "big", signed=True) or 1
 
 
 def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return as much of a very long text as decides its first `max_length` tokens; tokenizers take seconds for a megabyte.
+    """Return the part of a very long text that decides its first `max_length` tokens.
 
-    A word has a token at least, and no tokenizer looks further than a word or two: behind four words for each token nothing
-    matters. What is returned ends between words, and still has more than `max_length` tokens.
+    Tokenizing a megabyte of text takes seconds. A word has at least one token, and no tokenizer looks ahead further than a word
+    or two. So the text after four words per token has no influence on the first tokens. The returned part ends between two
+    words, and still has more than `max_length` tokens.
     """
     words = 4 * max_length
     if len(text) < 10 * words or tokenizer.truncation_side == "left":
@@ -50,14 +51,15 @@ class RowTokenizer:
         -> {"input_ids": [[[101, 1037, 4937, 102], [101, 1037, 18401, 102], [101, 1037, 3899, 102]]],
             "text_ids": [[6027..., -1185..., 7743...]], "truncated": [0]}
 
-    `truncated` counts the row's texts that were longer than `max_length` tokens. `text_ids` say which texts are the same to the
-    model: they are hashes of the tokens after truncation, so texts that differ only in case under an uncased tokenizer, or only
-    behind `max_length`, have the same hash.
+    `truncated` is the number of texts in the row that were longer than `max_length` tokens. `text_ids` tell which texts are the
+    same for the model: they are hashes of the tokens after truncation. Texts have the same hash if they differ only in case and
+    the tokenizer is uncased, or if they differ only after `max_length` tokens.
 
-    Prompts do not enter the hash: a query and a document of the same text have the same hash whatever their prompts are. With
-    prompts, the text is tokenized by itself for the hash, and truncated to the length that the longest prompt leaves it
-    (`text_length`). So two texts that reach the model as the same tokens have the same hash under either prompt; two long texts
-    that differ only in the last tokens before `max_length`, as many as the longest prompt has, have the same hash too.
+    Prompts are not part of the hash: a query and a document of the same text have the same hash, whatever their prompts are.
+    With prompts, the text is tokenized again without a prompt for the hash. It is then truncated to `text_length`, the length
+    that the longest prompt leaves for the text. So two texts that the model sees as the same tokens have the same hash with
+    either prompt. But two long texts also have the same hash if they differ only in the last n tokens before `max_length`,
+    where n is the length of the longest prompt.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,9 +73,13 @@ class RowTokenizer:
         self.text_length = self.max_length - max(map(len, prompts))
 
     def __call__(self, rows: list[list[str]], others: list[list[str]] | None = None, width: int = 0) -> dict[str, list]:
-        """Return the three columns of the rows; with `others`, each row's other positives, a fourth.
+        """Return the three columns of the rows, and with `others` also the column `other_ids`.
 
-        That is `other_ids`, their text hashes, and 0 up to `width` of them: the same number in every row, on every rank.
+        Args:
+            rows: the texts of each row.
+            others: the other positives of each row.
+            width: the number of hashes in each row of `other_ids`, the same on every rank. The text hashes of `others` are
+                padded with 0 to this number.
         """
         prompted = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
         ids, long = self.tokenize(prompted, self.max_length)
@@ -93,14 +99,14 @@ class RowTokenizer:
         return columns
 
     def hashes(self, rows: list[list[str]], width: int) -> list[list[int]]:
-        """Return the text hashes of each row's texts, and 0 up to `width` of them."""
+        """Return the text hashes of the texts in each row, padded with 0 to `width` hashes."""
         texts = list(dict.fromkeys(text for row in rows for text in row))
         ids, _ = self.tokenize(texts, self.text_length)
         known = dict(zip(texts, map(text_id, ids)))
         return [[known[text] for text in row] + [0] * (width - len(row)) for row in rows]
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[list[list[int]], set[int]]:
-        """Return the token ids of texts, truncated to `max_length`, and the numbers of the texts that were longer."""
+        """Return the token ids of texts, truncated to `max_length`, and the indices of the texts that were longer."""
         texts = [beginning(text, max_length, self.tokenizer) for text in texts]
         ids = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
         if empty := [text for text, tokens in zip(texts, ids) if not tokens]:
@@ -122,7 +128,7 @@ def tokenize_rows(
     prompts: dict[str, str] | None = None,
     drop_empty_rows: bool = False,
 ) -> Dataset:
-    """Tokenize a table of text rows; the prompt "query" goes before anchors, "document" before the others.
+    """Tokenize a table of text rows. Put the prompt "query" before anchors and the prompt "document" before other texts.
 
     The other arguments are those of `tokenize_table`.
     """
@@ -142,22 +148,22 @@ def tokenize_table(
 ) -> Dataset:
     """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `truncated`.
 
-    A row with a list of positives becomes a row for each. Where one has several, there is `other_ids` too, and `row`, the
-    number of the row that each was.
+    A row with a list of positives becomes one row for each positive. If any row has several positives, the table also has the
+    columns `other_ids` and `row`, the number of the original row.
 
     Args:
-        rows: with the columns that `hf_embed.data.sources` accepts, and no format.
-        tokenizer: of their texts.
-        name: what messages call the rows.
-        paired: see `hf_embed.data.sources.text_columns`.
+        rows: rows with the columns that `hf_embed.data.sources` accepts, and without a format.
+        tokenizer: the tokenizer of the texts.
+        name: the name of the rows in messages.
+        paired: see `hf_embed.data.columns.text_columns`.
         drop_empty_rows: drop and count rows with an empty text.
-        negatives: how many of each row's negatives to take, the first ones; default: all.
+        negatives: how many negatives of each row to use, from the first one on; default: all.
 
     Raises:
-        InputError: wrong columns, an empty text, or too few rows.
+        InputError: if the columns are not recognized, a text is empty, or there are too few rows.
     """
     columns = text_columns(rows.column_names, name, paired)
-    rows = rows.select_columns(columns)  # a cell of another column may be one that Python cannot hold
+    rows = rows.select_columns(columns)  # cells of other columns may hold values that Python cannot represent
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
 
@@ -192,7 +198,7 @@ def tokenize_table(
 
 
 def most_positives(rows: Dataset, columns: list[str]) -> int:
-    """Return the largest number of positives in a row, of which a text counts as one."""
+    """Return the largest number of positives in a row. A single text counts as one positive."""
     if len(columns) < 2 or isinstance(rows.features[columns[1]], Value):
         return 1
     cells = (cell for batch in rows.select_columns(columns[1]).iter(10_000) for cell in batch[columns[1]])
@@ -205,19 +211,19 @@ def most_texts(tokens: Dataset) -> int:
 
 
 def count_texts(tokens: Dataset) -> tuple[int, int]:
-    """Return how many texts the rows have, and how many of them were longer than allowed."""
+    """Return the number of texts in all rows, and how many of them were truncated."""
     texts = pyarrow.compute.sum(pyarrow.compute.list_value_length(tokens.data["text_ids"])).as_py()
     return texts, pyarrow.compute.sum(tokens.data["truncated"]).as_py()
 
 
 def truncated_share(tokens: Dataset) -> float:
-    """Return the share of texts that were longer than allowed."""
+    """Return the share of texts that were truncated."""
     texts, truncated = count_texts(tokens)
     return truncated / texts
 
 
 def warn_of_truncation(shares: dict[str, float]) -> None:
-    """Warn in one line of all sets of texts, {name: share that was truncated}, the worst first."""
+    """Log one warning about all datasets with too many truncated texts, given as {name: truncated share}, the worst first."""
     worst = sorted(((share, name) for name, share in shares.items() if share > TRUNCATION_WARNING), reverse=True)
     if worst:
         named = ", ".join(f"{share:.0%} in {name}" for share, name in worst[:5])

@@ -1,4 +1,4 @@
-"""From what `train_dataset` may be to the batches of one rank."""
+"""The steps from the accepted forms of `train_dataset` to tokenized rows, and from these rows to the batches of one rank."""
 
 import os
 import signal
@@ -31,17 +31,17 @@ def tokenize_all(
     """Tokenize the rows to train on.
 
     Args:
-        rows: one table; or a stream, a dict of sources by name, or a list of sources, which become a `Mixture`.
-        encoder: whose tokenizer, maximum length and prompts are used.
-        args: the settings of the training.
-        name: what messages call the rows.
-        paired: see `hf_embed.data.sources.text_columns`.
+        rows: one table. Or a stream, a dict of sources by name, or a list of sources: these become a `Mixture`.
+        encoder: the encoder whose tokenizer, maximum length and prompts are used.
+        args: the training arguments.
+        name: the name of the rows in messages.
+        paired: see `hf_embed.data.columns.text_columns`.
 
     Returns:
-        The rows, and the number of texts in a row of each source.
+        The tokenized rows, and the number of texts in a row for each source.
 
     Raises:
-        InputError: whatever is wrong with the rows.
+        InputError: if anything is wrong with the rows.
     """
     check_prompts(encoder.prompts, encoder.tokenizer, encoder.max_length, "prompts")
     if not isinstance(rows, Dataset):
@@ -58,15 +58,21 @@ def tokenize_all(
 
 
 def not_single(name: str) -> InputError:
-    """Return the error about rows of several texts where both views are one text under one dropout mask."""
+    """Return the error for rows of several texts when same_dropout_mask needs rows of a single text."""
     return InputError(f"{name}: same_dropout_mask needs rows of a single text, which is both views")
 
 
 def check_objective(objective: Objective, tokens: Dataset | Mixture, texts_per_row: int, name: str) -> None:
-    """Check that an objective suits tokenized rows, of which the largest has `texts_per_row` texts.
+    """Check that an objective suits the tokenized rows.
+
+    Args:
+        objective: the objective of the training.
+        tokens: the tokenized rows.
+        texts_per_row: the number of texts in the largest row.
+        name: the name of the rows in messages.
 
     Raises:
-        InputError: it does not; `name` is what messages call the rows.
+        InputError: if the objective does not suit the rows.
     """
     objective.check_rows(texts_per_row, name)
     if tokens.several if isinstance(tokens, Mixture) else has_several_positives(tokens):
@@ -78,10 +84,10 @@ def as_sources(
     args: "ContrastiveTrainingArguments",
     name: str,
 ) -> list[Source]:
-    """Return the sources that `rows` are.
+    """Return `rows` as a list of sources.
 
     Raises:
-        InputError: they are something else, or splits of one dataset.
+        InputError: if the keys of a dict are the splits of one dataset, or if the rows are of another kind.
     """
     if isinstance(rows, list) and all(isinstance(source, Source) for source in rows):
         return rows
@@ -90,16 +96,16 @@ def as_sources(
             raise InputError(f"{name}: a dict is of sources by name, and '{min(splits)}' looks like a split; choose one split")
         return [Source(key, table) for key, table in rows.items()]
     if isinstance(rows, IterableDataset) and args.max_steps > 0:
-        # An epoch is the whole run: else its last update would accumulate fewer batches than the others.
+        # One epoch lasts the whole run. A shorter epoch could end with an update that accumulates fewer batches than others.
         batches = args.max_steps * args.gradient_accumulation_steps
         return [Source(name, rows, size=batches * args.per_device_train_batch_size * args.world_size)]
-    return [Source(name, rows)]  # which says what it cannot be
+    return [Source(name, rows)]  # `Source` raises an error if the rows are of another kind
 
 
 def batch_sampler(
     rows: Dataset | Mixture, args: "ContrastiveTrainingArguments", batch_size: int
 ) -> GlobalBatchSampler | SourceBatchSampler:
-    """Return the sampler of this rank's batches of tokenized rows."""
+    """Return the sampler that draws this rank's batches of tokenized rows."""
     settings = {"batch_size": batch_size, "rank": args.process_index, "ranks": args.world_size, "seed": data_seed(args)}
     if isinstance(rows, Mixture):
         return SourceBatchSampler(rows.sizes, rows.probabilities, streams=rows.streams, **settings)
@@ -107,10 +113,10 @@ def batch_sampler(
 
 
 def start_worker(worker: int, num_workers: int, rank: int) -> None:
-    """Seed a worker of the loader, and let it go on when the whole run is told to stop.
+    """Seed a worker of the data loader, and let it ignore signals that stop the whole run.
 
-    Clusters and terminals send a signal to all processes of a run. The training then ends its step, for which it needs its
-    workers: they end with it, or at its wish.
+    Clusters and terminals send a signal to all processes of a run. The training process then still completes its current step,
+    and needs its workers for that. So a worker ends only when the training process ends or stops the worker.
     """
     seed_worker(worker, num_workers=num_workers, rank=rank)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -120,7 +126,10 @@ def start_worker(worker: int, num_workers: int, rank: int) -> None:
 
 
 def end_with_training(noticed: set[signal.Signals], training: int) -> None:
-    """Wait until the process `training` itself ends this one by SIGTERM; pass over signals of others."""
+    """Wait until the training process sends SIGTERM to this worker, then end the worker. Ignore signals from other processes.
+
+    `training` is the process id of the training process.
+    """
     while True:
         received = signal.sigwaitinfo(noticed)
         if received.si_signo == signal.SIGTERM and received.si_pid == training:
@@ -128,20 +137,21 @@ def end_with_training(noticed: set[signal.Signals], training: int) -> None:
 
 
 class EpochDataLoader(DataLoader):
-    """Tell the sampler the epoch; Trainer calls `set_epoch`.
+    """A data loader that passes the epoch to its sampler. The Trainer calls `set_epoch`.
 
-    An epoch begins with one draw from the global random numbers, with workers and without, so that dropout's are the same.
+    Each epoch begins with one draw from the global random number generator, with and without workers. So the dropout masks are
+    the same in both cases.
     """
 
     batch_sampler: GlobalBatchSampler | SourceBatchSampler
 
     def __iter__(self) -> Any:
-        if self.num_workers:  # else torch draws it
+        if self.num_workers:  # without workers, torch itself draws this number
             torch.empty((), dtype=torch.int64).random_()
         return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the batches be those of an epoch."""
+        """Set the epoch from which the sampler draws the next batches."""
         self.batch_sampler.set_epoch(epoch)
 
 
@@ -153,8 +163,8 @@ def make_loader(
 ) -> EpochDataLoader:
     """Return a loader of this rank's batches, with the settings of `args`.
 
-    Workers are seeded from a generator of their own: torch would draw from the global one when they start, which happens in
-    each epoch, or once where they persist, and then again in a resumed run.
+    Workers are seeded from a separate generator. Otherwise torch would draw their seed from the global generator whenever
+    workers start: in each epoch, or only once if the workers are persistent, and then again in a resumed run.
     """
     workers = args.dataloader_num_workers
     return EpochDataLoader(

@@ -1,4 +1,4 @@
-"""Configurations and lists of sources: YAML files."""
+"""A reader of YAML files, which hold configurations and lists of sources."""
 
 from itertools import accumulate
 from typing import Any
@@ -9,15 +9,15 @@ from hf_embed.entry import shipped
 from hf_embed.errors import InputError
 from hf_embed.read_files import MOST_LEVELS, first_line, read_text
 
-# What no configuration has: characters, and values once each alias is replaced by what it stands for.
+# Limits that no real configuration reaches. Values are counted after each alias is replaced by the value it stands for.
 MOST_CHARACTERS, MOST_VALUES = 1_000_000, 100_000
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML in which no key stands twice; of two, PyYAML takes the last without a word."""
+    """A YAML loader that refuses duplicate keys. PyYAML alone silently keeps the last of two equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Construct a mapping, whose keys differ."""
+        """Construct a mapping. Raise TwiceError if two of its keys are equal."""
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -28,21 +28,25 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 class TwiceError(yaml.YAMLError):
-    """A key is there twice."""
+    """A mapping has the same key twice."""
 
 
 def read_yaml(path: str, name: str) -> Any:
-    """Return what a YAML file holds.
+    """Return the content of a YAML file.
+
+    Args:
+        path: the file.
+        name: the name of the file in messages.
 
     Raises:
-        InputError: the file, which the message calls `name`, is missing or not YAML, has a key twice, or holds more than any
-            configuration does: such a file is another one, or was made to fill the memory.
+        InputError: if the file is missing or is not YAML, if a key is there twice, or if the file holds more than any
+            configuration does. Such a file is the wrong file, or was made to fill the memory.
     """
     text = read_text(shipped(path), name)
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"{name}: holds {len(text):,} characters, and no configuration has so many; is it another file?")
     deepest = max(accumulate((letter in "[{") - (letter in "]}") for letter in text), default=0) if text else 0
-    if deepest > MOST_LEVELS:  # PyYAML would take minutes
+    if deepest > MOST_LEVELS:  # PyYAML would need minutes for such a file
         raise InputError(f"{name}: not YAML: more than {MOST_LEVELS} lists and mappings within each other")
     try:
         loader = UniqueKeys(text)
@@ -60,27 +64,27 @@ def read_yaml(path: str, name: str) -> Any:
         raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise InputError(f"{name}: not YAML: too many lists and mappings within each other") from error
-    except Exception as error:  # PyYAML lets through whatever a date, a number or a tag of another type raises
+    except Exception as error:  # PyYAML does not catch the errors of invalid dates, numbers and tags
         raise InputError(
             f"{name}: a value is not what its form or its tag says ({first_line(error)}); put a text in quotes"
         ) from error
 
 
 def count_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many values a node holds, each alias counted as what it stands for.
+    """Return how many values a node holds. Each alias counts as the value that it stands for.
 
     Args:
-        node: of a document.
-        known: the counts of the nodes before, by their identity.
+        node: a node of the document.
+        known: the counts of the nodes that were visited before, by the id of the node.
 
     Raises:
-        yaml.YAMLError: a node is within itself.
+        yaml.YAMLError: if a node contains itself.
     """
     if id(node) in known:
         if not known[id(node)]:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias stands for what it is in")
         return known[id(node)]
-    known[id(node)] = 0  # not known yet
+    known[id(node)] = 0  # 0 marks a node that is still being counted
     inside = node.value if isinstance(node, yaml.CollectionNode) else []
     parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
     known[id(node)] = 1 + sum(count_values(part, known) for part in parts)

@@ -1,1 +1,1 @@
-"""Is the encoder any good? Evaluation sets are tasks: objects with `score(embed)`."""
+"""Evaluation of an encoder. Each evaluation set is a task: an object with `score(embed)`."""

@@ -1,11 +1,12 @@
-"""Alignment and uniformity (Wang and Isola, https://arxiv.org/abs/2005.10242), as SimCSE's section 4.3 uses them.
+"""Alignment and uniformity (Wang and Isola, https://arxiv.org/abs/2005.10242), as used in section 4.3 of SimCSE.
 
-Both are of unit vectors, and lower is better; NaN where a vector is zero or not finite, for such a one has no direction:
+Both are computed on unit vectors, and lower values are better. They are NaN if a vector is zero or not finite, because such a
+vector has no direction:
 
     alignment  = E || f(x) - f(x+) ||^2                 over positive pairs
     uniformity = log E exp(-2 || f(x) - f(y) ||^2)      over pairs of different texts
 
-Shapes: N texts, P pairs, D wide.
+Shapes: N texts, P pairs, Q rows of K cosines, vectors of dimension D.
 """
 
 from pathlib import Path
@@ -15,32 +16,35 @@ import numpy as np
 
 from hf_embed.safe_files import writing
 
-# Cosines that lie no further apart are equal but for rounding: there is no order in them.
+# Cosines that differ by no more than this differ only by rounding errors, and cannot be ranked.
 ROUNDING = 1e-6
 MOST_LABELS = 12  # points of the picture that are labelled with their step
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (..., D) at length 1, in float64; NaN for one that is zero or not finite."""
+    """Return vectors (..., D) normalized to length 1, in float64. A vector that is zero or not finite becomes NaN."""
     vectors = np.asarray(vectors, dtype=np.float64)
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
 
 
 def ordered(cosines: np.ndarray) -> bool:
-    """Return whether some row of (Q, K) has an order: all are finite, and some further apart than rounding puts them."""
+    """Return whether cosines (Q, K) can be ranked.
+
+    All cosines must be finite, and in at least one row they must differ by more than rounding errors.
+    """
     return bool(np.isfinite(cosines).all() and (np.ptp(cosines, axis=-1) > ROUNDING).any())
 
 
 def alignment(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the mean squared distance of positive pairs, (P, D) and (P, D). NaN without a pair."""
+    """Return the mean squared distance of positive pairs (P, D) and (P, D), or NaN if there are no pairs."""
     if len(first) == 0:
         return float("nan")
     return float(((unit(first) - unit(second)) ** 2).sum(-1).mean())
 
 
 def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
-    """Return the log of the mean Gaussian potential over all pairs i < j of (N, D); NaN for fewer than two texts.
+    """Return the log of the mean Gaussian potential over all pairs i < j of (N, D), or NaN for fewer than two texts.
 
     It needs O(block * N) memory.
     """
@@ -56,7 +60,10 @@ def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
 
 
 def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
-    """Plot alignment against uniformity along a run, a point per evaluation, coloured by STS. `history` as in `log_history`."""
+    """Plot alignment against uniformity along a run, one point per evaluation, colored by the STS score.
+
+    `history` has the form of the Trainer's `log_history`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

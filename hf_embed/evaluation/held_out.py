@@ -1,12 +1,12 @@
-"""The loss of the training on rows that it does not see: the validation loss.
+"""The validation loss: the training loss on rows that are held out from the training.
 
-It is the objective itself that computes it, on the embeddings of `encode`: without dropout, without a head that is for training
-only, and without the masked-language-modelling auxiliary, whose masks are random. The rows go in their own order into batches
-of `per_device_eval_batch_size` rows for each rank; as in training, a row's negatives are the other rows of its batch, so losses
-can be compared where this number is the same. The loss is the mean over all rows, and each counts once, whatever the number of
-ranks.
+The objective itself computes the loss, on the embeddings of `encode`: without dropout, without a head that is used only in
+training, and without the auxiliary masked-language-modeling loss, whose masks are random. The rows stay in their order and are
+cut into batches of `per_device_eval_batch_size` rows per rank. As in training, the negatives of a row are the other rows of its
+batch. So losses can be compared only between runs with the same batch size over all ranks. The result is the mean over all
+rows. Each row counts once, whatever the number of ranks.
 
-Shapes: B rows of a batch, V texts a row, D wide.
+Shapes: B rows of a batch, V texts per row, W hashes of other positives per row, embeddings of dimension D.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,10 @@ from hf_embed.objectives.base import Objective
 
 @dataclass
 class HeldOut(EvaluationTask):
-    """Rows of texts that are kept from the training, with the columns that training rows have.
+    """Rows of texts that are held out from the training. They have the same columns as training rows.
 
-    The trainer makes a `HeldOutLoss` of it. The rows are a `Dataset`, or what else `hf_embed.data.python_rows` lists.
+    The trainer turns them into a `HeldOutLoss`. The rows are a `Dataset`, or another form that `hf_embed.data.python_rows`
+    lists.
     """
 
     rows: RowData
@@ -42,17 +43,17 @@ class HeldOut(EvaluationTask):
 
 @dataclass
 class HeldOutLoss(HeldOut):
-    """Held-out rows as they are scored.
+    """Held-out rows in the form in which they are scored.
 
     Args:
-        rows: the token ids and text hashes of rows, as `hf_embed.data.tokenization` gives them.
-        objective: computes the loss.
-        batch_size: rows of a batch on all ranks together.
-        model: an `Encoder`, or what has one inside; it is called with token ids (S,) and lengths, and returns "embeddings"
-            (N, D), with a learned temperature also "temperature".
-        chunk_tokens: padded tokens that go through the model at once.
-        sharded: ranks make equally many chunks (FSDP, ZeRO-3).
-        temperature: a learned one, where the model does not say it.
+        rows: token ids and text hashes of the rows, from `hf_embed.data.tokenization`.
+        objective: the objective that computes the loss.
+        batch_size: the number of rows in a batch over all ranks together.
+        model: an `Encoder`, or a module that contains one. It is called with token ids (S,) and lengths, and returns a dict
+            with "embeddings" (N, D) of N texts, and with "temperature" if the temperature is learned.
+        chunk_tokens: the number of padded tokens that go through the model at once.
+        sharded: whether all ranks must run the same number of chunks (FSDP, ZeRO-3).
+        temperature: a learned temperature, used if the model does not return one.
     """
 
     rows: Dataset
@@ -64,7 +65,10 @@ class HeldOutLoss(HeldOut):
     temperature: Tensor | None = None
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return the mean loss of all rows, the same on every rank. Each embeds a part of every batch; `embed` is not used."""
+        """Return the mean loss over all rows, the same on every rank.
+
+        Each rank embeds a part of every batch with `model`. `embed` is not used.
+        """
         collate = RaggedCollator([most_texts(self.rows)])
         total = 0.0
         with torch.inference_mode():
@@ -73,10 +77,10 @@ class HeldOutLoss(HeldOut):
         return {"loss": total / len(self.rows)}
 
     def batch_loss(self, collate: RaggedCollator, numbers: range) -> float:
-        """Return the mean loss of the rows with these numbers, which are each other's negatives."""
+        """Return the mean loss of the rows with these numbers. The rows are negatives of each other."""
         rank, ranks = get_rank(), get_world_size()
         own = numbers[len(numbers) * rank // ranks : len(numbers) * (rank + 1) // ranks]
-        # A rank without a row embeds one all the same: in a sharded model each call is a collective.
+        # A rank without rows still embeds one row, because in a sharded model each call runs collectives.
         batch = collate(self.rows.__getitems__(list(own) or [numbers[0]]))
         device = next(self.model.parameters()).device
         settings = {"chunk_tokens": self.chunk_tokens, "sharded": self.sharded}
@@ -92,13 +96,16 @@ class HeldOutLoss(HeldOut):
         temperature = outputs.get("temperature", self.temperature)
         if temperature is not None:
             given["temperature"] = temperature
-        return self.objective(rows, text_ids, rows, text_ids, 0, **given).item()  # a function has no defaults
+        return self.objective(rows, text_ids, rows, text_ids, 0, **given).item()  # a plain function may lack defaults
 
 
 def with_model(
     tasks: Mapping[str, Task], model: nn.Module, sharded: bool = False, temperature: Tensor | None = None
 ) -> dict[str, Task]:
-    """Return the tasks, of which held-out rows are scored with `model`; the other arguments are those of `HeldOutLoss`."""
+    """Return the tasks, with `model` set as the model of the held-out rows.
+
+    The other arguments are those of `HeldOutLoss`.
+    """
     return {
         name: replace(task, model=model, sharded=sharded, temperature=temperature) if isinstance(task, HeldOutLoss) else task
         for name, task in tasks.items()
@@ -106,9 +113,9 @@ def with_model(
 
 
 def batches(rows: int, size: int) -> list[tuple[int, int]]:
-    """Return where each batch of `size` rows starts and stops.
+    """Return the start and stop of each batch of `size` rows.
 
-    The last may be smaller; a single row, which would have no negatives, joins the batch before it.
+    The last batch may be smaller. A single last row would have no negatives, so it joins the batch before it.
 
     >>> batches(7, 3)
     [(0, 3), (3, 7)]
@@ -120,7 +127,7 @@ def batches(rows: int, size: int) -> list[tuple[int, int]]:
 
 
 def seen_in_training(held_out: Dataset, training: Sequence[Dataset]) -> int:
-    """Return how many of the held-out rows have the anchor and the positive of a row of the training, to the model."""
+    """Return how many held-out rows have the same anchor and positive as a training row, after tokenization."""
     own = pair_hashes(held_out)
     found = np.zeros(len(own), dtype=bool)
     for table in training:
@@ -129,7 +136,7 @@ def seen_in_training(held_out: Dataset, training: Sequence[Dataset]) -> int:
 
 
 def pair_hashes(rows: Dataset) -> np.ndarray:
-    """Return a hash of anchor and positive of each row, (rows,); a row of a single text is a pair of it and itself."""
+    """Return one hash (rows,) of anchor and positive per row. A single text counts as a pair of the text with itself."""
     table = rows.with_format("arrow")[:]["text_ids"].combine_chunks()
     offsets = table.offsets.to_numpy()
     ids = table.values.to_numpy()

@@ -1,16 +1,18 @@
-"""Queries with documents that do and do not answer them.
+"""Queries with documents that answer them and documents that do not.
 
-They are read from rows with these columns, first match wins (case, spaces, hyphens and underscores do not matter):
+They are read from rows with these columns. In each line the first name that matches is used (case, spaces, hyphens and
+underscores do not matter):
 
     the query      anchor | query | sent0 | question
     positives      positive | sent1 | answer         also pos, positives, answers; positive_1, positive_2 ...
     negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...
 
-Pairs with negatives to train on are taken too (`hf_embed.data.sources`): premise, entailment, contradiction for example.
-Positives and negatives are a text, a list of texts, or null. `documents` are all candidates; those that are no positives are
-the negatives. Where a row has one document and its label instead, the rows of a query belong together:
+Training pairs with negatives are accepted too (`hf_embed.data.sources`), for example premise, entailment, contradiction. The
+cells of positives and negatives are a text, a list of texts, or null. `documents` holds all candidates of a query: its
+negatives are the documents that are not among the positives. In a second layout, each row has one document and its label, and
+the rows of the same query belong together:
 
-    the query, as above; document | passage | answer; label, 1 or 0         the latter two may be lists
+    the query, as above; document | passage | answer; label, 1 or 0         document and label may also be lists
 """
 
 import logging
@@ -40,7 +42,7 @@ ACCEPTED = "query, positive, negative; anchor, positive, negative; sent0, sent1,
 
 
 class Judged(NamedTuple):
-    """A query, the documents that answer it, and some that do not."""
+    """A query, the documents that answer it, and some documents that do not."""
 
     query: str
     positives: list[str]
@@ -51,11 +53,11 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
     """Find the query, the positives and the negatives of each row.
 
     Args:
-        rows: with the columns above, but not of the layout with labels.
-        name: what messages call the rows.
+        rows: rows with the columns above, but not in the layout with labels.
+        name: the name of the rows in messages.
 
     Raises:
-        InputError: a missing column, or a cell that is empty or no text.
+        InputError: if a column is missing, or a cell is empty or not a text.
     """
     names = names_of(rows, name)
     queries, positives, negatives = columns_of(names, name)
@@ -78,11 +80,11 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
 
 
 def columns_of(names: list[str], name: str) -> list[list[str]]:
-    """Return the columns of queries, positives and negatives; those of rows to train on where there are no others."""
+    """Return the columns of queries, positives and negatives. If one is missing, accept the columns of training rows."""
     found = [first_match(names, patterns) for patterns in (QUERIES, POSITIVES, NEGATIVES)]
     negatives = negative_columns(names)
     if negatives and not all(found):
-        with suppress(InputError):  # several pairs could be meant
+        with suppress(InputError):  # raised if more than one pair of columns matches
             if pair := pair_of(names, name):
                 return [pair[:1], pair[1:], negatives]
     return found
@@ -92,7 +94,7 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
     """Return queries with their documents from rows of either layout.
 
     Raises:
-        InputError: a missing column, an empty text, or a label other than 0 and 1.
+        InputError: if a column is missing, a text is empty, or a label is not 0 or 1.
     """
     names = names_of(rows, name)
     queries, documents, labels = (first_match(names, patterns) for patterns in (QUERIES, DOCUMENTS, LABELS))
@@ -116,12 +118,12 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
 
 
 def with_columns(rows: Rows, columns: list[str], name: str) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a table with these columns alone; rows of a list as they are."""
+    """Return the rows of a table with only these columns. Return the rows of a list unchanged."""
     return plain_rows(rows, columns, name) if isinstance(rows, Dataset) else rows
 
 
 def names_of(rows: Rows, name: str) -> list[str]:
-    """Return the names of the columns. Raises InputError for a row that is no dict."""
+    """Return the names of the columns. Raise InputError if a row is not a dict."""
     if isinstance(rows, Dataset):
         return rows.column_names
     for row in rows:
@@ -134,6 +136,6 @@ def names_of(rows: Rows, name: str) -> list[str]:
 
 
 def warn_of_unused(names: list[str], used: list[str], name: str) -> None:
-    """Warn of columns that are not used."""
+    """Warn about columns that are not used."""
     if unused := [column for column in names if column not in used]:
         logger.warning(f"{masked(name)}: columns {', '.join(unused)} are not used")

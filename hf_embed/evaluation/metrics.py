@@ -1,7 +1,8 @@
 """The metrics as `evaluate.Metric` objects, for scripts that use the library `evaluate`.
 
-They load offline, which `evaluate.load` does not. The package itself calls the functions, and nothing imports this module: a
-recipe runs with its own folder first on the path, and there `import evaluate` would find recipes/evaluate.py.
+They load offline, in contrast to `evaluate.load`. The package itself calls the metric functions directly, and never imports
+this module. The reason: a recipe runs with its own folder first on the import path, so `import evaluate` would import
+recipes/evaluate.py.
 """
 
 from collections.abc import Sequence

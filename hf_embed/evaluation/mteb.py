@@ -1,7 +1,7 @@
-"""MTEB (https://arxiv.org/abs/2210.07316) on an `Encoder`, as mteb 2 runs it: the encoder goes to `mteb.evaluate` as it is.
+"""MTEB (https://arxiv.org/abs/2210.07316) on an `Encoder`, run by mteb 2. `mteb.evaluate` accepts the encoder directly.
 
-`Encoder.encode` takes mteb's batches, `prompt_type` chooses the encoder's own prompt "query" or "document", and
-`mteb_model_meta` says what the model is: without it mteb would not keep the object.
+`Encoder.encode` accepts the batches of mteb, and `prompt_type` selects the encoder's own prompt "query" or "document".
+`mteb_model_meta` describes the model. Without it, mteb would drop the encoder and keep only an empty description.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ def texts_and_prompt(
     prompts: dict[str, str],
     task_metadata: "TaskMetadata | None" = None,
 ) -> tuple[list[str], str | None]:
-    """Return all texts of mteb's batches, {"text": [...]} each, and the name of the prompt to put before them.
+    """Return all texts of mteb's batches ({"text": [...]} each), and the name of the prompt to put before the texts.
 
-    By mteb's rules a prompt called like the task or its kind comes before "query" and "document".
+    By the rules of mteb, a prompt named after the task or its type is preferred to "query" and "document".
 
     >>> texts_and_prompt([{"text": ["a cat", "a dog"]}, {"text": ["rain"]}], None, {})
     (['a cat', 'a dog', 'rain'], None)
@@ -53,11 +53,11 @@ def texts_and_prompt(
 
 
 def model_meta(encoder: "Encoder") -> "ModelMeta":
-    """Return mteb's ModelMeta of an encoder: its results are filed under this name and revision."""
+    """Return mteb's ModelMeta of an encoder. mteb stores the results under its name and revision."""
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
     name = encoder.config.name_or_path or type(encoder.base).__name__
-    if Path(name).exists() or name.count("/") != 1:  # mteb wants OWNER/NAME
+    if Path(name).exists() or name.count("/") != 1:  # mteb requires the form OWNER/NAME
         name = f"local/{Path(name).resolve().name if Path(name).exists() else name.replace('/', '-')}"
     about = {
         "name": name,
@@ -73,7 +73,10 @@ def model_meta(encoder: "Encoder") -> "ModelMeta":
 
 
 def fingerprint(encoder: "Encoder") -> str:
-    """Return a hash of all that a vector depends on: with other weights or another pooling mteb keeps results of their own."""
+    """Return a hash of everything that an embedding depends on.
+
+    So mteb stores separate results for other weights or another pooling.
+    """
     settings = sorted(encoder.settings.items())
     found = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -83,10 +86,10 @@ def fingerprint(encoder: "Encoder") -> str:
 
 
 def find_tasks(names: list[str], benchmarks: list[str]) -> list["AbsTask"]:
-    """Return mteb's tasks by name, and those of benchmarks.
+    """Return the mteb tasks with these names, and the tasks of the benchmarks.
 
     Raises:
-        InputError: a name that mteb does not know, or none at all.
+        InputError: if mteb does not know a name, or no name is given.
     """
     import mteb
 
@@ -107,21 +110,21 @@ def find_tasks(names: list[str], benchmarks: list[str]) -> list["AbsTask"]:
 
 
 def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, batch_size: int = 512) -> list[dict[str, Any]]:
-    """Evaluate on `tasks`; what `folder` has results of is not run again.
+    """Evaluate on `tasks`. Tasks whose results are already in `folder` are not run again.
 
     Returns:
-        A dict for each task and split; `score` is mteb's main score x 100, the mean over a task's subsets:
+        A dict for each task and split. `score` is mteb's main score x 100, as the mean over the subsets of the task:
 
             {"task": "STSBenchmark", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 82.03}
 
     Raises:
-        InputError: the data of a task are neither here nor to be had.
+        InputError: if the data of a task are neither on this machine nor available for download.
     """
     import mteb
 
     remove_damaged(Path(folder))
     cache = mteb.ResultCache(Path(folder))
-    model: Any = encoder  # it has what mteb calls, though not the names of all arguments
+    model: Any = encoder  # it has the methods that mteb calls, but not the same argument names
     try:
         kwargs: Any = {"batch_size": batch_size, "show_progress_bar": False}
         with disk_errors(folder):
@@ -141,7 +144,7 @@ def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, bat
 
 
 def remove_damaged(folder: Path) -> None:
-    """Remove those of mteb's files that a killed run has left half-written: mteb cannot read them, and runs the task again."""
+    """Remove result files that a killed run left incomplete. mteb cannot read them, so it runs their tasks again."""
     for path in sorted(folder.rglob("*.json*")):
         try:
             text = path.read_text(encoding="utf-8")
@@ -153,7 +156,7 @@ def remove_damaged(folder: Path) -> None:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a table for people, and the mean over the tasks, of what `run_mteb` returns."""
+    """Return the results of `run_mteb` as the lines of a readable table, with the mean over the tasks."""
     width = max(len(row["task"]) for row in rows)
     out = [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
     return [*out, f"{'mean':{width}}  {'':>10}  {sum(row['score'] for row in rows) / len(rows):>6.2f}"]

@@ -1,4 +1,4 @@
-"""Pair classification: do the cosines of pairs that belong together lie above those of other pairs?
+"""Pair classification: are the cosines of pairs that belong together higher than the cosines of other pairs?
 
 Shapes: P pairs.
 """
@@ -22,21 +22,21 @@ from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_onc
 
 logger = logging.getLogger(__name__)
 
-# Names of columns, as `plain` makes them: those of labelled pairs to train on, and one more.
+# Names of columns, in the form that `plain` returns: those of labeled training pairs, and one more pair of names.
 PAIRS = [*ALIKE, ("sent1", "sent2")]
 HEADER = {name for pair in PAIRS for name in pair} | set(LABELS)
 
 
 @dataclass
 class PairClassification(EvaluationTask):
-    """Pairs of texts, and whether they belong together; sentence-transformers' BinaryClassificationEvaluator.
+    """Pairs of texts with labels for whether they belong together, like sentence-transformers' BinaryClassificationEvaluator.
 
     Args:
-        sentences1, sentences2: P texts each, encoded without a prompt, or with the model's default one.
-        labels: P; 1 or True for a pair that belongs together, 0 or False for another.
+        sentences1, sentences2: P texts each; encoded without a prompt, or with the default prompt of the model if it has one.
+        labels: P labels; 1 or True for a pair that belongs together, 0 or False for any other pair.
 
     Raises:
-        InputError: the lists differ in length, a text is empty, a label is another, or all are the same.
+        InputError: if the lists differ in length, a text is empty, a label has another value, or all labels are equal.
     """
 
     sentences1: Sequence[str]
@@ -57,10 +57,10 @@ class PairClassification(EvaluationTask):
         self.labels = label_numbers(labels, "PairClassification")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return pair_ap, the average precision x 100; the best pair_accuracy and pair_f1 x 100, each with its threshold.
+        """Return the average precision x 100 (pair_ap), and the best pair_accuracy and pair_f1 x 100 with their thresholds.
 
-        A threshold is the cosine from which on a pair is taken to belong together, -1 to 1. All are NaN, with a warning,
-        where the cosines are all equal.
+        A threshold is a cosine, from -1 to 1. Pairs with this cosine or a higher one are predicted to belong together. All
+        metrics are NaN, with a warning, if all cosines are equal or one is not finite.
         """
         vectors = embed_once([*self.sentences1, *self.sentences2], embed)
         cosines, labels = pair_cosines(self.sentences1, self.sentences2, vectors, vectors), np.array(self.labels)
@@ -78,7 +78,7 @@ class PairClassification(EvaluationTask):
 
 
 def label_numbers(labels: Sequence[object], name: str) -> list[int]:
-    """Return labels as 0 and 1. Raises InputError for other labels, or unless there are both."""
+    """Return labels as 0 and 1. Raise InputError if a label has another value, or if all labels are equal."""
     numbers = [label_number(label, f"{name}, row {i}") for i, label in enumerate(labels, 1)]
     if len(set(numbers)) < 2:
         raise InputError(f"{name}: every label is {numbers[0]}; average precision needs pairs of label 0 and of label 1")
@@ -91,10 +91,10 @@ def label_numbers(labels: Sequence[object], name: str) -> list[int]:
 def read_pair_classification(path: str) -> PairClassification:
     """Read pairs from a file or the Hub: sentence1, sentence2, label by name, or label, sentence1, sentence2 by position.
 
-    A row may have three lists, as in mteb's older sets, whose one row holds all pairs.
+    The three cells of a row may be lists. In older datasets of mteb, a single row holds all pairs this way.
 
     Raises:
-        InputError: a missing column, an empty text, a label other than 0 and 1, or one that all pairs have.
+        InputError: if a column is missing, a text is empty, a label is not 0 or 1, or all labels are equal.
     """
     rows = labelled_pairs(path)
     first, second, label = rows.column_names
@@ -116,10 +116,10 @@ def read_pair_classification(path: str) -> PairClassification:
 
 
 def labelled_pairs(path: str) -> Dataset:
-    """Read rows with exactly three columns: the pair's two texts and the label.
+    """Read rows with exactly three columns: the two texts of the pair and the label.
 
     Raises:
-        InputError: there are no such columns, or the label 0 is that of pairs which belong together, by its name.
+        InputError: if there are no such columns, or if the name of label 0 says that its pairs belong together.
     """
     rows, cells = hub_rows(path), None
     if rows is None:
@@ -136,7 +136,7 @@ def labelled_pairs(path: str) -> Dataset:
         found = f"found the columns {', '.join(cells or rows.column_names)}"
         raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label: rename them")
     kind = rows.features[names[label]]
-    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:  # in GLUE's RTE it is the entailment
+    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:  # in GLUE's RTE, label 0 is the entailment
         raise InputError(
             f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, "
             "and 0 for others: exchange the two"

@@ -1,6 +1,6 @@
 """Reranking: are the documents that answer a query nearer to it than its other candidates?
 
-Shapes: C candidates of a query, D wide.
+Shapes: C candidates of a query.
 """
 
 import logging
@@ -24,17 +24,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Reranking(EvaluationTask):
-    """Queries, and of each the documents that answer it and some that do not; sentence-transformers' RerankingEvaluator.
+    """Queries with documents that answer them and documents that do not, like sentence-transformers' RerankingEvaluator.
 
-    Queries are encoded with the model's prompt "query", documents with its prompt "document". A query without documents of
-    both sorts is left out, and counted in a warning: its score would be the same whatever the model.
+    Queries are encoded with the model's prompt "query", documents with its prompt "document". A query is left out, with a
+    warning that counts such queries, if it lacks a positive or a negative document. Its score would be the same for every
+    model.
 
     Args:
-        samples: {"query": text, "positive": text or list of texts, "negative": text or list of texts} each; other names that
-            `hf_embed.evaluation.judged` lists will do, and so will the rows of a `Dataset` or of a pandas DataFrame.
+        samples: dicts {"query": text, "positive": text or list of texts, "negative": text or list of texts}. The other names
+            that `hf_embed.evaluation.judged` lists are accepted too, and so are the rows of a `Dataset` or a pandas DataFrame.
 
     Raises:
-        InputError: no sample has documents of both sorts, or a sample is not like this.
+        InputError: if a sample has another form, or no sample has both a positive and a negative document.
     """
 
     samples: Iterable[Judged | Mapping[str, Any]]
@@ -51,11 +52,11 @@ class Reranking(EvaluationTask):
         self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10, x 100, means over the queries.
+        """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10, x 100, as means over the queries.
 
-        Of equal cosines a positive comes before a negative in the mean reciprocal rank, as in sentence-transformers; their
-        order does not matter to the other two. All are NaN, with a warning, where every candidate of every query is as near
-        to it.
+        If a positive and a negative have equal cosines, the positive comes first in the mean reciprocal rank, as in
+        sentence-transformers. The order of equal cosines does not matter for the other two metrics. All metrics are NaN, with a
+        warning, if all candidates of each query have equal cosines, or a cosine is not finite.
         """
         queries = embed_once([sample.query for sample in self.judged], embed, "query")
         candidates = [text for sample in self.judged for text in (*sample.positives, *sample.negatives)]
@@ -78,13 +79,13 @@ def read_reranking(path: str) -> Reranking:
     """Read queries and their documents from a file or the Hub; see `hf_embed.evaluation.judged`.
 
     Raises:
-        InputError: a missing column, an empty text, or no query with a positive and a negative document.
+        InputError: if a column is missing, a text is empty, or no query has both a positive and a negative document.
     """
     return Reranking(with_both_sorts(judged_candidates(read_rows(path), path), path))
 
 
 def with_both_sorts(samples: list[Judged], name: str) -> list[Judged]:
-    """Return those with positives and negatives; warn of others. Raises InputError if there are none."""
+    """Return the samples with both positives and negatives, and warn about the others. Raise InputError if none is left."""
     found = [sample for sample in samples if sample.positives and sample.negatives]
     if not found:
         raise InputError(f"{name}: no query has a positive and a negative document; there is nothing to order")

@@ -1,9 +1,9 @@
-"""Retrieval: does the corpus' nearest document to a query answer it? nDCG, MAP, recall and MRR as BEIR counts them.
+"""Retrieval: do the nearest documents in the corpus answer the query? nDCG, MAP, recall and MRR are defined as in BEIR.
 
 A BEIR folder has corpus.jsonl ({"_id", "title", "text"}), queries.jsonl ({"_id", "text"}) and qrels/SPLIT.tsv (query-id,
-corpus-id, score). Code search is the same with docstrings for queries and functions for documents.
+corpus-id, score). Code search works the same way, with docstrings as queries and functions as documents.
 
-Shapes: Q queries, k retrieved documents, D wide.
+Shapes: Q queries, k retrieved documents.
 """
 
 import logging
@@ -36,23 +36,23 @@ logger = logging.getLogger(__name__)
 SPLITS = ("test", "dev", "validation", "train")
 QRELS = ("query-id", "corpus-id", "score")
 Row = dict[str, Any]
-LINE = "line in the file"  # a key that is added to a BEIR row
+LINE = "line in the file"  # a key added to each BEIR row, for its line number
 
 
 @dataclass
 class Retrieval(EvaluationTask):
-    """Queries, documents and which belong together.
+    """Queries, documents, and judgments of which documents are relevant to which query.
 
     Args:
         queries, corpus: texts by id.
-        qrels: relevant documents of each query, {query id: {document id: grade}}; grades above 0 count.
-        cutoffs: the k of the metrics.
+        qrels: the judged documents of each query, {query id: {document id: grade}}; a grade above 0 means relevant.
+        cutoffs: the values of k for the metrics.
 
-    Where queries are taken from the corpus, as in ArguAna, a query is not looked for among its own answers: a document that
-    has the query's id and its text, with or without a title before it, is left out, unless it is judged.
+    In some datasets, such as ArguAna, queries are taken from the corpus. Then the query must not be found as its own answer. A
+    document is left out if it has the id and the text of the query (a title before the text is allowed), unless it is judged.
 
     Raises:
-        InputError: no query has a relevant document.
+        InputError: if no query has a relevant document, or an argument has the wrong type.
     """
 
     queries: dict[str, str]
@@ -77,7 +77,7 @@ class Retrieval(EvaluationTask):
             )
 
     def check_types(self) -> None:
-        """Raise InputError for texts, grades or cutoffs of another type, and for judgements of what is not there."""
+        """Raise InputError if texts, grades or cutoffs have a wrong type, or if a judged query does not exist."""
         for name, texts in (("queries", self.queries), ("corpus", self.corpus)):
             if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
                 raise InputError(f"Retrieval: {name} is no dict of texts by id, {shortened(repr(texts))}")
@@ -93,9 +93,9 @@ class Retrieval(EvaluationTask):
             raise InputError(f"Retrieval: qrels judge the query {min(map(str, absent))!r}, which is not among the queries")
 
     def is_query(self, name: str) -> bool:
-        """Return whether the query and the document of this id have the same text."""
+        """Return whether the query and the document with this id have the same text."""
         query, document = (" ".join(texts[name].split()) for texts in (self.queries, self.corpus))
-        return f" {document}".endswith(f" {query}")  # behind the title
+        return f" {document}".endswith(f" {query}")  # the document may have a title first
 
     @property
     def logged(self) -> Sequence[str]:
@@ -103,16 +103,16 @@ class Retrieval(EvaluationTask):
         return [f"{metric}@{k}" for k in self.cutoffs for metric in ("ndcg", "map", "recall", "mrr")]
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return ndcg@k, map@k, recall@k and mrr@k, x 100, means over the queries that have a relevant document.
+        """Return ndcg@k, map@k, recall@k and mrr@k, x 100, as means over the queries that have a relevant document.
 
-        They are NaN, with a warning, where no query is nearer to one document than to another: the documents' order in the
-        file would decide.
+        They are NaN, with a warning, if no query is nearer to one document than to another, or a cosine is not finite.
+        Otherwise the order of the documents in the file would decide the result.
         """
         per_query = self.per_query(embed)
         return {key: 100 * float(np.mean([m[key] for m in per_query])) for key in per_query[0]}
 
     def per_query(self, embed: Embed) -> list[dict[str, float]]:
-        """Return the metrics, 0 to 1, of each query of `qrels`; NaN where there is no order in any query's documents."""
+        """Return the metrics of each query of `qrels`, 0 to 1. They are NaN if the cosines cannot be ranked."""
         scores, found = self.rank(embed, max(self.cutoffs))
         if len(self.corpus) > 1 and not ordered(scores.numpy()):
             logger.warning(f"no nDCG of {len(found):,} queries: {NO_ORDER}")
@@ -120,16 +120,16 @@ class Retrieval(EvaluationTask):
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
     def rank(self, embed: Embed, k: int) -> tuple[Tensor, dict[str, list[str]]]:
-        """Return cosines (Q, k + 1 at most), and the ids of the k nearest documents of each query, best first.
+        """Return cosines (Q, up to k + 1), and the ids of the k nearest documents of each query, best first.
 
-        Of equal cosines the larger id is first, as in trec_eval. Each rank encodes and searches its share of the corpus, a
-        block at a time; vectors are not kept.
+        Of documents with equal cosines, the larger id comes first, as in trec_eval. Each rank encodes and searches its share of
+        the corpus block by block. The embeddings are not kept.
         """
         rank, ranks = get_rank(), get_world_size()
         ids, texts = list(self.corpus), list(self.corpus.values())
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
         documents = embed_own_share(texts, embed, "document")
-        blocks = (F.normalize(block.float(), dim=-1) for block in documents)  # searched where they were encoded
+        blocks = (F.normalize(block.float(), dim=-1) for block in documents)  # searched on the device that encoded them
         scores, numbers = exact_search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
         parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank))
         scores, numbers = merge([part[0] for part in parts], [part[1] for part in parts], k + 1)
@@ -141,10 +141,11 @@ class Retrieval(EvaluationTask):
 
 
 def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[int, ...]) -> dict[str, float]:
-    """Return the metrics of one query, 0 to 1, defined as in trec_eval.
+    """Return the metrics of one query, 0 to 1, as defined in trec_eval.
 
-    ndcg@k: sum of grade / log2(1 + rank) over the first k, divided by the best that could be had.
-    map@k: precision at each relevant rank up to k, summed, divided by the number of relevant documents.
+    ndcg@k: the sum of grade / log2(1 + rank) over the first k documents, divided by the largest possible sum.
+
+    map@k: the sum of the precisions at each relevant rank up to k, divided by the number of relevant documents.
     """
     grades = np.array([max(0, relevant.get(document, 0)) for document in found], dtype=float)
     best = np.sort([grade for grade in relevant.values() if grade > 0])[::-1].astype(float)
@@ -164,13 +165,13 @@ def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[i
 
 
 def read_retrieval(path: str) -> Retrieval:
-    """Read a BEIR folder or a Hub dataset, `PATH` or `PATH:SPLIT`.
+    """Read a BEIR folder or a Hub dataset, given as `PATH` or `PATH:SPLIT`.
 
-    Without a split it is the first of test, dev, validation and train that is there (on the Hub, test). Judgements of
-    documents or queries that are not there are left out and counted in a warning.
+    Without a split, the first existing one of test, dev, validation and train is read (on the Hub: test). Judgments of
+    documents or queries that do not exist are left out, and a warning counts them.
 
     Raises:
-        InputError: a file or split that is not there, a line that cannot be read, or no judgement that is left.
+        InputError: if a file or split does not exist, a line cannot be read, or no judgment is left.
     """
     folder, _, split = path.rpartition(":") if not os.path.exists(path) and ":" in path else (path, "", None)
     if os.path.isdir(folder):
@@ -187,7 +188,7 @@ def read_retrieval(path: str) -> Retrieval:
 
 
 def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterable[tuple], name: str) -> Retrieval:
-    """Make a task of rows and (query id, document id, grade) judgements. Raises InputError where no judgement is left."""
+    """Make a task from rows and (query id, document id, grade) judgments. Raise InputError if no judgment is left."""
     query_texts = texts_by_id(queries, lambda row: row["text"] or "", f"{name}/queries")
     documents = texts_by_id(corpus, lambda row: f"{row.get('title') or ''} {row['text'] or ''}".strip(), f"{name}/corpus")
     qrels: dict[str, dict[str, int]] = {}
@@ -209,7 +210,7 @@ def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterab
 
 
 def texts_by_id(rows: Iterable[Row], text_of: Callable[[Row], str], name: str) -> dict[str, str]:
-    """Return {id: text}; `name` is what messages call the rows. Raises InputError where two different texts have one id."""
+    """Return {id: text}. Raise InputError if two different texts have the same id. `name` names the rows in messages."""
     texts: dict[str, str] = {}
     places: dict[str, int | None] = {}
     for row in rows:
@@ -222,7 +223,7 @@ def texts_by_id(rows: Iterable[Row], text_of: Callable[[Row], str], name: str) -
 
 
 def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
-    """Read (query id, document id, grade) judgements; columns by the names in a BEIR header, else by position."""
+    """Read (query id, document id, grade) judgments. Find the columns by a BEIR header, or else by position."""
     there = [name for name in ([split] if split else SPLITS) if (folder / f"{name}.tsv").is_file()]
     if not there:
         found = ", ".join(sorted(path.stem for path in folder.glob("*.tsv"))) or "none"
@@ -239,7 +240,7 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
             if set(QRELS) <= set(row):
                 order, width = [row.index(name) for name in QRELS], len(row)
                 continue
-            if len(row) == 3 and not is_number(row[2]):  # a header of other names
+            if len(row) == 3 and not is_number(row[2]):  # a header with other names
                 continue
         if len(row) != width or not is_number(row[order[2]]) or float(row[order[2]]) % 1:
             raise InputError(f"{path}, line {number}: expected query-id, corpus-id and a whole number, with tabs between them")
@@ -258,7 +259,10 @@ def is_number(text: str) -> bool:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read rows with "_id" and "text", line by line: in corpora other fields vary from row to row. `LINE` is a row's line."""
+    """Read rows with "_id" and "text". Each row also gets its line number under the key `LINE`.
+
+    The file is parsed line by line, because in some corpora the other fields differ from row to row.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []
@@ -280,7 +284,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def read_pairs(path: str) -> Retrieval:
-    """Read rows to train on (anchor, positive) as a search: each anchor looks for its positive among all positives."""
+    """Read training rows (anchor, positive) as a retrieval task: each anchor searches for its positive among all positives."""
     rows = read_file(path)
     columns = text_columns(rows.column_names, path, paired=True)[:2]
     pairs = [row_texts(row, columns, f"{path}, row {i}") for i, row in enumerate(plain_rows(rows, columns, path), 1)]
@@ -288,7 +292,7 @@ def read_pairs(path: str) -> Retrieval:
 
 
 def pairs_to_retrieval(pairs: Sequence[Sequence[str]]) -> Retrieval:
-    """Make a task of (query, document) pairs; equal texts are one query, or one document.
+    """Make a task from (query, document) pairs. Equal texts become one query or one document.
 
     >>> pairs_to_retrieval([("a cat", "cats"), ("a dog", "dogs"), ("a cat", "felines")]).qrels
     {'q0': {'d0': 1, 'd2': 1}, 'q1': {'d1': 1}}

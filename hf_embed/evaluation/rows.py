@@ -1,4 +1,4 @@
-"""Rows of labelled evaluation sets, from a file or the Hub, and their cells, checked."""
+"""Readers of labeled evaluation sets from a file or the Hub, and checks of the cells of their rows."""
 
 import os
 import re
@@ -16,10 +16,10 @@ LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
 def hub_rows(path: str) -> Dataset | None:
-    """Return the rows of OWNER/DATASET:SPLIT or OWNER/DATASET:CONFIG:SPLIT on the Hub; None where `path` is that of a file.
+    """Return the rows of OWNER/DATASET:SPLIT or OWNER/DATASET:CONFIG:SPLIT on the Hub, or None if `path` names a file.
 
     Raises:
-        InputError: they cannot be loaded, or the split is not named.
+        InputError: if the rows cannot be loaded, or the split is missing from the name.
     """
     name = re.fullmatch(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>\w+))?", path)
     if not name or os.path.exists(path) or (not name["split"] and kind_of(path) in KINDS):
@@ -30,29 +30,29 @@ def hub_rows(path: str) -> Dataset | None:
 
 
 def read_rows(path: str) -> Dataset:
-    """Read a file that names its columns, or OWNER/DATASET:SPLIT on the Hub."""
+    """Read a file with named columns, or OWNER/DATASET:SPLIT on the Hub."""
     rows = hub_rows(path)
     return read_file(path) if rows is None else rows
 
 
 def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> list[str]:
-    """Return the names, ordered by the numbers in them, that the first pattern matches which matches any.
+    """Return the names that match the first pattern with any matches, sorted by the numbers in the names.
 
-    A pattern has to match a name as it is, or as `plain` makes it.
+    A pattern may match the name itself, or the form that `plain` returns.
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
     return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
 
 
 def cell_text(cell: object, where: str) -> str:
-    """Return a cell that is a text. Raises InputError, which begins with `where`, for another."""
+    """Return a cell that is a text. Otherwise raise InputError, with a message that begins with `where`."""
     if wrong := missing_text(cell):
         raise InputError(f"{where}: the text is {wrong}; {FILL_IN}")
     return cast(str, cell)
 
 
 def cell_texts(cell: object, where: str) -> list[str]:
-    """Return the texts of a cell: a text alone, a list of them, or null, which has none. Raises InputError for another."""
+    """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Otherwise raise InputError."""
     if isinstance(cell, str) and is_list(cell):
         raise InputError(
             f"{where}: the text is a list, {shortened(cell)}; write the rows as jsonl or parquet, or the texts into columns of "
@@ -63,7 +63,7 @@ def cell_texts(cell: object, where: str) -> list[str]:
 
 
 def label_number(label: object, where: str) -> int:
-    """Return 0 or 1. Raises InputError, which begins with `where`, for another label."""
+    """Return a label as 0 or 1. Otherwise raise InputError, with a message that begins with `where`."""
     number = LABELS.get(str(label).strip().lower())
     if number is None:
         raise InputError(f"{where}: the label is {label!r}, not 0 or 1; correct it or delete the row")
@@ -71,7 +71,7 @@ def label_number(label: object, where: str) -> int:
 
 
 def as_list(values: Iterable, name: str) -> list:
-    """Return values as a list, a text as a list of one. Raises InputError for what cannot be one."""
+    """Return values as a list. A single text becomes a list of one. Raise InputError if the values cannot be listed."""
     try:
         return [values] if isinstance(values, str) else list(values)
     except TypeError as error:
@@ -79,7 +79,7 @@ def as_list(values: Iterable, name: str) -> list:
 
 
 def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]:
-    """Return the lists. Raises InputError where they differ in length or are empty, or a text is empty or none."""
+    """Return the lists of texts. Raise InputError if a list or a text is empty, a text is missing, or the lengths differ."""
     found = {key: as_list(texts, f"{name}: {key}") for key, texts in lists.items()}
     lengths = {key: len(texts) for key, texts in found.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):

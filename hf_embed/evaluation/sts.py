@@ -1,9 +1,10 @@
-"""Semantic textual similarity: do cosines rank sentence pairs as people do?
+"""Semantic textual similarity (STS): do cosines rank sentence pairs as people do?
 
-Spearman x 100 over all pairs of a set at once, which is the "all" aggregation of the SimCSE paper (appendix B). Beside it
-alignment over the set's positives, the pairs in the top fifth of its scale, and uniformity over all its sentences.
+The main metric is Spearman x 100 over all pairs of a dataset at once, the "all" aggregation of the SimCSE paper (appendix B).
+In addition, alignment is computed over the positives, which are the pairs with scores in the top fifth of the scale, and
+uniformity over all sentences.
 
-Shapes: N different sentences, P pairs, D wide.
+Shapes: N different sentences, P pairs, embeddings of dimension D.
 """
 
 import logging
@@ -25,7 +26,7 @@ from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, Task, emb
 logger = logging.getLogger(__name__)
 
 COLUMNS = ["sentence1", "sentence2", "score"]
-# The paper's seven tasks as they stand on the Hub (mteb's copies; split "test").
+# The paper's seven tasks on the Hub (the copies of mteb, split "test").
 SEVEN_TASKS = {
     "STS12": "mteb/sts12-sts",
     "STS13": "mteb/sts13-sts",
@@ -38,9 +39,9 @@ SEVEN_TASKS = {
 
 
 def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
-    """Return the rank correlation of (P,) and (P,), -1 to 1; NaN, with a warning, where there is no order in one of them.
+    """Return the rank correlation of (P,) and (P,), -1 to 1. It is NaN, with a warning, if one of them cannot be ranked.
 
-    Cosines that are equal but for rounding have no order: scipy would correlate the rounding errors.
+    Cosines that differ only by rounding errors cannot be ranked: scipy would correlate the rounding errors.
     """
     if not ordered(np.asarray(cosines)[None]):
         logger.warning(f"no Spearman of {len(cosines)} pairs: {NO_ORDER}")
@@ -52,7 +53,7 @@ def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
 
 
 def read_sts(path: str) -> Dataset:
-    """Read an STS file: columns score, sentence1, sentence2 by name where there is a header, else by position."""
+    """Read an STS file with the columns score, sentence1, sentence2, by name if there is a header, otherwise by position."""
     cells = first_cells(path)
     header = cells is None or bool(set(cells) & set(COLUMNS))
     rows = read_file(path, header)
@@ -84,10 +85,11 @@ def is_number(cell: str) -> bool:
 
 
 def check_sts(rows: Dataset, name: str) -> Dataset:
-    """Return `rows` with scores that are floats; `name` is what messages call them.
+    """Return `rows` with their scores as floats. `name` is the name of the rows in messages.
 
     Raises:
-        InputError: a missing column, a score that is no finite number, an empty sentence, or scores that are all equal.
+        InputError: if a column is missing, a score is not a finite number, a sentence is empty, all scores are equal, or there
+            are fewer than two rows.
     """
     if missing := [c for c in COLUMNS if c not in rows.column_names]:
         raise InputError(
@@ -128,10 +130,12 @@ EvalData: TypeAlias = Dataset | Task | Mapping[str, Dataset | Task]
 
 
 def named_tasks(sets: EvalData | None) -> dict[str, Task]:
-    """Return tasks by name; a `Dataset` is an STS set, and is checked. A single one is named by its kind.
+    """Return the evaluation sets as tasks by name. A `Dataset` is checked and becomes an STS task.
+
+    A single evaluation set without a name is named after its kind.
 
     Raises:
-        InputError: a `Dataset` is no STS set.
+        InputError: if a `Dataset` is not an STS dataset.
     """
     if sets is not None and not isinstance(sets, dict):
         sets = {sets.kind if isinstance(sets, Task) else "sts": sets}
@@ -140,7 +144,7 @@ def named_tasks(sets: EvalData | None) -> dict[str, Task]:
 
 @dataclass
 class STS(EvaluationTask):
-    """Sentence pairs with scores: `rows` as `check_sts` gives them."""
+    """Sentence pairs with scores. `rows` are in the form that `check_sts` returns."""
 
     rows: Dataset
 
@@ -149,7 +153,7 @@ class STS(EvaluationTask):
     reported = ("spearman", "alignment", "uniformity")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return spearman x 100, alignment and uniformity."""
+        """Return Spearman x 100, alignment and uniformity."""
         vectors, first, second = self.vectors(embed)
         scores = np.array(self.rows["score"][:])
         positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
@@ -165,9 +169,9 @@ class STS(EvaluationTask):
         return (first * second).sum(-1)
 
     def vectors(self, embed: Embed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return unit vectors of the different sentences, (N, D), and of the pairs' first and second ones, (P, D) each."""
-        rows = self.rows[:]  # columns as lists: iterating over a Dataset's column formats row by row
-        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each once, in order
+        """Return normalized embeddings of the different sentences (N, D), and of the pairs' first and second ones (P, D)."""
+        rows = self.rows[:]  # columns as lists, because iterating over a Dataset column formats each row separately
+        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each text once, in order
         vectors = unit(embed_on_all_ranks(texts, embed))
         place = {text: i for i, text in enumerate(texts)}
         first, second = ([place[text] for text in rows[column]] for column in ("sentence1", "sentence2"))

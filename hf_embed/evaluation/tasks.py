@@ -1,12 +1,12 @@
-"""What a task is, an evaluation set that scores an embedding function; and what the kinds of tasks share.
+"""The definition of a task, which is an evaluation set that scores an embedding function, and code that tasks share.
 
-A new kind is a class that derives from `EvaluationTask`. Every rank calls a task's `score`, encodes its share of the texts by
-`embed_on_all_ranks`, and gets the same result. Metrics are x 100, but for alignment, uniformity and thresholds.
+A new kind of task is a class that derives from `EvaluationTask`. Every rank calls the `score` of a task, encodes its share of
+the texts with `embed_on_all_ranks`, and gets the same result. Metrics are x 100, except alignment, uniformity and thresholds.
 
-Metrics of one name are averaged over the sets, so a kind gives its metrics names that no other kind has, unless they mean the
-same: `triplet_accuracy` is not the `accuracy` of zero-shot classification, nor `rerank_map` a `map@100`.
+Metrics with the same name are averaged over the evaluation sets. So two kinds of tasks may use the same metric name only if the
+metrics mean the same: `triplet_accuracy` is not the `accuracy` of zero-shot classification, and `rerank_map` is not `map@100`.
 
-Shapes: N texts, D wide.
+Shapes: N texts, embeddings of dimension D.
 """
 
 import math
@@ -21,45 +21,45 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import unit
 from hf_embed.progress import progress_bar
 
-THRESHOLD = "_threshold"  # the end of the names of cosines that are reported beside a score, and are none
+THRESHOLD = "_threshold"  # ends the names of reported cosine thresholds, which are not scores
 NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
 
 
 class Embed(Protocol):
-    """What a task scores: a function from texts to vectors."""
+    """The function that a task scores: it maps texts to embeddings."""
 
     def __call__(self, texts: list[str], prompt_name: str | None = None, /) -> Tensor:
-        """Return the vectors (N, D) of texts; `prompt_name` is "query", "document", another prompt of the model, or None."""
+        """Return the embeddings (N, D) of texts. `prompt_name` is "query", "document", another prompt of the model, or None."""
         ...
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What the trainer and the recipes ask of an evaluation set; any object that has it will do."""
+    """The interface of an evaluation set for the trainer and the recipes. Any object with these members is a task."""
 
     @property
     def kind(self) -> str:
-        """Where its results stand in results.json: "sts", "retrieval", "zero_shot", "triplet" ..."""
+        """The key of its results in results.json: "sts", "retrieval", "zero_shot", "triplet" ..."""
         ...
 
     @property
     def main(self) -> str:
-        """The metric that chooses a checkpoint where nothing else is said."""
+        """The metric that selects the best checkpoint by default."""
         ...
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """The metrics that results.json keeps."""
+        """The metrics that results.json stores."""
         ...
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return metrics by name."""
+        """Return the metrics by name."""
         ...
 
 
 @runtime_checkable
 class LogsMore(Protocol):
-    """A task that logs other metrics than those it reports, and says which."""
+    """A task that also logs metrics that it does not report."""
 
     @property
     def logged(self) -> Sequence[str]:
@@ -68,7 +68,7 @@ class LogsMore(Protocol):
 
 
 class EvaluationTask:
-    """The base of tasks: what `score` returns is what is reported, unless `logged` says more.
+    """The base class of tasks. `score` returns the metrics in `reported`, unless `logged` lists more.
 
     @dataclass
     class Lengths(EvaluationTask):
@@ -87,19 +87,19 @@ class EvaluationTask:
 
     @property
     def logged(self) -> Sequence[str]:
-        """All metrics that `score` returns; `metric_for_best_model` may name one of them."""
+        """All metrics that `score` returns. `metric_for_best_model` may name any of them."""
         return self.reported
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return metrics by name, the same on every rank."""
+        """Return the metrics by name, the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__}.score")
 
 
 def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
-    """Return NAME_METRIC for every metric of every task; and METRIC, its mean over the tasks that have it (NaN aside).
+    """Return NAME_METRIC for every metric of every task, and METRIC as its mean over the tasks that have it (ignoring NaN).
 
     Raises:
-        InputError: two of these would have one name.
+        InputError: if two of these metrics would have the same name.
     """
     check_names(tasks)
     metrics: dict[str, float] = {}
@@ -114,7 +114,7 @@ def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
 
 
 def score_table(scores: Mapping[str, float], tasks: Mapping[str, Task]) -> list[str]:
-    """Return tables for people of what `score_tasks` returns, one for the tasks that report the same metrics."""
+    """Return the results of `score_tasks` as the lines of readable tables, one for all tasks that report the same metrics."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, task in tasks.items():
         alike.setdefault(task.reported, []).append(name)
@@ -132,16 +132,16 @@ def score_table(scores: Mapping[str, float], tasks: Mapping[str, Task]) -> list[
 
 
 def main_metric(tasks: Mapping[str, Task]) -> str:
-    """Return the mean that stands for all tasks: Spearman if there is an STS set, else the first task's."""
+    """Return the metric that represents all tasks: Spearman if there is an STS task, otherwise that of the first task."""
     kinds = {task.kind: task.main for task in tasks.values()}
     return kinds.get("sts") or next(iter(kinds.values()))
 
 
 def metric_names(tasks: Mapping[str, Task]) -> set[str]:
-    """Return the names under which `score_tasks` gives metrics, as far as the tasks say what they log; thresholds are none.
+    """Return the names of the metrics that `score_tasks` returns, without thresholds, as far as the tasks declare them.
 
     Raises:
-        InputError: two metrics would have one name.
+        InputError: if two metrics would have the same name.
     """
     check_names(tasks)
     names = set()
@@ -152,14 +152,15 @@ def metric_names(tasks: Mapping[str, Task]) -> set[str]:
 
 
 def logged_by(task: Task) -> set[str]:
-    """Return the metrics that a task says it logs."""
+    """Return the names of the metrics that a task declares."""
     return {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())}
 
 
 def check_names(tasks: Mapping[str, Task]) -> None:
-    """Raise InputError where a set's name makes NAME_METRIC the name of another metric.
+    """Raise InputError if NAME_METRIC of an evaluation set is also the name of another metric.
 
-    The accuracy of a set that is named triplet would be triplet_accuracy, which is the mean over the sets of triplets.
+    For example, the accuracy of an evaluation set named "triplet" would be triplet_accuracy. But this is also the name of the
+    mean over all evaluation sets of triplets.
     """
     taken = {metric for task in tasks.values() for metric in logged_by(task)}
     for name, task in tasks.items():
@@ -170,10 +171,13 @@ def check_names(tasks: Mapping[str, Task]) -> None:
 
 
 def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> Iterator[Tensor]:
-    """Yield vectors, a tensor (up to `batch`, D) at a time, of texts rank, rank + ranks, rank + 2 * ranks ..."""
+    """Yield the embeddings of this rank's texts, which have the indices rank, rank + ranks, rank + 2 * ranks ...
+
+    Each yielded tensor has the shape (up to `batch`, D).
+    """
     rank, ranks = get_rank(), get_world_size()
     own = texts[rank::ranks]
-    # Every rank makes the same number of calls: under FSDP a call is a collective.
+    # Every rank makes the same number of calls, because with FSDP each call runs collectives.
     calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
     with progress_bar(total=len(own), desc="Encoding", unit="text") as bar:
         for i in range(calls):
@@ -183,7 +187,7 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
 
 
 def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> np.ndarray:
-    """Return the vectors (N, D) of all texts, on every rank; each rank encodes its share."""
+    """Return the embeddings (N, D) of all texts on every rank. Each rank encodes its share."""
     vectors = np.concatenate([part.cpu().numpy() for part in embed_own_share(texts, embed, prompt_name, batch)])
     everyone = np.empty((len(texts), vectors.shape[1]), vectors.dtype)
     for rank, part in enumerate(gather_objects(vectors)):
@@ -192,9 +196,9 @@ def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None =
 
 
 def embed_once(texts: Sequence[str], embed: Embed, prompt_name: str | None = None) -> Callable[[Sequence[str]], np.ndarray]:
-    """Encode each different text once, and return a function from n of the texts to their unit vectors, (n, D).
+    """Encode each different text once, and return a function that maps n of the texts to normalized embeddings (n, D).
 
-    So equal texts have equal vectors to the last bit, and their cosines are equal.
+    So equal texts have exactly equal embeddings and cosines.
     """
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     vectors = embed_on_all_ranks(list(place), embed, prompt_name)
@@ -208,7 +212,10 @@ def pair_cosines(
     second_vectors: Callable[[Sequence[str]], np.ndarray],
     block: int = 4096,
 ) -> np.ndarray:
-    """Return the cosines (P,) of P pairs of texts, a block at a time; the vectors as `embed_once` gives them."""
+    """Return the cosines (P,) of P pairs of texts, computed block by block.
+
+    `first_vectors` and `second_vectors` map texts to their normalized embeddings, as the functions from `embed_once` do.
+    """
     parts = []
     for i in range(0, len(first), block):
         parts.append((first_vectors(first[i : i + block]) * second_vectors(second[i : i + block])).sum(-1))

@@ -1,6 +1,6 @@
 """Triplets: is the anchor nearer to its positive than to its negative?
 
-Shapes: T triplets, D wide.
+Shapes: T triplets.
 """
 
 import logging
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Triplets(EvaluationTask):
-    """Anchors, and of each a text that is near and one that is far; sentence-transformers calls it TripletEvaluator.
+    """Anchors, each with a near text and a distant text, like sentence-transformers' TripletEvaluator.
 
-    Anchors are encoded with the model's prompt "query", the others with its prompt "document".
+    Anchors are encoded with the model's prompt "query", the other texts with its prompt "document".
 
     Args:
         anchors, positives, negatives: T texts each.
 
     Raises:
-        InputError: the lists differ in length or are empty, or a text is empty.
+        InputError: if the lists differ in length or are empty, or a text is empty.
     """
 
     anchors: Sequence[str]
@@ -46,9 +46,10 @@ class Triplets(EvaluationTask):
         self.anchors, self.positives, self.negatives = text_lists(lists, "Triplets")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return triplet_accuracy x 100: of how many triplets the positive's cosine is above the negative's. Equal is wrong.
+        """Return triplet_accuracy x 100: the share of triplets whose positive has a higher cosine than the negative.
 
-        It is NaN, with a warning, where every positive is as near as its negative.
+        A triplet with two equal cosines counts as wrong. The metric is NaN, with a warning, if the two cosines are equal in all
+        triplets, or a cosine is not finite.
         """
         anchors = embed_once(self.anchors, embed, "query")
         documents = embed_once([*self.positives, *self.negatives], embed, "document")
@@ -62,10 +63,10 @@ class Triplets(EvaluationTask):
 def read_triplets(path: str) -> Triplets:
     """Read anchors, positives and negatives from a file or the Hub; see `hf_embed.evaluation.judged`.
 
-    A row with several positives or negatives is a triplet of each positive with each negative.
+    A row with several positives or negatives becomes one triplet for each combination of a positive and a negative.
 
     Raises:
-        InputError: a missing column, or a row without a positive or a negative.
+        InputError: if a column is missing, or a row has no positive or no negative.
     """
     triplets = []
     for number, row in enumerate(judged_rows(read_rows(path), path), 1):

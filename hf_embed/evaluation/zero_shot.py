@@ -1,6 +1,6 @@
-"""Zero-shot text classification: a text belongs to the label whose text is nearest (GTE, section 4.2).
+"""Zero-shot text classification: the predicted label is the one whose text is nearest (GTE, section 4.2).
 
-A label becomes a text by a template, "this is an example of {label}"; nothing is trained on the labels.
+A template such as "this is an example of {label}" turns a label into a text. No classifier is trained on the labels.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ZeroShot(EvaluationTask):
-    """Texts, the number of each one's label, and the labels' texts."""
+    """Texts, the index of the label of each text, and the texts of the labels."""
 
     texts: list[str]
     labels: list[int]
@@ -40,9 +40,9 @@ class ZeroShot(EvaluationTask):
             raise InputError("ZeroShot: give each text the number of its label, from 0 to one less than there are label texts")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return accuracy and f1 (the mean over labels), x 100.
+        """Return accuracy and f1 (the mean over the labels), x 100.
 
-        They are NaN, with a warning, where every text is as near to every label.
+        They are NaN, with a warning, if each text has equal cosines with all labels, or a cosine is not finite.
         """
         texts, labels = (unit(embed_on_all_ranks(part, embed)) for part in (self.texts, self.label_texts))
         cosines = texts @ labels.T  # (N, labels)
@@ -58,15 +58,16 @@ class ZeroShot(EvaluationTask):
 
 
 def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> ZeroShot:
-    """Read a file with the columns label and text, by name where there is a header, else by position.
+    """Read a file with the columns label and text, by name if there is a header, otherwise by position.
 
     Args:
-        path: csv, tsv, jsonl or parquet.
-        template: how a label's name becomes a text, with {label} in it.
-        labels_file: a JSON object {label: its name}; else a label's name is the label with spaces for underscores.
+        path: a csv, tsv, jsonl or parquet file.
+        template: the text for a label's name; it contains {label}.
+        labels_file: a JSON object {label: name}. Without it, the name is the label with spaces in place of underscores.
 
     Raises:
-        InputError: a template without {label}, missing columns, fewer than two labels, or a label without a name.
+        InputError: if the template does not contain {label}, columns are missing, a text or label is empty, there are fewer
+            than two labels, or a label has no name.
     """
     if "{label}" not in template:
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
@@ -85,7 +86,7 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
 
 
 def label_and_text(path: str) -> Dataset:
-    """Read a file's rows, with exactly the columns label and text."""
+    """Read the rows of a file, with exactly the columns label and text."""
     cells = first_cells(path)
     rows = read_file(path, header=cells is None or bool({"label", "text"} & set(cells)))
     columns = {column.lower(): column for column in rows.column_names}
@@ -103,7 +104,7 @@ def label_and_text(path: str) -> Dataset:
 
 
 def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
-    """Read the names of labels from a JSON object. Raises InputError for a label that has none."""
+    """Read the names of the labels from a JSON object. Raise InputError if a label has no name."""
     names = read_json(labels_file, (dict, list), f"--zero_shot_labels {labels_file}")
     if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
         raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
