@@ -89,8 +89,9 @@ def hands_over_scaling(kind: type[nn.Module]) -> bool:
     """Return whether the scores of an attention class are queries times keys times its `scaling`, and nothing else.
 
     This holds if the class calls transformers' attention interface exactly once, with `scaling=self.scaling`; uses
-    `self.scaling` nowhere else; passes only arguments in `HANDED_OVER`; and passes its mask on unchanged. A mask that the
-    attention computes itself may contain a bias, as in Doge, which would have to be divided by the temperature too.
+    `self.scaling` nowhere else; passes only arguments in `HANDED_OVER`; mentions no position bias, cap or sink; and passes its
+    mask on unchanged. A mask that the attention computes
+    itself may contain a bias, as in Doge, which would have to be divided by the temperature too.
     """
     try:
         forward = inspect.getsource(inspect.unwrap(kind.forward))
@@ -154,7 +155,7 @@ def attentions(model: nn.Module) -> Attentions:
             found[name] = module, handler
         elif "attention" in kind.lower() and any(True for _ in module.parameters()):
             others[name] = kind
-    for name, kind in others.items():  # a module around or inside a known attention is fine
+    for name, kind in others.items():  # a frame around an attention, or a part of a known one, is fine
         inner = any(other.startswith(f"{name}.") for other in [*found, *others])
         if not inner and not any(name.startswith(f"{known}.") for known in found):
             raise InputError(unsupported(model, kind))
