@@ -10,8 +10,7 @@
 1. Queries and documents are encoded, one shard at a time.
 2. The nearest documents of each query are found exactly, by blocked matrix products (or FAISS).
 3. The query's positives are left out. So are documents that may be unlabeled positives: those in the first ranks, and those
-that
-   score too near the positive.
+   that score too near the positive.
 
 Every shard of vectors and every block of rows is a file that is written once. So ranks share the work, and a run that was
 stopped resumes with the missing files. They are in a folder beside the output, which is removed when all is done:

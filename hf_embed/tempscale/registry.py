@@ -90,8 +90,8 @@ def hands_over_scaling(kind: type[nn.Module]) -> bool:
 
     This holds if the class calls transformers' attention interface exactly once, with `scaling=self.scaling`; uses
     `self.scaling` nowhere else; passes only arguments in `HANDED_OVER`; mentions no position bias, cap or sink; and passes its
-    mask on unchanged. A mask that the attention computes
-    itself may contain a bias, as in Doge, which would have to be divided by the temperature too.
+    mask on unchanged. A mask that the attention computes itself may contain a bias, as in Doge, which would have to be divided
+    by the temperature too.
     """
     try:
         forward = inspect.getsource(inspect.unwrap(kind.forward))
