@@ -22,7 +22,7 @@ stopped resumes with the missing files. They are in a folder beside the output, 
         rows-HASH/000000.json   the first BLOCK rows and their counts; HASH depends on the pairs and the settings
         output                  all rows; the file is renamed to mined.jsonl when it is complete
 
-False negatives are common: in a web corpus, most of the nearest "negatives" are answers that nobody has marked. By default a
+False negatives are common: in a web corpus, most of the nearest "negatives" are answers without a label. By default a
 negative may score at most 95% of the positive's score. This threshold relative to the positive is the one that NV-Retriever
 found best (https://arxiv.org/abs/2407.15831, TopK-PercPos). The margin is a share of the absolute value of the positive's
 score, so a negative score has a margin below it too.
@@ -399,6 +399,7 @@ def choose(
         counts: the number of candidates that each rule leaves out is added to these counts.
         seed: the seed of a random choice.
     """
+    # True keeps a candidate. relative_margin is TopK-PercPos of NV-Retriever: score <= (1 - margin) * positive.
     rules: dict[str, Callable[[int, float, float], bool]] = {
         "range_min": lambda rank, score, limit: rank >= limit,
         "relative_margin": lambda rank, score, limit: score <= positive - abs(positive) * limit,

@@ -42,6 +42,7 @@ def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: fl
     special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
     chosen = (torch.rand(input_ids.shape, device=input_ids.device) < share) & ~special
     labels = input_ids.masked_fill(~chosen, -100)
+    # Devlin et al. (2019), section 3.1: fate below 0.8 is [MASK], 0.8 to 0.9 stays, from 0.9 on is a random token.
     fate = torch.rand(input_ids.shape, device=input_ids.device)
     masked = input_ids.masked_fill(chosen & (fate < 0.8), tokenizer.mask_token_id)
     replaced = chosen & (fate >= 0.9)

@@ -194,7 +194,7 @@ def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tenso
 
 
 def find_pooling(mode: str, layers: tuple[int, int] | None = None, model_pooler: bool = False) -> str | None:
-    """Return the pooling of a saved encoder that sentence-transformers calls `mode` (flag or name); None if none."""
+    """Return the saved pooling that sentence-transformers calls `mode` (flag or name); None if there is none."""
     for entry in POOLINGS.values():
         same = (entry.layers, entry.model_pooler, entry.saved_as) == (layers, model_pooler, None)
         if same and mode in (entry.flag, entry.mode):

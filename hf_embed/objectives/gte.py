@@ -183,6 +183,7 @@ def tile_loss(
 
     If `gradients` is given, add the gradients with respect to the first three arguments to it.
     """
+    # The improved contrastive loss of arXiv 2308.03281, with log Z_i as a logsumexp over the terms of each direction.
     sides = candidates_of(queries, documents, ids, rows)
     tile = slice(rows.start, rows.stop)
     tile_ids = RowIds(ids.texts[tile], None if ids.others is None else ids.others[tile])

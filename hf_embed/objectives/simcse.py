@@ -95,7 +95,7 @@ class SimCSE(ContrastiveObjective):
         # Candidates: all positives, then all first negatives, then all second negatives, and so on.
         candidates = F.normalize(by_view(all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
         logits = anchors @ candidates.T / (self.temperature if temperature is None else temperature)  # (B, (V - 1) * N)
-        if self.hard_negative_weight:
+        if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
             weights = torch.zeros_like(logits)
             for negative in range(1, all_embeddings.shape[1] - 1):
                 weights[own_rows, negative * len(all_embeddings) + labels] = self.hard_negative_weight
@@ -108,6 +108,7 @@ class SimCSE(ContrastiveObjective):
             partners[:, 0] = all_text_ids[:, 0]
             partners = by_view(partners)
         dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners, other_ids=others)
+        # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate has the logit -inf.
         return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), labels)
 
 

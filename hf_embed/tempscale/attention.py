@@ -263,7 +263,7 @@ class Divide:
         divisor: float | Tensor = self.temperature
         if self.lengths is not None:
             divisor = divisor * self.lengths.factor(output)
-        if self.part is None:
+        if self.part is None:  # (Q / t) K' = Q K' / t: equation 6 of the paper without a change of the attention code
             return output / divisor
         return torch.where(self.part(output.shape[-1], output.device), output / divisor, output)
 

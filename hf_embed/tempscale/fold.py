@@ -6,6 +6,8 @@ With ' for the transpose, W and b the weight and bias of the query projection, a
 
 This also holds with rotary position embeddings, because a rotation of the queries commutes with the division. If a norm follows
 the projection, its weight is divided instead.
+
+Shapes: a weight is (out, in) or, of a norm, (out,); a bias is (out,). `out` is the width of a submodule's output.
 """
 
 from collections.abc import Callable, Mapping
@@ -112,7 +114,7 @@ def check_foldable(model: nn.Module) -> None:
 
 
 def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: dict[str, float]) -> str | None:
-    """Return the name of a number or table that layers share, so that it holds only one temperature; None if none."""
+    """Return the name of a number or table that several layers share, if it can hold one temperature only; else None."""
     attributes = {handler.attribute for _, handler in found.values() if handler.attribute}
     shared = {attribute for attribute in attributes if getattr(model.config, attribute, None)}
     tables = bias_tables(model, found, temperatures)
@@ -171,7 +173,7 @@ def divided(
         if not tensor.is_floating_point():
             raise InputError(f"{name} holds quantised weights ({tensor.dtype}) and cannot be folded; load it in floating point")
         offset = norm_offset if key == "weight" else 0.0
-        new = (tensor + offset) / temperature - offset
+        new = (tensor + offset) / temperature - offset  # so that offset + new = (offset + old) / t
         if part is not None:
             chosen = part(len(tensor), tensor.device)
             new = torch.where(chosen.view(-1, *[1] * (tensor.dim() - 1)), new, tensor)

@@ -12,6 +12,8 @@ A class is one line here. A user registers another class by one line in a script
 
 A class without a line can still be scaled, but not folded, if it leaves its scores to transformers' attention interface. Then
 the `scaling` that it passes to the interface is divided, on any backend.
+
+Shapes: `width` is the size of the last dimension of a submodule's output.
 """
 
 import ast
