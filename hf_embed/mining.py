@@ -399,7 +399,7 @@ def choose(
         counts: the number of candidates that each rule leaves out is added to these counts.
         seed: the seed of a random choice.
     """
-    # True keeps a candidate. relative_margin is TopK-PercPos of NV-Retriever: score <= (1 - margin) * positive.
+    # True keeps a candidate. relative_margin is TopK-PercPos: score <= (1 - margin) * positive, for a positive score above 0.
     rules: dict[str, Callable[[int, float, float], bool]] = {
         "range_min": lambda rank, score, limit: rank >= limit,
         "relative_margin": lambda rank, score, limit: score <= positive - abs(positive) * limit,
