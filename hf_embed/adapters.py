@@ -1,7 +1,7 @@
-"""PEFT adapters around a model (`get_peft_model`) or within it (`model.add_adapter`, `inject_adapter_in_model`).
+"""Support for PEFT adapters around a model (`get_peft_model`) or inside it (`model.add_adapter`, `inject_adapter_in_model`).
 
-A saved folder is an ordinary checkpoint, so adapters are merged into a copy of the weights. What cannot be merged is refused
-before the training: prompts and prefixes are no weights, and quantised weights would round the adapters away.
+A saved folder is an ordinary checkpoint, so adapters are merged into a copy of the weights. Adapters that cannot be merged are
+refused before the training: prompts and prefixes are not weights, and quantized weights would lose the adapters by rounding.
 """
 
 import copy
@@ -14,12 +14,12 @@ from hf_embed.library_internals import forget_adapters
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Return whether PEFT has put adapters around `model` or within it."""
+    """Return whether PEFT has put adapters around `model` or inside it."""
     return hasattr(model, "peft_config")
 
 
 def check_adapters(model: PreTrainedModel) -> None:
-    """Raise InputError, naming their kind, if the adapters of `model` cannot be merged into its weights."""
+    """Raise InputError, with the kind of the adapters, if they cannot be merged into the weights of `model`."""
     if not has_adapters(model):
         return
     check_kinds(model)
@@ -36,10 +36,10 @@ def check_adapters(model: PreTrainedModel) -> None:
 
 
 def check_kinds(model: PreTrainedModel) -> None:
-    """Raise InputError for adapters that are no weights at all, and for adapters of several kinds.
+    """Raise InputError for adapters that are not weights, and for adapters of several kinds.
 
-    Prompts, prefixes and gates that depend on the text are no weights. A model with adapters of several kinds does not show
-    the model within it.
+    Prompts, prefixes and gates that depend on the text are not weights. A model with adapters of several kinds does not give
+    access to the model inside it.
     """
     if type(model).__name__ == "PeftMixedModel":
         raise InputError("PeftMixedModel is not supported; take adapters of one kind: get_peft_model without mixed=True")
@@ -60,9 +60,9 @@ def unmergeable(model: PreTrainedModel, reason: str = "") -> InputError:
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Merge the active adapters of `model` into its weights, in place, drop the others, and return the model without adapters.
+    """Merge the active adapters of `model` into its weights in place, drop the others, and return the model without adapters.
 
-    Adapters that are switched off (`disable_adapters`) are dropped, for the model computes without them.
+    Adapters that are switched off (`disable_adapters`) are dropped too, because the model computes without them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -70,7 +70,7 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):
         wrapper: Any = model  # a PeftModel
         return wrapper.unload() if disabled else wrapper.merge_and_unload()
-    adapted: dict[str, Any] = {}  # outermost first: what is within an adapted module goes with it
+    adapted: dict[str, Any] = {}  # only outermost modules: each is replaced with all that it contains
     for name, module in model.named_modules():
         is_adapter = isinstance(module, BaseTunerLayer) or hasattr(module, "unload_and_optionally_merge_module")
         if is_adapter and not any(name.startswith(f"{outer}.") for outer in adapted):

@@ -1,6 +1,7 @@
-"""Encoder: a backbone, a pooling and a tokenizer; texts in, vectors out.
+"""The `Encoder`: a backbone, a pooling and a tokenizer, which turn texts into vectors.
 
-Shapes: N texts, S tokens in all; a chunk has b texts of T tokens; D is the width of an embedding.
+Shapes: N texts with S tokens in all; a chunk has b texts padded to T tokens; D is the width of an embedding, and `width` the
+width of a hidden state.
 """
 
 import contextlib
@@ -39,9 +40,9 @@ from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matri
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
-# Padded tokens a chunk may have. A GPU wants large chunks; a CPU is fastest when a chunk's activations stay in its cache.
+# Largest number of padded tokens in a chunk. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
-# The same without a backward pass, where a CPU has smaller things to keep.
+# The same for `encode`, which has no backward pass. There smaller chunks are fastest on a CPU.
 ENCODE_CHUNK_TOKENS = {"cpu": 1024, "default": 16384}
 
 
@@ -49,21 +50,24 @@ class Encoder(nn.Module):
     """A text encoder with its pooling.
 
     Args:
-        backbone: any `PreTrainedModel` (or a PEFT model around one) whose first output is the token states.
-        tokenizer: its tokenizer.
+        backbone: any `PreTrainedModel` (or a PEFT model around one) whose first output is the hidden states of the tokens.
+        tokenizer: the tokenizer of the backbone.
         pooling: one of `hf_embed.pooling.POOLINGS`.
-        max_length: tokens a text may have; default: what the model has positions for, at most 512.
-        normalize: give unit vectors from `encode` (and from every loader of the saved folder).
-        prompts: {"query": ..., "document": ...}: text put before queries and documents.
-        dense: layers behind the pooling. `AutoModel` knows nothing of them: the card says how to load them.
-        truncate_dim: `encode` gives the first so many numbers of a vector, not normalised again; training uses all.
-        similarity_fn_name: what `similarity` computes: cosine, dot, euclidean or manhattan (the last two negated distances).
-            Training and the evaluations of this package compare by the cosine, whatever it is.
-        default_prompt_name: the prompt that `encode` puts before texts when it is given no `prompt_name`.
+        max_length: the largest number of tokens of a text. Default: the number of positions of the model, at most 512, and at
+            most the tokenizer's `model_max_length`.
+        normalize: return unit vectors from `encode`, and from every loader of the saved folder.
+        prompts: {"query": ..., "document": ...}: texts that are put before queries and documents.
+        dense: layers after the pooling. `AutoModel` does not load them; the model card says how to.
+        truncate_dim: `encode` returns only this many leading numbers of each vector and does not normalize again after the cut.
+            Training uses all numbers.
+        similarity_fn_name: what `similarity` computes: cosine, dot, euclidean or manhattan (the last two are negated
+            distances). Training and the evaluations of this package always compare by the cosine.
+        default_prompt_name: the prompt that `encode` puts before texts if it is called without `prompt_name`.
 
     Raises:
-        InputError: unknown pooling, similarity or default prompt; a pooling the architecture cannot compute; `max_length` above
-            the model's positions; a `truncate_dim` that is no positive integer.
+        InputError: if the pooling, the similarity or the default prompt is unknown; if the architecture cannot compute the
+            pooling; if `max_length` exceeds the model's positions; if `truncate_dim` is not a positive integer; or if the model
+            fails the check of `hf_embed.forward_check`.
     """
 
     backbone: PreTrainedModel  # or a PEFT model around one
@@ -97,7 +101,7 @@ class Encoder(nn.Module):
         self.truncate_dim = truncate_dim
         self.similarity_fn_name = similarity_fn_name
         self.default_prompt_name = default_prompt_name
-        self.prompt()  # is the default one there?
+        self.prompt()  # raises InputError if the default prompt does not exist
         self.config.use_cache = False
         if POOLINGS[pooling].model_pooler and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
@@ -110,46 +114,46 @@ class Encoder(nn.Module):
         self.max_length = check_max_length(max_length, self.positions, tokenizer)
 
     def check_forward(self) -> None:
-        """Check that training and inference compute one function, and measure its width; see `hf_embed.forward_check`."""
+        """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
         measured = measure(self)
         self.width, self.positions = measured.width, measured.positions
 
     @property
     def base(self) -> PreTrainedModel:
-        """The backbone without PEFT's wrapping."""
+        """The backbone without the PEFT wrapper."""
         return base_of(self.backbone)
 
     @property
     def config(self) -> PretrainedConfig:
-        """The backbone's configuration."""
+        """The configuration of the backbone."""
         return self.base.config
 
     @property
     def remote_code(self) -> bool:
-        """Whether code of the model's own is at work, which loaders run only with `trust_remote_code=True`."""
+        """Whether the model brings its own Python code, which loaders run only with `trust_remote_code=True`."""
         return is_remote(self.base) or is_remote(self.config) or is_remote(self.tokenizer)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are (the first of them)."""
+        """The device of the weights (of the first parameter)."""
         return next(self.backbone.parameters()).device
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, beside backbone and tokenizer, that make such an encoder."""
+        """The arguments, except backbone and tokenizer, that create an equal encoder."""
         names = ["pooling", "max_length", "normalize", "prompts", "truncate_dim", "similarity_fn_name", "default_prompt_name"]
         return {name: getattr(self, name) for name in names} | {"dense": list(self.dense)}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the backbone's weights (the first of them in floating point)."""
+        """The precision of the backbone's weights (of the first floating-point parameter)."""
         return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
 
     def prompt(self, name: str | None = None) -> str:
-        """Return the text that goes before texts: the prompt of that name, or the default one; "" if there is neither.
+        """Return the text to put before texts: the prompt of this name, else the default prompt; "" if there is none.
 
         Raises:
-            InputError: a name, other than query and document, of which the model has no prompt.
+            InputError: if the name is neither query nor document, and the model has no prompt of this name.
         """
         name = self.default_prompt_name if name is None else name
         if name is None:
@@ -160,29 +164,29 @@ class Encoder(nn.Module):
 
     @property
     def dimension(self) -> int:
-        """The length of a vector from `encode`."""
+        """The width of a vector from `encode`."""
         return min(self.full_dimension, self.truncate_dim or self.full_dimension)
 
     @property
     def full_dimension(self) -> int:
-        """D, the length of an embedding in training."""
+        """D, the width of an embedding in training."""
         last = self.dense[-1] if len(self.dense) else None
         return last.linear.out_features if isinstance(last, Dense) else self.width
 
     def pool(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
-        """Pool the token states of a chunk.
+        """Pool the hidden states of a chunk.
 
         Args:
             input_ids: (b, T) padded token ids.
             mask: (b, T) 1 on tokens and 0 on padding.
-            words: (b, T, width) these tokens' rows of the word table, if they have been read already.
-            further: what else the tokenizer returns, by name.
+            words: (b, T, width) the rows of the word table for these tokens, if they have been read already.
+            further: other outputs of the tokenizer, by name.
 
         Returns:
             (b, width)
 
         Raises:
-            InputError: the model's first output is not the states of these tokens.
+            InputError: if the first output of the model is not one hidden state per token.
         """
         entry = POOLINGS[self.pooling]
         everything = entry.layers is not None
@@ -199,7 +203,7 @@ class Encoder(nn.Module):
         return pool(self.pooling, states, mask)
 
     def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
-        """Return embeddings (b, D), the pooled states after the layers behind the pooling; arguments as for `pool`."""
+        """Return embeddings (b, D): pool the hidden states and apply the layers after the pooling. Arguments as for `pool`."""
         return self.dense(self.pool(input_ids, mask, words, **further))
 
     def forward(
@@ -214,16 +218,16 @@ class Encoder(nn.Module):
         """Embed a flat batch, chunk by chunk.
 
         Args:
-            input_ids: (S,) the tokens of all texts, one text behind the other.
-            lengths: the tokens of each text, N numbers that sum to S.
-            chunk_tokens: padded tokens of a chunk; see `hf_embed.chunking`.
-            gradient_caching: compute a chunk again in the backward pass instead of keeping its activations.
-            sharded: each layer is a collective (FSDP, ZeRO), so that ranks make equally many chunks, and each chunk reads the
-                word table inside the model.
-            embed: what embeds a chunk; default: `self.embed`. Training has a head there.
+            input_ids: (S,) the tokens of all texts, one text after the other.
+            lengths: the number of tokens of each text: N numbers that sum to S.
+            chunk_tokens: largest number of padded tokens in a chunk; see `hf_embed.chunking`.
+            gradient_caching: recompute each chunk in the backward pass instead of keeping its activations.
+            sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
+                chunks, and each chunk reads the word table inside the model.
+            embed: the function that embeds a chunk; default: `self.embed`. Training passes one that includes its head.
 
         Returns:
-            {"embeddings": (N, D)}, not normalised.
+            {"embeddings": (N, D)}, not normalized.
         """
         words = self.word_table if torch.is_grad_enabled() and not sharded else None
         embeddings = encode_in_chunks(
@@ -240,7 +244,7 @@ class Encoder(nn.Module):
 
     @property
     def word_table(self) -> nn.Embedding | None:
-        """The model's table of token embeddings, if it is an ordinary one."""
+        """The model's table of token embeddings, or None if it is not an `nn.Embedding`."""
         return word_table(self.base)
 
     def encode(
@@ -260,35 +264,36 @@ class Encoder(nn.Module):
         precision: str = "float32",
         **others: Any,
     ) -> np.ndarray | Tensor:
-        """Encode texts, as trained.
+        """Encode texts in the same way as in training.
 
         Args:
-            texts: one text, or N of them; mteb gives its batches.
-            prompt_name: "query", "document" or another name in `prompts`: put that prompt, if the model has it, before each
-                text. Without a name it is the default prompt, if the model has one.
-            batch_size: texts tokenized at a time; memory depends on `chunk_tokens`, not on this.
-            convert_to_tensor: give a tensor on the model's device instead of an array.
-            show_progress_bar: of the texts, on the console.
-            chunk_tokens: padded tokens that go through the model at once. Default: 1024 on a CPU, 16384 elsewhere.
-            prompt_type: with mteb's batches in place of texts, mteb's word for prompt_name.
-            prompt: a text to put before each text, in place of a prompt of the model.
-            truncate_dim: give the first so many numbers of a vector; default: the model's own `truncate_dim`.
-            normalize: True gives unit vectors, also where they are truncated; False leaves them as they are pooled. Default: as
-                the model was saved, normalised or not, and truncated after that.
-            device: where to compute. The model is moved to a single device, and stays there; a list of devices shares the
-                texts, and each but the model's own has a copy of the model for this call.
+            texts: one text, or N texts, or the batches that mteb passes.
+            prompt_name: "query", "document" or another name in `prompts`: the prompt of this name is put before each text, if
+                the model has it. Default: the model's default prompt, if it has one.
+            batch_size: texts that are tokenized at a time. Memory depends on `chunk_tokens`, not on this number.
+            convert_to_tensor: return a tensor on the model's device instead of an array.
+            show_progress_bar: show a progress bar that counts texts.
+            chunk_tokens: padded tokens that go through the model at once. Default: 1024 on a CPU, 16384 on other devices.
+            prompt_type: mteb's name for `prompt_name`; used only if `texts` are mteb's batches.
+            prompt: a text to put before each text instead of one of the model's prompts.
+            truncate_dim: return only this many leading numbers of a vector; default: the model's own `truncate_dim`.
+            normalize: True returns unit vectors, also after truncation. False returns the pooled vectors. Default: as the model
+                was saved, normalized or not, and then truncated.
+            device: where to compute. A single device: the model moves there and stays there. A list of devices: they share the
+                texts, and each device except the model's own holds a copy of the model during this call.
             precision: one of `hf_embed.vectors.PRECISIONS`: float32, int8, or the packed signs binary and ubinary.
-            others: convert_to_numpy and output_value, as sentence-transformers has them by default; with mteb's batches what
-                else mteb says of them, which has no effect.
+            others: convert_to_numpy and output_value, with the default values of sentence-transformers; with mteb's batches,
+                the further arguments of mteb, of which only task_metadata is read.
 
         Returns:
-            (N, D) in float32, or (D,) for a single text; int8 with precision int8; (N, D / 8) of packed signs, in int8
-            (binary) or uint8 (ubinary).
+            (N, D) in float32, or (D,) for a single text; int8 with precision int8; (N, D / 8) packed signs, in int8 (binary) or
+            uint8 (ubinary).
 
         Raises:
-            InputError: an unknown prompt, an entry that is no text, or a text without a token; a `truncate_dim` that the model
-                does not have; a precision whose vectors could not be compared as the model's are; a device that is not here.
-            TypeError: an unknown argument.
+            InputError: if a prompt is unknown, an entry is not a text or a text has no token; if the model's vectors have fewer
+                than `truncate_dim` numbers; if vectors of this precision could not be compared by the model's similarity; if a
+                device does not exist on this machine.
+            TypeError: if an argument is unknown.
         """
         if isinstance(texts, DataLoader):
             from hf_embed.evaluation.mteb import texts_and_prompt
@@ -319,50 +324,50 @@ class Encoder(nn.Module):
         return result[0] if isinstance(texts, str) else result
 
     def encode_query(self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any) -> np.ndarray | Tensor:
-        """Encode queries: `encode`, whose arguments these are, with the prompt "query", if the model has one."""
+        """Encode queries: like `encode`, but with the prompt "query" by default, if the model has one."""
         return self.encode(texts, prompt_name or "query", **options)
 
     def encode_document(
         self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any
     ) -> np.ndarray | Tensor:
-        """Encode documents: `encode`, whose arguments these are, with the prompt "document", if the model has one."""
+        """Encode documents: like `encode`, but with the prompt "document" by default, if the model has one."""
         return self.encode(texts, prompt_name or "document", **options)
 
     def finish(self, embeddings: Tensor, truncate_dim: int | None = None, normalize: bool | None = None) -> Tensor:
-        """Turn embeddings (N, D) into what `encode` gives: unit vectors where the model normalises, cut to `truncate_dim`.
+        """Turn embeddings (N, D) into the vectors of `encode`: normalize them if the model does, and truncate them.
 
-        The arguments are those of `encode`, in place of the model's own settings.
+        `truncate_dim` and `normalize` are arguments of `encode`; they replace the model's own settings.
         """
-        as_saved = self.normalize if normalize is None else False  # True normalises once, after the cut
+        as_saved = self.normalize if normalize is None else False  # normalize=True normalizes only once, after the cut
         vectors = F.normalize(embeddings, dim=-1) if as_saved else embeddings
         vectors = vectors[:, : truncate_dim or self.truncate_dim]
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
     def similarity(self, a: Vectors, b: Vectors, precision: str | None = None) -> Tensor:
-        """Compare all vectors of `a`, (N, D), with all of `b`, (M, D), by `similarity_fn_name`: (N, M).
+        """Compare all vectors of `a`, (N, D), with all vectors of `b`, (M, D), by `similarity_fn_name`: (N, M).
 
-        Vectors of another precision than float32 are compared by the cosine, also with those in float32; packed signs as
-        numbers of 1 and -1, whose cosine is 1 - 2 * Hamming distance / D. They are known by their type and their width; int8
-        vectors of a `truncate_dim` of the call may need a word.
+        Vectors of any other precision than float32 are compared by the cosine, also with float32 vectors. Packed signs count as
+        numbers of 1 and -1, whose cosine is 1 - 2 * Hamming distance / D. The precision is inferred from the data type and the
+        width. For int8 vectors that were encoded with their own `truncate_dim` it may have to be given.
 
         Args:
-            a: what `encode` gave.
-            b: the same.
-            precision: int8 or binary, of int8 vectors.
+            a: vectors from `encode`.
+            b: vectors from `encode`.
+            precision: int8 or binary, the precision of int8 vectors.
 
         Raises:
-            InputError: different widths, or int8 vectors that may be packed or not.
+            InputError: if the widths differ, or int8 vectors may be packed or not.
         """
         first, second, compare = self.comparable(a, b, precision)
         return compare(first, second)
 
     def similarity_pairwise(self, a: Vectors, b: Vectors, precision: str | None = None) -> Tensor:
-        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,); the rest is as in `similarity`."""
+        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,). Otherwise as `similarity`."""
         first, second, compare = self.comparable(a, b, precision)
         return compare(first.unsqueeze(1), second.unsqueeze(1))[:, 0, 0]
 
     def comparable(self, a: Vectors, b: Vectors, precision: str | None) -> tuple[Tensor, Tensor, Compare]:
-        """Return vectors in float32, and what compares them."""
+        """Return both arguments as float32 vectors, and the function that compares them."""
         both, name = [], self.similarity_fn_name
         for vectors in map(as_matrix, (a, b)):
             kind = precision_of(vectors, self.dimension, self.full_dimension, precision)
@@ -373,17 +378,17 @@ class Encoder(nn.Module):
 
     @property
     def mteb_model_meta(self) -> "ModelMeta":
-        """What mteb wants to know of a model; see `hf_embed.evaluation.mteb`."""
+        """The description of the model that mteb asks for; see `hf_embed.evaluation.mteb`."""
         from hf_embed.evaluation.mteb import model_meta
 
         return model_meta(self)
 
     def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
-        """Write a plain checkpoint; see `hf_embed.checkpoint.save`.
+        """Write an ordinary checkpoint; see `hf_embed.checkpoint.save`.
 
         Raises:
-            ExportError: other loaders would give other vectors.
-            DiskError: the disk is full, or something may not be written. What was in the folder is whole.
+            ExportError: if other loaders would compute other vectors.
+            DiskError: if the disk is full or a file may not be written. The previous content of the folder is then unchanged.
         """
         from hf_embed.checkpoint.save import save_encoder
 
@@ -400,22 +405,21 @@ class Encoder(nn.Module):
         trust_remote_code: bool = False,
         **model_kwargs: Any,
     ) -> "Encoder":
-        """Load a folder or Hub model: one of this package, sentence-transformers' or any `AutoModel`.
+        """Load a folder or Hub model: one of this package, one of sentence-transformers, or any `AutoModel`.
 
-        All settings come from the sentence-transformers files beside the weights. Without such files pooling is mean (last for
-        a causal language model), and texts are cut after 512 tokens at most.
+        All settings come from the sentence-transformers files beside the weights. Without such files the pooling is mean (last
+        for a causal language model), and texts are truncated to at most 512 tokens.
 
         Args:
             name_or_path: a folder, or OWNER/NAME on the Hub.
-            pooling: in place of the folder's own.
-            max_length: the same.
-            normalize: the same.
-            trust_remote_code: run the Python code that the model brings, where it has its own architecture.
-            model_kwargs: for `AutoModel.from_pretrained`.
+            pooling: replaces the pooling of the folder.
+            max_length: replaces the maximum length of the folder.
+            normalize: replaces the setting of the folder.
+            trust_remote_code: run the Python code that a model with its own architecture brings.
+            model_kwargs: arguments for `AutoModel.from_pretrained`.
 
         Raises:
-            InputError: the model cannot be loaded, or its files say what would give other vectors here than in
-                sentence-transformers.
+            InputError: if the model cannot be loaded, or if sentence-transformers would compute other vectors from its files.
         """
         from hf_embed.checkpoint.load import load_encoder
 
@@ -430,16 +434,18 @@ def embed_texts(
     sharded: bool = False,
     numbers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Embed texts, (N, D), through `model`: the encoder, or what has it inside (the step in training, FSDP).
+    """Embed texts, (N, D), through `model`: the encoder, or a module that contains it (the training step, FSDP).
+
+    `numbers` are the positions of the texts in the user's list, from 0. Only the error message uses them.
 
     Raises:
-        InputError: a text without a token; `numbers`, from 0, are what the message counts by.
+        InputError: if a text has no token.
     """
     texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
     rows = encoder.tokenizer(
         texts, truncation=True, max_length=encoder.max_length, return_attention_mask=False, return_token_type_ids=False
     )["input_ids"]
-    if empty := [i for i, row in enumerate(rows) if not row]:  # "" under a tokenizer without special tokens
+    if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
         number = empty[0] if numbers is None else min(numbers[i] for i in empty)
         raise InputError(f"text {number + 1} of these has no token, so it has no vector; leave empty texts out")
     flat = torch.tensor(list(itertools.chain.from_iterable(rows)), device=encoder.device)
@@ -447,17 +453,17 @@ def embed_texts(
 
 
 def default_chunk_tokens(device: torch.device) -> int:
-    """Return how many padded tokens a chunk may have where nothing is said."""
+    """Return the largest number of padded tokens in a chunk if the user sets none."""
     return DEFAULT_CHUNK_TOKENS.get(device.type, DEFAULT_CHUNK_TOKENS["default"])
 
 
 @contextlib.contextmanager
 def serve_words(table: nn.Embedding | None, input_ids: Tensor, words: Tensor | None) -> Iterator[None]:
-    """Let lookups of `input_ids` (b, T) in `table` give `words` (b, T, width), which are these rows, read before.
+    """Make lookups of `input_ids` (b, T) in `table` return `words` (b, T, width), the rows that have been read before.
 
-    Without words the model looks up for itself. In any case it gets its token ids, so whatever else it makes of them
-    (positions, masks) is as in inference. A lookup of other ids, for example of ids that the model has padded further, goes to
-    the table.
+    Without `words` the model does its own lookup. The model receives the token ids in any case, so everything else that it
+    derives from them (positions, masks) is as in inference. A lookup of other ids, for example of ids that the model has padded
+    further, still reads the table.
     """
     if table is None or words is None:
         yield

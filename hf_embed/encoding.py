@@ -1,7 +1,9 @@
-"""How `Encoder.encode` takes many texts: sorted by length, in batches, on one device or several.
+"""The parts of `Encoder.encode` that do not depend on the model: check arguments, sort by length, use one or several devices.
 
-Sorted over all texts, a batch has texts of one length, and its chunks have hardly any padding. Only the tokens of the batches
-at work are in memory.
+All texts are sorted by length before they are cut into batches. So the texts of a batch have similar lengths, and its chunks
+have hardly any padding. Only the tokens of the current batches are in memory.
+
+Shapes: N texts, n texts in a batch, D numbers per vector.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
 
 Model = TypeVar("Model", bound=nn.Module)
-# Arguments of sentence-transformers' encode, and what takes their place here.
+# Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
     "normalize_embeddings": "normalize=True or False",
     "sentences": "texts",
@@ -36,13 +38,14 @@ ELSEWHERE = {
 
 
 def check_arguments(others: Mapping[str, Any], convert_to_tensor: bool) -> None:
-    """Refuse arguments that `encode` does not have, and name what takes their place.
+    """Refuse arguments that `encode` does not have, and name their replacement.
 
-    What sentence-transformers' encode does by default is taken: convert_to_numpy=True, output_value="sentence_embedding".
+    The default values of two arguments of sentence-transformers are accepted: convert_to_numpy=True and
+    output_value="sentence_embedding".
 
     Raises:
-        InputError: a value of these two that asks for something else.
-        TypeError: an unknown argument.
+        InputError: if one of these two has another value that asks for something else.
+        TypeError: if an argument is unknown.
     """
     for name, value in others.items():
         if name == "convert_to_numpy":
@@ -57,14 +60,14 @@ def check_arguments(others: Mapping[str, Any], convert_to_tensor: bool) -> None:
 
 
 def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
-    """Raise InputError for batches or chunks that are empty."""
+    """Raise InputError unless both sizes are whole numbers of at least 1."""
     for name, size in {"batch_size": batch_size, "chunk_tokens": 1 if chunk_tokens is None else chunk_tokens}.items():
         if size not in COUNT:
             raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
 def check_prompts(prompts: Any) -> None:
-    """Raise InputError for prompts that are not texts by name."""
+    """Raise InputError if `prompts` is neither None nor a mapping from names to texts."""
     if prompts is None or (
         isinstance(prompts, Mapping) and all(isinstance(word, str) for pair in prompts.items() for word in pair)
     ):
@@ -73,11 +76,11 @@ def check_prompts(prompts: Any) -> None:
 
 
 def text_list(texts: Any) -> list[str]:
-    """Return texts as a list. Raises InputError for what is none, or has an entry that is no text."""
-    if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # iterating would give keys, or any order
+    """Return texts as a list. Raise InputError if `texts` is not a text or a collection of texts with an order."""
+    if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # would yield keys, or any order
         raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of them, or one column")
-    texts = texts.tolist() if hasattr(texts, "tolist") else texts  # arrays, columns of pandas and of datasets
-    if isinstance(texts, str):  # an array of no dimension
+    texts = texts.tolist() if hasattr(texts, "tolist") else texts  # arrays, and columns of pandas or datasets
+    if isinstance(texts, str):  # from an array without dimensions
         return [texts]
     if not isinstance(texts, list):
         if not isinstance(texts, Iterable):
@@ -97,15 +100,15 @@ def encode_by_length(
     output_device: torch.device,
     show_progress_bar: bool = False,
 ) -> Tensor:
-    """Return the vectors (N, D) of at least one text, in order, on `output_device`.
+    """Return the vectors (N, D) of N >= 1 texts, in the order of the texts, on `output_device`.
 
     Args:
-        models: one for each device; each takes the next batch when it has done one.
-        embed: `embed(model, texts, numbers)` -> (n, D); the numbers say where the texts stand among all.
-        texts: N of them.
-        batch_size: texts of a batch.
-        output_device: where the vectors go.
-        show_progress_bar: of the texts, on the console.
+        models: one model for each device. A model takes the next batch as soon as it is free.
+        embed: `embed(model, texts, numbers)` -> (n, D), where `numbers` are the positions of these texts among all texts.
+        texts: N texts.
+        batch_size: largest number of texts in a batch.
+        output_device: the device of the returned vectors.
+        show_progress_bar: show a progress bar that counts texts.
     """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -135,7 +138,10 @@ def encode_by_length(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode (no dropout) within a `with` block."""
+    """Switch a model to evaluation mode (no dropout) inside a `with` block.
+
+    A model that was in training mode before is in training mode afterwards, with all its submodules.
+    """
     was_training = model.training
     if any(module.training for module in model.modules()):
         model.eval()
@@ -147,7 +153,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
-    """Raise InputError for what `Encoder.encode` cannot give; the arguments are its own."""
+    """Raise InputError for options that `Encoder.encode` cannot fulfill; the arguments are those of `encode`."""
     most, name = encoder.full_dimension, encoder.similarity_fn_name
     if normalize not in (None, True, False):
         raise InputError(f"normalize is {normalize!r}; it must be True, False or None, which is as the model was saved")
@@ -173,7 +179,7 @@ def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool |
 
 
 def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | torch.device] | None) -> "list[Encoder]":
-    """Move an encoder to a device, or return copies on several; see `Encoder.encode`."""
+    """Return the encoder moved to one device, or one encoder per device of a list; see `Encoder.encode`."""
     if device is None:
         return [encoder]
     if isinstance(device, str | int | torch.device):
@@ -186,7 +192,7 @@ def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | t
 
 
 def usable_device(name: str | int | torch.device) -> torch.device:
-    """Return the device of a name, with its number. Raises InputError for one that is not here."""
+    """Return the device with this name, with its index. Raise InputError if this machine does not have it."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:

@@ -1,19 +1,22 @@
-"""A few short texts through a new encoder: is training's forward pass that of inference, and that of a text by itself?
+"""Check with a few short texts that a new encoder computes one function in training, in inference and for a text alone.
 
-The contract: a text's vector depends on that text alone, and every path that computes it gives the same one. Some
-architectures break it (FNet, Nystromformer, Funnel and others read padding; Reformer and YOSO draw random hashes), and a loss
-that falls shows nothing of it. So an encoder computes three texts of unequal length, without dropout, in three ways:
+The contract: the vector of a text depends only on this text, and every code path computes the same vector. Some architectures
+break the contract: FNet, Nystromformer, Funnel and others read padding; Reformer and YOSO draw random hashes. The loss does not
+show it, because it falls all the same. Therefore an encoder computes three texts of different lengths, without dropout, in
+three ways:
 
-1. each text alone, with everything that its tokenizer returns: the reference;
-2. all of them in one padded batch, as `encode` does;
-3. as training does: a flat batch, with gradients, the word table read once for all chunks.
+1. each text alone, with every output of the tokenizer: the reference;
+2. all texts in one padded batch, as in `encode`;
+3. as in training: a flat batch, with gradients, and with the word table read once for all chunks.
 
-The same passes measure what configurations state in many ways, or wrongly: the width of the vectors, and how many tokens the
-model has positions for.
+The same passes measure two numbers that configurations state under many names, or wrongly: the width of the vectors, and the
+number of tokens that the model has positions for.
 
-The check runs when an `Encoder` is made, and once more in `ContrastiveTrainer`, on the device of the training. It is left out
-where the weights are not there yet: on ranks of FSDP that wait for them (the meta device), under ZeRO-3, and for flash
-attention before the model is on a GPU. Quantised weights are compared at the tolerance of half precision.
+The check runs when an `Encoder` is created, and again in `ContrastiveTrainer` on the device of the training. It is skipped
+while the weights are not available: on FSDP ranks that still wait for them (the meta device), under ZeRO-3, and with flash
+attention before the model is on a GPU. Quantized weights are compared with the tolerance of bfloat16.
+
+Shapes: N texts of T tokens, D numbers per vector.
 """
 
 import contextlib
@@ -40,15 +43,15 @@ TEXTS = [
     "A cat sleeps on the warm windowsill.",
     "Rain.",
 ]
-MOST_TOKENS = 16  # of a text; the check has to be quick on large models
-# The largest difference of two vectors, as a share of their norm. Half precision rounds differently in each shape of batch.
+MOST_TOKENS = 16  # largest number of tokens of a text; it keeps the check quick on large models
+# Largest allowed distance from the reference, relative to its norm. Half precision rounds differently in each batch shape.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-Row = dict[str, list[int]]  # what a tokenizer returns for a text, by name
+Row = dict[str, list[int]]  # the outputs of a tokenizer for one text, by name
 
 
 @dataclass
 class Measured:
-    """What the passes show: the width of the vectors, and the number of tokens that have positions (None: no limit)."""
+    """What the passes measure: the width of the vectors, and the number of tokens that have positions (None: no limit)."""
 
     width: int
     positions: int | None
@@ -56,31 +59,31 @@ class Measured:
 
 @dataclass
 class Passes:
-    """The vectors of the texts, (N, D), computed in several ways, and what was seen on the way."""
+    """The vectors of the texts, (N, D), computed in several ways, and what was observed on the way."""
 
     rows: list[Row]
-    further: list[str]  # what the tokenizer returns beside the token ids
-    reference: Tensor  # each text alone, with all that its tokenizer returns
+    further: list[str]  # names of the tokenizer's outputs other than the token ids
+    reference: Tensor  # each text alone, with every output of its tokenizer
     plain: Tensor  # each text alone, from its token ids
-    batch: Tensor  # all in one padded batch
-    training: Tensor  # as training does
+    batch: Tensor  # all texts in one padded batch
+    training: Tensor  # as in training
     attends: bool  # whether tokens see each other
-    lookups: "LookupRecorder"  # of the reference
+    lookups: "LookupRecorder"  # the lookups of the reference pass
 
 
 def measure(encoder: "Encoder") -> Measured:
     """Check the forward pass of `encoder`, and measure its width and its positions.
 
     Raises:
-        InputError: the model cannot encode plain text; its vectors depend on the other texts of a batch, on chance, or on
-            what its tokenizer returns beside the token ids; or training would compute other vectors.
+        InputError: if the model cannot encode plain text; if its vectors depend on the other texts of a batch, on chance, or on
+            outputs of its tokenizer other than the token ids; or if training would compute other vectors.
     """
     if not is_measurable(encoder.backbone):
         return Measured(encoder.config.hidden_size, stated_positions(encoder.config))
     check_vocabulary(encoder)
     passes = run_passes(encoder)
     check_passes(passes, encoder)
-    first = next(iter(encoder.dense), None)  # of the layers behind the pooling
+    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
     width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
     positions = passes.lookups.positions(passes.rows, word_table(encoder.base)) or stated_positions(encoder.config)
     return Measured(width, positions)
@@ -90,14 +93,14 @@ def run_passes(encoder: "Encoder") -> Passes:
     """Compute the vectors of the texts in every way.
 
     Raises:
-        InputError: the model cannot encode a text from its token ids.
+        InputError: if the model cannot encode a text from its token ids.
     """
     with undisturbed(encoder):
         try:
             return compute_passes(encoder)
         except (InputError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever a model raises that wants other inputs than text
+        except Exception as error:  # a model that needs other inputs than text may raise any error
             kind = type(encoder.base).__name__
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise InputError(
@@ -106,7 +109,7 @@ def run_passes(encoder: "Encoder") -> Passes:
 
 
 def compute_passes(encoder: "Encoder") -> Passes:
-    """Compute the vectors of the texts in every way, with an encoder in evaluation mode."""
+    """Compute the vectors of the texts in every way; the encoder has to be in evaluation mode."""
     rows = probe_rows(encoder)
     further = sorted({key for row in rows for key in row} - {"input_ids"})
     flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
@@ -117,7 +120,7 @@ def compute_passes(encoder: "Encoder") -> Passes:
         plain = torch.cat([alone(encoder, row, ()) for row in rows]) if further else reference
         batch = encoder(flat, lengths)["embeddings"]
         attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
-        encoder.train()  # Reformer then takes texts of one length alone
+        encoder.train()  # Reformer in training mode raises an error for most lengths
         encoder(flat, lengths)
         encoder.eval()
     with torch.enable_grad():
@@ -129,7 +132,7 @@ def check_passes(passes: Passes, encoder: "Encoder") -> None:
     """Compare the passes.
 
     Raises:
-        InputError: they differ by more than the precision of the weights explains, or no token sees another.
+        InputError: if they differ by more than the precision of the weights explains, or if the tokens do not see each other.
     """
     kind, tolerance = type(encoder.base).__name__, tolerance_of(encoder.backbone)
     if differ(passes.plain, passes.reference, tolerance):
@@ -151,7 +154,11 @@ def check_passes(passes: Passes, encoder: "Encoder") -> None:
 
 
 def influences(encoder: "Encoder", names: list[str]) -> list[str]:
-    """Return those of the backbone's tensors, by name, that its embeddings depend on. A pooler that nobody uses is none."""
+    """Return the names, out of `names`, of the backbone's tensors that its embeddings depend on.
+
+    A pooler that is not used is left out. Buffers are always returned, because the autograd graph does not contain them. If the
+    model cannot be run here, all names are returned except those of a pooler.
+    """
     backbone = encoder.backbone
     if not names:
         return []
@@ -159,18 +166,19 @@ def influences(encoder: "Encoder", names: list[str]) -> list[str]:
         return sorted(name for name in names if "pooler" not in name)
     parameters = dict(backbone.named_parameters())
     frozen = [parameters[name] for name in names if name in parameters and not parameters[name].requires_grad]
-    for parameter in frozen:  # else the graph would not show them
+    for parameter in frozen:  # the graph contains only tensors that require gradients
         parameter.requires_grad_(True)
     used = touched(encoder)
     for parameter in frozen:
         parameter.requires_grad_(False)
-    return sorted(name for name in names if name not in parameters or parameters[name] in used)  # the others are buffers
+    return sorted(name for name in names if name not in parameters or parameters[name] in used)  # the rest are buffers
 
 
 def touched(encoder: "Encoder") -> set[Tensor]:
     """Return the trainable parameters that the vectors of a few texts depend on.
 
-    They are the leaves of the graph behind the vectors. No gradient is computed, so none takes memory or is changed.
+    They are the leaves of the autograd graph behind the vectors. No gradient is computed, so no gradient needs memory or
+    changes.
     """
     with undisturbed(encoder), torch.enable_grad():
         nodes = [alone(encoder, row, ()).grad_fn for row in probe_rows(encoder)]
@@ -187,7 +195,7 @@ def touched(encoder: "Encoder") -> set[Tensor]:
 
 
 def is_measurable(backbone: PreTrainedModel) -> bool:
-    """Return whether the weights are all here, on a device that can compute the model's attention."""
+    """Return whether all weights are available, on a device that can compute the model's attention."""
     parameters = list(backbone.parameters())
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in parameters):
         return False
@@ -196,13 +204,13 @@ def is_measurable(backbone: PreTrainedModel) -> bool:
 
 
 def probe_rows(encoder: "Encoder") -> list[Row]:
-    """Tokenize the texts, truncated to few tokens: what the tokenizer returns under names that the model takes.
+    """Tokenize the texts, truncated to few tokens. Keep the outputs of the tokenizer that the model's forward accepts by name.
 
-    The first text contains the padding token itself, which users' texts may too: RoBERTa gives it no position.
+    The first text contains the padding token itself, because users' texts may contain it too: RoBERTa gives it no position.
     """
     taken = inspect.signature(encoder.base.forward).parameters
 
-    def takes(key: str) -> bool:  # a forward that hands on *args and **kwargs names nothing
+    def takes(key: str) -> bool:  # a forward with only *args and **kwargs shows no names
         return key in taken or "input_ids" not in taken
 
     max_length = min(MOST_TOKENS, stated_positions(encoder.config) or MOST_TOKENS)
@@ -216,14 +224,17 @@ def probe_rows(encoder: "Encoder") -> list[Row]:
 
 
 def alone(encoder: "Encoder", row: Row, keys: Iterable[str]) -> Tensor:
-    """Return the vector (1, D) of one text, from those of the tokenizer's outputs that are named in `keys`."""
+    """Return the vector (1, D) of one text, from its token ids and the outputs of the tokenizer that `keys` names."""
     inputs = {key: torch.tensor([row[key]], device=encoder.device) for key in ("input_ids", *keys)}
     ids = inputs.pop("input_ids")
     return encoder.embed(ids, torch.ones_like(ids), **inputs)
 
 
 def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) -> bool:
-    """Return whether the state of the last token changes with the first one. MRA's is zero without its CUDA kernel."""
+    """Return whether the hidden state of the last token changes with the first token.
+
+    Without its CUDA kernel, the attention of MRA is zero, so tokens do not see each other.
+    """
     another = others[others != ids[0]][:1].tolist()
     if len(ids) < 2 or not another:
         return True
@@ -233,7 +244,11 @@ def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) ->
 
 
 def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
-    """Return whether one of the vectors (N, D) is further from its reference than `tolerance` of the norm, or NaN alone."""
+    """Return whether any of the vectors (N, D) differs from its reference.
+
+    Two vectors differ if their distance exceeds `tolerance` times the norm of the reference, or if only one of them contains
+    NaN.
+    """
     vectors, reference = vectors.double(), reference.double()
     distance = (vectors - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
     both_nan = vectors.isnan().any(-1) & reference.isnan().any(-1)
@@ -241,21 +256,24 @@ def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
 
 
 def tolerance_of(backbone: nn.Module) -> float:
-    """Return the largest difference that the precision of the weights explains."""
+    """Return the largest relative difference that the precision of the weights explains."""
     dtypes = {parameter.dtype for parameter in backbone.parameters()}
     return max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
 
 
 @contextlib.contextmanager
 def undisturbed(encoder: "Encoder") -> Iterator[None]:
-    """Turn dropout off and compute float32 products exactly; afterwards modes, random states and precision are as before."""
+    """Turn dropout off and compute float32 products exactly inside a `with` block.
+
+    Afterwards the training modes, the random states and the precision of products are as before.
+    """
     modes = {module: module.training for module in encoder.modules()}
     precision = torch.get_float32_matmul_precision()
     device = encoder.device
     cuda = device.type == "cuda"
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
-        if cuda:  # TF32 would differ by more than the tolerance
+        if cuda:  # the error of TF32 is larger than the tolerance
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         torch.set_float32_matmul_precision("highest")
         encoder.eval()
@@ -268,10 +286,10 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
 
 
 def check_vocabulary(encoder: "Encoder") -> None:
-    """Check that the tokenizer can be this model's.
+    """Check that the tokenizer can belong to this model.
 
     Raises:
-        InputError: it has no vocabulary, or token ids that the model has no rows for.
+        InputError: if the tokenizer has no vocabulary, or has token ids for which the model's word table has no rows.
     """
     tokenizer, table = encoder.tokenizer, word_table(encoder.base)
     kind = type(tokenizer).__name__
@@ -294,7 +312,7 @@ def check_vocabulary(encoder: "Encoder") -> None:
 
 
 def word_table(base: PreTrainedModel) -> nn.Embedding | None:
-    """Return the model's table of token embeddings, if it is an ordinary one."""
+    """Return the model's table of token embeddings, or None if it is not an `nn.Embedding`."""
     try:
         table = base.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -303,13 +321,13 @@ def word_table(base: PreTrainedModel) -> nn.Embedding | None:
 
 
 def stated_positions(config: PretrainedConfig) -> int | None:
-    """Return the number of positions that a model's configuration states, if it does."""
+    """Return the number of positions that a configuration states, or None if it states none."""
     stated = getattr(config, "max_position_embeddings", None)
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
 class LookupRecorder(TorchFunctionMode):
-    """Record every lookup in an embedding table: the indices, and the table."""
+    """A context that records every lookup in an embedding table: the indices, and the table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,18 +336,18 @@ class LookupRecorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Call the function; note the lookup if it is one."""
+        """Call the function, and record the call if it is a lookup."""
         if function is F.embedding and len(args) > 1:
             self.lookups.append((args[0], args[1]))
         return function(*args, **(kwargs or {}))
 
     def positions(self, rows: list[Row], words: nn.Embedding | None) -> int | None:
-        """Return the number of tokens that a table of positions has rows for; None if no such table was read.
+        """Return the number of tokens that the table of positions has rows for; None if no such table was read.
 
-        The table of positions is the one that a text of T tokens reads at i, i + 1, ..., i + T - 1. Its first i rows are
-        reserved: RoBERTa's has 514 rows and i = 2, so a text may have 512 tokens.
+        The indices show which table holds positions: a text of T tokens reads its rows i, i + 1, ..., i + T - 1. The first i
+        rows are reserved. For example, RoBERTa's table has 514 rows and i = 2, so a text may have 512 tokens.
         """
-        tokens = sorted(len(row["input_ids"]) for row in rows)[-2]  # the longest has a padding token, which has no position
+        tokens = sorted(len(row["input_ids"]) for row in rows)[-2]  # the longest text has a padding token: maybe no position
         found = []
         for indices, table in self.lookups:
             if words is not None and table is words.weight or indices.dim() > 2 or indices.dim() == 2 and len(indices) > 1:

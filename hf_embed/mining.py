@@ -1,31 +1,33 @@
-"""Hard negatives: for each query the nearest documents that are not its answer.
+"""Mine hard negatives: for each query, the nearest documents that do not answer it.
 
     from datasets import load_dataset
     from hf_embed import Encoder, mine_hard_negatives
 
     encoder = Encoder.from_pretrained("BAAI/bge-base-en-v1.5")
-    pairs = load_dataset("csv", data_files="pairs.csv", split="train")  # the columns anchor and positive, for one
-    rows = mine_hard_negatives(pairs, encoder, num_negatives=7)         # and negatives, a list
+    pairs = load_dataset("csv", data_files="pairs.csv", split="train")  # e.g. with the columns anchor and positive
+    rows = mine_hard_negatives(pairs, encoder, num_negatives=7)         # the same, and a column of lists, negatives
 
-1. Queries and documents are encoded, a shard at a time.
-2. For each query the nearest documents are found exactly, by blocked matrix products (or FAISS).
-3. Its positives are left out, and what may be an unlabelled positive: the first ranks, and what scores too near the positive.
+1. Queries and documents are encoded, one shard at a time.
+2. The nearest documents of each query are found exactly, by blocked matrix products (or FAISS).
+3. The query's positives are left out. So are documents that may be unlabeled positives: those in the first ranks, and those
+   that score too near the positive.
 
-Every shard of vectors and every block of rows is a file, made once: ranks share the work, and a run that was stopped goes on
-with what is missing. They lie beside the output, in a folder that goes when all is done:
+Every shard of vectors and every block of rows is a file that is written once. So ranks share the work, and a run that was
+stopped resumes with the missing files. They are in a folder beside the output, which is removed when all is done:
 
     mined.jsonl.work/
-        identity                which model and texts the vectors are of
+        identity                a hash of the model, the queries and the documents
         queries/000000.npy      unit vectors of the first SHARD queries, float32
-        documents/000000.npy    the same of documents
-        rows-HASH/000000.json   the first BLOCK rows and their counts; other settings have another HASH
-        output                  all rows, which becomes mined.jsonl when it is whole
+        documents/000000.npy    the same for the documents
+        rows-HASH/000000.json   the first BLOCK rows and their counts; HASH depends on the pairs and the settings
+        output                  all rows; the file is renamed to mined.jsonl when it is complete
 
-A positive's false friends are common: of the nearest "negatives" in a web corpus most are answers that nobody marked. The
-threshold relative to the positive, 95% of its score, is the one that NV-Retriever found best
-(https://arxiv.org/abs/2407.15831, TopK-PercPos).
+False negatives are common: in a web corpus, most of the nearest "negatives" are answers without a label. By default a
+negative may score at most 95% of the positive's score. This threshold relative to the positive is the one that NV-Retriever
+found best (https://arxiv.org/abs/2407.15831, TopK-PercPos). The margin is a share of the absolute value of the positive's
+score, so a negative score has a margin below it too.
 
-Shapes: Q queries, C documents, D wide.
+Shapes: Q queries, C documents, D numbers per vector.
 """
 
 import json
@@ -66,8 +68,8 @@ from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, 
 
 logger = logging.getLogger(__name__)
 
-SHARD = 8192  # texts in a file of vectors
-BLOCK = 2048  # rows in a file of results
+SHARD = 8192  # texts in one file of vectors
+BLOCK = 2048  # rows in one file of results
 
 
 Pairs = Sequence[tuple[str, str]]  # queries, and documents that answer them
@@ -79,7 +81,7 @@ class MiningArguments:
     """Which of the nearest documents become negatives.
 
     Raises:
-        InputError: a number out of its range, or ranks or scores that leave no room for a negative.
+        InputError: if a number is out of range, or if the ranks or scores leave no room for a negative.
     """
 
     num_negatives: int = field(default=3, metadata={"help": "Negatives of a row."})
@@ -121,25 +123,25 @@ def mine_hard_negatives(
     positive_column_name: str | None = None,
     **rules: Any,
 ) -> Dataset:
-    """Return pairs with hard negatives. On several ranks each calls this, with an `output_file` that all can write.
+    """Return pairs with hard negatives. With several ranks, every rank calls this, with an `output_file` that all can write.
 
     Args:
-        dataset: pairs, in two columns of a `Dataset` or of what `hf_embed.data.python_rows` makes one of, a DataFrame for
-            example; rows with the same anchor are answers of one query, and no negatives of each other.
-        encoder: what finds the negatives, by the cosine, with its prompts "query" and "document".
-        corpus: texts to choose negatives from, besides the pairs' own.
-        output_file: a jsonl to write the rows to as well. A run that is stopped then goes on where it was.
-        anchor_column_name: the column of queries; default: as in training.
-        positive_column_name: the column of their answers; default: the one that belongs to it.
+        dataset: pairs in two columns of a `Dataset`, or of anything that `hf_embed.data.python_rows` converts, for example a
+            DataFrame. Rows with the same anchor are answers to one query, so their documents are not negatives of each other.
+        encoder: the model that finds the negatives, by the cosine, with its prompts "query" and "document".
+        corpus: further texts to choose negatives from, besides the documents of the pairs.
+        output_file: a jsonl file to write the rows to as well. With it, a run that was stopped can be resumed.
+        anchor_column_name: the column of queries; default: chosen as in training.
+        positive_column_name: the column of answers; default: the column that belongs to the anchor column.
         rules: fields of `MiningArguments`: num_negatives, relative_margin, range_min, sampling_strategy ...
 
     Returns:
-        The two columns under their own names, and `negatives`: of each row a list of texts, nearest first, of at most
-        `num_negatives`. `ContrastiveTrainer` trains on it as it is.
+        The two columns under their own names, and `negatives`: for each row a list of at most `num_negatives` texts, nearest
+        first. `ContrastiveTrainer` can train on this dataset directly.
 
     Raises:
-        InputError: as in `write_hard_negatives`, or the columns are not found, or a text is empty.
-        TypeError: an unknown rule.
+        InputError: if the columns are not found or a text is empty, or for a reason that `write_hard_negatives` names.
+        TypeError: if a rule is unknown.
     """
     known = {rule.name for rule in fields(MiningArguments)}
     if unknown := sorted(set(rules) - known):
@@ -166,10 +168,10 @@ def mine_hard_negatives(
 def read_dataset(
     dataset: RowData, anchor_column: str | None = None, positive_column: str | None = None
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the pairs of a table, of a row with several positives each, and the names of the two columns.
+    """Return the pairs of a table and the names of its two columns. A row with several positives gives several pairs.
 
     Raises:
-        InputError: no such columns, an empty text, or a stream.
+        InputError: if a column does not exist, a text is empty, or the dataset is streaming.
     """
     table = as_rows(dataset, "dataset")
     if not isinstance(table, Dataset):
@@ -196,23 +198,24 @@ def write_hard_negatives(
     args: MiningArguments,
     identity: str = "",
 ) -> Counter[str]:
-    """Write a jsonl with a row {"query", "positive", "negatives": [...]} for each pair, in their order. Every rank calls this.
+    """Write a jsonl file with a row {"query", "positive", "negatives": [...]} for each pair, in order. Every rank calls this.
 
     Args:
-        pairs: queries and documents that answer them. A query may stand in several; none of its documents is its negative.
-        corpus: texts to choose negatives from, besides the pairs' documents; one that stands twice counts once.
-        embed: `embed(texts, prompt_name)` -> (N, D), where the prompt is "query" or "document".
-        output_file: the jsonl; a run that was stopped has its work in a folder beside it.
-        args: how many negatives, and which.
-        identity: what the vectors depend on besides the texts (the model); vectors of another identity are not reused.
+        pairs: queries and documents that answer them. A query may be in several pairs; none of its documents is its negative.
+        corpus: further texts to choose negatives from, besides the documents of the pairs. Duplicates count once.
+        embed: `embed(texts, prompt_name)` -> (N, D), where `prompt_name` is "query" or "document".
+        output_file: the jsonl file. The files of an unfinished run are in a folder beside it.
+        args: how many negatives to choose, and by which rules.
+        identity: what the vectors depend on besides the texts, that is, the model. Vectors with another identity are not
+            reused.
 
     Returns:
-        Counts, on the first rank: `rows`, `negatives`, rows with `fewer` than asked for, and the candidates that each rule
-        left out, by the rule's name.
+        Counts, on the first rank: `rows`; `negatives`; `fewer`, the rows with fewer negatives than asked for; and the number of
+        candidates that each rule left out, by the name of the rule.
 
     Raises:
-        InputError: `output_file` is there; the work folder beside it is of another model or other texts; there are fewer than
-            two documents; a vector is not finite; FAISS is asked for and not installed.
+        InputError: if `output_file` exists; if the work folder beside it belongs to another model or other texts; if there are
+            fewer than two documents; if a vector is not finite; or if FAISS is asked for and not installed.
     """
     output = Path(output_file)
     work = work_folder(output)
@@ -227,7 +230,7 @@ def write_hard_negatives(
         query_vectors = encode_shards(queries, embed, "query", work / "queries")
         document_vectors = encode_shards(documents, embed, "document", work / "documents")
         rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
-        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings do not share rows, but vectors
+        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings reuse the vectors only
         blocks = make_files(folder, ".json", len(pairs), BLOCK, rows.write, "Searching")
         counts = join_blocks(blocks, work, output) if get_rank() == 0 else Counter()
         barrier()
@@ -235,17 +238,17 @@ def write_hard_negatives(
 
 
 def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the different queries, and the different documents of the pairs and the corpus, in order."""
+    """Return the distinct queries, and the distinct documents of the pairs and the corpus, in order."""
     queries = list(dict.fromkeys(query for query, _ in pairs))
     given = as_list(corpus, "corpus")
     if odd := [number for number, text in enumerate(given, 1) if not isinstance(text, str | None)]:
         raise InputError(f"corpus, row {odd[0]}: the text is not a text ({given[odd[0] - 1]!r}); {FILL_IN}")
-    texts = [text for text in given if text and text.strip()]  # an empty text is nobody's negative
+    texts = [text for text in given if text and text.strip()]  # an empty text cannot be a negative
     return queries, list(dict.fromkeys([document for _, document in pairs] + texts))
 
 
 def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
-    """Write the rows of all blocks to `output`, remove the work folder, and return the sums of the counts."""
+    """Write the rows of all blocks to `output`, remove the work folder, and return the summed counts."""
     counts: Counter[str] = Counter()
     unfinished = work / "output"
     with writing(unfinished) as aside, open(aside, "w", encoding="utf-8") as file:
@@ -261,16 +264,18 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
 
 
 def finished(work: Path, output: Path, pairs: Pairs, most: int) -> Counter[str]:
-    """Remove the work on an output that a run had finished when it was killed, and count its rows.
+    """Remove the work folder beside a complete output, and return the counts of the output's rows.
+
+    The run that wrote the output was killed before it could remove the folder.
 
     Raises:
-        InputError: the output has other rows.
+        InputError: if the output has other rows.
     """
     with output.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     if [(row["query"], row["positive"]) for row in rows] != [tuple(pair) for pair in pairs]:
         raise is_there(output)
-    barrier()  # nobody removes anything before everyone has looked
+    barrier()  # every rank has read the output before the folder goes
     if get_rank() == 0:
         shutil.rmtree(work)
     lengths = [len(row["negatives"]) for row in rows]
@@ -278,7 +283,7 @@ def finished(work: Path, output: Path, pairs: Pairs, most: int) -> Counter[str]:
 
 
 def describe(counts: Counter[str]) -> list[str]:
-    """Return lines for people of the counts that `write_hard_negatives` returns."""
+    """Return the counts of `write_hard_negatives` as readable lines."""
     rules = ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score")
     return [
         f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for",
@@ -290,7 +295,7 @@ def describe(counts: Counter[str]) -> list[str]:
 
 
 def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path) -> list[Path]:
-    """Write unit vectors of texts, float32, as files of SHARD texts. Raises InputError for vectors that are not finite."""
+    """Write unit vectors of texts, float32, in files of SHARD texts. Raise InputError if a vector is not finite."""
 
     def write(numbers: range, path: Path) -> None:
         parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
@@ -313,7 +318,7 @@ def read_vectors(paths: list[Path], numbers: list[int]) -> Tensor:
 
 
 def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
-    """Yield the vectors of each file, (SHARD, D) or fewer, on a device."""
+    """Yield the vectors of each file, (SHARD, D) or fewer rows, on a device."""
     for path in paths:
         yield torch.from_numpy(np.array(read_array(path))).to(device)
 
@@ -322,7 +327,7 @@ def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
 
 
 def import_faiss() -> Any:
-    """Return the module faiss. Raises InputError if it is not installed."""
+    """Return the module faiss. Raise InputError if it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -331,7 +336,7 @@ def import_faiss() -> Any:
 
 
 def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """Return a function from unit queries (Q, D) and k to the scores and numbers, (Q, k), of the nearest documents."""
+    """Return a function from unit queries (Q, D) and k to the scores and numbers, both (Q, k), of the nearest documents."""
     if use_faiss:
         shards = list(read_shards(document_vectors, "cpu"))
         index = import_faiss().IndexFlatIP(shards[0].shape[1])
@@ -343,7 +348,7 @@ def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor,
 
 
 class Rows:
-    """The search: makes pairs to rows with negatives, a block at a time."""
+    """The search: it adds negatives to the pairs, one block of pairs at a time."""
 
     def __init__(
         self,
@@ -358,7 +363,7 @@ class Rows:
         self.query_vectors, self.document_vectors = query_vectors, document_vectors
         self.query_number = {query: number for number, query in enumerate(queries)}
         self.document_number = {document: number for number, document in enumerate(documents)}
-        # of each query, the documents that are no negatives: its positives, and itself
+        # for each query, the documents that cannot be negatives: its positives, and the query itself
         self.taken = {query: {self.document_number.get(query)} for query in queries}
         for query, document in pairs:
             self.taken[query].add(self.document_number[document])
@@ -366,7 +371,7 @@ class Rows:
         self.depth = args.range_max + max(map(len, self.taken.values()))
 
     def write(self, numbers: range, path: Path) -> None:
-        """Write the rows of the pairs with these numbers, and what was counted on the way."""
+        """Write the rows of the pairs with these numbers, and the counts of these rows."""
         pairs, rows = self.pairs[numbers.start : numbers.stop], []
         counts: Counter[str] = Counter()
         queries = read_vectors(self.query_vectors, [self.query_number[query] for query, _ in pairs])
@@ -385,15 +390,16 @@ class Rows:
 def choose(
     candidates: list[Candidate], positive: float, args: MiningArguments, counts: Counter[str], seed: str
 ) -> list[Candidate]:
-    """Return the negatives among candidates, nearest first.
+    """Choose the negatives among candidates. Return them nearest first.
 
     Args:
-        candidates: nearest first.
+        candidates: the candidates, nearest first.
         positive: the score of the positive.
         args: the rules.
-        counts: how many candidates each rule leaves out is added here.
-        seed: of a random choice.
+        counts: the number of candidates that each rule leaves out is added to these counts.
+        seed: the seed of a random choice.
     """
+    # True keeps a candidate. relative_margin is TopK-PercPos: score <= (1 - margin) * positive, for a positive score above 0.
     rules: dict[str, Callable[[int, float, float], bool]] = {
         "range_min": lambda rank, score, limit: rank >= limit,
         "relative_margin": lambda rank, score, limit: score <= positive - abs(positive) * limit,

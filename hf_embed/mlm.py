@@ -1,4 +1,11 @@
-"""Masked language modelling as an auxiliary of the contrastive loss (SimCSE, section 3.3; Devlin et al., 2019)."""
+"""Masked language modeling (MLM) as an auxiliary loss of SimCSE, loss + mlm_weight * loss_MLM.
+
+It is described in appendix A of SimCSE (https://arxiv.org/abs/2104.08821), with results in table D.2. The masking is that of
+BERT (Devlin et al., 2019). `hf_embed.step` computes the loss, and the trainer adds it. It is the mean over the masked tokens of
+all ranks, where the released code of SimCSE takes the mean on each rank.
+
+Shapes: S tokens of a flat batch; a chunk has b texts of T tokens; D numbers per hidden state.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +17,10 @@ from hf_embed.errors import InputError
 
 
 def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrainedModel, nn.Module]:
-    """Return the backbone of an `AutoModelForMaskedLM` and its head, which maps token states (b, T, D) to logits (b, T, words).
+    """Return the backbone of an `AutoModelForMaskedLM` and its head: hidden states (b, T, D) to logits (b, T, words).
 
     Raises:
-        InputError: a model without such a head, or with PEFT adapters: the auxiliary trains the whole model.
+        InputError: if the model has no such head, or has PEFT adapters, because the auxiliary loss trains the whole model.
     """
     if model is not None and has_adapters(model.backbone if isinstance(model, Encoder) else model):
         raise InputError("mlm_weight trains the whole model, and PEFT adapters a part of it; leave one of them out")
@@ -23,18 +30,19 @@ def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrained
             f"mlm_weight needs a model with a masked-language-modelling head of the BERT or RoBERTa kind; "
             f"{type(model).__name__} has none: load AutoModelForMaskedLM, or set mlm_weight to 0"
         )
-    return model.base_model, head  # type: ignore[union-attr,return-value]  # a model with a head is no None
+    return model.base_model, head  # type: ignore[union-attr,return-value]  # a model with a head is not None
 
 
 def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: float = 0.15) -> tuple[Tensor, Tensor]:
-    """Return masked ids and labels, both (S,), of token ids (S,).
+    """Return masked ids and labels, both (S,), of token ids (S,), by the rule of BERT.
 
-    Of the chosen `share` 80% become [MASK], 10% a random token, 10% stay; the label is -100 elsewhere. Special tokens are never
-    chosen.
+    A token is chosen with probability `share`. Of the chosen tokens, 80% become [MASK], 10% become a random token, and 10%
+    stay. The label of a chosen token is its id; all other labels are -100. Special tokens are never chosen.
     """
     special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
     chosen = (torch.rand(input_ids.shape, device=input_ids.device) < share) & ~special
     labels = input_ids.masked_fill(~chosen, -100)
+    # Devlin et al. (2019), section 3.1: fate below 0.8 is [MASK], 0.8 to 0.9 stays, from 0.9 on is a random token.
     fate = torch.rand(input_ids.shape, device=input_ids.device)
     masked = input_ids.masked_fill(chosen & (fate < 0.8), tokenizer.mask_token_id)
     replaced = chosen & (fate >= 0.9)

@@ -1,6 +1,7 @@
-"""Token states to one vector per text: the table of poolings. A new pooling is one entry of `POOLINGS`.
+"""The table of poolings, which turn the hidden states of a text into one vector. A new pooling is one entry of `POOLINGS`.
 
-Shapes: B texts of T tokens, D wide; `mask` is (B, T), 1 on tokens and 0 on padding, padding on the right.
+Shapes: B texts of T tokens; D numbers per hidden state. `mask` is (B, T), 1 on tokens and 0 on padding. Padding is on the
+right.
 """
 
 from collections.abc import Callable
@@ -15,21 +16,22 @@ from hf_embed.ranges import is_one_of
 
 @dataclass(frozen=True)
 class Pooling:
-    """One way to make a vector of a text's token states, and how a saved folder and its card express it.
+    """One way to turn hidden states into a vector, and how a saved folder and its model card express it.
 
     Attributes:
-        name: what users call it.
-        description: what it computes, in words.
-        function: from the states (B, T, D) and the mask (B, T) to the vectors (B, D).
-        flag: its flag in sentence-transformers' 1_Pooling/config.json, without `pooling_mode_`.
-        mode: its name in sentence-transformers 6.
-        card: the lines of code that the model card shows; from `output` and `batch` to `vectors`.
-        layers: the two layers whose average is the states, as indices of `hidden_states` (0 is the embedding layer); None: the
-            last layer alone. sentence-transformers has a module of its own for it, WeightedLayerPooling.
-        model_pooler: whether the vector is the model's own `pooler_output`, in place of what `function` gives. The pooler is
+        name: the name that users give.
+        description: what the pooling computes, in words.
+        function: maps the hidden states (B, T, D) and the mask (B, T) to the vectors (B, D).
+        flag: the flag of the pooling in sentence-transformers' 1_Pooling/config.json, without `pooling_mode_`.
+        mode: the name of the pooling in sentence-transformers 6.
+        card: the lines of code in the model card that compute `vectors` from `output` and `batch`.
+        layers: the two layers whose hidden states are averaged before `function`, as indices of `hidden_states` (0 is the
+            embedding layer). None: only the last layer. sentence-transformers has a separate module for this,
+            WeightedLayerPooling.
+        model_pooler: whether the vector is the model's own `pooler_output` instead of the result of `function`. The pooler is
             saved for sentence-transformers as a Dense module.
-        training_head: whether a new dense layer and tanh follow it while training, which are not saved.
-        saved_as: the pooling of the saved encoder, where it is another.
+        training_head: whether a new dense layer and tanh follow the pooling in training. They are not saved.
+        saved_as: the pooling of the saved encoder, if it is another one.
     """
 
     name: str
@@ -45,30 +47,30 @@ class Pooling:
 
 
 def first_token(states: Tensor, mask: Tensor) -> Tensor:
-    """Return each text's first state."""
+    """Return the hidden state of each text's first token."""
     return states[:, 0]
 
 
 def last_token(states: Tensor, mask: Tensor) -> Tensor:
-    """Return each text's last state before the padding."""
+    """Return the hidden state of each text's last token before the padding."""
     return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
 
 
 def mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over each text's states, weighted by `mask`, which may have other weights than 0 and 1."""
-    weights = mask.unsqueeze(-1).to(torch.promote_types(states.dtype, torch.float32))  # (B, T, 1); half would overflow
+    """Return the mean of each text's hidden states, weighted by `mask`, which may contain other weights than 0 and 1."""
+    weights = mask.unsqueeze(-1).to(torch.promote_types(states.dtype, torch.float32))  # (B, T, 1); half precision overflows
     return ((states * weights).sum(1) / weights.sum(1)).to(states.dtype)
 
 
 def position_weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over each text's states, the n-th weighing n."""
+    """Return the mean of each text's hidden states, where the n-th token has the weight n (SGPT)."""
     return mean(states, mask * torch.arange(1, mask.shape[1] + 1, device=mask.device))
 
 
 MASK_LINE = 'mask = batch["attention_mask"].unsqueeze(-1)'
 MEAN_LINE = "vectors = (states * mask).sum(1) / mask.sum(1)"
-# The MLP variants take [CLS] through a dense layer and tanh (SimCSE, section 6.3). "First" of first_last is the first
-# transformer layer, not the embedding layer, as in SimCSE's code.
+# The MLP variants pass [CLS] through a dense layer and tanh (SimCSE, arXiv 2104.08821, section 6.3 and table 6). "First" in
+# first_last is the first transformer layer and not the embedding layer, as in the released code of SimCSE.
 POOLINGS: dict[str, Pooling] = {
     pooling.name: pooling
     for pooling in (
@@ -153,9 +155,9 @@ POOLINGS: dict[str, Pooling] = {
 
 
 class Dense(nn.Module):
-    """A layer behind the pooling, (B, D) -> (B, out), as sentence-transformers saves them.
+    """A layer after the pooling, (B, D) -> (B, out), in the form that sentence-transformers saves.
 
-    With `residual` the embedding is added to what comes out, through a linear map of its own where the widths differ.
+    With `residual` the input is added to the output. If their widths differ, the input passes through its own linear map first.
     """
 
     def __init__(self, linear: nn.Linear, activation: nn.Module, residual: bool = False):
@@ -167,21 +169,22 @@ class Dense(nn.Module):
             self.residual = nn.Identity() if wide == narrow else nn.Linear(wide, narrow, bias=False)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Return the layer's vectors (B, out) of `embeddings` (B, D)."""
+        """Map embeddings (B, D) to vectors (B, out)."""
         out = self.activation(self.linear(embeddings))
         return out if self.residual is None else out + self.residual(embeddings)
 
 
 def check_pooling(pooling: str) -> None:
-    """Raise InputError, naming those that there are, for a name that is not in the table."""
+    """Raise InputError, with the names of all poolings, if a name is not in the table."""
     if not is_one_of(pooling, POOLINGS):
         raise InputError(f"unknown pooling '{pooling}'; take one of {', '.join(POOLINGS)}")
 
 
 def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """Pool the layers' states, each (B, T, D), to (B, D). `hidden_states[0]` is the embedding layer, [-1] the last.
+    """Pool the hidden states of the layers, each (B, T, D), to vectors (B, D).
 
-    A pooling of the last layer alone reads only the last entry.
+    `hidden_states[0]` is the embedding layer and `hidden_states[-1]` the last layer. A pooling of only the last layer reads
+    only the last entry.
     """
     entry, states = POOLINGS[pooling], hidden_states[-1]
     if entry.layers is not None:
@@ -191,7 +194,7 @@ def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tenso
 
 
 def find_pooling(mode: str, layers: tuple[int, int] | None = None, model_pooler: bool = False) -> str | None:
-    """Return the saved pooling that sentence-transformers knows by the flag or the name `mode`; None if there is none."""
+    """Return the saved pooling that sentence-transformers calls `mode` (flag or name); None if there is none."""
     for entry in POOLINGS.values():
         same = (entry.layers, entry.model_pooler, entry.saved_as) == (layers, model_pooler, None)
         if same and mode in (entry.flag, entry.mode):
@@ -200,10 +203,10 @@ def find_pooling(mode: str, layers: tuple[int, int] | None = None, model_pooler:
 
 
 def saved_pooling(pooling: str) -> str:
-    """Return the pooling of a saved encoder: a head that is for training only stays behind."""
+    """Return the pooling of the saved encoder, which does not contain a head that exists only in training."""
     return POOLINGS[pooling].saved_as or pooling
 
 
 def uses_pooler(pooling: str | None) -> bool:
-    """Return whether a pooling, if one is named, is the model's own `pooler_output`."""
+    """Return whether the vector of this pooling is the model's own `pooler_output`. False if `pooling` is None."""
     return pooling is not None and POOLINGS[pooling].model_pooler

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by blocked matrix products: memory O(queries * block), whatever the size of the corpus.
+"""Exact nearest neighbors by blocked matrix products. Memory is O(queries * block), whatever the size of the corpus.
 
     from hf_embed import semantic_search
 
@@ -9,9 +9,9 @@
     from hf_embed.search import exact_search
 
     blocks = (torch.from_numpy(numpy.load(path)).to("cuda") for path in shards)  # read one at a time
-    scores, rows = exact_search(queries, blocks, k=10)                           # rows count through all shards
+    scores, rows = exact_search(queries, blocks, k=10)                           # row numbers continue from shard to shard
 
-Shapes: Q queries, C rows of a block, N rows in all, D wide.
+Shapes: Q queries, C rows of a block, N rows in all, D numbers per vector.
 """
 
 from collections.abc import Iterable
@@ -23,30 +23,31 @@ from torch import Tensor
 from hf_embed.errors import InputError
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_precision, check_widths, precision_of
 
-QUERIES = 2048  # that are searched for at a time; with BLOCK their scores take 128 MB
-BLOCK = 16384  # rows of the corpus that are compared at a time
+QUERIES = 2048  # queries per search; their scores against one block take 128 MiB
+BLOCK = 16384  # rows of the corpus that are compared at a time, a block
 
 
 def semantic_search(
     queries: Vectors, corpus: Vectors, top_k: int = 10, similarity: str = "cosine", precision: str | None = None
 ) -> list[list[dict[str, int | float]]]:
-    """Return the nearest vectors of a corpus for each query, as sentence_transformers.util.semantic_search does.
+    """Return the nearest vectors of a corpus for each query, in the format of sentence_transformers.util.semantic_search.
 
-    The search is exact: every query is compared with every vector, a block at a time, on the device of the corpus.
+    The search is exact: every query is compared with every vector of the corpus, block by block, on the device of the corpus.
 
     Args:
         queries: (Q, D), or one vector (D,).
-        corpus: (N, D); an array may be a memory map, of which a block at a time is read. Vectors of the precisions int8, binary
-            and ubinary are compared with those of the same precision, or with queries in float32.
-        top_k: how many to return for each query.
-        similarity: cosine, dot, euclidean or manhattan (negated distances); of other precisions than float32 cosine.
-        precision: int8 or binary, where both are int8 vectors.
+        corpus: (N, D). An array may be memory-mapped; only one block of it is read at a time. Vectors with the precision int8,
+            binary or ubinary are compared with queries of the same precision, or with float32 queries.
+        top_k: number of results for each query.
+        similarity: cosine, dot, euclidean or manhattan (negated distances); only cosine for precisions other than float32.
+        precision: int8 or binary, if both queries and corpus are int8 vectors.
 
     Returns:
         For each query [{"corpus_id": row of the corpus, "score": ...}, ...], nearest first; fewer than `top_k` if N is smaller.
 
     Raises:
-        InputError: different widths, numbers that are not finite, an unknown similarity, or int8 vectors that may be packed.
+        InputError: if `top_k` is not a whole number of at least 1; if the widths differ; if a number is not finite; if the
+            similarity is unknown or not possible for the precision; or if int8 vectors may be packed or not.
     """
     if similarity not in SIMILARITIES:
         raise InputError(f"unknown similarity {similarity!r}; take one of {', '.join(SIMILARITIES)}")
@@ -67,13 +68,13 @@ def semantic_search(
 
 
 def read_block(rows: np.ndarray | Tensor, start: int, size: int) -> Tensor:
-    """Return some rows as a tensor; those of an array are copied, for it may be a file."""
+    """Return some rows as a tensor. Rows of an array are copied, because the array may be a file."""
     part = rows[start : start + size]
     return torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
 
 
 def precisions(queries: Tensor, rows: Tensor, given: str | None) -> tuple[str, str]:
-    """Return the precisions of queries and rows. Raises InputError where they are not known, or their widths differ."""
+    """Return the precisions of queries and rows. Raise InputError if one is not known, or if the widths differ."""
     if given is not None:
         check_precision(given)
     whole = [vectors.shape[-1] for vectors in (queries, rows) if vectors.dtype not in (torch.int8, torch.uint8)]
@@ -86,7 +87,7 @@ def precisions(queries: Tensor, rows: Tensor, given: str | None) -> tuple[str, s
 
 
 def finite(compare: Compare) -> Compare:
-    """Return a comparison that raises InputError where a score is not finite: it would stand before all others."""
+    """Wrap a comparison so that it raises InputError if a score is not finite; such a score would rank before all others."""
 
     def checked(queries: Tensor, block: Tensor) -> Tensor:
         scores = compare(queries, block)
@@ -98,21 +99,22 @@ def finite(compare: Compare) -> Compare:
 
 
 def dot_products(queries: Tensor, block: Tensor) -> Tensor:
-    """Return the products (Q, C) of queries (Q, D) and rows (C, D)."""
+    """Return the dot products (Q, C) of queries (Q, D) and rows (C, D)."""
     return queries @ block.T
 
 
 def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int, compare: Compare = dot_products) -> tuple[Tensor, Tensor]:
-    """Return the k rows with the largest score for each query, best first.
+    """Return the k rows with the largest scores for each query, best first.
 
     Args:
         queries: (Q, D).
-        blocks: runs of rows, (C, D) each, which count on from one another; each is searched on the device where it is.
-        k: how many rows to return for a query.
+        blocks: consecutive blocks of rows, (C, D) each. Each block is searched on its own device.
+        k: number of rows to return for each query.
         compare: (Q, D) and (C, D) -> scores (Q, C); default: the dot product.
 
     Returns:
-        Scores and row numbers, both (Q, k), or fewer columns if there are fewer rows. Of equal scores any may come first.
+        Scores and row numbers, both (Q, k), or with fewer columns if there are fewer rows. Rows with equal scores are in any
+        order.
     """
     scores = queries.new_empty(len(queries), 0)
     numbers = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
@@ -126,11 +128,11 @@ def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int, compare: Com
 
 
 def merge(scores: list[Tensor], numbers: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return the best k of several lists of candidates, each (Q, any number)."""
+    """Return the best k of several lists of candidates: their scores and numbers. Each list is (Q, any number)."""
     merged, places = best(torch.cat(scores, dim=1), k)
     return merged, torch.cat(numbers, dim=1).gather(1, places)
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row, or all of them, and their places."""
+    """Return the k largest scores of each row, or all if there are fewer, and their places."""
     return scores.topk(min(k, scores.shape[1]), dim=1)

@@ -1,6 +1,6 @@
-"""Which part of a model encodes text, and how it and its tokenizer are made ready for that.
+"""Find the part of a model that encodes text, and prepare it and its tokenizer.
 
-T5 and its kin are encoder-decoders whose encoder is a model of its own; other models have a head around the text encoder.
+T5 and similar models are encoder-decoders with a separate class for their encoder. Other models have a head around the encoder.
 """
 
 import copy
@@ -24,7 +24,7 @@ from hf_embed.tempscale.attention import base_of
 
 logger = logging.getLogger(__name__)
 
-# Texts longer than this are cut unless the user asks for more: attention over them is what costs.
+# Longer texts are truncated unless the user asks for more, because the cost of attention grows with the length.
 DEFAULT_MAX_LENGTH = 512
 
 # model_type of an encoder-decoder -> the class of its encoder
@@ -39,15 +39,15 @@ ENCODERS = {
 
 
 def loading_class(config: PreTrainedConfig) -> str:
-    """Return the name of the class in transformers that loads a model of this configuration as a text encoder."""
+    """Return the name of the transformers class that loads a model with this configuration as a text encoder."""
     return ENCODERS.get(config.model_type, "AutoModel")
 
 
 def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model that encodes text: the encoder of T5 and its kin, with the same weights; any other model as it is.
+    """Return the model that encodes text: of T5 and similar models the encoder, with the same weights; else the model itself.
 
     Raises:
-        InputError: an encoder-decoder whose encoder is no model of its own, such as BART.
+        InputError: if the model is an encoder-decoder without a class for its encoder, such as BART, or one with PEFT adapters.
     """
     config, kind = model.config, type(model).__name__
     encoder_class = ENCODERS.get(config.model_type)
@@ -63,17 +63,18 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_remote(part: PreTrainedModel | PreTrainedConfig | PreTrainedTokenizerBase) -> bool:
-    """Return whether a model, config or tokenizer is of a class whose code is saved with it (`auto_map`)."""
+    """Return whether the code of a model's, config's or tokenizer's class is saved with it (`auto_map`)."""
     return saves_its_code(type(part)) or type(part).__module__.startswith("transformers_modules.")
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model within one that has a head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn.
+    """Return the model without its head (`AutoModelForMaskedLM`, `AutoModelForCausalLM` and so on), and warn if there was one.
 
-    The first output of the whole is logits, not token states.
+    The first output of a model with a head is logits and not hidden states.
 
     Raises:
-        InputError: no model at all; adapters that cannot be taken along; a model that no loader would make by itself (DPR's).
+        InputError: if the argument is not a model; if its adapters cannot be kept; or if no loader can create the inner model
+            by itself (as for DPR).
     """
     if (plain := uncompiled(model)) is not None:
         logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
@@ -94,7 +95,7 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
             "put the adapters on that"
         )
     loaded = loaded_classes(base.config)
-    if loaded and type(base) not in loaded:  # nothing is known of a model with code of its own
+    if loaded and type(base) not in loaded:  # unknown for a model with its own code
         raise InputError(
             f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
             "itself; load its weights into a model that AutoModel knows"
@@ -104,16 +105,16 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def loaded_classes(config: PreTrainedConfig) -> list[type]:
-    """Return the classes that transformers' loaders of text encoders would make of a configuration."""
+    """Return the classes that transformers' loaders of text encoders would create from a configuration."""
     found = [mapping[type(config)] for mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING) if type(config) in mapping]
     return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,)) if kind is not None]
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with a padding token. Padding is masked, so any id does.
+    """Return the tokenizer with a padding token. Padding is masked, so any token can serve as one.
 
     Raises:
-        InputError: it has no token that could be taken.
+        InputError: if the tokenizer has no token that could serve.
     """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -123,7 +124,10 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def attend_fully(base: PreTrainedModel) -> None:
-    """Give BigBird full attention: its sparse one goes off for good after the first short batch, and vectors change."""
+    """Give BigBird full attention.
+
+    The first short batch turns its sparse attention off for good, so the vectors of later batches would change.
+    """
     if getattr(base.config, "attention_type", None) == "block_sparse" and hasattr(base, "set_attention_type"):
         logger.warning(f"{type(base).__name__}: block-sparse attention is replaced by full attention, which short texts need")
         base.set_attention_type("original_full")  # type: ignore[operator]
@@ -131,10 +135,10 @@ def attend_fully(base: PreTrainedModel) -> None:
 
 
 def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens that a text may have, of a model with positions for `limit` tokens (None: no limit).
+    """Return the largest number of tokens of a text, for a model with positions for `limit` tokens (None: no limit).
 
     Raises:
-        InputError: more than the model has positions for, or too few for a token of text.
+        InputError: if `max_length` exceeds the positions, or leaves no room for a token of text beside the special tokens.
     """
     if max_length is not None and max_length not in COUNT:
         raise InputError(f"max_length is {max_length!r}; it must be {COUNT}")

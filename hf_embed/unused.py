@@ -1,13 +1,15 @@
-"""Parameters that no embedding touches: the pooler of BERT under mean pooling, Longformer's global attention, LUKE's entities.
+"""Find parameters that no embedding depends on, and freeze them.
 
-DDP waits for a gradient of every trainable parameter, and these never have one. So a few texts are embedded once, without
-dropout, and the graph of that computation says which parameters took part. A parameter that did not is frozen, whatever it is
-called, unless another batch may use it:
+Examples are BERT's pooler under mean pooling, Longformer's global attention and LUKE's entities. DDP waits for a gradient of
+every trainable parameter, and these parameters never get one. To find them, a few texts are embedded once, without dropout. The
+autograd graph of this computation contains the parameters that took part. Any other parameter is frozen, whatever its name is,
+except if another batch may use it:
 
-- an entry of a list of alike modules, of which another entry took part: an expert to which no token was routed;
-- any parameter, where whole layers are dropped at random in training (`layerdrop`).
+- a parameter of a module in a list of similar modules, if another module of the list took part. An example is an expert to
+  which no token was routed.
+- any parameter, if whole layers are dropped at random in training (`layerdrop`).
 
-There DDP has to look for itself, at every step: `ddp_find_unused_parameters`.
+In these cases DDP has to search for unused parameters itself in every step: `ddp_find_unused_parameters`.
 """
 
 import logging
@@ -24,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
-    """Freeze the backbone's parameters that no embedding touches, or let DDP look for those that a batch does not touch.
+    """Freeze the backbone's parameters that no embedding depends on, or let DDP find those that a batch does not use.
 
-    Sets `requires_grad` of parameters, and `args.ddp_find_unused_parameters`. Gradients, random states and training modes stay
-    as they are. Weights that are not in memory yet, or only in part (FSDP with `cpu_ram_efficient_loading`, ZeRO-3), are not
-    looked at: sharded training does not wait for gradients that do not come.
+    This sets `requires_grad` of parameters and `args.ddp_find_unused_parameters`. Gradients, random states and training modes
+    do not change. Weights that are not in memory yet, or only in part (FSDP with `cpu_ram_efficient_loading`, ZeRO-3), are not
+    examined, because sharded training does not wait for missing gradients.
     """
     trainable = {name: p for name, p in encoder.backbone.named_parameters() if p.requires_grad}
     sharded = any(p.is_meta or hasattr(p, "ds_id") for p in encoder.backbone.parameters())
     if any(gather_objects(sharded)) or not trainable:
         return
     reached = touched(encoder)
-    # Random weights may differ between ranks until DDP makes them alike; the verdict must not.
+    # Random weights may differ between ranks until DDP makes them equal, so the ranks' results are joined: all freeze the same.
     used: set[str] = set().union(*gather_objects({name for name, p in trainable.items() if p in reached}))
     unused = [name for name in trainable if name not in used]
     sometimes = used_by_others(unused, used, encoder.backbone)
@@ -52,9 +54,9 @@ def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
 
 
 def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module) -> list[str]:
-    """Return the unused parameters that stand in a list of modules at the same place as a used one.
+    """Return the unused parameters that have the same place as a used one in another module of a list of modules.
 
-    "experts.3.weight" is one where "experts.0.weight" is used.
+    For example, "experts.3.weight" is returned if "experts.0.weight" is used.
     """
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)}
 
@@ -68,7 +70,7 @@ def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module)
 
 
 def drops_layers(config: PretrainedConfig) -> bool:
-    """Whether whole layers are left out at random in training: layerdrop, encoder_layerdrop and so on."""
+    """Return whether whole layers are left out at random in training (layerdrop, encoder_layerdrop and so on)."""
     return any("layerdrop" in key and value for key, value in config.to_dict().items())
 
 

@@ -1,17 +1,18 @@
-"""Vectors as they are kept and compared: precisions that take less memory, and the similarities.
+"""The forms in which vectors are stored and compared: precisions that need less memory, and similarities.
 
-| precision | a vector of D numbers is kept as | bytes |
+| precision | a vector of D numbers is stored as | bytes |
 |---|---|---|
 | float32 | itself | 4 D |
 | int8 | int8, scaled so that its largest number is 127 or -127 | D |
-| ubinary | the signs of its numbers, eight to a byte, uint8 (`numpy.packbits`) | D / 8 |
+| ubinary | the signs of its numbers, eight per byte, uint8 (`numpy.packbits`) | D / 8 |
 | binary | the same minus 128, int8 | D / 8 |
 
-All but the first keep the direction of a vector and lose its length, so they are compared by the cosine. The scale of int8 is
-of each vector by itself: vectors of two calls compare, and nothing has to be calibrated. (sentence-transformers takes the
-ranges of the batch at hand.) `binary` and `ubinary` are bit for bit what its `quantize_embeddings` gives.
+All precisions except float32 keep the direction of a vector and lose its length, so such vectors are compared by the cosine. In
+int8 each vector has its own scale. So vectors of different calls can be compared, and nothing has to be calibrated.
+(sentence-transformers takes the ranges of the current batch.) `binary` and `ubinary` are bit for bit the results of its
+`quantize_embeddings`.
 
-Shapes: N or M vectors, D wide before they are packed.
+Shapes: N or M vectors of D numbers each, before they are packed.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 PACKED = ("binary", "ubinary")
-# What sentence-transformers calls them -> the function, (..., N, D) and (..., M, D) -> (..., N, M); more is nearer.
+# Name in sentence-transformers -> function, (..., N, D) and (..., M, D) -> (..., N, M). A larger value means nearer vectors.
 SIMILARITIES: dict[str, Compare] = {
     "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
     "dot": lambda a, b: a.float() @ b.float().mT,
@@ -39,7 +40,7 @@ SIMILARITIES: dict[str, Compare] = {
 
 
 def check_precision(precision: str) -> None:
-    """Raise InputError for a precision that there is not."""
+    """Raise InputError if there is no precision of this name."""
     if is_one_of(precision, ("uint8",)):
         raise InputError("precision 'uint8' moves the zero, and cosines with it; take int8, or ubinary for packed signs")
     if not is_one_of(precision, PRECISIONS):
@@ -47,13 +48,13 @@ def check_precision(precision: str) -> None:
 
 
 def check_packable(precision: str, width: int) -> None:
-    """Raise InputError for vectors of `width` numbers that have no whole bytes of signs."""
+    """Raise InputError if a packed precision is asked for and `width` is not a multiple of 8."""
     if precision in PACKED and width % 8:
         raise InputError(f"precision {precision} packs 8 numbers to a byte, and a vector has {width}; set another truncate_dim")
 
 
 def quantize(vectors: Tensor, precision: str) -> Tensor:
-    """Reduce vectors (N, D) to one of `PRECISIONS`: (N, D), or (N, D / 8) packed.
+    """Reduce vectors (N, D) to one of `PRECISIONS`: (N, D), or packed (N, D / 8).
 
     >>> quantize(torch.tensor([[0.5, -1.0, 0.25, 0.0, 1.0, 1.0, -1.0, 2.0]]), "int8")
     tensor([[ 32, -64,  16,   0,  64,  64, -64, 127]], dtype=torch.int8)
@@ -61,7 +62,8 @@ def quantize(vectors: Tensor, precision: str) -> Tensor:
     tensor([[173]], dtype=torch.uint8)
 
     Raises:
-        InputError: a number is not finite, which no other precision than float32 could show; D is no multiple of 8, packed.
+        InputError: if the precision is unknown; if a number is not finite and the precision is not float32, which alone can
+            represent it; or if D is not a multiple of 8 and the precision is packed.
     """
     check_precision(precision)
     if precision == "float32":
@@ -78,7 +80,7 @@ def quantize(vectors: Tensor, precision: str) -> Tensor:
 
 
 def as_floats(vectors: Tensor, precision: str) -> Tensor:
-    """Return vectors (N, D) in float32 of those that `quantize` gave: signs become 1 and -1."""
+    """Return the vectors that `quantize` returned as float32 vectors (N, D); packed signs become 1 and -1."""
     if precision not in PACKED:
         return vectors.float()
     packed = vectors.int() + (128 if precision == "binary" else 0)
@@ -91,12 +93,12 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
 
     Args:
         vectors: (N, D) or packed.
-        dimension: what D is, as far as is known.
-        most: what D is at most.
-        given: int8 or binary, where the user has said which of them int8 vectors are.
+        dimension: D, as far as it is known.
+        most: the largest possible D.
+        given: int8 or binary, if the user has said which of them int8 vectors are.
 
     Raises:
-        InputError: int8 vectors that may be packed or not; uint8 vectors that are too wide to be packed.
+        InputError: if int8 vectors may be packed or not, or if uint8 vectors are too wide to be packed.
     """
     width = vectors.shape[-1]
     if vectors.dtype not in (torch.int8, torch.uint8):
@@ -120,12 +122,12 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
 
 
 def as_matrix(vectors: Vectors) -> Tensor:
-    """Return vectors, or a single one, as a tensor (N, D). Raises InputError for what is none."""
+    """Return vectors, or a single vector, as a tensor (N, D). Raise InputError for anything else."""
     try:
         if isinstance(vectors, list) and vectors and isinstance(vectors[0], np.ndarray | Tensor):
             vectors = torch.stack([torch.as_tensor(vector) for vector in vectors])
         found = torch.atleast_2d(torch.as_tensor(vectors))
-    except Exception as error:  # of whatever was given
+    except Exception as error:  # the argument may be anything
         raise InputError(f"vectors are {str(vectors)[:60]!r}, a {type(vectors).__name__}; give an array (N, D)") from error
     if found.dim() > 2 or found.is_complex():
         raise InputError(f"vectors are an array of shape {tuple(found.shape)} and type {found.dtype}; give real numbers (N, D)")
@@ -133,7 +135,7 @@ def as_matrix(vectors: Vectors) -> Tensor:
 
 
 def check_widths(first: Tensor, second: Tensor) -> None:
-    """Raise InputError for vectors of different widths."""
+    """Raise InputError if the vectors of both tensors have different widths."""
     if first.shape[-1] != second.shape[-1]:
         raise InputError(
             f"vectors of {first.shape[-1]} numbers cannot be compared with vectors of {second.shape[-1]}; encode both with one "

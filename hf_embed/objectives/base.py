@@ -1,13 +1,15 @@
-"""What the trainer asks of an objective, the defaults of what is optional, and objectives made of plain functions.
+"""The interface of an objective, defaults for its optional parts, and a wrapper for plain functions.
 
-A new objective is a dataclass that derives from `ContrastiveObjective` and computes a loss from embeddings and text ids: no
-gathering, no model and no logging in it. `Objective` is the type that the trainer knows; a `FunctionObjective` is made of a
-plain function.
+A new objective is a dataclass that derives from `ContrastiveObjective`. It computes a loss from embeddings and text ids. It
+does not gather, does not run a model and does not log. `Objective` is the protocol that the trainer relies on, and
+`FunctionObjective` turns a plain function into an objective.
 
-The loss is a mean over the own rows, for ranks are averaged. A term of all rows, which every rank computes alike from
-`all_embeddings`, is right as it is: the average of the ranks is the term.
+The loss is the mean over the rows of one rank, because DDP and FSDP average the gradients over the ranks. A term that depends
+on all rows, and that every rank computes alike from `all_embeddings`, needs no correction: its average over the ranks is the
+term itself.
 
-Shapes: B own rows, N rows of all ranks, V texts a row (anchor, positive, then V - 2 negatives), D wide.
+Shapes: B rows of this rank ("own rows"), N rows of all ranks, V texts per row (an anchor, a positive and V - 2 negatives), D
+numbers per embedding.
 """
 
 import inspect
@@ -21,54 +23,58 @@ from hf_embed.errors import InputError
 
 @runtime_checkable
 class Objective(Protocol):
-    """What the trainer asks of an objective.
+    """What the trainer requires of an objective.
 
-    A batch of two rows on each of two ranks, the second rank's call; row 3 has no negative:
+    Example: two ranks with two rows each, and the call on the second rank. Row 3 has no negative.
 
-        embeddings      (2, 3, D)   rows 2 and 3; what stands in place of the absent text is 0
+        embeddings      (2, 3, D)   rows 2 and 3; the embedding in place of the absent text is 0
         text_ids        (2, 3)      [[31, 32, 33], [41, 42, 0]]: equal numbers are equal texts, 0 is an absent text
-        all_embeddings  (4, 3, D)   rows 0 to 3, through which the gradients flow
+        all_embeddings  (4, 3, D)   rows 0 to 3; gradients flow through all of them
         all_text_ids    (4, 3)      [[11, 12, 13], [21, 22, 23], [31, 32, 33], [41, 42, 0]]
-        first_row       2           so all_text_ids[2:4] are text_ids
+        first_row       2           so all_text_ids[2:4] equals text_ids
     """
 
-    # The lines of a model card: the loss, and where it is from.
+    # Lines of the model card: the formula of the loss, and the paper that it comes from.
     equation: ClassVar[str]
     paper: ClassVar[str]
 
     @property
     def temperature(self) -> float:
-        """The number that similarities are divided by, or the one that a learned temperature begins with."""
+        """The number that similarities are divided by. If the temperature is learned, this is its initial value."""
         ...
 
     @property
     def learn_temperature(self) -> bool:
-        """Whether the trainer learns the temperature, and gives it to each call."""
+        """Whether the trainer learns the temperature and passes it to each call."""
         ...
 
     @property
     def mlm_weight(self) -> float:
-        """The weight of the masked-language-modelling loss, which the trainer computes and adds; 0: none."""
+        """The weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss."""
         ...
 
     @property
     def takes_other_ids(self) -> bool:
-        """Whether its call takes `other_ids`; data whose rows have several positives needs that."""
+        """Whether the call accepts `other_ids`. Data whose rows have several positives requires it."""
         ...
 
     def check_width(self, width: int) -> None:
-        """Check that embeddings of `width` numbers suit.
+        """Check that the objective accepts embeddings of `width` numbers.
 
         Raises:
-            InputError: they do not.
+            InputError: if it does not.
         """
         ...
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
-        """Check that the rows suit, the largest of which has `texts_per_row` texts; `name` is what messages call them.
+        """Check that the objective accepts the rows of a dataset.
+
+        Args:
+            texts_per_row: the number of texts in the largest row.
+            name: what error messages call the rows.
 
         Raises:
-            InputError: they do not.
+            InputError: if it does not accept them.
         """
         ...
 
@@ -85,20 +91,20 @@ class Objective(Protocol):
         """Return the mean loss of the own rows, a scalar.
 
         Args:
-            embeddings: (B, V, D) of the own rows, not normalised.
+            embeddings: (B, V, D) embeddings of the own rows, not normalized.
             text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
-            all_embeddings: (N, V, D), those of all ranks' rows, the own ones among them; default: the own.
-            all_text_ids: (N, V), the hashes of all ranks' texts; default: the own.
-            first_row: number of the first own row among all rows.
-            temperature: a learned one, a scalar; default: the fixed one.
-            other_ids: (N, W), given only where the data has rows with several positives: the hashes of the other positives of
-                each of all ranks' rows, 0 for none. They are no negatives of the row.
+            all_embeddings: (N, V, D) embeddings of the rows of all ranks, which include the own rows; default: the own rows.
+            all_text_ids: (N, V) hashes of the texts of all ranks; default: those of the own rows.
+            first_row: number of the first own row among the rows of all ranks.
+            temperature: the learned temperature, a scalar; default: the fixed temperature.
+            other_ids: (N, W) hashes of the other positives of each row of all ranks, filled up with 0. It is passed only if
+                some rows of the data have several positives. These texts are not negatives of the row.
         """
         ...
 
 
 class ContrastiveObjective:
-    """The base of objectives, with a default for all that an `Objective` has beside its call."""
+    """The base class of objectives, with a default for every part of `Objective` except the call."""
 
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -108,22 +114,22 @@ class ContrastiveObjective:
 
     @property
     def takes_other_ids(self) -> bool:
-        """Whether the call has that parameter."""
+        """Whether the call has a parameter `other_ids`."""
         return has_parameter(cast(Callable[..., Tensor], self), "other_ids")
 
     def check_width(self, width: int) -> None:
         """Accept embeddings of any width."""
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
-        """Accept rows of any number of texts."""
+        """Accept rows with any number of texts."""
 
 
 class FunctionObjective(ContrastiveObjective):
-    """A loss that is any callable, a function for example, which is called with the first five arguments.
+    """An objective that wraps any callable, for example a function.
 
-    It is given `temperature` only where it learns one, and `other_ids` only where rows have several positives.
-
-    Of the attributes that an objective has, those that the callable has are taken from it.
+    The callable receives the first five arguments of an objective. It also receives `temperature` if the temperature is
+    learned, and `other_ids` if rows have several positives. If the callable has an attribute `temperature`, `learn_temperature`
+    or `mlm_weight`, the objective takes its value.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -134,7 +140,7 @@ class FunctionObjective(ContrastiveObjective):
 
     @property
     def takes_other_ids(self) -> bool:
-        """Whether the callable has that parameter."""
+        """Whether the callable has a parameter `other_ids`."""
         return has_parameter(self.function, "other_ids")
 
     def __call__(
@@ -147,26 +153,26 @@ class FunctionObjective(ContrastiveObjective):
         temperature: Tensor | None = None,
         other_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the callable's loss."""
+        """Return the loss that the callable computes."""
         given = {"temperature": temperature, "other_ids": other_ids}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         return self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
 
 
 def has_parameter(function: Callable[..., Tensor], name: str) -> bool:
-    """Return whether a callable has a parameter of that name, or takes any."""
+    """Return whether a callable has a parameter of this name or takes arbitrary keyword arguments."""
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # of a compiled one, which has no signature
+    except ValueError:  # a compiled function has no signature
         return False
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def check_other_positives(objective: Objective, name: str) -> None:
-    """Refuse an objective that cannot be told of a row's other positives; `name` is what messages call the rows.
+    """Refuse an objective that does not accept `other_ids`; `name` is what error messages call the rows.
 
     Raises:
-        InputError: its call has no `other_ids`.
+        InputError: if the call of the objective has no parameter `other_ids`.
     """
     if not objective.takes_other_ids:
         loss = objective.function if isinstance(objective, FunctionObjective) else objective
@@ -178,5 +184,5 @@ def check_other_positives(objective: Objective, name: str) -> None:
 
 
 def as_objective(loss: Callable[..., Tensor]) -> Objective:
-    """Return `loss` itself where it is an objective, and a `FunctionObjective` of any other callable."""
+    """Return `loss` itself if it is an objective; otherwise wrap the callable in a `FunctionObjective`."""
     return loss if isinstance(loss, Objective) else FunctionObjective(loss)

@@ -1,15 +1,16 @@
 """GTE: Towards General Text Embeddings with Multi-stage Contrastive Learning (https://arxiv.org/abs/2308.03281).
 
-The loss compares every text of a batch with every other: at 16,384 pairs that is four matrices of 16,384 x 16,384. So rows
-are taken in tiles, and the gradient of a tile is taken with its loss, by hand and in place, before the tile is dropped:
+The loss compares every text of a batch with every other text. With 16,384 pairs that is four matrices of 16,384 x 16,384. To
+save memory, the code takes the rows in tiles. It computes the gradient of a tile by hand and in place, together with the loss
+of the tile, before it drops the tile. With t the temperature and c a candidate:
 
-    loss_i = log Z_i - s(q_i, d_i) / t        w_ic = e^{s_ic / t} / Z_i, the softmax over all that Z_i sums
-    d loss_i / d s_ic = w_ic / t              and another - 1 / t for s(q_i, d_i)
+    loss_i = log Z_i - s(q_i, d_i) / t        w_ic = e^{s_ic / t} / Z_i, the softmax over all candidates in Z_i
+    d loss_i / d s_ic = w_ic / t              and in addition - 1 / t for s(q_i, d_i)
 
-Beyond the embeddings and their gradients that needs the memory of one tile. Nothing is computed twice; nothing is approximate.
+Besides the embeddings and their gradients, only one tile is in memory. Nothing is computed twice, and the result is exact.
 
-Shapes: B own rows, N rows of all ranks, V texts a row (query, document, then V - 2 hard negatives), D wide; T rows a tile;
-C candidates, which are the N queries or the N * (V - 1) documents.
+Shapes: B rows of this rank ("own rows"), N rows of all ranks, V texts per row (a query, a document and V - 2 hard negatives),
+D numbers per embedding, T rows per tile, W other positives per row, C candidates: the N queries or the N * (V - 1) documents.
 """
 
 from dataclasses import dataclass, field
@@ -26,36 +27,42 @@ from hf_embed.objectives.masking import false_negatives
 from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-TILE_SIZE = 2**26  # similarities in a tile: 256 MB in float32
+TILE_SIZE = 2**26  # largest number of similarities in a tile: 256 MiB in float32
 
 
 @dataclass
 class ImprovedContrastive(ContrastiveObjective):
-    """The improved contrastive loss: a query is told from the other queries too, and a document from other documents.
+    """The improved contrastive loss of GTE: negatives of a pair are all other queries and all other documents.
 
-        loss_i = - log  e^{s(q_i, d_i) / t} / Z_i        s: cosine
+        loss_i = - log  e^{s(q_i, d_i) / t} / Z_i        s: cosine similarity
         Z_i = sum_j e^{s(q_i, d_j) / t} + sum_{j != i} e^{s(q_i, q_j) / t}          query_to_doc, query_to_query
             + sum_j e^{s(q_j, d_i) / t} + sum_{j != i} e^{s(d_j, d_i) / t}          doc_to_query, doc_to_doc
 
-    as the paper prints it (section 3.3). The own positive stands in both cross terms, so a perfect model's loss is ln 2.
-    Hard negatives are documents: those of all rows join the sums over d_j, in query_to_doc and in doc_to_doc. Left out are
-    absent negatives, texts equal to the row's query or document, and texts that stand in a pair with one of these: other
-    documents of the same query, other queries of the same document. Where the data gives a query several positives
-    (`other_ids`), all of them are its documents, whichever stands in the row, and in whichever row a document stands.
+    This is the paper's formula ("Improved Contrastive Loss" in the section on training details), taken literally. The own
+    positive is in both cross terms, so the loss of a perfect model is ln 2; with `positive_once` it is 0.
+
+    The code deviates from the paper in two points:
+
+    - The formula does not mention hard negatives. Here hard negatives are documents: those of all rows, also those of row i,
+      join the sums over d_j in query_to_doc and in doc_to_doc.
+    - False negatives are left out of Z_i: texts equal to the row's query or document, and texts that form a pair with one of
+      these (other documents of the same query, other queries of the same document). If the data gives a query several positives
+      (`other_ids`), all of them count as its documents. It does not matter which of them is in the row, or in which row they
+      are.
 
     Args:
         temperature: t, 0.01 in the paper.
-        directions: which of the four sums make up Z; ("query_to_doc",) is the vanilla in-batch loss.
-        partition_mode: "joint", one Z, as in the paper; or "per_direction", a softmax for each direction and the mean of
-            their losses: with ("query_to_doc", "doc_to_query") that is bidirectional InfoNCE, the loss of CLIP.
-        positive_once: leave the positive out of doc_to_query, so that a perfect model's loss is 0.
-        margin: leave out candidates whose score is above s(q_i, d_i) - margin: probably unlabelled positives. May be
-            negative: -0.1 leaves out what is closer than the positive by 0.1. None: keep all.
-        learn_temperature: let training change the temperature, from `temperature` on.
-        tile_rows: T; default: as many as keep a tile at 2^26 similarities.
+        directions: which of the four sums make up Z; ("query_to_doc",) alone is the standard loss with in-batch negatives.
+        partition_mode: "joint" is one Z, as in the paper. "per_direction" is one softmax per direction and the mean of their
+            losses; with ("query_to_doc", "doc_to_query") that is bidirectional InfoNCE, the loss of CLIP.
+        positive_once: leave the positive out of doc_to_query, so that the loss of a perfect model is 0.
+        margin: leave out candidates that score above s(q_i, d_i) - margin, because they are probably unlabeled positives. The
+            margin may be negative: -0.1 leaves out candidates that score more than 0.1 above the positive. None: keep all.
+        learn_temperature: train the temperature too, with `temperature` as its initial value.
+        tile_rows: T; default: as many rows as keep a tile within 2^26 similarities.
 
     Raises:
-        InputError: an unknown direction or partition_mode, a number out of range, or a combination without a meaning.
+        InputError: if a direction or the partition_mode is unknown, a number is out of range, or options exclude each other.
     """
 
     equation: ClassVar[str] = "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the directions named"
@@ -110,7 +117,7 @@ class ImprovedContrastive(ContrastiveObjective):
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
 
-        Its gradient can be taken once, and flows through `all_embeddings` alone, where the own rows stand too.
+        The backward pass can run only once. The gradient flows only through `all_embeddings`, which contains the own rows.
         """
         if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
@@ -118,16 +125,16 @@ class ImprovedContrastive(ContrastiveObjective):
             temperature = all_embeddings.new_tensor(self.temperature)
         queries, documents = all_embeddings.split([1, all_embeddings.shape[1] - 1], dim=1)
         queries = F.normalize(queries.flatten(0, 1), dim=-1)  # (N, D)
-        documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), the documents of a row together
+        documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), row by row
         own_rows = range(first_row, first_row + len(embeddings))
         return _MeanLoss.apply(queries, documents, temperature, RowIds(all_text_ids, other_ids), own_rows, self)
 
 
 class RowIds(NamedTuple):
-    """The hashes of the texts of all rows."""
+    """The hashes of the texts of some rows: of all rows, or of the rows of one tile."""
 
-    texts: Tensor  # (N, V), 0 for an absent one
-    others: Tensor | None  # (N, W) of each row's other positives, 0 for none; None where no row has any
+    texts: Tensor  # (N, V), or (T, V) for one tile; 0 for an absent text
+    others: Tensor | None  # (N, W) or (T, W) other positives of each row, filled up with 0; None if no row has any
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -174,8 +181,9 @@ def tile_loss(
 ) -> Tensor:
     """Return the summed loss, (), of the rows numbered `rows`.
 
-    The gradients by the first three arguments are added to `gradients`, if they are wanted.
+    If `gradients` is given, add the gradients with respect to the first three arguments to it.
     """
+    # The improved contrastive loss of arXiv 2308.03281, with log Z_i as a logsumexp over the terms of each direction.
     sides = candidates_of(queries, documents, ids, rows)
     tile = slice(rows.start, rows.stop)
     tile_ids = RowIds(ids.texts[tile], None if ids.others is None else ids.others[tile])
@@ -185,34 +193,34 @@ def tile_loss(
     for direction in objective.directions:
         keep_positive = direction == "query_to_doc" or (direction == "doc_to_query" and not objective.positive_once)
         logits[direction] = masked_logits(direction, sides, tile_ids, temperature, keep_positive, limit)
-    # log Z_i of each direction's loss, (T, directions), and the weight of these losses in the gradient.
+    # (T, directions): log Z_i of each direction. `loss_weight` is the weight of a direction's loss in the gradient.
     log_z, loss_weight = torch.stack([block.logsumexp(1) for block in logits.values()], dim=1), 1 / len(logits)
-    if objective.partition_mode == "joint":  # one Z_i for all directions
+    if objective.partition_mode == "joint":  # the directions share one Z_i, so each column holds the same log Z_i
         log_z, loss_weight = log_z.logsumexp(1, keepdim=True).expand_as(log_z), 1.0
     if gradients is not None:
         add_gradients(logits, log_z, loss_weight, sides, temperature, positive, gradients)
-    return (log_z.mean(1) - positive / temperature).sum()  # loss_i = log Z_i - s(q_i, d_i) / t
+    return (log_z.mean(1) - positive / temperature).sum()  # loss_i = log Z_i - s(q_i, d_i) / t, averaged over directions
 
 
 class Candidates(NamedTuple):
-    """The queries or the documents of all rows, and the tile's among them."""
+    """The queries or the documents of all rows, and where those of the tile are among them."""
 
     vectors: Tensor  # (C, D), unit length
-    ids: Tensor  # (C,) hash of each text, 0 for an absent one
-    partner_ids: Tensor  # (C, 1 or 1 + W) hash of the text that each stands in a pair with, then of the others; 0 for none
-    tile_places: slice  # where the queries of the tile stand, or their positives
+    ids: Tensor  # (C,) hash of each text, 0 for an absent text
+    partner_ids: Tensor  # (C, 1 + W) hashes of the partners; see `candidates_of`. 0 for none
+    tile_places: slice  # places of the tile's queries, or of their positives
 
     @property
     def tile_vectors(self) -> Tensor:
-        """The tile's queries, or their positives, (T, D)."""
+        """The tile's queries or positives, (T, D)."""
         return self.vectors[self.tile_places]
 
 
 def candidates_of(queries: Tensor, documents: Tensor, ids: RowIds, rows: range) -> dict[str, Candidates]:
-    """Return both sides of the similarities, by the names that directions have for them.
+    """Return the queries and the documents of all rows under the names "query" and "doc", which the directions use.
 
-    The partners of a query are its row's positive and other positives. The first partner of a positive is its query, and the
-    further ones are its row's other positives; a negative has none.
+    The partners of a query are the positive and the other positives of its row. The first partner of a positive is its query;
+    its further partners are the other positives of its row. A hard negative has no partner.
     """
     per_row, text_ids = len(documents) // len(queries), ids.texts
     others = text_ids[:, :0] if ids.others is None else ids.others  # (N, W)
@@ -234,12 +242,13 @@ def masked_logits(
     keep_positive: bool,
     limit: Tensor | None,
 ) -> Tensor:
-    """Return s_ic / t of the tile's texts and a direction's candidates, (T, C); -inf for what is left out of Z_i."""
+    """Return s_ic / t of the tile's texts and the candidates of one direction, (T, C); -inf for candidates outside Z_i."""
     left, right = (sides[side] for side in direction.split("_to_"))
     scores = left.tile_vectors @ right.vectors.T  # (T, C)
-    # j != i needs no rule of its own: a text's id equals its own.
+    # `j != i` in the formula needs no code: candidate i has the id of text i, so `false_negatives` drops it.
     positives = torch.arange(len(right.vectors), device=scores.device)[right.tile_places] if keep_positive else None
-    # Two documents whose queries have a document in common are no negatives of each other. For a query such a document is one.
+    # doc_to_doc: documents of two rows are not negatives of each other if the rows share a document. query_to_doc: for a query,
+    # the document of such another row remains a negative, so only the candidate's own query counts as its partner.
     partners = right.partner_ids[:, :1] if direction == "query_to_doc" else right.partner_ids
     dropped = false_negatives(tile_ids.texts, right.ids, positives, partners, scores, limit, tile_ids.others)
     return scores.div_(temperature).masked_fill_(dropped, float("-inf"))
@@ -254,20 +263,20 @@ def add_gradients(
     positive: Tensor,
     gradients: list[Tensor],
 ) -> None:
-    """Add the gradients of a tile's loss by queries, documents and temperature to `gradients`; overwrite the logits."""
+    """Add the gradients of a tile's loss to `gradients`: by queries, documents and temperature. Overwrite the logits."""
     by_side, by_temperature = {"query": gradients[0], "doc": gradients[1]}, gradients[2]
     for (direction, block), log_z_i in zip(logits.items(), log_z.unbind(1)):
         left, right = direction.split("_to_")
         # w_ic = e^{s_ic / t} / Z_i
         weights = block.sub_(log_z_i.unsqueeze(1)).exp_()
-        # d log Z_i / dt = - sum_c w_ic s_ic / t^2, where s_ic / t = log w_ic + log Z_i; where w_ic is 0, so is the product.
+        # d log Z_i / dt = - sum_c w_ic s_ic / t^2, where s_ic / t = log w_ic + log Z_i. If w_ic is 0, xlogy gives 0.
         sum_of_logits = torch.xlogy(weights, weights).sum() + (weights.sum(1) * log_z_i).sum()
         by_temperature -= loss_weight / temperature * sum_of_logits
-        # d log Z_i / d s_ic = w_ic / t, and s_ic is the product of left_i and right_c.
+        # d log Z_i / d s_ic = w_ic / t, and s_ic is the dot product of left_i and right_c.
         weights.mul_(loss_weight / temperature)
         by_side[left][sides[left].tile_places].addmm_(weights, sides[right].vectors)
         by_side[right].addmm_(weights.T, sides[left].tile_vectors)
-    # The gradient of - s(q_i, d_i) / t.
+    # The gradient of the other term of loss_i, - s(q_i, d_i) / t.
     by_side["query"][sides["query"].tile_places] -= sides["doc"].tile_vectors / temperature
     by_side["doc"][sides["doc"].tile_places] -= sides["query"].tile_vectors / temperature
     by_temperature += positive.sum() / temperature**2

@@ -1,6 +1,7 @@
-"""Candidates that are no negatives: absent, equal to the anchor or its positive, paired with one of them, or too close.
+"""Find candidates that are not true negatives: absent texts, duplicates, further answers, and texts that score too high.
 
-Shapes: B rows of V texts (anchor, positive, negatives), C candidates.
+Shapes: B rows of V texts (an anchor, a positive and negatives), C candidates, P partners per candidate, W other positives per
+row.
 """
 
 import torch
@@ -16,25 +17,26 @@ def false_negatives(
     limit: Tensor | None = None,
     other_ids: Tensor | None = None,
 ) -> Tensor:
-    """Mark the candidates to leave out of each row's denominator.
+    """Mark the candidates to leave out of the denominator of each row.
 
     Args:
         text_ids: (B, V) hash of each text of the rows.
-        candidate_ids: (C,) hash of each candidate; 0 for one that is absent.
-        positives: (B,) number of each row's own positive among the candidates: always kept. None: it is not among them.
-        partner_ids: (C,) or (C, P) hashes of the texts that each candidate stands in a pair with, 0 for none. A candidate
-            paired with the anchor or its positive is an answer to the same query, or asks for the same document: no negative
-            either.
-        scores: (B, C) of each row and candidate, where there is a limit. No gradient flows here.
-        limit: (B,) also leave out what scores above the row's limit.
-        other_ids: (B, W) hashes of each row's other positives, 0 for none: no negatives, as its own positive is none.
+        candidate_ids: (C,) hash of each candidate; 0 for an absent text.
+        positives: (B,) number of each row's own positive among the candidates, which is always kept. None: the own positive is
+            not among the candidates.
+        partner_ids: (C,) or (C, P) hashes of the texts that form a pair with each candidate, 0 for none. A candidate whose
+            partner is the anchor or the positive of a row answers the same query or asks for the same document, so it is not a
+            negative of the row either.
+        scores: (B, C) score of each row and candidate; needed if there is a limit. No gradient flows through them.
+        limit: (B,) leave out candidates that score above the limit of the row.
+        other_ids: (B, W) hashes of the other positives of each row, filled up with 0. They are treated like the positive.
 
     Returns:
         (B, C) bool, True for a candidate to leave out.
     """
     dropped = (candidate_ids == 0).expand(len(text_ids), -1).clone()
     own_ids = list(text_ids[:, :2].unbind(1))
-    if other_ids is not None:  # in place of a 0, which would equal the 0 of no partner, the positive stands once more
+    if other_ids is not None:  # a 0 would match a candidate without partner, so the positive's id replaces it
         own_ids += torch.where(other_ids == 0, text_ids[:, 1:2], other_ids).unbind(1)
     partners = [] if partner_ids is None else list(partner_ids.view(len(candidate_ids), -1).unbind(1))
     for ids in (candidate_ids, *partners):

@@ -1,4 +1,7 @@
-"""Matryoshka Representation Learning (https://arxiv.org/abs/2205.13147): the first dimensions are an embedding themselves."""
+"""Matryoshka Representation Learning (https://arxiv.org/abs/2205.13147): a prefix of an embedding is an embedding too.
+
+Shapes: those of `hf_embed.objectives.base`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +16,22 @@ from hf_embed.ranges import COUNT, Range
 
 @dataclass
 class Matryoshka:
-    """The sum of an objective's losses on the first `dims` dimensions of every embedding (the paper's equation 1).
+    """The weighted sum of an objective's losses on prefixes of the embeddings (equation 1 of the paper).
+
+        loss = sum_{m in dims} c_m L(embeddings[..., :m])        c_m: weight of width m, 1 by default; L: the inner objective
+
+    The code deviates from the paper in two points. L is the contrastive loss, where the paper has a classification loss with a
+    classifier for each width; each prefix is compared by its own cosine similarity. And only the widths in `dims` count, where
+    the paper always includes the full width.
 
     Args:
-        objective: e.g. `ImprovedContrastive()`; every prefix is compared by its own cosine.
-        dims: widths, e.g. (384, 256, 128, 64). Name the full width too if it should count.
-        weights: of each width's loss; default: 1.
+        objective: the inner objective, e.g. `ImprovedContrastive()`.
+        dims: the widths, e.g. (384, 256, 128, 64). Include the full width if it is to count.
+        weights: the weight of the loss at each width; default: 1.
 
     Raises:
-        InputError: a width below 1, named twice or, when the trainer is made, above the embedding's; another number of weights
-            than widths; weights below 0, or all 0.
+        InputError: if a width is below 1 or given twice, or above the width of the embedding (found when the trainer is made);
+            if the numbers of weights and widths differ; if a weight is below 0, or all weights are 0.
     """
 
     equation: ClassVar[str] = ""
@@ -46,31 +55,35 @@ class Matryoshka:
 
     @property
     def inner(self) -> Objective:
-        """The objective whose losses are summed."""
+        """The inner objective, whose losses are summed."""
         return as_objective(self.objective)
 
     @property
     def temperature(self) -> float:
-        """That of the inner objective."""
+        """The temperature of the inner objective."""
         return self.inner.temperature
 
     @property
     def learn_temperature(self) -> bool:
-        """That of the inner objective."""
+        """Whether the inner objective learns its temperature."""
         return self.inner.learn_temperature
 
     @property
     def mlm_weight(self) -> float:
-        """That of the inner objective."""
+        """The weight of the masked-language-modeling loss in the inner objective."""
         return self.inner.mlm_weight
 
     @property
     def takes_other_ids(self) -> bool:
-        """That of the inner objective."""
+        """Whether the inner objective accepts `other_ids`."""
         return self.inner.takes_other_ids
 
     def check_width(self, width: int) -> None:
-        """Refuse `dims` above the embedding's width."""
+        """Check that no width in `dims` is above the width of the embedding.
+
+        Raises:
+            InputError: if one is.
+        """
         if max(self.dims) > width:
             raise InputError(f"Matryoshka dims {max(self.dims)}: the embedding is {width} wide")
 
@@ -90,11 +103,11 @@ class Matryoshka:
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         self.check_width(embeddings.shape[-1])
-        assert self.weights is not None  # set when this was made
+        assert self.weights is not None  # __post_init__ has set them
         given = {"temperature": temperature, "other_ids": other_ids}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         loss = embeddings.new_zeros(())
-        for dim, weight in zip(self.dims, self.weights):
+        for dim, weight in zip(self.dims, self.weights):  # equation 1: the sum over widths m of c_m L
             everyone = None if all_embeddings is None else all_embeddings[..., :dim]
             loss = loss + weight * self.objective(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **given)
         return loss

@@ -1,6 +1,7 @@
 """SimCSE: Simple Contrastive Learning of Sentence Embeddings (https://arxiv.org/abs/2104.08821).
 
-Shapes: B own rows, N rows of all ranks, V texts a row (anchor, positive, then V - 2 negatives), D wide.
+Shapes: B rows of this rank ("own rows"), N rows of all ranks, V texts per row (an anchor, a positive and V - 2 negatives), D
+numbers per embedding.
 """
 
 from dataclasses import dataclass, field
@@ -18,24 +19,35 @@ from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
 
 @dataclass
 class SimCSE(ContrastiveObjective):
-    """In-batch contrastive loss on cosine similarities, equations 1 (unsupervised), 4 and 5 (hard negatives).
+    """The contrastive loss of SimCSE: cosine similarity with in-batch and hard negatives.
 
     Each anchor has to find its positive among the positives and hard negatives of all rows:
 
         loss_i = - log  e^{s(a_i, p_i) / t} / ( sum_j e^{s(a_i, p_j) / t} + sum_{j,k} w_ij e^{s(a_i, n_jk) / t} )
 
+    Without hard negatives this is equation 1 of the paper, and equation 4 (unsupervised) if anchor and positive are the same
+    text under two dropout masks. With hard negatives it is equation 5, and with their weight equation 8.
+
+    The code deviates from the paper in two points:
+
+    - The paper keeps false negatives. Here the denominator of row i leaves out texts equal to a_i or p_i, and further positives
+      if `mask_other_positives` is set.
+    - A row may have any number k of hard negatives, or none, where the paper has exactly one. The weight applies to each of
+      them.
+
     Args:
         temperature: t, 0.05 in the paper.
-        hard_negative_weight: a logit added to the row's own hard negatives: w_ii = e^weight, w_ij = 1 otherwise
-            (appendix of the paper; its code's `hard_negative_weight`).
-        mlm_weight: weight of the masked-language-modelling auxiliary (section 3.3; 0.1 in the paper). The trainer adds it.
-        mask_other_positives: leave out of row i's denominator the positives of other rows with the same anchor, and of rows
-            whose anchor is row i's positive: they are right answers too. False is the paper's form, in which one anchor in two
-            rows with two positives keeps the loss above 0 on perfect embeddings. Where the data gives a row several positives
-            (`other_ids`), these are left out wherever they stand, as a hard negative of another row too.
+        hard_negative_weight: a logit added to the row's own hard negatives, as in the released code: w_ii = e^weight and
+            w_ij = 1 for j != i. In equation 8 (section 6.3) w_ii is called alpha; alpha = 1, a weight of 0, was best.
+        mlm_weight: lambda, the weight of the auxiliary masked-language-modeling loss, which the trainer adds (appendix A of the
+            paper, and table D.2, where 0.1 is best for transfer tasks).
+        mask_other_positives: leave further correct answers out of the denominator of row i: positives of other rows with the
+            same anchor, and of rows whose anchor is the positive of row i. False is the paper's form; then, if an anchor is in
+            two rows with two positives, the loss stays above 0 even for perfect embeddings. If the data gives a row several
+            positives (`other_ids`), these are left out wherever they occur, even as a hard negative of another row.
 
     Raises:
-        InputError: a number out of range.
+        InputError: if a number is out of range.
     """
 
     equation: ClassVar[str] = "loss_i = -log e^(cos(h_i, h_i+) / t) / sum_j [ e^(cos(h_i, h_j+) / t) + e^(cos(h_i, h_j-) / t) ]"
@@ -55,7 +67,11 @@ class SimCSE(ContrastiveObjective):
         check_ranges(self, {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0)})
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
-        """Refuse a weight of hard negatives where no row has one."""
+        """Refuse a weight of hard negatives if no row has a hard negative.
+
+        Raises:
+            InputError: if `hard_negative_weight` is set and the rows are pairs.
+        """
         if self.hard_negative_weight and texts_per_row < 3:
             raise InputError(f"{name}: hard_negative_weight is set, but no row has a negative; leave it out")
 
@@ -72,14 +88,14 @@ class SimCSE(ContrastiveObjective):
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
-        own_rows = torch.arange(len(embeddings), device=embeddings.device)  # numbered among the own
-        labels = first_row + own_rows  # each row's positive among the candidates
+        own_rows = torch.arange(len(embeddings), device=embeddings.device)  # numbers from 0 to B - 1
+        labels = first_row + own_rows  # the place of each row's positive among the candidates
 
         anchors = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
-        # Candidates: all positives, then all first negatives, then all second negatives ...
+        # Candidates: all positives, then all first negatives, then all second negatives, and so on.
         candidates = F.normalize(by_view(all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
         logits = anchors @ candidates.T / (self.temperature if temperature is None else temperature)  # (B, (V - 1) * N)
-        if self.hard_negative_weight:
+        if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
             weights = torch.zeros_like(logits)
             for negative in range(1, all_embeddings.shape[1] - 1):
                 weights[own_rows, negative * len(all_embeddings) + labels] = self.hard_negative_weight
@@ -88,13 +104,14 @@ class SimCSE(ContrastiveObjective):
         partners = others = None
         if self.mask_other_positives:
             others = None if other_ids is None else other_ids[first_row : first_row + len(embeddings)]
-            partners = torch.zeros_like(all_text_ids[:, 1:])  # negatives have no partner
+            partners = torch.zeros_like(all_text_ids[:, 1:])  # hard negatives have no partner
             partners[:, 0] = all_text_ids[:, 0]
             partners = by_view(partners)
         dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners, other_ids=others)
+        # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate has the logit -inf.
         return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), labels)
 
 
 def by_view(rows: Tensor) -> Tensor:
-    """Flatten (N, V, ...) to (V * N, ...): the first of all rows, then the second of all rows, and so on."""
+    """Flatten (N, V, ...) to (V * N, ...): the first text of all rows, then the second text of all rows, and so on."""
     return rows.transpose(0, 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""TempScale: sharper attention, on a live model or in its weights, without training."""
+"""TempScale: sharper attention without training, on a model in memory or folded into its weights."""
 
 from hf_embed.tempscale.attention import applied_tempscale, apply_tempscale, remove_tempscale, tempscale
 from hf_embed.tempscale.config import TempScaleConfig

@@ -1,8 +1,8 @@
-"""TempScale on a live model: applied, taken back, or folded into the weights.
+"""Apply TempScale to a model in memory, and remove it again.
 
-Applied, the outputs that the registry names are divided by t as they come out of their submodule: the model's own attention
-code, on whatever backend, does the rest. Folded, the weights that make these outputs are divided, and the model is an ordinary
-one again.
+Forward hooks divide by t the outputs that the registry names, as they come out of their submodule. Numbers that the registry
+names, such as a cap of the scores, are divided in place. The model's own attention code, on any backend, does the rest.
+`hf_embed.tempscale.fold` divides the weights that produce these outputs instead; the model is then an ordinary model again.
 
 Shapes: B texts of a batch.
 """
@@ -30,14 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
-    """Let `model` attend at the given temperature, until `remove_tempscale` or `fold_tempscale`. Returns the model.
+    """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
-    The model may be trained, compiled, wrapped in DDP or carry PEFT adapters afterwards, and runs on the attention backend it
-    had. `model.config.temp_scale` says what was done. Attention of a decoder to another text is left alone.
+    Afterwards the model can be trained, compiled, wrapped in DDP or given PEFT adapters. It keeps its attention backend.
+    `model.config.temp_scale` records the settings. Cross-attention of a decoder is not changed.
 
     Raises:
-        InputError: an attention class that is not known, by name; layers that there are not; a model that is scaled already;
-            growth where the scores are more than queries times keys, or the queries not to be had.
+        InputError: if an attention class is unknown (the message names it); if the model lacks a named layer; if the model is
+            already scaled; if a submodule that the registry names is missing; or if the temperature grows with length, and the
+            scores are not just queries times keys or no submodule outputs the queries.
     """
     config = config if isinstance(config, TempScaleConfig) else TempScaleConfig(config)
     base = base_of(model)
@@ -45,7 +46,7 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     found = attentions(base)
     temperatures = temperatures_of(base, found, config)
     hooks, pre_hooks = hooks_of(base, found, config, temperatures)
-    # All is known to be right; only now the model is touched.
+    # All checks have passed. The model is changed only from here on.
     applied = Applied(config, temperatures)
     applied.handles += [module.register_forward_hook(hook) for module, hook in hooks]
     applied.handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pre_hooks]
@@ -60,10 +61,10 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
 
 
 def remove_tempscale(model: nn.Module) -> nn.Module:
-    """Undo `apply_tempscale`: the model is what it was, bit for bit. Returns the model.
+    """Undo `apply_tempscale`, so that the model is bit for bit what it was before. Return the model.
 
     Raises:
-        InputError: the model is not scaled.
+        InputError: if no TempScale is applied to the model.
     """
     base = base_of(model)
     applied = applied_to(base)
@@ -80,7 +81,7 @@ def remove_tempscale(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def tempscale(model: nn.Module, config: TempScaleConfig | float) -> Iterator[nn.Module]:
-    """Scale a model within a `with` block; afterwards it is as before.
+    """Apply TempScale to a model inside a `with` block, and remove it afterwards.
 
     with tempscale(model, 0.9):
         vectors = encoder.encode(texts)
@@ -99,31 +100,32 @@ STATE = "hf_embed_tempscale"
 
 @dataclass
 class Applied:
-    """What `apply_tempscale` did to a model, to be undone or folded.
+    """The changes that `apply_tempscale` made to a model, so that they can be undone or folded.
 
-    It is an attribute of the model, called `STATE`, so that a deep copy of the model has its own, which names the copy's
-    modules, and a compiled model has that of the model within it. Only `applied_to` reads it.
+    The model holds this object in the attribute that `STATE` names. So a deep copy of the model has its own object, which
+    refers to the modules of the copy, and a compiled model finds the object of the model inside it. Only `applied_to` reads the
+    attribute.
     """
 
     config: TempScaleConfig
-    temperatures: dict[str, float]  # of each attention module, by name
+    temperatures: dict[str, float]  # temperature of each attention module, by name
     handles: list[RemovableHandle] = field(default_factory=list)
-    numbers: list[tuple[nn.Module, str, float]] = field(default_factory=list)  # what the attributes were before the division
+    numbers: list[tuple[nn.Module, str, float]] = field(default_factory=list)  # module, attribute, value before the division
 
 
 def applied_to(model: nn.Module) -> Applied | None:
-    """Return what `apply_tempscale` did to `model` (or to the model within a PEFT model); None if it is not scaled."""
+    """Return what `apply_tempscale` did to `model`, or to the model inside a PEFT model; None if it is not scaled."""
     return getattr(base_of(model), STATE, None)
 
 
 def applied_tempscale(model: nn.Module) -> TempScaleConfig | None:
-    """Return the config that is applied to `model`, not folded into it; None if there is none."""
+    """Return the settings that are applied to `model` and not folded into it; None if there are none."""
     applied = applied_to(model)
     return applied.config if applied else None
 
 
 def check_unscaled(model: PreTrainedModel) -> None:
-    """Raise InputError if TempScale is applied to `model`, or folded into it."""
+    """Raise InputError if TempScale is applied to `model` or folded into it."""
     if applied := applied_to(model):
         raise InputError(f"the model is scaled already ({applied.config}); remove_tempscale first")
     entry = getattr(model.config, "temp_scale", None)
@@ -132,7 +134,7 @@ def check_unscaled(model: PreTrainedModel) -> None:
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """Return the model within a PEFT model; any other model as it is."""
+    """Return the model inside a PEFT model; return any other model unchanged."""
     whole: Any = model
     return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
 
@@ -141,10 +143,10 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def temperatures_of(model: PreTrainedModel, found: Attentions, config: TempScaleConfig) -> dict[str, float]:
-    """Return the temperature of each attention, by its name. Raises InputError for layers that there are not.
+    """Return the temperature of each attention, by its name. Raise InputError if the model lacks a named layer.
 
-    Layers are counted by their place in the model's list of layers; where attentions are not of one such list, one each
-    (an encoder and a decoder), they are counted in their order.
+    The number of a layer is its index in the model's list of layers. If the attentions do not belong to one list with one
+    attention per layer (an encoder and a decoder), they are numbered in their order.
     """
     places = [place for name in found if (place := re.match(r"(.*?)\.?(\d+)\.", name))]
     numbers = [int(place[2]) for place in places]
@@ -157,7 +159,10 @@ def temperatures_of(model: PreTrainedModel, found: Attentions, config: TempScale
 
 
 def projections(attention: nn.Module, handler: Handler) -> dict[str, nn.Module]:
-    """Return the submodules whose outputs are divided. The first has to be there; others belong to options of the model."""
+    """Return the submodules whose outputs are divided, by name.
+
+    The first one must exist. Others may be missing, because they belong to options of the model.
+    """
     found = {name: getattr(attention, name, None) for name in handler.query}
     if handler.query and found[handler.query[0]] is None:
         raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{handler.query[0]}'")
@@ -169,7 +174,7 @@ def hooks_of(
 ) -> tuple[list[tuple[nn.Module, "Divide"]], list[tuple[nn.Module, "ScaleBias | Lengths"]]]:
     """Return the forward hooks and the forward pre-hooks that scale a model, each with its module.
 
-    Raises InputError for growth where the scores are more than queries times keys, and for projections that are not there.
+    Raise InputError if a submodule is missing, or for growth if the scores are not just queries times keys.
     """
     tables = bias_tables(model, found, temperatures)
     if config.growth and (tables or divided_numbers(found) or any(len(handler.query) > 1 for _, handler in found.values())):
@@ -187,10 +192,10 @@ def hooks_of(
 
 
 def bias_tables(model: nn.Module, found: Attentions, temperatures: dict[str, float]) -> dict[str, float]:
-    """Return the tables of position biases by name, and the temperature that each is divided by.
+    """Return the temperature by which each table of position biases is divided, by the name of the table.
 
-    It is the temperature of the attention that owns the table, or that of the first layer if no attention does. With the
-    temperatures 0.5, 0.8 and 1.0 of three layers, and shortened names:
+    It is the temperature of the attention that owns the table. If no attention owns it, it is the temperature of the first
+    layer. With the temperatures 0.5, 0.8 and 1.0 of three layers, and shortened names:
 
         T5      the first layer owns the only table     {"block.0.attention.relative_attention_bias": 0.5}
         UMT5    each layer owns one                     {"block.0...": 0.5, "block.1...": 0.8, "block.2...": 1.0}
@@ -203,22 +208,22 @@ def bias_tables(model: nn.Module, found: Attentions, temperatures: dict[str, flo
 
 
 def handed_biases(found: Attentions, tables: dict[str, float], temperatures: dict[str, float]) -> list[tuple[str, float]]:
-    """Return the attentions that are handed biases divided by another temperature than theirs, and the factor to mend it.
+    """Return the attentions that receive biases divided by another temperature than their own, each with a correcting factor.
 
-    A layer at temperature t has to add b / t to its scores, where b is what the table gives. With the temperatures 0.5, 0.8
+    A layer at temperature t has to add b / t to its scores, where b is the output of the table. With the temperatures 0.5, 0.8
     and 1.0 of three layers:
 
-        T5      the first layer's table gives b / 0.5, and each layer hands what it added on to the next:
-                layer 1 is handed b / 0.5 and needs b / 0.8: the factor is 0.5 / 0.8
-                layer 2 is handed b / 0.8 and needs b / 1.0: the factor is 0.8 / 1.0
-        MPNet   the encoder's table gives b / 0.5, and the encoder hands that to each layer:
+        T5      the first layer's table gives b / 0.5, and each layer passes what it added on to the next layer:
+                layer 1 receives b / 0.5 and needs b / 0.8: the factor is 0.5 / 0.8
+                layer 2 receives b / 0.8 and needs b / 1.0: the factor is 0.8 / 1.0
+        MPNet   the encoder's table gives b / 0.5, and the encoder passes that to each layer:
                 layer 0 needs no factor, layer 1 needs 0.5 / 0.8, layer 2 needs 0.5 / 1.0
-        UMT5    nothing is handed on: each layer has a table of its own
+        UMT5    nothing is passed on: each layer has its own table
     """
     if not tables:
         return []
     owners = {table.rpartition(".")[0] for table in tables}
-    handed_on = bool(owners & found.keys())  # from layer to layer, not by the encoder
+    handed_on = bool(owners & found.keys())  # from layer to layer, not from the encoder to each layer
     given, factors = next(iter(tables.values())), []
     for name, (_, handler) in found.items():
         needed = temperatures[name]
@@ -230,7 +235,7 @@ def handed_biases(found: Attentions, tables: dict[str, float], temperatures: dic
 
 
 def divided_numbers(found: Attentions) -> dict[str, tuple[str, float]]:
-    """Return the attribute of an attention module that is divided, and its number, by the module's name, where there is one."""
+    """Return the numbers that are divided, as (attribute, number), by the name of the attention module that holds them."""
     numbers = {}
     for name, (attention, handler) in found.items():
         number = getattr(attention, handler.attribute, None) if handler.attribute else None
@@ -243,7 +248,7 @@ def divided_numbers(found: Attentions) -> dict[str, tuple[str, float]]:
 
 
 class Divide:
-    """Forward hook: divides a submodule's output, or a part of its last dimension, by the temperature."""
+    """A forward hook that divides the output of a submodule, or a part of its last dimension, by the temperature."""
 
     def __init__(
         self,
@@ -254,30 +259,30 @@ class Divide:
         self.temperature, self.part, self.lengths = temperature, part, lengths
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Return what takes the output's place."""
+        """Return the output to use instead."""
         divisor: float | Tensor = self.temperature
         if self.lengths is not None:
             divisor = divisor * self.lengths.factor(output)
-        if self.part is None:
+        if self.part is None:  # (Q / t) K' = Q K' / t: equation 6 of the paper without a change of the attention code
             return output / divisor
         return torch.where(self.part(output.shape[-1], output.device), output / divisor, output)
 
 
 class ScaleBias:
-    """Forward pre-hook of an attention: multiplies the position biases that it is handed."""
+    """A forward pre-hook of an attention that multiplies the position biases that it receives."""
 
     def __init__(self, attention: nn.Module, factor: float):
         self.place, self.factor = list(inspect.signature(attention.forward).parameters).index("position_bias"), factor
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Return what takes the arguments' place."""
+        """Return the arguments to use instead."""
         if len(args) > self.place:
             return (*args[: self.place], args[self.place] * self.factor, *args[self.place + 1 :]), kwargs
         return args, kwargs | {"position_bias": kwargs["position_bias"] * self.factor}
 
 
 class Lengths:
-    """Forward pre-hook of the model: keeps the number of tokens of each text of the batch while its layers run."""
+    """A forward pre-hook of the model that stores the number of tokens of each text of the batch while the layers run."""
 
     def __init__(self, config: TempScaleConfig):
         self.config = config
@@ -287,8 +292,9 @@ class Lengths:
         """Count the tokens of each text.
 
         Raises:
-            InputError: the attention mask has more dimensions than (texts, tokens).
-            RuntimeError: layers would run again in the backward pass, when the numbers are those of another batch.
+            InputError: if the attention mask does not have the two dimensions (texts, tokens).
+            RuntimeError: under activation checkpointing. The layers would run again in the backward pass, when the stored
+                numbers may belong to another batch.
         """
         if getattr(model, "is_activation_checkpointing", False) and model.training:
             raise RuntimeError("TempScale with growth cannot be trained under activation checkpointing; use gradient_caching")
@@ -302,7 +308,7 @@ class Lengths:
         self.tokens = mask.sum(1)
 
     def factor(self, output: Tensor) -> Tensor:
-        """Return what the temperature of each text is multiplied by, (B, 1, ...), for an output (B, ...)."""
+        """Return the factor for the temperature of each text, (B, 1, ...), for an output (B, ...); see `TempScaleConfig`."""
         reference = self.config.reference_length
         tokens = self.tokens.clamp(min=reference).float()
         if self.config.growth == "log":

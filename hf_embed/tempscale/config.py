@@ -1,4 +1,4 @@
-"""How much sharper attention is made, layer by layer and by the length of the text."""
+"""The settings of TempScale: how much sharper attention becomes in each layer, and for texts of which length."""
 
 import dataclasses
 import logging
@@ -13,33 +13,40 @@ from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"\s*[0-9]{1,4}\s*")  # of a layer; no model has more
-ONE_HOT = 0.1  # below, a token attends to hardly anything but its best match
+NUMBER = re.compile(r"\s*[0-9]{1,4}\s*")  # the number of a layer; no model has 10,000 layers
+ONE_HOT = 0.1  # below this temperature, a token attends almost only to its best match
 
 
 @dataclass
 class TempScaleConfig:
-    """Attention becomes softmax(scores / t): TempScale (https://arxiv.org/abs/2410.24200, equation 6), t < 1.
+    """The settings of TempScale: attention becomes softmax(Q K' / (t sqrt(d))) with t < 1.
 
-    The paper's argument: self-attention is a low-pass filter, and the longer a text the more it takes away, so that embeddings
-    of long texts draw together; a temperature below 1 makes attention sharper and the filter weaker. Nothing is trained.
+    The formula is equation 6 of the paper (https://arxiv.org/abs/2410.24200). The paper argues that self-attention is a
+    low-pass filter, which removes more the longer a text is, so that the embeddings of long texts draw together. A temperature
+    below 1 makes attention sharper and the filter weaker. Nothing is trained.
+
+    The code goes beyond the paper, which has one t for all layers and all lengths. Here t may differ between layers and fall
+    with the length of a text, and everything else that enters the scores before the softmax, such as position biases, is
+    divided by t too.
 
         TempScaleConfig(0.9)                         all layers
         TempScaleConfig([1, 1, 0.9, 0.9])            each of four layers
-        TempScaleConfig({"2-3": 0.9, "5": 0.8})      layers by number, from 0; those not named stay as they are
-        TempScaleConfig(0.9, growth="log")           and smaller for longer texts
+        TempScaleConfig({"2-3": 0.9, "5": 0.8})      layers by number, from 0; layers without a number stay as they are
+        TempScaleConfig(0.9, growth="log")           smaller for longer texts
 
-    Layers are numbered as in the model, those without attention too (Jamba has it in every eighth).
+    Layers are numbered as in the model. Layers without attention count too (in Jamba, every eighth layer has attention).
 
     Args:
         temperature: t; see above.
-        growth: how t falls with the number n of tokens, of texts longer than `reference_length`, r: "log" divides it by
-            log n / log r, "power" by (n / r)^exponent. None: the same for all lengths. With growth a model cannot be folded.
-        reference_length: the length, in tokens, from which on t falls.
-        exponent: of "power".
+        growth: how t falls for texts with more tokens than `reference_length`. With n tokens and r = `reference_length`, "log"
+            divides t by log n / log r, and "power" divides t by (n / r)^exponent. None: the same t for all lengths. A
+            temperature that changes with the length cannot be folded into the weights.
+        reference_length: the number of tokens above which t falls.
+        exponent: the exponent of "power".
 
     Raises:
-        InputError: a temperature that is not above 0, an unknown growth, a layer that is not a number or a range of numbers.
+        InputError: if a temperature is not above 0, the growth is unknown, a number is out of range, or a layer is not a number
+            or a range of numbers.
     """
 
     temperature: float | list[float] | dict[str, float] = 0.9
@@ -72,9 +79,10 @@ class TempScaleConfig:
             raise InputError(f"TempScale exponent is {self.exponent!r}; it must be a number above 0")
 
     def of_layers(self, layers: int, attending: Collection[int] | None = None) -> list[float]:
-        """Return the temperature of each of so many layers, of which `attending` have attention (default: all).
+        """Return the temperature of each layer of a model with this number of layers.
 
-        Raises InputError for layers that there are not, or that have no attention.
+        `attending` are the numbers of the layers that have attention (default: all). Raise InputError if a named layer does not
+        exist, or if a key names only layers without attention.
         """
         if isinstance(self.temperature, list):
             if len(self.temperature) != layers:
@@ -94,12 +102,12 @@ class TempScaleConfig:
         return temperatures
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments, as `from_dict` and a model's config.json take them."""
+        """Return the arguments in the form that `from_dict` and a model's config.json take."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "TempScaleConfig":
-        """Make a config of its arguments. Raises InputError for a key that is none of them."""
+        """Create a config from its arguments. Raise InputError if a key is not one of them."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(settings) - names:
             raise InputError(f"TempScale: unknown key '{min(unknown)}'; there are {', '.join(sorted(names))}")
@@ -107,7 +115,7 @@ class TempScaleConfig:
 
 
 def layer_numbers(key: str | int) -> range:
-    """Return the layers that a key names.
+    """Return the numbers of the layers that a key names.
 
     >>> list(layer_numbers("3")), list(layer_numbers("2-5"))
     ([3], [2, 3, 4, 5])

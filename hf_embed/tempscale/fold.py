@@ -1,8 +1,13 @@
-"""TempScale into the weights: the model is an ordinary checkpoint again, as fast as it was, and nobody needs this package.
+"""Fold TempScale into the weights. The model is then an ordinary checkpoint, as fast as before, that needs no code of ours.
+
+With ' for the transpose, W and b the weight and bias of the query projection, and x its input:
 
     softmax(Q K' / (t sqrt d)) = softmax((Q / t) K' / sqrt d),    Q / t = x (W / t)' + b / t
 
-Rotary position embeddings turn queries and commute with it; a norm behind the projection is divided in its place.
+This also holds with rotary position embeddings, because a rotation of the queries commutes with the division. If a norm follows
+the projection, its weight is divided instead.
+
+Shapes: a weight is (out, in) or, of a norm, (out,); a bias is (out,). `out` is the width of a submodule's output.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,14 +35,15 @@ from hf_embed.tempscale.registry import Attentions, attentions
 
 
 def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = None) -> nn.Module:
-    """Put the temperature that is applied to `model`, or the one of `config`, into its weights. Returns the model.
+    """Fold the temperature that is applied to `model`, or that of `config`, into the weights. Return the model.
 
-    `model.config.temp_scale` keeps what was folded, marked so; it is never applied again.
+    `model.config.temp_scale` records the settings, marked as folded, so they are never applied again. If folding fails, the
+    model stays unchanged.
 
     Raises:
-        InputError: nothing is applied and no config given; a temperature that grows with length; several temperatures for
-            layers that share a table of position biases or a cap of the scores; an attention without a line in the registry;
-            PEFT adapters that are not merged; quantised weights. The model is then as it was.
+        InputError: if no TempScale is applied and no config is given; if the temperature grows with length; if layers with
+            different temperatures share a table of position biases or a cap of the scores; if an attention class has no entry
+            in the registry; if PEFT adapters are not merged; or if the weights are quantized.
     """
     if config is not None:
         apply_tempscale(model, config)
@@ -53,10 +59,10 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
 
 
 def unfold_tempscale(model: nn.Module) -> nn.Module:
-    """Undo `fold_tempscale`: the weights are what they were, to within one more rounding. Returns the model.
+    """Undo `fold_tempscale`: restore the weights up to one more rounding. Return the model.
 
     Raises:
-        InputError: nothing is folded into the model.
+        InputError: if nothing is folded into the model.
     """
     config: Any = model.config
     entry = dict(getattr(config, "temp_scale", None) or {})
@@ -70,9 +76,9 @@ def unfold_tempscale(model: nn.Module) -> nn.Module:
 
 
 def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what a folded model has in place of the tensors of this scaled one, by name, and in its config.
+    """Return what folding changes in this scaled model: the new tensors by name, and the new config entries.
 
-    `state_dict` is taken for the model's own (FSDP gathers it). Raises as `fold_tempscale`.
+    `state_dict` replaces the model's own tensors, which FSDP has to gather. Raises InputError like `fold_tempscale`.
     """
     applied = applied_for_folding(model)
     if model is not base_of(model):
@@ -83,7 +89,7 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
 
 
 def applied_for_folding(model: nn.Module) -> Applied:
-    """Return what is applied to `model`. Raises InputError if nothing is."""
+    """Return what is applied to `model`. Raise InputError if nothing is."""
     applied = applied_to(model)
     if applied is None:
         raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
@@ -91,7 +97,7 @@ def applied_for_folding(model: nn.Module) -> Applied:
 
 
 def check_foldable(model: nn.Module) -> None:
-    """Raise InputError if weights cannot hold what is applied to `model`."""
+    """Raise InputError if the weights of `model` cannot hold what is applied to it."""
     base = base_of(model)
     applied, found = applied_for_folding(base), attentions(base)
     if applied.config.growth:
@@ -108,7 +114,7 @@ def check_foldable(model: nn.Module) -> None:
 
 
 def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: dict[str, float]) -> str | None:
-    """Return the name of a number or table that several layers share, and that has room for one temperature only."""
+    """Return the name of a number or table that several layers share, if it can hold one temperature only; else None."""
     attributes = {handler.attribute for _, handler in found.values() if handler.attribute}
     shared = {attribute for attribute in attributes if getattr(model.config, attribute, None)}
     tables = bias_tables(model, found, temperatures)
@@ -118,7 +124,7 @@ def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: di
 
 
 def is_foldable(model: nn.Module) -> bool:
-    """Return whether weights can hold what is applied to `model`, if anything is."""
+    """Return whether the weights of `model` can hold what is applied to it; True if nothing is applied."""
     try:
         if applied_tempscale(model) is not None:
             check_foldable(model)
@@ -130,7 +136,7 @@ def is_foldable(model: nn.Module) -> bool:
 def scaled(
     model: PreTrainedModel, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return what divides the scores of each attention by its temperature: {parameter: tensor} and {config key: number}."""
+    """Return new parameters, {name: tensor}, and config entries, {key: number}, that divide the scores by the temperatures."""
     state_dict = dict(model.named_parameters()) if state_dict is None else state_dict
     found = attentions(model)
     tensors: dict[str, Tensor] = {}
@@ -156,7 +162,7 @@ def divided(
     part: Callable[[int, torch.device], Tensor] | None = None,
     norm_offset: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Return new parameters for a linear layer, a norm or an embedding, with which its output is divided."""
+    """Return new parameters of a linear layer, a norm or an embedding that divide its output, or a part of it."""
     module = model.get_submodule(name)
     tensors: dict[str, Tensor] = {}
     keys = dict(module.named_parameters())
@@ -167,7 +173,7 @@ def divided(
         if not tensor.is_floating_point():
             raise InputError(f"{name} holds quantised weights ({tensor.dtype}) and cannot be folded; load it in floating point")
         offset = norm_offset if key == "weight" else 0.0
-        new = (tensor + offset) / temperature - offset
+        new = (tensor + offset) / temperature - offset  # so that offset + new = (offset + old) / t
         if part is not None:
             chosen = part(len(tensor), tensor.device)
             new = torch.where(chosen.view(-1, *[1] * (tensor.dim() - 1)), new, tensor)
@@ -177,7 +183,7 @@ def divided(
 
 @torch.no_grad()
 def write(model: PreTrainedModel, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Put tensors into the parameters of a model, and settings into its config and its attention modules."""
+    """Write tensors into the parameters of a model, and settings into its config and its attention modules."""
     for name, tensor in tensors.items():
         model.get_parameter(name).copy_(tensor)
     for key, value in settings.items():

@@ -1,15 +1,19 @@
-"""Which numbers of which attention, divided by t, divide all its scores by t.
+"""Register which numbers of an attention class, if divided by t, divide all its scores by t.
 
-In most models that is the output of one submodule, the query projection, or of the norm behind it: scores are its products
-with the keys. What else enters the scores has to be divided too: a table of position biases (T5, MPNet), the queries of
-positions (DeBERTa), the cap that tanh puts on scores (Gemma 2; c tanh(s / c) / t = (c / t) tanh((s / t) / (c / t))).
+In most models that is the output of one submodule: the query projection, or the norm that follows it. The scores are the
+products of this output with the keys. Everything else that enters the scores has to be divided too: a table of position biases
+(T5, MPNet), the queries of positions (DeBERTa), the cap c that tanh puts on scores (Gemma 2):
 
-A class is one line here, and a user's own is one line in the user's script:
+    c tanh(s / c) / t = (c / t) tanh((s / t) / (c / t))
+
+A class is one line here. A user registers another class by one line in a script:
 
     register_tempscale("MyAttention", query="q_proj")
 
-A class without a line can still be scaled, though not folded, if it leaves its scores to transformers' attention interface: the
-`scaling` that it hands over is divided, whatever the backend.
+A class without a line can still be scaled, but not folded, if it leaves its scores to transformers' attention interface. Then
+the `scaling` that it passes to the interface is divided, on any backend.
+
+Shapes: `width` is the size of the last dimension of a submodule's output.
 """
 
 import ast
@@ -26,17 +30,17 @@ from torch import Tensor, nn
 
 from hf_embed.errors import InputError
 
-# Parts of a submodule's name by which attention to another text is known.
+# Words in the name of a submodule that mark it as cross-attention.
 CROSS = ("crossattention", "cross_attn", "encoder_attn", "encdecattention")
 
 
-# (attention, width, device) -> (width,) bool, True where the last dimension of an output is divided.
+# (attention, width, device) -> mask (width,), True where the last dimension of an output is divided.
 Part = Callable[[nn.Module, int, torch.device], Tensor]
 
 
 @dataclass(frozen=True)
 class Handler:
-    """What of an attention module is divided by the temperature; see `register_tempscale`."""
+    """What the temperature divides in an attention module; see `register_tempscale`."""
 
     query: tuple[str, ...]
     part: Part | None = None
@@ -45,7 +49,7 @@ class Handler:
     attribute: str | None = None
 
 
-Attentions = dict[str, tuple[nn.Module, Handler]]  # the attention modules of a model, by name
+Attentions = dict[str, tuple[nn.Module, Handler]]  # the attention modules of a model and their handlers, by name
 HANDLERS: dict[str, Handler] = {}
 
 
@@ -58,41 +62,43 @@ def register_tempscale(
     bias_table: str | None = None,
     attribute: str | None = None,
 ) -> None:
-    """Let TempScale know an attention class: `register_tempscale("MyAttention", query="q_proj")`.
+    """Register an attention class for TempScale, for example `register_tempscale("MyAttention", query="q_proj")`.
 
     Args:
-        attention: the class, or its name; "modeling_deberta.Name" where models share a name.
+        attention: the class, or its name; "modeling_deberta.Name" if several models have a class of this name.
         query: submodules whose outputs are divided: the query projection, or the norm that follows it.
-        part: of a projection that makes queries, keys and values at once: `part(attention, width, device)` -> (width,) bool,
-            True where the output is divided.
-        norm_offset: a norm multiplies by norm_offset + weight (1 in Gemma's).
-        bias_table: an embedding of position biases that are added to the scores, in the attention or once for all layers.
-        attribute: a number of the attention module that is divided besides, and named alike in the model's config.
+        part: for a fused projection, which outputs queries, keys and values: `part(attention, width, device)` returns a mask
+            (width,), True where the output is divided.
+        norm_offset: the norm multiplies by norm_offset + weight; it is 1 for the norms of Gemma.
+        bias_table: the name of an embedding of position biases that are added to the scores. It may belong to each attention,
+            or exist once for all layers.
+        attribute: a number of the attention module that is divided too; it has the same name in the model's config.
     """
     name = attention if isinstance(attention, str) else f"{attention.__module__.rpartition('.')[2]}.{attention.__name__}"
     HANDLERS[name] = Handler((query,) if isinstance(query, str) else tuple(query), part, norm_offset, bias_table, attribute)
 
 
-# Of an attention class without a line of its own.
+# The handler of attention classes that are not registered; see `hands_over_scaling`.
 INTERFACE = Handler(query=(), attribute="scaling")
 
 
-# What such a class may hand over: nothing that adds to the scores, or cuts them.
+# The arguments that such a class may pass to the attention interface. None of them adds to the scores or caps them.
 HANDED_OVER = {"attention_mask", "scaling", "dropout", "is_causal", "sliding_window", "position_ids", "output_attentions", None}
 
 
 @functools.cache
 def hands_over_scaling(kind: type[nn.Module]) -> bool:
-    """Return whether the scores of an attention class are queries times keys times its `scaling`, and nothing besides.
+    """Return whether the scores of an attention class are queries times keys times its `scaling`, and nothing else.
 
-    So it is where the class calls transformers' attention interface once, with `scaling=self.scaling`; says `self.scaling`
-    nowhere else; hands over nothing but `HANDED_OVER`; and gives its mask as it was given it. A mask that is made in the
-    attention may hold a bias (Doge's does), which a temperature would have to divide too.
+    This holds if the class calls transformers' attention interface exactly once, with `scaling=self.scaling`; uses
+    `self.scaling` nowhere else; passes only arguments in `HANDED_OVER`; mentions no position bias, cap or sink; and passes its
+    mask on unchanged. A mask that the attention computes itself may contain a bias, as in Doge, which would have to be divided
+    by the temperature too.
     """
     try:
         forward = inspect.getsource(inspect.unwrap(kind.forward))
         function = ast.parse(textwrap.dedent(forward)).body[0]
-    except (OSError, TypeError, SyntaxError):  # no source to read
+    except (OSError, TypeError, SyntaxError):  # the source is not available
         return False
     if not isinstance(function, ast.FunctionDef):
         return False
@@ -101,12 +107,12 @@ def hands_over_scaling(kind: type[nn.Module]) -> bool:
     if not once or "ALL_ATTENTION_FUNCTIONS" not in forward or re.search("position_bias|softcap|sinks|s_aux", forward):
         return False
     call = calls[0]
-    masks = [*call.args[4:], *(k.value for k in call.keywords if k.arg == "attention_mask")]  # behind self, q, k and v
+    masks = [*call.args[4:], *(k.value for k in call.keywords if k.arg == "attention_mask")]  # after self, q, k and v
     return {k.arg for k in call.keywords} <= HANDED_OVER and all(is_given(mask, function) for mask in masks)
 
 
 def is_given(mask: ast.expr, function: ast.FunctionDef) -> bool:
-    """Return whether a mask is None, an argument of the function, or a choice among them: nothing that is computed there."""
+    """Return whether a mask is None, an argument of the function, or a choice among these, and not computed there."""
     arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
 
     def is_choice(value: ast.expr) -> bool:
@@ -121,12 +127,12 @@ def is_given(mask: ast.expr, function: ast.FunctionDef) -> bool:
 
 
 def is_cross(name: str) -> bool:
-    """Return whether a submodule of this name is attention to another text."""
+    """Return whether the name of a submodule marks it as cross-attention, that is, attention to another text."""
     return any(word in name.lower() for word in CROSS)
 
 
 def handler_of(module: nn.Module) -> Handler | None:
-    """Return what is divided in an attention module; None for a module of any other kind."""
+    """Return the handler of an attention module; None for a module that is not a known attention."""
     name = type(module).__name__
     known = HANDLERS.get(f"{type(module).__module__.rpartition('.')[2]}.{name}") or HANDLERS.get(name)
     if known is None and "attention" in name.lower() and hands_over_scaling(type(module)):  # type: ignore[arg-type]
@@ -135,10 +141,11 @@ def handler_of(module: nn.Module) -> Handler | None:
 
 
 def attentions(model: nn.Module) -> Attentions:
-    """Return the self-attention modules of a model by name, in the order of its layers, each once however often it is used.
+    """Return the self-attention modules of a model by name, in the order of its layers. A shared module counts once.
 
     Raises:
-        InputError: an attention is of a class that is not known, by name: half a model scaled would be a silent mistake.
+        InputError: if an attention class is unknown (the message names it). To scale only part of a model would be a silent
+            error.
     """
     found: Attentions = {}
     others: dict[str, str] = {}
@@ -150,7 +157,7 @@ def attentions(model: nn.Module) -> Attentions:
             found[name] = module, handler
         elif "attention" in kind.lower() and any(True for _ in module.parameters()):
             others[name] = kind
-    for name, kind in others.items():  # what holds an attention, or is held by one, is only its frame or a part of it
+    for name, kind in others.items():  # a frame around an attention, or a part of a known one, is fine
         inner = any(other.startswith(f"{name}.") for other in [*found, *others])
         if not inner and not any(name.startswith(f"{known}.") for known in found):
             raise InputError(unsupported(model, kind))
@@ -160,7 +167,7 @@ def attentions(model: nn.Module) -> Attentions:
 
 
 def unsupported(model: nn.Module, kind: str | None) -> str:
-    """Return the message about a model with an attention of this kind, or with none, and how to mend it."""
+    """Return the error message for a model with an attention of this class, or without attention, and how to solve it."""
     what = f"its attention is a {kind}" if kind else "no attention was found in it"
     return (
         f"TempScale does not know {type(model).__name__}: {what}; if its scores are queries times keys, with nothing added but "
@@ -170,14 +177,14 @@ def unsupported(model: nn.Module, kind: str | None) -> str:
 
 
 def first_third(attention: nn.Module, width: int, device: torch.device) -> Tensor:
-    """Return a mask of the query columns in a fused projection, queries | keys | values."""
+    """Return a mask of the query columns in a fused QKV projection with the order queries | keys | values."""
     return torch.arange(width, device=device) < width // 3
 
 
 def keys_of_heads(attention: nn.Module, width: int, device: torch.device) -> Tensor:
-    """Return a mask of the key columns in a projection fused head by head, queries | keys | values of each head.
+    """Return a mask of the key columns in a projection that is fused head by head, with queries | keys | values of each head.
 
-    A projection that is as wide as all heads together makes keys alone: all of it.
+    If the projection is only as wide as all heads together, it outputs only keys, and the mask is True everywhere.
     """
     sizes: Any = attention
     if width == sizes.all_head_size:
@@ -192,7 +199,7 @@ register_tempscale("DistilBertSelfAttention", query="q_lin")
 for name in ("NomicBert", "Gte", "EuroBert", "JinaEmbeddingsV3", "Llama", "Mistral", "Qwen2", "Gemma"):
     register_tempscale(f"{name}Attention", query="q_proj")
 register_tempscale("Gemma2Attention", query="q_proj", attribute="attn_logit_softcapping")
-# A norm behind the projection would undo what is done before it.
+# The norm after the projection would cancel a division before it, so the output of the norm is divided.
 register_tempscale("Qwen3Attention", query="q_norm")
 register_tempscale("EmbeddingGemma2Attention", query="q_norm")
 register_tempscale("Gemma3Attention", query="q_norm", norm_offset=1.0, attribute="attn_logit_softcapping")
@@ -201,5 +208,5 @@ for name in ("T5", "MT5", "UMT5"):
     register_tempscale(f"{name}Attention", query="q", bias_table="relative_attention_bias")
 register_tempscale("MPNetSelfAttention", query="q", bias_table="relative_attention_bias")
 register_tempscale("modeling_deberta_v2.DisentangledSelfAttention", query=("query_proj", "pos_query_proj"))
-# DeBERTa's queries have a bias of their own behind the projection: there it is the keys that are divided.
+# DeBERTa adds a bias to the queries after the projection, so the keys are divided instead.
 register_tempscale("modeling_deberta.DisentangledSelfAttention", query=("in_proj", "pos_proj"), part=keys_of_heads)
