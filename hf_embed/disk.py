@@ -158,14 +158,17 @@ def free_of(mount: Path) -> str:
 
 def another_place(place: Path) -> str:
     """Return the end of a message that says how to write a file to another place."""
+    path = Path(os.path.abspath(place))
     for folder, mend in (
         (SHARED_MEMORY, "set dataloader_num_workers to 0; docker run --shm-size 2g gives more"),
         (Path(datasets.config.HF_DATASETS_CACHE), "set HF_DATASETS_CACHE to a folder elsewhere"),
         (Path(huggingface_hub.constants.HF_HOME), "set HF_HOME to a folder elsewhere"),
-        (temporary_folder() / "tmp", "set TMPDIR to a folder elsewhere"),
     ):
-        if os.path.abspath(place).startswith(os.path.abspath(folder)):
+        if path.is_relative_to(os.path.abspath(folder)):
             return mend
+    temporary = Path(os.path.abspath(temporary_folder()))
+    if any(part.parent == temporary and part.name.startswith("tmp") for part in (path, *path.parents)):  # made by `tempfile`
+        return "set TMPDIR to a folder elsewhere"
     return ANOTHER_FOLDER
 
 

@@ -140,16 +140,16 @@ def encode_by_length(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch a model to evaluation mode (no dropout) inside a `with` block.
 
-    A model that was in training mode before is in training mode afterwards, with all its submodules.
+    Afterwards, every submodule is in the mode it had before. For example, a layer that was frozen in evaluation mode stays so.
     """
-    was_training = model.training
-    if any(module.training for module in model.modules()):
+    training = [module for module in model.modules() if module.training]
+    if training:
         model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True
 
 
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:

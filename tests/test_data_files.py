@@ -338,6 +338,19 @@ def test_late_negatives_of_any_name(tmp_path, caplog):
     assert "the first rows have no column negatives; it is taken where it begins" in caplog.text
 
 
+def test_late_negatives_add_to_those_of_the_row(tmp_path):
+    early = [{"query": "q", "positive": "p"}] * 1001
+    late = {"query": "q", "positive": "p", "negatives": ["own"], "neg_2": "m"}
+    jsonl(tmp_path / "a.jsonl", [*early, late])
+    (source,) = read_sources(
+        listed(tmp_path, {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 1002, "negatives": 2})
+    )
+    assert list(source.rows)[1001]["negatives"] == ["own", "m"]
+    jsonl(tmp_path / "b.jsonl", [row | {"negatives": ["own"]} for row in early] + [late])
+    named = read_file(str(tmp_path / "b.jsonl"), streaming=True, optional=["negatives", "neg_1"])
+    assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not asked for
+
+
 def test_an_unused_column_may_change_its_type(late, tokenizer):
     rows = read_file(str(late / "id.jsonl"))
     assert rows[0]["id"] == 0 and rows[3501]["id"] == "x3501" and rows[3501]["positive"] == "p3501"

@@ -202,6 +202,17 @@ def test_encode_leaves_the_mode_as_it_was(training):
     assert [module.training for module in encoder.modules()] == [training] * len(list(encoder.modules()))
 
 
+def test_encode_leaves_frozen_layers_as_they_were():
+    encoder = tiny_encoder().train()
+    frozen = encoder.backbone.embeddings.dropout.eval()
+    encoder.encode(TEXTS)
+    assert not frozen.training and encoder.training
+    encoder.eval()
+    frozen.train()  # the other way round: one layer trains in a model that does not
+    encoder.encode(TEXTS)
+    assert frozen.training and not encoder.training
+
+
 def test_encode_has_no_dropout_while_training():
     encoder = tiny_encoder()
     expected = encoder.encode(TEXTS)

@@ -202,11 +202,14 @@ def test_code_goes_up_where_the_configs_name_it(server, strays):
 def test_shards_are_known_by_their_numbers(server, strays):
     (strays / "model.safetensors").unlink()
     assert "no model there" in error_of(push_folder, strays, "mine")  # model-of-may.safetensors is none
-    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"):
-        (strays / name).write_text("{}")
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (strays / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
+    (strays / shards[0]).touch()
+    assert f"{shards[1]}, which model.safetensors.index.json names, is not there" in error_of(push_folder, strays, "mine")
+    (strays / shards[1]).touch()
     push_folder(strays, "mine")
-    shards = {name for name in server.files("user/mine") if name.startswith("model")}
-    assert shards == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    uploaded = {name for name in server.files("user/mine") if name.startswith("model")}
+    assert uploaded == {*shards, "model.safetensors.index.json"}
 
 
 def test_every_tokenizers_files_are_known():

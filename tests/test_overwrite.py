@@ -330,6 +330,16 @@ def test_scores_and_extras_go_with_their_model(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_scores_go_where_the_folder_cannot_be_replaced(tmp_path, monkeypatch):
+    for name in ("1_Pooling", "mteb"):
+        (tmp_path / name).mkdir()
+    for name in ("results.json", "README.md", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)  # the current folder keeps its place
+    with renewed(tmp_path, clear=True) as place:
+        assert place == tmp_path and {path.name for path in place.iterdir()} == {"README.md", "model.safetensors"}
+
+
 def test_tempscale_that_cannot_save_keeps_what_was_there(old, monkeypatch):
     out, _ = old
     module = load_recipe("tempscale")

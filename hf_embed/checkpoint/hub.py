@@ -28,6 +28,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import with_repository
+from hf_embed.checkpoint.files import Files
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import read_json, read_text
@@ -114,6 +115,7 @@ def check_names(folder: Path, repo: str) -> None:
     """Raise InputError if the folder does not hold a model, or if `repo` is not a valid repository name."""
     if not has_model(folder):
         raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
+    Files(str(folder)).weight_files()  # which raises an error if a shard is missing
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -108,6 +108,9 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
     there = os.listdir(folder) if folder.is_dir() else []
     if folder.is_dir() and not (any(map(WEIGHTS.fullmatch, there)) and can_be_replaced(folder)):
+        for name in there:
+            if clear and RESULTS.fullmatch(name):
+                remove(folder / name)
         yield folder
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,14 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
         yield new
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def put_in_place(new: Path, folder: Path) -> None:
     """Move the complete checkpoint `new` into `folder`. Earlier weights are removed first, and new weights are moved last."""
     flush(new)
@@ -129,7 +140,7 @@ def put_in_place(new: Path, folder: Path) -> None:
     for name in sorted(os.listdir(new), key=lambda name: WEIGHTS.fullmatch(name) is not None):
         target = folder / name
         if target.is_dir():
-            shutil.rmtree(target)
+            remove(target)
         os.replace(new / name, target)
     flush_one(folder)
 

@@ -473,12 +473,17 @@ def stream(paths: list[str], table: Table, optional: list[str] | None) -> Iterab
     if late:
         logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is taken where it begins")
     refuse = optional is None or (unnamed and not late)
-    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse}
+    kwargs = {
+        "paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse, "collect": unnamed and bool(late)
+    }  # fmt: skip
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
 
 
-def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool) -> Iterator[dict]:
-    """Read the rows of a stream. With `refuse`, raise InputError if a column of negatives begins late."""
+def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool, collect: bool) -> Iterator[dict]:
+    """Read the rows of a stream.
+
+    If a column of negatives begins late, `refuse` raises InputError, and `collect` adds its texts to the column `negatives`.
+    """
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
@@ -489,7 +494,8 @@ def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: b
                         f"{path}: the column {late[0]} begins behind the first {PROBED_ROWS:,} rows; set negatives: (how many "
                         "of a row's to take, 0 for none), or name all columns of negatives under columns:"
                     )
-                if late and "negatives" in known:
-                    cells = [row[key] if isinstance(row[key], list) else [row[key]] for key in late]
+                if late and collect:
+                    texts = [row[key] for key in ("negatives", *late) if row.get(key)]
+                    cells = [text if isinstance(text, list) else [text] for text in texts]
                     row["negatives"] = list(chain.from_iterable(cells))
             yield {name: row.get(name) for name in columns}

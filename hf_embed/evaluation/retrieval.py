@@ -183,7 +183,12 @@ def read_retrieval(path: str) -> Retrieval:
     for part, rows in (("corpus", corpus), ("queries", queries)):
         if not {"_id", "text"} <= set(rows.column_names):
             raise InputError(f"{folder}, {part}: found the columns {', '.join(rows.column_names)}; expected _id and text")
-    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in read_hub(folder, "default", split or "test")]
+    qrels = read_hub(folder, "default", split or "test")
+    if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
+        raise InputError(
+            f"{folder}, default: found the columns {', '.join(qrels.column_names)}; expected query-id, corpus-id and score"
+        )
+    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in qrels]
     return make_retrieval(queries, corpus, judged, folder)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 
 from hf_embed.distributed import get_world_size
 from hf_embed.errors import InputError
-from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, check_shares, own_rows, save, say, train
+from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, own_rows, save, say, train
 
 
 def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
@@ -47,7 +47,6 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
 
     texts = tokenize(args, tokenizer, sentences)
     batches = two_stages(args, texts, random.Random(args.seed))
-    check_shares(min(map(len, batches)))
     say(f"{len(batches)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}")
     loss, seen = distill(args, teacher, student, torch.tensor(teacher_ids), batches, work / "checkpoint.pt")
     save(args, student, BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length), loss, seen)
@@ -66,6 +65,8 @@ def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> t
     vocabulary = teacher.get_vocab()
     # All letters that occur are kept, so that few words are unknown.
     letters = [p for p in vocabulary if len(p.removeprefix("##")) == 1 and counts[p] > 0]
+    if size < len(SPECIAL) + len(letters):
+        raise InputError(f"--vocab_size is {size}; the letters of this text alone are {len(letters)} pieces, so give more")
     ranked = [p for p, _ in counts.most_common() if p not in SPECIAL and p not in letters]
     pieces = SPECIAL + sorted(letters) + ranked[: size - len(SPECIAL) - len(letters)]
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -86,6 +87,11 @@ def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor
     Raises:
         InputError: if there are fewer than D directions.
     """
+    if args.max_length > teacher.config.max_position_embeddings:
+        raise InputError(
+            f"--max_length is {args.max_length}, and the teacher has {teacher.config.max_position_embeddings} positions; give "
+            "less"
+        )
     most = min(len(teacher_ids), teacher.config.hidden_size)
     if args.hidden_size > most:
         raise InputError(
@@ -170,12 +176,14 @@ def distill(
 
     def loss_of(step: int) -> tuple[Tensor, int]:
         tokens = sum(len(text) + 2 for text in batches[step])
-        input_ids, mask = pad(own_rows(batches[step]), device)
+        own = own_rows(batches[step])
+        input_ids, mask = pad(own or batches[step][:1], device)  # a rank without a text takes part all the same, with weight 0
         target = teacher_states(teacher, teacher_ids.to(device)[input_ids], mask)  # (S, E)
         with torch.autocast(device.type, torch.bfloat16):
             states = student(input_ids, attention_mask=mask).last_hidden_state[mask]  # (S, D)
             predicted = to_teacher(states).float()
-        return F.mse_loss(predicted, target) * len(target) * get_world_size() / tokens, tokens
+        share = len(target) * get_world_size() / tokens if own else 0
+        return F.mse_loss(predicted, target) * share, tokens
 
     optimizer = torch.optim.AdamW(both.parameters(), lr=args.learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=len(batches) + 1, pct_start=0.05)
