@@ -1,11 +1,12 @@
-"""Make an encoder from plain text: the flags, and the training loop that both objectives share.
+"""The flags and the training loop of recipes/pretrain_encoder.py, which trains an encoder on plain text.
 
-`distill` (hf_embed/kit/distill.py) learns from a teacher; `masked_lm` (hf_embed/kit/masked_lm.py) has nothing but the text.
+Both objectives share them: `distill` (hf_embed/kit/distill.py) learns from a teacher, `masked_lm` (hf_embed/kit/masked_lm.py)
+learns from the text alone.
 
-While a run lasts, its state is kept beside the output, and the same command goes on from there after a stop:
+The state of an unfinished run is kept beside the output. If the run is interrupted, the same command resumes it:
 
     OUTPUT.work/identity          the settings of the run
-    OUTPUT.work/checkpoint.pt     weights, the optimizer's state and the step; written aside, and then renamed
+    OUTPUT.work/checkpoint.pt     the weights, the optimizer state and the step; written to a temporary file, then renamed
 """
 
 import dataclasses
@@ -29,9 +30,9 @@ from hf_embed.ranges import COUNT, POSITIVE, SEED
 from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
 from hf_embed.work_files import digest
 
-FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary made here
-SHORT = 64  # tokens: the least `--max_length`, and what a sequence of masked language modelling has at first
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary that is made here
+SHORT = 64  # tokens: the smallest `--max_length`, and the first stage of masked language modeling
 LOG_STEPS, SAVE_STEPS = 100, 500
 
 
@@ -75,12 +76,12 @@ class PretrainArguments:
             raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
 
     def identity(self, sentences: list[str]) -> str:
-        """Return what a checkpoint has to agree with: the sentences, wherever they lie, and every setting."""
+        """Return all that must be equal when a run is resumed: the settings and a hash of the sentences, but no paths."""
         return str(dataclasses.asdict(self) | {"train_file": digest(sentences), "output_dir": None})
 
 
 def check_output(folder: Path) -> None:
-    """Raise InputError for a folder that cannot be written, or that holds files which this recipe does not write."""
+    """Raise InputError if a folder cannot be written or replaced, or holds files that this recipe does not write."""
     check_folder(folder, "--output_dir")
     if folder.exists() and not can_be_replaced(folder):
         raise InputError(
@@ -92,7 +93,7 @@ def check_output(folder: Path) -> None:
 
 
 def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokenizer, loss: float, seen: int) -> None:
-    """Write the encoder, with what is known of its training, in the place of an earlier one."""
+    """Write the encoder and a record of its training. They replace the files of an earlier encoder."""
     folder = Path(args.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with calm_libraries(), new_folder(folder) as new:
@@ -106,7 +107,7 @@ def read_sentences(path: str, seed: int) -> list[str]:
     """Return the texts of a file in random order.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: if the file cannot be read.
     """
     sentences = read_texts(path)
     random.Random(seed).shuffle(sentences)
@@ -122,23 +123,23 @@ def train(
     seed: int,
     checkpoint: Path,
 ) -> tuple[float, int]:
-    """Train, from the checkpoint on if there is one, and write it now and then.
+    """Train, and write a checkpoint every `SAVE_STEPS` steps. If there is a checkpoint already, resume from it.
 
     Args:
-        module: all that has weights to train.
-        optimizer: over its parameters.
-        schedule: of the learning rate, one step of it for each step.
-        steps: how many in all.
-        loss_of: returns the loss of a step, counted from 0, and how many tokens it read. What it draws depends on the step and
-            the seed alone, so that a run that goes on draws the same.
-        seed: of what the steps draw.
-        checkpoint: the file.
+        module: the module with all weights to train.
+        optimizer: an optimizer of its parameters.
+        schedule: the learning-rate schedule, which advances once per training step.
+        steps: the number of training steps in total.
+        loss_of: takes the number of a step, counted from 0, and returns its loss and the number of tokens it read. Its random
+            choices may depend on the step and the seed alone, so that a resumed run makes the same choices.
+        seed: seed of the random choices of the steps.
+        checkpoint: path of the checkpoint file.
 
     Returns:
-        The mean loss of the last steps, and the tokens of all.
+        The mean loss as in the last log line, and the number of tokens of all steps.
 
     Raises:
-        InputError: the checkpoint cannot be read.
+        InputError: if the checkpoint cannot be read.
     """
     first, seen, mean = 0, 0, float("nan")
     losses: list[float] = []
@@ -174,7 +175,7 @@ def train(
 def load(
     checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler
 ) -> tuple[int, int, list[float], float]:
-    """Load what `train` has written; return the steps done, the tokens seen, the losses not yet logged and the last mean."""
+    """Load the checkpoint of `train`. Return the steps done, the tokens seen, the losses not yet logged and the last mean."""
     device = next(module.parameters()).device
     try:
         weights, moments, rates, progress = torch.load(checkpoint, map_location=device, weights_only=True)
