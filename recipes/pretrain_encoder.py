@@ -1,10 +1,11 @@
-"""Make a small BERT from nothing but plain text, or from plain text and a teacher.
+"""Train a small BERT from scratch on plain text, with or without a teacher model.
 
     python recipes/pretrain_encoder.py --objective mlm --train_file sentences.txt.gz --output_dir outputs/language_model
     python recipes/pretrain_encoder.py --teacher MODEL --train_file sentences.txt.gz --output_dir outputs/encoder
 
-The first learns to fill in masked tokens, the second to predict the hidden states of a teacher: the encoder that comes with
-hf_embed was made by it. A run that was stopped goes on when the same command is given again.
+The first command learns to fill in masked tokens. The second one learns to predict the hidden states of a teacher; it made the
+encoder that comes with hf_embed. OUTPUT_DIR has the encoder, which AutoModel loads, its tokenizer, and training.json, a record
+of the training. If a run is interrupted, the same command resumes it.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -20,7 +21,7 @@ from hf_embed.work_files import claimed
 
 
 def main() -> None:
-    """Make the encoder, from its last checkpoint on if there is one."""
+    """Train the encoder, and resume from its last checkpoint if there is one."""
     (args,) = parse([PretrainArguments])
     output = Path(args.output_dir)
     check_output(output)
