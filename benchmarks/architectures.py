@@ -228,7 +228,7 @@ def build(kind: str, model_class: type, attention: str | None = None):
             torch.nn.init.normal_(parameter, std=0.2)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape)
-    for module in model.modules():  # zero row of the padding token: models that name it have one, some only after loading
+    for module in model.modules():  # models that name a padding token set its row to 0, some when they load
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             module.weight.data[module.padding_idx] = 0
     return model.eval()

@@ -129,7 +129,7 @@ def warned(ended: Ended, *names: str) -> bool:
 
 
 def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:
-    """Return the effect of a damage in words, and whether that is right."""
+    """Return the effect of the damage in words, and whether that is right."""
     if ended.hung:
         return "HUNG", False
     if ended.refused:

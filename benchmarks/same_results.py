@@ -37,7 +37,7 @@ RUNS = {
     "seeds": "unsup_simcse --train_file DATA/sentences.txt --pooling mean --seeds 1,2 --positive crop:0.1",
     "scaled": "sup_simcse --train_file DATA/triplets.csv --pooling mean --temp_scale 0.9",
 }
-VOLATILE = re.compile(r"seconds|versions|hardware|target_modules|\w*_runtime|\w*_per_second")  # PEFT keeps a set of modules
+VOLATILE = re.compile(r"seconds|versions|hardware|target_modules|\w*_runtime|\w*_per_second")  # target_modules is a set
 VOLATILE_LINES = re.compile(r"(?m)^ +(took|with) .*$|<!-- hf_embed made this card: .* -->")
 LEFT_OUT = ("events.out.tfevents", "training_args.bin", ".pt", ".pth")  # they contain times, or pickled names of modules
 

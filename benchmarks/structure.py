@@ -85,7 +85,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def module_of(name: str) -> str:
-    """Return the package modules that a file imports, and whether each is imported at load time (not in a function)."""
+    """Return the module that an import loads: "errors" for "errors.InputError", "__init__" for "" and "InputError"."""
     while name and name not in modules():
         name = name.rpartition(".")[0]
     return name or "__init__"

@@ -5,7 +5,7 @@
     python benchmarks/tempscale_lengths.py ... --layers 0.8 0.9          # also one temperature per layer
 
 The first table has nDCG@10 x 100 at temperature 1, for each dataset and each third of its queries, and the change at every
-other temperature, with a 95 % interval from a paired bootstrap over queries. The second table shows the gain of settings that
+other temperature, with a 95% interval from a paired bootstrap over queries. The second table shows the gain of settings that
 are chosen on the even queries and judged on the odd ones: one temperature; the best temperature that falls with length (beyond
 REFERENCE tokens it is t log REFERENCE / log tokens); and with --layers one temperature for each layer, by a coordinate search.
 
@@ -106,7 +106,7 @@ class Store:
 
 
 def interval(changes: np.ndarray) -> str:
-    """Format the mean of changes (Q,) and its 95 % bootstrap interval over queries, in bold if zero is outside of it."""
+    """Format the mean of changes (Q,) and its 95% bootstrap interval over queries, in bold if zero is outside of it."""
     draws = np.random.default_rng(0)
     means = np.array([changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(RESAMPLES)])
     lower, upper = np.quantile(means, [0.025, 0.975])

@@ -3,9 +3,9 @@
     python recipes/pretrain_encoder.py --objective mlm --train_file sentences.txt.gz --output_dir outputs/language_model
     python recipes/pretrain_encoder.py --teacher MODEL --train_file sentences.txt.gz --output_dir outputs/encoder
 
-The first command learns to fill in masked tokens. The second one learns to predict the hidden states of a teacher; it made the
-encoder that comes with hf_embed. OUTPUT_DIR has the encoder, which AutoModel loads, its tokenizer, and training.json, a record
-of the training. If a run is interrupted, the same command resumes it.
+The first command trains the model to fill in masked tokens. The second one trains it to predict the hidden states of a teacher;
+the encoder that comes with hf_embed was made in this way. OUTPUT_DIR has the encoder, which AutoModel loads, its tokenizer, and
+training.json, a record of the training. If a run is interrupted, the same command resumes it.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)

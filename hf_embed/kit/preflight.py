@@ -78,7 +78,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
     Only the main process does this. The other processes return {}.
 
     Raises:
-        InputError: if the training would refuse the data for another reason than empty texts.
+        InputError: if the training would refuse the data for any reason other than empty texts.
         SystemExit: with status 1, if the report has findings and the run is strict.
     """
     if not PartialState().is_main_process:

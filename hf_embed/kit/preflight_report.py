@@ -11,8 +11,8 @@ A finding is something about a source or an evaluation set that the user should 
     positive_is_anchor     rows whose positive has the words of the anchor
     negative_is_positive   rows with a negative that has the words of the positive
     negative_is_anchor     rows with a negative that has the words of the anchor
-    similar                texts of the sample that share 80 % of their 5-byte pieces with another, if more than 5 % do
-    truncated              texts of the sample that are longer than the maximum length, if more than 5 % are
+    similar                texts of the sample that share 80% of their 5-byte pieces with another, if more than 5% do
+    truncated              texts of the sample that are longer than the maximum length, if more than 5% are
     no_token               texts of the sample for which the tokenizer returns no token
     false_negatives        right answers that are trained on as negatives, if a batch has 0.1 or more on average
     few_rows               fewer training rows than the largest batch has
@@ -48,7 +48,7 @@ from hf_embed.safe_files import writing
 Report = dict[str, Any]
 Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are pairs
 DOCUMENTS = "documents"  # the part of an evaluation set that may be trained on without harm
-FEW = 0.1  # false negatives per batch from which they are a finding
+FEW = 0.1  # a finding if a batch has at least so many false negatives on average
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # palette of Okabe and Ito
 STYLES = ("-", ":", "-.", "--")
 SIMILAR_WARNING = 0.05
@@ -78,7 +78,7 @@ def preflight(sources: Sequence[Given], encoder: Encoder, settings: Settings, ta
         {"sources": {name: report of `check_source`}, "total": {...}, "evaluation": {name: {...}}, "findings": [...], ...}
 
     Raises:
-        InputError: if the training would refuse the data for another reason than empty texts.
+        InputError: if the training would refuse the data for any reason other than empty texts.
     """
     subjects = [make_subject(source, encoder, settings, where, paired) for source, where, paired in sources]
     found, rows, texts = {}, {}, {}

@@ -96,7 +96,7 @@ def make_subject(
         paired: see `hf_embed.data.columns.text_columns`.
 
     Raises:
-        InputError: if the training would refuse the rows for another reason than empty texts.
+        InputError: if the training would refuse the rows for any reason other than empty texts.
     """
     where, rows = where or source.label, source.rows
     about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
@@ -209,7 +209,7 @@ def check_sample(subject: Subject, size: int) -> dict[str, Any]:
         chosen = subject.rows
     longest = max(LONGEST, 4 * subject.tokenizer.max_length)
     lengths: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
-    words: dict[str, str] = {}  # a text for each different `plain_texts`
+    words: dict[str, str] = {}  # one text for each different wording (`plain_texts`)
     for texts in progress_bar(subject.texts(chosen), desc=f"Tokenizing {subject.name}", unit="batch"):
         for role, part in zip(ROLES, (texts.anchors, texts.positives, texts.negatives)):
             if part is not None and len(part):

@@ -32,7 +32,7 @@ from hf_embed.work_files import digest
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary that is made here
-SHORT = 64  # tokens: the smallest `--max_length`, and the first stage of masked language modeling
+SHORT = 64  # tokens: the minimum of `--max_length`, and the sequence length in stage 1 of masked language modeling
 LOG_STEPS, SAVE_STEPS = 100, 500
 
 
@@ -76,7 +76,7 @@ class PretrainArguments:
             raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
 
     def identity(self, sentences: list[str]) -> str:
-        """Return all that must be equal when a run is resumed: the settings and a hash of the sentences, but no paths."""
+        """Return what a resumed run must share: all settings and a hash of the sentences, but no input and output paths."""
         return str(dataclasses.asdict(self) | {"train_file": digest(sentences), "output_dir": None})
 
 

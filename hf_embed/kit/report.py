@@ -72,7 +72,7 @@ def load_saved(plan: Plan) -> Encoder:
 
 
 def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, after: dict[str, float]) -> dict[str, Any]:
-    """Return the "train" part of results.json: the model, the data and the settings. `after` are the scores at the end."""
+    """Return the "train" part of results.json: the model, the data and the settings. `after` has the final scores."""
     name = plan.model_args.model_name_or_path
     if plan.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
         logger.warning(f"no evaluation gave {plan.args.metric_for_best_model} as a number: the last step is kept, not the best")

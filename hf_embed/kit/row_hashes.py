@@ -141,7 +141,7 @@ def texts_of(parts: list[tuple[pyarrow.Array, np.ndarray]], rows: int, most: int
         most: use only so many negatives of each row, the first ones. Default: all.
     """
     anchors, positives = parts[0], parts[1] if len(parts) > 1 else None
-    # A null cell means that a row has no negative. A null in a list has become an empty text, which is an error.
+    # A null cell means that a row has no negative. A null in a list counts as an empty text.
     negatives = [(texts.filter(texts.is_valid()), where[np.asarray(texts.is_valid())]) for texts, where in parts[2:]]
     sides = [side for side in (anchors, positives) if side is not None]
     bad = np.zeros(rows, dtype=bool)
@@ -201,7 +201,7 @@ def exact_ids(texts: pyarrow.Array) -> np.ndarray:
 
 
 def plain_texts(texts: pyarrow.Array) -> pyarrow.Array:
-    """Return the words of each text, as the module docstring defines them. Without any word, return the lowercase text."""
+    """Return the words of each text, as the module docstring defines them. Without words, return the lowercase text."""
     if not pc.all(pc.string_is_ascii(texts)).as_py():
         texts = pc.utf8_normalize(texts, form="NFKC")
     lower = pc.utf8_lower(texts)
@@ -250,7 +250,7 @@ def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> Non
 
 
 def in_parts(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the positions of the hashes in 16 groups, by their first 4 bits. To sort a group needs 1/16 of the memory."""
+    """Yield the positions of the hashes in 16 groups, by their first 4 bits. Sorting one group needs 1/16 of the memory."""
     for first in range(16):
         yield np.flatnonzero(ids >> np.uint64(60) == first)
 

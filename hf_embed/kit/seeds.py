@@ -95,7 +95,7 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
         of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
-        if anew:  # after its first step, the run removes the files and results of the earlier run
+        if anew:  # after its first step, the new run removes the files of the seed's earlier run
             earlier = EarlierRun([*of_seed.earlier.paths, folder / "results.json"])
         runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
         gc.collect()  # frees the memory of the trainer and its model, which refer to each other
