@@ -1,4 +1,4 @@
-"""Measure how TempScale changes the scores of queries whose relevant document is short, of middle length, or long.
+r"""Measure how TempScale changes the scores of queries whose relevant document is short, of middle length, or long.
 
     python benchmarks/tempscale_lengths.py --model MODEL --retrieval scifact=beir/scifact:train --texts news=articles.txt \
         --max_length 512 --temperatures 1 0.9 0.8 --growth 128 --output scores.jsonl

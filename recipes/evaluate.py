@@ -1,4 +1,4 @@
-"""Score a model on evaluation sets: a checkpoint of this package, a Hub model, or a sentence-transformers folder.
+r"""Score a model on evaluation sets: a checkpoint of this package, a Hub model, or a sentence-transformers folder.
 
     python recipes/evaluate.py outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
     python recipes/evaluate.py princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts

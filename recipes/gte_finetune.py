@@ -1,4 +1,4 @@
-"""Fine-tune a model as in GTE's stage 2, on labeled pairs with hard negatives and with the improved contrastive loss.
+r"""Fine-tune a model as in GTE's stage 2, on labeled pairs with hard negatives and with the improved contrastive loss.
 
     python recipes/gte_finetune.py                    # offline, in a few minutes; run recipes/gte_pretrain.py first
     hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml gte-finetune \

@@ -1,4 +1,4 @@
-"""Train a model as in GTE's stage 1, on pairs from many sources, with a very large batch and the improved contrastive loss.
+r"""Train a model as in GTE's stage 1, on pairs from many sources, with a very large batch and the improved contrastive loss.
 
     python recipes/gte_pretrain.py                    # offline, on a laptop CPU, in a few minutes
     hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml gte-pretrain \

@@ -1,4 +1,4 @@
-"""Find hard negatives for pairs of queries and documents with any encoder, and write them to a jsonl file.
+r"""Find hard negatives for pairs of queries and documents with any encoder, and write them to a jsonl file.
 
     python recipes/mine_hard_negatives.py outputs/gte_pretrain --train_file pairs.jsonl --output_file mined.jsonl
     python recipes/mine_hard_negatives.py BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
