@@ -34,7 +34,7 @@ from hf_embed.objectives import ImprovedContrastive
 
 DATA = Path("outputs/docstrings")
 PRETRAINED = Path("outputs/gte_pretrain")
-CONFIG = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"  # settings of a run without data
+CONFIG = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"  # settings for a run without data
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

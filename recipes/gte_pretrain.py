@@ -31,7 +31,7 @@ from hf_embed.kit.seeds import train_each_seed
 from hf_embed.objectives import ImprovedContrastive
 
 DATA = Path("outputs/docstrings")
-CONFIG = Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml"  # settings of a run without data
+CONFIG = Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml"  # settings for a run without data
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -5,9 +5,9 @@ r"""Find hard negatives for pairs of queries and documents with any encoder, and
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
 Pairs come from columns of a training file, for example anchor and positive (README.md lists the others), or from the judged
-pairs of a BEIR folder, whose corpus is searched too. OUTPUT_FILE has query, positive and negatives, and can be used as a
---train_file. If a run is interrupted, its finished part stays in OUTPUT_FILE.work, and the same command resumes it.
-`accelerate launch` shares the work among processes.
+pairs of a BEIR folder, whose corpus is searched too. OUTPUT_FILE has query, positive and negatives, and can be the
+--train_file of all recipes that train on pairs. If a run is interrupted, its finished part stays in OUTPUT_FILE.work, and the
+same command resumes it. `accelerate launch` shares the work among processes.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)

@@ -23,7 +23,7 @@ from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
 from hf_embed.objectives import SimCSE
 
-CONFIG = Path(__file__).with_name("configs") / "sup_simcse_quickstart.yaml"  # settings of the built-in model
+CONFIG = Path(__file__).with_name("configs") / "sup_simcse_quickstart.yaml"  # settings for the built-in model
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

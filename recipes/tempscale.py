@@ -7,8 +7,8 @@
     python recipes/tempscale.py                              # the built-in encoder, on installed packages' docstrings
 
 OUTPUT_DIR (default: outputs/tempscale) is an ordinary checkpoint: AutoModel and sentence-transformers load it, and it has the
-speed of the original model. README.md, results.json and tempscale.png in it show the scores of all temperatures. README.md and
-results.json also have the cross-validated gain: the gain on queries that had no part in the choice of the temperature.
+speed of the original model. After a search, its README.md, results.json and tempscale.png show the scores of all temperatures.
+README.md and results.json also have the gain on queries that had no part in the choice of the temperature (cross-validation).
 """
 
 from dataclasses import dataclass, field
