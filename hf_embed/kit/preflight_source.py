@@ -89,7 +89,8 @@ def make_subject(
     """Prepare a source as the training does.
 
     Args:
-        source: a source with a table, or with a stream. Only the first rows of a stream are read, as many as the sample has.
+        source: a source with a table or a stream. Of a stream, only the first `settings.sample` rows are read, or the first
+            `SAMPLE` rows if `settings.sample` is 0 or None.
         encoder: its tokenizer, maximum length and prompts are used.
         settings: the settings of the training.
         where: what messages call the rows. Default: the source's label.
