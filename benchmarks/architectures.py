@@ -3,19 +3,20 @@
     python benchmarks/architectures.py                      # all of them
     python benchmarks/architectures.py bert t5 xlnet --why  # some, with the message behind each refusal
 
-A text model is one whose forward() takes `input_ids` and nothing that only pictures or sounds have. Each is tried in a
-process of its own, so that a crash or a hang costs one row. The columns:
+A text model is a model whose forward() takes `input_ids` and no argument that only images or sounds need. Each model runs in
+its own process, so a crash or a hang spoils only one row of the table. The columns:
 
-    encode    an Encoder can be made of it; its vectors are finite and differ, up to its longest text
-    padding   a text has the same vector alone and beside others, with each pooling
-    train     the trainer's forward pass and loss are those of the texts encoded one by one; one step runs; every
-              parameter that is trained gets a gradient, which DDP waits for
+    encode    Encoder accepts the model; its vectors are finite and differ, also for the longest text
+    padding   a text has the same vector alone and in a batch with others, with each pooling
+    train     the trainer's forward pass and loss equal those of texts that are encoded one by one; one step runs; every
+              trained parameter gets a gradient, because DDP waits for it
     save      save_pretrained writes and verifies the folder
-    loaders   Encoder and sentence-transformers give the vectors in memory from that folder
-    tempscale TempScale equals eager attention with every softmax's input divided; folded equals applied
+    loaders   Encoder and sentence-transformers load that folder, and return the vectors of the model in memory
+    tempscale TempScale equals eager attention in which the input of every softmax is divided by the temperature; TempScale
+              folded into the weights equals TempScale applied to the model
 
 A cell is "right", "refused" (an InputError, whose one line says why), "WRONG" (other numbers) or "unclear" (another
-exception). The exit code is 1 if any cell is WRONG or unclear. Types whose tiny model cannot be built are listed apart.
+exception). The exit status is 1 if any cell is WRONG or unclear. Model types without a tiny model are listed separately.
 """
 
 import argparse
@@ -51,13 +52,13 @@ from hf_embed.kit.plan import QUICKSTART  # noqa: E402
 from hf_embed.tempscale import apply_tempscale, fold_tempscale, remove_tempscale  # noqa: E402
 
 COLUMNS = ("encode", "padding", "train", "save", "loaders", "tempscale")
-TOLERANCE = 1e-4  # of the vector's norm
+TOLERANCE = 1e-4  # largest allowed difference, as a share of the vector's norm
 TEMPERATURE = 0.7
 BAD = ("WRONG", "unclear")
 
-# Arguments of forward() by which a model shows that it wants more than text.
+# Arguments of forward() that show that a model needs more than text.
 OTHER_INPUTS = {"pixel_values", "pixel_values_videos", "input_values", "input_features", "bbox", "flattened_patches"}
-# A small value for each setting of a configuration, by the setting's name.
+# Small values for the settings of a configuration, and the names of the settings that get them.
 SMALL = {
     64: "hidden_size d_model n_embd dim emb_dim decoder_hidden_size word_embed_proj_dim embedding_size projection_dim "
         "intermediate_size d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_dim ffn_hidden_size ffn_size "
@@ -93,8 +94,8 @@ def rope(*sections: int) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
 
 
-LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # multi-head latent attention: as many keys as queries, rotary heads
-# What some types need besides; None leaves a setting to the configuration.
+LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # multi-head latent attention: as many keys as queries, rotary head size
+# Further settings that some types need. None means the default of the configuration.
 SPECIAL = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "big_bird": {"block_size": 4, "num_random_blocks": 1},
@@ -148,7 +149,7 @@ for kind in LATENT_TYPES.split():
 
 OWN_TOKENIZERS = {"qwen2": "Qwen2Tokenizer", "qwen3_5_moe_text": "Qwen3_5Tokenizer"}
 
-# Unequal texts; one has the literal padding token in it, one is a single token of text.
+# Texts of different lengths. One contains the padding token literally, one is a single token.
 TEXTS = [
     "Rain",
     "A cat sleeps on the warm windowsill.",
@@ -161,17 +162,17 @@ LONG = "The old lighthouse keeper wrote about the sea, the ships and the storms.
 
 
 class Wrong(Exception):
-    """Numbers differ that should be equal."""
+    """Two numbers or vectors that should be equal are different."""
 
 
 # ---- tiny models ----
 
 
 def text_models(kinds=CONFIG_MAPPING_NAMES) -> dict[str, type]:
-    """{model type: class} of those that are text models; of T5 and its kin the class of the encoder alone."""
+    """Return {model type: class} of the text models. For models like T5, the class is the encoder alone."""
     found = {}
     for kind in kinds:
-        with contextlib.suppress(KeyError, ValueError, AttributeError, ImportError):  # there is no such class
+        with contextlib.suppress(KeyError, ValueError, AttributeError, ImportError):  # no such class exists
             model = MODEL_MAPPING[CONFIG_MAPPING[kind]]
             model = model[0] if isinstance(model, (tuple, list)) else model
             encoder = getattr(transformers, model.__name__.removesuffix("Model") + "EncoderModel", None)
@@ -183,7 +184,7 @@ def text_models(kinds=CONFIG_MAPPING_NAMES) -> dict[str, type]:
 
 
 def tiny_settings(defaults: dict) -> dict:
-    """Small values for a configuration, without dropout; one layer of each kind that it has."""
+    """Return small values for the settings of a configuration, without dropout, and with at least one layer of each kind."""
     small = {}
     for key, value in defaults.items():
         if isinstance(value, dict) and (key.endswith("config") or key in ("decoder", "encoder")):
@@ -202,12 +203,12 @@ def tiny_settings(defaults: dict) -> dict:
 
 @functools.cache
 def tokenizer_for(kind: str):
-    """The quickstart encoder's, or a small one of the class that `AutoTokenizer` loads for this type whatever is saved."""
+    """Return the quickstart encoder's tokenizer, or a small one of the class that `AutoTokenizer` requires for this type."""
     if kind in OWN_TOKENIZERS:
         sentences = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:500]
         return getattr(transformers, OWN_TOKENIZERS[kind])().train_new_from_iterator(sentences, 600, show_progress=False)
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "encoder")
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # BERT's token types are not every model's
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # not every model takes token types as BERT does
     return tokenizer
 
 
@@ -222,12 +223,12 @@ def build(kind: str, model_class: type, attention: str | None = None):
         raise MemoryError(f"{size / 1e6:.0f} million parameters with the small settings")
     torch.manual_seed(0)
     model = model_class(config)
-    for parameter in model.parameters():  # large enough that texts differ; no bias stays 0
+    for parameter in model.parameters():  # large enough that the vectors of texts differ; no bias stays 0
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape)
-    for module in model.modules():  # the padding token's row is 0 in models that name it, and some set it so as they load
+    for module in model.modules():  # models that name a padding token set its row to 0, some when they load
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             module.weight.data[module.padding_idx] = 0
     return model.eval()
@@ -237,7 +238,7 @@ def build(kind: str, model_class: type, attention: str | None = None):
 
 
 def difference(got, expected) -> float:
-    """The largest distance of a vector of `got`, (N, D), from the expected one, as a share of its norm."""
+    """Return the largest distance of a vector in `got`, (N, D), from the expected vector, as a share of its norm."""
     got, expected = torch.as_tensor(got).detach().double(), torch.as_tensor(expected).detach().double()
     return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
@@ -253,8 +254,8 @@ def alone(encoder) -> torch.Tensor:
 
 
 def in_double(make, pooling: str = "mean"):
-    """The encoder in float64 where the model can compute in it: rounding then hides nothing."""
-    with contextlib.suppress(Exception):  # some layers are written for float32; others overflow where they convert
+    """Return the encoder in float64 if the model can compute in it, so that rounding cannot hide an error."""
+    with contextlib.suppress(Exception):  # some layers only work in float32, others overflow in a conversion
         encoder = make(pooling, torch.float64)
         if np.isfinite(encoder.encode(TEXTS)).all():
             return encoder
@@ -314,7 +315,7 @@ def train(make) -> None:
 
 
 def save_and_load(make) -> dict[str, str]:
-    """The cells of save and loaders."""
+    """Return the cells of the columns save and loaders."""
 
     def load() -> None:
         expected = make().encode(TEXTS)
@@ -352,14 +353,14 @@ def tempscale(make) -> str:
 
 @contextlib.contextmanager
 def every_softmax_divided():
-    """Divide what enters the softmax of attention, (..., T, T), by the temperature. Yields the list of calls."""
+    """Divide the input of each attention softmax, (..., T, T), by the temperature. Yield the list of such calls."""
     plain, calls = (F.softmax, torch.softmax), []
 
     def divided(softmax):
         def call(scores, *args, **kwargs):
             if scores.dim() >= 3 and scores.shape[-1] == scores.shape[-2]:
                 calls.append(scores.shape)
-                scores = (scores / TEMPERATURE).clamp(min=torch.finfo(scores.dtype).min)  # masks stay finite
+                scores = (scores / TEMPERATURE).clamp(min=torch.finfo(scores.dtype).min)  # keep the values of masks finite
             return softmax(scores, *args, **kwargs)
 
         return call
@@ -375,7 +376,7 @@ def every_softmax_divided():
 
 
 def cell(function, *args) -> tuple[str, str]:
-    """(word, message) of one column."""
+    """Return (word, message) of one column."""
     try:
         return "right", function(*args) or ""
     except InputError as error:
@@ -388,7 +389,7 @@ def cell(function, *args) -> tuple[str, str]:
 
 
 def try_type(kind: str, model_class: type) -> dict[str, tuple[str, str]]:
-    """{column: (word, message)}; what follows a refusal at encode is left out."""
+    """Return {column: (word, message)}. If `encode` is refused, the other columns are left out."""
 
     def make(pooling: str = "mean", dtype: torch.dtype = torch.float32, attention: str | None = None):
         return Encoder(build(kind, model_class, attention).to(dtype), copy.deepcopy(tokenizer_for(kind)), pooling).eval()
@@ -406,7 +407,7 @@ def try_type(kind: str, model_class: type) -> dict[str, tuple[str, str]]:
 
 
 def work(sender, kind: str, model_class: type) -> None:
-    """The process of one type."""
+    """Try one type in this process, and send the cells through the pipe."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -416,16 +417,16 @@ def work(sender, kind: str, model_class: type) -> None:
 
 
 def walk(models: dict[str, type], workers: int, limit: float):
-    """Yield (type, cells, seconds) as the types finish, each in a process of its own."""
+    """Run each type in its own process, and yield (type, cells, seconds) when one finishes."""
     fork, waiting, running = multiprocessing.get_context("fork"), list(models.items()), {}
     while waiting or running:
         while waiting and len(running) < workers:
             kind, model_class = waiting.pop(0)
-            tokenizer_for(kind)  # made here: a tokenizer cannot be trained in a forked process
+            tokenizer_for(kind)  # fill the cache here, because a tokenizer cannot be trained in a forked process
             receiver, sender = fork.Pipe(duplex=False)
             process = fork.Process(target=work, args=(sender, kind, model_class))
             process.start()
-            sender.close()  # the process has the only open end, so that its death ends the pipe
+            sender.close()  # the process then has the only open end, so the pipe closes when it dies
             running[receiver] = kind, process, time.monotonic()
         ready = wait(list(running), timeout=1)
         for receiver, (kind, process, start) in list(running.items()):

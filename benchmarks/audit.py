@@ -1,13 +1,13 @@
-"""Known vulnerabilities of the pinned dependencies, by pip-audit.
+"""Check the pinned dependencies for known vulnerabilities with pip-audit.
 
     make audit
 
-pip-audit asks pypi.org for each version in constraints.txt. It says "No known vulnerabilities found" also where it could ask
-about none of them, as with an index that has packages but no advisories; this says how many it could ask about. Nothing is
-installed of what is checked, and none of it is run.
+pip-audit asks pypi.org about each version in constraints.txt. It says "No known vulnerabilities found" even if it could not ask
+about any version, for example because a package index has no advisories. This script therefore also prints how many versions
+were checked. It does not install or run the packages that it checks.
 
-Exit status: 0, every version was checked and none has a known vulnerability; 1, some have; 3, none is known, but not every
-version could be checked.
+Exit status: 0 if all versions were checked and none has a known vulnerability; 1 if some have one; 3 if no vulnerability is
+known, but not all versions could be checked.
 """
 
 import json
@@ -22,7 +22,7 @@ VULNERABLE, UNCHECKED = 1, 3
 
 
 def ask(pins: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return what pip-audit says of each version in a file, [] where it could not ask, and its last words."""
+    """Return what pip-audit reports about each version in a file ([] if it could not ask), and its last line of output."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "audit.json")
         flags = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--timeout", "15", "-f", "json", "-o", str(output)]
@@ -37,9 +37,9 @@ def judge(found: list[dict[str, Any]], pinned: int, words: str) -> tuple[int, li
     """Return the exit status and the lines to print.
 
     Args:
-        found: what pip-audit says of each version, as its JSON has it.
-        pinned: how many versions there are to check.
-        words: pip-audit's last words, for where it found nothing out.
+        found: what pip-audit reports about each version, from its JSON output.
+        pinned: number of versions to check.
+        words: the last line of pip-audit's output, for the case that it could not check anything.
     """
     lines = []
     for package in found:
@@ -58,7 +58,7 @@ def judge(found: list[dict[str, Any]], pinned: int, words: str) -> tuple[int, li
 
 
 def main() -> int:
-    """Check constraints.txt, print what is known, and return the exit status."""
+    """Check constraints.txt, print the known vulnerabilities, and return the exit status."""
     pins = ROOT / "constraints.txt"
     pinned = sum("==" in line for line in pins.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
     found, words = ask(pins)

@@ -1,12 +1,13 @@
-"""The same texts, the same model: the speed of `encode` here and under sentence-transformers; and what small vectors cost.
+"""Compare the speed of `encode` here and in sentence-transformers, and measure what smaller vectors cost in quality.
 
     python benchmarks/encode.py [--model MODEL] [--rounds 7]
     python benchmarks/encode.py --model MODEL --texts sentences.txt.gz --long articles.tsv
-    python benchmarks/encode.py --model MODEL --sts stsb-dev.tsv    # bytes and Spearman of each precision, in place of speed
+    python benchmarks/encode.py --model MODEL --sts stsb-dev.tsv    # size and Spearman of each precision, instead of speed
 
-Both sides encode in turns in one process, and each round gives a ratio, so a slow spell of the machine hits both. The vectors
-are compared first. An idle machine gives a narrow range. `short` are sentences, `long` are texts of --long_words words and
-more, `mixed` are both and what lies between, shuffled; `one` is a sentence at a time, as a search encodes its queries.
+Both libraries encode the same texts with the same model, in turns in one process. Each round gives a ratio, so that a slow
+moment of the machine affects both sides. On an idle machine the range of the ratios is narrow. The vectors are compared first.
+The cases: `short` has sentences, `long` has texts of --long_words words or more, `mixed` has both and lengths in between,
+shuffled, and `one` encodes one sentence at a time, as a search encodes its queries.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def read_lines(path: str) -> list[str]:
 
 
 def make_cases(sentences: list[str], articles: list[str], args: argparse.Namespace) -> dict[str, list[str]]:
-    """Texts of each case; without articles long texts are made of sentences."""
+    """Return the texts of each case. Without articles, long texts are made by joining sentences."""
     draw = random.Random(0)
     sentences = draw.sample(sentences, min(len(sentences), 20_000))
 
@@ -62,7 +63,7 @@ def time_of(encode: Callable[[str | list[str]], object], texts: str | list[str])
 
 
 def compare_speed(args: argparse.Namespace) -> None:
-    """Print texts/s of both sides for each case, and the ratio."""
+    """Print the texts per second of both sides and their ratio for each case."""
     from sentence_transformers import SentenceTransformer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,9 +76,9 @@ def compare_speed(args: argparse.Namespace) -> None:
     )
     for name in args.cases:
         texts = cases[name]
-        calls = texts if name == "one" else [texts]  # what each side is given in turn
+        calls = texts if name == "one" else [texts]  # the arguments of the calls of each side
         for call in calls:
-            np.testing.assert_allclose(ours.encode(call), theirs.encode(call), atol=args.tolerance)  # a warm-up too
+            np.testing.assert_allclose(ours.encode(call), theirs.encode(call), atol=args.tolerance)  # this is also the warm-up
         seconds = []
         for number in range(args.rounds):
             taken = [0.0, 0.0]
@@ -95,7 +96,7 @@ def compare_speed(args: argparse.Namespace) -> None:
 
 
 def compare_precisions(args: argparse.Namespace) -> None:
-    """Print bytes of a vector and Spearman x 100 on an STS set, for each precision and some widths."""
+    """Print the bytes of a vector and Spearman x 100 on an STS dataset, for each precision and some widths."""
     encoder, task = Encoder.from_pretrained(args.model), STS(read_named_sts(args.sts))
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     full: dict[tuple[str, ...], torch.Tensor] = {}
@@ -106,7 +107,7 @@ def compare_precisions(args: argparse.Namespace) -> None:
         kept = []
 
         def embed(texts: list[str], *_: str, width: int = width, precision: str = precision, kept: list = kept) -> torch.Tensor:
-            key = tuple(texts)  # encoded once; `encode` itself cuts and then quantizes in the same way
+            key = tuple(texts)  # encode once; `encode` itself also truncates first and quantizes then
             full[key] = full[key] if key in full else torch.as_tensor(encoder.encode(texts))
             kept.append(quantize(full[key][:, :width], precision))
             return as_floats(kept[-1], precision)

@@ -1,11 +1,11 @@
-"""Memory and time of the improved contrastive loss and its gradient, tiled and untiled, beside sentence-transformers.
+"""Measure the memory and time of the improved contrastive loss and its gradient: tiled, untiled, and sentence-transformers.
 
     python benchmarks/loss.py [--pairs 4096 16384 65536] [--width 768] [--memory_limit 20]
 
-Each trial is a process of its own: N pairs of random float32 embeddings, one loss, one backward pass. Memory is the growth of
-the process's peak resident set (on a GPU: of its peak allocation) over the inputs, gradients of the inputs included.
-sentence-transformers: MultipleNegativesRankingLoss, all four directions, partition_mode "joint". A trial that wants more
-than `--memory_limit` GB ends as "does not fit".
+Each trial runs in its own process: N pairs of random float32 embeddings, one loss, one backward pass. The memory is how much
+the peak resident set of the process (on a GPU, its peak allocation) grows beyond the inputs. It includes the gradients of the
+inputs. The loss of sentence-transformers is MultipleNegativesRankingLoss with all four directions and partition_mode "joint". A
+trial that needs more than `--memory_limit` GB is reported as "does not fit".
 """
 
 import argparse
@@ -45,7 +45,7 @@ def trial(side: str, pairs: int, width: int, limit: float) -> dict:
         generator = torch.Generator().manual_seed(n)
         return torch.randn(n, 2, width, generator=generator).to(device).requires_grad_()
 
-    loss_of(embeddings(64)).backward()  # libraries loaded, threads started
+    loss_of(embeddings(64)).backward()  # load the libraries and start the threads before the measurement
     inputs = embeddings(pairs)
     before, start = peak(), time.perf_counter()
     loss = loss_of(inputs)

@@ -1,6 +1,8 @@
-"""An STS file as a task of mteb's: the same score from an `Encoder`, from sentence-transformers, and from our own evaluation.
+"""Run an STS file as an mteb task, and compare the scores of `Encoder`, sentence-transformers and our own evaluation.
 
 python benchmarks/mteb_local.py --model MODEL --sts_file stsb-dev.tsv
+
+The three scores should be equal.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Append the row of a run to a table of docs/paper_runs.md, as benchmarks/paper_simcse.sh and paper_gte.sh do at their end.
+"""Append the row of a run to a table of docs/paper_runs.md. benchmarks/paper_simcse.sh and paper_gte.sh run this at their end.
 
     python benchmarks/paper_row.py SimCSE "unsup bert_base" outputs/papers/unsup_simcse_bert_base --table docs/paper_runs.md
     python benchmarks/paper_row.py GTE base outputs/papers/gte_base/pretrain outputs/papers/gte_base/finetune --table ...
 
-Everything in it is from the results.json of the folders, one for each stage, of which the last has the scores; the commits are
-from the files FOLDER.started, which the scripts write. The date is today's. A row that is there already is not appended again.
+There is one folder for each stage of the training. The content of the row comes from their results.json; the last folder has
+the scores. The commits come from the files FOLDER.started, which the scripts write. The date is today's date. A row that is
+already in the table is not appended again.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from hf_embed.read_files import read_text
 from hf_embed.safe_files import write_text
 
 KINDS = ["Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization"]
-DATE = -3  # the column of the date
+DATE = -3  # the position of the date in a row
 
 
 def simcse_scores(results: dict[str, Any], name: str) -> list[str]:
-    """The seven scores and their average."""
+    """Return the seven scores and their average."""
     found = results.get("evaluated", {}).get("sts", {})
     if missing := [task for task in SEVEN_TASKS if found.get(task) is None]:
         raise InputError(f"{name}: no score on {', '.join(missing)}; run recipes/evaluate.py --seven_sts")
@@ -37,10 +38,10 @@ def simcse_scores(results: dict[str, Any], name: str) -> list[str]:
 
 
 def gte_scores(results: dict[str, Any], name: str) -> list[str]:
-    """The number of sets, the mean over those of each kind, and the mean over all sets."""
+    """Return the number of datasets, the mean over the datasets of each kind, and the mean over all datasets."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in results.get("mteb", []):
-        found.setdefault((row["type"], row["task"]), []).append(row["score"])  # a score for each split
+        found.setdefault((row["type"], row["task"]), []).append(row["score"])  # one score for each split
     scores = {key: mean(splits) for key, splits in found.items()}
     if not scores or not all(map(math.isfinite, scores.values())):
         raise InputError(f"{name}: no scores on MTEB, or some that are no numbers; run recipes/evaluate_mteb.py")
@@ -55,7 +56,7 @@ SCORES = {"SimCSE": simcse_scores, "GTE": gte_scores}
 
 
 def cpu_name() -> str:
-    """The name of this machine's processor, "" where the system does not say."""
+    """Return the name of this machine's processor, or "" if the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -64,13 +65,13 @@ def cpu_name() -> str:
 
 
 def hardware(train: dict[str, Any]) -> str:
-    """What a stage was trained on: "8 x NVIDIA H100", or the CPU, which results.json does not name."""
+    """Return the hardware of a stage, "8 x NVIDIA H100" for example. For a CPU, add its name, which results.json lacks."""
     found = train["hardware"]
     return f"{found} ({cpu_name()})" if "CPU" in found and cpu_name() else found
 
 
 def versions(train: dict[str, Any], folder: Path) -> str:
-    """The versions a stage was trained with, and the commits at which it was started."""
+    """Return the library versions that a stage was trained with, and the commits at which it was started."""
     started = Path(f"{folder}.started")
     commits = read_text(started).splitlines()[1:] if started.is_file() else []
     at = f" ({joined(commits)})" if commits else ""
@@ -79,7 +80,7 @@ def versions(train: dict[str, Any], folder: Path) -> str:
 
 
 def settings(train: dict[str, Any], results: dict[str, Any]) -> str:
-    """What a stage was trained on and how, in words: enough to see that a run is not the paper's."""
+    """Describe the data and settings of a stage, so that readers see where a run differs from the paper."""
     changed = train["settings"]
     words = [
         train["model"], train["data"], f"batch {train['batch_size']:,}", f"{train['steps']:,} steps",
@@ -93,12 +94,12 @@ def settings(train: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 def joined(parts: Iterable[str]) -> str:
-    """The different ones, in order."""
+    """Join the different parts in order, with ", then " between them."""
     return ", then ".join(dict.fromkeys(parts))
 
 
 def row_of(paper: str, name: str, folders: list[Path]) -> list[str]:
-    """The cells of a run's row."""
+    """Return the cells of the row of a run."""
     stages = [(folder, stored_results(folder)) for folder in folders]
     for folder, results in stages:
         if not results.get("train"):
@@ -115,7 +116,7 @@ def row_of(paper: str, name: str, folders: list[Path]) -> list[str]:
 
 
 def append(path: Path, paper: str, row: list[str]) -> bool:
-    """Append a row to the table whose first column is headed by the paper's name; False if it is there already."""
+    """Append a row to the table whose first heading is the name of the paper. Return False if the row is already there."""
     lines = read_text(path).splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith(f"| {paper} |")), None)
     if start is None:
@@ -134,12 +135,12 @@ def append(path: Path, paper: str, row: list[str]) -> bool:
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a line of a table."""
+    """Return the cells of a line of a table."""
     return [cell.strip() for cell in line.replace("\\|", "\0").strip().strip("|").split("|")]
 
 
 def undated(row: list[str]) -> list[str]:
-    """A row without its date, and as `cells` reads it."""
+    """Return a row without its date, with the cells as `cells` reads them."""
     return [cell.replace("\\|", "\0") for i, cell in enumerate(row) if i != len(row) + DATE]
 
 

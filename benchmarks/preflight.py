@@ -1,11 +1,11 @@
-"""How long a preflight takes and what memory it needs, by the number of rows.
+"""Measure the time and memory that a preflight needs, by the number of rows.
 
-    python benchmarks/preflight.py                              # 250,000, 500,000 and 1,000,000 rows of triplets, a csv each
+    python benchmarks/preflight.py                              # csv files of 250,000, 500,000 and 1,000,000 triplets
     python benchmarks/preflight.py --rows 1000000 --words 80    # longer texts
 
-Each size runs in a process of its own, as a user starts it, with a cache of its own: reading the file is part of it. Printed
-are seconds of the clock and of the processor, and the peak memory. Of the memory, "mapped" is what the process has of files,
-which the system takes back when it needs to: the libraries, and the rows that `datasets` maps from its cache.
+Each size runs in its own process, started as a user starts it, with its own cache, so that the time includes reading the file.
+The output has the elapsed time, the CPU time and the peak memory. "mapped" is memory-mapped memory, which the system can take
+back: the libraries, and the rows that `datasets` maps from its cache. "own" is the other memory of the process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_rows(path: Path, rows: int, words: int) -> None:
-    """Write triplets of random words; one row in a hundred stands twice, and one anchor in ten in another row too."""
+    """Write triplets of random words. One row in a hundred repeats the row before it, one anchor in ten repeats its anchor."""
     draw = random.Random(0)
     known = [f"{first}{second}{number}" for number in range(50) for first in "bdfgklmnprst" for second in "aeiou"]
     row: list[str] = []
@@ -40,7 +40,7 @@ def write_rows(path: Path, rows: int, words: int) -> None:
 
 
 def watch(process: psutil.Popen, peaks: dict[str, int]) -> None:
-    """Note the largest memory of a process, in bytes, until it ends."""
+    """Record the peak memory of a process, in bytes, until the process ends."""
     while process.is_running():
         try:
             memory = process.memory_info()
@@ -52,7 +52,7 @@ def watch(process: psutil.Popen, peaks: dict[str, int]) -> None:
 
 
 def measure(rows: int, words: int, folder: Path) -> None:
-    """Make a file, check it, and print a line."""
+    """Make a file, run a preflight on it, and print a line."""
     file = folder / f"{rows}.csv"
     write_rows(file, rows, words)
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}

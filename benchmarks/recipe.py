@@ -1,4 +1,4 @@
-"""Runs of a recipe for the quality benchmarks: each once, its results kept."""
+"""Runs recipes for the quality benchmarks. Each run happens once, and its results are kept."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ QUIETLY = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "tr
 
 
 def run_recipe(name: str, output: Path, *flags) -> dict:
-    """What `results.json` holds after `recipes/NAME FLAGS --output_dir OUTPUT`; a run that is there is not run again."""
+    """Run `recipes/NAME FLAGS --output_dir OUTPUT` unless it has run already, and return the content of its results.json."""
     results = output / "results.json"
     if not results.is_file():
         command = [sys.executable, RECIPES / name, *flags, "--output_dir", output]

@@ -1,14 +1,14 @@
-"""What happens to a run that is killed, stopped, given damaged files or a full disk? docs/reliability.md has the figures.
+"""Test what happens to runs that are killed, stopped, or given damaged files or a full disk. Results: docs/reliability.md.
 
-    python benchmarks/reliability.py kills --count 200          # killed at random times, over all recipes
-    python benchmarks/reliability.py saves --count 40           # killed inside writes of files
-    python benchmarks/reliability.py damage --count 60          # damaged files of checkpoints, models and unfinished work
-    python benchmarks/reliability.py disks --from-mb 1 --to-mb 40    # as root: training with so much room
-    python benchmarks/reliability.py soak --minutes 30               # as root: two ranks, killed, stopped, without room
-    python benchmarks/reliability.py messages                        # from a wrong input to its message
-    python benchmarks/reliability.py speed --against CHECKOUT        # the time of a step and of a save
+    python benchmarks/reliability.py kills --count 200          # kill runs of all recipes at random times
+    python benchmarks/reliability.py saves --count 40           # kill runs while they write files
+    python benchmarks/reliability.py damage --count 60          # damage files of checkpoints, models and unfinished work
+    python benchmarks/reliability.py disks --from-mb 1 --to-mb 40    # as root: train on disks with so much free space
+    python benchmarks/reliability.py soak --minutes 30               # as root: kill, stop, and fill the disk of two ranks
+    python benchmarks/reliability.py messages                        # time from a wrong input to the error message
+    python benchmarks/reliability.py speed --against CHECKOUT        # compare the time of a step and of a save
 
-Each prints a summary and a line for every failure, and ends with exit code 1 if there is one. Linux only.
+Each command prints a summary and one line for every failure. Its exit status is 1 if there is a failure. Linux only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Damaged files: of a checkpoint that a run is resumed from, of the work that a stopped run goes on with, of a model folder."""
+"""Damages files of checkpoints, of model folders, and of the unfinished work from which an interrupted run resumes."""
 
 import os
 import random
@@ -12,8 +12,8 @@ from pathlib import Path
 from reliability_kills import points_of, start_counted
 from reliability_runs import CASES, RESUME, Case, Ended, Runs, call, each
 
-TRAINED = next(case for case in CASES if case.name == "mlm")  # whose checkpoints have training.safetensors too
-Outcome = tuple[Ended, str, bool]  # the end, what came of the damage in words, and whether that is right
+TRAINED = next(case for case in CASES if case.name == "mlm")  # its checkpoints also have training.safetensors
+Outcome = tuple[Ended, str, bool]  # how the run ended, the effect of the damage in words, and whether that is right
 KILLED_AT, NEWEST, EARLIER = 18, "checkpoint-16", "checkpoint-12"
 
 
@@ -33,13 +33,13 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def huge_header(path: Path) -> None:
-    """Say in the first eight bytes, where safetensors has it, that the header has an enormous length."""
+    """Write an enormous header length into the first eight bytes, where safetensors stores it."""
     content = path.read_bytes()
     path.write_bytes((1 << 62).to_bytes(8, "little") + content[8:])
 
 
 def swap(path: Path, rng: random.Random) -> None:
-    """Exchange a file with another one of the folder; one that is alone is emptied."""
+    """Swap a file with another file in its folder. If there is no other file, empty the file."""
     others = sorted(other for other in path.parent.iterdir() if other.is_file() and other != path)
     if not others:
         path.write_bytes(b"")
@@ -60,12 +60,12 @@ KINDS: dict[str, Callable[[Path, Path, random.Random], object]] = {
     "with a bit flipped": lambda path, other, rng: flip(path, rng),
     "swapped with another file": lambda path, other, rng: swap(path, rng),
 }
-SEEN_WITHOUT_MANIFEST = list(KINDS)[:6]  # nothing in a plain model folder tells that a bit of a weight was another
+SEEN_WITHOUT_MANIFEST = list(KINDS)[:6]  # without a manifest, a flipped bit of a weight cannot be found
 OF_WORK = list(KINDS)[:4]
 
 
 def choose(files: list[str], kinds: list[str], count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Choose pairs of a file and a kind so that each file and each kind comes about equally often."""
+    """Choose pairs of a file and a kind of damage, so that each file and each kind occurs about equally often."""
     left = [(file, kind) for file in files for kind in kinds]
     rng.shuffle(left)
     chosen: list[tuple[str, str]] = []
@@ -88,7 +88,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def interrupted(runs: Runs, folder: Path) -> None:
-    """A run that was killed at a step between two checkpoints."""
+    """Make a run that was killed at a step between two checkpoints."""
 
     def work() -> None:
         from accelerate.optimizer import AcceleratedOptimizer
@@ -111,7 +111,7 @@ def interrupted(runs: Runs, folder: Path) -> None:
 
 
 def stopped_work(runs: Runs, case: Case, at: str, folder: Path) -> None:
-    """A run that was killed at the last of its writes whose description has `at` in it."""
+    """Make a run that was killed at the last write whose description contains `at`."""
     points = points_of(runs, case, folder / "counted")
     number = [number for number, _, what in points if at in what][-1]
     runs.prepare(case, folder / "stopped")
@@ -123,13 +123,13 @@ WORKS = {"encode": "done/.saving", "mine_negatives": "documents/.saving", "ablat
 
 
 def warned(ended: Ended, *names: str) -> bool:
-    """Whether a line says of one of the names that something is wrong with it; that a run is resumed from it is no warning."""
+    """Return True if a line of output warns about one of the names. That a run resumes from it is not a warning."""
     lines = [line for line in ended.log.splitlines() if any(name in line for name in names)]
     return any(re.search(r"skipped|damaged|not whole|anew|missing|cannot be read", line) for line in lines)
 
 
 def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:
-    """What came of a damage in words, and whether that is right."""
+    """Return the effect of the damage in words, and whether that is right."""
     if ended.hung:
         return "HUNG", False
     if ended.refused:
@@ -166,7 +166,7 @@ def damaged_work(runs: Runs, case: Case, made: Path, file: str, kind: str, folde
 
 
 def vectors_of(runs: Runs, model: Path, folder: Path) -> Ended:
-    """Load a folder and write the vectors of a few texts."""
+    """Load a model folder and write the vectors of two texts."""
 
     def work() -> None:
         import numpy as np
@@ -192,11 +192,11 @@ def damaged_model(runs: Runs, made: Path, right: bytes, file: str, kind: str, fo
     return ended, *judge(ended, wrong, warned(ended, Path(file).name))
 
 
-# ---- all of it ----
+# ---- the command ----
 
 
 def damage(runs: Runs, count: int, seed: int, jobs: int) -> bool:
-    """Damage a file, and see whether it is refused, gone round, or used."""
+    """Damage one file in each of `count` runs, and check whether the run refuses it, does without it, or uses it."""
     rng, base = random.Random(seed), runs.folder / "made"
     runs.calm(TRAINED)
     interrupted(runs, base / "interrupted")

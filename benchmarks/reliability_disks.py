@@ -1,4 +1,4 @@
-"""Training on disks of every size from too small to large enough, and on one that others fill while it trains."""
+"""Trains on disks of many sizes, from too small to large enough, and on disks that become full during the training."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ AMPLE = 300  # MB
 
 
 def mount(folder: Path, megabytes: float) -> None:
-    """Mount a file system of so many MB in memory at `folder`, or change the size of the one that is there."""
+    """Mount an in-memory file system of the given size at `folder`, or resize the one that is mounted there."""
     folder.mkdir(parents=True, exist_ok=True)
     there = ["remount"] if os.path.ismount(folder) else []
     options = ",".join([*there, f"size={int(megabytes * 1024)}k"])
@@ -38,7 +38,7 @@ def disk(folder: Path, megabytes: float) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: float = 0) -> Path:
-    """Take all the room on a disk but `leave` MB; -> the file to remove."""
+    """Fill a disk until only `leave` MB are free. Return the file to remove afterwards."""
     filler, free = folder / "filler", os.statvfs(folder)
     with open(filler, "wb") as file, contextlib.suppress(OSError):
         file.write(b"\0" * max(0, int(free.f_bavail * free.f_frsize - leave * 2**20)))
@@ -46,12 +46,12 @@ def fill(folder: Path, leave: float = 0) -> Path:
 
 
 def size_of(folder: Path) -> float:
-    """MB of a folder, each file rounded up to pages as tmpfs does."""
+    """Return the MB that a folder needs on tmpfs, which rounds each file up to whole pages."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()) / 2**20 + 0.3
 
 
 def start_and_fill(runs: Runs, case: Case, place: Path, leave: float) -> Ended:
-    """Run a case on a disk that has room, and take the room when its first checkpoint is there."""
+    """Run a case on a disk with enough space, and fill the disk when the first checkpoint appears."""
     log = place / "log"
     pid = fork(lambda: runs.main(case, place), place, log)
     started = time.perf_counter()
@@ -64,7 +64,10 @@ def start_and_fill(runs: Runs, case: Case, place: Path, leave: float) -> Ended:
 
 
 def one_size(runs: Runs, number: int, megabytes: float, place: Path) -> dict:
-    """Train with `megabytes` of room beside an earlier run; -> what came of it."""
+    """Train on a disk with an earlier run and `megabytes` of free space, and return what happened.
+
+    With an even number the new run overwrites the earlier one. Two of four disks have space at first, and become full later.
+    """
     overwrites, filled_later = number % 2 == 0, number % 4 >= 2
     case = OVER if overwrites else BESIDE
     earlier = size_of(runs.earlier)
@@ -90,7 +93,7 @@ def one_size(runs: Runs, number: int, megabytes: float, place: Path) -> dict:
 
 
 def problems(runs: Runs, case: Case, place: Path, ended: Ended, overwrites: bool, whole: bool) -> list[str]:
-    """What is wrong with how a run on a small disk ended, before there is room again."""
+    """Return what is wrong after a run on a small disk has ended, before the disk has space again."""
     wrong = []
     if ended.code == -signal.SIGBUS or (ended.code and not ended.refused):
         wrong.append(f"exit {ended.code} and not one line: {ended.last}")
@@ -102,7 +105,7 @@ def problems(runs: Runs, case: Case, place: Path, ended: Ended, overwrites: bool
 
 
 def compare(runs: Runs, case: Case, place: Path) -> list[str]:
-    """Compare with the run on a large disk."""
+    """Return which files differ from those of the run on a large disk."""
     old, new = runs.finished(OVER if case is OVER else SUP), place / case.output
     return [f"other {name}" for name in case.same if (old / name).read_bytes() != (new / name).read_bytes()]
 
@@ -112,7 +115,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def disks(runs: Runs, first: float, last: float, step: float) -> bool:
-    """Train with each amount of room, in turn over an earlier run and beside it, with a small disk and with one that fills."""
+    """Train with each amount of free space: over and beside an earlier run, on small disks and on disks that fill up."""
     for case in (SUP, OVER):
         runs.calm(case)
     runs.modules()

@@ -1,4 +1,4 @@
-"""Runs that are killed, at random or at a chosen write of a file, and gone on with."""
+"""Kills runs at random times or at chosen file writes, and resumes them."""
 
 import os
 import random
@@ -14,7 +14,7 @@ WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "
 
 
 def report(title: str, found: list[dict], counted: str) -> bool:
-    """Print a summary and the failures; -> whether all is well."""
+    """Print a summary and the failures. Return True if there is no failure."""
     failures = [entry for entry in found if entry["wrong"]]
     hows = sorted({entry["how"] for entry in found})
     print()
@@ -26,7 +26,7 @@ def report(title: str, found: list[dict], counted: str) -> bool:
 
 
 def finish(runs: Runs, case: Case, folder: Path, where: str, rng: random.Random | None = None) -> dict:
-    """Go on with a run that was killed, perhaps after one more kill, and say what came of it."""
+    """Resume a killed run, in some cases after a second kill, and return what happened."""
     wrong = runs.standing(case, folder)
     if rng is not None and rng.random() < 0.25:
         more = RESUME if case.checkpoints and runs.saved(case, folder) else ""
@@ -46,7 +46,7 @@ def finish(runs: Runs, case: Case, folder: Path, where: str, rng: random.Random 
 
 
 def kills(runs: Runs, count: int, seed: int, jobs: int, names: list[str]) -> bool:
-    """Kill each run at a random time of its calm one's duration."""
+    """Kill each run at a random time within the duration of the same run without a kill (the calm run)."""
     cases = [case for case in CASES if not names or case.name in names]
     for case in cases:
         runs.calm(case)
@@ -55,7 +55,7 @@ def kills(runs: Runs, count: int, seed: int, jobs: int, names: list[str]) -> boo
     def work(number: int, folder: Path) -> dict:
         case, rng = cases[number % len(cases)], random.Random(f"{seed} {number}")
         seconds = runs.calm(case).seconds
-        for attempt in range(5):  # one may finish before it is killed
+        for attempt in range(5):  # a run may finish before it is killed
             own = folder / str(attempt)
             runs.prepare(case, own)
             at = rng.uniform(0, seconds)
@@ -72,18 +72,18 @@ def kills(runs: Runs, count: int, seed: int, jobs: int, names: list[str]) -> boo
 
 
 class Writes:
-    """Counts what a process does to the files in a folder, and kills it at one of these points.
+    """Counts the changes that a process makes to the files in a folder, and kills the process at one of them.
 
-    Everything that Python's audit events tell of is counted (opening a file for writing, renaming, removing, making folders),
-    and os.fsync, torch.save and safetensors' writing. Point (n, "before") is just before the n-th; (n, "half") leaves the file
-    that is written at the n-th half of its length, as a kill in the middle of writing does.
+    It counts the changes that Python's audit events report (open a file for writing, rename, remove, make a folder), and calls
+    of os.fsync, torch.save and safetensors' writer. Point (n, "before") is just before the n-th change. Point (n, "half")
+    leaves the file of the n-th change at half its length, like a kill in the middle of writing.
     """
 
     def __init__(self, folder: Path, point: tuple[int, str] | None = None):
         self.folder, self.point, self.seen, self.inside = str(folder), point, [], False
 
     def watch(self) -> None:
-        """Begin, in the process that is to be counted."""
+        """Start to count, in the process whose changes are counted."""
         import safetensors.torch
         import torch
 
@@ -124,7 +124,7 @@ class Writes:
         return counting
 
     def count(self, name: str, path: Any, folder: int | None, halves: bool, more: bool = False) -> int | None:
-        """Note an event in the folder, and kill the process if it is the one; -> its number."""
+        """Record an event in the folder, and kill the process if it is the chosen point. Return the number of the event."""
         if self.inside or not isinstance(path, str | bytes | os.PathLike):
             return None
         self.inside = True
@@ -140,7 +140,7 @@ class Writes:
             self.seen.append(f"{name} {inside}")
             if self.point == (number, "before"):
                 self.kill()
-            if halves and self.point == (number, "half"):  # an empty file: it has been opened and nothing is written yet
+            if halves and self.point == (number, "half"):  # leave an empty file, as after open() and before any write
                 os.close(os.open(text, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
                 self.kill()
             with open(os.path.join(self.folder, "events"), "a") as file:
@@ -154,7 +154,7 @@ class Writes:
 
 
 def points_of(runs: Runs, case: Case, folder: Path) -> list[tuple[int, str, str]]:
-    """Every point of a case's calm run at which it can be killed."""
+    """Return all points at which a run of the case can be killed."""
     runs.prepare(case, folder)
     ended = start_counted(runs, case, folder, None)
     if ended.code:
@@ -177,7 +177,7 @@ def start_counted(runs: Runs, case: Case, folder: Path, point: tuple[int, str] |
 
 
 def saves(runs: Runs, count: int, seed: int, jobs: int, names: list[str]) -> bool:
-    """Kill each run at one of its writes; the points are spread evenly over those of all cases."""
+    """Kill each run at one of its writes. The points are spread evenly over all cases and over the length of a run."""
     cases = [case for case in CASES if not names or case.name in names]
     every = []
     for case in cases:
@@ -187,7 +187,7 @@ def saves(runs: Runs, count: int, seed: int, jobs: int, names: list[str]) -> boo
         print(f"{case.name}: {len(points)} points in its writes", flush=True)
         every.append((case, points))
     rng, chosen = random.Random(seed), []
-    for number in range(count):  # in turn of each case, each time in another stretch of its run
+    for number in range(count):  # the cases take turns; each turn uses the next part of the run
         case, points = every[number % len(every)]
         stretches = -(-count // len(every))
         stretch = number // len(every)

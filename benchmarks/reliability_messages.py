@@ -1,4 +1,4 @@
-"""How long a user waits for the message about something wrong: from the start of the process to its end."""
+"""Measures how long a user waits for the error message about a wrong input, from the start of the process to its end."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from reliability_runs import ROOT
 
 SUP = "sup_simcse --train_file nli.csv --model_name_or_path model --eval_sts_file dev=dev.tsv --max_steps 4 --use_cpu"
 NOW = f"{SUP} --output_dir out"
-# What is wrong, and a command line that has it.
+# Kinds of wrong input, and a command line with each.
 WRONG = {
     "no such training file": NOW.replace("nli.csv", "missing.csv"),
     "an empty training file": NOW.replace("nli.csv", "empty.csv"),
@@ -81,7 +81,7 @@ def write_wrong_files(folder: Path, data: Path) -> None:
 
 
 def messages(folder: Path, names: list[str]) -> bool:
-    """Start a recipe with each of the wrong inputs; say how long it took, and whether it ended in one line."""
+    """Start a recipe with each wrong input. Print how long it took, and whether it ended with a one-line error."""
     done = subprocess.run(
         [sys.executable, "-c", f"from reliability_runs import write_data, Path; write_data(Path({str(folder / 'data')!r}))"],
         cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,

@@ -1,7 +1,7 @@
-"""Short runs of the recipes on tiny data, each in a process that is forked from this one, which has everything imported.
+"""Short runs of the recipes on tiny data. Each run is a fork of this process, which has imported everything.
 
-Starting Python with PyTorch for each of hundreds of runs would take hours. So nothing is computed in this process itself, no
-thread is started in it, and a run is a fork of it that calls the recipe's `main` as the command line would.
+To start Python and PyTorch for each of hundreds of runs would take hours. A fork is safe only if this process computes nothing
+and starts no threads. The forked process calls the recipe's `main` as the command line would.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ os.environ |= {
 }  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 300  # seconds after which a run counts as hanging
+LONGEST = 300  # seconds; a run that takes longer counts as hung
 TRAIN = (
     "--output_dir out --model_name_or_path DATA/model --eval_sts_file dev=DATA/dev.tsv --max_steps 20 "
     "--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 4 --max_length 24 --seed 3 "
@@ -45,16 +45,16 @@ MODEL = ("model.safetensors", "config.json", "tokenizer.json", "modules.json", "
 
 @dataclass(frozen=True)
 class Case:
-    """A command of a recipe, and what has to be the same however often it was stopped on its way."""
+    """A command line of a recipe, and the files that must be the same however often the run was interrupted."""
 
     name: str
     recipe: str
-    words: str  # DATA is the folder of the data; a run's working folder is its own
-    same: tuple[str, ...] = MODEL  # files in the output, or "" for the output itself
+    words: str  # flags; DATA stands for the folder of the data; each run has its own current folder
+    same: tuple[str, ...] = MODEL  # files in the output folder, or "" if the output is a file
     output: str = "out"
-    checkpoints: bool = True  # whether it takes --resume_from_checkpoint
-    earlier: bool = False  # whether a finished run of another model and pooling stands in the output folder at the start
-    replace: str = "--overwrite_output_dir"  # the flag that starts it anew where something is there already, if it has one
+    checkpoints: bool = True  # whether the recipe has --resume_from_checkpoint
+    earlier: bool = False  # whether the output folder holds a finished run of another model at the start
+    replace: str = "--overwrite_output_dir"  # the flag that replaces an earlier output, if there is one
 
 
 CASES = [
@@ -156,7 +156,7 @@ CASES = [
 
 
 def write_data(folder: Path) -> None:
-    """Write small files of rows, and two models of different width, with the built-in texts and tokenizer."""
+    """Write small data files and two models of different width, made from the built-in texts and tokenizer."""
     import csv
 
     import torch
@@ -204,7 +204,7 @@ def load_recipe(name: str) -> ModuleType:
 class Ended:
     """How a process ended."""
 
-    code: int  # the exit status; negative: the signal that killed it
+    code: int  # the exit status, or minus the number of the signal that killed the process
     seconds: float
     log: str
 
@@ -218,12 +218,12 @@ class Ended:
 
     @property
     def refused(self) -> bool:
-        """Whether it ended with an error in one line."""
+        """Return True if the process ended with a one-line error."""
         return self.code == 2 and "Traceback" not in self.log and bool(self.message)
 
     @property
     def message(self) -> str:
-        """The line of the error."""
+        """Return the line of the error, or "" if there is not exactly one."""
         errors = [line for line in self.log.splitlines() if line.startswith("error: ")]
         return errors[0] if len(errors) == 1 else ""
 
@@ -234,13 +234,13 @@ class Ended:
 
 
 def fork(work: Callable[[], Any], folder: Path, log: Path) -> int:
-    """Call `work` in a forked process, in `folder`, with what it prints in `log`; -> the process's number."""
+    """Call `work` in a forked process, in `folder`, with its output in the file `log`. Return the process id."""
     sys.stdout.flush()
     if (pid := os.fork()) != 0:
         return pid
     code = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it ends with its parent
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent process
         os.setpgid(0, 0)
         os.chdir(folder)
         printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -261,7 +261,7 @@ def fork(work: Callable[[], Any], folder: Path, log: Path) -> int:
 
 
 def wait(pid: int, log: Path, kill_after: float = LONGEST) -> Ended:
-    """Wait until a forked process has ended; kill it after so many seconds."""
+    """Wait for the end of a forked process. Kill it and its process group after `kill_after` seconds."""
     started = time.perf_counter()
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -272,19 +272,19 @@ def wait(pid: int, log: Path, kill_after: float = LONGEST) -> Ended:
         if seconds >= kill_after:
             try:
                 os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not yet its group
+            except ProcessLookupError:  # it has not set its process group yet
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
 
 
 def call(work: Callable[[], Any], folder: Path, kill_after: float = LONGEST) -> Ended:
-    """Call `work` in a forked process and wait for its end."""
+    """Call `work` in a forked process, and wait for its end."""
     log = folder / "log"
     return wait(fork(work, folder, log), log, kill_after)
 
 
 def each(items: list, work: Callable[[Any, Path], dict], folder: Path, jobs: int) -> list[dict]:
-    """Call `work(item, folder of its own)` for each item, in `jobs` processes; -> what it returns, with lines on the way."""
+    """Call `work(item, folder)` for each item in `jobs` processes, print a line for each, and return all results."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def share(job: int) -> None:
@@ -325,7 +325,7 @@ def each(items: list, work: Callable[[Any, Path], dict], folder: Path, jobs: int
 
 
 class Runs:
-    """The data, and for each case the run that nobody stops."""
+    """The data, and for each case its calm run: the run without any interruption."""
 
     def __init__(self, folder: Path):
         self.folder, self.data, self.cases = folder, folder / "data", {}
@@ -339,7 +339,7 @@ class Runs:
         self.modules()
 
     def modules(self) -> None:
-        """Import here what the calm run has imported by the way, so that no later one needs to."""
+        """Import the modules that the last calm run imported, so that later runs do not have to import them."""
         for name in (self.folder / "modules").read_text().split():
             if name not in sys.modules and not name.startswith(("_", "recipes")):
                 try:
@@ -350,7 +350,7 @@ class Runs:
             print(f"{threads} threads in the process that is forked: a run may hang for that alone", file=sys.stderr)
 
     def calm(self, case: Case) -> Ended:
-        """Run a case to its end, once; its files are in `folder/calm/NAME`."""
+        """Run a case to its end, if it has not run yet. Its files are in `folder/calm/NAME`."""
         if case.name not in self.cases:
             folder = self.folder / "calm" / case.name
             self.prepare(case, folder)
@@ -365,7 +365,7 @@ class Runs:
         (self.folder / "modules").write_text("\n".join(sys.modules))
 
     def prepare(self, case: Case, folder: Path) -> None:
-        """Make a run's folder, with an earlier run in its place if the case has one."""
+        """Make the folder of a run, with the earlier run in it if the case has one."""
         folder.mkdir(parents=True, exist_ok=True)
         if case.earlier:
             shutil.copytree(self.earlier, folder / "out")
@@ -375,14 +375,14 @@ class Runs:
         return self.folder / "calm" / "earlier run" / "out"
 
     def finished(self, case: Case) -> Path:
-        """What the calm run has left."""
+        """Return the output of the calm run."""
         return self.folder / "calm" / case.name / case.output
 
     def argv(self, case: Case, more: str = "") -> list[str]:
         return [word.replace("DATA", str(self.data)) for word in shlex.split(f"{case.words} {more}")]
 
     def main(self, case: Case, folder: Path, more: str = "") -> None:
-        """Run a case in this process, as its command line would, with a cache of tables in `folder`."""
+        """Run a case in this process, as its command line would, with the cache of `datasets` in `folder`."""
         import datasets
 
         from hf_embed.kit.cli import run
@@ -392,19 +392,19 @@ class Runs:
         run(load_recipe(case.recipe).main)
 
     def start(self, case: Case, folder: Path, more: str = "", kill_after: float = LONGEST) -> Ended:
-        """Run a case in a process of its own."""
+        """Run a case in a forked process."""
         return call(lambda: self.main(case, folder, more), folder, kill_after)
 
     def saved(self, case: Case, folder: Path) -> list[str]:
-        """The checkpoints of the run itself: one that is to take an earlier one's place trains beside it."""
+        """Return the checkpoints of the run itself. A run that replaces an earlier run trains in a folder beside it."""
         place = f".{case.output}.new" if case.earlier else case.output
         return sorted(path.name for path in folder.glob(f"{place}/**/checkpoint-[0-9]*") if path.is_dir())
 
     def go_on(self, case: Case, folder: Path) -> tuple[Ended, str]:
-        """Run a case that was stopped to its end, as a user would; -> how that ended, and what the user had to do."""
+        """Bring an interrupted case to its end, as a user would. Return how the process ended, and what the user had to do."""
         saved = self.saved(case, folder)
         ways = [("the same command", "")]
-        if case.checkpoints and (saved or not case.earlier):  # without one of its own, the earlier run's would be the newest
+        if case.checkpoints and (saved or not case.earlier):  # without own checkpoints, the earlier run would be resumed
             ways = [("resumed", RESUME), ("started anew", "")]
         if case.replace and case.replace not in case.words:
             ways.append(("started anew", case.replace))
@@ -419,7 +419,7 @@ class Runs:
         return ended, how
 
     def check(self, case: Case, folder: Path) -> list[str]:
-        """What is wrong with a run that has been gone on with and has finished."""
+        """Return what is wrong with a run that was resumed and has finished."""
         found = []
         for name in case.same:
             old, new = (place / name for place in (self.finished(case), folder / case.output))
@@ -430,13 +430,13 @@ class Runs:
         return found + [f"left behind: {path}" for path in leftovers(folder)]
 
     def standing(self, case: Case, folder: Path) -> list[str]:
-        """What is wrong with the output folder at the moment: neither the old model, nor the new one, nor nothing."""
+        """Return what is wrong with the output folder now, if it holds neither the old model, nor the new one, nor nothing."""
         output, new, old = folder / case.output, self.finished(case), self.earlier if case.earlier else None
-        if "model.safetensors" not in case.same:  # files, not a model
+        if "model.safetensors" not in case.same:  # the output is not a model
             there = [name for name in case.same if (output / name).exists()]
             return [f"{name or case.output} is half written" for name in there if not same_content(new / name, output / name)]
         if old is None and not ((output / "model.safetensors").is_file() and (output / "config.json").is_file()):
-            return []  # nothing that could be loaded
+            return []  # there is nothing to load yet
         sides: dict[str, set[str]] = {}
         for name in PIECES:
             piece = piece_of(output / name)
@@ -461,7 +461,7 @@ VOLATILE = re.compile(r"seconds|versions|hardware|settings|loss|\w*_runtime|\w*_
 
 
 def piece_of(path: Path) -> str | None:
-    """What tells of which run a file of a model folder is; None where there is none."""
+    """Return what identifies the run that wrote a file of a model folder, or None if the file does not exist."""
     if path.is_dir():
         return "there"
     if not path.is_file():
@@ -497,13 +497,13 @@ LEFT_BEHIND = re.compile(r"\.(saving|removing)-.*|\..*\.(new|old)|unfinished-.*|
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Files of killed writers in a run's folder, its cache of tables aside."""
+    """Return the temporary files that killed processes left in a run's folder, except in the cache of `datasets`."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts]
     return [str(path) for path in paths if LEFT_BEHIND.fullmatch(path.name)]
 
 
 def import_everything() -> None:
-    """Import what runs use, with one thread each."""
+    """Import everything that runs use, with one thread."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Training on two ranks that is killed, stopped and left without room again and again, and gone on with each time."""
+"""Trains on two ranks. The training is killed, stopped, or given a full disk many times, and resumes each time."""
 
 import os
 import random
@@ -14,15 +14,15 @@ import psutil
 from reliability_disks import AMPLE, disk, fill
 from reliability_runs import MODEL, ROOT
 
-LONGEST_END = 120  # seconds that a run may take to end after what was done to it
+LONGEST_END = 120  # seconds that a run may take to end after an event
 STOPS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGINT": signal.SIGINT}
 EVENTS = ["one rank killed", "SIGTERM", "all killed", "SIGUSR1", "full disk", "SIGINT"]
-MOST_EVENTS = 8  # of one training; then it is left to finish
+MOST_EVENTS = 8  # of one training, which then finishes without events
 HF_EMBED = "import sys; sys.argv[0] = 'hf-embed'; from hf_embed.kit.command import main; main()"
 
 
 class Training:
-    """One training on two ranks, in `folder`, started as often as needed."""
+    """One training on two ranks in `folder`, which can be started several times."""
 
     def __init__(self, data: Path, folder: Path, steps: int):
         self.folder, self.out = folder, folder / "out"
@@ -33,11 +33,11 @@ class Training:
             "--use_cpu --report_to none --disable_tqdm true --output_dir out"
         )
         self.command = [sys.executable, "-c", HF_EMBED, *words.split()]
-        self.log = folder.parent / f"{folder.name}.log"  # not on the disk that may be full
+        self.log = folder.parent / f"{folder.name}.log"  # outside of the disk that becomes full
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Start the processes; what is saved is gone on with."""
+        """Start the processes. They resume from a checkpoint if there is one."""
         resume = ["--resume_from_checkpoint"] if self.newest() else []
         if not resume and self.out.exists():
             resume = ["--overwrite_output_dir"]
@@ -48,18 +48,18 @@ class Training:
             )
 
     def newest(self) -> int:
-        """The step of the newest checkpoint; 0 without one."""
+        """Return the step of the newest checkpoint, or 0 if there is none."""
         names = [path.name.split("-")[1] for path in self.out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def wait_for_checkpoint(self, step: int) -> None:
-        """Wait until there is a checkpoint after `step`, or the training has ended."""
+        """Wait for a checkpoint after `step`, or for the end of the training."""
         until = time.monotonic() + 10 * LONGEST_END
         while self.newest() <= step and self.process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
 
     def processes(self) -> list[psutil.Process]:
-        """The launcher and all that it has started."""
+        """Return the launcher and all processes that it has started."""
         try:
             launcher = psutil.Process(self.process.pid)
             return [launcher, *launcher.children(recursive=True)]
@@ -77,7 +77,7 @@ class Training:
         return found
 
     def end(self, seconds: float, processes: list[psutil.Process]) -> tuple[int | None, list[str]]:
-        """Wait until all of the processes have ended; -> the launcher's exit status, and what is wrong with the end."""
+        """Wait for the end of all processes. Return the launcher's exit status, and what is wrong with the end."""
         wrong, until = [], time.monotonic() + seconds
         while time.monotonic() < until and (self.process.poll() is None or any(map(running, processes))):
             time.sleep(0.1)
@@ -114,14 +114,14 @@ def last_line(log: Path) -> str:
 
 
 def happen(event: str, training: Training, rng: random.Random) -> tuple[int | None, list[str]]:
-    """Do it to the training, and wait for its end; -> its exit status, and what is wrong."""
+    """Make an event happen to the training, and wait for its end. Return its exit status, and what is wrong."""
     processes, ranks = training.processes(), training.ranks()
     filler = None
     if event == "one rank killed" and ranks:
         send(rng.choice(ranks), signal.SIGKILL)
-    elif event == "SIGTERM":  # to the launcher, as `kill` and service managers send it
+    elif event == "SIGTERM":  # to the launcher, as `kill` and service managers do
         send(processes[0], signal.SIGTERM)
-    elif event in STOPS:  # to every process, as Slurm and a terminal send it
+    elif event in STOPS:  # to every process, as Slurm and a terminal do
         for process in processes:
             send(process, STOPS[event])
     elif event == "full disk":
@@ -140,7 +140,7 @@ def happen(event: str, training: Training, rng: random.Random) -> tuple[int | No
 
 
 def one_training(training: Training, calm: float, until: float, rng: random.Random, counts: Counter) -> list[str]:
-    """Train to the end, whatever happens; -> what went wrong."""
+    """Train until the training is finished, with events on the way. Return what went wrong."""
     wrong: list[str] = []
     for _ in range(4 * MOST_EVENTS):
         events = time.monotonic() < until and counts["of this training"] < MOST_EVENTS
@@ -151,7 +151,7 @@ def one_training(training: Training, calm: float, until: float, rng: random.Rand
             if code or not training.finished:
                 late.append(f"exit {code}: {last_line(training.log)}")
             return wrong + late
-        if rng.random() > 0.25:  # else it may happen while the processes start
+        if rng.random() > 0.25:  # otherwise, the event may happen while the processes start
             training.wait_for_checkpoint(before)
         try:
             training.process.wait(rng.uniform(0, calm / 4))
@@ -171,7 +171,7 @@ def one_training(training: Training, calm: float, until: float, rng: random.Rand
 
 
 def soak(folder: Path, minutes: float, seed: int) -> bool:
-    """Train again and again, for so many minutes; every training has to end with the weights of the one nobody stopped."""
+    """Train repeatedly for `minutes`. Each training must end with the same weights as the calm run, which has no events."""
     began, rng = time.monotonic(), random.Random(seed)
     until, steps = began + 60 * minutes, int(min(1200, max(60, 60 * minutes)))
     prepared = subprocess.run(

@@ -1,4 +1,4 @@
-"""Is training as fast as in another checkout? Two processes take turns, a step each, so that both meet the same machine."""
+"""Compares the training speed with another checkout. Two processes take turns, one step each, under the same conditions."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from reliability_runs import ROOT
 
-WARM_UP = 5  # steps that do not count
+WARM_UP = 5  # first steps, which are not counted
 
 
 def train_in_turn(read: int, write: int, steps: int, batch: int, saves: bool) -> None:
-    """Train the built-in encoder; before a step wait for the turn, and give it away before the next one."""
+    """Train the built-in encoder. Each step waits for its turn, and then the other process has its turn."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModel, AutoTokenizer, TrainerCallback
@@ -69,8 +69,8 @@ def train_in_turn(read: int, write: int, steps: int, batch: int, saves: bool) ->
 
 
 def pair(checkouts: list[Path], steps: int, batch: int, saves: bool, folder: Path) -> list[dict]:
-    """Train under both checkouts at once, a step each in turn; -> the times of each."""
-    pipes = [os.pipe(), os.pipe()]  # into the first, into the second
+    """Train with both checkouts at once, one step each in turn. Return the times of each."""
+    pipes = [os.pipe(), os.pipe()]  # to the first process, to the second process
     processes = []
     for number, checkout in enumerate(checkouts):
         read, write = pipes[number][0], pipes[1 - number][1]
@@ -91,12 +91,12 @@ def pair(checkouts: list[Path], steps: int, batch: int, saves: bool, folder: Pat
 
 
 def speed(folder: Path, against: str, steps: int, batch: int, rounds: int) -> bool:
-    """Compare the time of a step, that of saves left out, and say the time of a save."""
+    """Compare the time of a step, without the time of saves, and print the time of a save."""
     checkouts, slower = [ROOT, Path(against).resolve()], []
     for saves in (False, True):
         ratios, times, of_saves = [], [[], []], [[], []]
         for number in range(rounds):
-            order = [0, 1] if number % 2 == 0 else [1, 0]  # which of the two goes first
+            order = [0, 1] if number % 2 == 0 else [1, 0]  # each side starts first in every second round
             found = pair([checkouts[i] for i in order], steps, batch, saves, folder)
             new, old = (found[order.index(i)] for i in (0, 1))
             ratios += [a / b for a, b in zip(new["steps"][WARM_UP:], old["steps"][WARM_UP:])]

@@ -1,10 +1,11 @@
-"""Fine-tune an encoder on a BEIR set with mined negatives: nDCG@10 of held-out queries, with the improved and the vanilla loss.
+"""Fine-tune an encoder on a BEIR dataset with mined negatives, and compare the improved loss with the usual in-batch loss.
 
     python benchmarks/retrieval.py --model MODEL --beir beir/scifact --split train --output_dir outputs/scifact
 
-The judged queries are split in two, a third held out: new queries to the same corpus. With `--disjoint` queries that share a
-relevant document stay on one side, so that no held-out query's answer was in a training pair. Negatives are mined with the
-model as it is, for the training side alone. Then a run for each loss and seed; what is there is not run again.
+The score is nDCG@10 of held-out queries. A third of the judged queries is held out: new queries to the same corpus. With
+`--disjoint`, queries that share a relevant document stay on one side, so that no training pair contains the answer of a
+held-out query. Negatives are mined for the training queries only, with the model before the training. Then there is one run for
+each loss and seed. Finished runs are not repeated.
 """
 
 import argparse
@@ -26,7 +27,7 @@ LOSSES = {
 
 
 def related(qrels: dict[str, dict[str, int]]) -> list[list[str]]:
-    """Queries that share documents, directly or by way of others."""
+    """Return groups of queries that share judged documents, directly or through other queries."""
     group_of_document, members = {}, {}
     for query, documents in qrels.items():
         merged = [query]
@@ -39,7 +40,7 @@ def related(qrels: dict[str, dict[str, int]]) -> list[list[str]]:
 
 
 def write_split(task, folder: Path, disjoint: bool) -> None:
-    """`task` as a BEIR folder whose qrels are train.tsv and test.tsv."""
+    """Write `task` as a BEIR folder whose qrels are train.tsv and test.tsv."""
     write_jsonl(folder / "corpus.jsonl", [{"_id": i, "text": text} for i, text in task.corpus.items()])
     write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": text} for i, text in task.queries.items()])
     shuffled = related(task.qrels) if disjoint else [[query] for query in task.qrels]
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--num_negatives", type=int, default=1)
     parser.add_argument("--disjoint", action="store_true", help="no relevant document in common")
     parser.add_argument("--eval_max_length", type=int, default=256)
-    args, training = parser.parse_known_args()  # further flags are the recipe's
+    args, training = parser.parse_known_args()  # other flags go to the recipe
 
     folder, mined = args.output_dir / "beir", args.output_dir / "mined.jsonl"
     if not folder.is_dir():

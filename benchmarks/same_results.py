@@ -1,9 +1,10 @@
-"""Do two versions of the code leave the same files? Fixed short runs of the recipes in both, compared byte for byte.
+"""Check that two versions of the code write the same files, by fixed short runs of the recipes in both.
 
     python benchmarks/same_results.py --against CHECKOUT
 
-A change of shape must not change a result. Weights, tokenizers, configurations and sentence-transformers' files have to be the
-same bytes. Numbers in JSON files may differ by --tolerance, times and versions aside; the card has to be the same text.
+A refactoring must not change a result. Weights, tokenizers, configurations and the files of sentence-transformers must be equal
+byte for byte. Numbers in JSON files may differ by --tolerance; times and versions are not compared. The card must have the same
+text.
 """
 
 import argparse
@@ -22,7 +23,7 @@ TRAIN = (
     "--max_length 48 --use_cpu --disable_tqdm true --report_to none --eval_sts_file dev=DATA/dev.tsv"
 )
 SAVE = "--eval_strategy steps --eval_steps 3 --save_strategy steps --save_steps 3 --load_best_model_at_end"
-# The folder that a run leaves, its recipe and flags; a run may read the folder of one before it.
+# The output folder of each run, and its recipe and flags. A run may read the folder of an earlier run.
 RUNS = {
     "sup": "sup_simcse --train_file DATA/triplets.csv --pooling cls_mlp --hard_negative_weight 0.3",
     "unsup": "unsup_simcse --train_file DATA/sentences.txt --pooling cls_mlp_train",
@@ -36,9 +37,9 @@ RUNS = {
     "seeds": "unsup_simcse --train_file DATA/sentences.txt --pooling mean --seeds 1,2 --positive crop:0.1",
     "scaled": "sup_simcse --train_file DATA/triplets.csv --pooling mean --temp_scale 0.9",
 }
-VOLATILE = re.compile(r"seconds|versions|hardware|target_modules|\w*_runtime|\w*_per_second")  # PEFT keeps a set of modules
+VOLATILE = re.compile(r"seconds|versions|hardware|target_modules|\w*_runtime|\w*_per_second")  # target_modules is a set
 VOLATILE_LINES = re.compile(r"(?m)^ +(took|with) .*$|<!-- hf_embed made this card: .* -->")
-LEFT_OUT = ("events.out.tfevents", "training_args.bin", ".pt", ".pth")  # times; pickles hold the names of modules
+LEFT_OUT = ("events.out.tfevents", "training_args.bin", ".pt", ".pth")  # they contain times, or pickled names of modules
 
 
 def write_data(folder: Path) -> None:
@@ -67,7 +68,7 @@ def run_all(checkout: Path, data: Path, out: Path) -> None:
 
 
 def differences(old: object, new: object, where: str) -> list[tuple[str, float]]:
-    """(place, distance) of what differs; the distance is infinite for what are no two numbers."""
+    """Return (place, distance) of each difference. The distance is infinite unless both values are numbers."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in {**old, **new} if not VOLATILE.fullmatch(key)]
         return [found for key in keys for found in differences(old.get(key), new.get(key), f"{where}.{key}")]

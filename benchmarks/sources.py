@@ -1,10 +1,11 @@
-"""Sources of very unequal size: what alpha does, and whether a batch should be of one source.
+"""Measure, on sources of very different sizes, the effect of alpha and of batches from a single source.
 
     python benchmarks/sources.py --data DATA --output_dir outputs/sources
 
-DATA has `pairs/`, `nli/`, `sts/` and `retrieval/` as docs/results.md describes them. Seven sources of 1,040 to 28,999 pairs;
-the built-in encoder trains as many steps under each setting, over several seeds: alpha 0, 0.5 and 1 with a source per batch,
-then alpha 0.5 and 1 with every row of a batch drawn on its own ("mixed"). Scored on STS and retrieval sets of other sources.
+DATA has the folders `pairs/`, `nli/`, `sts/` and `retrieval/`, as docs/results.md describes them. There are seven sources of
+1,040 to 28,999 pairs. The built-in encoder trains for the same number of steps with each setting and seed. The settings are
+alpha 0, 0.5 and 1 with one source per batch, then alpha 0.5 and 1 with every row of a batch drawn independently ("mixed"). The
+scores are on STS and retrieval datasets from other sources.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def lines(path: Path) -> list[str]:
 
 
 def read_pairs(data: Path) -> dict[str, list[dict]]:
-    """Rows {"query", "positive"[, "negatives"]} of each source."""
+    """Return the rows {"query", "positive"[, "negatives"]} of each source."""
     captions = {
         name: [json.loads(line) for line in lines(data / "pairs" / f"{file}_groups.jsonl")]
         for name, file in (("multi30k", "multi30k_caption"), ("flickr8k", "flickr8k_caption"), ("turk", "turkcorpus"))
@@ -49,7 +50,7 @@ def read_pairs(data: Path) -> dict[str, list[dict]]:
 
 
 def mix(sources: dict[str, list[dict]], alpha: float, count: int, seed: int) -> list[dict]:
-    """`count` rows, each of a source drawn by p_i ~ n_i^alpha; a source that runs out starts over, reshuffled."""
+    """Draw `count` rows, each from a source chosen with p_i ~ n_i^alpha. An exhausted source is reshuffled and reused."""
     rng = random.Random(seed)
     names, left, rows = list(sources), {name: [] for name in sources}, []
     for name in rng.choices(names, [len(sources[name]) ** alpha for name in names], k=count):
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    args, training = parser.parse_known_args()  # further flags are the recipe's
+    args, training = parser.parse_known_args()  # other flags go to the recipe
 
     sources = {name: [row for row in rows if all(map(str.strip, (row["query"], row["positive"])))]
                for name, rows in read_pairs(args.data).items()}  # fmt: skip

@@ -1,8 +1,9 @@
-"""The shape of the code in numbers: modules, lines, imports between tiers, long functions, what an addition touches.
+"""Print the structure of the code in numbers: modules, lines, imports between tiers, long functions, files per addition.
 
     python benchmarks/structure.py
 
-It reads the sources and runs nothing. tests/test_structure.py fails where an import climbs or a cycle appears.
+The script reads the sources and runs none of them. tests/test_structure.py fails if a module imports from a later tier or if
+imports form a cycle.
 """
 
 import ast
@@ -29,11 +30,11 @@ TIERS = [
     ["kit"],
     ["recipes"],
 ]  # fmt: skip
-# The only imports that may climb: methods of Encoder load and save, and import checkpoint when they are called.
+# The only imports from a later tier that are allowed: methods of Encoder import checkpoint when they load or save.
 EXCEPTIONS = {("encoder", "checkpoint.load"), ("encoder", "checkpoint.save")}
 NO_CORE = ("tempscale", "kit", "recipes")
 
-# Guesses about objects that are not ours, of attributes whose names some class of ours has too.
+# Allowed uses of getattr and hasattr: the object is not ours, but a class of ours has an attribute of the same name.
 FOREIGN = {
     "getattr(config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
     "getattr(model.config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
@@ -49,19 +50,19 @@ FOREIGN = {
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the package and every recipe, by name ("checkpoint.load", "recipes.push"), and its file."""
+    """Return the file of every module and recipe by its name, such as "checkpoint.load" and "recipes.push"."""
     found = {}
     for path in sorted([*(ROOT / "hf_embed").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts if parts[0] == "recipes" else parts[1:]).removesuffix(".__init__")
-        if name not in ("__init__", "recipes"):  # the first imports everything that is public
+        if name not in ("__init__", "recipes"):  # hf_embed/__init__.py imports everything public
             found[name] = path
     return found
 
 
 @cache
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """The modules of the package that a file imports, and whether it does so when it is loaded (not in a function)."""
+    """Return the package modules that a file imports, and whether each is imported at load time (not in a function)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inner = {node for function in functions(tree) for node in ast.walk(function)}
     typing = {node for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
@@ -74,7 +75,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             continue
         names = [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []  # of a relative import
+            start = package[: len(package) - node.level + 1] if node.level else []  # resolves a relative import
             module = ".".join([*start, *([node.module] if node.module else [])])
             names = [f"{module}.{name}" for name in names]
         for name in names:
@@ -84,16 +85,16 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def module_of(name: str) -> str:
-    """The module that an import of `name` loads: "errors" of "errors.InputError", "__init__" of "" and of "InputError"."""
+    """Return the module that an import loads: "errors" for "errors.InputError", "__init__" for "" and "InputError"."""
     while name and name not in modules():
         name = name.rpartition(".")[0]
     return name or "__init__"
 
 
 def tier(module: str) -> int:
-    """The number of a module's tier, from 0."""
+    """Return the number of a module's tier, counted from 0."""
     package = module.split(".")[0]
-    if package == "__init__":  # which imports everything that is public
+    if package == "__init__":  # it imports everything public
         return tier("trainer")
     for number, packages in enumerate(TIERS):
         if package in packages:
@@ -104,7 +105,7 @@ def tier(module: str) -> int:
 
 
 def climbing() -> list[tuple[str, str]]:
-    """Imports of a module in a later tier, the named exceptions left out."""
+    """Return imports of a module in a later tier, except those in EXCEPTIONS."""
     return [
         (name, imported)
         for name, path in modules().items()
@@ -114,7 +115,7 @@ def climbing() -> list[tuple[str, str]]:
 
 
 def cycles() -> list[list[str]]:
-    """Modules that import each other when they are loaded, directly or through others."""
+    """Return cycles: modules that import each other at load time, directly or through others."""
     graph = {name: {i for i, at_load in imports(path) if at_load and i != "__init__"} for name, path in modules().items()}
     found, done = [], set()
 
@@ -136,7 +137,7 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 
 def body_lines(function: ast.FunctionDef, lines: list[str]) -> int:
-    """Lines of a function without its docstring, comments and blank lines."""
+    """Return the number of lines of a function without its docstring, comments and blank lines."""
     docstring = function.body[0] if ast.get_docstring(function) else None
     skipped = set(range(docstring.lineno, docstring.end_lineno + 1)) if docstring else set()
     numbers = range(function.lineno, function.end_lineno + 1)
@@ -144,7 +145,7 @@ def body_lines(function: ast.FunctionDef, lines: list[str]) -> int:
 
 
 def long_functions() -> list[tuple[str, int, int]]:
-    """(name, lines, parameters) of the functions that are longer, or have more parameters, than they should."""
+    """Return (name, lines, parameters) of each function with too many lines or parameters."""
     found = []
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
@@ -160,7 +161,7 @@ def long_functions() -> list[tuple[str, int, int]]:
 
 
 def own_attributes() -> set[str]:
-    """The names of all attributes of the classes of this package."""
+    """Return the names of all attributes of the classes in this package."""
     names = set()
     for path in modules().values():
         for kind in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -177,7 +178,7 @@ def own_attributes() -> set[str]:
 
 
 def guessed_attributes() -> list[str]:
-    """Places that ask an object, by `getattr` with a default or `hasattr`, for an attribute that classes of ours have."""
+    """Return places where `hasattr`, or `getattr` with a default, asks for an attribute that a class of ours has."""
     own, found = own_attributes(), []
     for name, path in modules().items():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -191,14 +192,14 @@ def guessed_attributes() -> list[str]:
 
 
 def additions() -> dict[str, int]:
-    """The number of files that each worked diff in CONTRIBUTING.md changes or makes, by what it adds."""
+    """Return, for each worked diff in CONTRIBUTING.md, the number of files that it changes or adds."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     sections = re.findall(r"^### (.+?)\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
     return {title: len(re.findall(r"^\+\+\+ ", body, re.MULTILINE)) for title, body in sections if "```diff" in body}
 
 
 def code_lines(text: str) -> int:
-    """The lines of a module without its docstrings, comments and blank lines."""
+    """Return the number of lines of a module without its docstrings, comments and blank lines."""
     skipped: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):

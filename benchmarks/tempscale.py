@@ -1,8 +1,8 @@
-"""TempScale: does the folded checkpoint cost anything, give everyone the same vectors, and what does a search cost?
+"""Measure the speed of TempScale, compare the vectors of a folded checkpoint, and measure the cost of a temperature search.
 
     python benchmarks/tempscale.py --model MODEL --texts articles.txt
 
-Speeds are ratios to the original model, the sides taking turns within a round.
+Speeds are ratios to the original model. The models take turns within each round.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
             print(f"folded, loaded by {name}: at most {np.abs(encoder.encode(sample) - expected).max():.1e} from applied")
         print(f"original: {np.abs(original.encode(sample) - expected).max():.1e} from applied\n")
         rounds = []
-        for i in range(args.rounds):  # each side goes first as often as the others
+        for i in range(args.rounds):  # each side starts first equally often
             order = [*sides][i % 3 :] + [*sides][: i % 3]
             rounds.append({name: seconds(sides[name].encode, sample) for name in order})
         for name in ("applied", "folded"):

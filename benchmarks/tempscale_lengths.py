@@ -1,16 +1,16 @@
-"""TempScale where texts are long: what a temperature does to queries whose relevant document is short, middle or long.
+r"""Measure how TempScale changes the scores of queries whose relevant document is short, of middle length, or long.
 
     python benchmarks/tempscale_lengths.py --model MODEL --retrieval scifact=beir/scifact:train --texts news=articles.txt \
         --max_length 512 --temperatures 1 0.9 0.8 --growth 128 --output scores.jsonl
-    python benchmarks/tempscale_lengths.py ... --layers 0.8 0.9          # and a temperature for each layer
+    python benchmarks/tempscale_lengths.py ... --layers 0.8 0.9          # also one temperature per layer
 
-The first table has nDCG@10 x 100 at temperature 1, by set and by thirds of the queries, and the change at every other
-temperature with a 95 % interval: a paired bootstrap over queries. The second says what is gained by a temperature that is
-chosen on every other query (the even ones) and judged on the rest (the odd ones): one temperature, the best that falls with
-length (t log REFERENCE / log tokens beyond REFERENCE tokens), and with --layers one for each layer, by a coordinate search.
+The first table has nDCG@10 x 100 at temperature 1, for each dataset and each third of its queries, and the change at every
+other temperature, with a 95% interval from a paired bootstrap over queries. The second table shows the gain of settings that
+are chosen on the even queries and judged on the odd ones: one temperature; the best temperature that falls with length (beyond
+REFERENCE tokens it is t log REFERENCE / log tokens); and with --layers one temperature for each layer, by a coordinate search.
 
-A query's length is that of its relevant document in tokens, before it is truncated; of several, their mean. Per-query scores
-are kept in --output, and what is there is not computed again.
+The length of a query is the number of tokens of its relevant document before truncation, or the mean over several relevant
+documents. Per-query scores are stored in the file --output, and stored scores are not computed again.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from hf_embed.tempscale import TempScaleConfig, tempscale
 BINS = ("short", "middle", "long")
 RESAMPLES = 10_000
 WHOLE = TempScaleConfig(1.0)
-Scores = Mapping[str, np.ndarray]  # nDCG@10 x 100 of each query (Q,), by what was applied
+Scores = Mapping[str, np.ndarray]  # nDCG@10 x 100 of each query (Q,), by the label of a setting
 
 
 def first_queries(task: Retrieval, queries: int, documents: int) -> Retrieval:
-    """The first judged queries, all their relevant documents, and the first others until there are so many documents."""
+    """Return a set of the first judged queries, all their judged documents, and other documents up to `documents` in all."""
     qrels = dict(list(task.qrels.items())[:queries])
     kept = {document for found in qrels.values() for document in found}
     others = [document for document in task.corpus if document not in kept]
@@ -45,7 +45,7 @@ def first_queries(task: Retrieval, queries: int, documents: int) -> Retrieval:
 
 
 def openings(texts: list[str], words: int) -> Retrieval:
-    """The first words of each text (a headline, in news) look for the rest of it."""
+    """Make a retrieval set in which the first words of each text (in news, a headline) are the query for the rest of it."""
     split = [text.split() for text in texts]
     return pairs_to_retrieval([(" ".join(text[:words]), " ".join(text[words:])) for text in split if len(text) > 2 * words])
 
@@ -58,20 +58,20 @@ def read_sets(args: argparse.Namespace) -> dict[str, Retrieval]:
     for entry in args.texts:
         name, _, file = entry.partition("=")
         texts = list(dict.fromkeys(read_texts(file)))
-        texts = texts[:: max(1, len(texts) // args.max_texts)][: args.max_texts]  # from all parts of the file
+        texts = texts[:: max(1, len(texts) // args.max_texts)][: args.max_texts]  # take texts from all parts of the file
         tasks[name] = openings(texts, args.opening_words) if args.opening_words else halves(texts)
     return tasks
 
 
 def document_tokens(encoder: Encoder, task: Retrieval) -> np.ndarray:
-    """The tokens of each query's relevant documents, a mean, before truncation: (Q,)."""
+    """Return the mean number of tokens of each query's relevant documents, before truncation: (Q,)."""
     counts = [len(ids) for ids in encoder.tokenizer(list(task.corpus.values()), verbose=False)["input_ids"]]
     tokens = dict(zip(task.corpus, counts))
     return np.array([np.mean([tokens[d] for d, grade in found.items() if grade > 0]) for found in task.qrels.values()])
 
 
 def bins(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of the queries in each third, by a name that says its ends."""
+    """Return the numbers of the queries in each third, by a name with the shortest and the longest length."""
     return {
         f"{name}, {tokens[third].min():.0f} to {tokens[third].max():.0f}": third for name, third in zip(BINS, thirds(tokens))
     }
@@ -84,7 +84,7 @@ def label_of(config: TempScaleConfig) -> str:
 
 
 class Store:
-    """Per-query scores of one set under one setting after another, kept in a file."""
+    """Per-query scores of one dataset under several settings, stored in a file."""
 
     def __init__(self, file: Path, model: str, encoder: Encoder, name: str, task: Retrieval):
         self.file, self.encoder, self.task = file, encoder, task
@@ -94,7 +94,7 @@ class Store:
         self.known = {row["label"]: np.array(row["ndcg"]) for row in rows if row["key"] == self.key}
 
     def score(self, config: TempScaleConfig) -> np.ndarray:
-        """nDCG@10 x 100 of each query (Q,), by the package's evaluator."""
+        """Return nDCG@10 x 100 of each query (Q,), from the file or computed by the evaluator of this package."""
         label = label_of(config)
         if label not in self.known:
             with tempscale(self.encoder.backbone, config):
@@ -106,7 +106,7 @@ class Store:
 
 
 def interval(changes: np.ndarray) -> str:
-    """The mean of changes (Q,), and where it lies in 95 % of resamples of the queries; bold where that leaves out zero."""
+    """Format the mean of changes (Q,) and its 95% bootstrap interval over queries, in bold if zero is outside of it."""
     draws = np.random.default_rng(0)
     means = np.array([changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(RESAMPLES)])
     lower, upper = np.quantile(means, [0.025, 0.975])
@@ -115,12 +115,12 @@ def interval(changes: np.ndarray) -> str:
 
 
 def best(scores: Scores, chosen: np.ndarray) -> str:
-    """The setting that scores best on the chosen queries; of equals the first."""
+    """Return the setting that scores best on the chosen queries. If several are equal, return the first one."""
     return max(scores, key=lambda label: round(scores[label][chosen].mean(), 6))
 
 
 def search_layers(store: Store, chosen: np.ndarray, candidates: list[float]) -> TempScaleConfig:
-    """One temperature after another, from the last layer to the first: whichever is best on the chosen queries stays."""
+    """Search one temperature per layer, from the last layer to the first, and keep the best one on the chosen queries."""
     temperatures = [1.0] * store.encoder.config.num_hidden_layers
     top = store.score(WHOLE)[chosen].mean()
     for layer in reversed(range(len(temperatures))):
@@ -132,7 +132,7 @@ def search_layers(store: Store, chosen: np.ndarray, candidates: list[float]) -> 
 
 
 def length_rows(name: str, tokens: np.ndarray, scores: Scores) -> list[str]:
-    """Markdown: all queries of a set, then each bin; the score at 1, and the change at everything else."""
+    """Return Markdown rows for all queries and for each bin: the score at temperature 1, and the change at other settings."""
     rows = []
     for title, chosen in {"all": np.arange(len(tokens)), **bins(tokens)}.items():
         changes = [interval((values - scores["1"])[chosen]) for label, values in scores.items() if label != "1"]
@@ -141,7 +141,7 @@ def length_rows(name: str, tokens: np.ndarray, scores: Scores) -> list[str]:
 
 
 def judged_rows(name: str, kinds: Mapping[str, Scores], tokens: np.ndarray, even: np.ndarray) -> list[str]:
-    """Markdown: of each kind of setting the one that is best on the even queries, judged on the odd ones."""
+    """Return a Markdown row per kind of setting: the best setting on the even queries, judged on the odd ones."""
     rows = []
     single = kinds["one temperature"]
     one = single[best(single, even)]
@@ -156,7 +156,7 @@ def judged_rows(name: str, kinds: Mapping[str, Scores], tokens: np.ndarray, even
 
 
 def kinds_of(store: Store, args: argparse.Namespace, even: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """The scores of one temperature, of temperatures that fall with length, and of one for each layer."""
+    """Return the scores by kind of setting: one temperature, falling with length, one temperature for each layer."""
     one = [TempScaleConfig(temperature) for temperature in dict.fromkeys([1.0, *args.temperatures])]
     growing = [TempScaleConfig(1.0, growth="log", reference_length=reference) for reference in args.growth]
     kinds = {

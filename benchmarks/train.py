@@ -1,13 +1,13 @@
-"""The same rows, the same model: training throughput and peak memory here and under sentence-transformers.
+"""Compare training throughput and peak memory here and in sentence-transformers, on the same rows and the same model.
 
     python benchmarks/train.py --model MODEL --nli nli_triplets.csv --sts stsb-train.tsv [--cases nli128] [--rounds 3]
     python benchmarks/train.py --model MODEL --nli nli_triplets.csv --against EARLIER    # a checkout of an earlier version
 
-Each trial is a process of its own: a real trainer (ContrastiveTrainer or SentenceTransformerTrainer with
-MultipleNegativesRankingLoss), triplets of the same rows, dropout on, the default optimizer. Trials alternate, so that a
-slow spell of the machine hits both. Throughput is over the timed steps; memory is the process's peak resident set.
-Rows: `nli` premise, entailment, contradiction; `sts` sentence1, sentence2 and the next row's sentence2; `text`, for
-lengths that vary most, three lines of a text file.
+Each trial runs in its own process: a real trainer (ContrastiveTrainer, or SentenceTransformerTrainer with
+MultipleNegativesRankingLoss), triplets from the same rows, dropout on, the default optimizer. The trials alternate, so that a
+slow moment of the machine affects both sides. The throughput is that of the timed steps. The memory is the peak resident set of
+the process (on a GPU, its peak allocation). The triplets: `nli` has premise, entailment and contradiction; `sts` has sentence1,
+sentence2 and the sentence2 of the next row; `text` has three lines of a text file, whose lengths vary most.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WARM_UP = 2
 
 
 def read_triplets(path: str, kind: str, count: int) -> list[dict]:
-    """`count` triplets of a file, in an order that only the count decides."""
+    """Read `count` triplets of a file, in an order that depends only on `count`."""
     opener = gzip.open if path.endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8", newline="") as file:
         if kind == "nli":
@@ -46,7 +46,7 @@ def read_triplets(path: str, kind: str, count: int) -> list[dict]:
 
 
 def trial(args: argparse.Namespace) -> dict:
-    """Train `warm-up + steps` steps under args.side; -> triplets/s and peak memory in GB."""
+    """Train `WARM_UP + steps` steps with the library args.side. Return triplets per second and peak memory in GB."""
     import torch
     from datasets import Dataset
     from transformers import AutoModel, AutoTokenizer, TrainerCallback

@@ -1,1 +1,1 @@
-"""The recipes: `python recipes/NAME.py` in a clone of the repository, `hf-embed NAME` wherever the package is installed."""
+"""The recipes. Run `python recipes/NAME.py` in a clone of the repository, or `hf-embed NAME` with the installed package."""

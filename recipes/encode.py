@@ -1,12 +1,13 @@
-"""Encode the texts of a file: a .npy with a vector for each row.
+"""Encode the texts of a file, and write a .npy file with one vector for each row.
 
     python recipes/encode.py outputs/mine texts.jsonl vectors.npy
     python recipes/encode.py BAAI/bge-base-en-v1.5 docs.parquet docs.npy --column body --prompt_name document --precision int8
-    accelerate launch --quiet recipes/encode.py outputs/mine texts.txt vectors.npy      # shared among GPUs
+    accelerate launch --quiet recipes/encode.py outputs/mine texts.txt vectors.npy      # on all GPUs
 
-FILE is a txt (a text a line), csv, tsv, jsonl or parquet, also with .gz; its texts are in the column text, or that of --column.
-Row i of `numpy.load("vectors.npy", mmap_mode="r")` is of row i of the file; vectors.npy.json says what the vectors are of.
-What was done when a run is stopped is kept in vectors.npy.work; the same command goes on.
+FILE is a txt file (one text per line), or a csv, tsv, jsonl or parquet file, gzipped or not. Its texts are in the column text,
+or in the column that --column names. Row i of `numpy.load("vectors.npy", mmap_mode="r")` is the vector of row i of the file.
+vectors.npy.json records the model, the file and the settings. If a run is interrupted, its finished part stays in
+vectors.npy.work, and the same command resumes it.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)

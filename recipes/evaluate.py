@@ -1,4 +1,4 @@
-"""Score any checkpoint: one of this package, a Hub model, a sentence-transformers folder.
+r"""Score a model on evaluation sets: a checkpoint of this package, a Hub model, or a sentence-transformers folder.
 
     python recipes/evaluate.py outputs/quickstart --eval_sts_file stsb=stsb-dev.tsv --output_dir out
     python recipes/evaluate.py princeton-nlp/sup-simcse-bert-base-uncased --pooling cls_mlp --seven_sts
@@ -7,11 +7,15 @@
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --eval_triplet_file nli=nli-dev.csv \
         --eval_pair_file quora=quora-dev.tsv --eval_reranking_file askubuntu=mteb/askubuntudupquestions-reranking:test
 
-STS: Spearman x 100 over all pairs, alignment and uniformity. Retrieval and code search: nDCG, MAP, recall and MRR x 100.
-Zero-shot classification: accuracy and F1 x 100. Triplets: accuracy x 100. Pair classification: average precision, the best
-accuracy and the best F1 x 100, with their thresholds. Reranking: MAP, MRR and nDCG x 100. Printed, and in
-OUTPUT_DIR/results.json, in a trained model's own folder as `evaluated`, beside what that file says of the training. Several
-processes share the texts among them: `accelerate launch --config_file ...`.
+The scores are printed. With --output_dir they are also written to OUTPUT_DIR/results.json. If that is the folder of a trained
+model, they are added to its results.json as `evaluated`. `accelerate launch` shares the texts among processes. The metrics:
+
+    STS                        Spearman x 100 over all pairs; alignment and uniformity
+    retrieval, code search     nDCG, MAP, recall and MRR x 100
+    zero-shot classification   accuracy and F1 x 100
+    triplets                   accuracy x 100
+    pair classification        average precision, best accuracy and best F1 x 100, with their thresholds
+    reranking                  MAP, MRR and nDCG x 100
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -46,7 +50,7 @@ class Arguments(EncodingArguments):
 
 
 def main() -> None:
-    """Read the sets, score the model on them, print the scores and store them."""
+    """Read the evaluation sets, score the model on them, and print and store the scores."""
     args, evaluation = parse([Arguments, EvalArguments])
     if args.output_dir:
         check_folder(args.output_dir, "--output_dir")
@@ -67,7 +71,7 @@ def main() -> None:
         results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         clear_leftovers(Path(args.output_dir))
-        kept = stored_results(args.output_dir)  # of the training, if this is the model's own folder
+        kept = stored_results(args.output_dir)  # results of the training, if this is the model's own folder
         store_results(args.output_dir, kept | {"evaluated": results} if kept else results)
         print(f"\nwrote {Path(args.output_dir, 'results.json')}")
 

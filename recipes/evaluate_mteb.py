@@ -1,11 +1,14 @@
-"""Score a model on MTEB.
+"""Score a model on tasks of MTEB, and store the scores.
 
     python recipes/evaluate_mteb.py outputs/sup_simcse_bert_base --tasks STSBenchmark SciFact
     python recipes/evaluate_mteb.py BAAI/bge-base-en-v1.5 --benchmark "MTEB(eng, v2)" --output_dir results/bge
 
-Needs `pip install mteb`; mteb fetches the tasks' data. Printed: a table. In OUTPUT_DIR (default: the model's folder, if it is
-one): mteb's own files under mteb/, of which a second run does only what is missing, and the scores in results.json, with which
-the card's table and metadata are made anew.
+Install mteb first: `pip install mteb`. mteb downloads the data of the tasks. The recipe prints a table of the scores, and
+writes these files. OUTPUT_DIR is by default the model's folder; it must be given if the model is not in a folder.
+
+    OUTPUT_DIR/mteb/           mteb's own files; a second run computes only the tasks that are missing
+    OUTPUT_DIR/results.json    the scores, together with those of earlier runs
+    OUTPUT_DIR/README.md       only in a model's folder: the card with the new scores, unless someone has edited it
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +39,7 @@ class Arguments(EncodingArguments):
 
 
 def main() -> None:
-    """Run the tasks, print the scores, and store them with those of earlier runs."""
+    """Run the tasks, print the scores, and store them together with the scores of earlier runs."""
     (args,) = parse([Arguments])
     model = Path(args.model_name_or_path)
     if args.output_dir is None and not model.is_dir():

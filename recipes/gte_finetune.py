@@ -1,14 +1,15 @@
-"""GTE, stage 2: labelled pairs with hard negatives, the improved contrastive loss, from the model of stage 1.
+r"""Fine-tune a model as in GTE's stage 2, on labeled pairs with hard negatives and with the improved contrastive loss.
 
-    python recipes/gte_finetune.py                    # offline, after recipes/gte_pretrain.py, in a few minutes
+    python recipes/gte_finetune.py                    # offline, in a few minutes; run recipes/gte_pretrain.py first
     hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml gte-finetune \
         --config recipes/configs/gte_finetune_base.yaml --sources sources.yaml
     python recipes/gte_finetune.py --model_name_or_path outputs/gte_pretrain --train_file mined.jsonl \
         --eval_retrieval_dir scifact=beir/scifact
 
-recipes/mine_hard_negatives.py makes a file like mined.jsonl. Without data, negatives are mined for the docstrings of
-recipes/gte_pretrain.py, with the model of outputs/gte_pretrain or of --model_name_or_path, and a few searches are shown at the
-end.
+The trained model is written to OUTPUT_DIR (default: outputs/gte_finetune). AutoModel and sentence-transformers can load it. Its
+README.md and results.json show the scores. recipes/mine_hard_negatives.py makes files like mined.jsonl. Without data, negatives
+are mined for the docstrings of recipes/gte_pretrain.py, with the model in outputs/gte_pretrain or --model_name_or_path, and a
+few searches are printed at the end.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -33,18 +34,18 @@ from hf_embed.objectives import ImprovedContrastive
 
 DATA = Path("outputs/docstrings")
 PRETRAINED = Path("outputs/gte_pretrain")
-CONFIG = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"  # without data
+CONFIG = Path(__file__).with_name("configs") / "gte_finetune_quickstart.yaml"  # settings for a run without data
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train once, or with each of `--seeds`; return what results.json holds."""
+    """Train once, or once with each of `--seeds`, and return the content of results.json."""
     flags = read_flags([ImprovedContrastive, MatryoshkaArguments], CONFIG, argv=argv)
     flags = settle_offline(flags, "gte_finetune", mined_docstrings, model=str(PRETRAINED))
     return train_each_seed(flags, read_plan, train)
 
 
 def read_plan(flags: Flags) -> Plan:
-    """Load the rows and the evaluation sets."""
+    """Read the training rows and the evaluation sets."""
     rows = read_rows(flags)
     tasks = read_evaluation(flags)
     objective = flags.make(MatryoshkaArguments).wrap(flags.make(ImprovedContrastive))
@@ -52,7 +53,7 @@ def read_plan(flags: Flags) -> Plan:
 
 
 def train(plan: Plan) -> dict[str, Any]:
-    """Load the model, train and save it, and score it before and after."""
+    """Load the model, train and save it, and score it before and after the training."""
     model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
     trainer = make_trainer(plan, model)
     before = score_model(trainer)
@@ -61,7 +62,7 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def mined_docstrings(model: str) -> tuple[str, list[str]]:
-    """Mine negatives with `model` for the docstring and code sources; -> the file of sources and the evaluation sets."""
+    """Mine negatives with `model` for the docstring sources. Return the file of sources and the evaluation sets."""
     there = (DATA / "sources.yaml").is_file()
     if model == str(PRETRAINED) and not (there and (PRETRAINED / "config.json").is_file()):
         raise InputError(f"no model in {PRETRAINED} or no data in {DATA}: run {recipe_command('gte_pretrain')} first")

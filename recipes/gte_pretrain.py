@@ -1,13 +1,16 @@
-"""GTE, stage 1: pairs from many sources, a very large batch, the improved contrastive loss.
+r"""Train a model as in GTE's stage 1, on pairs from many sources, with a very large batch and the improved contrastive loss.
 
     python recipes/gte_pretrain.py                    # offline, on a laptop CPU, in a few minutes
     hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml gte-pretrain \
         --config recipes/configs/gte_pretrain_base.yaml --sources sources.yaml
     python recipes/gte_pretrain.py --sources sources.yaml --eval_retrieval_dir scifact=beir/scifact \
-        --directions query_to_doc                                # the same with the vanilla in-batch loss
+        --directions query_to_doc                                # the same with the usual in-batch loss
 
-hf_embed/data/mixture.py shows a file of sources. Without arguments the sources are the docstrings of the Python packages that
-are installed on this machine, and the built-in encoder learns to search them: outputs/docstrings has the files.
+The trained model is written to OUTPUT_DIR (default: outputs/gte_pretrain). AutoModel and sentence-transformers can load it. Its
+README.md and results.json show the scores before and after the training.
+
+hf_embed/data/mixture.py shows an example of sources.yaml. Without arguments, the built-in encoder learns to search the
+docstrings of the Python packages that are installed on this machine; the recipe writes these to outputs/docstrings.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -28,18 +31,18 @@ from hf_embed.kit.seeds import train_each_seed
 from hf_embed.objectives import ImprovedContrastive
 
 DATA = Path("outputs/docstrings")
-CONFIG = Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml"  # without data
+CONFIG = Path(__file__).with_name("configs") / "gte_pretrain_quickstart.yaml"  # settings for a run without data
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train once, or with each of `--seeds`; return what results.json holds."""
+    """Train once, or once with each of `--seeds`, and return the content of results.json."""
     flags = read_flags([ImprovedContrastive, MatryoshkaArguments], CONFIG, argv=argv)
     flags = settle_offline(flags, "gte_pretrain", docstrings)
     return train_each_seed(flags, read_plan, train)
 
 
 def read_plan(flags: Flags) -> Plan:
-    """Load the rows and the evaluation sets."""
+    """Read the training rows and the evaluation sets."""
     rows = read_rows(flags)
     tasks = read_evaluation(flags)
     objective = flags.make(MatryoshkaArguments).wrap(flags.make(ImprovedContrastive))
@@ -47,7 +50,7 @@ def read_plan(flags: Flags) -> Plan:
 
 
 def train(plan: Plan) -> dict[str, Any]:
-    """Load the model, train and save it, and score it before and after."""
+    """Load the model, train and save it, and score it before and after the training."""
     model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
     trainer = make_trainer(plan, model)
     before = score_model(trainer)
@@ -56,7 +59,7 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def docstrings(_: str) -> tuple[str, list[str]]:
-    """Collect pairs from the installed packages; -> the file of sources and the evaluation sets."""
+    """Collect pairs from the installed packages. Return the file of sources and the evaluation sets."""
     state = PartialState()
     if state.is_main_process:
         found = write_sources(DATA)

@@ -1,10 +1,11 @@
-"""Do a model's embeddings of long texts draw together, and does TempScale help?
+"""Measure whether embeddings of long texts become more alike (length collapse), and whether TempScale helps.
 
     python recipes/length_collapse.py                                        # the built-in encoder on installed packages' docs
     python recipes/length_collapse.py BAAI/bge-base-en-v1.5 --texts articles.txt --temperature 0.9 0.8
 
-Texts are cut to 16, 32, 64 ... tokens, and taken as they are in bins of length. Printed, and in OUTPUT_DIR as collapse.json and
-collapse.png; hf_embed/kit/length_collapse.py says what the columns are.
+The recipe measures the same texts truncated to 16, 32, 64 ... tokens, and also the full texts in bins of length. It prints
+tables, and writes collapse.json and the picture collapse.png to OUTPUT_DIR (default: outputs/length_collapse).
+hf_embed/kit/length_collapse.py explains the columns.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Arguments(EncodingArguments):
 
 
 def main() -> None:
-    """Measure the model as it is and at each temperature; print, store and plot the reports."""
+    """Measure the model without TempScale and at each temperature, and print, store and plot the reports."""
     (args,) = parse([Arguments])
     check_folder(args.output_dir, "--output_dir")
     configs = [TempScaleConfig(temperature) for temperature in args.temperature]

@@ -1,13 +1,13 @@
-"""Find hard negatives for pairs of queries and documents, with any encoder.
+r"""Find hard negatives for pairs of queries and documents with any encoder, and write them to a jsonl file.
 
     python recipes/mine_hard_negatives.py outputs/gte_pretrain --train_file pairs.jsonl --output_file mined.jsonl
     python recipes/mine_hard_negatives.py BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
-Pairs are the columns of a file that recipes train on, anchor and positive for example (README.md lists them), or the judged
-pairs of a BEIR folder, whose corpus is searched too. The output, a jsonl with query, positive and negatives, is read by every
-recipe. What was done when a run is stopped is kept in OUTPUT_FILE.work; the same command goes on. `accelerate launch` shares
-the work.
+Pairs come from columns of a training file, for example anchor and positive (README.md lists the others), or from the judged
+pairs of a BEIR folder, whose corpus is searched too. OUTPUT_FILE has query, positive and negatives, and can be the
+--train_file of all recipes that train on pairs. If a run is interrupted, its finished part stays in OUTPUT_FILE.work, and the
+same command resumes it. `accelerate launch` shares the work among processes.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -33,7 +33,7 @@ from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 
 @dataclass
 class Arguments(EncodingArguments):
-    """Flags of this recipe, beside those of `MiningArguments`."""
+    """Flags of this recipe, in addition to those of `MiningArguments`."""
 
     model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
     output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
@@ -45,7 +45,7 @@ class Arguments(EncodingArguments):
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
-    """Read (query, document) pairs, and the texts to choose negatives from besides their documents."""
+    """Read (query, document) pairs, and further texts to choose negatives from."""
     if (args.train_file is None) == (args.retrieval_dir is None):
         raise InputError("give --train_file FILE or --retrieval_dir DIR, one of them")
     pairs, corpus = [], []
@@ -65,7 +65,7 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def main() -> None:
-    """Read the pairs, load the model, mine, and say what was found and left out."""
+    """Read the pairs, load the model, mine negatives, and print how many were found and left out."""
     args, mining = parse([Arguments, MiningArguments])
     check_file(args.output_file, "--output_file")
     state = PartialState(cpu=not torch.cuda.is_available())

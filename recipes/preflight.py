@@ -1,13 +1,14 @@
-"""Look at training files before a run: duplicates, empty and garbled texts, lengths, false negatives, texts of evaluation sets.
+"""Check training files before a run: duplicates, empty and garbled texts, lengths, false negatives, leaked evaluation texts.
 
     python recipes/preflight.py nli.csv
     python recipes/preflight.py web.jsonl clicks.csv --model_name_or_path BAAI/bge-base-en-v1.5 --batch_size 64 1024
     python recipes/preflight.py --sources sources.yaml --eval_sts_file stsb=stsb-dev.tsv --output_file report.json
-    python recipes/preflight.py nli.csv --picture lengths.png --strict       # exit status 1 if there is anything to look at
+    python recipes/preflight.py nli.csv --picture lengths.png --strict       # exit status 1 if anything was found
 
-All rows are read; a random sample of each source is tokenized (--sample 0: all of it). hf_embed/kit/preflight_report.py says
-what is looked for. Every fine-tuning recipe has --preflight, which does the same for what it would train on, and ends. A FILE
-with the columns sentence1, sentence2 and score is an STS set, and is taken as one to evaluate on.
+The recipe prints tables and a list of what it found; hf_embed/kit/preflight_report.py lists what it looks for. It reads all
+rows, and tokenizes a random sample of each source (with --sample 0 all of it). A FILE with the columns sentence1, sentence2 and
+score is an STS dataset, and becomes an evaluation set. Every fine-tuning recipe has the flag --preflight: the recipe then makes
+the same checks on the rows that it would train on, and ends.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)

@@ -1,11 +1,12 @@
-"""Make a small BERT from nothing but plain text, or from plain text and a teacher.
+"""Train a small BERT from scratch on plain text, with or without a teacher model.
 
     python recipes/pretrain_encoder.py --objective mlm --train_file sentences.txt.gz --output_dir outputs/language_model
     python recipes/pretrain_encoder.py --teacher MODEL --train_file sentences.txt.gz --output_dir outputs/encoder
 
-The first learns to fill in masked tokens, the second to predict the hidden states of a teacher: the encoder that comes with
-hf_embed was made by it. A run that was stopped goes on when the same command is given again. `accelerate launch` shares the
-batches among processes: the result is the same, to rounding.
+The first command trains the model to fill in masked tokens. The second one trains it to predict the hidden states of a teacher;
+the encoder that comes with hf_embed was made in this way. OUTPUT_DIR has the encoder, which AutoModel loads, its tokenizer, and
+training.json, a record of the training. If a run is interrupted, the same command resumes it. With `accelerate launch`, the
+processes share each batch; the result is the same, up to rounding.
 """
 
 import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
@@ -24,7 +25,7 @@ from hf_embed.work_files import claimed
 
 
 def main() -> None:
-    """Make the encoder, from its last checkpoint on if there is one."""
+    """Train the encoder, and resume from its last checkpoint if there is one."""
     (args,) = parse([PretrainArguments])
     state = PartialState(cpu=not torch.cuda.is_available())
     output = Path(args.output_dir)

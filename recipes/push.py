@@ -1,11 +1,11 @@
-"""Upload a finished model to the Hub.
+"""Upload a trained model to the Hugging Face Hub.
 
     python recipes/push.py outputs/sup_simcse_bert_base my-embeddings
     python recipes/push.py outputs/mine my-company/embeddings --private --revision v2 --commit_message "Trained on May's clicks"
     python recipes/push.py outputs/mine my-company/embeddings --create_pr
 
-Run `hf auth login` once before. Uploaded are the weights, the tokenizer, the card and results.json; a broken push is finished
-by the same command.
+Run `hf auth login` once before the first upload. The recipe uploads the weights, the tokenizer, the model card and results.json
+and prints the address of the commit. If an upload fails, the same command completes it.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Upload a folder."""
+    """Rewrite the card if --new_card is given, upload the folder, and print the address."""
     (args,) = parse([Arguments])
     if args.new_card:
         write_card(Encoder.from_pretrained(args.folder, trust_remote_code=args.trust_remote_code), args.folder, overwrite=True)

@@ -1,11 +1,12 @@
-"""Search the texts of a file: type a query, read the nearest texts.
+"""Search the texts of a file: type a query, and read the nearest texts.
 
     python recipes/search.py outputs/mine texts.jsonl
-    python recipes/search.py outputs/mine texts.jsonl --embeddings vectors.npy --top_k 10     # of recipes/encode.py
+    python recipes/search.py outputs/mine texts.jsonl --embeddings vectors.npy --top_k 10     # from recipes/encode.py
     python recipes/search.py outputs/mine texts.jsonl --query "how long do cats sleep" --query "warm places"
 
-An empty line, or the end of the input, ends it. FILE is what recipes/encode.py reads. Queries have the model's prompt "query",
-the texts its prompt "document". Printed are the score, by the model's own similarity, the row of the file, and the text.
+For each text, the recipe prints its score by the model's own similarity function, its row in the file, and the text. An empty
+line or the end of the input ends the program. FILE may have any format that recipes/encode.py reads. Queries get the model's
+prompt "query", texts its prompt "document".
 """
 
 import shutil
@@ -42,12 +43,12 @@ class Arguments(EncodingArguments):
 
 
 def main() -> None:
-    """Load the model, encode the texts or read their vectors, and answer queries."""
+    """Load the model, encode the texts or read their vectors, and answer the queries."""
     (args,) = parse([Arguments])
     _, texts = read_column(args.file, args.column)
     encoder = load_for_encoding(args.model_name_or_path, args)
     vectors, options, similarity = document_vectors(encoder, texts, args.file, args.embeddings)
-    room = 3 * shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # three lines of a text
+    room = 3 * shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # show at most three lines of a text
     for query in args.query or typed():
         asked = np.asarray(encoder.encode_query(query, **options))
         if args.query or not sys.stdin.isatty():
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def typed() -> Iterator[str]:
-    """Yield the lines that are typed, or piped in, up to an empty one."""
+    """Yield the lines that are typed or piped in, up to the first empty line."""
     asking = "\nquery> " if sys.stdin.isatty() else ""
     try:
         while query := input(asking).strip():

@@ -1,13 +1,14 @@
-"""Find the temperature of attention that suits a model and your data, and save the model with it in its weights.
+"""Find the attention temperature (TempScale) that suits a model and your data, and fold it into the saved weights.
 
     python recipes/tempscale.py BAAI/bge-base-en-v1.5 --eval_retrieval_dir mine=beir/mine:dev --output_dir bge-tempscale
-    python recipes/tempscale.py BAAI/bge-base-en-v1.5 --pairs clicks.jsonl       # anchor, positive: each looks for its own
-    python recipes/tempscale.py BAAI/bge-base-en-v1.5 --texts articles.txt       # without labels: halves of texts
+    python recipes/tempscale.py BAAI/bge-base-en-v1.5 --pairs clicks.jsonl       # anchors search for their positives
+    python recipes/tempscale.py BAAI/bge-base-en-v1.5 --texts articles.txt       # no labels: halves of texts are pairs
     python recipes/tempscale.py BAAI/bge-base-en-v1.5 --temperature 0.9          # no search
-    python recipes/tempscale.py                              # the built-in encoder, on the documentation of installed packages
+    python recipes/tempscale.py                              # the built-in encoder, on installed packages' docstrings
 
-OUTPUT_DIR is an ordinary checkpoint: AutoModel and sentence-transformers load it, at the speed of the original. README.md,
-results.json and tempscale.png in it have the scores of all temperatures, and what was gained on queries that did not choose.
+OUTPUT_DIR (default: outputs/tempscale) is an ordinary checkpoint: AutoModel and sentence-transformers load it, and it has the
+speed of the original model. After a search, its README.md, results.json and tempscale.png show the scores of all temperatures.
+README.md and results.json also have the gain on queries that had no part in the choice of the temperature (cross-validation).
 """
 
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Arguments(EncodingArguments):
 
 
 def main() -> None:
-    """Read the sets, find the temperature that suits them, fold it into the weights, and save the model with its scores."""
+    """Read the evaluation sets, find the best temperature, fold it into the weights, and save the model with its scores."""
     args, evaluation = parse([Arguments, EvalArguments])
     tasks = read_tasks(evaluation)
     if args.pairs:

@@ -1,4 +1,7 @@
-"""A preflight from the command line: of files (recipes/preflight.py), or of what a recipe would train on (--preflight)."""
+"""The command-line side of the preflight, which checks data before a training.
+
+recipes/preflight.py checks files. The flag `--preflight` checks the rows that a fine-tuning recipe would train on.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,12 +30,15 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def read_files(paths: Sequence[str], data: DataArguments, tasks: dict[str, Task]) -> tuple[list[Given], dict[str, Task]]:
-    """Read files to train on, what the other flags name, and the held-out rows; the evaluation sets are returned with more.
+    """Read the training files, the data that the other flags name, and the held-out rows.
 
-    A file with the columns of an STS set is an evaluation set.
+    A file with the columns of an STS dataset is read as an evaluation set, unless flags say which columns to use or to ignore.
+
+    Returns:
+        The sources to train on; and `tasks` together with the evaluation sets that were found here.
 
     Raises:
-        InputError: whatever is wrong with them, or there is nothing.
+        InputError: if a file cannot be used, if there is no data at all, or if two sources have the same name.
     """
     given: list[Given] = []
     tasks = dict(tasks)
@@ -60,18 +66,20 @@ def read_files(paths: Sequence[str], data: DataArguments, tasks: dict[str, Task]
 def as_given(
     rows: Dataset | list[Source], where: str, name: str | None, path: str | None, paired: bool | None = None
 ) -> list[Given]:
-    """Return rows to train on as sources, with what messages call each."""
+    """Return training rows as sources, each with what messages call it and whether its rows are pairs."""
     if isinstance(rows, Dataset):
         return [(Source(name or where, rows, origin=path), where, paired)]
     return [(source, None, None) for source in rows]
 
 
 def preflight_plan(plan: Plan) -> dict[str, Any]:
-    """Check what a recipe would train on, print and store the report, and return it; only the main process does.
+    """Check the rows that a recipe would train on, print and store the report, and return it.
+
+    Only the main process does this. The other processes return {}.
 
     Raises:
-        InputError: what the training would refuse, empty texts aside.
-        SystemExit: with status 1, if there is anything to look at and the run is strict.
+        InputError: if the training would refuse the data for any reason other than empty texts.
+        SystemExit: with status 1, if the report has findings and the run is strict.
     """
     if not PartialState().is_main_process:
         return {}
@@ -93,13 +101,13 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
 
 
 def masks_answers(objective: Objective) -> bool:
-    """Return whether the loss leaves out other positives of the same anchor."""
+    """Return True if the loss masks other positives of the same anchor."""
     inner = objective.inner if isinstance(objective, Matryoshka) else objective
     return not isinstance(inner, SimCSE) or inner.mask_other_positives
 
 
 def check_outputs(output_file: str | None, picture: str | None = None) -> None:
-    """Raise InputError for files that could not be written, before anything is read."""
+    """Raise InputError if an output file could not be written. This is checked before any data is read."""
     for path in filter(None, (output_file, picture)):
         if not Path(path).parent.is_dir():
             raise InputError(f"{path}: there is no folder {Path(path).parent}; make it first")
@@ -110,10 +118,10 @@ def check_outputs(output_file: str | None, picture: str | None = None) -> None:
 
 
 def finish(report: Report, output_file: str | None, picture: str | None, strict: bool) -> None:
-    """Print a report, and store it and the picture where that is asked for.
+    """Print a report, and write the report and the picture to files if their paths are given.
 
     Raises:
-        SystemExit: with status 1, if there is anything to look at and the run is strict.
+        SystemExit: with status 1, if the report has findings and the run is strict.
     """
     print("\n".join(lines(report)))
     if picture:

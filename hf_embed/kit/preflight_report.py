@@ -1,22 +1,22 @@
-"""The report of a preflight: all sources and evaluation sets, what is to be looked at, the tables and the picture.
+"""The preflight report: all sources and evaluation sets, the findings, the tables and the picture.
 
-What is to be looked at is a finding, of a source or an evaluation set, with one of these codes. "But for case" is short for:
-apart from case, spaces, punctuation and Unicode forms.
+A finding is something about a source or an evaluation set that the user should look at. It has one of the codes below.
+"Has the words of" means: is equal after differences in case, spaces, punctuation and Unicode forms are removed.
 
     empty                  rows with an empty text: the training refuses them, or drops them with --drop_empty_rows
     odd                    texts with replacement characters, control characters, or UTF-8 that was read as Latin-1
     duplicates             rows that equal an earlier row
-    near_duplicates        rows that do so but for case
-    shared                 different rows that stand in another source too, but for case
-    positive_is_anchor     rows whose positive is the anchor, but for case
-    negative_is_positive   rows with a negative that is the positive, but for case
-    negative_is_anchor     rows with a negative that is the anchor, but for case
-    similar                above 5 %: texts of the sample with 80 % of their 5-byte pieces in common with another
-    truncated              above 5 %: texts of the sample that are longer than the maximum length
-    no_token               texts of the sample that are no token to the tokenizer
-    false_negatives        0.1 or more a batch: texts that are trained on as negatives, and are right answers
-    few_rows               fewer rows than the batch
-    seen                   texts of an evaluation set that are trained on, but for case; its documents do not count
+    near_duplicates        rows that do not equal an earlier row, but have the words of one
+    shared                 different rows that have the words of a row in another source
+    positive_is_anchor     rows whose positive has the words of the anchor
+    negative_is_positive   rows with a negative that has the words of the positive
+    negative_is_anchor     rows with a negative that has the words of the anchor
+    similar                texts of the sample that share 80% of their 5-byte pieces with another, if more than 5% do
+    truncated              texts of the sample that are longer than the maximum length, if more than 5% are
+    no_token               texts of the sample for which the tokenizer returns no token
+    false_negatives        right answers that are trained on as negatives, if a batch has 0.1 or more on average
+    few_rows               fewer training rows than the largest batch has
+    seen                   texts of an evaluation set whose words are also in the training rows; its documents do not count
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,10 +46,10 @@ from hf_embed.kit.row_hashes import Ids, RowIds, batches, text_ids
 from hf_embed.safe_files import writing
 
 Report = dict[str, Any]
-Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are paired
-DOCUMENTS = "documents"  # the part of an evaluation set that may well be trained on
-FEW = 0.1  # false negatives in a batch
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are pairs
+DOCUMENTS = "documents"  # the part of an evaluation set that may be trained on without harm
+FEW = 0.1  # a finding if a batch has at least so many false negatives on average
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # palette of Okabe and Ito
 STYLES = ("-", ":", "-.", "--")
 SIMILAR_WARNING = 0.05
 COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
@@ -65,19 +65,20 @@ WORDS = {
 
 
 def preflight(sources: Sequence[Given], encoder: Encoder, settings: Settings, tasks: Mapping[str, Task]) -> Report:
-    """Check rows to train on, and what evaluation sets have of them.
+    """Check the training rows, and count which texts of the evaluation sets are among them.
 
     Args:
-        sources: each with what messages call it and whether it is paired; see `hf_embed.kit.preflight_source.make_subject`.
-        encoder: whose tokenizer, maximum length and prompts are used; no text goes through the model.
-        settings: of the training.
+        sources: each source, with what messages call it and whether its rows are pairs; see
+            `hf_embed.kit.preflight_source.make_subject`.
+        encoder: its tokenizer, maximum length and prompts are used. No text goes through the model.
+        settings: the settings of the training.
         tasks: evaluation sets by name.
 
     Returns:
-        {"sources": {name: what `check_source` returns}, "total": {...}, "evaluation": {name: {...}}, "findings": [...], ...}
+        {"sources": {name: report of `check_source`}, "total": {...}, "evaluation": {name: {...}}, "findings": [...], ...}
 
     Raises:
-        InputError: what the training would refuse, empty texts aside.
+        InputError: if the training would refuse the data for any reason other than empty texts.
     """
     subjects = [make_subject(source, encoder, settings, where, paired) for source, where, paired in sources]
     found, rows, texts = {}, {}, {}
@@ -99,7 +100,7 @@ def preflight(sources: Sequence[Given], encoder: Encoder, settings: Settings, ta
 
 
 def total(found: Mapping[str, Report], rows: Mapping[str, Ids]) -> Report:
-    """Add up the sources; rows that equal an earlier one may do so in another source."""
+    """Add up the counts of all sources. Duplicates are counted across sources: the earlier row may be in another source."""
     summed = ("rows", "training_rows", "texts", "repeated_anchors")
     counted = ("empty", *COUNTED[2:])
     sums: Report = {key: sum(each[key] for each in found.values()) for key in summed}
@@ -115,7 +116,7 @@ def total(found: Mapping[str, Report], rows: Mapping[str, Ids]) -> Report:
 
 
 def texts_of(task: Task, name: str) -> dict[str, list[str]]:
-    """Return the texts of an evaluation set, by what they are; nothing of one of a kind that is not known."""
+    """Return the texts of an evaluation set by their role; {} if the kind of the set is unknown."""
     if isinstance(task, HeldOut):
         rows = as_pairs(cast(Dataset, as_rows(task.rows, name)), name, paired=True, drop_empty_rows=True)
         read = list(batches(cast(Dataset, rows), text_columns(column_names(rows), name, paired=True)[:2], name))
@@ -136,11 +137,11 @@ def texts_of(task: Task, name: str) -> dict[str, list[str]]:
 
 
 def check_task(task: Task, name: str, sources: Mapping[str, RowIds]) -> Report:
-    """Return what an evaluation set has in common with the training.
+    """Return what an evaluation set has in common with the training rows. Texts are compared by their words.
 
     {"kind": "sts", "range": [0.0, 5.0],
-     "texts": {"sentences": {"different": 5500, "seen": 12}},     but for case
-     "training_rows": {"nli": {"count": 9, "rows": [...]}}}       with such a text for anchor or positive, documents aside
+     "texts": {"sentences": {"different": 5500, "seen": 12}},     different texts, and how many of them are trained on
+     "training_rows": {"nli": {"count": 9, "rows": [...]}}}       rows whose anchor or positive is one (no documents)
     """
     found: Report = {"kind": task.kind, "texts": {}, "training_rows": {}}
     if isinstance(task, STS):
@@ -167,7 +168,7 @@ def check_task(task: Task, name: str, sources: Mapping[str, RowIds]) -> Report:
 
 
 def findings(report: Report, settings: Settings) -> list[Report]:
-    """Return what is to be looked at: [{"of": "nli", "code": "duplicates", "count": 12, "text": "rows that ..."}]."""
+    """Return all findings: [{"of": "nli", "code": "duplicates", "count": 12, "text": "rows that ..."}]."""
     found = []
     for name, source in report["sources"].items():
         for code, count, text in [*of_rows(source), *of_sample(source["sample"]), *of_batches(source, settings)]:
@@ -183,7 +184,7 @@ def findings(report: Report, settings: Settings) -> list[Report]:
 
 
 def listed(numbers: Report) -> str:
-    """Return the first of some row numbers in words."""
+    """Return the first of some row numbers as text: "row 4", or "rows 4, 9, 11, 12, 30, ..."."""
     rows = ", ".join(f"{row:,}" for row in numbers["rows"])
     return (
         f"row {rows}" if numbers["count"] == 1 else f"rows {rows}{', ...' if numbers['count'] > len(numbers['rows']) else ''}"
@@ -191,7 +192,7 @@ def listed(numbers: Report) -> str:
 
 
 def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
-    """Yield the findings in all rows of a source: code, count and text."""
+    """Yield the findings about all rows of a source: code, count and text."""
     if count := source["empty"]["count"]:
         mend = "fill it in or delete the row, or give --drop_empty_rows"
         yield "empty", count, f"rows with an empty text: {count:,} ({listed(source['empty'])}); {mend}"
@@ -209,7 +210,7 @@ def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
 
 
 def of_sample(sample: Report) -> Iterator[tuple[str, float, str]]:
-    """Yield the findings in the sample of a source."""
+    """Yield the findings about the sample of a source: code, count or share, and text."""
     if (part := sample["truncated"]["all"]) > TRUNCATION_WARNING:
         yield "truncated", part, f"texts longer than {sample['max_length']} tokens, which are truncated: {part:.1%}"
     if count := sample["without_a_token"]:
@@ -219,7 +220,7 @@ def of_sample(sample: Report) -> Iterator[tuple[str, float, str]]:
 
 
 def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float, str]]:
-    """Yield the findings in the largest batch of a source."""
+    """Yield the findings about the largest batch of a source: code, count and text."""
     batch = max(settings.batches)
     if source["training_rows"] < batch:
         yield "few_rows", source["training_rows"], f"fewer rows than a batch of {batch:,}: {source['training_rows']:,}"
@@ -237,7 +238,7 @@ def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float,
 
 
 def lines(report: Report) -> list[str]:
-    """Return the report for people."""
+    """Return the lines of the report as they are printed."""
     shown = []
     sources = report["sources"]
     if sources:
@@ -249,7 +250,7 @@ def lines(report: Report) -> list[str]:
 
 
 def columns_lines(sources: Mapping[str, Report]) -> list[str]:
-    """Return a line for each source: how it was read, and what its columns are taken as."""
+    """Return one line per source: which role each column has, and how the source was read."""
     shown = []
     for name, source in sources.items():
         columns = ", ".join(f"{column} as {role}" if column != role else column for column, role in source["columns"].items())
@@ -266,7 +267,7 @@ def columns_lines(sources: Mapping[str, Report]) -> list[str]:
 
 
 def rows_table(report: Report) -> list[str]:
-    """Return the counts of all rows."""
+    """Return the table of the counts over all rows, with a total if there are several sources."""
     heads = ["all rows", "rows", "trained as", "texts", *ROW_HEADS]
     body = []
     for name, source in report["sources"].items():
@@ -280,7 +281,7 @@ def rows_table(report: Report) -> list[str]:
 
 
 def tokens_table(sources: Mapping[str, Report]) -> list[str]:
-    """Return the lengths of the sample's texts, by what they are and together."""
+    """Return the table of the text lengths in the sample: of each role, if there are several, and of all texts."""
     levels = [f"{level:.0%}" for level in QUANTILES]
     heads = ["tokens, of a sample", "texts", "mean", *levels, "longest", "truncated", "similar"]
     body = []
@@ -300,7 +301,7 @@ def tokens_table(sources: Mapping[str, Report]) -> list[str]:
 
 
 def batches_table(sources: Mapping[str, Report]) -> list[str]:
-    """Return what a batch of random rows has on average."""
+    """Return the table of what a batch of random rows contains on average."""
     found = [(name, each) for name, source in sources.items() for each in source["batches"]]
     objectives = list(dict.fromkeys(objective for _, each in found for objective in each["guessing"]))
     losses = [f"guessing, {objective}" for objective in objectives]
@@ -314,7 +315,7 @@ def batches_table(sources: Mapping[str, Report]) -> list[str]:
 
 
 def evaluation_table(tasks: Mapping[str, Report]) -> list[str]:
-    """Return what evaluation sets hold, and have in common with the training."""
+    """Return the table of what the evaluation sets contain, and how many of their texts are trained on."""
     body = []
     for name, task in tasks.items():
         about = ""
@@ -328,12 +329,12 @@ def evaluation_table(tasks: Mapping[str, Report]) -> list[str]:
 
 
 def share_of(counts: Report) -> str:
-    """Return the share of an evaluation set's texts that are trained on."""
+    """Return the share of an evaluation set's texts that are trained on, in percent."""
     return f"{counts['seen'] / max(1, counts['different']):.2%}"
 
 
 def aligned(heads: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
-    """Return the lines of a table: the first column to the left, the others to the right, whole numbers with commas."""
+    """Return the lines of a table. The first column is left-aligned, the others are right-aligned, 1000 becomes 1,000."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else "-" if cell is None else str(cell) for cell in row] for row in body]
     widths = [max(map(len, column)) for column in zip(heads, *cells)]
     shown = []
@@ -344,7 +345,7 @@ def aligned(heads: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def plot_lengths(report: Report, path: str | Path) -> None:
-    """Draw the share of texts of each length, a line for each source, and each maximum length."""
+    """Draw the share of texts of each length, with one line per source, and mark each maximum length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -362,7 +363,7 @@ def plot_lengths(report: Report, path: str | Path) -> None:
     for length in sorted({source["sample"]["max_length"] for source in report["sources"].values()}):
         axes.axvline(length, color="black", linewidth=1, linestyle="--", label=f"max_length {length}")
     if all(source["sample"]["max_length"] > 2 * longest for source in report["sources"].values()):
-        axes.set_xlim(0, max(1, longest))  # the maximum length is far to the right of all texts
+        axes.set_xlim(0, max(1, longest))  # do not stretch the axis to a maximum length far beyond all texts
     axes.set_xlabel("tokens of a text, its prompt among them")
     axes.set_ylabel("% of the texts")
     axes.set_title("Lengths of the texts to train on")

@@ -1,7 +1,8 @@
-"""What training files hold, before a run: one source of rows, what is wrong in it, its lengths and its false negatives.
+"""The preflight of one source of training rows: what is wrong with it, its text lengths and its false negatives.
 
-All rows are read and compared by hashes (`hf_embed.kit.row_hashes`); a random sample of them is tokenized, and compared
-piece by piece. Rows are read as the training reads them, and what it refuses is refused here; only empty texts are counted.
+All rows are read and compared by hashes (`hf_embed.kit.row_hashes`). A random sample of the rows is tokenized, and the texts
+of the sample are compared piece by piece. Rows are read as the training reads them, and what the training refuses is refused
+here too, with one exception: rows with an empty text are counted.
 
 Shapes: R training rows, M negatives of all rows, T texts.
 """
@@ -29,23 +30,24 @@ from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective
 from hf_embed.progress import progress_bar
 
-SAMPLE, CHARACTERS = 20_000, 20_000_000  # rows of a sample, or fewer of long texts: so many characters
-VARIANTS = 20_000  # texts that are tokenized to see whether the loss takes them for equal
+SAMPLE, CHARACTERS = 20_000, 20_000_000  # a sample has so many rows or, if texts are long, about so many characters
+VARIANTS = 20_000  # tokenize at most so many texts to see which ones are equal to the model
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
-LONGEST = 2048  # tokens up to which lengths are told apart, or 4 times the maximum length
+LONGEST = 2048  # count lengths up to so many tokens, or up to 4 times the maximum length if that is more
 ROLES = ("anchor", "positive", "negative")
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the rows are to be trained with.
+    """The settings of the training that a preflight needs.
 
     Args:
-        objectives: by name.
-        batches: rows on all ranks together.
-        sample: rows to tokenize; 0 for all; None for `SAMPLE` or, of long texts, as many as have `CHARACTERS`.
-        masks_answers: whether the loss leaves out other positives of the same anchor.
+        objectives: losses by name.
+        batches: sizes of a batch, in rows on all ranks together.
+        sample: number of rows to tokenize. 0 means all. None means `SAMPLE` or, if texts are long, as many rows as have
+            about `CHARACTERS` characters.
+        masks_answers: whether the loss masks other positives of the same anchor.
     """
 
     objectives: Mapping[str, Objective] = field(default_factory=dict)
@@ -56,15 +58,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """Rows of one source, as they are trained on.
+    """The rows of one source, prepared as for the training.
 
     Args:
-        name: of the source.
+        name: name of the source.
         where: what messages call the rows.
-        rows: a table with `columns`, those of anchors, positives and negatives.
-        tokenizer: with the source's prompts and maximum length.
-        negatives: how many of each row's negatives are taken; None: all.
-        about: what is known of the source already.
+        rows: a table with `columns`.
+        columns: the columns of anchors, positives and negatives, in this order.
+        tokenizer: tokenizer with the source's prompts and maximum length.
+        negatives: how many negatives of each row are used. None means all.
+        about: the part of the report that is known before the texts are read.
     """
 
     name: str
@@ -76,7 +79,7 @@ class Subject:
     about: dict[str, Any]
 
     def texts(self, rows: Dataset) -> Iterator[Texts]:
-        """Read the texts of some of the rows."""
+        """Read the texts of `rows`, a part of the source or all of it."""
         return batches(rows, self.columns, self.where, self.negatives)
 
 
@@ -86,14 +89,15 @@ def make_subject(
     """Prepare a source as the training does.
 
     Args:
-        source: of a table, or of a stream, of which the first rows are taken, as many as the sample has.
-        encoder: whose tokenizer, maximum length and prompts are used.
-        settings: those of the training.
-        where: what messages call the rows; default: the source's label.
+        source: a source with a table or a stream. Of a stream, only the first `settings.sample` rows are read, or the first
+            `SAMPLE` rows if `settings.sample` is 0 or None.
+        encoder: its tokenizer, maximum length and prompts are used.
+        settings: the settings of the training.
+        where: what messages call the rows. Default: the source's label.
         paired: see `hf_embed.data.columns.text_columns`.
 
     Raises:
-        InputError: whatever is wrong with the rows, empty texts aside.
+        InputError: if the training would refuse the rows for any reason other than empty texts.
     """
     where, rows = where or source.label, source.rows
     about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
@@ -116,19 +120,19 @@ def make_subject(
 
 
 def role(place: int, columns: int) -> str:
-    """Return what the column at a place holds."""
+    """Return the role of the column at position `place`: anchor, positive, negative, or text if it is the only column."""
     return ROLES[min(place, 2)] if columns > 1 else "text"
 
 
 def about_labels(rows: Dataset, layout: Layout, where: str) -> dict[str, Any]:
-    """Count the labels of labelled pairs, and the pairs with an empty text."""
+    """Count labeled pairs and their labels, and list the numbers of the pairs with an empty text, from 0."""
     labels = Counter(map(str, rows[layout.label][:]))
     empty = [number for texts in batches(rows, [layout.first, layout.second], where) for number in texts.empty.tolist()]
     return {"labelled_pairs": len(rows), "labels": dict(sorted(labels.items())), "empty_pairs": empty}
 
 
 def has_mark(path: str | None) -> bool:
-    """Return whether a file on this machine begins with a byte-order mark, which is left out of the first text."""
+    """Return True if a local file begins with a byte-order mark, which readers remove from the first text."""
     if path is None or not Path(path).is_file() or kind_of(path) == "parquet":
         return False
     with opened(path) as file:
@@ -139,16 +143,16 @@ def has_mark(path: str | None) -> bool:
 
 
 def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], Ids, RowIds]:
-    """Read the rows of a source, and count.
+    """Read the rows of a source, and make the part of the report about it.
 
     Returns:
-        What the report says of the source; the hashes of its rows; those of its texts. The report is
+        The report about the source, the hashes of its rows, and the hashes of its texts. The report is
 
-            {"rows": 9, "training_rows": 9, "texts": 27,   a training row for each positive, without rows with an empty text
-             "empty": {"count": 1, "rows": [4]},           with the numbers of the first ones, from 1
-             "duplicates": {"count": ..., "rows": ...},    rows that equal an earlier one; and so on, as `LOOKED_FOR` lists
-             "sample": {"rows": ..., "truncated": 0.01, ...},
-             "batches": [{"batch": 64, ...}], ...}
+            {"rows": 9, "training_rows": 9, "texts": 27,   one training row per positive; rows with an empty text are left out
+             "empty": {"count": 1, "rows": [4]},           `rows` are the numbers of the first ones, from 1
+             "duplicates": {"count": ..., "rows": ...},    rows that equal an earlier row; also the others of `equal_texts`
+             "sample": {"rows": ..., "truncated": {"all": 0.01, ...}, ...},    see `check_sample`
+             "batches": [{"batch": 64, ...}], ...}                             see `check_batches`
     """
     ids = hash_rows(subject.texts(subject.rows))
     whole = row_ids(ids)
@@ -173,17 +177,17 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
 
 
 def numbered(rows: np.ndarray) -> dict[str, Any]:
-    """Return a count of rows, and the numbers of the first five."""
+    """Return the number of rows, and the numbers of the first five rows, counted from 1."""
     return {"count": len(rows), "rows": [int(row) + 1 for row in rows[:5]]}
 
 
 def found_empty(subject: Subject, ids: RowIds) -> np.ndarray:
-    """Return the rows with an empty text; of labelled pairs, the pairs."""
+    """Return the numbers, from 0, of the rows with an empty text, or of the pairs if the source has labeled pairs."""
     return np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)
 
 
 def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
-    """Return the training rows that equal an earlier one, or have equal texts, by what is looked for."""
+    """Return the training rows that equal an earlier row, or that contain equal texts, by the code of the finding."""
     again = repeated(whole.exact)
     found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
     if ids.positives is not None:
@@ -198,7 +202,7 @@ def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
 
 
 def check_sample(subject: Subject, size: int) -> dict[str, Any]:
-    """Tokenize some rows, all if `size` is 0, and look for similar texts among them."""
+    """Tokenize `size` random rows, or all rows if `size` is 0, and look for similar texts among them."""
     rows = len(subject.rows)
     if 0 < size < rows:
         chosen = subject.rows.select(np.sort(np.random.default_rng(0).choice(rows, size, replace=False)))
@@ -206,7 +210,7 @@ def check_sample(subject: Subject, size: int) -> dict[str, Any]:
         chosen = subject.rows
     longest = max(LONGEST, 4 * subject.tokenizer.max_length)
     lengths: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
-    words: dict[str, str] = {}  # texts by their words
+    words: dict[str, str] = {}  # one text for each different wording (`plain_texts`)
     for texts in progress_bar(subject.texts(chosen), desc=f"Tokenizing {subject.name}", unit="batch"):
         for role, part in zip(ROLES, (texts.anchors, texts.positives, texts.negatives)):
             if part is not None and len(part):
@@ -235,19 +239,19 @@ def check_sample(subject: Subject, size: int) -> dict[str, Any]:
 
 
 def token_counts(texts: list[str], prompt: str, longest: int, tokenizer: RowTokenizer) -> np.ndarray:
-    """Return how many tokens each text has behind a prompt; longer ones than `longest` count as one more."""
+    """Return the number of tokens of each text with its prompt. Numbers above `longest` become `longest + 1`."""
     prompted = [beginning(prompt + text, longest, tokenizer.tokenizer) for text in texts]
     ids = tokenizer.tokenizer(prompted, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     return np.minimum([len(tokens) for tokens in ids], longest + 1)
 
 
 def share(found: np.ndarray) -> float:
-    """Return the share of what is True, to six digits; 0 of nothing."""
+    """Return the share of True values, rounded to six digits; 0 for an empty array."""
     return round(float(found.mean()), 6) if len(found) else 0.0
 
 
 def quantiles(lengths: np.ndarray) -> dict[str, float]:
-    """Return the number, the mean, quantiles (each the length of a text) and the largest of some lengths."""
+    """Return the number of lengths, their mean, their quantiles (each is the length of a text) and the largest one."""
     if not len(lengths):
         return {}
     found = {f"{level:.0%}": int(np.quantile(lengths, level, method="inverted_cdf")) for level in QUANTILES}
@@ -255,7 +259,7 @@ def quantiles(lengths: np.ndarray) -> dict[str, float]:
 
 
 def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
-    """Return how many texts have from one edge, itself among them, to below the next tokens."""
+    """Return a histogram of lengths in tokens. A bin includes its lower edge, and not its upper edge."""
     if not len(lengths):
         return {"edges": [], "counts": []}
     width = max(1, -(-int(lengths.max() + 1) // 40))
@@ -267,12 +271,16 @@ def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
 
 
 def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dict[str, Any]]:
-    """Return what a batch of random rows has on average, for each size of a batch.
+    """Return what a batch of random rows contains on average, for each batch size.
 
-    equal       candidates that are the anchor or the positive of another row, to the model: the loss leaves them out
-    answers     other positives of the same anchor: so too, but for SimCSE without mask_other_positives
-    near        candidates that are so but for case, spaces and punctuation, and other tokens: trained on as negatives
-    guessing    the loss of a model to which all texts are the same, by the objective's name
+    The candidates of a batch are all its positives and hard negatives. For each row, those of the other rows are counted:
+
+    equal       candidates with the token ids of the row's anchor or positive. The loss masks them
+    answers     candidates that are another positive of the same anchor. The loss masks them too, except SimCSE without
+                mask_other_positives
+    near        candidates with the words, but not the token ids, of the row's anchor or positive. They are trained on as
+                negatives
+    guessing    the loss of a model that gives all texts the same embedding, by the name of the objective
     """
     rows = len(ids.origins)
     anchors, negatives = ids.anchors, ids.negatives
@@ -293,9 +301,12 @@ def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dic
 
 
 def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray]:
-    """Return the exact hashes of texts that differ from another in case, spaces or punctuation alone, and of their tokens.
+    """Return hashes of the token ids of texts that differ from another text only in case, spaces or punctuation.
 
-    Only the first `VARIANTS` are tokenized: the others count as different to the model.
+    Only the first `VARIANTS` such texts are tokenized. The others count as different to the model.
+
+    Returns:
+        The exact hashes of the texts, sorted; and for each the hash of its token ids, uint64.
     """
     exact, plain = ids.everything("exact"), ids.everything("plain")
     variants = [np.array([], int)]
@@ -320,7 +331,7 @@ def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray
 
 
 def replaced(ids: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return hashes, of which those in `keys`, sorted, are replaced by the value at the same place."""
+    """Return `ids`, with each hash that is in `keys` (sorted) replaced by the value at the same position in `values`."""
     if not len(keys):
         return ids
     places = np.minimum(np.searchsorted(keys, ids), len(keys) - 1)

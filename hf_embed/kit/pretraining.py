@@ -1,11 +1,12 @@
-"""Make an encoder from plain text: the flags, and the training loop that both objectives share.
+"""The flags and the training loop of recipes/pretrain_encoder.py, which trains an encoder on plain text.
 
-`distill` (hf_embed/kit/distill.py) learns from a teacher; `masked_lm` (hf_embed/kit/masked_lm.py) has nothing but the text.
+Both objectives share them: `distill` (hf_embed/kit/distill.py) learns from a teacher, `masked_lm` (hf_embed/kit/masked_lm.py)
+learns from the text alone.
 
-While a run lasts, its state is kept beside the output, and the same command goes on from there after a stop:
+The state of an unfinished run is kept beside the output. If the run is interrupted, the same command resumes it:
 
     OUTPUT.work/identity          the settings of the run
-    OUTPUT.work/checkpoint.pt     weights, the optimizer's state and the step; written aside, and then renamed
+    OUTPUT.work/checkpoint.pt     the weights, the optimizer state and the step; written to a temporary file, then renamed
 """
 
 import dataclasses
@@ -30,9 +31,9 @@ from hf_embed.ranges import COUNT, POSITIVE, SEED
 from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
 from hf_embed.work_files import digest
 
-FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of an encoder
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary made here
-SHORT = 64  # tokens: the least `--max_length`, and what a sequence of masked language modelling has at first
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary that is made here
+SHORT = 64  # tokens: the minimum of `--max_length`, and the sequence length in stage 1 of masked language modeling
 LOG_STEPS, SAVE_STEPS = 100, 500
 Rows = TypeVar("Rows", list, Tensor)
 
@@ -77,12 +78,12 @@ class PretrainArguments:
             raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
 
     def identity(self, sentences: list[str]) -> str:
-        """Return what a checkpoint has to agree with: the sentences, wherever they lie, and every setting."""
+        """Return what a resumed run must share: all settings and a hash of the sentences, but no input and output paths."""
         return str(dataclasses.asdict(self) | {"train_file": digest(sentences), "output_dir": None})
 
 
 def check_output(folder: Path) -> None:
-    """Raise InputError for a folder that cannot be written, or that holds files which this recipe does not write."""
+    """Raise InputError if a folder cannot be written or replaced, or holds files that this recipe does not write."""
     check_folder(folder, "--output_dir")
     if folder.exists() and not can_be_replaced(folder):
         raise InputError(
@@ -94,7 +95,7 @@ def check_output(folder: Path) -> None:
 
 
 def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokenizer, loss: float, seen: int) -> None:
-    """Write the encoder and the facts of its training, on the main process. It replaces an earlier one."""
+    """Write the encoder and a record of its training, on the main process. They replace the files of an earlier encoder."""
     if not is_main_process():
         return
     folder = Path(args.output_dir)
@@ -110,7 +111,7 @@ def read_sentences(path: str, seed: int) -> list[str]:
     """Return the texts of a file in random order.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: if the file cannot be read.
     """
     sentences = read_texts(path)
     random.Random(seed).shuffle(sentences)
@@ -126,24 +127,24 @@ def train(
     seed: int,
     checkpoint: Path,
 ) -> tuple[float, int]:
-    """Train, from the checkpoint on if there is one, and write it now and then.
+    """Train, and write a checkpoint every `SAVE_STEPS` steps. If there is a checkpoint already, resume from it.
 
     Args:
-        module: all that has weights to train.
-        optimizer: over its parameters.
-        schedule: of the learning rate, one step of it for each step.
-        steps: how many in all.
-        loss_of: returns this rank's part of the loss of a step, and how many tokens the step reads. Steps count from 0. The
-            mean of the parts over the ranks is the loss of the whole batch, so the number of processes changes nothing but
-            the speed. All random draws depend on the step and the seed alone, so a resumed run repeats them.
-        seed: of what the steps draw.
-        checkpoint: the file.
+        module: the module with all weights to train.
+        optimizer: an optimizer of its parameters.
+        schedule: the learning-rate schedule, which advances once per training step.
+        steps: the number of training steps in total.
+        loss_of: takes the number of a step, counted from 0, and returns this rank's part of its loss and the number of tokens
+            that all ranks read. The mean of the parts over the ranks is the loss of the whole batch. The random choices may
+            depend on the step and the seed alone, so that a resumed run makes the same choices.
+        seed: seed of the random choices of the steps.
+        checkpoint: path of the checkpoint file.
 
     Returns:
-        The mean loss of the last steps, and the tokens of all.
+        The mean loss as in the last log line, and the number of tokens of all steps.
 
     Raises:
-        InputError: the checkpoint cannot be read.
+        InputError: if the checkpoint cannot be read.
     """
     first, seen, mean = 0, 0, float("nan")
     losses: list[float] = []
@@ -203,7 +204,7 @@ def check_shares(fewest: int) -> None:
 def load(
     checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler
 ) -> tuple[int, int, list[float], float]:
-    """Load what `train` has written; return the steps done, the tokens seen, the losses not yet logged and the last mean."""
+    """Load the checkpoint of `train`. Return the steps done, the tokens seen, the losses not yet logged and the last mean."""
     device = next(module.parameters()).device
     try:
         weights, moments, rates, progress = torch.load(checkpoint, map_location=device, weights_only=True)

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: results.json, the card, the picture, and what is printed."""
+"""The report of a finished run: results.json, the model card, the picture, and the printed scores."""
 
 import dataclasses
 import logging
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], trained: TrainOutput) -> dict[str, Any]:
-    """Score the saved folder, write results.json, the picture and the card, and push the folder if that is asked for.
+    """Score the saved folder, write results.json, the picture and the card, and push the folder if the flags say so.
 
-    Returns what results.json holds.
+    Returns the content of results.json.
     """
-    plan = dataclasses.replace(plan, args=trainer.args)  # with what the model's folder says
+    plan = dataclasses.replace(plan, args=trainer.args)  # with the settings that the trainer read from the model's folder
     saved, after = None, {}
     if plan.tasks:
         saved = load_saved(plan)
@@ -64,7 +64,7 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
 
 
 def load_saved(plan: Plan) -> Encoder:
-    """Load the saved folder anew, as a user will."""
+    """Load the saved folder again, as a user will load it."""
     with quiet():
         trusted = plan.model_args.trust_remote_code
         encoder = Encoder.from_pretrained(str(plan.folder), trust_remote_code=trusted, dtype=torch.float32)
@@ -72,7 +72,7 @@ def load_saved(plan: Plan) -> Encoder:
 
 
 def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, after: dict[str, float]) -> dict[str, Any]:
-    """Say what was trained on what and how, as results.json has it; `after` are the saved folder's scores."""
+    """Return the "train" part of results.json: the model, the data and the settings. `after` has the final scores."""
     name = plan.model_args.model_name_or_path
     if plan.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
         logger.warning(f"no evaluation gave {plan.args.metric_for_best_model} as a number: the last step is kept, not the best")
@@ -85,12 +85,12 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
 
 
 def changed(plan: Plan) -> dict[str, Any]:
-    """Return those of a plan's settings that a result depends on and that are not at their default."""
+    """Return the settings of a plan that can change a result and that differ from their defaults."""
     return changed_settings((plan.model_args, plan.args, plan.positive), not isinstance(plan.rows, Dataset))
 
 
 def learned_temperature(trainer: ContrastiveTrainer) -> Tensor | None:
-    """Return the temperature that the objective has learned, of the model as it is. Every rank has to call it."""
+    """Return the temperature that the objective has learned, or None if it learns none. Every rank must call this."""
     if trainer.step.log_temperature is None:
         return None
     ids = torch.tensor(trainer.encoder.tokenizer("a")["input_ids"], device=trainer.encoder.device)
@@ -99,12 +99,12 @@ def learned_temperature(trainer: ContrastiveTrainer) -> Tensor | None:
 
 
 def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
-    """Score an encoder; the metrics are named as the trainer names them."""
+    """Score an encoder. The metrics have the names that the trainer gives them."""
     return {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(encoder)).items()}
 
 
 def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], results: dict[str, Any]) -> None:
-    """Write the picture, the card and, last, results.json, by which a run is known to be finished; print the table."""
+    """Write the picture and the card, print the table, and write results.json last, because it marks a finished run."""
     if plan.tasks:
         evaluations = [entry for entry in trainer.state.log_history if "eval_spearman" in entry]
         plot_trajectory([before | {"step": 0}, *evaluations], plan.folder / "geometry.png")
@@ -121,7 +121,7 @@ def saved_to(folder: Path, remote_code: bool = False) -> str:
 
 
 def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:
-    """Print some queries of a retrieval set with the three nearest documents; the right ones are starred."""
+    """Print some queries of a retrieval dataset with their three nearest documents. A star marks relevant documents."""
     if not isinstance(task, Retrieval):
         return
     chosen = list(task.qrels)[:: max(1, len(task.qrels) // count)][:count]

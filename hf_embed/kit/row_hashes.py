@@ -1,8 +1,8 @@
-"""The texts of training rows as 64-bit hashes, a batch of rows at a time: what equals what, in 8 bytes a text.
+"""64-bit hashes of the texts of training rows: they show which texts are equal, and need 8 bytes each.
 
-A text has two hashes. The exact one is of the text as it stands. The plain one is of its words alone: in Unicode's
-compatibility form (NFKC) and in lower case, with one space for whatever is no letter, mark or number. "A cat!" and "a  cat"
-differ in the first and agree in the second.
+A text has two hashes. The exact hash is of the text as it is. The plain hash is of its words only: the text in Unicode's
+compatibility form (NFKC) and in lower case, with one space in place of every run of characters that are not letters, marks or
+numbers. "A cat!" and "a  cat" have different exact hashes and the same plain hash.
 
 Shapes: R training rows, M negatives of all rows, T texts.
 """
@@ -23,7 +23,7 @@ from hf_embed.data.sources import row_texts
 SIDES = ("anchors", "positives", "negatives")
 BATCH = 4_000  # rows read at a time
 NO_WORD = r"[^\p{L}\p{M}\p{N}]+"
-# What a text holds that was decoded wrongly. The last is UTF-8 that was read as Latin-1 or cp1252: "cafÃ©", "donâ€™t".
+# Signs that a text was decoded wrongly. The last one is UTF-8 that was read as Latin-1 or cp1252: "cafÃ©", "donâ€™t".
 ODD = {
     "replacement characters": "\ufffd",
     "control characters": r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{80}-\x{9f}\x{200b}\x{feff}]",
@@ -32,17 +32,17 @@ ODD = {
 
 
 class Texts(NamedTuple):
-    """The texts of some rows: a training row for each positive of a row of the table, without rows with an empty text."""
+    """The texts of some rows of a table. Each positive makes one training row. Rows with an empty text are left out."""
 
-    anchors: pyarrow.Array  # (R,) of strings
+    anchors: pyarrow.Array  # (R,) strings
     positives: pyarrow.Array | None  # (R,); None for single texts
     negatives: pyarrow.Array  # (M,)
     owners: np.ndarray  # (M,) the training row of each negative
-    origins: np.ndarray  # (R,) the row of the table that each is of
-    empty: np.ndarray  # the rows of the table that are left out
+    origins: np.ndarray  # (R,) the table row of each training row
+    empty: np.ndarray  # the table rows that are left out
 
     def everything(self) -> pyarrow.Array:
-        """Return all texts, (T,)."""
+        """Return all texts, (T,): anchors, positives, negatives."""
         parts = [self.anchors, self.negatives] if self.positives is None else [self.anchors, self.positives, self.negatives]
         return pyarrow.concat_arrays(parts)
 
@@ -55,20 +55,20 @@ class Ids(NamedTuple):
 
 
 class RowIds(NamedTuple):
-    """The hashes of the texts of all rows of a table, and what was counted on the way."""
+    """The hashes of the texts of a whole table, and counts that were made while it was read."""
 
     anchors: Ids
     positives: Ids | None
     negatives: Ids
     owners: np.ndarray  # (M,) the training row of each negative
-    origins: np.ndarray  # (R,) the row of the table that each is of
-    empty: np.ndarray  # the rows of the table that are left out
-    odd: Counter[str]  # texts that hold what `ODD` names
-    first_odd: dict[str, int]  # the first row of the table with one
-    characters: int  # of all texts
+    origins: np.ndarray  # (R,) the table row of each training row
+    empty: np.ndarray  # the table rows that are left out
+    odd: Counter[str]  # the number of texts that match each pattern of `ODD`
+    first_odd: dict[str, int]  # the first table row that matches each pattern
+    characters: int  # of all texts together
 
     def everything(self, kind: str) -> np.ndarray:
-        """Return the hashes of all texts, (T,), exact or plain."""
+        """Return the hashes of all texts, (T,). `kind` is "exact" or "plain"."""
         parts = [getattr(ids, kind) for ids in (self.anchors, self.positives, self.negatives) if ids is not None]
         return np.concatenate(parts)
 
@@ -77,19 +77,19 @@ class RowIds(NamedTuple):
 
 
 def cells(column: pyarrow.ChunkedArray, name: str, where: str, start: int) -> tuple[pyarrow.Array, np.ndarray]:
-    """Return the texts of a column, and the row of each. In a list, a null is an empty text.
+    """Return the texts of a column, and the row of each text. A null in a list becomes an empty text.
 
     Args:
-        column: a batch of it.
-        name: of the column, for messages.
+        column: a batch of the column: texts, or lists of texts.
+        name: name of the column, for messages.
         where: what messages call the rows.
-        start: how many rows stand before the batch.
+        start: number of rows before the batch.
 
     Raises:
-        InputError: the column holds something else.
+        InputError: if the column holds something else.
     """
     array = pyarrow.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    if isinstance(array, pyarrow.ExtensionArray):  # JSON: texts and lists of texts, mixed
+    if isinstance(array, pyarrow.ExtensionArray):  # a JSON column, which mixes texts and lists of texts
         values = [None if cell is None else json.loads(cell) for cell in array.storage.to_pylist()]
         array = pyarrow.array([[cell] if isinstance(cell, str) else cell for cell in values], pyarrow.list_(pyarrow.string()))
     listed = pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type)
@@ -102,27 +102,27 @@ def cells(column: pyarrow.ChunkedArray, name: str, where: str, start: int) -> tu
         number, cell = next(found, (start + 1, 0))
         row_texts(
             {name: cell[0] if isinstance(cell, list) and cell else cell}, [name], f"{where}, row {number}"
-        )  # which refuses it
+        )  # raises the InputError
     texts = texts.cast(pyarrow.string())
     return (pc.fill_null(texts, "") if listed else texts), parents
 
 
 def blank(texts: pyarrow.Array) -> np.ndarray:
-    """Return which texts are missing or nothing but spaces, (T,) bool."""
+    """Return which texts are null or contain only whitespace, (T,) bool."""
     return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(texts, "")), "").to_numpy(zero_copy_only=False)
 
 
 def batches(rows: Dataset, columns: list[str], where: str, negatives: int | None = None) -> Iterator[Texts]:
-    """Read the texts of a table in batches; origins and empty rows are numbered from the table's first row.
+    """Read the texts of a table in batches. Row numbers in `origins` and `empty` count from the first row of the table.
 
     Args:
-        rows: with the columns.
-        columns: those of anchors, of positives if there are any, and of negatives.
+        rows: the table.
+        columns: the columns of anchors, of positives if there are any, and of negatives, in this order.
         where: what messages call the rows.
-        negatives: how many of each row's negatives to take, the first ones; default: all.
+        negatives: use only so many negatives of each row, the first ones. Default: all.
 
     Raises:
-        InputError: a column that holds no texts.
+        InputError: if a column does not hold texts.
     """
     chosen, start = rows.select_columns(columns), 0
     for table in chosen.with_format("arrow").iter(BATCH):
@@ -133,15 +133,15 @@ def batches(rows: Dataset, columns: list[str], where: str, negatives: int | None
 
 
 def texts_of(parts: list[tuple[pyarrow.Array, np.ndarray]], rows: int, most: int | None = None) -> Texts:
-    """Make training rows of the texts of each column and the rows that they stand in.
+    """Make training rows from the columns of one batch.
 
     Args:
-        parts: the texts of each column, and the row of each; see `cells`.
-        rows: how many rows these are.
-        most: how many of each row's negatives to take; default: all.
+        parts: the texts of each column, and the row of each text; see `cells`.
+        rows: number of rows in the batch.
+        most: use only so many negatives of each row, the first ones. Default: all.
     """
     anchors, positives = parts[0], parts[1] if len(parts) > 1 else None
-    # A cell without a negative is no empty text; one in a list is.
+    # A null cell means that a row has no negative. A null in a list counts as an empty text.
     negatives = [(texts.filter(texts.is_valid()), where[np.asarray(texts.is_valid())]) for texts, where in parts[2:]]
     sides = [side for side in (anchors, positives) if side is not None]
     bad = np.zeros(rows, dtype=bool)
@@ -151,10 +151,10 @@ def texts_of(parts: list[tuple[pyarrow.Array, np.ndarray]], rows: int, most: int
         bad |= np.bincount(where, minlength=rows) == 0
     origins = (anchors if positives is None else positives)[1]
     kept = np.flatnonzero(~bad[origins])
-    if positives is not None and len(origins) > rows - bad.sum():  # a positive may stand twice in a list
+    if positives is not None and len(origins) > rows - bad.sum():  # a list may contain a positive twice
         kept = kept[first_of_each(origins[kept], exact_ids(positives[0].take(pyarrow.array(kept))))]
     made = origins[kept]
-    negatives.append((pyarrow.array([], pyarrow.string()), np.array([], int)))  # there may be no column
+    negatives.append((pyarrow.array([], pyarrow.string()), np.array([], int)))  # in case there is no column of negatives
     places, owners = joined(np.concatenate([where for _, where in negatives]), made, most)
     return Texts(
         anchors=anchors[0].take(pyarrow.array(made)),
@@ -167,22 +167,22 @@ def texts_of(parts: list[tuple[pyarrow.Array, np.ndarray]], rows: int, most: int
 
 
 def first_of_each(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the places of the first of each different text in its row, in order."""
+    """Return the positions, in order, at which a text occurs for the first time in its row."""
     order = np.lexsort((np.arange(len(ids)), ids, rows))
     same = (np.diff(rows[order]) == 0) & (ids[order][1:] == ids[order][:-1])
     return np.sort(order[np.concatenate([[True], ~same])]) if len(order) else order
 
 
 def joined(where: np.ndarray, made: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Give each training row the negatives of the table's row that it is of.
+    """Assign to each training row the negatives of its table row.
 
     Args:
-        where: the table's row of each negative.
-        made: the table's row of each training row, in order.
-        most: how many each gets, the first ones; default: all.
+        where: the table row of each negative.
+        made: the table row of each training row, in order.
+        most: assign only so many negatives to each training row, the first ones. Default: all.
 
     Returns:
-        The places of negatives, and the training row that has each; in the order of the training rows.
+        Positions in `where`, and the training row that each of these negatives belongs to, in the order of the training rows.
     """
     order = np.argsort(where, kind="stable")
     start, stop = (np.searchsorted(where[order], made, side) for side in ("left", "right"))
@@ -196,12 +196,12 @@ def joined(where: np.ndarray, made: np.ndarray, most: int | None = None) -> tupl
 
 
 def exact_ids(texts: pyarrow.Array) -> np.ndarray:
-    """Return the hashes of texts as they stand, (T,) uint64."""
+    """Return the exact hashes of texts, (T,) uint64."""
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts.cast(pyarrow.binary()).to_pylist()), np.uint64, len(texts))
 
 
 def plain_texts(texts: pyarrow.Array) -> pyarrow.Array:
-    """Return the words of texts, as the module says; of a text without words, the text in lower case."""
+    """Return the words of each text, as the module docstring defines them. Without words, return the lowercase text."""
     if not pc.all(pc.string_is_ascii(texts)).as_py():
         texts = pc.utf8_normalize(texts, form="NFKC")
     lower = pc.utf8_lower(texts)
@@ -232,13 +232,13 @@ def hash_rows(read: Iterable[Texts]) -> RowIds:
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
         made += len(texts.origins)
-    whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}  # each is freed when it is put together
+    whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}  # `pop` frees the parts
     sides = {side: Ids(whole.pop(f"{side} exact"), whole.pop(f"{side} plain")) for side in SIDES if f"{side} exact" in whole}
     return RowIds(**({"positives": None} | sides | whole), odd=odd, first_odd=first_odd, characters=characters)  # type: ignore[arg-type]
 
 
 def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> None:
-    """Count the texts that hold what `ODD` names, and note the first row of the table with one."""
+    """Add to `odd` the texts that match each pattern of `ODD`, and note in `first_odd` the first table row with one."""
     everything = texts.everything()
     rows = [texts.origins, *([] if texts.positives is None else [texts.origins]), texts.origins[texts.owners]]
     places = np.concatenate(rows)
@@ -250,13 +250,13 @@ def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> Non
 
 
 def in_parts(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the places of the hashes that begin with the same 4 bits: what sorts them needs a 16th of the memory."""
+    """Yield the positions of the hashes in 16 groups, by their first 4 bits. Sorting one group needs 1/16 of the memory."""
     for first in range(16):
         yield np.flatnonzero(ids >> np.uint64(60) == first)
 
 
 def repeated(ids: np.ndarray) -> np.ndarray:
-    """Return which hashes stand further up too, bool of the same length."""
+    """Return which hashes also occur earlier in the array, bool of the same length."""
     again = np.ones(len(ids), bool)
     for places in in_parts(ids):
         _, first = np.unique(ids[places], return_index=True)
@@ -265,7 +265,7 @@ def repeated(ids: np.ndarray) -> np.ndarray:
 
 
 def counts_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Return how often each hash stands among others, int32 of the same length."""
+    """Return how often each hash of `ids` occurs in `among`, int32 of the length of `ids`."""
     found = np.zeros(len(ids), np.int32)
     for places, others in zip(in_parts(ids), in_parts(among)):
         known, counts = np.unique(among[others], return_counts=True)
@@ -276,14 +276,14 @@ def counts_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 
 def mixed(ids: np.ndarray) -> np.ndarray:
-    """Scramble hashes (the finalizer of MurmurHash3), so that their sums tell rows apart."""
+    """Scramble hashes (first half of the finalizer of MurmurHash3), so that different rows have different sums of hashes."""
     ids = ids ^ (ids >> np.uint64(33))
     ids = ids * np.uint64(0xFF51AFD7ED558CCD)
     return ids ^ (ids >> np.uint64(33))
 
 
 def row_ids(ids: RowIds) -> Ids:
-    """Return hashes of whole rows, (R,): of the anchor, the positive, and the negatives in any order."""
+    """Return hashes of whole rows, (R,): anchor, positive and negatives. The order of the negatives makes no difference."""
     found = []
     for kind in ("exact", "plain"):
         total = mixed(getattr(ids.anchors, kind))

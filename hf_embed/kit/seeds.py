@@ -1,4 +1,4 @@
-"""`--seeds 1,2,3`: one run with each seed; the best by the evaluation sets is kept, and all are reported."""
+"""`--seeds 1,2,3`: train one run with each seed, keep the best one by the evaluation sets, and report the scores of all."""
 
 import dataclasses
 import gc
@@ -32,7 +32,7 @@ from hf_embed.training_record import settings_of, shown
 
 
 def read_seeds(given: str) -> list[int]:
-    """Read "1,2,3" as [1, 2, 3]. Raises InputError for what are no different seeds."""
+    """Read "1,2,3" as [1, 2, 3]. Raise InputError if the text is not a list of different seeds."""
     words = [word.strip() for word in given.split(",") if word.strip()]
     seeds = [int(word) if word.isdecimal() else -1 for word in words]
     if not seeds or not all(seed in SEED for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -41,21 +41,22 @@ def read_seeds(given: str) -> list[int]:
 
 
 def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
-    """Train what the flags say, once or with each of `--seeds`; with `--preflight` only look at it.
+    """Train as the flags say, once or once with each of `--seeds`. With `--preflight`, only check the data.
 
-    Of several, the best by the evaluation sets is what OUTPUT_DIR is then, with all seeds' scores in its card. A seed's run is
-    OUTPUT_DIR/seed-N; with `--resume_from_checkpoint` finished ones stay, except where they had other settings.
+    The run of seed N is in OUTPUT_DIR/seed-N. OUTPUT_DIR itself gets the model of the seed that is best on the evaluation
+    sets, with the scores of all seeds in its card. With `--resume_from_checkpoint`, finished seeds are not trained again,
+    unless they had other settings.
 
     Args:
-        flags: with the output folder settled.
-        read_plan: makes a plan of flags.
-        train: runs a plan, and returns what its results.json holds.
+        flags: the flags. They already say in which folder the run trains.
+        read_plan: makes a plan from flags.
+        train: runs a plan, and returns the content of its results.json.
 
     Returns:
-        What results.json in OUTPUT_DIR holds.
+        The content of OUTPUT_DIR/results.json; with `--preflight` the report of the preflight.
 
     Raises:
-        InputError: another run writes there; what is wrong with the flags or the data.
+        InputError: if another run writes to the folder, or if something is wrong with the flags or the data.
     """
     if flags.values["preflight"]:
         return preflight_plan(read_plan(flags))
@@ -65,7 +66,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 
 
 def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callable[[Plan], dict]) -> dict[str, Any]:
-    """Train as `train_each_seed` says, in a folder that no other run writes to."""
+    """Do the training of `train_each_seed` while no other run can write to the folder."""
     plan = read_plan(flags)
     if not plan.run.seeds:
         return train(plan)
@@ -94,23 +95,23 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
         of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
-        if anew:  # what the seed's earlier run left goes with its first step, and so do its results
+        if anew:  # after its first step, the new run removes the files of the seed's earlier run
             earlier = EarlierRun([*of_seed.earlier.paths, folder / "results.json"])
         runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
-        gc.collect()  # a trainer and its model hold each other
+        gc.collect()  # frees the memory of the trainer and its model, which refer to each other
     with plan.args.main_process_first():
         return keep_best(plan.folder, runs, plan.model_args.trust_remote_code)
 
 
 def seed_flags(flags: Flags, seed: int, folder: Path, checkpoint: str | None) -> Flags:
-    """Make the flags of the run with one of the seeds, in a folder of its own."""
+    """Make the flags of the run with one seed, which trains in its own folder."""
     return flags.override(
         seeds=None, seed=seed, output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=checkpoint
     )
 
 
 def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
-    """Read the results of a seed's run that is finished; None if it is not, or if it had other settings."""
+    """Return the results of a seed's run; None if the run is not finished, or if it had other settings."""
     if not (folder / "results.json").is_file():
         return None
     results, args = read_json(folder / "results.json", with_nan=True), plan.args
@@ -123,7 +124,7 @@ def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
 
 
 def interrupted_run(folder: Path, plan: Plan) -> str | None:
-    """Return the newest whole checkpoint of a seed that was interrupted; None without one, or if it had other settings."""
+    """Return the newest complete checkpoint of a seed's interrupted run; None if there is none or it has other settings."""
     checkpoint = None if (folder / "results.json").is_file() else newest_whole(folder)
     manifest = checkpoint and read_manifest(checkpoint)
     changes = manifest and not same_settings(manifest["run"], plan.args, plan.objective)
@@ -131,7 +132,7 @@ def interrupted_run(folder: Path, plan: Plan) -> str | None:
 
 
 def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict[str, Any]:
-    """Copy the best seed's files to `folder`, with all seeds' scores in results.json and README.md."""
+    """Copy the files of the best seed to `folder`. Its results.json and README.md get the scores of all seeds."""
     scores = {seed: run["train"].get("score") or run["train"]["chosen_by"] for seed, run in runs.items()}
     sign = 1 if next(iter(scores.values()))["greater_is_better"] else -1
     best = max(scores, key=lambda seed: -math.inf if scores[seed]["score"] is None else sign * scores[seed]["score"])

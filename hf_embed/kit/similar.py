@@ -1,8 +1,8 @@
-"""Texts that are nearly the same: MinHash of their 5-byte pieces (Broder, 1997), and the exact share of common pieces.
+"""Finds texts that are nearly the same, by MinHash of their 5-byte pieces (Broder, 1997) and an exact comparison.
 
-Two texts are similar where the Jaccard index of their sets of pieces is at least `SIMILAR`. Candidates are texts that agree
-in one of 16 bands of 4 smallest hashes, which finds a pair of index 0.8 with a probability above 0.999; each candidate is then
-compared piece by piece, so that what is reported is similar.
+Two texts are similar if the Jaccard index of their sets of pieces is at least `SIMILAR`. Each text has 64 smallest hashes, in
+16 bands of 4. Two texts that agree in a whole band are candidates. This finds a pair with index 0.8 with a probability above
+0.999. Each pair of candidates is then compared piece by piece, so every reported pair is really similar.
 
 Shapes: T texts, H = 64 hash functions.
 """
@@ -18,19 +18,19 @@ BLOCK = 500  # texts whose pieces are hashed at a time
 
 
 def pieces(text: str) -> set[bytes]:
-    """Return the 5-byte pieces of a text in UTF-8; of a shorter one, itself."""
+    """Return the set of all 5-byte pieces of a text in UTF-8. A shorter text is its own only piece."""
     encoded = text.encode()
     return {encoded[i : i + PIECE] for i in range(max(1, len(encoded) - PIECE + 1))}
 
 
 def jaccard(first: str, second: str) -> float:
-    """Return the share of common pieces among all pieces of two texts, 0 to 1."""
+    """Return the share of common pieces among all pieces of two texts, from 0 to 1."""
     left, right = pieces(first), pieces(second)
     return len(left & right) / len(left | right)
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """Return the smallest hash of the pieces of each text by each function, (T, H) uint32."""
+    """Return, for each text and each hash function, the smallest hash of the text's pieces: (T, H) uint32."""
     random = np.random.default_rng(0)
     factors, shifts = (random.integers(1, 2**32, BANDS * ROWS, dtype=np.uint64) for _ in range(2))
     found = np.empty((len(texts), BANDS * ROWS), np.uint32)
@@ -43,7 +43,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def piece_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a hash of each piece of some texts, uint64, and where those of each text start."""
+    """Return a hash of each piece of all texts, uint64, and the positions at which the hashes of each text start."""
     encoded = [text.encode().ljust(PIECE, b"\0") for text in texts]
     lengths = np.array([len(text) - PIECE + 1 for text in encoded])
     data = np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint64)
@@ -52,7 +52,7 @@ def piece_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         hashes = hashes * np.uint64(257) + data[i : len(data) - PIECE + 1 + i]
     hashes *= np.uint64(0x9E3779B97F4A7C15)
     hashes ^= hashes >> np.uint64(29)
-    # The pieces that reach from one text into the next are none.
+    # Leave out the pieces that reach from one text into the next.
     ends = np.cumsum(lengths + PIECE - 1)
     inside = np.ones(len(hashes) + PIECE - 1, bool)
     for i in range(1, PIECE):
@@ -61,9 +61,10 @@ def piece_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def candidates(found: np.ndarray) -> np.ndarray:
-    """Return pairs of texts, (pairs, 2), that agree in a band of their signatures (T, H).
+    """Return the pairs of texts, (pairs, 2), that agree in a band of their signatures (T, H).
 
-    Of those that agree, each is paired with the next, and with the first.
+    Among the texts that agree in a band, each is paired with the next one and with the first one only, so that the number of
+    pairs stays proportional to the number of texts.
     """
     pairs = [np.empty((0, 2), np.int64)]
     for band in range(BANDS):
@@ -79,13 +80,13 @@ def candidates(found: np.ndarray) -> np.ndarray:
 
 
 def similar_pairs(texts: Sequence[str]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Find texts that have a similar one among the others.
+    """Find the texts that have a similar text among the others.
 
     Args:
-        texts: all different.
+        texts: different texts.
 
     Returns:
-        Which texts have one, (T,) bool, and for each of them that was found so the pair of their numbers.
+        Which texts have a similar one, (T,) bool; and the pairs of text numbers that show it. Not all similar pairs are listed.
     """
     has, pairs = np.zeros(len(texts), bool), []
     for first, second in candidates(signatures(texts)).tolist() if len(texts) > 1 else []:
