@@ -1,0 +1,77 @@
+"""CoSENT: learn from pairs with scores (Su, https://kexue.fm/archives/8847).
+
+Shapes: B rows of this rank ("own rows"), N rows of all ranks, D numbers per embedding.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_embed.errors import InputError
+from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.ranges import POSITIVE, check_ranges
+
+
+@dataclass
+class CoSENT(ContrastiveObjective):
+    """The CoSENT loss: a pair with a higher score should have a higher cosine similarity than a pair with a lower score.
+
+        loss = log [ 1 + sum_{(i, j): y_i > y_j} e^{(s_j - s_i) / t} ]        s_i: cosine of pair i, y_i: its score
+
+    The scores are only compared with each other, so their scale does not matter: 0 to 1, or 0 to 5. Pairs with equal scores
+    are not compared. If all scores of a batch are equal, the loss and its gradient are 0.
+
+    The loss compares the pairs of all ranks, so it is the same number on every rank. Example: three pairs with the scores 5, 1
+    and 1. The sum has the terms (i, j) = (1, 2) and (1, 3).
+
+    Args:
+        temperature: t. The default 0.05 is a scale of 20, as in the author's code and in sentence-transformers.
+
+    Raises:
+        InputError: if the temperature is not above 0.
+    """
+
+    equation: ClassVar[str] = "loss = log [ 1 + sum_(i, j with y_i > y_j) e^((cos_j - cos_i) / t) ]"
+    paper: ClassVar[str] = "Su: CoSENT, https://kexue.fm/archives/8847"
+    needs_scores: ClassVar[bool] = True
+
+    temperature: float = field(default=0.05, metadata={"help": "Temperature that the cosine similarities are divided by."})
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"temperature": POSITIVE})
+
+    def check_rows(self, texts_per_row: int, name: str) -> None:
+        """Refuse rows with negatives, because a score belongs to a pair.
+
+        Raises:
+            InputError: if a row has more than two texts.
+        """
+        if texts_per_row > 2:
+            raise InputError(f"{name}: CoSENT trains on pairs with one score each, and some rows have negatives; remove them")
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        text_ids: Tensor,
+        all_embeddings: Tensor | None = None,
+        all_text_ids: Tensor | None = None,
+        first_row: int = 0,
+        temperature: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of the pairs of all ranks, a scalar.
+
+        Args:
+            embeddings, text_ids, all_embeddings, all_text_ids, first_row, temperature: as in `Objective`.
+            scores: (N, 1) scores of the pairs of all ranks.
+        """
+        assert scores is not None  # the trainer checks that the rows have scores
+        pairs = F.normalize(embeddings if all_embeddings is None else all_embeddings, dim=-1)  # (N, 2, D)
+        cosines = (pairs[:, 0] * pairs[:, 1]).sum(-1)  # (N,)
+        higher = scores[:, :1] > scores[:, 0]  # (N, N): entry (i, j) is True if pair i has a higher score than pair j
+        differences = (cosines - cosines.unsqueeze(1)) / (self.temperature if temperature is None else temperature)
+        terms = differences.masked_fill(~higher, float("-inf")).flatten()
+        return torch.cat([terms.new_zeros(1), terms]).logsumexp(0)
