@@ -65,20 +65,21 @@ def on_files(files: Any, config: Any) -> Any:
 
 def notebook_page(cells: list[dict[str, Any]]) -> str:
     """Return the Markdown of a notebook: its texts, its code, and the text that the code printed."""
-    parts = []
+    parts = [f"[Download this notebook.]({Path(NOTEBOOK).name})"]
     for cell in cells:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
             text = output.get("text") or output.get("data", {}).get("text/plain", [])
             parts.append(f"```text\n{''.join(text).rstrip()}\n```")
-    return "\n\n".join([*parts, f"[The notebook](../{NOTEBOOK}) itself is in the repository.", ""])
+    title, *others = parts[1:2] + parts[:1] + parts[2:]
+    return "\n\n".join([title, *others, ""])
 
 
 def page_of(path: str) -> str | None:
     """Return the site's page that shows a file of the repository, or None if it has no page."""
     if path == NOTEBOOK:
-        return None
+        return NOTEBOOK_PAGE
     return OUTSIDE.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and (ROOT / path).is_file() else None)
 
 
@@ -113,6 +114,8 @@ def link_of_site(target: str, source: str, shown: str, repository: str) -> str:
     name, mark, heading = target.partition("#")
     path = name.lstrip("/") if name.startswith("/") else posixpath.normpath(posixpath.join(posixpath.dirname(source), name))
     found = page_of(path)
+    if found == shown == NOTEBOOK_PAGE:
+        return target
     if found is not None:
         return posixpath.relpath(found, posixpath.dirname(shown) or ".") + mark + heading
     if (ROOT / path).exists():
