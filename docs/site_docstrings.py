@@ -1,7 +1,7 @@
 """An extension of griffe, which reads the docstrings for the API pages.
 
-Docstrings of this package describe parameters that belong together in one entry, such as `queries, corpus: ...`. griffe expects an
-entry for each parameter, so the extension gives each its own copy of the text.
+Docstrings of this package describe parameters that belong together in one entry, such as `queries, corpus: ...`. griffe
+expects an entry for each parameter, so the extension gives each parameter its own copy of the text.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Hooks of MkDocs: the addresses, the pages that are files outside docs/, and the links between files of the repository.
 
-The Markdown files of this repository link to each other as GitHub expects it: relative to their folder. The site shows README.md,
-CONTRIBUTING.md and a few more as pages of its own, and the notebook as a page. These hooks make the pages, and turn each link to a
-file of the repository into a link to its page, or to the repository's address where the file has no page.
+The Markdown files of this repository link to each other as GitHub expects it: relative to their folder. The site shows
+README.md, CONTRIBUTING.md and a few other files as pages, and the notebook too. These hooks make the pages. They also turn each
+link to a file of the repository into a link to its page, or to the repository's address if the file has no page.
 """
 
 import configparser

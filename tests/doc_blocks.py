@@ -7,8 +7,8 @@ A block that no test runs says why, in a comment above it. The marks are HTML co
     <!-- tested by: tests/test_entry.py::test_name -->      another test runs it
     <!-- not run: needs the Hub -->
 
-Blocks without a mark are run. The blocks of a page run from top to bottom in one folder: Python in one namespace, and bash, which starts
-processes, in the slow suite. Blocks of the language `text` show output and are not code.
+Blocks without a mark are run. The blocks of a page run from top to bottom in one folder: Python in one namespace, and bash,
+which starts processes, in the slow suite. Blocks of the language `text` show output and are not code.
 """
 
 import os
@@ -28,8 +28,11 @@ WITHOUT_MARKS = {
 }
 README_COMMANDS = "README shows commands in short; the guides have them with files, and the recipes' own tests run them"
 RUN, SLOW, FILE, NOT_RUN, ELSEWHERE = "run", "slow", "file", "not run", "tested by"
-FENCE = re.compile(r"(?:<!--[ ]*(?P<mark>(?:[^-]|-(?!->))+?)[ ]*-->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```",
-                   re.MULTILINE | re.DOTALL)  # fmt: skip
+FENCE = re.compile(
+    r"(?:<!-- (?P<mark>(?:[^-]|-(?!->))+?) -->\n)?"
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass
@@ -107,7 +110,7 @@ def run_bash(block: Block, folder: Path) -> None:
     if not (folder / "recipes").exists():
         (folder / "recipes").symlink_to(ROOT / "recipes")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", "-euo", "pipefail", "-c", block.code]
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=1200)
     assert done.returncode == 0, f"{block.place}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
