@@ -147,6 +147,15 @@ def test_every_block_is_run_or_says_why_not(page):
         assert re.findall(r"(?m)^\n {4}(?:\$ )?(?:python|hf-embed|make|pip|accelerate) .*", text) == [], "fence it, and mark it"
 
 
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if any(b.language == "bash" for b in blocks)])
+def test_the_syntax_of_bash_is_right(page):
+    """Of the blocks that are not run too."""
+    for block in BLOCKS[page]:
+        if block.language == "bash":
+            done = subprocess.run(["bash", "-n", "-c", block.code], text=True, capture_output=True)
+            assert done.returncode == 0, f"{block.place}: {done.stderr}"
+
+
 def test_a_block_without_a_reason_is_found(tmp_path, monkeypatch):
     page = "<!-- not run: needs the Hub -->\n```bash\na\n```\n```yaml\nb: 1\n```\n"
     page += "<!-- slow -->\n```python\nc\n```\n```text\nd\n```\n"
