@@ -472,29 +472,27 @@ def stream(paths: list[str], table: Table, optional: list[str] | None) -> Iterab
         late = [name for name in optional or [] if name not in columns]
     if late:
         logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is taken where it begins")
-    refuse = optional is None or (unnamed and not late)
-    kwargs = {
-        "paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse, "collect": unnamed and bool(late)
-    }  # fmt: skip
+    others = "refuse" if optional is None or (unnamed and not late) else "collect" if unnamed else "ignore"
+    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "others": others}
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
 
 
-def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool, collect: bool) -> Iterator[dict]:
-    """Read the rows of a stream.
+def streamed(paths: list[str], table: Table, columns: tuple[str, ...], others: str) -> Iterator[dict]:
+    """Read the rows of a stream. If another column of negatives begins late, `others` says what to do.
 
-    If a column of negatives begins late, `refuse` raises InputError, and `collect` adds its texts to the column `negatives`.
+    "refuse" raises InputError, "collect" adds its texts to the column `negatives`, and "ignore" leaves it out.
     """
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
             if not row.keys() <= known:
                 late = [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
-                if late and refuse:
+                if late and others == "refuse":
                     raise InputError(
                         f"{path}: the column {late[0]} begins behind the first {PROBED_ROWS:,} rows; set negatives: (how many "
                         "of a row's to take, 0 for none), or name all columns of negatives under columns:"
                     )
-                if late and collect:
+                if late and others == "collect":
                     texts = [row[key] for key in ("negatives", *late) if row.get(key)]
                     cells = [text if isinstance(text, list) else [text] for text in texts]
                     row["negatives"] = list(chain.from_iterable(cells))
