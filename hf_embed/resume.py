@@ -279,8 +279,8 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
         return notes + ([f"{checkpoint}: resuming with other settings: {'; '.join(told)}"] if told else [])
     if not allow_changed:
         raise InputError(
-            f"{checkpoint}: the checkpoint belongs to a run with other settings: {'; '.join(changes + ranks)}; restore those, "
-            "start again in another folder, or set allow_changed to resume anyway"
+            f"{checkpoint}: the checkpoint belongs to a run with other settings: {'; '.join(changes + ranks)}; restore "
+            "these settings, start again in another folder, or set allow_changed to resume anyway"
         )
     return notes + [f"{checkpoint}: resuming because allow_changed is set, although {'; '.join(changes + ranks + told)}"]
 
@@ -308,7 +308,7 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
     before, present = then.get("parameters", {}), now.get("parameters", {})
     if before != present:
         other = sorted(changed_keys(before, present))
-        shown = f"{other[0]} was {shape(before.get(other[0]))} and is {shape(present.get(other[0]))}"
+        shown = f"for example {other[0]} was {shape(before.get(other[0]))} and is {shape(present.get(other[0]))}"
         raise InputError(
             f"{checkpoint}: the checkpoint belongs to another model: {len(other):,} trained parameters differ, {shown}{besides}"
             "; use the model, the objective and the adapters of its run"

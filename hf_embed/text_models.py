@@ -81,7 +81,7 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
         model = cast(PreTrainedModel, plain)
     if not hasattr(model, "config"):
         raise InputError(
-            f"the model is of the type {type(model).__name__}; give a PreTrainedModel (for a wrapped model, model.module)"
+            f"the model is of the type {type(model).__name__}; give a PreTrainedModel; for a wrapped model, give model.module"
         )
     if has_adapters(model):
         check_kinds(model)

@@ -184,8 +184,8 @@ def as_model(
             'its folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
         )
     if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
-        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, model.module"
-        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder: {mend}")
+        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
+        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
     return model, tokenizer
 
 

@@ -65,7 +65,7 @@ class ImprovedContrastive(ContrastiveObjective):
         InputError: if a direction or the partition_mode is unknown, a number is out of range, or options exclude each other.
     """
 
-    equation: ClassVar[str] = "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the directions named"
+    equation: ClassVar[str] = "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the given directions"
     paper: ClassVar[str] = (
         "Li et al.: Towards General Text Embeddings with Multi-stage Contrastive Learning, https://arxiv.org/abs/2308.03281"
     )
@@ -81,7 +81,7 @@ class ImprovedContrastive(ContrastiveObjective):
     )
     positive_once: bool = field(default=False, metadata={"help": "Count the positive only once in the joint softmax."})
     margin: float | None = field(
-        default=None, metadata={"help": "Ignore candidates whose score is above that of the positive minus this margin."}
+        default=None, metadata={"help": "Ignore candidates that score above the positive's score minus this margin."}
     )
     learn_temperature: bool = field(default=False, metadata={"help": "Learn the temperature in training."})
     tile_rows: int | None = field(default=None, metadata={"flag": False})

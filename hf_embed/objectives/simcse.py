@@ -56,7 +56,9 @@ class SimCSE(ContrastiveObjective):
     )
 
     temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
-    hard_negative_weight: float = field(default=0.0, metadata={"help": "Logit added to a row's own hard negatives."})
+    hard_negative_weight: float = field(
+        default=0.0, metadata={"help": "Number that is added to the logits of a row's own hard negatives."}
+    )
     mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the auxiliary masked-language-modeling loss."})
     mask_other_positives: bool = field(
         default=True,

@@ -64,8 +64,8 @@ class TempScaleConfig:
             raise InputError("TempScale has no temperature; give a number above 0, for example 0.9")
         if min(values) < ONE_HOT:
             logger.warning(
-                f"TempScale temperature {min(values)} is very low: each token attends almost only to its best match; use 0.5 "
-                "to 1"
+                f"TempScale temperature {min(values)} is very low: each token attends almost only to its best match; use a "
+                "value from 0.5 to 1"
             )
         if isinstance(self.temperature, dict):
             named = [number for key in self.temperature for number in layer_numbers(key)]
