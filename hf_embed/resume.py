@@ -360,15 +360,15 @@ def other_ranks(then: Facts, now: Facts) -> tuple[list[str], list[str]]:
     change, batch = f"the number of ranks was {before} and is {ranks}", global_batch(then)
     steps = "gradient_accumulation_steps"
     if any(facts.get("stream") for facts in then["data"].values()):
-        return [f"{change}, but the rows of a stream are divided among the ranks: start {before} ranks"], []
+        return [f"{change}, but the rows of a stream are divided among the ranks: set it to {before}"], []
     if batch != global_batch(now) or then["settings"][steps] != now["settings"][steps]:
         given = f"--per_device_train_batch_size {batch // ranks} --gradient_accumulation_steps {then['settings'][steps]}"
-        other = f"start {before} ranks, because {batch} rows cannot be divided equally among {ranks}"
+        other = f"set it to {before}, because {batch} rows cannot be divided equally among {ranks}"
         mend = f"{given} makes the same batches" if batch % ranks == 0 else other
         return [f"{change}: {mend}"], []
     if then["rows_of_epoch"] != now["rows_of_epoch"]:
         uses = f"an epoch used {then['rows_of_epoch']:,} rows and uses {now['rows_of_epoch']:,}"
-        return [f"{change}: {uses}, because the last batch is divided; start {before} ranks"], []
+        return [f"{change}: {uses}, because the last batch is divided; set it to {before}"], []
     if not any(now["settings"]["dropout"].values()):
         return [], []
     return [], [f"{change}: the batches are the same, but dropout draws different numbers"]

@@ -352,7 +352,7 @@ def test_another_number_of_ranks_is_exact_or_refused(tmp_path):
     assert resume.compare(tmp_path, one, two, False) == [] == resume.compare(tmp_path, two, one, False)
     message = error_of(resume.compare, tmp_path, one, ranks(facts, 2, 4), False)
     assert "number of ranks was 1 and is 2: --per_device_train_batch_size 2 --gradient_accumulation_steps 1 makes" in message
-    assert "start 1 ranks, because 4 rows cannot be divided equally among 3" in error_of(
+    assert "set it to 1, because 4 rows cannot be divided equally among 3" in error_of(
         resume.compare, tmp_path, one, ranks(facts, 3, 4), False
     )
     uneven = ranks(facts, 1, 10), ranks(facts, 5, 2)  # of the last two rows, five ranks take none
@@ -367,7 +367,7 @@ def test_a_stream_needs_the_same_number_of_ranks(tmp_path):
     facts, longer = (resume.facts_of(trainer(tmp_path, rows=stream, max_steps=steps)) for steps in (4, 8))
     assert resume.compare(tmp_path, facts, longer, False) == []
     message = error_of(resume.compare, tmp_path, facts, facts | {"ranks": 2}, False)
-    assert "the rows of a stream are divided among the ranks: start 1 ranks" in message
+    assert "the rows of a stream are divided among the ranks: set it to 1" in message
 
 
 # ---- two ranks ----
