@@ -578,7 +578,7 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
     trainer = ContrastiveTrainer(model=Encoder.from_pretrained(folder), args=args)
     encoder = trainer.encoder
     assert "encode puts the model's default prompt 'STS' before texts" in caplog.text
-    assert "training uses all 8 dimensions; encode gives the first 5 (truncate_dim)" in caplog.text
+    assert "training uses all 8 dimensions, but encode returns only the first 5 (truncate_dim)" in caplog.text
     assert (encoder.max_length, encoder.prompts) == (12, {"STS": "like: ", "document": "d: "})
     assert (encoder.truncate_dim, encoder.similarity_fn_name, encoder.default_prompt_name) == (5, "dot", "STS")
     assert (encoder.full_dimension, encoder.dimension) == (8, 5)

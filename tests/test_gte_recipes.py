@@ -219,7 +219,7 @@ def test_offline_data_is_made_once_for_all_seeds(files, monkeypatch):
 BAD = {
     "two kinds of data": (["--train_file", "{folder}/a.jsonl"], "--train_file and --sources are both given"),
     "unknown direction": (["--directions", "query_to_docs"], "unknown direction 'query_to_docs'"),
-    "dims": (["--matryoshka_dims", "64"], "the embedding is 32 wide"),
+    "dims": (["--matryoshka_dims", "64"], "the embedding has 32 dimensions"),
     "alpha": (["--source_alpha", "2"], "source_alpha is 2"),
     "no such sources": (["--sources", "{folder}/absent.yaml"], "absent.yaml: no such file"),
     "small sources": (

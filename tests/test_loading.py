@@ -138,7 +138,7 @@ def test_a_tokenizer_that_is_missing_is_refused(folder):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
     message = error_of(Encoder.from_pretrained, str(folder))
-    assert "has no vocabulary beside 5 special tokens" in message
+    assert "has no vocabulary except 5 special tokens" in message
 
 
 def byte_pairs(folder: Path, merges: list) -> None:
@@ -168,7 +168,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
     tokenizer.add_tokens(["<product>"])
     tokenizer.save_pretrained(folder)
     message = error_of(Encoder.from_pretrained, str(folder))
-    assert "token ids up to 12000, but the model's word table has 12000 rows" in message
+    assert "token ids up to 12000, but the model's embedding table has 12000 rows" in message
     assert "resize_token_embeddings" in message
 
 

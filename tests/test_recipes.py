@@ -214,7 +214,7 @@ BAD = {
     "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE or --dataset_name NAME"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
     "unreachable dataset": (["--dataset_name", "no/such-data"], "no/such-data.* cannot be loaded: .*; or give a local file"),
-    "unknown pooling": (["--train_file", "{nli}", "--pooling", "max"], "unknown pooling 'max'; take one of cls"),
+    "unknown pooling": (["--train_file", "{nli}", "--pooling", "max"], "unknown pooling 'max'; use one of cls"),
     "too long": (["--train_file", "{nli}", "--max_length", "513"], "512 positions"),
     "batch of one": (["--train_file", "{nli}", "--per_device_train_batch_size", "1"], "no negatives"),
     "sts without name": (["--train_file", "{nli}", "--eval_sts_file", "{sts}"], "give NAME=PATH"),

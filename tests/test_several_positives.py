@@ -167,7 +167,7 @@ def test_an_objective_that_is_not_told_is_refused_by_name(objective, called, tmp
     rows = Dataset.from_list(SEVERAL)
     for data in (rows, [Source("several", rows)]):
         message = error_of(trainer, tmp_path, objective, data)
-        assert message.startswith(f"train_dataset: rows have several positives, and the objective {called} has no parameter")
+        assert message.startswith(f"train_dataset: rows have several positives, but the objective {called} has no parameter")
     assert trainer(tmp_path, objective, Dataset.from_list([row | {"pos": row["pos"][:1]} for row in SEVERAL])).train()
 
 
