@@ -109,7 +109,7 @@ BAD_FILES = {
     "gz cut off": ("a.csv.gz", GZIPPED[:-100], "cannot be read as csv"),
     "gz spoilt": ("a.csv.gz", GZIPPED[:500] + b"x" * 20 + GZIPPED[520:], "cannot be read as csv"),
     # BUG: the user reads 'Instruction "train" corresponds to no data!' in place of "no rows".
-    "only a header": ("a.csv", "anchor,positive\n", "no rows"),
+    "only a header": ("a.csv", "anchor,positive\n", "there are no rows"),
     # BUG: every row has a cell more than the header: pandas takes the first column for an index, and all columns move.
     "header too short": ("a.csv", "anchor,positive\na,b,c\nd,e,f\n", "header"),
 }

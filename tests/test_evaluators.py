@@ -335,7 +335,7 @@ BAD_PAIRS = {
                      "sentence1, sentence2 and label must be lists of the same length"),
     "one list": ("a.jsonl", HEADER, [(["a", "b"], "c", 1)], "row 1: sentence1, sentence2 and label must be lists of"),
     "bad item": ("a.jsonl", HEADER, [(["a", ""], ["c", "d"], [1, 0])], "row 1, item 2, column 'sentence1': the text is empty"),
-    "empty lists": ("a.jsonl", HEADER, [([], [], [])], "no rows"),
+    "empty lists": ("a.jsonl", HEADER, [([], [], [])], "there are no rows"),
 }  # fmt: skip
 
 

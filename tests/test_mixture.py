@@ -437,7 +437,7 @@ BAD_SOURCES = {
                    "source 'a' (a), row 6, column 'query': the text is empty"),
     "wrong columns": (lambda: [Source("a", Dataset.from_list([{"x": "a", "y": "b"}] * 4))], {}, "'a': found the columns x, y"),
     "too few rows": (lambda: [Source("a", Dataset.from_list(pairs("a", 3)))], {"small_sources": "refuse"},
-                     "source 'a': 3 rows, fewer than the 4 of a global batch; set small_sources to repeat"),
+                     "source 'a': there are 3 rows, fewer than the 4 rows of a global batch; set small_sources to repeat"),
     "no negatives there": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), negatives=1)], {}, "no column of negatives"),
     "long prompt": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), query_prompt="word " * 20, max_length=16)], {},
                     "source 'a': the query prompt has 22 tokens, which leaves no room for text within max_length 16"),
@@ -458,7 +458,7 @@ def test_bad_sources(tmp_path, case):
 
 
 def test_empty_dataset_is_refused():
-    assert "source 'a': no rows" in error_of(Source, "a", Dataset.from_list(pairs("a", 2)).select([]))
+    assert "source 'a': there are no rows" in error_of(Source, "a", Dataset.from_list(pairs("a", 2)).select([]))
 
 
 def test_small_source_is_said_and_repeated(tmp_path, caplog):
@@ -466,7 +466,7 @@ def test_small_source_is_said_and_repeated(tmp_path, caplog):
         mixture = mixture_of(
             tmp_path, [Source("a", Dataset.from_list(pairs("a", 3))), Source("b", Dataset.from_list(pairs("b", 9)))]
         )
-    assert re.findall("source 'a': 3 rows, fewer than the 4", caplog.text) and "source 'b'" not in caplog.text
+    assert re.findall("source 'a': there are 3 rows, fewer than the 4", caplog.text) and "source 'b'" not in caplog.text
     loader = DataLoader(mixture, batch_sampler=SourceBatchSampler(mixture.sizes, [1.0, 0.0], 4, 0, 1, 0),
                         collate_fn=RaggedCollator(mixture.views))  # fmt: skip
     ids = next(iter(loader))["text_ids"]

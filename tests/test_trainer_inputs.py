@@ -106,7 +106,7 @@ def generator():
         ([*ROWS, "a text"], ["row 13", "a str", "row 1 a dict"]),
         ([1, 2], ["row 1 is 1, a int", "list of dicts"]),
         ([("a", "b"), ("c",)], ["row 2: a tuple of 1", "anchor and a positive"]),
-        ([*ROWS, ROWS[0] | {"positive": 3}], ["row 13, column 'positive': 3 is a int"]),
+        ([*ROWS, ROWS[0] | {"positive": 3}], ["row 13, column 'positive': 3 has the type int"]),
         (ROWS[0], ["'anchor' holds texts", "Dataset.from_dict"]),
         ({"anchor": ["a", "b"], "positive": ["c", "d"]}, ["'anchor' holds texts", "Dataset.from_dict"]),
         (DatasetDict({"train": Dataset.from_list(ROWS)}), ["looks like a split"]),

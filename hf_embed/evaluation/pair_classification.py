@@ -112,7 +112,7 @@ def read_pair_classification(path: str) -> PairClassification:
             pairs.append((cell_text(left, f"{item}, column '{first}'"), cell_text(right, f"{item}, column '{second}'")))
             labels.append(label_number(value, f"{item}, column '{label}'"))
     if not pairs:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{path}: there are no rows")
     label_numbers(labels, path)
     return PairClassification([left for left, _ in pairs], [right for _, right in pairs], labels)
 
