@@ -382,7 +382,7 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
     "modules.json that is no list": (no_list, "modules.json has no list at its top"),
     "SparseEncoder": (keys(CONFIG, model_type="SparseEncoder"), 'model_type "SparseEncoder"'),
-    "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; take one of cosine, dot, euclidean, manhattan"),
+    "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; use one of cosine, dot, euclidean, manhattan"),
     "truncate_dim below 1": (keys(CONFIG, truncate_dim=-3), "truncate_dim is -3"),
     "truncate_dim that is text": (keys(CONFIG, truncate_dim="8"), 'truncate_dim "8"'),
     "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" of config_sentence_transformers.json'),
@@ -631,7 +631,7 @@ def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, t
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"truncate_dim": 0}, "truncate_dim is 0"), ({"similarity_fn_name": "max"}, "'max'; take one of cosine"),
+    [({"truncate_dim": 0}, "truncate_dim is 0"), ({"similarity_fn_name": "max"}, "'max'; use one of cosine"),
      ({"default_prompt_name": "x"}, "unknown prompt_name 'x'")],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, says):

@@ -227,7 +227,7 @@ BAD = {
         "source 'a' .*12 rows, fewer than the 16",
     ),
     "long prompt": (["--prompts", json.dumps({"query": "word " * 70})], "the query prompt has 72 tokens"),
-    "no beir folder": (["--eval_retrieval_dir", "x={folder}/absent"], "absent: no such folder"),
+    "no beir folder": (["--eval_retrieval_dir", "x={folder}/absent"], "absent: this folder does not exist"),
     "temperature": (["--temperature", "0"], "temperature is 0"),
 }
 

@@ -99,7 +99,7 @@ def test_columns_of_both_files(tmp_path):
         assert [part.column_names for part in rows] == [["anchor", "positive"]] * 2
         assert [part["positive"][:] for part in rows] == [WORDS] * 2
     given = ("--train_file", named, "--eval_file", named, *columns)
-    assert "no column 'label' to ignore; found premise, hypothesis" in error_of(plan_rows, *given)
+    assert "there is no column 'label' to ignore; found premise, hypothesis" in error_of(plan_rows, *given)
 
 
 def test_columns_of_held_out_rows_alone(tmp_path):
