@@ -2,7 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-docs test-lowest test-newest audit soak lint venv
+# What builds the documentation site; constraints.txt has the versions. ruff lays out the signatures of functions.
+DOCS := mkdocs mkdocs-material "mkdocstrings[python]" ruff
+
+.PHONY: demo docs test test-slow test-docs test-lowest test-newest audit soak lint venv
 
 # Fine-tune the built-in encoder on the built-in texts, print before -> after, load the result with AutoModel alone.
 demo: venv
@@ -20,6 +23,13 @@ test-slow: venv
 
 test-docs: venv
 	$(PYTEST) tests/test_docs.py tests/test_contributing.py
+
+# The documentation site, in an environment of its own: it reads the code without importing it, so PyTorch is not needed.
+docs:
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@echo "Open site/index.html. The search needs a server: .venv-docs/bin/python -m http.server -d site"
 
 # The core of the tests with other versions of the dependencies, each set in an environment of its own.
 CORE := $(addprefix tests/test_,objectives.py chunking.py encoder.py trainer.py distributed.py export.py loading.py tempscale.py \

@@ -1,6 +1,8 @@
 """Draw the picture of README.md: the scores before and after training, from the table "Does it work?" of docs/results.md.
 
-python benchmarks/front_picture.py          # writes docs/results/before_after.png
+The picture is docs/results/before_after.png:
+
+    python benchmarks/front_picture.py
 """
 
 import re

@@ -25,7 +25,7 @@ def check_adapters(model: PreTrainedModel) -> None:
     check_kinds(model)
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise InputError(
-            "adapters cannot be merged into quantised weights without loss; load the base model in floating point "
+            "adapters cannot be merged into quantized weights without loss; load the base model in floating point "
             "(without quantization_config)"
         )
     try:
@@ -42,7 +42,7 @@ def check_kinds(model: PreTrainedModel) -> None:
     access to the model inside it.
     """
     if type(model).__name__ == "PeftMixedModel":
-        raise InputError("PeftMixedModel is not supported; take adapters of one kind: get_peft_model without mixed=True")
+        raise InputError("PeftMixedModel is not supported; use adapters of one kind: get_peft_model without mixed=True")
     configs: list[Any] = list(model.peft_config.values())
     for config in configs:
         if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type == "XLORA":
@@ -54,8 +54,8 @@ def unmergeable(model: PreTrainedModel, reason: str = "") -> InputError:
     types = [config.peft_type for config in model.peft_config.values()]
     kinds = " and ".join(sorted({str(getattr(kind, "value", kind)) for kind in types}))
     return InputError(
-        f"PEFT adapters of the kind {kinds} cannot be merged into the model's weights{reason}, so no ordinary checkpoint can "
-        "hold them; take adapters that can be merged, e.g. peft.LoraConfig"
+        f"PEFT adapters of the kind {kinds} cannot be merged into the model's weights{reason}, so an ordinary checkpoint "
+        "cannot hold them; use adapters that can be merged, e.g. peft.LoraConfig"
     )
 
 

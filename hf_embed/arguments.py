@@ -35,51 +35,56 @@ class ContrastiveTrainingArguments(TrainingArguments):
     """
 
     pooling: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(POOLINGS)}. Default: the model's own, else mean."}
+        default=None, metadata={"help": f"Pooling: one of {', '.join(POOLINGS)}. Default: the model's own, else mean."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a text; longer texts are cut. Default: the model's, at most 512."}
+        default=None,
+        metadata={"help": "Maximum tokens per text; longer texts are truncated. Default: the model's own, at most 512."},
     )
-    normalize: bool | None = field(default=None, metadata={"help": "Save a model that gives unit vectors."})
+    normalize: bool | None = field(default=None, metadata={"help": "Save a model that returns embeddings of unit length."})
     prompts: dict | str | None = field(
-        default=None, metadata={"help": 'Texts put before queries and documents: {"query": "...", "document": "..."}.'}
+        default=None,
+        metadata={"help": 'Texts that are put before queries and documents: {"query": "...", "document": "..."}.'},
     )
     chunk_tokens: int | None = field(
         default=None,
-        metadata={"help": "Padded tokens that go through the model at once. Default: 16384 on a GPU, 2048 on a CPU."},
+        metadata={"help": "Maximum tokens (with padding) that are encoded at once. Default: 16384 on a GPU, 2048 on a CPU."},
     )
     gradient_caching: bool = field(
         default=False,
-        metadata={"help": "Recompute each chunk in the backward pass: any batch in the memory of one chunk."},
+        metadata={"help": "Recompute each chunk in the backward pass, so that any batch needs the memory of one chunk."},
     )
     same_dropout_mask: bool = field(
         default=False,
-        metadata={"help": "Rows of a single text: both views under one dropout mask, as an ablation. SimCSE needs two."},
+        metadata={"help": "For rows of a single text: use one dropout mask for both views (an ablation; SimCSE needs two)."},
     )
     temp_scale: float | None = field(
-        default=None, metadata={"help": "TempScale: train at this temperature of attention, 0.9 for example; export folds it."}
+        default=None,
+        metadata={"help": "TempScale: train with this attention temperature, e.g. 0.9. It is folded into the saved weights."},
     )
     report_to: None | str | list[str] = field(
-        default=None, metadata={"help": "Where to log. Default: TensorBoard if it is installed. 'none', 'wandb', 'all' ..."}
+        default=None, metadata={"help": "Where to log: 'none', 'wandb', 'all' ... Default: TensorBoard if it is installed."}
     )
     drop_empty_rows: bool = field(default=False, metadata={"help": "Drop rows with an empty text, and count them."})
     source_alpha: float = field(
-        default=0.5, metadata={"help": "Of several sources, one of n rows is drawn in proportion to n^alpha."}
+        default=0.5, metadata={"help": "With several sources, a source of n rows is drawn in proportion to n^alpha."}
     )
     small_sources: str = field(
         default="repeat",
-        metadata={"help": "A source with fewer rows than a global batch: repeat its rows in the batch, or refuse.",
+        metadata={"help": "If a source has fewer rows than a global batch: repeat its rows in the batch, or refuse it.",
                   "choices": ["repeat", "refuse"]},
     )  # fmt: skip
     nan_steps: str = field(
         default="stop",
-        metadata={"help": "A step whose gradient is not a number: stop the run, or skip its update, at most 20 in a row.",
+        metadata={"help": "If a gradient is NaN or infinite: stop the run, or skip the update, at most 20 times in a row.",
                   "choices": ["stop", "skip"]},
     )  # fmt: skip
-    shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Rows of a stream that are shuffled at a time."})
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "Number of rows of a streaming dataset that are shuffled at a time."}
+    )
     allow_changed: bool = field(
         default=False,
-        metadata={"help": "Resume though the rows, the objective, the pooling or the like are other than the checkpoint's."},
+        metadata={"help": "Resume even if the rows, the objective, the pooling or the like differ from the checkpoint's."},
     )
 
     def __post_init__(self) -> None:
@@ -116,7 +121,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
         if unknown := set(self.prompts or ()) - {"query", "document"}:
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
         if not 0 <= self.source_alpha <= 1:
-            raise InputError(f"source_alpha is {self.source_alpha}; 0 draws all sources alike, 1 by their size, 0.5 in between")
+            raise InputError(
+                f"source_alpha is {self.source_alpha}; set it between 0 (all sources equally often) and 1 (by size)"
+            )
 
     @classmethod
     def of(cls, args: TrainingArguments, has_loss: bool = False) -> Self:

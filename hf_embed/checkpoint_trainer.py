@@ -89,15 +89,17 @@ class CheckpointTrainer(HubTrainer):
         folder, latest = Path(str(self.args.output_dir)), given is True or given == LATEST
         checkpoint = whole.newest_whole(folder) if latest else Path(str(given))
         if checkpoint is None:
-            raise InputError(f"No valid checkpoint found in output directory ({folder}): no checkpoint-N folder is there")
+            raise InputError(f"No valid checkpoint found in output directory ({folder}): it has no checkpoint-N folder")
         if not latest:
             if not (checkpoint / TRAINER_STATE_NAME).is_file():
-                raise InputError(f"{checkpoint}: no checkpoint there (no {TRAINER_STATE_NAME}); give a checkpoint-N folder")
+                raise InputError(
+                    f"{checkpoint}: there is no checkpoint ({TRAINER_STATE_NAME} does not exist); give a checkpoint-N folder"
+                )
             whole.check_whole(checkpoint)
         manifest = whole.read_manifest(checkpoint)
         if manifest is None:
-            logger.warning(f"{checkpoint}: an earlier version wrote this checkpoint, without hashes and what run it is of: "
-                           "neither can be checked")  # fmt: skip
+            logger.warning(f"{checkpoint}: an earlier version wrote this checkpoint, so its files and its run cannot be "
+                           "verified")  # fmt: skip
         elif manifest["run"]:
             for line in resume.compare(checkpoint, manifest["run"], self.facts, self.args.allow_changed):
                 logger.warning(line)
@@ -204,7 +206,7 @@ class CheckpointTrainer(HubTrainer):
         if reason is not None:
             self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
             if self.is_world_process_zero():
-                logger.warning(f"{best}: the best checkpoint is not whole ({reason}), and is not used")
+                logger.warning(f"{best}: the best checkpoint is damaged ({reason}), so it is not used")
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         """Finish the training as `Trainer` does, but ignore the best checkpoint if it is damaged.
@@ -293,10 +295,10 @@ def starting_anew(checkpoint: Path) -> str | None:
         return None
     optimizer, schedule, random = (any(name.startswith(part) for name in names) for part in ("optimizer", "scheduler", "rng_"))
     if not (optimizer or schedule or random):
-        return "holds the model alone (save_only_model): optimizer, learning rate schedule and random numbers start anew"
+        return "holds only the model (save_only_model): optimizer, learning-rate schedule and random states start again"
     if not (optimizer and schedule):
-        return f"has no {SCHEDULER_NAME if optimizer else OPTIMIZER_NAME}: optimizer and learning rate schedule start anew"
-    return None if random else "has no random number states: dropout draws other numbers than it would have drawn"
+        return f"has no {SCHEDULER_NAME if optimizer else OPTIMIZER_NAME}: optimizer and learning-rate schedule start again"
+    return None if random else "has no random states: dropout draws different numbers than without the interruption"
 
 
 def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputError:
@@ -318,8 +320,8 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
         for name in OF_ITS_SHAPE:
             if name in state and state[name].shape != parameter.shape:
                 raise InputError(
-                    f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, and its weight "
-                    f"{tuple(parameter.shape)}; give another checkpoint"
+                    f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, but its weight "
+                    f"has {tuple(parameter.shape)}; give another checkpoint"
                 )
 
 

@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         check_pooling(pooling)
         check_prompts(prompts)
         if not is_one_of(similarity_fn_name, SIMILARITIES):
-            raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; take one of {', '.join(SIMILARITIES)}")
+            raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; use one of {', '.join(SIMILARITIES)}")
         if truncate_dim is not None and not (isinstance(truncate_dim, int) and truncate_dim > 0):
             raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
         self.backbone = text_encoder(without_head(backbone))
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         if POOLINGS[pooling].model_pooler and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
-                "take pooling cls_mlp_train (head while training only) or cls"
+                "use pooling cls_mlp_train (with a head only in training) or cls"
             )
         self.dense = nn.Sequential(*dense)
         attend_fully(self.base)
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
         if name is None:
             return ""
         if name not in ("query", "document", *self.prompts):
-            raise InputError(f"unknown prompt_name '{name}'; there are query, document and the model's own")
+            raise InputError(f"unknown prompt_name '{name}'; use query, document or a prompt of the model")
         return self.prompts.get(name, "")
 
     @property
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         if states[-1].shape[:2] != input_ids.shape:
             raise InputError(
                 f"{type(self.base).__name__}: its first output has the shape {tuple(states[-1].shape)} for "
-                f"{tuple(input_ids.shape)} token ids, so there are no token states to pool; take a text encoder"
+                f"{tuple(input_ids.shape)} token ids, so there are no hidden states of tokens to pool; use a text encoder"
             )
         return pool(self.pooling, states, mask)
 
@@ -447,7 +447,7 @@ def embed_texts(
     )["input_ids"]
     if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
         number = empty[0] if numbers is None else min(numbers[i] for i in empty)
-        raise InputError(f"text {number + 1} of these has no token, so it has no vector; leave empty texts out")
+        raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
     flat = torch.tensor(list(itertools.chain.from_iterable(rows)), device=encoder.device)
     return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
 

@@ -50,12 +50,14 @@ def check_arguments(others: Mapping[str, Any], convert_to_tensor: bool) -> None:
     for name, value in others.items():
         if name == "convert_to_numpy":
             if not value and not convert_to_tensor:
-                raise InputError("convert_to_numpy=False: encode() gives no list of tensors; give convert_to_tensor=True")
+                raise InputError(
+                    "convert_to_numpy=False: encode() does not return a list of tensors; set convert_to_tensor=True"
+                )
         elif name == "output_value":
             if value != "sentence_embedding":
-                raise InputError(f"output_value={value!r}: encode() gives a vector for each text; for tokens call .backbone")
+                raise InputError(f"output_value={value!r}: encode() returns one vector per text; for tokens, call .backbone")
         else:
-            mend = f"; give {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+            mend = f"; use {ELSEWHERE[name]}" if name in ELSEWHERE else ""
             raise TypeError(f"encode() has no argument '{name}'{mend}")
 
 
@@ -72,23 +74,23 @@ def check_prompts(prompts: Any) -> None:
         isinstance(prompts, Mapping) and all(isinstance(word, str) for pair in prompts.items() for word in pair)
     ):
         return
-    raise InputError(f'prompts are {prompts!r}; give texts by name, {{"query": "query: "}} for example')
+    raise InputError(f'prompts are {prompts!r}; give texts by name, for example {{"query": "query: "}}')
 
 
 def text_list(texts: Any) -> list[str]:
     """Return texts as a list. Raise InputError if `texts` is not a text or a collection of texts with an order."""
     if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # would yield keys, or any order
-        raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of them, or one column")
+        raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of texts, or one column")
     texts = texts.tolist() if hasattr(texts, "tolist") else texts  # arrays, and columns of pandas or datasets
     if isinstance(texts, str):  # from an array without dimensions
         return [texts]
     if not isinstance(texts, list):
         if not isinstance(texts, Iterable):
-            raise InputError(f"the texts are {texts!r}; give a text or a list of them")
+            raise InputError(f"the texts are {texts!r}; give a text or a list of texts")
         texts = list(texts)
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise InputError(f"text {number} is no text but {text!r}; fill it in, make it a string or leave it out")
+            raise InputError(f"text {number} is not a string but {text!r}; convert it to a string or remove it")
     return texts
 
 
@@ -156,25 +158,27 @@ def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool |
     """Raise InputError for options that `Encoder.encode` cannot fulfill; the arguments are those of `encode`."""
     most, name = encoder.full_dimension, encoder.similarity_fn_name
     if normalize not in (None, True, False):
-        raise InputError(f"normalize is {normalize!r}; it must be True, False or None, which is as the model was saved")
+        raise InputError(f"normalize is {normalize!r}; it must be True, False or None (as the model was saved)")
     if truncate_dim is not None and (type(truncate_dim) is not int or not 1 <= truncate_dim <= most):
-        raise InputError(f"truncate_dim is {truncate_dim!r}; this model's vectors have 1 to {most} numbers to keep")
+        raise InputError(
+            f"truncate_dim is {truncate_dim!r}; it must be a whole number from 1 to {most}, the size of this model's vectors"
+        )
     check_precision(precision)
     if precision == "float32":
         return
     width = truncate_dim or encoder.dimension
     unit = normalize or (normalize is None and encoder.normalize and width == most)
     if name != "cosine" and not (unit and name == "dot"):
-        mend = "; or normalize=True, to compare by the cosine" if name == "dot" else ""
+        mend = ", or set normalize=True" if name == "dot" else ""
         raise InputError(
-            f"precision {precision} loses the length of a vector, which this model's similarity ({name}) needs; take "
+            f"precision {precision} loses the length of a vector, which this model's similarity ({name}) needs; use "
             f"float32{mend}"
         )
     check_packable(precision, width)
     if width != encoder.dimension and encoder.dimension in (8 * width, width / 8):
         raise InputError(
-            f"precision {precision} with truncate_dim {width}: `similarity` could not tell these vectors from others of the "
-            f"model, of {encoder.dimension} numbers; take another truncate_dim"
+            f"precision {precision} with truncate_dim {width}: `similarity` could not distinguish these vectors from the "
+            f"model's vectors of {encoder.dimension} numbers; use another truncate_dim"
         )
 
 
@@ -186,7 +190,7 @@ def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | t
         return [encoder.to(usable_device(device))]
     devices = [usable_device(name) for name in device]
     if not devices:
-        raise InputError("device is an empty list; name devices, or leave it out")
+        raise InputError("device is an empty list; name a device, or remove device")
     own = devices.index(encoder.device) if encoder.device in devices else None
     return [encoder if i == own else copy.deepcopy(encoder).to(place) for i, place in enumerate(devices)]
 
@@ -202,6 +206,6 @@ def usable_device(name: str | int | torch.device) -> torch.device:
     found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     kind = torch.accelerator.current_accelerator().type if found else "cpu"  # type: ignore[union-attr]
     if device.type != kind or (device.index or 0) >= found:
-        here = f"{found} of the type {kind}" if found else "the CPU alone"
-        raise InputError(f"device '{name}' is not here: there is {here}; name another, or leave device out")
+        here = f"{found} of the type {kind}" if found else "only a CPU"
+        raise InputError(f"device '{name}' is not available: this machine has {here}; name another device, or remove device")
     return device if device.index is not None else torch.device(kind, torch.accelerator.current_device_index())

@@ -104,7 +104,7 @@ def run_passes(encoder: "Encoder") -> Passes:
             kind = type(encoder.base).__name__
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise InputError(
-                f"{kind} cannot encode a text from its token ids ({type(error).__name__}: {reason}); take a text encoder"
+                f"{kind} cannot encode a text from its token ids ({type(error).__name__}: {reason}); use a text encoder"
             ) from error
 
 
@@ -137,19 +137,20 @@ def check_passes(passes: Passes, encoder: "Encoder") -> None:
     kind, tolerance = type(encoder.base).__name__, tolerance_of(encoder.backbone)
     if differ(passes.plain, passes.reference, tolerance):
         raise InputError(
-            f"{kind}: its vectors depend on the tokenizer's {', '.join(passes.further)}, and only token ids are handed on; if "
-            "the model was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+            f"{kind}: its embeddings depend on the tokenizer's {', '.join(passes.further)}, but only token ids are passed to "
+            "the model; if it was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
         )
     if differ(passes.batch, passes.reference, tolerance):
         raise InputError(
-            f"{kind}: a text's vector depends on the texts beside it, or on chance (it differs in a padded batch); take "
-            "another architecture"
+            f"{kind}: the embedding of a text depends on the other texts of its batch, or on chance (it differs in a padded "
+            "batch); use another architecture"
         )
     if differ(passes.training, passes.reference, tolerance):
-        raise InputError(f"{kind}: the forward pass of training differs from that of encode; take another architecture")
+        raise InputError(f"{kind}: the forward pass of training differs from that of encode; use another architecture")
     if not passes.attends:
         raise InputError(
-            f"{kind}: no token sees another on this device ({encoder.device.type}), so attention does nothing; take another"
+            f"{kind}: on this device ({encoder.device.type}) attention has no effect, because tokens do not see each other; "
+            "use another device or architecture"
         )
 
 
@@ -296,7 +297,7 @@ def check_vocabulary(encoder: "Encoder") -> None:
     added = tokenizer.added_tokens_decoder
     if len(tokenizer) <= len(added):
         raise InputError(
-            f"the tokenizer ({kind}) has no vocabulary beside {len(tokenizer)} special tokens: its files (tokenizer.json, "
+            f"the tokenizer ({kind}) has no vocabulary except {len(tokenizer)} special tokens: its files (tokenizer.json, "
             "vocab.txt, spiece.model ...) are missing; save the model's tokenizer beside its weights"
         )
     if table is None:
@@ -306,8 +307,8 @@ def check_vocabulary(encoder: "Encoder") -> None:
         largest = max(tokenizer.get_vocab().values())
         if largest >= rows:
             raise InputError(
-                f"the tokenizer has token ids up to {largest}, but the model's word table has {rows} rows; take the model's "
-                "own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train"
+                f"the tokenizer has token ids up to {largest}, but the model's embedding table has {rows} rows; use the "
+                "model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train"
             )
 
 

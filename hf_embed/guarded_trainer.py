@@ -132,19 +132,19 @@ class GuardedTrainer(CheckpointTrainer):
         """Halve `chunk_tokens` and warn, or raise the error about full memory if a smaller value cannot help."""
         args, step = self.args, self.state.global_step + 1
         budget = args.chunk_tokens or default_chunk_tokens(args.device)
-        mend = "set a lower chunk_tokens, gradient_caching or a smaller per_device_train_batch_size"
+        mend = "set a smaller chunk_tokens, gradient_caching, or a smaller per_device_train_batch_size"
         if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise RankError(f"the memory of the GPU of process {args.process_index} is full, at step {step}; {mend}") from error
+            raise RankError(f"GPU memory of process {args.process_index} is full at step {step}; {mend}") from error
         shortest = min(length for batch in self.step_memory.batches for length in batch["lengths"])
         if budget < 2 * shortest and args.gradient_caching:
             raise InputError(
-                f"the memory of the GPU is full at step {step}, even with a single text at a time; set a smaller max_length or "
+                f"GPU memory is full at step {step}, even with a single text at a time; set a smaller max_length or "
                 "per_device_train_batch_size"
             ) from error
         args.chunk_tokens, args.gradient_caching = max(1, budget // 2), True
         logger.warning(
-            f"the memory of the GPU is full, at step {step}, which begins again with chunk_tokens {args.chunk_tokens} and "
-            "gradient_caching, as all that follow; give both to have them from the first step"
+            f"GPU memory is full at step {step}; this step is repeated, and it and all later steps use chunk_tokens "
+            f"{args.chunk_tokens} and gradient_caching; set both to use them from the first step"
         )
 
     # ---- gradients that are NaN or infinite ----
@@ -153,7 +153,7 @@ class GuardedTrainer(CheckpointTrainer):
         """Raise InputError if `nan_steps` is "skip" and the optimizer cannot skip the update of a step."""
         optimizer = "DeepSpeed" if self.is_deepspeed_enabled else str(getattr(self.args.optim, "value", self.args.optim))
         if self.args.nan_steps == "skip" and optimizer in ("DeepSpeed", "lomo", "adalomo"):
-            raise InputError(f"nan_steps is skip, but {optimizer} updates weights while it computes gradients; leave it out")
+            raise InputError(f"nan_steps is skip, but {optimizer} updates weights while it computes gradients; set it to stop")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of a step, which is the same on every rank, and pass it to the watch."""

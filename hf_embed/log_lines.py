@@ -101,7 +101,7 @@ def summary(logs: Mapping[str, Any], state: TrainerState) -> str:
     steps, seconds = state.global_step, float(logs["train_runtime"])
     own = steps - logs.get("resumed_at_step", 0)
     if not own:
-        return f"no step was left to train: {steps:,} were trained before"
+        return f"no steps were left to train: all {steps:,} were trained before"
     rate = f", {digits(logs['train_samples_per_second'])} rows/s" if "train_samples_per_second" in logs else ""
     loss = f", mean loss {digits(logs['train_loss'])}" if "train_loss" in logs else ""
     of = f"{own:,} of {steps:,}" if own < steps else f"{steps:,}"

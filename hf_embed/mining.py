@@ -84,22 +84,24 @@ class MiningArguments:
         InputError: if a number is out of range, or if the ranks or scores leave no room for a negative.
     """
 
-    num_negatives: int = field(default=3, metadata={"help": "Negatives of a row."})
-    range_min: int = field(default=0, metadata={"help": "Leave out so many of the nearest documents."})
-    range_max: int = field(default=100, metadata={"help": "Look no further than this rank."})
+    num_negatives: int = field(default=3, metadata={"help": "Number of negatives per row."})
+    range_min: int = field(default=0, metadata={"help": "Number of nearest documents to skip."})
+    range_max: int = field(default=100, metadata={"help": "Last rank to consider among the nearest documents."})
     relative_margin: float | None = field(
-        default=0.05, metadata={"help": "Leave out what scores above the positive's score less this share; 0.05 is 95%."}
+        default=0.05,
+        metadata={"help": "Skip documents that score above the positive's score minus this share of it; 0.05 means 95%."},
     )
     absolute_margin: float | None = field(
-        default=None, metadata={"help": "Leave out what scores above the positive's score less this."}
+        default=None, metadata={"help": "Skip documents that score above the positive's score minus this number."}
     )
-    max_score: float | None = field(default=None, metadata={"help": "Leave out what scores above this."})
-    min_score: float | None = field(default=None, metadata={"help": "Leave out what scores below this."})
+    max_score: float | None = field(default=None, metadata={"help": "Skip documents that score above this number."})
+    min_score: float | None = field(default=None, metadata={"help": "Skip documents that score below this number."})
     sampling_strategy: str = field(
-        default="top", metadata={"help": "The nearest of what is left, or a random choice of it.", "choices": ["top", "random"]}
+        default="top",
+        metadata={"help": "Take the nearest remaining documents, or a random sample of them.", "choices": ["top", "random"]},
     )
-    use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); needs faiss-cpu."})
-    seed: int = field(default=42, metadata={"help": "Of a random choice."})
+    use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); requires faiss-cpu."})
+    seed: int = field(default=42, metadata={"help": "Seed of the random sample."})
 
     def __post_init__(self) -> None:
         cosine, whole = Range(least=-1, most=1), Range(whole=True)
@@ -109,9 +111,14 @@ class MiningArguments:
              "absolute_margin": FINITE, "max_score": cosine, "min_score": cosine, "seed": whole},
         )  # fmt: skip
         if self.min_score is not None and self.max_score is not None and self.min_score >= self.max_score:
-            raise InputError(f"min_score {self.min_score} is not below max_score {self.max_score}: nothing would be left")
+            raise InputError(
+                f"min_score {self.min_score} is not below max_score {self.max_score}, so no document is left; lower min_score"
+            )
         if not 0 <= self.range_min <= self.range_max - self.num_negatives:
-            raise InputError(f"ranks {self.range_min} to {self.range_max} have no room for {self.num_negatives} negatives")
+            raise InputError(
+                f"ranks {self.range_min} to {self.range_max} have no room for {self.num_negatives} negatives; set a larger "
+                "range_max"
+            )
 
 
 def mine_hard_negatives(
@@ -148,7 +155,7 @@ def mine_hard_negatives(
         raise TypeError(f"mine_hard_negatives() has no argument '{unknown[0]}'; the rules are {', '.join(sorted(known))}")
     args = MiningArguments(**rules)
     if output_file is None and get_world_size() > 1:
-        raise InputError("mine_hard_negatives on several ranks: give output_file, which all of them can write")
+        raise InputError("mine_hard_negatives runs on several ranks; give an output_file that all of them can write")
     pairs, columns = read_dataset(dataset, anchor_column_name, positive_column_name)
 
     def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
@@ -175,7 +182,7 @@ def read_dataset(
     """
     table = as_rows(dataset, "dataset")
     if not isinstance(table, Dataset):
-        raise InputError("dataset: hard negatives are searched among all rows, which a stream has not; give a Dataset")
+        raise InputError("dataset: mining needs all rows at once, so a streaming dataset is not supported; give a Dataset")
     table = unformatted(table)
     names = [anchor_column, positive_column]
     if None in names:
@@ -183,7 +190,7 @@ def read_dataset(
         names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
     columns = [str(name) for name in names]
     if missing := [column for column in columns if column not in table.column_names]:
-        raise InputError(f"dataset: no column '{missing[0]}'; found {', '.join(table.column_names)}")
+        raise InputError(f"dataset: there is no column '{missing[0]}'; found {', '.join(table.column_names)}")
     pairs = []
     for number, row in enumerate(plain_rows(table, columns, "dataset"), 1):
         pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"dataset, row {number}")]
@@ -223,7 +230,9 @@ def write_hard_negatives(
         import_faiss()
     queries, documents = distinct_texts(pairs, corpus)
     if len(documents) < 2:
-        raise InputError(f"{output}: {len(documents)} document(s); there is nothing to choose negatives from")
+        raise InputError(
+            f"{output}: there are {len(documents)} document(s), too few to choose negatives from; give more pairs or a corpus"
+        )
     with claimed(work, digest([identity], queries, documents)):
         if output.is_file():
             return finished(work, output, pairs, args.num_negatives)
@@ -242,7 +251,7 @@ def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list
     queries = list(dict.fromkeys(query for query, _ in pairs))
     given = as_list(corpus, "corpus")
     if odd := [number for number, text in enumerate(given, 1) if not isinstance(text, str | None)]:
-        raise InputError(f"corpus, row {odd[0]}: the text is not a text ({given[odd[0] - 1]!r}); {FILL_IN}")
+        raise InputError(f"corpus, row {odd[0]}: the text is not a string ({given[odd[0] - 1]!r}); {FILL_IN}")
     texts = [text for text in given if text and text.strip()]  # an empty text cannot be a negative
     return queries, list(dict.fromkeys([document for _, document in pairs] + texts))
 
@@ -255,7 +264,7 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
         for path in blocks:
             block = read_json(path)
             if not block.keys() >= {"counts", "rows"}:
-                raise InputError(f"{path}: is no part of this search; remove the folder to start anew")
+                raise InputError(f"{path}: the file is not part of this search; remove its folder to start again")
             counts.update(block["counts"])
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in block["rows"])
     put(unfinished, output)
@@ -286,7 +295,7 @@ def describe(counts: Counter[str]) -> list[str]:
     """Return the counts of `write_hard_negatives` as readable lines."""
     rules = ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score")
     return [
-        f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} have fewer than asked for",
+        f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} rows have fewer than requested",
         *(f"left out by {rule}: {counts[rule]:,} candidates" for rule in rules if counts[rule]),
     ]
 
@@ -304,7 +313,7 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
         if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
             text = texts[numbers.start + bad[0]]
             raise InputError(
-                f"{len(bad)} of {len(vectors)} vectors are not finite, that of {text[:60]!r} for one; check the model"
+                f"{len(bad)} of {len(vectors)} vectors are not finite, for example that of {text[:60]!r}; check the model"
             )
         np.save(path, vectors)
 
@@ -331,7 +340,10 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise InputError("--use_faiss needs the package faiss-cpu or faiss-gpu; the search is exact without it too") from error
+        raise InputError(
+            "--use_faiss requires the package faiss-cpu or faiss-gpu; install it or remove the flag: the search is exact "
+            "without it too"
+        ) from error
     return faiss
 
 

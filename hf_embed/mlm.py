@@ -23,11 +23,11 @@ def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrained
         InputError: if the model has no such head, or has PEFT adapters, because the auxiliary loss trains the whole model.
     """
     if model is not None and has_adapters(model.backbone if isinstance(model, Encoder) else model):
-        raise InputError("mlm_weight trains the whole model, and PEFT adapters a part of it; leave one of them out")
+        raise InputError("mlm_weight trains all weights and cannot be combined with PEFT adapters; remove one of them")
     head = getattr(model, "cls", None) or getattr(model, "lm_head", None)
     if not isinstance(head, nn.Module) or isinstance(head, nn.Linear) or not hasattr(model, "base_model"):
         raise InputError(
-            f"mlm_weight needs a model with a masked-language-modelling head of the BERT or RoBERTa kind; "
+            f"mlm_weight needs a model with a masked-language-modeling head of the BERT or RoBERTa kind; "
             f"{type(model).__name__} has none: load AutoModelForMaskedLM, or set mlm_weight to 0"
         )
     return model.base_model, head  # type: ignore[union-attr,return-value]  # a model with a head is not None

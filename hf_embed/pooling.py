@@ -76,7 +76,7 @@ POOLINGS: dict[str, Pooling] = {
     for pooling in (
         Pooling(
             name="cls",
-            description="the first token's state",
+            description="the hidden state of the first token",
             function=first_token,
             flag="cls_token",
             mode="cls",
@@ -84,7 +84,7 @@ POOLINGS: dict[str, Pooling] = {
         ),
         Pooling(
             name="cls_mlp",
-            description="the first token's state through the model's own pooler (dense + tanh), kept in the checkpoint",
+            description="the first token's hidden state through the model's own pooler (dense + tanh), which is saved",
             function=first_token,
             flag="cls_token",
             mode="cls",
@@ -93,7 +93,7 @@ POOLINGS: dict[str, Pooling] = {
         ),
         Pooling(
             name="cls_mlp_train",
-            description="like cls_mlp while training; evaluated and saved as cls (SimCSE, unsupervised)",
+            description="like cls_mlp in training; evaluated and saved as cls (SimCSE, unsupervised)",
             function=first_token,
             flag="cls_token",
             mode="cls",
@@ -111,7 +111,7 @@ POOLINGS: dict[str, Pooling] = {
         ),
         Pooling(
             name="last",
-            description="the last token's state (decoders)",
+            description="the hidden state of the last token (for decoders)",
             function=last_token,
             flag="lasttoken",
             mode="lasttoken",
@@ -122,7 +122,7 @@ POOLINGS: dict[str, Pooling] = {
         ),
         Pooling(
             name="weighted_mean",
-            description="mean over the tokens, the n-th weighing n (SGPT)",
+            description="mean over the tokens, where the n-th token has the weight n (SGPT)",
             function=position_weighted_mean,
             flag="weightedmean_tokens",
             mode="weightedmean",
@@ -177,7 +177,7 @@ class Dense(nn.Module):
 def check_pooling(pooling: str) -> None:
     """Raise InputError, with the names of all poolings, if a name is not in the table."""
     if not is_one_of(pooling, POOLINGS):
-        raise InputError(f"unknown pooling '{pooling}'; take one of {', '.join(POOLINGS)}")
+        raise InputError(f"unknown pooling '{pooling}'; use one of {', '.join(POOLINGS)}")
 
 
 def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tensor:

@@ -52,11 +52,11 @@ def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, 
         listed = ", ".join(rows.names[:SHOWN_SOURCES]) + (f" and {more} more" if more > 0 else "")
         name = f"{rows.names[0]}, the first of {len(rows.names)} sources ({listed})" if len(rows.names) > 1 else rows.names[0]
     if isinstance(table, Stream):
-        cut = f"about {table.truncated_share:.0%} of the texts are cut"
+        cut = f"about {table.truncated_share:.0%} of the texts are truncated"
     else:
         texts, truncated = count_texts(table)
         length = f" to {encoder.max_length} tokens" if isinstance(rows, Dataset) else ""
-        cut = f"{len(table):,} rows, {truncated:,} of {texts:,} texts cut{length}"
+        cut = f"{len(table):,} rows, {truncated:,} of {texts:,} texts truncated{length}"
     return f"as the model reads {name}: {cut}"
 
 

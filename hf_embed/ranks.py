@@ -85,8 +85,8 @@ def peers_in_one_line(seconds: int | None = None) -> Iterator[None]:
         if any(words in text for words in SILENT):
             waited = "" if seconds is None else f" for {seconds} s"
             raise InputError(
-                f"another process of this run has not answered{waited}: it stalls, or is slower by more than --ddp_timeout; "
-                "look at what it does, or give a larger --ddp_timeout"
+                f"another process of this run has not answered{waited}: it hangs, or is slower by more than --ddp_timeout; "
+                "check that process, or set a larger --ddp_timeout"
             ) from None
         if not any(words in text for words in GONE):
             raise

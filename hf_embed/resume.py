@@ -248,8 +248,8 @@ def check_ranks_alike(facts: list[Facts]) -> None:
     if other:
         changes = changes_of(facts[0]["data"], facts[int(other[0])]["data"], "is", f"on rank {other[0]}")
         raise InputError(
-            f"ranks read different rows: rank {', '.join(other)} others than rank 0 ({'; '.join(changes)}); give all ranks the "
-            "same files"
+            f"ranks read different rows: rank 0 differs from rank {', '.join(other)} ({'; '.join(changes)}); give all ranks "
+            "the same files"
         )
 
 
@@ -276,13 +276,13 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
     ranks, notes = other_ranks(then, now)
     told = told_changes(then, now)
     if not (changes or ranks):
-        return notes + ([f"{checkpoint}: goes on with other settings: {'; '.join(told)}"] if told else [])
+        return notes + ([f"{checkpoint}: resuming with other settings: {'; '.join(told)}"] if told else [])
     if not allow_changed:
         raise InputError(
-            f"{checkpoint}: the checkpoint is of a run with other settings: {'; '.join(changes + ranks)}; go back to those, or "
-            "start anew in another folder (allow_changed goes on all the same)"
+            f"{checkpoint}: the checkpoint belongs to a run with other settings: {'; '.join(changes + ranks)}; restore "
+            "these settings, start again in another folder, or set allow_changed to resume anyway"
         )
-    return notes + [f"{checkpoint}: allow_changed goes on although {'; '.join(changes + ranks + told)}"]
+    return notes + [f"{checkpoint}: resuming because allow_changed is set, although {'; '.join(changes + ranks + told)}"]
 
 
 def run_changes(then: Facts, now: Facts) -> list[str]:
@@ -295,7 +295,7 @@ def run_changes(then: Facts, now: Facts) -> list[str]:
     data, present_data = (without_content(facts.get("data", {}), bool(retokenized)) for facts in (then, now))
     changes += changes_of(data, present_data)
     if not changes and same_draws(then, now) and then.get("order") != now.get("order"):
-        changes.append("the order of the rows: this version draws another one from the same seed")
+        changes.append("the order of the rows: this version draws a different order from the same seed")
     return changes
 
 
@@ -308,17 +308,17 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
     before, present = then.get("parameters", {}), now.get("parameters", {})
     if before != present:
         other = sorted(changed_keys(before, present))
-        shown = f"{other[0]} is {shape(before.get(other[0]))} there and {shape(present.get(other[0]))} here"
+        shown = f"for example {other[0]} was {shape(before.get(other[0]))} and is {shape(present.get(other[0]))}"
         raise InputError(
-            f"{checkpoint}: the checkpoint is of another model: {len(other):,} trained parameters differ, {shown}{besides}; "
-            "give the model, the objective and the adapters that its run had"
+            f"{checkpoint}: the checkpoint belongs to another model: {len(other):,} trained parameters differ, {shown}{besides}"
+            "; use the model, the objective and the adapters of its run"
         )
     if then.get("base") != now.get("base"):
-        raise InputError(f"{checkpoint}: the adapters were trained on another base model; give the one that the run had")
+        raise InputError(f"{checkpoint}: the adapters were trained on another base model; use the base model of its run")
     if then.get("optimizer") != now.get("optimizer"):
         raise InputError(
-            f"{checkpoint}: the optimizer was {then.get('optimizer')} and is {now.get('optimizer')}, whose state is another; "
-            "go back to that one, or start anew in another folder"
+            f"{checkpoint}: the optimizer was {then.get('optimizer')} and is {now.get('optimizer')}, so its saved state cannot "
+            "be loaded; use the earlier one, or start again in another folder"
         )
 
 
@@ -360,17 +360,18 @@ def other_ranks(then: Facts, now: Facts) -> tuple[list[str], list[str]]:
     change, batch = f"the number of ranks was {before} and is {ranks}", global_batch(then)
     steps = "gradient_accumulation_steps"
     if any(facts.get("stream") for facts in then["data"].values()):
-        return [f"{change}, and a stream's rows are divided among the ranks: start {before}"], []
+        return [f"{change}, but the rows of a stream are divided among the ranks: set it to {before}"], []
     if batch != global_batch(now) or then["settings"][steps] != now["settings"][steps]:
         given = f"--per_device_train_batch_size {batch // ranks} --gradient_accumulation_steps {then['settings'][steps]}"
-        mend = f"{given} makes the same batches" if batch % ranks == 0 else f"start {before}, for {batch} rows do not divide"
+        other = f"set it to {before}, because {batch} rows cannot be divided equally among {ranks}"
+        mend = f"{given} makes the same batches" if batch % ranks == 0 else other
         return [f"{change}: {mend}"], []
     if then["rows_of_epoch"] != now["rows_of_epoch"]:
-        uses = f"an epoch used {then['rows_of_epoch']:,} rows and uses {now['rows_of_epoch']:,}, for the last batch is divided"
-        return [f"{change}: {uses}; start {before}"], []
+        uses = f"an epoch used {then['rows_of_epoch']:,} rows and uses {now['rows_of_epoch']:,}"
+        return [f"{change}: {uses}, because the last batch is divided; set it to {before}"], []
     if not any(now["settings"]["dropout"].values()):
         return [], []
-    return [], [f"{change}: the batches are the same, but dropout draws other numbers than it would have drawn"]
+    return [], [f"{change}: the batches are the same, but dropout draws different numbers"]
 
 
 def told_changes(then: Facts, now: Facts) -> list[str]:

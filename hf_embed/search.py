@@ -50,14 +50,14 @@ def semantic_search(
             similarity is unknown or not possible for the precision; or if int8 vectors may be packed or not.
     """
     if similarity not in SIMILARITIES:
-        raise InputError(f"unknown similarity {similarity!r}; take one of {', '.join(SIMILARITIES)}")
+        raise InputError(f"unknown similarity {similarity!r}; use one of {', '.join(SIMILARITIES)}")
     if type(top_k) is not int or top_k < 1:
-        raise InputError(f"top_k is {top_k!r}; it must be at least 1 and whole")
+        raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
     rows = corpus if isinstance(corpus, np.ndarray) and corpus.ndim == 2 else as_matrix(corpus)
     asked = as_matrix(queries)
     kinds = precisions(asked, read_block(rows, 0, 1), precision)
     if similarity != "cosine" and set(kinds) != {"float32"}:
-        raise InputError(f"similarity {similarity}: vectors of the precision {kinds[1]} have no length; take cosine")
+        raise InputError(f"similarity {similarity}: vectors of the precision {kinds[1]} do not keep their length; use cosine")
     hits = []
     for part in as_floats(asked, kinds[0]).split(QUERIES):
         blocks = (as_floats(read_block(rows, start, BLOCK), kinds[1]) for start in range(0, len(rows), BLOCK))
@@ -79,7 +79,7 @@ def precisions(queries: Tensor, rows: Tensor, given: str | None) -> tuple[str, s
         check_precision(given)
     whole = [vectors.shape[-1] for vectors in (queries, rows) if vectors.dtype not in (torch.int8, torch.uint8)]
     if torch.int8 in (queries.dtype, rows.dtype) and not whole and given is None:
-        raise InputError("int8 vectors may be of the precision int8 or binary: say which by precision='int8' or 'binary'")
+        raise InputError("int8 vectors may have the precision int8 or binary; set precision='int8' or precision='binary'")
     width = whole[0] if whole else 8 * queries.shape[-1]
     first, second = (precision_of(vectors, width, width, given) for vectors in (queries, rows))
     check_widths(as_floats(queries[:1], first), as_floats(rows, second))
@@ -92,7 +92,7 @@ def finite(compare: Compare) -> Compare:
     def checked(queries: Tensor, block: Tensor) -> Tensor:
         scores = compare(queries, block)
         if not bool(torch.isfinite(scores).all()):
-            raise InputError("there are vectors whose numbers are not finite; leave them out or check the model")
+            raise InputError("some vectors are not finite; remove them or check the model")
         return scores
 
     return checked

@@ -233,7 +233,7 @@ def make_encoder(
     encoder = Encoder(model, tokenizer, **given)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
         logger.warning(
-            "the weights to train are in half precision, and so would be every update; load the model with "
+            "the weights to train are in half precision, so every update would be rounded to it; load the model with "
             "dtype=torch.float32 and set bf16=True for speed"
         )
     return encoder
@@ -243,12 +243,13 @@ def warn_of_settings_for_encode(encoder: Encoder) -> None:
     """Warn about settings of the model that only `encode` uses and that training ignores."""
     if encoder.prompt():
         logger.warning(
-            f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts; training puts those named "
-            "query and document before them, where there are such"
+            f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts, but training uses the "
+            "prompts named query and document, if there are any"
         )
     if encoder.dimension < encoder.full_dimension:
         logger.warning(
-            f"training uses all {encoder.full_dimension} dimensions; encode gives the first {encoder.dimension} (truncate_dim)"
+            f"training uses all {encoder.full_dimension} dimensions, but encode returns only the first {encoder.dimension} "
+            "(truncate_dim)"
         )
 
 
@@ -278,7 +279,7 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
         return
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(step.parameters()):
-        raise InputError("optimizers: the optimizer holds no parameter of the model; make it of the model that is trained")
+        raise InputError("optimizers: the optimizer has none of the model's parameters; create it for the model that you train")
     head = [] if step.train_head is None else list(step.train_head.parameters())
     temperature = [] if step.log_temperature is None else [step.log_temperature]
     made: list[tuple[str, list[nn.Parameter], dict[str, float]]] = [
@@ -289,8 +290,8 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
         parameters = [parameter for parameter in parameters if parameter not in held]
         if parameters and scheduler is not None:
             raise InputError(
-                f"optimizers: the scheduler was made before the {what}, and cannot set its learning rate; give the optimizer "
-                "alone, (optimizer, None), and lr_scheduler_type"
+                f"optimizers: the scheduler was created before the {what} and cannot set its learning rate; give only the "
+                "optimizer, (optimizer, None), and set lr_scheduler_type"
             )
         if parameters:
             optimizer.add_param_group({"params": parameters, **settings})

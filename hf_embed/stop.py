@@ -120,11 +120,11 @@ def how_to_go_on(number: int, step: int, checkpoint: str | None) -> str:
     """Return the message that the training was stopped, and how to resume it."""
     said = f"stopped by {signal.Signals(number).name} after step {step}"
     if checkpoint is None:
-        return f"{said}; the same command begins this run again, and keeps those that are finished"
-    how = "trainer.train(resume_from_checkpoint=True)"
+        return f"{said}; run the same command again: it restarts this run and keeps the finished runs"
+    how = "call trainer.train(resume_from_checkpoint=True)"
     if running_recipe() is not None:
-        how = "the same command with --resume_from_checkpoint"
-    return f"{said}; {checkpoint} is saved: {how} goes on"
+        how = "run the same command with --resume_from_checkpoint"
+    return f"{said}; saved {checkpoint}; to resume, {how}"
 
 
 # ---- launchers ----

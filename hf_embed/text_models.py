@@ -54,8 +54,8 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
     if encoder_class == kind or not getattr(config, "is_encoder_decoder", False):
         return model
     if encoder_class is None or hasattr(model, "peft_config"):
-        raise InputError(f"{kind} is an encoder-decoder, which has no token states of a text by itself; take a text encoder")
-    logger.warning(f"{kind} is an encoder-decoder: its encoder is taken ({encoder_class})")
+        raise InputError(f"{kind} is an encoder-decoder, which has no hidden states for a single text; use a text encoder")
+    logger.warning(f"{kind} is an encoder-decoder: only its encoder is used ({encoder_class})")
     encoder = getattr(transformers, encoder_class)(copy.deepcopy(config))
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)
     encoder.tie_weights()
@@ -77,11 +77,11 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
             by itself (as for DPR).
     """
     if (plain := uncompiled(model)) is not None:
-        logger.warning("the model is compiled: it is taken as it was before; torch_compile=True compiles the training")
+        logger.warning("the model is compiled: the uncompiled model is used; set torch_compile=True to compile the training")
         model = cast(PreTrainedModel, plain)
     if not hasattr(model, "config"):
         raise InputError(
-            f"the model is of the type {type(model).__name__}; give a PreTrainedModel (of one that is wrapped, model.module)"
+            f"the model is of the type {type(model).__name__}; give a PreTrainedModel; for a wrapped model, give model.module"
         )
     if has_adapters(model):
         check_kinds(model)
@@ -91,16 +91,16 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
         return model
     if has_adapters(model):
         raise InputError(
-            f"the adapters are on a {type(whole).__name__}, whose head gives no token states; load the model by AutoModel, and "
-            "put the adapters on that"
+            f"the adapters are on a {type(whole).__name__}, whose head returns no hidden states; load the model with "
+            "AutoModel, and add the adapters to that"
         )
     loaded = loaded_classes(base.config)
     if loaded and type(base) not in loaded:  # unknown for a model with its own code
         raise InputError(
-            f"{type(whole).__name__} gives no token states to pool, and its {type(base).__name__} cannot be saved by "
-            "itself; load its weights into a model that AutoModel knows"
+            f"{type(whole).__name__} returns no hidden states to pool, and its {type(base).__name__} cannot be saved by "
+            "itself; load its weights into a model that AutoModel supports"
         )
-    logger.warning(f"{type(whole).__name__} gives no token states: its {type(base).__name__} is taken, without the head")
+    logger.warning(f"{type(whole).__name__} returns no hidden states: its {type(base).__name__} is used, without the head")
     return base
 
 
@@ -145,7 +145,7 @@ def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTr
     if max_length is None:
         return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
     if limit is not None and max_length > limit:
-        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set at most {limit}")
+        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set it to at most {limit}")
     if max_length < tokenizer.num_special_tokens_to_add() + 1:
-        raise InputError(f"max_length {max_length} leaves no room for a token of text")
+        raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
     return max_length

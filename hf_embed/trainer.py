@@ -169,7 +169,7 @@ class ContrastiveTrainer(GuardedTrainer):
         args = self.args
         sampler = batch_sampler(self.train_dataset, args, train_batch_size(self))
         if sampler.left_out:
-            logger.info(f"{sampler.left_out} rows do not fill a batch and sit out; other rows in each epoch")
+            logger.info(f"{sampler.left_out} rows do not fill a batch and are skipped; each epoch skips other rows")
         return make_loader(self.train_dataset, sampler, cast(RaggedCollator, self.data_collator), args)
 
     def compute_loss(
@@ -310,5 +310,5 @@ class ContrastiveTrainer(GuardedTrainer):
             super()._load_best_model()
             return
         best = str(self.state.best_model_checkpoint)
-        logger.info(f"taking the best model, {best} ({self.state.best_metric:.2f})")
+        logger.info(f"loading the best model, {best} ({self.state.best_metric:.2f})")
         self._load_from_checkpoint(best)

@@ -45,16 +45,16 @@ EvalSets: TypeAlias = EvalSet | Mapping[str, EvalSet]
 
 # Arguments that other trainers have, and what to use here instead.
 ELSEWHERE = {
-    "tokenizer": "processing_class= takes the tokenizer",
-    "loss": "objective= takes the loss, SimCSE(temperature=0.05) for example",
-    "compute_loss_func": "objective= takes the loss",
-    "evaluator": "eval_dataset= takes the evaluation sets",
-    "compute_metrics": "an evaluation set in eval_dataset= computes its own metrics",
-    "preprocess_logits_for_metrics": "an evaluation set in eval_dataset= computes its own metrics",
-    "data_collator": "the trainer tokenizes and collates the rows",
-    "model_init": "make the model, and give it as model=",
-    "peft_config": "give the model with its adapters, as peft.get_peft_model makes it",
-    "optimizer_cls_and_kwargs": "optimizers= takes the optimizer and the schedule; or set optim and optim_args in args",
+    "tokenizer": "pass the tokenizer as processing_class=",
+    "loss": "pass the loss as objective=, for example SimCSE(temperature=0.05)",
+    "compute_loss_func": "pass the loss as objective=",
+    "evaluator": "pass the evaluation sets as eval_dataset=",
+    "compute_metrics": "each evaluation set in eval_dataset= computes its own metrics",
+    "preprocess_logits_for_metrics": "each evaluation set in eval_dataset= computes its own metrics",
+    "data_collator": "the trainer tokenizes and collates the rows itself",
+    "model_init": "create the model and pass it as model=",
+    "peft_config": "pass the model with its adapters, as peft.get_peft_model returns it",
+    "optimizer_cls_and_kwargs": "pass the optimizer and the schedule as optimizers=, or set optim and optim_args in args",
 }
 
 
@@ -106,9 +106,9 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
     if isinstance(objective, str):
         names = {name.lower(): name for name in OBJECTIVES}
         close = difflib.get_close_matches(objective.lower(), names, 1)
-        raise InputError(f"objective is the text {objective!r}; give the object, {names[close[0]] if close else 'SimCSE'}()")
+        raise InputError(f"objective is the text {objective!r}; give an instance, {names[close[0]] if close else 'SimCSE'}()")
     if isinstance(objective, type):
-        raise InputError(f"objective is {described(objective)}; give an object of it, {objective.__name__}()")
+        raise InputError(f"objective is {described(objective)}; give an instance, {objective.__name__}()")
     if not callable(objective):
         raise InputError(f"objective is {described(objective)}; give {', '.join(OBJECTIVES)}, or a function")
     if not isinstance(objective, Objective):
@@ -120,7 +120,7 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
         except TypeError as error:
             raise InputError(
                 f"objective is {described(objective)}, which cannot be called with ({', '.join(CALLED_WITH)}): {error}; give "
-                f"{', '.join(OBJECTIVES)}, or a function of these"
+                f"{', '.join(OBJECTIVES)}, or a function with these arguments"
             ) from error
     return as_objective(objective)
 
@@ -135,7 +135,7 @@ def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
     for callback in given:
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
-            raise InputError(f"callbacks holds {described(callback)}; give a list of transformers' TrainerCallback")
+            raise InputError(f"callbacks holds {described(callback)}; give a list of objects of transformers' TrainerCallback")
     return cast(list[TrainerCallback], given)
 
 
@@ -143,11 +143,14 @@ def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None
     """Return the optimizer and the learning-rate schedule. Raises InputError if they are not such a pair."""
     pair = tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
     if len(pair) != 2:
-        raise InputError(f"optimizers is {described(optimizers)}; give the pair (optimizer, schedule), None for one made here")
+        raise InputError(
+            f"optimizers is {described(optimizers)}; give the pair (optimizer, schedule), with None for one that the trainer "
+            "creates"
+        )
     if pair[0] is not None and not isinstance(pair[0], torch.optim.Optimizer) and not hasattr(pair[0], "param_groups"):
-        raise InputError(f"optimizers: {described(pair[0])} is no optimizer; give an object of torch.optim, or None")
+        raise InputError(f"optimizers: {described(pair[0])} is not an optimizer; give an object of torch.optim, or None")
     if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
-        raise InputError(f"optimizers: {described(pair[1])} is no schedule of learning rates; give one of torch.optim, or None")
+        raise InputError(f"optimizers: {described(pair[1])} is not a learning-rate schedule; give one of torch.optim, or None")
     return cast(tuple[torch.optim.Optimizer | None, Any], pair)
 
 
@@ -169,7 +172,7 @@ def as_model(
         tokenizer = load_tokenizer(str(tokenizer))
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(
-            f"processing_class is {described(tokenizer)}; give the tokenizer, AutoTokenizer.from_pretrained(NAME) for example, "
+            f"processing_class is {described(tokenizer)}; give the tokenizer, for example AutoTokenizer.from_pretrained(NAME), "
             "or its name"
         )
     if isinstance(model, str | Path):
@@ -177,12 +180,12 @@ def as_model(
     plain = uncompiled(model) if isinstance(model, nn.Module) else None
     if type(model).__module__.startswith("sentence_transformers."):
         raise InputError(
-            f"the model is a {type(model).__name__} of sentence-transformers, which would not see the training; give its "
-            'folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
+            f"the model is a {type(model).__name__} of sentence-transformers, and training would not change that object; give "
+            'its folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
         )
     if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
-        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "(of one that is wrapped, model.module)"
-        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder: {mend}")
+        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
+        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
     return model, tokenizer
 
 
@@ -230,12 +233,13 @@ def refuse_columns(rows: Mapping[str, object], name: str) -> None:
         InputError: if the dict is empty, or if one of its values is a list of texts or a text that is not a file name.
     """
     if not rows:
-        raise InputError(f"{name}: the dict is empty; give sets by name, or a single set")
+        raise InputError(f"{name}: the dict is empty; give datasets by name, or a single dataset")
     for key, value in rows.items():
         texts = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
         if texts or (isinstance(value, str) and not Path(value).suffix):
             raise InputError(
-                f"{name}: a dict is of sets by name, and '{key}' holds texts; make columns a set by datasets.Dataset.from_dict"
+                f"{name}: a dict must map names to datasets, but '{key}' holds texts; turn columns into a dataset with "
+                "datasets.Dataset.from_dict"
             )
 
 
@@ -282,7 +286,7 @@ def choose_tasks(
     """
     if isinstance(sets, str):
         if sets not in (own or {}):
-            raise InputError(f"evaluate: there is no evaluation set '{sets}'; there are {', '.join(own or ['none'])}")
+            raise InputError(f"evaluate: there is no evaluation set '{sets}'; available: {', '.join(own or ['none'])}")
         return {sets: cast(Mapping, own)[sets]}
     tasks = dict(own or {}) if sets is None else make_held_out(as_tasks(sets), step, args, objective)
     if not tasks:
@@ -302,7 +306,7 @@ def as_task(given: Any, name: str) -> Task | Dataset:
         InputError: if `given` is a class, or a table that could be both kinds or neither.
     """
     if isinstance(given, type):
-        raise InputError(f"{name}: {described(given)} is no evaluation set; give an object of it")
+        raise InputError(f"{name}: {described(given)} is not an evaluation set; give an instance")
     if isinstance(given, Task) and not is_frame(given):
         return given
     rows = stored_rows(given, name)
@@ -314,8 +318,8 @@ def as_task(given: Any, name: str) -> Task | Dataset:
     except InputError:
         return rows
     raise InputError(
-        f"{name}: {' and '.join(pair)} make it held-out rows, {', '.join(COLUMNS)} an STS set; leave out the columns of one "
-        "(remove_columns)"
+        f"{name}: the columns {' and '.join(pair)} make it held-out rows, but {', '.join(COLUMNS)} make it an STS set; remove "
+        "the columns of one of them (remove_columns)"
     )
 
 
@@ -323,7 +327,7 @@ def stored_rows(given: Any, name: str) -> Dataset:
     """Return the rows of an evaluation set as a table. Raises InputError for a streaming dataset, and if there are no rows."""
     rows = as_rows(given, name)
     if isinstance(rows, IterableDataset):
-        raise InputError(f"{name}: a stream is no evaluation set; give a Dataset of some of its rows")
+        raise InputError(f"{name}: a streaming dataset cannot be an evaluation set; give a Dataset with some of its rows")
     return rows
 
 
@@ -346,8 +350,8 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
             return rows
         if len(names) == 1 or {"text", "sentence"} & set(names):
             raise InputError(
-                f"{name}: rows of a single text cannot be held out, for without dropout a text is its own positive and the "
-                "loss says nothing; give pairs (anchor, positive), or an STS set"
+                f"{name}: rows of a single text cannot be held out, because without dropout a text is its own positive and "
+                "the loss has no meaning; give pairs (anchor, positive), or an STS set"
             ) from error
         if judging_columns(rows.column_names):  # the error of `text_columns` already says what to do
             raise
@@ -381,8 +385,8 @@ def make_held_out(
             continue
         if batch_size < 2:
             raise InputError(
-                f"{name}: per_device_eval_batch_size is 1, and a held-out row has no negatives in a batch of its own; set it "
-                "to per_device_train_batch_size, for example"
+                f"{name}: per_device_eval_batch_size is 1, but a held-out row has no negatives in a batch of its own; set it, "
+                "for example, to per_device_train_batch_size"
             )
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, name, paired=True)
@@ -397,7 +401,9 @@ def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -
     """Warn about held-out rows that are also training rows: on them, the loss measures memorization, not generalization."""
     tables = training.tables if isinstance(training, Mixture) else [training]
     if seen := seen_in_training(rows, [table for table in tables if isinstance(table, Dataset)]):
-        logger.warning(f"{name}: {seen:,} of {len(rows):,} held-out rows are also trained on; leave them out of one of the two")
+        logger.warning(
+            f"{name}: {seen:,} of {len(rows):,} held-out rows are also training rows; remove them from one of the two"
+        )
 
 
 def read_training_rows(
@@ -422,7 +428,7 @@ def read_training_rows(
     with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
         tokens, views = tokenize_all(rows, step.encoder, args, name, paired)
     if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
-        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; every process needs at least one")
+        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
     check_objective(objective, tokens, max(views), name)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     return tokens, views

@@ -45,49 +45,49 @@ RANGES = {
 
 REFUSED = {
     "label_smoothing_factor": "the loss has no labels to smooth",
-    "neftune_noise_alpha": "a chunk's noise would depend on its padding",
-    "train_sampling_strategy": "a batch is drawn from all rows, for its rows are each other's negatives",
-    "auto_find_batch_size": "a smaller batch has fewer negatives; gradient_caching makes a large one fit",
-    "bf16_full_eval": "evaluation computes as the training does; bf16 sets both",
-    "fp16_full_eval": "evaluation computes as the training does; fp16 sets both",
-    "use_liger_kernel": "apply liger_kernel to the model before you hand it over",
-    "liger_kernel_config": "apply liger_kernel to the model before you hand it over",
-    "parallelism_config": "texts are not split among devices; FSDP and DeepSpeed share a large model",
-    "debug": "it reads no masks of True and False; torch.autograd.set_detect_anomaly(True) finds a NaN",
+    "neftune_noise_alpha": "the noise of a text would depend on the padding of its chunk",
+    "train_sampling_strategy": "each batch is drawn from all rows, because its rows are each other's negatives",
+    "auto_find_batch_size": "a smaller batch has fewer negatives, and gradient_caching makes a large batch fit into memory",
+    "bf16_full_eval": "evaluation uses the precision of training, and bf16 sets both",
+    "fp16_full_eval": "evaluation uses the precision of training, and fp16 sets both",
+    "use_liger_kernel": "apply liger_kernel to the model before you pass it to the trainer",
+    "liger_kernel_config": "apply liger_kernel to the model before you pass it to the trainer",
+    "parallelism_config": "a text is not split among devices, and FSDP or DeepSpeed shards a large model",
+    "debug": "it cannot handle boolean masks, and torch.autograd.set_detect_anomaly(True) finds a NaN",
 }
 
 IGNORED = {
-    "per_device_eval_batch_size": "without held-out rows there are no batches; texts are evaluated in chunks of chunk_tokens",
-    "prediction_loss_only": "every evaluation set gives its metrics",
+    "per_device_eval_batch_size": "only held-out rows have batches; other texts are encoded in chunks of chunk_tokens",
+    "prediction_loss_only": "every evaluation set computes its metrics",
     "include_for_metrics": "evaluation sets compute their own metrics",
     "batch_eval_metrics": "evaluation sets compute their own metrics",
     "eval_do_concat_batches": "evaluation sets compute their own metrics",
-    "eval_accumulation_steps": "vectors go to the CPU chunk by chunk",
-    "eval_use_gather_object": "vectors are gathered as they are",
+    "eval_accumulation_steps": "embeddings are moved to the CPU chunk by chunk",
+    "eval_use_gather_object": "embeddings are gathered as they are",
     "average_tokens_across_devices": "the loss is a mean over rows, not tokens",
-    "logging_nan_inf_filter": "a loss that is not a number ends the run",
+    "logging_nan_inf_filter": "a loss that is NaN or infinite ends the run",
     "label_names": "there are no labels",
-    "length_column_name": "lengths are counted",
-    "remove_unused_columns": "columns are found by name",
-    "do_train": "the recipe trains, and evaluates where there are evaluation sets",
-    "do_eval": "eval_strategy says when to evaluate",
+    "length_column_name": "the trainer counts the tokens itself",
+    "remove_unused_columns": "the trainer finds its columns by name",
+    "do_train": "a recipe always trains, and evaluates if there are evaluation sets",
+    "do_eval": "eval_strategy sets when to evaluate",
     "do_predict": "there is nothing to predict",
 }
 
 # Settings of accelerate's data loader: {setting: (the values that agree with what this package does, why)}.
 LOADER = {
-    "split_batches": ((False,), "per_device_train_batch_size is of one process"),
+    "split_batches": ((False,), "per_device_train_batch_size is the batch size of one process"),
     "dispatch_batches": ((None, False), "every process reads its own rows"),
     "even_batches": ((True,), "batches have the same number of rows on every process"),
-    "use_seedable_sampler": ((True,), "the order of the rows is a function of the seed"),
+    "use_seedable_sampler": ((True,), "the order of the rows depends only on the seed"),
     "non_blocking": ((False,), "batches are not copied by accelerate"),
 }
 
-# Fields that the training arguments of other libraries have, and what to use here instead. Other such fields must be left out.
+# Fields that the training arguments of other libraries have, and what to use here instead. Other such fields must be removed.
 OTHERS = {
     "prompts": 'give ContrastiveTrainingArguments(prompts={"query": "...", "document": "..."})',
-    "batch_sampler": "leave it out: a text that stands twice in a batch is no negative of itself here",
-    "multi_dataset_batch_sampler": "leave it out: ContrastiveTrainingArguments(source_alpha=) says how often a source is drawn",
+    "batch_sampler": "remove it: a text that occurs twice in a batch is not used as a negative of itself",
+    "multi_dataset_batch_sampler": "remove it: ContrastiveTrainingArguments(source_alpha=) sets how often a source is drawn",
 }
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning-rate schedules that read the evaluation metric
@@ -110,18 +110,18 @@ def refuse_other_fields(args: TrainingArguments) -> None:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = getattr(args, field.name)
         if field.name not in known and value is not default and value != default and value not in (None, [], {}):
-            mend = OTHERS.get(field.name, "leave it out, or give ContrastiveTrainingArguments")
-            raise InputError(f"args: {field.name} is {value!r}, a setting of {kind} that means nothing here; {mend}")
+            mend = OTHERS.get(field.name, "remove it, or use ContrastiveTrainingArguments")
+            raise InputError(f"args: {field.name} is {value!r}, a setting of {kind} that is not supported; {mend}")
 
 
 def check_before(args: TrainingArguments) -> None:
     """Raise InputError if the arguments are wrong as the user gave them, before TrainingArguments derives others from them."""
     check_ranges(args, RANGES)
     if args.max_steps != -1 and args.max_steps not in COUNT:
-        raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to go by num_train_epochs")
+        raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to use num_train_epochs")
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
-            raise InputError(f"{name} is {getattr(args, name)!r}, which cannot be had here: {reason}; leave it out")
+            raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
     for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
         if getattr(args, name) and not args.dataloader_num_workers:
             raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
@@ -134,11 +134,11 @@ def check_before(args: TrainingArguments) -> None:
     if args.load_best_model_at_end and saved not in (evaluated, "best"):
         raise InputError(
             f"load_best_model_at_end needs an evaluation of each checkpoint, but eval_strategy is {evaluated} and "
-            f"save_strategy {saved}; set both to steps, with eval_steps and save_steps, or to epoch"
+            f"save_strategy is {saved}; set both to steps, with eval_steps and save_steps, or both to epoch"
         )
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
     if (args.deepspeed or launched) and importlib.util.find_spec("deepspeed") is None:
-        raise InputError("deepspeed is asked for, but the package is not installed; pip install deepspeed")
+        raise InputError("deepspeed is set, but the package is not installed; run pip install deepspeed")
 
 
 def check_after(args: TrainingArguments) -> None:
@@ -146,21 +146,21 @@ def check_after(args: TrainingArguments) -> None:
     loader: Any = args.accelerator_config
     for name, (harmless, reason) in LOADER.items():
         if (value := getattr(loader, name)) not in harmless:
-            raise InputError(f"accelerator_config: {name} is {value!r}, which cannot be had here: {reason}; leave it out")
+            raise InputError(f"accelerator_config: {name} is {value!r}, which is not supported: {reason}; remove it")
     steps = (loader.gradient_accumulation_kwargs or {}).get("num_steps", 1)
     if steps not in COUNT:
         raise InputError(f"accelerator_config: num_steps is {steps!r}; it must be {COUNT}")
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
-        raise InputError("fp16 is given, but a CPU has no such arithmetic and would compute in float32; take bf16, or neither")
+        raise InputError("fp16 is set, but it is not supported on a CPU, which would compute in float32; use bf16, or neither")
     for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise InputError(f"report_to: there is no '{name}'; there are {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
+            raise InputError(f"report_to: unknown name '{name}'; use {', '.join(INTEGRATION_TO_CALLBACK)}, all or none")
         if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):  # transformers never lists these two
             raise InputError(f"report_to: the package of {name} is not installed; install it, or set report_to to none")
     if args.save_strategy == "best" and args.eval_strategy == "no":
-        raise InputError("save_strategy is best, but eval_strategy is no: nothing would be saved; set eval_strategy")
+        raise InputError("save_strategy is best, but eval_strategy is no, so nothing would be saved; set eval_strategy")
     if not args.dataloader_in_order and args.world_size > 1:
-        raise InputError("dataloader_in_order is False: processes would train on different batches in a step; leave it out")
+        raise InputError("dataloader_in_order is False, so processes could train on different batches in a step; remove it")
     check_optimizer(args)
     check_schedule(args)
 
@@ -173,9 +173,9 @@ def check_optimizer(args: TrainingArguments) -> None:
     """
     name = OptimizerNames(args.optim).value
     if args.optim_args and name in WITHOUT_OPTIM_ARGS:
-        raise InputError(f"optim_args is {args.optim_args!r}, and {name} reads none of it; leave it out")
+        raise InputError(f"optim_args is {args.optim_args!r}, but {name} does not use it; remove it")
     if args.optim_target_modules and not name.startswith(("galore", "apollo")):
-        raise InputError(f"optim_target_modules is for galore and apollo, and optim is {name}; leave it out")
+        raise InputError(f"optim_target_modules is only for galore and apollo, but optim is {name}; remove it")
     try:
         made_by, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         if isinstance(made_by, type) and issubclass(made_by, torch.optim.Optimizer):
@@ -195,12 +195,12 @@ def check_schedule(args: TrainingArguments) -> None:
     """
     name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
-        raise InputError(f"lr_scheduler_kwargs is {given!r}, and {name} reads none of it; leave it out")
+        raise InputError(f"lr_scheduler_kwargs is {given!r}, but {name} does not use it; remove it")
     if name in METRIC_SCHEDULES:
         mode = "max" if args.greater_is_better else "min"
         if given.get("mode", mode) != mode:
             metric = args.metric_for_best_model
-            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum")
+            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum; remove it")
         given = args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers would always use "min"
     steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
@@ -221,7 +221,7 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     check_evaluation(args, tasks)
     check_metric(args, tasks)
     if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts
-        logger.warning(f"{args.n_gpu} GPUs but one process: one GPU is used; `accelerate launch --quiet` uses them all")
+        logger.warning(f"{args.n_gpu} GPUs, but one process: only one GPU is used; `accelerate launch --quiet` uses them all")
         use_one_gpu(args)
 
 
@@ -232,8 +232,8 @@ def check_world(args: TrainingArguments) -> None:
     """
     if get_world_size() != args.world_size:
         raise InputError(
-            f"launched on {get_world_size()} processes, but the training arguments count {args.world_size}; on a machine with "
-            "a GPU, CPU processes need --use_cpu"
+            f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
+            "with a GPU, set --use_cpu for processes on the CPU"
         )
 
 
@@ -241,8 +241,8 @@ def check_batch(args: TrainingArguments) -> None:
     """Raise InputError if a global batch has a single row, which has no negatives."""
     if args.per_device_train_batch_size * args.world_size < 2:
         raise InputError(
-            "per_device_train_batch_size is 1: a batch of one row has no negatives; set at least 2 "
-            "(gradient accumulation does not add negatives, gradient_caching makes large batches fit)"
+            "per_device_train_batch_size is 1, but a batch of one row has no negatives; set it to at least 2 "
+            "(gradient accumulation does not add negatives; gradient_caching makes large batches fit into memory)"
         )
 
 
@@ -263,7 +263,8 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     names = metric_names(tasks)
     if args.metric_for_best_model.removeprefix("eval_") not in names:
         raise InputError(
-            f"metric_for_best_model is '{args.metric_for_best_model}'; the evaluation sets log {', '.join(sorted(names))}"
+            f"metric_for_best_model is '{args.metric_for_best_model}', which no evaluation set logs; set it to one of "
+            f"{', '.join(sorted(names))}"
         )
 
 
@@ -278,7 +279,7 @@ def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
         (schedule in METRIC_SCHEDULES, f"lr_scheduler_type is {schedule}"),
     ):
         if wanted and not tasks:
-            raise InputError(f"{what}, but there is no evaluation set; give one, or leave it out")
+            raise InputError(f"{what}, but there is no evaluation set; give one, or remove this setting")
 
 
 def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:
@@ -292,17 +293,19 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
     """
     trained = ("backbone.", "dense.")  # the parts that are saved; training heads and a learned temperature are not saved
     if not any(p.requires_grad for key, p in encoder.named_parameters() if key.startswith(trained)):
-        raise InputError("no weight of the model requires a gradient, so nothing would be trained; unfreeze some")
+        raise InputError("no weight of the model requires a gradient, so nothing would be trained; unfreeze some weights")
     if not batches:
         raise InputError(
-            f"{name}: no batch has {args.per_device_train_batch_size} rows for each process; set a smaller "
-            "per_device_train_batch_size, or dataloader_drop_last to False"
+            f"{name}: there are too few rows for a batch of {args.per_device_train_batch_size} rows on each process; set a "
+            "smaller per_device_train_batch_size, or set dataloader_drop_last to False"
         )
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[IntervalStrategy(args.eval_strategy).value]
     if args.eval_delay > end:
-        raise InputError(f"eval_delay is {args.eval_delay:g}, and the run ends at {end}: nothing would be evaluated; lower it")
+        raise InputError(
+            f"eval_delay is {args.eval_delay:g}, but the run ends at {end}, so nothing would be evaluated; set it to less"
+        )
 
 
 def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
@@ -317,4 +320,4 @@ def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
         if name not in read and changed_from_default(args, name) and not (name == "do_eval" and args.eval_strategy != "no"):
             logger.warning(f"{name} has no effect: {reason}")
     if args.eval_steps and args.eval_strategy == "no":
-        logger.warning("eval_steps has no effect: eval_strategy is no; set it to steps")
+        logger.warning("eval_steps has no effect: eval_strategy is no; set eval_strategy to steps")

@@ -46,7 +46,7 @@ def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
         trainable[name].requires_grad_(False)
     if never:
         numbers = sum(trainable[name].numel() for name in never)
-        logger.info(f"{len(never)} parameters ({numbers:,} numbers) do not enter the embedding and are frozen: {some(never)}")
+        logger.info(f"{len(never)} parameters ({numbers:,} numbers) do not affect the embedding and are frozen: {some(never)}")
     if sometimes or drops_layers(encoder.config):
         args.ddp_find_unused_parameters = True
         reason = f"not every batch uses all parameters ({some(sometimes)})" if sometimes else "layers are dropped at random"

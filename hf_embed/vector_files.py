@@ -63,7 +63,7 @@ def write_vectors(
         texts = text_list(texts)
     output = Path(output_file)
     if output.suffix != ".npy":
-        raise InputError(f"{output}: vectors are written as .npy; name it {output.with_suffix('.npy')}")
+        raise InputError(f"{output}: vectors are written as .npy files; name the file {output.with_suffix('.npy')}")
     work = work_folder(output)
     like = np.asarray(encoder.encode([], **options))  # (0, D); this also checks the options
     identity = identity_of(encoder, texts, options, (about or {}).get("file", "texts"))
@@ -120,22 +120,24 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
         InputError: if `write_vectors` did not write the file, or if it belongs to another model, other texts or other settings.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; recipes/encode.py writes one")
+        raise InputError(f"{path}: this file does not exist; create it with recipes/encode.py")
     if not description_of(Path(path)).is_file():
-        raise InputError(f"{path}: {description_of(Path(path)).name} is not beside it, which says what the vectors are of")
+        raise InputError(
+            f"{path}: {description_of(Path(path)).name}, which describes the vectors, does not exist; encode the texts again"
+        )
     about = read_json(description_of(Path(path)))
     vectors = read_array(path)
     options = {key: about[key] for key in ("prompt_name", "truncate_dim", "normalize", "precision") if key in about}
     if len(vectors) != len(texts) or about.get("rows") != len(texts):
-        raise InputError(f"{path}: there are {len(vectors):,} vectors and {len(texts):,} texts; encode the file anew")
+        raise InputError(f"{path}: there are {len(vectors):,} vectors but {len(texts):,} texts; encode the texts again")
     if [vectors.shape[1], str(vectors.dtype)] != [about.get("width"), about.get("dtype")]:
-        raise InputError(f"{path}: the vectors are not those that {description_of(Path(path)).name} describes; encode anew")
+        raise InputError(f"{path}: the vectors do not match {description_of(Path(path)).name}; encode the texts again")
     try:
         identity = identity_of(encoder, texts, options, about.get("file", "texts"))
     except InputError as error:  # the model does not have an option, or a text is empty
         raise InputError(f"{path}: {error}") from error
     if identity != about.get("identity"):
-        raise InputError(f"{path}: the vectors are of another model, other settings of it or other texts; encode the file anew")
+        raise InputError(f"{path}: the vectors come from another model, other settings or other texts; encode the texts again")
     return vectors, options
 
 

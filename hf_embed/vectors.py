@@ -42,15 +42,17 @@ SIMILARITIES: dict[str, Compare] = {
 def check_precision(precision: str) -> None:
     """Raise InputError if there is no precision of this name."""
     if is_one_of(precision, ("uint8",)):
-        raise InputError("precision 'uint8' moves the zero, and cosines with it; take int8, or ubinary for packed signs")
+        raise InputError("precision 'uint8' shifts the zero and changes cosines; use int8, or ubinary for packed signs")
     if not is_one_of(precision, PRECISIONS):
-        raise InputError(f"unknown precision {precision!r}; take one of {', '.join(PRECISIONS)}")
+        raise InputError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
 
 
 def check_packable(precision: str, width: int) -> None:
     """Raise InputError if a packed precision is asked for and `width` is not a multiple of 8."""
     if precision in PACKED and width % 8:
-        raise InputError(f"precision {precision} packs 8 numbers to a byte, and a vector has {width}; set another truncate_dim")
+        raise InputError(
+            f"precision {precision} packs 8 numbers into a byte, but a vector has {width}; set truncate_dim to a multiple of 8"
+        )
 
 
 def quantize(vectors: Tensor, precision: str) -> Tensor:
@@ -69,7 +71,7 @@ def quantize(vectors: Tensor, precision: str) -> Tensor:
     if precision == "float32":
         return vectors
     if not bool(torch.isfinite(vectors).all()):
-        raise InputError(f"precision {precision}: there are vectors that are not finite; check the model")
+        raise InputError(f"precision {precision}: some vectors are not finite; check the model")
     if precision == "int8":
         largest = vectors.abs().amax(dim=-1, keepdim=True) if vectors.numel() else vectors
         return (vectors * (127 / largest.clamp(min=torch.finfo(vectors.dtype).tiny))).round().to(torch.int8)
@@ -106,7 +108,9 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
     can_be_packed = 8 * width <= most
     if vectors.dtype == torch.uint8:
         if not can_be_packed:
-            raise InputError(f"uint8 vectors of {width} numbers are not packed bits of {dimension}; encode them by int8")
+            raise InputError(
+                f"uint8 vectors of {width} numbers are not the packed signs of {dimension} numbers; encode with int8"
+            )
         return "ubinary"
     if given is not None:
         check_precision(given)
@@ -116,8 +120,8 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
     if 8 * width == dimension:
         return "binary"
     raise InputError(
-        f"int8 vectors of {width} numbers may be of the precision int8 or binary: say which by precision='int8' or "
-        "precision='binary' (ubinary vectors need no word)"
+        f"int8 vectors of {width} numbers may have the precision int8 or binary; set precision='int8' or precision='binary' "
+        "(ubinary vectors do not need it)"
     )
 
 
@@ -138,6 +142,6 @@ def check_widths(first: Tensor, second: Tensor) -> None:
     """Raise InputError if the vectors of both tensors have different widths."""
     if first.shape[-1] != second.shape[-1]:
         raise InputError(
-            f"vectors of {first.shape[-1]} numbers cannot be compared with vectors of {second.shape[-1]}; encode both with one "
-            "model and one truncate_dim"
+            f"vectors of {first.shape[-1]} numbers cannot be compared with vectors of {second.shape[-1]}; encode both with the "
+            "same model and truncate_dim"
         )

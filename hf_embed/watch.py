@@ -88,11 +88,14 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
         return None  # the loss does not fall, so the loss already shows that something is wrong
     gained = start[1] - best[1]
     if now[1] - best[1] > (max(0.1, RISE * gained) if gained > 0.1 else -start[1] / 2):
-        return f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: embeddings draw together"
+        return (
+            f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: the embeddings move closer "
+            "together"
+        )
     if evaluated and now[0] > DRIFT * start[0]:
         return (
-            f"alignment has risen from {start[0]:.2f} to {now[0]:.2f}: sentences that mean the same drift apart, though the "
-            "loss falls; look at the STS score, and try fewer steps or a lower learning_rate"
+            f"alignment has risen from {start[0]:.2f} to {now[0]:.2f}: sentences with the same meaning move apart, although "
+            "the loss falls; check the STS score, and try fewer steps or a lower learning_rate"
         )
     return None
 
@@ -149,12 +152,12 @@ class Watch(TrainerCallback):
             return
         step = state.global_step + 1
         if not self.skips:
-            raise self.error(args, f"the loss or its gradient is not a number any more, at step {step} (without its update)")
+            raise self.error(args, f"the loss or its gradient is NaN or infinite at step {step} (its update was not applied)")
         model.zero_grad()  # sets gradients to None, so that the optimizer changes neither the weights nor its own averages
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.last = self.finite = None
         if self.skipped_in_a_row == MOST_SKIPPED:
-            raise self.error(args, f"the gradients of {MOST_SKIPPED} steps in a row were no numbers, up to step {step}")
+            raise self.error(args, f"the gradients of {MOST_SKIPPED} steps in a row were NaN or infinite, up to step {step}")
 
     def on_step_end(
         self,
@@ -183,16 +186,16 @@ class Watch(TrainerCallback):
         if of_weights:  # the update after a finite loss may have made them NaN or infinite
             finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
         if not all(gather_objects(all(finite))):
-            found = f"the loss or a weight is not a number any more, at step {state.global_step} or shortly before"
+            found = f"the loss or a weight is NaN or infinite at step {state.global_step} or shortly before"
             raise self.error(args, found)
         self.finite = None
 
     def error(self, args: TrainingArguments, found: str) -> InputError:
         """Return the error that ends the run. Its message names the last undamaged checkpoint."""
         last = next((path for path in newest_first(Path(str(args.output_dir))) if damage(path) is None), None)
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
-        mend = "a lower learning_rate, a higher temperature, or bf16 in place of fp16"
-        return InputError(f"{found}; {kept}; go on with {mend}")
+        kept = f"the last good checkpoint is {last}; resume" if last else "no checkpoint was saved before; start again"
+        mend = "a lower learning_rate, a higher temperature, or bf16 instead of fp16"
+        return InputError(f"{found}; {kept} with {mend}")
 
     on_epoch_end = on_step_end  # with save_strategy "epoch", checkpoints are saved here
 

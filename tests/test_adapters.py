@@ -157,7 +157,7 @@ def test_adapters_of_several_kinds_are_refused(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"], r=4), "one", mixed=True)
     model.add_adapter("other", LoHaConfig(target_modules=["value"], r=4))
     for function, words in ((trainer, (tmp_path, model)), (Encoder, (model, quickstart_tokenizer()))):
-        assert "PeftMixedModel is not supported; take adapters of one kind" in error_of(function, *words)
+        assert "PeftMixedModel is not supported; use adapters of one kind" in error_of(function, *words)
 
 
 PROMPTS = {
@@ -185,7 +185,7 @@ def test_what_peft_cannot_merge_is_refused_before_the_training(tmp_path):
 def test_quantised_bases_are_refused(tmp_path):
     model = added(CONFIGS["lora"])
     model.is_quantized = True  # as bitsandbytes leaves it
-    assert "quantised weights" in error_of(trainer, tmp_path, model)
+    assert "quantized weights" in error_of(trainer, tmp_path, model)
 
 
 def test_vera_shares_tensors_and_is_merged_all_the_same(tmp_path):
@@ -198,7 +198,7 @@ def test_vera_shares_tensors_and_is_merged_all_the_same(tmp_path):
 @pytest.mark.parametrize("put", [wrapped, added])
 def test_mlm_auxiliary_is_refused(put, tmp_path):
     model = put(CONFIGS["dora"], BertForMaskedLM(tiny_model().config))
-    assert "mlm_weight trains the whole model" in error_of(trainer, tmp_path, model, SimCSE(mlm_weight=0.1))
+    assert "mlm_weight trains all weights" in error_of(trainer, tmp_path, model, SimCSE(mlm_weight=0.1))
 
 
 @pytest.mark.parametrize("put", [wrapped, added])

@@ -190,7 +190,7 @@ def test_a_model_that_cannot_be_folded_is_not_searched_for(run):
     AutoModel.from_config(config).save_pretrained("ernie")
     AutoTokenizer.from_pretrained("model").save_pretrained("ernie")
     error = error_of(run, "ernie", "--texts", "texts.txt")
-    assert "which weights make the queries of ErnieSelfAttention is not known" in error and not Path("outputs").exists()
+    assert "it is unknown which weights compute the queries of ErnieSelfAttention" in error and not Path("outputs").exists()
 
 
 def test_recipe_says_what_is_wrong(run):

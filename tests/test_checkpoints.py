@@ -263,7 +263,7 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
 
 def test_true_without_a_checkpoint(tmp_path):
     assert "No valid checkpoint found in output directory" in error_of(trainer(tmp_path / "new").train, True)
-    assert "no checkpoint there" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
+    assert "there is no checkpoint" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
 
 
 # ---- without a manifest ----
@@ -323,7 +323,7 @@ WRONG = {
     "training weights": (lambda c: other_shapes(c / "training.safetensors"), "the checkpoint is of another model"),
     "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "no global step": (lambda c: (c / "trainer_state.json").write_text("{}"), "trainer_state.json has no global_step"),
-    "no state": (lambda c: (c / "trainer_state.json").unlink(), "no trainer_state.json"),
+    "no state": (lambda c: (c / "trainer_state.json").unlink(), "trainer_state.json does not exist"),
 }
 
 
@@ -342,7 +342,7 @@ def test_without_a_manifest_a_missing_part_is_told(run, tmp_path, name, caplog):
     (folder / "checkpoint-2" / name).unlink()
     made = trainer(tmp_path / "new", pooling="cls_mlp_train", max_steps=3)
     made.train(str(folder / "checkpoint-2"))
-    said = {"optimizer.pt": "optimizer and learning rate schedule start anew", "rng_state.pth": "no random number states"}
+    said = {"optimizer.pt": "optimizer and learning-rate schedule start again", "rng_state.pth": "no random states"}
     assert said[name] in caplog.text and "an earlier version wrote this checkpoint" in caplog.text
 
 
@@ -426,7 +426,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path, caplog):
 
     run._save_checkpoint = save_and_damage
     run.train()
-    assert "checkpoint-2: the best checkpoint is not whole (model.safetensors has other content" in caplog.text
+    assert "checkpoint-2: the best checkpoint is damaged (model.safetensors has other content" in caplog.text
     last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(parameter, last[name]) for name, parameter in run.encoder.backbone.named_parameters())
     assert run.state.best_model_checkpoint is None
@@ -437,7 +437,7 @@ def test_a_damaged_best_checkpoint_is_forgotten_by_a_resumed_run(tmp_path, caplo
     flip(tmp_path / "checkpoint-2" / "model.safetensors")
     run = with_best(tmp_path, [0.5], max_steps=6)
     run.train(resume_from_checkpoint=True)
-    assert "checkpoint-2: the best checkpoint is not whole" in caplog.text
+    assert "checkpoint-2: the best checkpoint is damaged" in caplog.text
     assert run.state.best_global_step == 6 and run.state.best_metric == 0.5
 
 

@@ -74,14 +74,15 @@ AMBIGUOUS = [
 def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
     message = error_of(text_columns, found, "a.csv", paired)
     assert message.startswith(
-        f"a.csv: found the columns {', '.join(found)}; {meant} could be meant; name them: --columns {flag} "
+        f"a.csv: found the columns {', '.join(found)}, and more than one choice is possible: {meant}; "
+        f"name the columns with --columns {flag} "
     )
 
 
 @pytest.mark.parametrize("twin", ["Query", "que ry", "QUERY"])
 def test_two_columns_of_one_name_are_refused(twin):
     message = error_of(text_columns, [twin, "query", "positive"], "a.csv")
-    assert "have the same name but for case" in message and "--ignore_columns" in message
+    assert "differ only in case, spaces, hyphens or underscores" in message and "--ignore_columns" in message
     assert text_columns(["query", "positive", "ID", "id"], "a.csv") == ["query", "positive"]  # of those nobody reads
 
 
@@ -98,9 +99,9 @@ UNKNOWN = [
 def test_a_file_without_a_header(tmp_path):
     path = written(tmp_path / "a.tsv", "1\tHow do I open a door?\tHow is a door opened?\n1\ta\tb\n")
     message = error_of(text_columns, read_file(path).column_names, path, True)
-    header = "the first row of a file names its columns: if it is data, put a header above it; else name them: --columns "
+    header = "if the first row is data, add a header above it; otherwise name the columns with --columns "
     assert f"{path}: found the columns 1, How do I open a door?, How is a door opened?; {header}" in message
-    assert header.split(":")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
+    assert header.split(";")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
 
 
 def test_the_flag_of_recipes_that_read_one_column(tmp_path):
@@ -112,17 +113,18 @@ def test_the_flag_of_recipes_that_read_one_column(tmp_path):
 
 
 def test_a_recipe_of_pairs_names_the_one_of_single_texts():
-    assert "single texts are for unsup-simcse" in error_of(text_columns, ["text"], "a.txt", True)
+    assert "train on single texts with unsup-simcse" in error_of(text_columns, ["text"], "a.txt", True)
 
 
 @pytest.mark.parametrize(("found", "paired", "given"), UNKNOWN)
 def test_the_printed_flag_works(found, paired, given, tmp_path):
     message = error_of(text_columns, found, "a.csv", paired)
     assert message.startswith(
-        f"a.csv: found the columns {', '.join(found)}; name them: --columns {shlex.join(given)} (columns: "
+        f"a.csv: found the columns {', '.join(found)}; name the column{'' if paired is False else 's'} with "
+        f"--columns {shlex.join(given)} (or columns: "
     )
-    assert message.endswith("text or sentence" if paired is False else ACCEPTED.removeprefix("text; " if paired else ""))
-    flags = shlex.split(message.split("name them: ")[1].split(" (columns:")[0])
+    assert message.endswith("text and sentence" if paired is False else ACCEPTED.removeprefix("text; " if paired else ""))
+    flags = shlex.split(message.split(" with ")[1].split(" (or columns:")[0])
     pandas.DataFrame({name: [f"{name} {i}" for i in range(3)] for name in found}).to_csv(tmp_path / "a.csv", index=False)
     (data,) = cli.parse([DataArguments], argv=["--train_file", str(tmp_path / "a.csv"), *flags])
     rows, _ = read_train_rows(data)
@@ -136,13 +138,14 @@ def test_a_lone_column_is_no_pair():
 
 def test_a_label_beside_unknown_columns_is_spoken_of():
     message = error_of(text_columns, ["frage", "antwort", "label"], "a.csv")
-    assert "a pair that 'label' calls no match is no positive" in message
+    assert "keep only the pairs that 'label' marks as a match; the others are not positives" in message
 
 
 def test_graded_pairs_are_for_evaluation():
     """sentence1, sentence2, score: the columns of sentence-transformers' STS benchmark."""
     message = error_of(text_columns, ["sentence1", "sentence2", "score"], "stsb")
-    assert "the column 'score' judges the pairs" in message and "--eval_sts_file scores a model on graded pairs" in message
+    assert "the column 'score' judges the pairs" in message
+    assert "evaluate a model on graded pairs with --eval_sts_file" in message
 
 
 def test_a_teachers_scores_judge_no_pair():
@@ -175,9 +178,9 @@ def test_columns_of_the_flag(given, read):
         (["anchor"], "--columns anchor: give ROLE=COLUMN"),
         (["anchor="], "--columns anchor=: give ROLE=COLUMN"),
         (["=a"], "--columns =a: give ROLE=COLUMN"),
-        (["title=a"], f"--columns title=a: unknown role 'title'; there are {', '.join(ROLES)}"),
-        (["anchor=a", "anchor=b"], "--columns: anchor is given twice, a and b; give one"),
-        (["positive=a", "positive=b"], "--columns: positive is given twice"),
+        (["title=a"], f"--columns title=a: unknown role 'title'; use one of {', '.join(ROLES)}"),
+        (["anchor=a", "anchor=b"], "--columns: the role anchor is given twice, as a and as b; give it once"),
+        (["positive=a", "positive=b"], "--columns: the role positive is given twice"),
     ],
 )
 def test_wrong_flags(given, expected):
@@ -187,11 +190,11 @@ def test_wrong_flags(given, expected):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["anchor=frage", "positive=c"], "no column 'c'; found frage, antwort, falsch, id"),
+        (["anchor=frage", "positive=c"], "there is no column 'c'; found frage, antwort, falsch, id"),
         (["anchor=frage", "positive=frage"], "columns: 'frage' is named twice"),
-        (["anchor=frage", "query=antwort", "positive=id"], "columns: query and anchor are two names of one thing"),
-        (["negative=falsch", "negatives=id", "anchor=frage", "positive=antwort"], "two names of one thing"),
-        (["anchor=frage"], "columns: found anchor; give anchor and positive, also negative, or text alone"),
+        (["anchor=frage", "query=antwort", "positive=id"], "columns: two roles mean the same (query and anchor"),
+        (["negative=falsch", "negatives=id", "anchor=frage", "positive=antwort"], "two roles mean the same"),
+        (["anchor=frage"], "columns: the roles are anchor; give anchor and positive (and negative, if any), or only text"),
         (["positive=frage", "negative=falsch"], "give anchor and positive"),
         (["text=frage", "positive=antwort"], "give anchor and positive"),
     ],
@@ -278,4 +281,4 @@ def test_a_flag_of_columns_without_data_is_refused(flag):
 @pytest.mark.parametrize("columns", [{"anchor": ["a", "b"], "positive": "c"}, {"query": "a", "positive": ["b", "c"]}])
 def test_only_negatives_have_several_columns(columns):
     rows = Dataset.from_list([{"a": "x", "b": "y", "c": "z"}])
-    assert "give one column, only negatives may have several" in error_of(take_columns, rows, columns)
+    assert "give one column; only negatives may have several" in error_of(take_columns, rows, columns)

@@ -109,7 +109,7 @@ BAD_FILES = {
     "gz cut off": ("a.csv.gz", GZIPPED[:-100], "cannot be read as csv"),
     "gz spoilt": ("a.csv.gz", GZIPPED[:500] + b"x" * 20 + GZIPPED[520:], "cannot be read as csv"),
     # BUG: the user reads 'Instruction "train" corresponds to no data!' in place of "no rows".
-    "only a header": ("a.csv", "anchor,positive\n", "no rows"),
+    "only a header": ("a.csv", "anchor,positive\n", "there are no rows"),
     # BUG: every row has a cell more than the header: pandas takes the first column for an index, and all columns move.
     "header too short": ("a.csv", "anchor,positive\na,b,c\nd,e,f\n", "header"),
 }
@@ -182,7 +182,7 @@ def test_columns(found, paired, taken, caplog):
     ("found", "paired", "accepted"),
     [
         (["anchor", "label"], None, ACCEPTED),
-        (["anchor", "positive"], False, "text or sentence"),
+        (["anchor", "positive"], False, "text and sentence"),
         (["text"], True, "anchor, positive[, negative...]"),
         (["frage", "antwort", "negative"], True, "query, positive[, negative...]"),
     ],
@@ -194,7 +194,7 @@ def test_wrong_columns(found, paired, accepted):
 
 @pytest.mark.parametrize(
     ("cell", "complaint"),
-    [("", "is empty"), (" \t", "is empty"), ([None], "is missing"), (7, "is not a text (7)"), (["a", ""], "is empty")],
+    [("", "is empty"), (" \t", "is empty"), ([None], "is missing"), (7, "is not a string (7)"), (["a", ""], "is empty")],
 )
 def test_bad_cell(cell, complaint):
     row = {"anchor": "a", "positive": "b", "negatives": cell}
@@ -271,13 +271,13 @@ def test_truncation_warning_above_five_percent(long, warned, tokenizer, caplog):
     texts = ["one two three four five six"] * long + ["short"] * (100 - long)
     tokens = tokenize_rows(Dataset.from_dict({"text": texts}), tokenizer, 4, "file.txt")
     warn_of_truncation({"file.txt": truncated_share(tokens), "other.txt": 0.01})
-    assert caplog.messages == ["texts cut to max_length tokens: 6% in file.txt"] * warned
+    assert caplog.messages == ["texts truncated to max_length tokens: 6% in file.txt"] * warned
 
 
 def test_truncation_of_many_sets_is_one_line(caplog):
     warn_of_truncation({f"s{i}": i / 100 for i in range(20)})
     assert caplog.messages == [
-        "texts cut to max_length tokens: 19% in s19, 18% in s18, 17% in s17, 16% in s16, 15% in s15 and less in 9 more"
+        "texts truncated to max_length tokens: 19% in s19, 18% in s18, 17% in s17, 16% in s16, 15% in s15 and less in 9 more"
     ]
 
 
@@ -293,7 +293,7 @@ def test_fewer_than_two_rows(texts, tokenizer):
     rows = Dataset.from_dict({"text": texts})
     message = error_of(tokenize_rows, rows, tokenizer, 16, "file.txt", drop_empty_rows=True)
     kept = sum(bool(text.strip()) for text in texts)
-    assert message.startswith(f"file.txt: {kept} row(s); ") and "at least 2" in message
+    assert message.startswith(f"file.txt: there are {kept} row(s), ") and "at least 2" in message
 
 
 # ---- batches ----

@@ -66,12 +66,12 @@ def both_ways(path, **settings):
 @pytest.mark.parametrize(
     ("name", "separator", "mend"),
     [
-        ("a.csv", ";", "looks like ';', and is a comma in csv files: save it with a comma"),
-        ("a.csv", "|", "looks like '|', and is a comma in csv files: save it with a comma"),
-        ("a.csv", "\t", "looks like a tab, and is a comma in csv files: give the file the ending .tsv"),
-        ("a.tsv", ",", "looks like a comma, and is a tab in tsv files: give the file the ending .csv"),
-        ("a.tsv", ";", "looks like ';', and is a tab in tsv files: save it with a tab"),
-        ("a.csv.gz", ";", "looks like ';'"),
+        ("a.csv", ";", "seems to be ';', but csv files need a comma; save it with a comma"),
+        ("a.csv", "|", "seems to be '|', but csv files need a comma; save it with a comma"),
+        ("a.csv", "\t", "seems to be a tab, but csv files need a comma; give the file the ending .tsv"),
+        ("a.tsv", ",", "seems to be a comma, but tsv files need a tab; give the file the ending .csv"),
+        ("a.tsv", ";", "seems to be ';', but tsv files need a tab; save it with a tab"),
+        ("a.csv.gz", ";", "seems to be ';'"),
     ],
 )
 def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_path):
@@ -85,7 +85,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
     for read in (read_file, read_texts, read_pairs, lambda path: read_file(path, streaming=True)):
         message = error_of(read, path)
         assert (
-            message.startswith(f"{path}: there is one column, '{' '.join(f'anchor{separator}positive'.split())}'; ")
+            message.startswith(f"{path}: there is only one column, '{' '.join(f'anchor{separator}positive'.split())}'; ")
             and mend in message
         )
     for file in (yaml_file, streamed):
@@ -99,7 +99,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
 def test_a_datasets_only_column_with_a_separator_in_its_name():
     """As a Hub dataset of ;-separated csv arrives."""
     message = error_of(text_columns, ["anchor;positive"], "org/pairs")
-    assert "org/pairs: there is one column, 'anchor;positive'; its name holds ';'" in message
+    assert "org/pairs: there is only one column, 'anchor;positive', and its name contains ';'" in message
     assert text_columns(["whatever it is"], "rows") == ["whatever it is"]
 
 
@@ -159,7 +159,7 @@ def test_columns_of_a_table(tmp_path):
     assert "two columns are named 'b'" in error_of(read_file, written(tmp_path / "b.csv", "a,b,b\nx,y,z\n"))
     path = written(tmp_path / "c.csv", "anchor,positive\na,b\n\nc,d,e\n")
     for streaming in (False, True):
-        assert "line 4 has 3 cells, and the header 2" in error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+        assert "line 4 has 3 cells, but the header has 2" in error_of(lambda s: list(read_file(path, streaming=s)), streaming)
     assert both_ways(written(tmp_path / "d.csv", "anchor,negative\na,b\nc\n"))[1] == {"anchor": "c", "negative": None}
 
 
@@ -185,9 +185,9 @@ def test_a_list_in_a_cell_is_no_negative(case, tmp_path, tokenizer):
     rows = read_file(str(tmp_path / "a.csv"))
     assert row_texts(rows[0], rows.column_names, "row 1") == ["a cat", "a kitten", "a tree"]
     message = error_of(row_texts, rows[1], rows.column_names, "row 2")
-    assert message.startswith("row 2, column 'neg': the text is a list, ") and "jsonl or parquet" in message
+    assert message.startswith("row 2, column 'neg': the text looks like a list, ") and "jsonl or parquet" in message
     entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 2, "negatives": 1}
-    assert "column 'neg': the text is a list" in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
+    assert "column 'neg': the text looks like a list" in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
 
 
 @pytest.mark.parametrize("column", ["anchor", "positive"])
@@ -196,7 +196,7 @@ def test_columns_of_lists_are_no_anchors_and_no_positives(column, tmp_path, toke
         {"anchor": ["a", "b", "c"], "positive": ["d", "e", "f"]} | {column: [["x", "y"], ["z"], ["u", "v"]]}
     )
     table.to_csv(tmp_path / "a.csv", index=False)
-    expected = f"column '{column}': every text is a list, ['x', 'y']; write a row for each"
+    expected = f"column '{column}': every text looks like a list, ['x', 'y']; write one text per row"
     assert expected in error_of(tokenize_rows, read_file(str(tmp_path / "a.csv")), tokenizer, 16)
     entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 3}
     assert expected in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
@@ -250,7 +250,7 @@ def test_what_is_no_judgement_is_left_unused(caplog):
 
 def test_ignored_columns_must_be_there(tmp_path):
     path = written(tmp_path / "a.csv", "anchor,positive\na,b\n")
-    expected = "no column 'label' to ignore; found anchor, positive"
+    expected = "there is no column 'label' to ignore; found anchor, positive"
     assert expected in error_of(read_train_rows, DataArguments(train_file=path, ignore_columns=["label"]))
     assert expected in error_of(read_sources, listed(tmp_path, {"name": "s", "file": "a.csv", "ignore_columns": ["label"]}))
     given = DataArguments(sources=listed(tmp_path, {"name": "s", "file": "a.csv"}), ignore_columns=["label"])
@@ -305,7 +305,7 @@ def test_negatives_of_a_stream_that_nobody_spoke_of(late, tmp_path, tokenizer):
     entry = {"name": "s", "file": str(late / "absent.jsonl"), "streaming": True, "rows": 3502}
     (source,) = read_sources(listed(tmp_path, entry))
     stream = streamed(source, tokenizer)
-    assert "the column negatives begins behind the first 1,000 rows" in error_of(stream.__getitems__, list(range(3502)))
+    assert "the column negatives begins after the first 1,000 rows" in error_of(stream.__getitems__, list(range(3502)))
     (source,) = read_sources(listed(tmp_path, entry | {"negatives": 0}))
     assert list(source.rows.skip(3501)) == [{"query": "q3501", "positive": "p3501", "note": None}]
 
@@ -322,7 +322,7 @@ def test_negatives_that_are_there_from_the_start(name, tmp_path, caplog, tokeniz
     stream = streamed(source, tokenizer)
     assert stream.columns == ["query", "positive", "hard_neg"] and not caplog.messages
     if name == "a.jsonl":  # no place for the second column
-        assert "the column hard_neg_2 begins behind" in error_of(stream.__getitems__, list(range(1100)))
+        assert "the column hard_neg_2 begins after" in error_of(stream.__getitems__, list(range(1100)))
     else:
         assert {len(row["text_ids"]) for row in stream.__getitems__(list(range(1100)))} == {3}
 
@@ -335,7 +335,7 @@ def test_late_negatives_of_any_name(tmp_path, caplog):
     assert list(source.rows)[1000:] == [
         {"query": "q", "positive": "p", "negatives": None}, {"query": "q", "positive": "p", "negatives": ["n", "m", "o"]}
     ]  # fmt: skip
-    assert "the first rows have no column negatives; it is taken where it begins" in caplog.text
+    assert "the first rows have no column negatives; it is used where it begins" in caplog.text
 
 
 def test_late_negatives_add_to_those_of_the_row(tmp_path):
@@ -395,9 +395,9 @@ def test_numbers_are_no_texts(ending, cells, row, shown, tmp_path, tokenizer):
     if ending == "parquet":
         pandas.DataFrame(rows).to_parquet(path := str(tmp_path / "a.parquet"))
     message = error_of(tokenize_rows, read_file(path), tokenizer, 16, path)
-    assert message.startswith(f"{path}, row {row}, column 'positive': the text is not a text ({shown})")
+    assert message.startswith(f"{path}, row {row}, column 'positive': the text is not a string ({shown})")
     path = jsonl(tmp_path / "b.jsonl", [{"text": cell} for cell in cells])
-    assert f"row {row}, column 'text': the text is not a text ({shown})" in error_of(read_texts, path)
+    assert f"row {row}, column 'text': the text is not a string ({shown})" in error_of(read_texts, path)
 
 
 def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
@@ -414,7 +414,7 @@ def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected a JSON object"),
         ("a.jsonl", '\n["a", "b"]\n["c", "d"]\n', "line 2 is a list; expected a JSON object in each line, such as"),
         ("a.json", '[{"text": "a"}, 7]', "row 2: expected a JSON object"),
-        ("a.json", '{\n  "text": "a"\n}', "expected a list of JSON objects, or an object a line"),
+        ("a.json", '{\n  "text": "a"\n}', "expected a list of JSON objects, or one object per line"),
         ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: "),
     ],
 )
@@ -466,13 +466,13 @@ def test_encodings(kind, tmp_path):
         path, reading = read(text.encode(encoding), encoding)
         assert error_of(reading).startswith(f"{path}: cannot be read as {kind}: ") and "UTF-16" in error_of(reading)
     path, reading = read(text.replace("two", "t\0wo").encode(), "nul")
-    assert f"line {int(line) + 1} holds a NUL byte" in error_of(reading)
+    assert f"line {int(line) + 1} contains a NUL byte" in error_of(reading)
 
 
 def test_text_lines_end_in_any_way(tmp_path):
     path = written(tmp_path / "a.txt", b"one\r\ntwo\rthree\n\nfour\x0c\xe2\x80\xa8five")
     assert [row["text"] for row in both_ways(path)] == ["one", "two", "three", "", "four\x0c\u2028five"]
-    assert "lone carriage returns" in error_of(read_file, written(tmp_path / "a.tsv", b"text\tid\rone\t1\r"))
+    assert "carriage returns alone" in error_of(read_file, written(tmp_path / "a.tsv", b"text\tid\rone\t1\r"))
 
 
 @pytest.mark.parametrize("half", [r"\ud800", r"\uDFFF x", r"\ud83d\ud83d"])
@@ -558,18 +558,22 @@ BAD_BEIR = {
     "cp1252": ({"corpus": CORPUS.encode("cp1252")}, "corpus.jsonl", "byte 0xe9 in line 2"),
     "UTF-16": ({"corpus": CORPUS.encode("utf-16")}, "corpus.jsonl", "UTF-16"),
     "UTF-16 qrels": ({"qrels": "q1\td1\t1\n".encode("utf-16")}, "test.tsv", "UTF-16"),
-    "NUL": ({"qrels": "q1\td1\t1\nq2\td2\0\t1\n"}, "test.tsv", "line 2 holds a NUL byte"),
+    "NUL": ({"qrels": "q1\td1\t1\nq2\td2\0\t1\n"}, "test.tsv", "line 2 contains a NUL byte"),
     "id twice": (
         {"corpus": CORPUS + '\n{"_id": "d1", "text": "three"}\n'},
-        "corpus.jsonl, line 4",
-        "line 1 has the _id 'd1' too",
+        "corpus.jsonl, lines 1 and 4 have",
+        "the same _id 'd1' but different texts",
     ),
-    "query twice": ({"queries": '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n'}, "queries.jsonl, line 2", "line 1 has"),
+    "query twice": (
+        {"queries": '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n'},
+        "queries.jsonl, lines 1 and 2 have",
+        "the same _id '1'",
+    ),
     "no id": ({"corpus": CORPUS + '{"_id": null, "text": "x"}\n'}, "corpus.jsonl, line 3", "_id and text"),
-    "trec": ({"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\n"}, "test.tsv, line 1", "with tabs between them"),
-    "blanks": ({"qrels": "q1 d1 1\nq2 d2 1\n"}, "test.tsv, line 1", "with tabs between them"),
+    "trec": ({"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\n"}, "test.tsv, line 1", "separated by tabs"),
+    "blanks": ({"qrels": "q1 d1 1\nq2 d2 1\n"}, "test.tsv, line 1", "separated by tabs"),
     "half a grade": ({"qrels": "q1\td1\t1\nq2\td2\t0.5\n"}, "test.tsv, line 2", "a whole number"),
-    "two grades": ({"qrels": "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"}, "test.tsv, line 3", "judged twice, and differently"),
+    "two grades": ({"qrels": "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"}, "test.tsv, line 3", "judged twice, with different grades"),
 }
 
 
@@ -586,12 +590,12 @@ def test_beir_is_refused(case, tmp_path):
 def test_keys_that_stand_twice(tmp_path):
     written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
     path = written(tmp_path / "s.yaml", "- name: a\n  file: a.csv\n  weight: 2\n  weight: 3\n")
-    assert error_of(read_sources, path) == f"{path}, line 4: the key 'weight' is there twice; keep one of them"
+    assert error_of(read_sources, path) == f"{path}, line 4: the key 'weight' occurs twice; keep one of them"
     path = written(tmp_path / "t.yaml", "- name: a\n  file: a.csv\n  columns: {query: anchor, positive: positive, query: x}\n")
-    assert "line 3: the key 'query' is there twice" in error_of(read_sources, path)
+    assert "line 3: the key 'query' occurs twice" in error_of(read_sources, path)
     path = written(tmp_path / "c.yaml", "train_file: a.csv\nquoting: false\ntrain_file: b.csv\n")
     message = error_of(cli.parse, [DataArguments], argv=["--config", path])
-    assert message == f"--config {path}, line 3: the key 'train_file' is there twice; keep one of them"
+    assert message == f"--config {path}, line 3: the key 'train_file' occurs twice; keep one of them"
     shared = "- &a\n  name: a\n  file: a.csv\n  weight: 2\n- <<: *a\n  name: b\n  weight: 3\n"
     first, second = read_sources(written(tmp_path / "m.yaml", shared))  # a merge may be overridden
     assert (first.weight, second.weight, second.name) == (2, 3, "b")
@@ -629,13 +633,13 @@ def test_mistyped_values_of_a_source(line, expected, tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("- name: 7\n  file: a.csv", "source 1 has no name but 7; give it one, a text"),
+        ("- name: 7\n  file: a.csv", "source 1 has the name 7; give it a text as its name"),
         ("- name: a\n  file: [a.csv, 3]", "file is ['a.csv', 3]"),
         ("- name: a\n  file: {a: b}", "file is {'a': 'b'}"),
         ("- name: a\n  dataset: 3", "dataset is 3; give a name"),
         ("- name: a\n  dataset: x/y\n  config: 1.0", "config is 1.0; give a name"),
         ("- name: a\n  dataset: x/y\n  split: [train]", "split is ['train']; give a name"),
-        ("- name: a\n  dataset: x/y\n  quoting: false", "quoting is of csv files"),
+        ("- name: a\n  dataset: x/y\n  quoting: false", "quoting applies only to csv files"),
     ],
 )
 def test_mistyped_files_and_datasets(content, expected, tmp_path):
@@ -651,9 +655,9 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
     pairs = jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b", "label": 1}])
     corpus = jsonl(tmp_path / "corpus.jsonl", [{"text": 1}, {"text": 2}])
     args = recipe.Arguments("model", "out.jsonl", train_file=pairs, corpus_file=corpus, ignore_columns=["label"])
-    assert f"{corpus}, row 1, column 'text': the text is not a text (1)" in error_of(recipe.read_pairs, args)
+    assert f"{corpus}, row 1, column 'text': the text is not a string (1)" in error_of(recipe.read_pairs, args)
     args.corpus_file = written(tmp_path / "corpus.csv", "text;id\na;1\n")
-    assert "the separator looks like ';'" in error_of(recipe.read_pairs, args)
+    assert "the separator seems to be ';'" in error_of(recipe.read_pairs, args)
     args.corpus_file, args.ignore_columns = None, []
     assert "'label' judges the pairs" in error_of(recipe.read_pairs, args)
 
@@ -705,6 +709,6 @@ def test_logging_is_quiet_for_clean_files(tmp_path, caplog):
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "a.csv").mkdir()
     assert error_of(read_file, str(tmp_path / "a.csv")).endswith(
-        "a.csv: this is a folder; name a file in it (folders and globs are not read)"
+        "a.csv: this is a folder; name a file in it (folders and patterns are not supported)"
     )
     assert "b.csv: no such file; check the path" in error_of(read_file, str(tmp_path / "b.csv"))

@@ -229,7 +229,7 @@ def test_a_folder_and_a_cache_of_someone_else_are_refused(tmp_path, monkeypatch)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/nonexistent/datasets")
     said = as_nobody(cache.check_cache)
     assert said.startswith(
-        "HF_DATASETS_CACHE, the cache of datasets: /nonexistent/datasets/hf_embed: nothing can be written in"
+        "the cache folder of datasets (HF_DATASETS_CACHE) /nonexistent/datasets/hf_embed: nothing can be written in"
     )
 
 
@@ -293,7 +293,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage, caplog):
     (path,) = (tmp_path / "rows").glob("cache-*.arrow")
     DAMAGES[damage](path)
     assert count_of(rows, made) == expected and len(made) == 100
-    assert is_sealed(path) and ("damaged since it was written" in caplog.text) == (damage != "without a seal")
+    assert is_sealed(path) and ("has changed since it was written" in caplog.text) == (damage != "without a seal")
     assert not list((tmp_path / "rows").glob("tmp*")) and not list((tmp_path / "rows").glob(".saving-*"))
 
 

@@ -58,7 +58,8 @@ def test_normalize_false_leaves_vectors_as_they_are_pooled():
 
 @pytest.mark.parametrize("width", [0, -1, 33, 8.0, True, "8"])
 def test_a_width_that_there_is_not_is_refused(width):
-    assert "this model's vectors have 1 to 32 numbers" in error_of(tiny_encoder().encode, TEXTS, truncate_dim=width)
+    message = error_of(tiny_encoder().encode, TEXTS, truncate_dim=width)
+    assert "a whole number from 1 to 32, the size of this model's vectors" in message
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,8 @@ def test_arguments_that_change_nothing_are_taken():
     same(encoder.encode(TEXTS, convert_to_numpy=True, output_value="sentence_embedding", show_progress_bar=None),
          encoder.encode(TEXTS))  # fmt: skip
     assert encoder.encode(TEXTS, convert_to_numpy=False, convert_to_tensor=True).shape == (5, 32)
-    assert "give convert_to_tensor=True" in error_of(encoder.encode, TEXTS, convert_to_numpy=False)
-    assert "a vector for each text" in error_of(encoder.encode, TEXTS, output_value="token_embeddings")
+    assert "set convert_to_tensor=True" in error_of(encoder.encode, TEXTS, convert_to_numpy=False)
+    assert "one vector per text" in error_of(encoder.encode, TEXTS, output_value="token_embeddings")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_texts_come_in_many_kinds(texts):
 def test_what_is_no_list_of_texts_is_refused(texts):
     """BUG: of a DataFrame and a dict the names of the columns were encoded."""
     message = error_of(tiny_encoder().encode, texts)
-    wanted = ("give a list of them, or one column", "is no text but", "give a text or a list of them")
+    wanted = ("give a list of texts, or one column", "is not a string but", "give a text or a list of texts")
     assert any(part in message for part in wanted), message
 
 
@@ -147,14 +148,15 @@ def test_an_array_of_one_text_is_one_text():
 def test_a_bad_entry_is_named_before_anything_is_computed(monkeypatch):
     encoder = tiny_encoder()
     monkeypatch.setattr(encoder.backbone, "forward", lambda **_: 1 / 0)
-    assert "text 201 is no text but nan" in error_of(encoder.encode, [*MANY, float("nan")], batch_size=2)
+    assert "text 201 is not a string but nan" in error_of(encoder.encode, [*MANY, float("nan")], batch_size=2)
 
 
 def test_a_text_without_a_token_is_named_by_its_place_among_all():
     from test_encoder import decoder_tokenizer
 
     encoder = Encoder(tiny_model("qwen2"), decoder_tokenizer(), "last").eval()
-    assert error_of(encoder.encode, [*MANY, "", *MANY], batch_size=3).startswith("text 201 of these has no token")
+    message = error_of(encoder.encode, [*MANY, "", *MANY], batch_size=3)
+    assert message.startswith("the tokenizer returns no tokens for text 201,")
 
 
 def test_texts_are_sorted_over_all_of_them():
@@ -216,14 +218,14 @@ def test_similarity_knows_small_vectors(precision):
 def test_int8_vectors_that_may_be_packed_need_a_word():
     encoder = tiny_encoder()  # 32 wide; 2 bytes may be 16 signs or 2 numbers
     packed = encoder.encode(MANY[:4], precision="binary", truncate_dim=16)
-    assert "say which by precision='int8' or" in error_of(encoder.similarity, packed, packed)
+    assert "set precision='int8' or" in error_of(encoder.similarity, packed, packed)
     expected = encoder.similarity(*[encoder.encode(MANY[:4], precision="ubinary", truncate_dim=16)] * 2)
     assert torch.equal(encoder.similarity(packed, packed, precision="binary"), expected)
     cut = encoder.encode(MANY[:4], precision="int8", truncate_dim=16)  # too wide for signs of 32
     assert torch.equal(encoder.similarity(cut, cut), encoder.similarity(cut, cut, precision="int8"))
-    assert "could not tell" in error_of(encoder.encode, TEXTS, precision="int8", truncate_dim=4)
+    assert "could not distinguish" in error_of(encoder.encode, TEXTS, precision="int8", truncate_dim=4)
     assert "cannot be compared" in error_of(encoder.similarity, cut, encoder.encode(TEXTS))
-    assert "not packed bits" in error_of(encoder.similarity, cut.view(np.uint8), cut)
+    assert "not the packed signs" in error_of(encoder.similarity, cut.view(np.uint8), cut)
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
@@ -244,8 +246,8 @@ def test_a_length_that_the_similarity_needs_is_not_lost(precision):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"precision": "uint8"}, "take int8, or ubinary"), ({"precision": "int4"}, "take one of float32, int8, binary, ubinary"),
-     ({"precision": "binary", "truncate_dim": 12}, "packs 8 numbers to a byte, and a vector has 12")],
+    [({"precision": "uint8"}, "use int8, or ubinary"), ({"precision": "int4"}, "use one of float32, int8, binary, ubinary"),
+     ({"precision": "binary", "truncate_dim": 12}, "packs 8 numbers into a byte, but a vector has 12")],
 )  # fmt: skip
 def test_precisions_that_cannot_be(options, message):
     assert message in error_of(tiny_encoder().encode, TEXTS, **options)

@@ -118,7 +118,7 @@ def test_max_length_is_by_default_what_the_model_has_positions_for(architecture,
 def test_max_length_above_the_positions_is_refused(architecture, config, limit):
     model = tiny_model(architecture, **config)
     assert Encoder(model, quickstart_tokenizer(), max_length=limit).max_length == limit
-    with pytest.raises(InputError, match=f"max_length {limit + 1} .* set at most {limit}"):
+    with pytest.raises(InputError, match=f"max_length {limit + 1} .* set it to at most {limit}"):
         Encoder(model, quickstart_tokenizer(), max_length=limit + 1)
 
 
@@ -153,7 +153,7 @@ def test_cls_mlp_without_a_pooler_is_refused(architecture):
 
 
 def test_an_unknown_pooling_is_refused():
-    with pytest.raises(InputError, match="unknown pooling 'middle'; take one of cls, "):
+    with pytest.raises(InputError, match="unknown pooling 'middle'; use one of cls, "):
         tiny_encoder(pooling="middle")
 
 

@@ -203,12 +203,12 @@ BAD_SETS = {
     "no score": ([HEADER, ["", "a", "b"], ["1", "c", "d"]], "row 1: the score is '', not a number"),
     "empty sentence": ([["1", "a", "b"], ["2", "c", " "]], "row 2, column 'sentence2': the text is empty"),
     "too few columns": ([["1", "a"], ["2", "b"]], "found 2 column(s); an STS file has score, sentence1, sentence2"),
-    "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, and begins with 'a'; put these names above"),
-    "one row": ([HEADER, ["1", "a", "b"]], "1 row(s); a rank correlation needs at least 2"),
+    "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, but it begins with 'a'; add a header"),
+    "one row": ([HEADER, ["1", "a", "b"]], "there are 1 row(s), but a rank correlation needs at least 2"),
     # BUG: with a header of two of the three names, the columns are taken by position and the header for a row.
     "a column misnamed": (
         [["score", "sentence1", "other"], ["1", "a", "b"], ["2", "c", "d"]],
-        "no column sentence2; found score, sentence1, other",
+        "there is no column sentence2; found score, sentence1, other",
     ),
 }
 
@@ -224,7 +224,7 @@ def test_bad_sts_file(case, tmp_path):
 @pytest.mark.parametrize("missing", HEADER)
 def test_missing_column(missing):
     rows = Dataset.from_dict({c: ["1", "2"] for c in HEADER if c != missing})
-    assert error_of(check_sts, rows, "dev").startswith(f"dev: no column {missing}; found ")
+    assert error_of(check_sts, rows, "dev").startswith(f"dev: there is no column {missing}; found ")
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,8 @@ def test_columns_that_are_not_used_are_named(tmp_path, caplog):
 
 
 BAD_TRIPLETS = {
-    "no negative": ("a.csv", ("anchor", "positive"), [("a", "b")], "no column negative; found anchor, positive; accepted are"),
+    "no negative": ("a.csv", ("anchor", "positive"), [("a", "b")],
+                    "no column negative; found anchor, positive; rename the columns, for example to"),
     "no positive": ("a.csv", ("anchor", "negative"), [("a", "b")], "no column positive"),
     "no anchor": ("a.csv", ("x", "positive", "negative"), TRIPLETS, "no column query; found x, positive, negative"),
     "no header": ("a.csv", None, TRIPLETS, "no column query; found a cat, one cat, a train"),
@@ -240,10 +241,11 @@ BAD_TRIPLETS = {
     "null": ("a.jsonl", ("anchor", "positive", "negative"), [("a", ["b"], None)], "row 1: there is no negative; fill"),
     "empty list": ("a.jsonl", ("query", "pos", "neg"), [("a", [], ["c"])], "row 1: there is no positive; fill it in"),
     "null anchor": ("a.jsonl", ("query", "pos", "neg"), [(None, ["b"], ["c"])], "row 1, column 'query': the text is missing"),
-    "list of anchors": ("a.jsonl", ("query", "pos", "neg"), [(["a"], "b", "c")], "column 'query': the text is not a text"),
+    "list of anchors": ("a.jsonl", ("query", "pos", "neg"), [(["a"], "b", "c")], "column 'query': the text is not a string"),
     "null in a list": ("a.jsonl", ("query", "pos", "neg"), [("a", ["b"], ["c", None])], "column 'neg': the text is missing"),
-    "a number": ("a.jsonl", ("query", "pos", "neg"), [("a", 3, "c")], "row 1, column 'pos': the text is not a text (3)"),
-    "a list as text": ("a.csv", ("anchor", "positive", "negative"), [("a", "b", "['c', 'd']")], "the text is a list, ['c'"),
+    "a number": ("a.jsonl", ("query", "pos", "neg"), [("a", 3, "c")], "row 1, column 'pos': the text is not a string (3)"),
+    "a list as text": ("a.csv", ("anchor", "positive", "negative"), [("a", "b", "['c', 'd']")],
+                       "the text looks like a list, ['c'"),
 }  # fmt: skip
 
 
@@ -307,7 +309,7 @@ def test_labels_that_are_named_the_other_way_round(tmp_path):
             assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
-            assert f"the label 0 of column 'label' is called {names[0]}; 1 is for pairs that belong together" in message
+            assert f"the label 0 of column 'label' is named {names[0]}, but 1 must mean that a pair belongs together" in message
 
 
 def pairs_with(*labels):
@@ -322,17 +324,18 @@ BAD_PAIRS = {
     "a name": ("a.csv", HEADER, pairs_with("1", "entailment"), "row 2, column 'label': the label is 'entailment'"),
     "no label": ("a.jsonl", HEADER, pairs_with(0, 1, None), "row 3, column 'label': the label is None"),
     "empty label": ("a.csv", HEADER, pairs_with("0", "1", ""), "row 3, column 'label': the label is ''"),
-    "one class": ("a.csv", HEADER, pairs_with("1", "1"), "every label is 1; average precision needs pairs of label 0 and"),
+    "one class": ("a.csv", HEADER, pairs_with("1", "1"), "all labels are 1; average precision needs pairs with label 0 and"),
     "empty text": ("a.csv", HEADER, [("a", "b", 1), ("", "d", 0)], "row 2, column 'sentence1': the text is empty"),
     "null text": ("a.jsonl", HEADER, [("a", "b", 1), ("c", None, 0)], "row 2, column 'sentence2': the text is missing"),
     "no label column": ("a.csv", (*HEADER[:2], "score"), pairs_with(0, 1), "found the columns sentence1, sentence2, score; "),
     "other columns": ("a.jsonl", ("left", "right", "label"), pairs_with(0, 1), "found the columns left, right, label; "),
     "two columns": ("a.tsv", None, [("1", "a"), ("0", "b")], "found the columns 1, a; expected sentence1, sentence2 and label"),
     "label last": ("a.tsv", None, pairs_with(0, 1), "row 1, column '0': the label is 'a 0', not 0 or 1"),
-    "uneven lists": ("a.jsonl", HEADER, [(["a", "b"], ["c", "d"], [1])], "sentence1, sentence2 and label are not lists of one"),
-    "one list": ("a.jsonl", HEADER, [(["a", "b"], "c", 1)], "row 1: sentence1, sentence2 and label are not lists of"),
+    "uneven lists": ("a.jsonl", HEADER, [(["a", "b"], ["c", "d"], [1])],
+                     "sentence1, sentence2 and label must be lists of the same length"),
+    "one list": ("a.jsonl", HEADER, [(["a", "b"], "c", 1)], "row 1: sentence1, sentence2 and label must be lists of"),
     "bad item": ("a.jsonl", HEADER, [(["a", ""], ["c", "d"], [1, 0])], "row 1, item 2, column 'sentence1': the text is empty"),
-    "empty lists": ("a.jsonl", HEADER, [([], [], [])], "no rows"),
+    "empty lists": ("a.jsonl", HEADER, [([], [], [])], "there are no rows"),
 }  # fmt: skip
 
 
@@ -410,16 +413,18 @@ def test_a_query_without_positives_or_negatives_is_left_out_and_counted(tmp_path
     rows = [*SAMPLES, ("x", [], ["y"]), ("x", ["y"], []), ("x", ["y"], None)]
     task = read_reranking(write_rows(tmp_path / "a.jsonl", ("query", "positive", "negative"), rows))
     assert task.judged == SAMPLES
-    assert "3 of 5 queries have no positive or no negative document; left out" in caplog.text
+    assert "3 of 5 queries have no positive or no negative document; they are left out" in caplog.text
 
 
 BAD_RERANKING = {
-    "none left": ("a.jsonl", ("query", "positive", "negative"), [("x", [], ["y"])], "no query has a positive and a negative"),
+    "none left": ("a.jsonl", ("query", "positive", "negative"), [("x", [], ["y"])],
+                  "no query has both a positive and a negative"),
     "no labels": ("a.csv", ("query", "document", "y"), [("a", "b", 1)], "no column positive; found query, document, y"),
     "a grade": ("a.csv", ("query", "document", "label"), [("a", "b", 2)], "row 1, column 'label': the label is '2', not 0"),
-    "one class": ("a.csv", ("query", "document", "label"), [("a", "b", 1)], "no query has a positive and a negative document"),
-    "uneven": ("a.jsonl", ("query", "documents", "labels"), [("a", ["b", "c"], [1])], "documents and labels are not one of"),
-    "null document": ("a.jsonl", ("query", "passage", "label"), [("a", None, 1)], "row 1: passage and label are not one of"),
+    "one class": ("a.csv", ("query", "document", "label"), [("a", "b", 1)],
+                  "no query has both a positive and a negative document"),
+    "uneven": ("a.jsonl", ("query", "documents", "labels"), [("a", ["b", "c"], [1])], "documents and labels must be one"),
+    "null document": ("a.jsonl", ("query", "passage", "label"), [("a", None, 1)], "row 1: passage and label must be one"),
     "empty query": ("a.jsonl", ("query", "positive", "negative"), [("", ["y"], ["z"])], "row 1, column 'query': the text is "),
     "empty item": ("a.jsonl", ("query", "pos", "neg"), [("a", ["y", ""], ["z"])], "row 1, column 'pos': the text is empty"),
 }  # fmt: skip
@@ -436,20 +441,29 @@ def test_bad_reranking_files(tmp_path, case):
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: Triplets(["a", "b"], ["c"], ["d"]), "Triplets: got 2 anchors, 1 positives, 1 negatives; give as many of each"),
+        (
+            lambda: Triplets(["a", "b"], ["c"], ["d"]),
+            "Triplets: got 2 anchors, 1 positives, 1 negatives; give the same number of each",
+        ),
         (lambda: Triplets([], [], []), "got 0 anchors"),
         (lambda: Triplets(["a"], [""], ["c"]), "Triplets, row 1, positives: the text is empty"),
-        (lambda: Triplets(["a"], [["b"]], ["c"]), "Triplets, row 1, positives: the text is not a text"),
-        (lambda: PairClassification(["a", "b"], ["c", "d"], [1]), "got 2 sentences1, 2 sentences2, 1 labels; give as many"),
-        (lambda: PairClassification(["a", "b"], ["c", "d"], [1, 1]), "PairClassification: every label is 1"),
+        (lambda: Triplets(["a"], [["b"]], ["c"]), "Triplets, row 1, positives: the text is not a string"),
+        (
+            lambda: PairClassification(["a", "b"], ["c", "d"], [1]),
+            "got 2 sentences1, 2 sentences2, 1 labels; give the same number",
+        ),
+        (lambda: PairClassification(["a", "b"], ["c", "d"], [1, 1]), "PairClassification: all labels are 1"),
         (lambda: PairClassification(["a", "b"], ["c", "d"], [1, 0.5]), "PairClassification, row 2: the label is '0.5'"),
         (lambda: PairClassification(["a", None], ["c", "d"], [1, 0]), "row 2, sentences1: the text is missing"),
-        (lambda: Reranking([]), "no query has a positive and a negative document"),
-        (lambda: Reranking({"q1": {"query": "a"}}), "Reranking: a row is a str; give a dict of query, positive, negative each"),
-        (lambda: Reranking([{"query": "a", "positive": "b"}]), "Reranking: no column negative; found query, positive"),
+        (lambda: Reranking([]), "no query has both a positive and a negative document"),
+        (
+            lambda: Reranking({"q1": {"query": "a"}}),
+            "Reranking: a row has the type str; give a dict with query, positive and negative for each row",
+        ),
+        (lambda: Reranking([{"query": "a", "positive": "b"}]), "Reranking: there is no column negative; found query, positive"),
         (
             lambda: Reranking([{"query": "a", "positive": [], "negative": "c"}]),
-            "no query has a positive and a negative document",
+            "no query has both a positive and a negative document",
         ),
     ],
 )
@@ -488,9 +502,8 @@ def test_names_on_the_hub(monkeypatch):
         ("o/sts", None, "test"),
     }  # fmt: skip
     for read in (read_triplets, read_pair_classification, read_reranking, read_named_sts):
-        assert "o/other: no such file; of a dataset on the Hub name the split too, for example o/other:test" in error_of(
-            read, "o/other"
-        )
+        wanted = "o/other: this file does not exist; for a dataset on the Hub, name the split too, for example o/other:test"
+        assert wanted in error_of(read, "o/other")
         assert "o/other.csv: no such file" in error_of(read, "o/other.csv")
     message = error_of(read_pair_classification, "o/triplets:dev")
     assert "o/triplets:dev: found the columns anchor, positive, negative; expected sentence1, sentence2 and label" in message
@@ -529,7 +542,7 @@ def test_a_set_whose_name_makes_another_metrics_name(tmp_path, name, metric):
         message = error_of(refused, tasks, embed)
         assert (
             message.startswith(f"evaluation set '{name}': {name}_")
-            and "is another metric's name too; rename the set" in message
+            and "is also the name of another metric; rename the evaluation set" in message
         )
     assert error_of(trainer_with, tmp_path, tasks).startswith(f"evaluation set '{name}'")
     score_tasks({name: tasks[name]}, embed)  # alone it is right

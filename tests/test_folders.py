@@ -382,7 +382,7 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
     "modules.json that is no list": (no_list, "modules.json has no list at its top"),
     "SparseEncoder": (keys(CONFIG, model_type="SparseEncoder"), 'model_type "SparseEncoder"'),
-    "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; take one of cosine, dot, euclidean, manhattan"),
+    "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; use one of cosine, dot, euclidean, manhattan"),
     "truncate_dim below 1": (keys(CONFIG, truncate_dim=-3), "truncate_dim is -3"),
     "truncate_dim that is text": (keys(CONFIG, truncate_dim="8"), 'truncate_dim "8"'),
     "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" of config_sentence_transformers.json'),
@@ -578,7 +578,7 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
     trainer = ContrastiveTrainer(model=Encoder.from_pretrained(folder), args=args)
     encoder = trainer.encoder
     assert "encode puts the model's default prompt 'STS' before texts" in caplog.text
-    assert "training uses all 8 dimensions; encode gives the first 5 (truncate_dim)" in caplog.text
+    assert "training uses all 8 dimensions, but encode returns only the first 5 (truncate_dim)" in caplog.text
     assert (encoder.max_length, encoder.prompts) == (12, {"STS": "like: ", "document": "d: "})
     assert (encoder.truncate_dim, encoder.similarity_fn_name, encoder.default_prompt_name) == (5, "dot", "STS")
     assert (encoder.full_dimension, encoder.dimension) == (8, 5)
@@ -631,7 +631,7 @@ def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, t
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"truncate_dim": 0}, "truncate_dim is 0"), ({"similarity_fn_name": "max"}, "'max'; take one of cosine"),
+    [({"truncate_dim": 0}, "truncate_dim is 0"), ({"similarity_fn_name": "max"}, "'max'; use one of cosine"),
      ({"default_prompt_name": "x"}, "unknown prompt_name 'x'")],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, says):

@@ -144,7 +144,7 @@ def test_a_model_that_reads_padding_or_draws_lots_is_refused(architecture):
     message = error_of(encoder_of, LEAKS[architecture]())
     kind = type(LEAKS[architecture]()).__name__
     assert message.startswith(f"{kind}: ")
-    assert "depends on the texts beside it, or on chance" in message
+    assert "depends on the other texts of its batch, or on chance" in message
 
 
 def test_the_check_sees_a_single_leak():
@@ -153,7 +153,7 @@ def test_the_check_sees_a_single_leak():
     layer = model.encoder.layer[1].attention.self
     inner = layer.forward
     layer.forward = lambda hidden_states, attention_mask=None, **kwargs: inner(hidden_states, None, **kwargs)
-    assert "depends on the texts beside it" in error_of(encoder_of, model)
+    assert "depends on the other texts of its batch" in error_of(encoder_of, model)
 
 
 def test_the_check_sees_training_that_differs(monkeypatch):
@@ -337,14 +337,14 @@ def test_a_model_that_needs_a_processor_is_refused_before_the_training(tmp_path)
 
 def test_an_attention_that_needs_another_device_is_refused():
     """MRA's returns zeros without its CUDA kernel: every token by itself, in all passes alike."""
-    assert "no token sees another on this device (cpu)" in error_of(encoder_of, random_model(MraModel, MraConfig(**SMALL)))
+    assert "on this device (cpu) attention has no effect" in error_of(encoder_of, random_model(MraModel, MraConfig(**SMALL)))
 
 
 def test_states_that_are_not_those_of_tokens_are_refused():
     """DPR's first output is one vector a text."""
     config = DPRConfig(**SMALL, projection_dim=0)
     message = error_of(encoder_of, random_model(DPRQuestionEncoder, config))
-    assert "no token states to pool" in message
+    assert "no hidden states of tokens to pool" in message
 
 
 def test_model_input_names_are_saved(tmp_path):

@@ -219,7 +219,7 @@ def test_offline_data_is_made_once_for_all_seeds(files, monkeypatch):
 BAD = {
     "two kinds of data": (["--train_file", "{folder}/a.jsonl"], "--train_file and --sources are both given"),
     "unknown direction": (["--directions", "query_to_docs"], "unknown direction 'query_to_docs'"),
-    "dims": (["--matryoshka_dims", "64"], "the embedding is 32 wide"),
+    "dims": (["--matryoshka_dims", "64"], "the embedding has 32 dimensions"),
     "alpha": (["--source_alpha", "2"], "source_alpha is 2"),
     "no such sources": (["--sources", "{folder}/absent.yaml"], "absent.yaml: no such file"),
     "small sources": (
@@ -227,7 +227,7 @@ BAD = {
         "source 'a' .*12 rows, fewer than the 16",
     ),
     "long prompt": (["--prompts", json.dumps({"query": "word " * 70})], "the query prompt has 72 tokens"),
-    "no beir folder": (["--eval_retrieval_dir", "x={folder}/absent"], "absent: no such folder"),
+    "no beir folder": (["--eval_retrieval_dir", "x={folder}/absent"], "absent: this folder does not exist"),
     "temperature": (["--temperature", "0"], "temperature is 0"),
 }
 

@@ -133,10 +133,10 @@ def test_the_log_the_best_model_and_the_end(tmp_path):
 
 def test_a_metric_that_is_not_logged_is_refused(tmp_path):
     message = error_of(make, tmp_path, metric_for_best_model="eval_dev_loss")
-    assert "the evaluation sets log held_out_loss, loss" in message
+    assert "which no evaluation set logs; set it to one of held_out_loss, loss" in message
     sts = Dataset.from_list(STS)
     message = error_of(make, tmp_path, held_out={"s": sts}, metric_for_best_model="eval_loss", eval_strategy="epoch")
-    assert "metric_for_best_model is 'eval_loss'; the evaluation sets log" in message
+    assert "metric_for_best_model is 'eval_loss', which no evaluation set logs; set it to one of" in message
 
 
 def test_settings_that_count_here_are_not_said_to_have_no_effect(tmp_path, caplog):
@@ -201,28 +201,28 @@ def test_held_out_rows_of_other_kinds(tmp_path, kind):
     scores = trainer.evaluate()
     assert scores["eval_a_loss"] == scores["eval_b_loss"]
     stream = HeldOut(Dataset.from_list(NEW).to_iterable_dataset())
-    assert error_of(make, tmp_path, held_out={"c": stream}).startswith("c: a stream is no evaluation set")
+    assert error_of(make, tmp_path, held_out={"c": stream}).startswith("c: a streaming dataset cannot be an evaluation set")
 
 
 def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         make(tmp_path, rows=NEW, held_out=ROWS)
-    assert "also trained on" not in caplog.text
+    assert "also training rows" not in caplog.text
     overlap = [NEW[3], {"anchor": NEW[0]["anchor"], "positive": "something else"}, NEW[5], NEW[5]]
     with caplog.at_level(logging.WARNING):
         make(tmp_path, rows=NEW, held_out={"dev": overlap})
-    assert "dev: 3 of 4 held-out rows are also trained on" in caplog.text
+    assert "dev: 3 of 4 held-out rows are also training rows" in caplog.text
     caplog.clear()
     sources = {"a": Dataset.from_list(NEW[:6]), "b": Dataset.from_list(NEW[6:])}
     args = ContrastiveTrainingArguments(str(tmp_path), **QUIET)
     with caplog.at_level(logging.WARNING):
         ContrastiveTrainer(tiny_encoder(), args, None, sources, [NEW[1], NEW[8], ROWS[0]])
-    assert "held_out: 2 of 3 held-out rows are also trained on" in caplog.text
+    assert "held_out: 2 of 3 held-out rows are also training rows" in caplog.text
     with caplog.at_level(logging.WARNING):  # BUG: a row in two sources counted twice, "4 of 3"
         ContrastiveTrainer(
             tiny_encoder(), args, None, sources | {"c": Dataset.from_list(NEW)}, {"d": [NEW[1], NEW[8], ROWS[0]]}
         )
-    assert "d: 2 of 3 held-out rows are also trained on" in caplog.text
+    assert "d: 2 of 3 held-out rows are also training rows" in caplog.text
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_columns_of_both_files(tmp_path):
         assert [part.column_names for part in rows] == [["anchor", "positive"]] * 2
         assert [part["positive"][:] for part in rows] == [WORDS] * 2
     given = ("--train_file", named, "--eval_file", named, *columns)
-    assert "no column 'label' to ignore; found premise, hypothesis" in error_of(plan_rows, *given)
+    assert "there is no column 'label' to ignore; found premise, hypothesis" in error_of(plan_rows, *given)
 
 
 def test_columns_of_held_out_rows_alone(tmp_path):
@@ -211,7 +211,7 @@ def test_two_rows_with_prompts_cut_as_they_are_read(tmp_path):
     run = make(tmp_path, rows, encoder)
     lines = run.preview()
     cut = sum(run.train_dataset["truncated"][:])
-    assert cut >= 12 and lines[0] == f"as the model reads pairs.jsonl: 12 rows, {cut} of 60 texts cut to 8 tokens"
+    assert cut >= 12 and lines[0] == f"as the model reads pairs.jsonl: 12 rows, {cut} of 60 texts truncated to 8 tokens"
     assert len(lines) == 7
     assert lines[1].split() == ["row", "1", "anchor", "7", "tokens", "look", "for", ":", "the", "cat"]
     assert lines[2].split()[:3] == ["positive", "8", "tokens"] and lines[2].endswith("a cat by the")  # "letter" is cut off

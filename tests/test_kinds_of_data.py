@@ -85,9 +85,12 @@ def beir(folder: Path) -> list:
 
 
 KINDS = {
-    "FlagEmbedding": (flag_embedding, "12 rows -> 18, one for each positive"),
-    "SNLI": (snli, "37 pairs of sentence1 and sentence2 -> 12 triplets of 12 anchors; left out: 12 neutral, 1 without a label"),
-    "duplicates": (duplicates, "24 pairs of question1 and question2 -> 12 pairs with 12 hard negatives of 12 anchors"),
+    "FlagEmbedding": (flag_embedding, "12 rows became 18, one per positive"),
+    "SNLI": (
+        snli,
+        "37 pairs of sentence1 and sentence2 became 12 triplets of 12 anchors; left out: 12 neutral, 1 without a label",
+    ),
+    "duplicates": (duplicates, "24 pairs of question1 and question2 became 12 pairs with 12 hard negatives of 12 anchors"),
     "--columns": (faq, None),
     "question, answer": (question_answer, "columns nr are not used"),
     "BEIR": (beir, None),
@@ -144,7 +147,7 @@ def test_single_texts_of_a_named_column(folder):
     results = run("unsup_simcse", folder, data)
     assert results["train"]["rows"] == 12 and results["train"]["steps"] == 20
     message = error_of(run, "unsup_simcse", folder, [*data[:2], "--overwrite_output_dir"])
-    assert "found the columns nr, body; name them: --columns text=body" in message
+    assert "found the columns nr, body; name the column with --columns text=body" in message
 
 
 def test_negatives_are_mined_for_each_positive_of_named_columns(folder):
@@ -155,6 +158,6 @@ def test_negatives_are_mined_for_each_positive_of_named_columns(folder):
     pairs, corpus = mine.read_pairs(args)
     assert len(pairs) == 24 and pairs[1] == (PAIRS[0][0], f"surely {PAIRS[0][1]}") and not corpus
     args.columns = ["anchor=frage"]
-    assert f"{path}: columns: found anchor; give anchor and positive" in error_of(mine.read_pairs, args)
+    assert f"{path}: columns: the roles are anchor; give anchor and positive" in error_of(mine.read_pairs, args)
     given = mine.Arguments("model", "out.jsonl", retrieval_dir=str(folder / "beir"), columns=["anchor=frage"])
     assert "--columns and --ignore_columns are of a --train_file" in error_of(mine.read_pairs, given)

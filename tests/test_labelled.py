@@ -26,8 +26,8 @@ TRIPLETS = [
     {"anchor": "p3", "positive": ["e3"], "negatives": ["c3"]},
 ]
 COUNTED = (
-    "snli: 11 pairs of premise and hypothesis -> 3 triplets of 2 anchors; left out: 1 neutral, 1 without a label, "
-    "1 a second time, 1 positive without a negative, 1 negative without a positive, 1 further negative of an anchor; "
+    "snli: 11 pairs of premise and hypothesis became 3 triplets of 2 anchors; left out: 1 neutral, 1 without a label, "
+    "1 repeated, 1 positive without a negative, 1 negative without a positive, 1 additional negative of an anchor; "
 )
 
 
@@ -46,7 +46,7 @@ def snli(kind):
 def test_snli_becomes_triplets(kind, caplog):
     assert as_pairs(Dataset.from_list(snli(kind)), "snli").to_list() == TRIPLETS
     shown = WORDS if kind in ("words", "capitals", "null") else ["0 (entailment)", "", "2 (contradiction)"]
-    means = f"positives are those of label {shown[0]}; negatives are those of label {shown[2]}"
+    means = f"positives have the label {shown[0]}; negatives have the label {shown[2]}"
     assert caplog.messages == [COUNTED + means]
 
 
@@ -100,7 +100,7 @@ def test_pairs_that_match_or_do_not(first, second, label, kind, caplog):
     rows = Dataset.from_list([{first: a, second: b, label: kind(c)} for a, b, c in BINARY])
     assert as_pairs(rows, "qqp").to_list() == MATCHED
     counted = (
-        f"qqp: 6 pairs of {first} and {second} -> 3 pairs with 2 hard negatives of 2 anchors; left out: 1 negative without"
+        f"qqp: 6 pairs of {first} and {second} became 3 pairs with 2 hard negatives of 2 anchors; left out: 1 negative without"
     )
     assert caplog.messages[0].startswith(counted)
 
@@ -121,11 +121,15 @@ def pairs(labels, names=("premise", "hypothesis"), column="label"):
 
 ALIKE = ("sentence1", "sentence2")
 REFUSED = [
-    (pairs([0, 1]), "the labels are 0, 1; 0 is the entailment in some data sets and 1 in others"),
-    (pairs([0, 0]), "the labels are 0; 0 is the entailment in some"),
+    (pairs([0, 1]), "the labels are 0, 1; entailment is 0 in some datasets and 1 in others"),
+    (pairs([0, 0]), "the labels are 0; entailment is 0 in some"),
     (pairs([0, 1, 2], ALIKE), "the labels are 0, 1, 2; write entailment, neutral and contradiction"),
     (pairs([0, 1, 2, 3]), "the labels are 0, 1, 2, 3; write entailment"),
-    (pairs([0.5, 1.0], ALIKE), "0.5 is a score, and pairs of any score are neither positives nor negatives; --eval_sts_file"),
+    (
+        pairs([0.5, 1.0], ALIKE),
+        "0.5 is a score, which does not say if a pair is a positive or a negative; "
+        "evaluate on these pairs with --eval_sts_file",
+    ),
     (pairs([3.25, 1.0]), "3.25 is a score"),
     (pairs(["-", None]), "the labels are all missing"),
     (pairs(["yes!", "no!"], ALIKE), "the labels are no!, yes!; write entailment"),
@@ -145,7 +149,10 @@ def test_labels_that_are_not_known_are_refused(rows, expected):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (pairs(["entailment", "neutral"]), "no premise has a positive and a negative: 2 pairs of premise and hypothesis -> 0"),
+        (
+            pairs(["entailment", "neutral"]),
+            "no premise has a positive and a negative: 2 pairs of premise and hypothesis became 0",
+        ),
         (pairs([1, 2]), "no premise has a positive and a negative"),
         (pairs([0, 0], ALIKE), "no sentence1 has a positive: "),
     ],
@@ -159,7 +166,7 @@ def test_labels_of_which_nothing_can_be_made(rows, expected):
 
 def test_two_columns_of_labels_are_refused():
     rows = pairs([0, 2]).add_column("gold_label", ["entailment", "contradiction"])
-    assert "the columns label and gold_label are both labels; leave one out by --ignore_columns gold_label" in error_of(
+    assert "the columns label and gold_label all hold labels; remove one with --ignore_columns gold_label" in error_of(
         as_pairs, rows, "a.csv"
     )
 
@@ -196,7 +203,7 @@ def test_a_stream_is_refused_by_name(tmp_path):
     written(tmp_path / "a.jsonl", lines)
     (source,) = read_sources(listed(tmp_path, {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 11}))
     message = error_of(as_pairs, source.rows, source.label)
-    assert "premise, hypothesis and label are labelled pairs, which are grouped by their premise; a stream cannot be" in message
+    assert "the labeled pairs of premise, hypothesis and label are grouped by premise, which is not supported" in message
 
 
 def test_a_source_takes_as_many_negatives_as_it_says(tmp_path):

@@ -120,7 +120,7 @@ def test_written_numbers():
     assert summary({"train_runtime": 3.0}, TrainerState(global_step=1)) == "trained 1 step in 3.0 s"
     resumed = {"train_runtime": 3.0, "resumed_at_step": 2}
     assert summary(resumed, TrainerState(global_step=5)) == "trained 3 of 5 steps in 3.0 s"
-    assert summary(resumed, TrainerState(global_step=2)) == "no step was left to train: 2 were trained before"
+    assert summary(resumed, TrainerState(global_step=2)) == "no steps were left to train: all 2 were trained before"
 
 
 def test_other_ranks_print_nothing(tmp_path, capsys):

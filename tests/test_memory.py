@@ -65,8 +65,8 @@ def test_the_step_begins_again_with_the_same_gradient(calm, tmp_path, caplog, at
     full = Full([at], backward)
     made, weights, losses = run(tmp_path, full)
     assert made.args.chunk_tokens == 20 and made.args.gradient_caching
-    assert caplog.text.count("the memory of the GPU is full") == 1
-    assert "begins again with chunk_tokens 20 and gradient_caching" in caplog.text
+    assert caplog.text.count("GPU memory is full") == 1
+    assert "this step is repeated, and it and all later steps use chunk_tokens 20 and gradient_caching" in caplog.text
     assert difference(weights, calm[1]) < 1e-12
     assert losses == pytest.approx(calm[2], rel=1e-12)
 
@@ -88,20 +88,18 @@ def test_the_budget_is_halved_until_it_fits(calm, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     made, weights, _ = run(tmp_path, Full([], above=12))
     assert made.args.chunk_tokens == 10
-    assert re.findall(r"begins again with chunk_tokens (\d+)", caplog.text) == ["20", "10"]
+    assert re.findall(r"this step is repeated, and it and all later steps use chunk_tokens (\d+)", caplog.text) == ["20", "10"]
     assert difference(weights, calm[1]) < 1e-12
 
 
 def test_a_single_text_that_does_not_fit_ends_the_run_in_one_line(tmp_path):
     message = error_of(run, tmp_path, Full([], above=0))
-    assert message.startswith("the memory of the GPU is full at step 1, even with a single text at a time")
+    assert message.startswith("GPU memory is full at step 1, even with a single text at a time")
 
 
 def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
     made = trainer(tmp_path)
     made.get_batch_samples(iter(made.get_train_dataloader()), 1, torch.device("cpu"))
     monkeypatch.setattr(type(made.args), "world_size", 2)
-    with pytest.raises(
-        RankError, match="the memory of the GPU of process 0 is full, at step 1; set a lower chunk_tokens, grad"
-    ):
+    with pytest.raises(RankError, match="GPU memory of process 0 is full at step 1; set a smaller chunk_tokens, grad"):
         made._use_less_memory(FULL)

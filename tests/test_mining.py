@@ -97,7 +97,7 @@ def test_faiss_finds_the_same(tmp_path):
 def test_faiss_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     message = error_of(mined, tmp_path / "a.jsonl", MiningArguments(use_faiss=True))
-    assert "needs the package faiss-cpu" in message and not os.listdir(tmp_path)
+    assert "requires the package faiss-cpu" in message and not os.listdir(tmp_path)
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_bad_settings(settings, message):
 
 
 def test_nothing_to_choose_from(tmp_path):
-    assert "1 document(s); there is nothing to choose" in error_of(mined, tmp_path / "a.jsonl", pairs=[("a", "b")], corpus=[])
+    assert "there are 1 document(s), too few to choose" in error_of(mined, tmp_path / "a.jsonl", pairs=[("a", "b")], corpus=[])
     (tmp_path / "a.jsonl").write_text("mine")
     assert "is there already" in error_of(mined, tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl").read_text() == "mine"
@@ -336,4 +336,4 @@ def test_what_the_public_function_refuses(tmp_path):
     assert "choose one of its splits, train" in error_of(mine_hard_negatives, splits, encoder)
     assert "pairs.csv: no such file" in error_of(mine_hard_negatives, "pairs.csv", encoder)
     assert "give a datasets.Dataset, a pandas DataFrame" in error_of(mine_hard_negatives, 3, encoder)
-    assert "no column 'ask'" in error_of(mine_hard_negatives, rows, encoder, anchor_column_name="ask")
+    assert "there is no column 'ask'" in error_of(mine_hard_negatives, rows, encoder, anchor_column_name="ask")

@@ -322,7 +322,7 @@ def test_an_iterable_dataset_alone_trains(tmp_path):
     run = trainer(tmp_path / "out", rows, max_steps=3)
     run.train()
     assert run.state.global_step == 3
-    with pytest.raises(InputError, match="how many rows"):
+    with pytest.raises(InputError, match="the number of rows of a streaming dataset is unknown"):
         trainer(tmp_path / "out", rows)
 
 
@@ -389,13 +389,13 @@ BAD_YAML = {
     "empty": ("[]", "no source to train on"),
     "no name": ("- file: one.txt", "source 1 has no name"),
     "unknown key": ("- name: a\n  file: one.txt\n  wieght: 2", "source 'a': unknown key 'wieght' (did you mean 'weight'?)"),
-    "neither file nor dataset": ("- name: a", "give file: or dataset:"),
-    "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give file: or dataset:"),
+    "neither file nor dataset": ("- name: a", "give either file: or dataset:"),
+    "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give either file: or dataset:"),
     "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: no such file"),
     "no rows": ("- name: a\n  file: empty.jsonl", "source 'a': {folder}/empty.jsonl: the file is empty"),
     "missing column": (
         "- name: a\n  file: nli.csv\n  columns: {query: question}",
-        "source 'a': no column 'question'; found premise",
+        "source 'a': there is no column 'question'; found premise",
     ),
     "unknown role": ("- name: a\n  file: nli.csv\n  columns: {title: premise}", "columns: expected a mapping from text"),
     "one name twice": ("- name: a\n  file: one.txt\n- name: a\n  file: one.txt", "two sources are named 'a'"),
@@ -405,11 +405,14 @@ BAD_YAML = {
     "weight a word": ("- name: a\n  file: one.txt\n  weight: much", "the weight is much"),
     "negatives": ("- name: a\n  file: one.txt\n  negatives: -2", "negatives is -2"),
     "max_length": ("- name: a\n  file: one.txt\n  max_length: long", "max_length is 'long'"),
-    "stream without size": ("- name: a\n  file: one.txt\n  streaming: true", "does not know how many rows it has"),
+    "stream without size": (
+        "- name: a\n  file: one.txt\n  streaming: true",
+        "the number of rows of a streaming dataset is unknown",
+    ),
     "file left blank": ("- name: a\n  file:", "source 'a': file is None; give a path"),
     "column twice": ("- name: a\n  file: nli.csv\n  columns: {query: premise, positive: premise}", "'premise' is named twice"),
-    "role twice": ("- name: a\n  file: nli.csv\n  columns: {query: premise, anchor: right}", "two names of one thing"),
-    "two kinds of file": ("- name: a\n  file: [one.txt, nli.csv]", "files of one kind belong together"),
+    "role twice": ("- name: a\n  file: nli.csv\n  columns: {query: premise, anchor: right}", "two roles mean the same"),
+    "two kinds of file": ("- name: a\n  file: [one.txt, nli.csv]", "the files are of different kinds"),
 }
 
 
@@ -434,13 +437,14 @@ BAD_SOURCES = {
                    "source 'a' (a), row 6, column 'query': the text is empty"),
     "wrong columns": (lambda: [Source("a", Dataset.from_list([{"x": "a", "y": "b"}] * 4))], {}, "'a': found the columns x, y"),
     "too few rows": (lambda: [Source("a", Dataset.from_list(pairs("a", 3)))], {"small_sources": "refuse"},
-                     "source 'a': 3 rows, fewer than the 4 of a global batch; set small_sources to repeat"),
+                     "source 'a': there are 3 rows, fewer than the 4 rows of a global batch; set small_sources to repeat"),
     "no negatives there": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), negatives=1)], {}, "no column of negatives"),
     "long prompt": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), query_prompt="word " * 20, max_length=16)], {},
-                    "source 'a': the query prompt has 22 tokens, which leaves no room for text in 16"),
+                    "source 'a': the query prompt has 22 tokens, which leaves no room for text within max_length 16"),
     "long prompt of the run": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)))], {"prompts": {"document": "word " * 80}},
                                "the document prompt has 82 tokens"),
-    "longer than the run": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), max_length=67)], {}, "above the run's 66"),
+    "longer than the run": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)), max_length=67)], {},
+                            "max_length 67 is larger than 66, the one of the run"),
     "one row": (lambda: [Source("a", Dataset.from_list(pairs("a", 1)))], {}, "at least 2"),
     "two of one name": (lambda: [Source("a", Dataset.from_list(pairs("a", 8)))] * 2, {}, "two sources are named 'a'"),
     "none": (list, {}, "no source to train on"),
@@ -454,7 +458,7 @@ def test_bad_sources(tmp_path, case):
 
 
 def test_empty_dataset_is_refused():
-    assert "source 'a': no rows" in error_of(Source, "a", Dataset.from_list(pairs("a", 2)).select([]))
+    assert "source 'a': there are no rows" in error_of(Source, "a", Dataset.from_list(pairs("a", 2)).select([]))
 
 
 def test_small_source_is_said_and_repeated(tmp_path, caplog):
@@ -462,7 +466,7 @@ def test_small_source_is_said_and_repeated(tmp_path, caplog):
         mixture = mixture_of(
             tmp_path, [Source("a", Dataset.from_list(pairs("a", 3))), Source("b", Dataset.from_list(pairs("b", 9)))]
         )
-    assert re.findall("source 'a': 3 rows, fewer than the 4", caplog.text) and "source 'b'" not in caplog.text
+    assert re.findall("source 'a': there are 3 rows, fewer than the 4", caplog.text) and "source 'b'" not in caplog.text
     loader = DataLoader(mixture, batch_sampler=SourceBatchSampler(mixture.sizes, [1.0, 0.0], 4, 0, 1, 0),
                         collate_fn=RaggedCollator(mixture.views))  # fmt: skip
     ids = next(iter(loader))["text_ids"]
@@ -471,7 +475,7 @@ def test_small_source_is_said_and_repeated(tmp_path, caplog):
 
 def test_splits_are_no_sources(tmp_path):
     splits = DatasetDict({"test": Dataset.from_list(pairs("a", 8))})
-    assert "source 'a': has the splits test" in error_of(Source, "a", splits)
+    assert "source 'a': the dataset has the splits test" in error_of(Source, "a", splits)
     rows = Dataset.from_list(pairs("a", 8))
     with pytest.raises(InputError, match="'test' looks like a split"):
         trainer(tmp_path, DatasetDict({"test": rows, "train": rows}))

@@ -68,7 +68,7 @@ def test_a_head_is_left_out_and_said(name, kind, tmp_path, caplog):
     run = trainer(tmp_path, model, pooling=pooling)
     warnings = [record.message for record in caplog.records if record.name == "hf_embed.text_models"]
     assert len(warnings) == 1 and type(model).__name__ in warnings[0]
-    assert f"its {type(plain).__name__} is taken, without the head" in warnings[0]
+    assert f"its {type(plain).__name__} is used, without the head" in warnings[0]
     assert torch.equal(run.encoder.encode(TEXTS, convert_to_tensor=True), expected)
     assert run.encoder.backbone is model.base_model
     assert torch.equal(Encoder(model, quickstart_tokenizer(), pooling).encode(TEXTS, convert_to_tensor=True), expected)
@@ -116,7 +116,7 @@ def test_the_pooler_is_frozen_unless_it_is_the_head(tmp_path, caplog):
     pooler = {"pooler.dense.weight", "pooler.dense.bias"}
     with caplog.at_level(logging.INFO, logger="hf_embed"):
         assert frozen(tiny_model(), tmp_path)[0] == pooler
-    said = [message for message in caplog.messages if "do not enter the embedding" in message]
+    said = [message for message in caplog.messages if "do not affect the embedding" in message]
     assert len(said) == 1 and said[0].startswith("2 parameters (1,056 numbers)") and "pooler.dense.weight" in said[0]
     for pooling in ("cls", "cls_mlp_train", "first_last"):
         assert frozen(tiny_model(), tmp_path, pooling=pooling)[0] == pooler
@@ -305,13 +305,15 @@ def test_a_scheduler_that_cannot_know_them_is_refused(tmp_path):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         message = error_of(trainer, tmp_path / "out", model, objective, (optimizer, scheduler), **settings)
-        assert f"the scheduler was made before the {what}" in message
+        assert f"the scheduler was created before the {what}" in message
     trainer(tmp_path, model, None, (optimizer, scheduler)).train()  # nothing was made beside the model
 
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
     optimizer = torch.optim.AdamW(tiny_model().parameters(), lr=1e-2)
-    assert "holds no parameter of the model" in error_of(trainer, tmp_path, tiny_model(), None, (optimizer, None))
+    assert "the optimizer has none of the model's parameters" in error_of(
+        trainer, tmp_path, tiny_model(), None, (optimizer, None)
+    )
 
 
 # ---- models that are compiled, wrapped, or none ----

@@ -140,7 +140,7 @@ def test_names_that_mteb_does_not_know():
 def test_data_that_cannot_be_fetched_are_one_line(folder, tmp_path):
     """STSBenchmark's data are on the Hub, and tests are offline."""
     message = error_of(run_mteb, Encoder.from_pretrained(folder), find_tasks(["STSBenchmark"], []), tmp_path / "mteb")
-    assert message.startswith("the data of a task cannot be fetched (") and "mteb/stsbenchmark-sts" in message
+    assert message.startswith("the data of a task cannot be downloaded (") and "mteb/stsbenchmark-sts" in message
 
 
 @pytest.mark.parametrize("file", ["LocalSTS.json", "model_meta.json", "run_settings.jsonl"])
@@ -151,4 +151,4 @@ def test_a_result_that_a_killed_run_left_half_written_is_measured_anew(folder, t
     for part in (b"", path.read_bytes()[:100], bytes(300)):
         path.write_bytes(part)
         assert run_mteb(encoder, [LocalSTS()], tmp_path) == first
-        assert f"{path}: not whole" in caplog.text or not part.strip()
+        assert f"{path}: the result file is incomplete" in caplog.text or not part.strip()

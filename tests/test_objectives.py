@@ -190,9 +190,11 @@ def test_every_objective_is_registered():
 
 
 def test_rows_and_widths_that_do_not_suit_are_refused():
-    message = "rows: hard_negative_weight is set, but no row has a negative; leave it out"
+    message = "rows: hard_negative_weight is set, but no row has a negative; remove it"
     assert error_of(SimCSE(hard_negative_weight=1.0).check_rows, 2, "rows") == message
     SimCSE(hard_negative_weight=1.0).check_rows(3, "rows")
     SimCSE().check_rows(2, "rows")
-    assert error_of(Matryoshka(SimCSE(), (2, 8)).check_width, 7) == "Matryoshka dims 8: the embedding is 7 wide"
+    assert error_of(Matryoshka(SimCSE(), (2, 8)).check_width, 7) == (
+        "Matryoshka dims contain 8, but the embedding has 7 dimensions; remove it"
+    )
     Matryoshka(SimCSE(), (2, 8)).check_width(8)

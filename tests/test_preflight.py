@@ -368,13 +368,14 @@ def test_labelled_pairs(encoder):
 
 def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     rows = [{"anchor": None, "positive": "a"}, {"anchor": 5, "positive": "a"}]
-    assert error_of(report_of, rows, encoder).startswith("mine, row 2, column 'anchor': the text is not a text (5)")
+    assert error_of(report_of, rows, encoder).startswith("mine, row 2, column 'anchor': the text is not a string (5)")
     assert "judges the pairs" in error_of(report_of, [{"anchor": "a", "positive": "b", "label": 1}], encoder)
-    assert error_of(report_of, [{"a": "x", "b": "y"}], encoder).startswith("mine: found the columns a, b; name them")
-    assert "every text is a list" in error_of(report_of, [{"anchor": "['a']", "positive": "b"}] * 2, encoder)
+    message = error_of(report_of, [{"a": "x", "b": "y"}], encoder)
+    assert message.startswith("mine: found the columns a, b; name the columns with")
+    assert "every text looks like a list" in error_of(report_of, [{"anchor": "['a']", "positive": "b"}] * 2, encoder)
     (tmp_path / "latin.csv").write_bytes("anchor,positive\ncaf\u00e9,b\n".encode("latin-1"))
     assert "can't decode byte 0xe9 in line 2" in error_of(run, tmp_path / "latin.csv")
-    assert error_of(run, tmp_path / "none.csv").endswith("(folders and globs are not read)")
+    assert error_of(run, tmp_path / "none.csv").endswith("(folders and patterns are not supported)")
     assert error_of(run).startswith(
         "nothing to train on; give --train_file FILE or --dataset_name NAME, or the files as they are"
     )

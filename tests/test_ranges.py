@@ -115,17 +115,17 @@ def test_arguments_out_of_range(name):
         ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit: You need to install `bitsandbytes`"),
         ({"optim": "stable_adamw"}, "torch-optimi"),
         ({"optim": "adamw_apex_fused"}, "adamw_apex_fused"),
-        ({"optim_args": "foo=1"}, "reads none of it"),
+        ({"optim_args": "foo=1"}, "does not use it"),
         ({"optim": "sgd", "optim_args": "momentum"}, "optim sgd: "),
         ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim sgd: Invalid momentum"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr: One of min_lr"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"lr_scheduler_type": "cosin"}, "cosin"),
         ({"lr_scheduler_kwargs": {"cycles": 2}, "lr_scheduler_type": "cosine"}, "'cycles'"),
-        ({"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "constant"}, "constant reads none of it"),
-        ({"save_strategy": "best", "metric_for_best_model": "spearman"}, "eval_strategy is no: nothing would be saved"),
-        ({"load_best_model_at_end": True}, "eval_strategy is no and save_strategy steps; set both to steps"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "eval_strategy is epoch and save_strategy steps"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "constant"}, "constant does not use it"),
+        ({"save_strategy": "best", "metric_for_best_model": "spearman"}, "eval_strategy is no, so nothing would be saved"),
+        ({"load_best_model_at_end": True}, "eval_strategy is no and save_strategy is steps; set both to steps"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "eval_strategy is epoch and save_strategy is steps"),
     ],
 )
 def test_names_and_combinations(settings, message):
@@ -134,7 +134,7 @@ def test_names_and_combinations(settings, message):
 
 def test_launched_in_half_precision_on_a_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert "take bf16" in error_of(ContrastiveTrainingArguments, "out", use_cpu=True)
+    assert "use bf16" in error_of(ContrastiveTrainingArguments, "out", use_cpu=True)
 
 
 def test_arguments_that_a_script_changes_later(tmp_path):
@@ -156,7 +156,7 @@ def test_arguments_that_a_script_changes_later(tmp_path):
         (SimCSE, {"mlm_weight": NAN}, "mlm_weight is nan"),
         (ImprovedContrastive, {"margin": NAN}, "margin is nan; it must be finite"),
         (ImprovedContrastive, {"tile_rows": 0}, "tile_rows is 0"),
-        (ImprovedContrastive, {"directions": ("query_to_doc", "query_to_doc")}, "name each once"),
+        (ImprovedContrastive, {"directions": ("query_to_doc", "query_to_doc")}, "name each direction only once"),
         (ImprovedContrastive, {"directions": ()}, "directions need query_to_doc"),
         (ImprovedContrastive, {"directions": "query_to_doc"}, "unknown direction 'q'"),
         *((TempScaleConfig, {"temperature": value}, "TempScale temperature is") for value in (0, -1, NAN, INF, [1, NAN])),
@@ -183,7 +183,8 @@ def test_other_settings_out_of_range(make, settings, message):
 @pytest.mark.parametrize(
     ("dims", "weights", "message"),
     [
-        ((0,), None, "Matryoshka dims are [0]"), ((8, 8), None, "different whole widths"), ((8.5,), None, "whole widths"),
+        ((0,), None, "Matryoshka dims are [0]"), ((8, 8), None, "distinct whole numbers"),
+        ((8.5,), None, "distinct whole numbers"),
         ((8, 4), (1, NAN), "weights are [1, nan]"), ((8, 4), (1, -1), "at least 0"), ((8,), (0,), "not all of them 0"),
     ],
 )  # fmt: skip
@@ -192,7 +193,7 @@ def test_matryoshka(dims, weights, message):
 
 
 def test_matryoshka_wider_than_the_model(tmp_path):
-    assert "the embedding is 32 wide" in error_of(trainer, tmp_path / "out", objective=Matryoshka(SimCSE(), (64,)))
+    assert "the embedding has 32 dimensions" in error_of(trainer, tmp_path / "out", objective=Matryoshka(SimCSE(), (64,)))
     assert not (tmp_path / "out").exists()
 
 
@@ -220,7 +221,10 @@ EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
 def test_a_metric_that_nothing_logs(tmp_path, name):
     settings = EVALUATE | {"load_best_model_at_end": True, "metric_for_best_model": name}
     message = error_of(trainer, tmp_path / "out", eval_dataset=Dataset.from_list(STS), **settings)
-    assert message.startswith(f"metric_for_best_model is '{name}'; the evaluation sets log ") and "sts_spearman" in message
+    assert (
+        message.startswith(f"metric_for_best_model is '{name}', which no evaluation set logs; set it to one of ")
+        and "sts_spearman" in message
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -246,7 +250,7 @@ def test_evaluation_without_a_set(tmp_path, settings):
 def test_an_evaluation_that_never_comes(tmp_path, strategy, delay, end):
     settings = {"eval_strategy": strategy, "eval_delay": delay, "eval_steps": 1, "save_strategy": "no"}
     message = error_of(trainer, tmp_path, eval_dataset=Dataset.from_list(STS), **settings)
-    assert message == f"eval_delay is {delay}, and the run ends at {end}: nothing would be evaluated; lower it"
+    assert message == f"eval_delay is {delay}, but the run ends at {end}, so nothing would be evaluated; set it to less"
 
 
 # ---- runs that train nothing ----
@@ -255,14 +259,17 @@ def test_an_evaluation_that_never_comes(tmp_path, strategy, delay, end):
 def test_no_batch_at_all(tmp_path):
     settings = {"per_device_train_batch_size": 8, "dataloader_drop_last": True}
     message = error_of(trainer, tmp_path / "out", rows=ROWS[:6], **settings)
-    assert message.startswith("train_dataset: no batch has 8 rows") and "dataloader_drop_last to False" in message
+    assert (
+        message.startswith("train_dataset: there are too few rows for a batch of 8 rows")
+        and "dataloader_drop_last to False" in message
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_of_negatives_where_there_are_none(tmp_path):
     pairs = [{key: row[key] for key in ("anchor", "positive")} for row in ROWS]
     message = error_of(trainer, tmp_path / "out", rows=pairs, objective=SimCSE(hard_negative_weight=1.0))
-    assert message == "train_dataset: hard_negative_weight is set, but no row has a negative; leave it out"
+    assert message == "train_dataset: hard_negative_weight is set, but no row has a negative; remove it"
     trainer(tmp_path, objective=SimCSE(hard_negative_weight=1.0))
 
 
@@ -306,7 +313,10 @@ def test_a_stream_makes_whole_updates(tmp_path):
 FLAGS = {
     "learning rate": (["--learning_rate", "-1"], "learning_rate is -1.0"),
     "nan": (["--learning_rate", "nan"], "learning_rate is nan"),
-    "metric": (["--metric_for_best_model", "s_spearmann"], "metric_for_best_model is 's_spearmann'; the evaluation sets log "),
+    "metric": (
+        ["--metric_for_best_model", "s_spearmann"],
+        "metric_for_best_model is 's_spearmann', which no evaluation set logs; ",
+    ),
     "accumulation": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
     "workers": (["--dataloader_num_workers", "-1"], "dataloader_num_workers is -1"),
     "temperature": (["--temperature", "nan"], "temperature is nan"),
@@ -321,8 +331,11 @@ FLAGS = {
     "deepspeed": (["--deepspeed", "zero.json"], "pip install deepspeed"),
     "switch": (["--bf16", "maybe"], "argument --bf16: "),
     "evaluation set twice": (["--eval_sts_file", "s=x.tsv"], "two sets are named 's'"),
-    "smoothing": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is 0.1, which cannot be had here"),
-    "no batch": (["--per_device_train_batch_size", "64", "--dataloader_drop_last"], "no batch has 64 rows"),
+    "smoothing": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is 0.1, which is not supported"),
+    "no batch": (
+        ["--per_device_train_batch_size", "64", "--dataloader_drop_last"],
+        "there are too few rows for a batch of 64 rows",
+    ),
 }
 
 
@@ -343,16 +356,16 @@ def test_a_wrong_flag_leaves_the_finished_run_alone(tmp_path, monkeypatch, files
     ("words", "message"),
     [
         (["--directions"], "--directions: expected at least one argument"),
-        (["--directions", "query_to_doc", "query_to_doc"], "name each once"),
+        (["--directions", "query_to_doc", "query_to_doc"], "name each direction only once"),
         (["--directions", "doc_to_query"], "directions need query_to_doc"),
         (["--matryoshka_dims", "0"], "Matryoshka dims are [0]"),
-        (["--matryoshka_dims", "16", "16"], "different whole widths"),
+        (["--matryoshka_dims", "16", "16"], "distinct whole numbers"),
         (["--matryoshka_dims", "16.5"], "invalid int value: '16.5'"),
-        (["--matryoshka_dims", "64"], "the embedding is 32 wide"),
+        (["--matryoshka_dims", "64"], "the embedding has 32 dimensions"),
         (["--margin", "nan"], "margin is nan"),
         (["--source_alpha", "nan"], "source_alpha is nan"),
         (["--shuffle_buffer_size", "0"], "shuffle_buffer_size is 0"),
-        (["--metric_for_best_model", "ndcg@5"], "metric_for_best_model is 'ndcg@5'; the evaluation sets log "),
+        (["--metric_for_best_model", "ndcg@5"], "metric_for_best_model is 'ndcg@5', which no evaluation set logs; "),
     ],
 )
 def test_gte_flags(gte_files, words, message):  # noqa: F811

@@ -169,16 +169,16 @@ def test_shards_that_no_index_names_are_not_read(tmp_path):
     [
         (
             "a: &a [x]\n" + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdef", "bcdefg")),
-            "its aliases stand",
+            "its aliases expand to more than",
         ),
-        ("&a [*a]", "an alias stands for what it is in"),
-        ("[" * 20_000, "more than 100 lists and mappings"),
-        ("- " * 3000, "within each other"),
+        ("&a [*a]", "an alias refers to a node that contains it"),
+        ("[" * 20_000, "lists and mappings are nested in more than 100 levels"),
+        ("- " * 3000, "lists and mappings are nested"),
         ("!!python/object/apply:os.system [id]", "could not determine a constructor"),
         ("2020-99-99: 1", "month must be in 1..12"),
-        ("x" * 1_000_001, "holds 1,000,001 characters"),
-        ("!!bool maybe", "put a text in quotes"),
-        ("!!int abc", "put a text in quotes"),
+        ("x" * 1_000_001, "it has 1,000,001 characters"),
+        ("!!bool maybe", "put texts in quotes"),
+        ("!!int abc", "put texts in quotes"),
     ],
 )
 def test_hostile_yaml(text, expected, tmp_path):

@@ -196,9 +196,9 @@ def test_a_format_is_a_view_of_the_rows(form):
 def test_rows_that_are_no_dataset_are_refused(tmp_path):
     """A list, a table or a dataset of another kind ended in "no attribute 'column_names'" (sentence-transformers #3082)."""
     for rows in (tuple(PAIRS), pandas.DataFrame(PAIRS), torch.utils.data.ConcatDataset([PAIRS])):
-        assert f"a {type(rows).__name__} is no set of rows" in error_of(Source, "mine", rows)
+        assert f"a {type(rows).__name__} cannot be used as rows" in error_of(Source, "mine", rows)
         if not isinstance(rows, pandas.DataFrame):  # which the trainer takes; tests/test_trainer_inputs.py
-            assert f"a {type(rows).__name__} is no set of rows" in error_of(trainer, tmp_path, rows=rows)
+            assert f"a {type(rows).__name__} cannot be used as rows" in error_of(trainer, tmp_path, rows=rows)
 
 
 def test_words_that_look_like_missing_values_are_texts(tmp_path):
@@ -475,7 +475,7 @@ def test_documents_with_equal_scores(caplog):
     for corpus in ({"a": "one", "b": "two"}, {"b": "two", "a": "one"}):
         scores = Retrieval({"q": "query"}, corpus, {"q": {"a": 1}}).score(same)
         assert all(math.isnan(score) for score in scores.values())
-    assert "cosines are all equal" in caplog.text
+    assert "all cosines are equal" in caplog.text
     # Two of three are equal: the order of the file does not matter, and ties go by the id, the larger first, as in trec_eval.
     some = embed_as({"query": [1.0, 0.0], "one": [1.0, 1.0], "two": [1.0, 1.0], "far": [0.0, 1.0]})
     for corpus in ({"a": "one", "b": "two", "c": "far"}, {"c": "far", "b": "two", "a": "one"}):

@@ -70,7 +70,7 @@ REFUSED = {
     "objective": ({"objective": ImprovedContrastive()}, "name was SimCSE and is ImprovedContrastive"),
     "temperature": ({"objective": SimCSE(temperature=0.1)}, "temperature was 0.05 and is 0.1"),
     "pooling": ({"pooling": "cls"}, "pooling was mean and is cls"),
-    "max_length": ({"max_length": 4}, "max_length was 66 and is 4; go back"),
+    "max_length": ({"max_length": 4}, "max_length was 66 and is 4; restore"),
     "prompts": ({"prompts": {"query": "find: ", "document": ""}}, "prompts: query was absent and is find: "),
     "the model's config": ({"model": tiny_model(num_attention_heads=2)}, "num_attention_heads was 4 and is 2"),
     "temp_scale": ({"temp_scale": 0.7}, "temp_scale was absent and is given"),
@@ -90,7 +90,9 @@ def test_allow_changed_goes_on_and_says_so(folder, tmp_path, case, caplog):
     run = trainer(tmp_path, **changed, allow_changed=True)
     run.train(str(folder / "checkpoint-2"))
     assert run.state.global_step == 4
-    assert [line for line in caplog.messages if message.split(";")[0] in line and "allow_changed goes on" in line]
+    assert [
+        line for line in caplog.messages if message.split(";")[0] in line and "resuming because allow_changed is set" in line
+    ]
 
 
 def test_functions_are_told_apart_by_their_names():
@@ -161,8 +163,8 @@ def test_other_settings_are_told_in_one_line(run, case, caplog):
     made.facts = resume.facts_of(made)
     caplog.clear()
     made.find_checkpoint(True)
-    assert [line for line in caplog.messages if "goes on with" in line] == [
-        f"{run / 'checkpoint-2'}: goes on with other settings: {message}"
+    assert [line for line in caplog.messages if "resuming with" in line] == [
+        f"{run / 'checkpoint-2'}: resuming with other settings: {message}"
     ]
 
 
@@ -248,7 +250,7 @@ def test_a_run_folder_that_was_moved_finds_its_best_checkpoint(tmp_path, caplog)
 def test_a_model_alone_says_what_starts_anew(tmp_path, caplog):
     trainer(tmp_path, save_only_model=True, max_steps=2).train()
     trainer(tmp_path, max_steps=3).train(True)
-    assert any("optimizer, learning rate schedule and random numbers start anew" in line for line in caplog.messages)
+    assert any("optimizer, learning-rate schedule and random states start again" in line for line in caplog.messages)
 
 
 class Counter(TrainerCallback, ExportableState):
@@ -328,7 +330,8 @@ def test_ranks_that_read_different_rows_are_named(tmp_path):
     resume.check_ranks_alike(facts[:2])
     message = error_of(resume.check_ranks_alike, facts)
     assert (
-        "rank 2 others than rank 0 (the rows: their content differs; the rows: number of rows is 12 and on rank 2 8)" in message
+        "rank 0 differs from rank 2 (the rows: their content differs; the rows: number of rows is 12 and on rank 2 8)"
+        in message
     )
 
 
@@ -349,12 +352,14 @@ def test_another_number_of_ranks_is_exact_or_refused(tmp_path):
     assert resume.compare(tmp_path, one, two, False) == [] == resume.compare(tmp_path, two, one, False)
     message = error_of(resume.compare, tmp_path, one, ranks(facts, 2, 4), False)
     assert "number of ranks was 1 and is 2: --per_device_train_batch_size 2 --gradient_accumulation_steps 1 makes" in message
-    assert "start 1, for 4 rows do not divide" in error_of(resume.compare, tmp_path, one, ranks(facts, 3, 4), False)
+    assert "set it to 1, because 4 rows cannot be divided equally among 3" in error_of(
+        resume.compare, tmp_path, one, ranks(facts, 3, 4), False
+    )
     uneven = ranks(facts, 1, 10), ranks(facts, 5, 2)  # of the last two rows, five ranks take none
     assert "an epoch used 12 rows and uses 10" in error_of(resume.compare, tmp_path, *uneven, False)
     dropout = resume.facts_of(trainer(tmp_path))
     (line,) = resume.compare(tmp_path, ranks(dropout, 1, 4), ranks(dropout, 2, 2), False)
-    assert "dropout draws other numbers" in line
+    assert "dropout draws different numbers" in line
 
 
 def test_a_stream_needs_the_same_number_of_ranks(tmp_path):
@@ -362,7 +367,7 @@ def test_a_stream_needs_the_same_number_of_ranks(tmp_path):
     facts, longer = (resume.facts_of(trainer(tmp_path, rows=stream, max_steps=steps)) for steps in (4, 8))
     assert resume.compare(tmp_path, facts, longer, False) == []
     message = error_of(resume.compare, tmp_path, facts, facts | {"ranks": 2}, False)
-    assert "a stream's rows are divided among the ranks: start 1" in message
+    assert "the rows of a stream are divided among the ranks: set it to 1" in message
 
 
 # ---- two ranks ----
@@ -407,9 +412,9 @@ def test_two_ranks_write_one_whole_checkpoint(two_ranks):
 def test_every_rank_is_told_the_same(two_ranks):
     _, _, seen = two_ranks
     for case, message in (
-        ("other rows", "ranks read different rows: rank 1 others than rank 0 (the rows: their content differs)"),
+        ("other rows", "ranks read different rows: rank 0 differs from rank 1 (the rows: their content differs)"),
         ("fewer rows", "number of rows is 24 and on rank 1 22"),
         ("other batch", "the number of ranks was 1 and is 2: --per_device_train_batch_size 6"),
-        ("no checkpoint", "no checkpoint there"),
+        ("no checkpoint", "there is no checkpoint"),
     ):
         assert len(set(seen[case])) == 1 and message in seen[case][0], case

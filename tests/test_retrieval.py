@@ -157,7 +157,8 @@ def test_beir_folder(beir, caplog):
         retrieval = read_retrieval(str(beir))
     assert retrieval.corpus == {"1": "A title and a text", "2": "no title", "3": "nothing\u2028else"}
     assert retrieval.qrels == {"a": {"1": 2}, "b": {"2": 1}}  # dev comes before train; a query without an answer is not scored
-    assert "1 documents that are not there, 9" in caplog.text and "1 queries that are not there, z" in caplog.text
+    assert "1 documents that do not exist, for example 9" in caplog.text
+    assert "1 queries that do not exist, for example z" in caplog.text
     assert read_retrieval(f"{beir}:train").qrels == {"a": {"1": 1}}
 
 
@@ -178,10 +179,10 @@ def test_hub_layout(beir, tmp_path, monkeypatch):
 
 
 BAD_BEIR = {
-    "no folder": ("absent", None, "absent: no such folder; a BEIR folder has corpus.jsonl"),
-    "no corpus": ("beir", "corpus.jsonl", "corpus.jsonl: no such file"),
-    "no queries": ("beir", "queries.jsonl", "queries.jsonl: no such file"),
-    "no split": ("beir:test", None, "test.tsv: no such file; the splits there: dev, train"),
+    "no folder": ("absent", None, "absent: this folder does not exist; a BEIR folder has corpus.jsonl"),
+    "no corpus": ("beir", "corpus.jsonl", "corpus.jsonl: this file does not exist"),
+    "no queries": ("beir", "queries.jsonl", "queries.jsonl: this file does not exist"),
+    "no split": ("beir:test", None, "test.tsv: this file does not exist; the splits in this folder are: dev, train"),
     "not JSON": (
         "beir",
         ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"_id"\n'),
@@ -280,13 +281,13 @@ def test_zero_shot_files(tmp_path, name, content):
     ("content", "template", "names", "expected"),
     [
         ("a\tx\nb\ty\n", "a text", None, "it must contain {label}"),
-        ("a\tx\na\ty\n", "{label}", None, "every label is a"),
+        ("a\tx\na\ty\n", "{label}", None, "all labels are a"),
         ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found 3 columns"),
-        ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "no text for label 'b'"),
+        ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "there is no text for the label 'b'"),
         ("a\tx\nb\ty\n", "{label}", "[", "is not JSON"),
-        ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "no text for label 'a'"),
+        ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "there is no text for the label 'a'"),
         ("text\tcategory\nx\ta\ny\tb\n", "{label}", None, "found the columns text, category; expected label and text"),
-        ("".join(f"text {i}\ta\n" for i in range(30)), "{label}", None, "hardly a label stands twice"),
+        ("".join(f"text {i}\ta\n" for i in range(30)), "{label}", None, "few labels occur twice"),
         ("label\ttext\na\tx\nb\t\n", "{label}", None, "row 2, column 'text': the text is empty"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_collapsed_model_has_no_score(case, kind, caplog):
         scores = score_tasks({"x": TASKS[kind]}, COLLAPSED[case]())
     for metric in METRICS[kind]:
         assert math.isnan(scores[f"x_{metric}"]) and math.isnan(scores[metric]), metric
-    assert len(caplog.messages) == 1 and "the cosines are all equal, or not numbers; the model has collapsed" in caplog.text
+    assert len(caplog.messages) == 1 and "all cosines are equal, or some are not finite; the model has collapsed" in caplog.text
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -161,7 +161,7 @@ def test_geometry_of_vectors_without_a_direction():
 
 def test_one_score_for_all_pairs_gives_no_correlation(caplog, recwarn):
     rows = ROWS.remove_columns("score").add_column("score", [3.0] * len(ROWS))
-    assert math.isnan(STS(rows).score(embed)["spearman"]) and "every score is 3" in caplog.text
+    assert math.isnan(STS(rows).score(embed)["spearman"]) and "all scores are 3" in caplog.text
     assert math.isnan(SpearmanCosine().compute(predictions=[0.5, 0.5], references=[1, 2])["spearman"])
     assert not [warning for warning in recwarn if "constant" in str(warning.message)]
 
@@ -187,7 +187,7 @@ def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
 
     pairs = [(f"a{i}", f"b{i}") for i in range(4)]
     message = error_of(mining.write_hard_negatives, pairs, [], vectors, tmp_path / "out.jsonl", mining.MiningArguments(1))
-    assert "1 of 4 vectors are not finite, that of 'b1' for one" in message and not (tmp_path / "out.jsonl").exists()
+    assert "1 of 4 vectors are not finite, for example that of 'b1'" in message and not (tmp_path / "out.jsonl").exists()
 
 
 def test_no_score_is_never_the_best(tmp_path, monkeypatch):
@@ -261,7 +261,8 @@ def test_a_query_that_is_a_document_is_not_found_for_itself(title, caplog):
     _, found = task.rank(embed, 4)
     assert "a" not in found["a"] and set(found["a"]) == {"b", "c", "d"} and "a" in found["x"]
     assert caplog.messages == [
-        "1 of 2 queries are documents too, of the same id and text; each is left out of what is found for itself"
+        "1 of 2 queries are also documents with the same id and text; such a document is left out of the results of "
+        "its own query"
     ]
 
 
@@ -316,4 +317,4 @@ def test_evaluation_sets_by_name():
     assert list(named_tasks(sts)) == ["sts"] and isinstance(named_tasks(sts)["sts"], STS)
     assert [type(task) for task in named_tasks({"a": sts, "b": plain}).values()] == [STS, Plain]
     message = error_of(named_tasks, {"mine": sts.remove_columns("score")})
-    assert message.startswith("mine: no column score")
+    assert message.startswith("mine: there is no column score")

@@ -65,9 +65,9 @@ def test_no_corpus_gives_no_hits():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((QUERIES, CORPUS[:, :8]), "32 numbers cannot be compared with vectors of 8"), ((QUERIES, CORPUS, 0), "top_k is 0"),
-     ((QUERIES, CORPUS, 5, "hamming"), "take one of cosine, dot, euclidean, manhattan"),
-     ((CORPUS.astype(np.int8), CORPUS.astype(np.int8)), "say which by precision='int8' or 'binary'"),
-     ((QUERIES, CORPUS.astype(np.int8), 5, "dot"), "have no length; take cosine"),
+     ((QUERIES, CORPUS, 5, "hamming"), "use one of cosine, dot, euclidean, manhattan"),
+     ((CORPUS.astype(np.int8), CORPUS.astype(np.int8)), "set precision='int8' or precision='binary'"),
+     ((QUERIES, CORPUS.astype(np.int8), 5, "dot"), "do not keep their length; use cosine"),
      ((QUERIES, np.where(CORPUS[3] == CORPUS, np.nan, CORPUS)), "not finite")],
 )  # fmt: skip
 def test_what_cannot_be_searched_is_refused(arguments, message):

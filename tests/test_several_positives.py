@@ -167,7 +167,7 @@ def test_an_objective_that_is_not_told_is_refused_by_name(objective, called, tmp
     rows = Dataset.from_list(SEVERAL)
     for data in (rows, [Source("several", rows)]):
         message = error_of(trainer, tmp_path, objective, data)
-        assert message.startswith(f"train_dataset: rows have several positives, and the objective {called} has no parameter")
+        assert message.startswith(f"train_dataset: rows have several positives, but the objective {called} has no parameter")
     assert trainer(tmp_path, objective, Dataset.from_list([row | {"pos": row["pos"][:1]} for row in SEVERAL])).train()
 
 
@@ -199,7 +199,7 @@ def test_a_row_for_each_positive(tokenizer, caplog):
     assert tokens["text_ids"][:] == [ids(tokenizer, *row) for row in expected]
     others = [["b"], ["a"], [], ["e", "f"], ["d", "f"], ["d", "e"]]
     assert tokens["other_ids"][:] == [(ids(tokenizer, *row) if row else []) + [0] * (2 - len(row)) for row in others]
-    assert caplog.messages == ["a.jsonl: 3 rows -> 6, one for each positive; a row's others are no negatives of it"]
+    assert caplog.messages == ["a.jsonl: 3 rows became 6, one per positive; a row's other positives are not its negatives"]
     batch = RaggedCollator([4])(tokens.select([2, 3]).to_list())
     assert batch["other_ids"].tolist() == tokens["other_ids"][2:4]
     assert used_columns(batch["other_ids"][:1]).shape == (1, 0)
@@ -261,10 +261,11 @@ def test_a_stream_says_what_it_cannot_have(tmp_path, tokenizer):
     rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(200)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"query": "q", "positive": ["a", "b"]}]))
     stream = streamed(path, tokenizer)
-    assert "has 2 positives; a stream's rows have one in each of the first 100" in error_of(stream.__getitems__, range(201))
+    message = error_of(stream.__getitems__, range(201))
+    assert "has 2 positives, but a row of this stream may have one, as in its first 100 rows" in message
     many = {"query": "q", "positive": [f"a{i}" for i in range(MOST_POSITIVES + 1)]}
     path.write_text(json.dumps(many) + "\n")
-    assert "has 65 positives; a stream's rows have 64 at most" in error_of(streamed, path, tokenizer)
+    assert "has 65 positives, but a row of this stream may have at most 64" in error_of(streamed, path, tokenizer)
 
 
 def test_sources_with_and_without_train_together_and_resume(tmp_path):

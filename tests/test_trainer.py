@@ -146,7 +146,7 @@ def test_same_mask_is_one_pass_for_both_views(tmp_path, caching):
 
 
 def test_same_mask_needs_rows_of_one_text(tmp_path):
-    with pytest.raises(InputError, match="same_dropout_mask needs rows of a single text"):
+    with pytest.raises(InputError, match="same_dropout_mask requires rows of a single text"):
         trainer(tmp_path, same_dropout_mask=True)
 
 

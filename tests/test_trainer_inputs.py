@@ -103,21 +103,21 @@ def generator():
         ({}, ["the dict is empty"]),
         (pandas.DataFrame(), ["the DataFrame is empty"]),
         (pandas.DataFrame([["a", "b"]], columns=["anchor", "anchor"]), ["two columns are named 'anchor'"]),
-        ([*ROWS, "a text"], ["row 13", "a str", "row 1 a dict"]),
+        ([*ROWS, "a text"], ["row 13", "a str", "row 1 is a dict"]),
         ([1, 2], ["row 1 is 1, a int", "list of dicts"]),
-        ([("a", "b"), ("c",)], ["row 2: a tuple of 1", "anchor and a positive"]),
-        ([*ROWS, ROWS[0] | {"positive": 3}], ["row 13, column 'positive': 3 is a int"]),
+        ([("a", "b"), ("c",)], ["row 2 is a tuple of length 1", "anchor and a positive"]),
+        ([*ROWS, ROWS[0] | {"positive": 3}], ["row 13, column 'positive': 3 has the type int"]),
         (ROWS[0], ["'anchor' holds texts", "Dataset.from_dict"]),
         ({"anchor": ["a", "b"], "positive": ["c", "d"]}, ["'anchor' holds texts", "Dataset.from_dict"]),
         (DatasetDict({"train": Dataset.from_list(ROWS)}), ["looks like a split"]),
         ("nowhere.jsonl", ["nowhere.jsonl: no such file"]),
-        (generator(), ["a generator is no set of rows", "from_generator"]),
-        (generator, ["a function is no set of rows", "from_generator"]),
-        (torch.utils.data.TensorDataset(torch.zeros(2)), ["a TensorDataset is no set of rows", "list of dicts"]),
-        (Dataset.from_list(ROWS).data.table, ["a Table is no set of rows", "to_pandas()"]),
-        (3, ["a int is no set of rows"]),
-        (Dataset, ["the class Dataset is no set of rows"]),
-        ({"a": ROWS, "b": 3}, ["train_dataset['b']: a int is no set of rows"]),
+        (generator(), ["a generator cannot be used as rows", "from_generator"]),
+        (generator, ["a function cannot be used as rows", "from_generator"]),
+        (torch.utils.data.TensorDataset(torch.zeros(2)), ["a TensorDataset cannot be used as rows", "list of dicts"]),
+        (Dataset.from_list(ROWS).data.table, ["a Table cannot be used as rows", "to_pandas()"]),
+        (3, ["a int cannot be used as rows"]),
+        (Dataset, ["the class Dataset cannot be used as rows"]),
+        ({"a": ROWS, "b": 3}, ["train_dataset['b']: a int cannot be used as rows"]),
     ],
 )  # fmt: skip
 def test_what_holds_no_rows_is_refused(tmp_path, rows, parts):
@@ -141,21 +141,21 @@ def test_a_table_is_an_sts_set_or_held_out_by_its_columns(tmp_path):
     assert list(make(tmp_path, eval_dataset=pandas.DataFrame(STS)).eval_dataset) == ["sts"]
     assert list(make(tmp_path, eval_dataset=ROWS).eval_dataset) == ["held_out"]
     assert "eval_held_out_loss" in make(tmp_path).evaluate(ROWS)
-    assert "there is no evaluation set 'dev'; there are sts, loss, more" in error_of(run.evaluate, "dev")
+    assert "there is no evaluation set 'dev'; available: sts, loss, more" in error_of(run.evaluate, "dev")
 
 
 @pytest.mark.parametrize(
     "sets, parts",
     [
-        ([ROWS[0] | STS[0], ROWS[1] | STS[1]], ["anchor and positive make it held-out rows", "an STS set"]),
+        ([ROWS[0] | STS[0], ROWS[1] | STS[1]], ["the columns anchor and positive make it held-out rows", "an STS set"]),
         ([{"text": "a"}, {"text": "b"}], ["single text cannot be held out", "anchor, positive"]),
         (["a", "b"], ["single text cannot be held out"]),
         ([ROWS[0] | {"label": 1}, ROWS[1] | {"label": 0}], ["'label' judges the pairs"]),
         ([{"left": "a", "right": "b"}] * 2, ["found the columns left, right", "sentence1, sentence2 and score", "anchor"]),
-        (IterableDataset.from_generator(generator), ["a stream is no evaluation set"]),
-        ({"dev": 3}, ["dev: a int is no set of rows"]),
+        (IterableDataset.from_generator(generator), ["a streaming dataset cannot be an evaluation set"]),
+        ({"dev": 3}, ["dev: a int cannot be used as rows"]),
         ({"anchor": ["a"], "positive": ["b"]}, ["holds texts"]),
-        (Dataset, ["the class Dataset is no evaluation set"]),
+        (Dataset, ["the class Dataset is not an evaluation set"]),
     ],
 )
 def test_what_is_no_evaluation_set_is_refused(tmp_path, sets, parts):
@@ -231,8 +231,8 @@ def saved(folder) -> SentenceTransformer:
         ({"callbacks": "mine"}, ["callbacks holds a str"]),
         ({"optimizers": 3}, ["optimizers is a int", "(optimizer, schedule)"]),
         ({"optimizers": (None, None, None)}, ["optimizers is a tuple"]),
-        ({"optimizers": ("adamw", None)}, ["a str is no optimizer"]),
-        ({"optimizers": (None, "linear")}, ["a str is no schedule"]),
+        ({"optimizers": ("adamw", None)}, ["a str is not an optimizer"]),
+        ({"optimizers": (None, "linear")}, ["a str is not a learning-rate schedule"]),
     ],
     ids=lambda given: ",".join(f"{key}={value}"[:30] for key, value in given.items()) if isinstance(given, dict) else "",
 )  # fmt: skip
@@ -243,7 +243,7 @@ def test_arguments_of_another_kind_are_refused(tmp_path, given, parts):
 
 
 def test_a_sentence_transformer_is_refused_for_it_would_not_be_trained(tmp_path):
-    assert "sentence-transformers, which would not see the training" in error_of(make, tmp_path, model=saved(tmp_path))
+    assert "sentence-transformers, and training would not change that object" in error_of(make, tmp_path, model=saved(tmp_path))
 
 
 def test_an_argument_that_no_trainer_has_is_pythons_error(tmp_path):
@@ -321,7 +321,7 @@ def test_arguments_of_other_trainers_are_converted_or_refused_by_name(tmp_path, 
         assert make(tmp_path, args=of_st).train().global_step == 2
     for settings, part in (
         ({"prompts": "query: "}, "ContrastiveTrainingArguments(prompts="),
-        ({"batch_sampler": "no_duplicates"}, "no negative of itself"),
+        ({"batch_sampler": "no_duplicates"}, "not used as a negative of itself"),
         ({"multi_dataset_batch_sampler": "round_robin"}, "source_alpha"),
         ({"learning_rate_mapping": {"x": 1.0}}, "learning_rate_mapping is"),
     ):

@@ -98,15 +98,16 @@ def test_work_on_something_else_is_not_gone_on_with(encoder, small_shards, tmp_p
     write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8, batch_size=3)  # which changes no vector
     assert "is there already" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
     for model, texts, message in [
-        (other, TEXTS, "of another model"), (encoder, changed, "or other texts"),
-        (encoder, TEXTS[1:], "100 vectors and 99 texts"),
+        (other, TEXTS, "come from another model"), (encoder, changed, "or other texts"),
+        (encoder, TEXTS[1:], "100 vectors but 99 texts"),
     ]:  # fmt: skip
         assert message in error_of(read_vectors, tmp_path / "out.npy", model, texts)
     np.save(tmp_path / "out.npy", np.zeros((100, 9), np.float32))
-    assert "not those that out.npy.json describes" in error_of(read_vectors, tmp_path / "out.npy", encoder, TEXTS)
+    assert "the vectors do not match out.npy.json" in error_of(read_vectors, tmp_path / "out.npy", encoder, TEXTS)
     (tmp_path / "out.npy.json").unlink()
-    assert "out.npy.json is not beside it" in error_of(read_vectors, tmp_path / "out.npy", encoder, TEXTS)
-    assert "no such file" in error_of(read_vectors, tmp_path / "none.npy", encoder, TEXTS)
+    message = error_of(read_vectors, tmp_path / "out.npy", encoder, TEXTS)
+    assert "out.npy.json, which describes the vectors, does not exist" in message
+    assert "this file does not exist" in error_of(read_vectors, tmp_path / "none.npy", encoder, TEXTS)
 
 
 @pytest.mark.parametrize("text", ["", "  ", None, 7])
@@ -173,7 +174,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
         ([model, texts], "OUT missing: python encode.py MODEL FILE OUT [FLAGS]"),
         ([model, "--precision", "int8"], "FILE and OUT missing: "),
         ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
-        ([model, texts, out, "--column", "id"], "row 1: the text is not a text (0)"),
+        ([model, texts, out, "--column", "id"], "row 1: the text is not a string (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
         ([model, tmp_path / "no.txt", out], "no such file"),
         ([model, texts, out, "--precision", "int4"], "invalid choice"),

@@ -39,7 +39,7 @@ def cache_folder() -> Path:
 def check_cache() -> None:
     """Raise InputError if the folder for cached tables does not exist yet and cannot be created."""
     if not cache_folder().is_dir():
-        check_folder(cache_folder(), "HF_DATASETS_CACHE, the cache of datasets:")
+        check_folder(cache_folder(), "the cache folder of datasets (HF_DATASETS_CACHE)")
 
 
 def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter], None]) -> Dataset:
@@ -127,7 +127,7 @@ def found(path: Path) -> bool:
     if is_sealed(path):
         return True
     if path.is_file() and seal_of(path).is_file() and is_main_process():
-        logger.warning(f"{path}: damaged since it was written; it is made anew")
+        logger.warning(f"{path}: the cached file has changed since it was written; it will be made again")
     return False
 
 

@@ -108,8 +108,8 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
         single = names[0]
         if separator := other_separator(single):
             raise InputError(
-                f"{name}: there is one column, '{shortened(single)}'; its name holds {SEPARATOR_NAMES[separator]}, "
-                "which looks like the file's separator: write the file again, or rename the column"
+                f"{name}: there is only one column, '{shortened(single)}', and its name contains {SEPARATOR_NAMES[separator]}, "
+                "which may be the separator of the file; write the file again, or rename the column"
             )
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
@@ -119,7 +119,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
     else:
         header = ""
         if any(len(column.split()) > NAME_WORDS for column in names):
-            header = "the first row of a file names its columns: if it is data, put a header above it; else "
+            header = "if the first row is data, add a header above it; otherwise "
         raise InputError(f"{name}: found the columns {', '.join(names)}; {header}{mend(names, paired)}")
     refuse_twins(names, columns, name)
     ignored = [column for column in names if column not in columns]
@@ -151,8 +151,8 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
     meant = [*described, [single]] if described and single is not None else described
     if len(meant) > 1:
         raise InputError(
-            f"{name}: found the columns {', '.join(names)}; {' or '.join(' and '.join(columns) for columns in meant)} could be "
-            f"meant; name them: {flag(*meant[0])}"
+            f"{name}: found the columns {', '.join(names)}, and more than one choice is possible: "
+            f"{' or '.join(' and '.join(columns) for columns in meant)}; name the columns with {flag(*meant[0])}"
         )
     return described[0] if described else None
 
@@ -170,8 +170,8 @@ def refuse_twins(names: list[str], columns: list[str], name: str) -> None:
     for column in columns:
         if twins := [other for other in names if other != column and plain(other) == plain(column)]:
             raise InputError(
-                f"{name}: the columns '{column}' and '{twins[0]}' have the same name but for case and spaces; leave one out by "
-                f"--ignore_columns {shlex.quote(twins[0])}"
+                f"{name}: the names of the columns '{column}' and '{twins[0]}' differ only in case, spaces, hyphens or "
+                f"underscores; remove one with --ignore_columns {shlex.quote(twins[0])}"
             )
 
 
@@ -182,12 +182,12 @@ def mend(names: list[str], paired: bool | None) -> str:
     negatives = [column for column in texts if NEGATIVE.fullmatch(column)]
     texts = [column for column in texts if column not in negatives]
     if paired is False:
-        return f"name them: {flag((texts or ['COLUMN'])[0])}; known by name are text or sentence"
-    accepted = f"known by name are {ACCEPTED if paired is None else ACCEPTED.removeprefix('text; ')}"
+        return f"name the column with {flag((texts or ['COLUMN'])[0])}; recognized names are text and sentence"
+    accepted = f"recognized columns are {ACCEPTED if paired is None else ACCEPTED.removeprefix('text; ')}"
     if len(texts) < 2:
-        return f"a pair needs two columns of texts, and single texts are for unsup-simcse; {accepted}"
-    beside = f"; a pair that '{judging[0]}' calls no match is no positive: keep the true ones" if judging else ""
-    return f"name them: {flag(*texts[:2], *negatives)}{beside}; {accepted}"
+        return f"a pair needs two columns of texts; train on single texts with unsup-simcse; {accepted}"
+    beside = f"; keep only the pairs that '{judging[0]}' marks as a match; the others are not positives" if judging else ""
+    return f"name the columns with {flag(*texts[:2], *negatives)}{beside}; {accepted}"
 
 
 def flag(*columns: str) -> str:
@@ -197,7 +197,7 @@ def flag(*columns: str) -> str:
     """
     roles = ["text"] if len(columns) == 1 else ["anchor", "positive", *["negative"] * (len(columns) - 2)]
     given = " ".join(shlex.quote(f"{role}={column}") for role, column in zip(roles, columns))
-    return f"--columns {given} (columns: in a sources file, rename_columns of a Dataset)"
+    return f"--columns {given} (or columns: in a sources file, or rename_columns of a Dataset)"
 
 
 def judging_columns(names: list[str]) -> list[str]:
@@ -211,11 +211,11 @@ def refuse_judgements(unused: list[str], name: str) -> None:
     A pair with label 0 is not a positive pair, but the training would treat it as one.
     """
     if judging := judging_columns(unused):
-        scores = "; --eval_sts_file scores a model on graded pairs" if GRADES.intersection(words_of(judging[0])) else ""
+        scores = "; evaluate a model on graded pairs with --eval_sts_file" if GRADES.intersection(words_of(judging[0])) else ""
         raise InputError(
-            f"{name}: the column '{judging[0]}' judges the pairs and would not be used: every pair would be trained as a "
-            f"positive; keep the true pairs, and leave it out by --ignore_columns {' '.join(judging)} (ignore_columns: in a "
-            f"sources file, remove_columns of a Dataset){scores}"
+            f"{name}: the column '{judging[0]}' judges the pairs, but training does not use it and would treat every pair "
+            f"as a positive; keep only the matching pairs, and remove the column with --ignore_columns {' '.join(judging)} (or "
+            f"ignore_columns: in a sources file, or remove_columns of a Dataset){scores}"
         )
 
 
@@ -236,9 +236,9 @@ def read_columns(given: list[str]) -> dict[str, str | list[str]]:
         if not role or not column:
             raise InputError(f"--columns {word}: give ROLE=COLUMN, for example anchor=question positive=answer")
         if role not in ROLES:
-            raise InputError(f"--columns {word}: unknown role '{role}'; there are {', '.join(ROLES)}")
+            raise InputError(f"--columns {word}: unknown role '{role}'; use one of {', '.join(ROLES)}")
         if role in columns and ROLES[role] != "negative":
-            raise InputError(f"--columns: {role} is given twice, {columns[role]} and {column}; give one")
+            raise InputError(f"--columns: the role {role} is given twice, as {columns[role]} and as {column}; give it once")
         columns[role] = [*columns.get(role, []), column] if ROLES[role] == "negative" else column
     return columns
 
@@ -255,10 +255,12 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
     names = new_names(columns)
     found = column_names(rows)
     if missing := [column for column in names if column not in found]:
-        raise InputError(f"no column '{missing[0]}'; found {', '.join(found)}")
+        raise InputError(f"there is no column '{missing[0]}'; found {', '.join(found)}")
     roles = {ROLES[key] for key in columns}
     if roles != {"text"} and ("text" in roles or not {"anchor", "positive"} <= roles):
-        raise InputError(f"columns: found {', '.join(columns)}; give anchor and positive, also negative, or text alone")
+        raise InputError(
+            f"columns: the roles are {', '.join(columns)}; give anchor and positive (and negative, if any), or only text"
+        )
     if len(names) > 1:
         refuse_judgements([column for column in found if column not in names], "columns")
     rows = rows.select_columns(list(names))
@@ -283,16 +285,16 @@ def new_names(columns: dict) -> dict[str, str]:
     names: dict[str, str] = {}
     for key, taken in columns.items():
         if isinstance(taken, list) and ROLES[key] != "negative":
-            raise InputError(f"columns: {key} is {taken!r}; give one column, only negatives may have several")
+            raise InputError(f"columns: {key} is {taken!r}; give one column; only negatives may have several")
         taken = taken if isinstance(taken, list) else [taken]
         for i, column in enumerate(taken, 1):
             if not isinstance(column, str):
                 raise InputError(f"columns: {key} is {columns[key]!r}; give the name of a column, in quotes")
             if column in names:
-                raise InputError(f"columns: '{column}' is named twice")
+                raise InputError(f"columns: '{column}' is named twice; name it once")
             names[column] = ROLES[key] if len(taken) == 1 else f"{ROLES[key]}_{i}"
     if len(set(names.values())) < len(names):
         raise InputError(
-            "columns: query and anchor are two names of one thing, as are negative and negatives; give one of them"
+            "columns: two roles mean the same (query and anchor, for example, or negative and negatives); give only one of them"
         )
     return names

@@ -48,9 +48,7 @@ ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # The number of first rows of a stream that determine its columns.
 PROBED_ROWS = 1000
-NO_QUOTING = (
-    " if quotes belong to the texts, turn quoting off: --no_quoting (quoting: false in a sources file), or save the file as tsv"
-)
+NO_QUOTING = " if quotes belong to the texts, set --no_quoting (quoting: false in a sources file), or save the file as tsv"
 END = "\ufdd0end of file"  # added after the last line of a csv, to detect a quote that is still open there
 
 
@@ -113,19 +111,19 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        raise unreadable(path, "the file is UTF-16; save it as UTF-8, for example by iconv -f UTF-16 -t UTF-8")
+                        raise unreadable(path, "the file is UTF-16; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8")
                     if line.startswith(LFS_POINTER):
                         raise InputError(f"{path} {NOT_FETCHED}")
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if b"\0" in line:
-                    raise unreadable(path, f"line {number} holds a NUL byte; if the file is UTF-16, save it as UTF-8")
+                    raise unreadable(path, f"line {number} contains a NUL byte; if the file is UTF-16, save it as UTF-8")
                 try:
                     yield number, line.decode()
                 except UnicodeDecodeError as error:
                     raise unreadable(
                         path,
                         f"'utf-8' codec can't decode byte 0x{line[error.start]:02x} in line {number}; save the file as "
-                        "UTF-8, for example by iconv -f cp1252 -t UTF-8",
+                        "UTF-8, for example: iconv -f cp1252 -t UTF-8",
                     ) from error
     except InputError:
         raise
@@ -166,16 +164,16 @@ def table_columns(path: str, table: Table) -> list[str]:
     """
     _, _, cells = next(table_rows(path, table), (0, 0, []))
     if not cells:
-        raise unreadable(path, "there are only blank lines")
+        raise unreadable(path, "the file has only blank lines")
     if any("\r" in cell for cell in cells):
-        raise unreadable(path, "its lines end in lone carriage returns; save it with line feeds")
+        raise unreadable(path, "its lines end with carriage returns alone; save it with line feeds")
     own = SEPARATORS[kind_of(path)]
     if len(cells) == 1 and (other := other_separator(cells[0], own)):
         ending = {"\t": "tsv", ",": "csv"}.get(other)
-        mend = f"give the file the ending .{ending}" if ending else f"save it with {SEPARATOR_NAMES[own]}"
+        mend = f"give the file the ending .{ending}" if ending else f"save it with {SEPARATOR_NAMES[own]} as the separator"
         raise InputError(
-            f"{path}: there is one column, '{shortened(cells[0])}'; the separator looks like {SEPARATOR_NAMES[other]}, and is "
-            f"{SEPARATOR_NAMES[own]} in {kind_of(path)} files: {mend}"
+            f"{path}: there is only one column, '{shortened(cells[0])}'; the separator seems to be {SEPARATOR_NAMES[other]}, "
+            f"but {kind_of(path)} files need {SEPARATOR_NAMES[own]}; {mend}"
         )
     if not table.header:
         return [str(i) for i in range(len(cells))]
@@ -196,7 +194,7 @@ def shortened(text: str) -> str:
 def missing_text(cell: object) -> str | None:
     """Return what is wrong with a cell that must be a text, in words to follow "the text is". Return None for a valid text."""
     if not isinstance(cell, str):
-        return "missing" if cell is None else f"not a text ({shortened(repr(cell))})"
+        return "missing" if cell is None else f"not a string ({shortened(repr(cell))})"
     return None if cell.strip() else "empty"
 
 
@@ -208,13 +206,13 @@ def common_columns(paths: list[str], table: Table) -> list[str]:
     """
     names = table_columns(paths[0], table)
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; names must differ")
+        raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; rename one of them")
     for path in paths[1:]:
         columns = table_columns(path, table)
         if columns != names:
             raise InputError(
-                f"{path}: its columns are {', '.join(columns)}, those of {paths[0]} {', '.join(names)}; the files of a set "
-                "need the same, in the same order"
+                f"{path}: its columns are {', '.join(columns)}, but those of {paths[0]} are {', '.join(names)}; give files "
+                "with the same columns in the same order"
             )
     return names
 
@@ -234,8 +232,8 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
         if len(cells) > width:
             separator = SEPARATOR_NAMES[SEPARATORS[kind_of(path)]]
             raise InputError(
-                f"{path}: line {first} has {len(cells)} cells, and the {'header' if table.header else 'first row'} {width}; "
-                f"name every column, and quote a cell that holds {separator}"
+                f"{path}: line {first} has {len(cells)} cells, but the {'header' if table.header else 'first row'} has "
+                f"{width}; name every column, and quote a cell that contains {separator}"
             )
         yield first, last, cells
 
@@ -255,7 +253,7 @@ def survey_tables(paths: list[str], table: Table) -> Features:
             inside = sum(end - start for start, end in broken)
             logger.warning(
                 f"{masked(path)}: {len(broken):,} of {count:,} rows have line breaks in a quoted cell, the first in lines "
-                f"{broken[0][0]} to {broken[0][1]}; {inside:,} of the file's {last:,} lines are within such cells;{NO_QUOTING}"
+                f"{broken[0][0]} to {broken[0][1]}; {inside:,} of the file's {last:,} lines continue such a cell;{NO_QUOTING}"
             )
     return Features({name: Value("string") for name in names}) if rows else Features()
 
@@ -274,7 +272,7 @@ def json_rows(path: str) -> Iterator[tuple[int, dict]]:
             raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {mend}")
         items = parsed(head + rest, path, start)
         if not isinstance(items, list):
-            raise unreadable(path, "expected a list of JSON objects, or an object a line")
+            raise unreadable(path, "expected a list of JSON objects, or one object per line")
         for number, item in enumerate(items, 1):
             if not isinstance(item, dict | str):
                 raise unreadable(path, f"row {number}: expected a JSON object")
@@ -314,7 +312,7 @@ def parsed(text: str, path: str, number: int) -> Any:
         raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
     except UnicodeEncodeError as error:
         half = json.dumps(error.object[error.start])
-        raise unreadable(path, f"line {number}: {half} is half of a character; correct or delete the text") from error
+        raise unreadable(path, f"line {number}: {half} is only half of a character; correct or delete the text") from error
     except ValueError as error:
         raise unreadable(path, f"line {number}: {first_line(error)}") from error
 
@@ -411,7 +409,7 @@ def survey(paths: list[str], table: Table) -> Features:
     else:
         features = survey_json(paths)
     if not features:
-        raise InputError(f"{paths[0]}: no rows")
+        raise InputError(f"{paths[0]}: there are no rows")
     return features
 
 
@@ -471,30 +469,28 @@ def stream(paths: list[str], table: Table, optional: list[str] | None) -> Iterab
     if kind in ("json", "jsonl") and not (unnamed and any(map(NEGATIVE.fullmatch, columns))):
         late = [name for name in optional or [] if name not in columns]
     if late:
-        logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is taken where it begins")
-    refuse = optional is None or (unnamed and not late)
-    kwargs = {
-        "paths": list(paths), "table": table, "columns": (*columns, *late), "refuse": refuse, "collect": unnamed and bool(late)
-    }  # fmt: skip
+        logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is used where it begins")
+    others = "refuse" if optional is None or (unnamed and not late) else "collect" if unnamed else "ignore"
+    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "others": others}
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
 
 
-def streamed(paths: list[str], table: Table, columns: tuple[str, ...], refuse: bool, collect: bool) -> Iterator[dict]:
-    """Read the rows of a stream.
+def streamed(paths: list[str], table: Table, columns: tuple[str, ...], others: str) -> Iterator[dict]:
+    """Read the rows of a stream. If another column of negatives begins late, `others` says what to do.
 
-    If a column of negatives begins late, `refuse` raises InputError, and `collect` adds its texts to the column `negatives`.
+    "refuse" raises InputError, "collect" adds its texts to the column `negatives`, and "ignore" leaves it out.
     """
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
             if not row.keys() <= known:
                 late = [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
-                if late and refuse:
+                if late and others == "refuse":
                     raise InputError(
-                        f"{path}: the column {late[0]} begins behind the first {PROBED_ROWS:,} rows; set negatives: (how many "
-                        "of a row's to take, 0 for none), or name all columns of negatives under columns:"
+                        f"{path}: the column {late[0]} begins after the first {PROBED_ROWS:,} rows; set negatives: to the "
+                        "number to use per row (0 for none), or name all columns of negatives under columns:"
                     )
-                if late and collect:
+                if late and others == "collect":
                     texts = [row[key] for key in ("negatives", *late) if row.get(key)]
                     cells = [text if isinstance(text, list) else [text] for text in texts]
                     row["negatives"] = list(chain.from_iterable(cells))

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 # Names of label columns, in the form that `plain` returns.
 LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
-EMPTY, TWICE = "with an empty text", "a second time"
+EMPTY, TWICE = "with an empty text", "repeated"
 BATCH = 10_000  # rows read at a time
 LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
 # The words for the two labels of datasets with two labels.
@@ -88,8 +88,8 @@ def labelled_layout(names: list[str], name: str) -> Layout | None:
         return None
     if len(labels) > 1:
         raise InputError(
-            f"{name}: the columns {' and '.join(labels)} are both labels; leave one out by --ignore_columns {labels[1]} "
-            "(ignore_columns: in a sources file)"
+            f"{name}: the columns {' and '.join(labels)} all hold labels; remove one with --ignore_columns {labels[1]} "
+            "(or ignore_columns: in a sources file)"
         )
     first, second = pairs[0]
     return Layout(found[first], found[second], labels[0])
@@ -116,8 +116,8 @@ def as_pairs(
         return rows
     if not isinstance(rows, Dataset):
         raise InputError(
-            f"{name}: {layout.first}, {layout.second} and {layout.label} are labelled pairs, which are grouped by their "
-            f"{layout.first}; a stream cannot be, read the file whole (without streaming: true)"
+            f"{name}: the labeled pairs of {layout.first}, {layout.second} and {layout.label} are grouped by {layout.first}, "
+            "which is not supported for a streaming dataset; remove streaming: true"
         )
     meanings = meanings_of(rows, layout, name)
     groups = grouped(rows, layout, meanings, name, drop_empty_rows)
@@ -158,8 +158,8 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     where = f"{name}, column '{layout.label}'"
     if graded := sorted(word for word in words if re.fullmatch(r"\d*\.\d+", word)):
         raise InputError(
-            f"{where}: {graded[0]} is a score, and pairs of any score are neither positives nor negatives; --eval_sts_file "
-            f"scores a model on them, or keep the alike pairs, and leave it out by --ignore_columns {layout.label}"
+            f"{where}: {graded[0]} is a score, which does not say if a pair is a positive or a negative; evaluate on these "
+            f"pairs with --eval_sts_file, or keep only similar pairs and remove the column with --ignore_columns {layout.label}"
         )
     numbers = all(word.isdecimal() for word in words)
     inference, shown = words <= set(LABELS_OF_INFERENCE), {word: word for word in words}
@@ -173,7 +173,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
         some = sorted(words)[:5] + ["..."] * (len(words) > 5)
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
-    explained = "; ".join(f"{meaning}s are those of label {' or '.join(found)}" for meaning, found in parts.items() if found)
+    explained = "; ".join(f"{meaning}s have the label {' or '.join(found)}" for meaning, found in parts.items() if found)
     return Meanings({label: NO_LABEL if text in ABSENT else known[text] for label, text in texts.items()}, inference, explained)
 
 
@@ -195,8 +195,8 @@ def text_of(label: Any, feature: Any) -> str:
 def mend_of(words: set[str], layout: Layout) -> str:
     """Return advice for labels whose meaning is unknown."""
     if words and words <= {"0", "1"} and layout.inference:
-        return "0 is the entailment in some data sets and 1 in others; write the words entailment and contradiction"
-    return "write entailment, neutral and contradiction, or 1 for a match and 0 for none"
+        return "entailment is 0 in some datasets and 1 in others; write the words entailment and contradiction"
+    return "write entailment, neutral and contradiction, or 1 for a match and 0 for no match"
 
 
 # ---- grouping the pairs by anchor ----
@@ -235,12 +235,12 @@ class Groups:
         counts = {what: self.counts[what] for what in (NEUTRAL, NO_LABEL, EMPTY, TWICE)} | {
             "positive without a negative": self.counts[POSITIVE] - positives,
             "negative without a positive": alone,
-            "further negative of an anchor": self.counts[NEGATIVE] - negatives - alone,
+            "additional negative of an anchor": self.counts[NEGATIVE] - negatives - alone,
         }
         left_out = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         return (
-            f"{self.counts.total():,} pairs of {self.layout.first} and {self.layout.second} -> {made} of {len(kept):,} anchors"
-            f"{f'; left out: {left_out}' if left_out else ''}"
+            f"{self.counts.total():,} pairs of {self.layout.first} and {self.layout.second} became {made} of {len(kept):,} "
+            f"anchors{f'; left out: {left_out}' if left_out else ''}"
         )
 
 

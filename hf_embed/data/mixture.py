@@ -111,7 +111,7 @@ class Source:
     def __post_init__(self, columns: dict[str, str | list[str]] | None) -> None:
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not (number and math.isfinite(self.weight) and self.weight > 0):
-            raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (else leave it out)")
+            raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (or remove the source)")
         for key, least in (("negatives", 0), ("max_length", 1), ("size", 1)):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -121,11 +121,11 @@ class Source:
             if not isinstance(getattr(self, key), str | None):
                 raise InputError(f"{self.label}: {key} is {getattr(self, key)!r}; it must be a text, in quotes")
         if isinstance(self.rows, dict):
-            raise InputError(f"{self.label}: has the splits {', '.join(self.rows)}; take one of them")
+            raise InputError(f"{self.label}: the dataset has the splits {', '.join(self.rows)}; choose a split")
         if not isinstance(self.rows, Dataset | IterableDataset):
             raise InputError(
-                f"{self.label}: a {type(self.rows).__name__} is no set of rows; give a datasets.Dataset, as Dataset.from_list "
-                "or Dataset.from_pandas makes it"
+                f"{self.label}: a {type(self.rows).__name__} cannot be used as rows; give a datasets.Dataset, for example "
+                "from Dataset.from_list or Dataset.from_pandas"
             )
         self.rows = unformatted(self.rows)
         if columns is not None:
@@ -140,10 +140,11 @@ class Source:
             self.size = getattr(splits.get(str(self.rows.split)), "num_examples", None)
             if not self.size:
                 raise InputError(
-                    f"{self.label}: a stream does not know how many rows it has; say about how many (rows: or size=)"
+                    f"{self.label}: the number of rows of a streaming dataset is unknown; give an approximate number (rows: in "
+                    "a sources file, or size=)"
                 )
         if self.size == 0:
-            raise InputError(f"{self.label}: no rows")
+            raise InputError(f"{self.label}: there are no rows")
 
     @property
     def label(self) -> str:
@@ -155,9 +156,9 @@ def check_sources(sources: list[Source]) -> None:
     """Check that there is at least one source, and that the names of the sources differ."""
     names = [source.name for source in sources]
     if not names:
-        raise InputError("no source to train on; list at least one")
+        raise InputError("there is no source to train on; list at least one")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"two sources are named '{twice[0]}'; names must differ")
+        raise InputError(f"two sources are named '{twice[0]}'; rename one of them")
 
 
 # ---- the YAML file ----
@@ -212,7 +213,9 @@ def read_source(entry: dict, number: int, path: str) -> Source:
     """
     name = entry.get("name")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: source {number} has no name{f' but {name!r}' if name else ''}; give it one, a text")
+        raise InputError(
+            f"{path}: source {number} has {f'the name {name!r}' if name else 'no name'}; give it a text as its name"
+        )
     where = f"{path}, source '{name}'"
     check_entry(entry, where)
     try:
@@ -230,7 +233,7 @@ def check_entry(entry: dict, where: str) -> None:
             close = difflib.get_close_matches(str(key), KEYS, 1)
             raise InputError(f"{where}: unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
     if ("file" in entry) == ("dataset" in entry):
-        raise InputError(f"{where}: give file: or dataset:, one of them")
+        raise InputError(f"{where}: give either file: or dataset:")
     for key, (kind, words) in TYPES.items():
         value = entry.get(key)
         only_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
@@ -247,7 +250,7 @@ def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, st
         origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
     else:
         if "quoting" in entry:
-            raise InputError("quoting is of csv files; a dataset has none")
+            raise InputError("quoting applies only to csv files, not to a dataset; remove quoting:")
         origin = entry["dataset"]
         rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)
     ignored = entry.get("ignore_columns", [])
@@ -296,7 +299,7 @@ class Stream:
         self.endless: Iterator[tuple[list[str], list[str]]] | None = None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
-            raise InputError(f"{source.label}: a stream with negatives needs negatives: (how many of a row's to take)")
+            raise InputError(f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row)")
         first = list(islice(source.rows, PROBED_ROWS))
         refuse_lists(first, self.columns, source.label)
         self.several = any(isinstance(row[column], list) for row in first for column in self.columns[1:2])  # positives
@@ -336,7 +339,7 @@ class Stream:
                 for made in filter(None, texts):
                     yield from made
             if not taken:
-                raise RankError(f"{self.label}: no rows for this process; give it more rows or files than processes")
+                raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {taken + dropped:,} rows had an empty text and were dropped")
             turn += 1
@@ -350,7 +353,7 @@ class Stream:
         except InputError as error:
             raise RankError(str(error)) from error
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors
-            raise RankError(f"{self.label}: cannot be read on: {first_line(error)}") from error
+            raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
 
     def texts(self, row: dict) -> list[tuple[list[str], list[str]]] | None:
         """Return (texts, other positives) for each positive of a row, or None if the row is dropped."""
@@ -362,8 +365,10 @@ class Stream:
                 return None
             raise InputError(f"{error} ({DROP_ADVICE})") from error
         if len(made) > (MOST_POSITIVES if self.several else 1):
-            most = f"{MOST_POSITIVES} at most" if self.several else f"one in each of the first {PROBED_ROWS}"
-            raise InputError(f"{where} has {len(made)} positives; a stream's rows have {most}: leave out streaming: true")
+            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {PROBED_ROWS} rows"
+            raise InputError(
+                f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
+            )
         return [(texts[: self.views] if len(texts) > 1 else texts, others) for texts, others in made]
 
 
@@ -424,7 +429,9 @@ def source_tokenizer(source: Source, encoder: "Encoder") -> RowTokenizer:
     """
     max_length = min(source.max_length or encoder.max_length, encoder.max_length)
     if source.max_length and source.max_length > encoder.max_length:
-        raise InputError(f"{source.label}: max_length {source.max_length} is above the run's {encoder.max_length}")
+        raise InputError(
+            f"{source.label}: max_length {source.max_length} is larger than {encoder.max_length}, the one of the run; lower it"
+        )
     own = {"query": source.query_prompt, "document": source.document_prompt}
     prompts = {key: encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items()}
     check_prompts(prompts, encoder.tokenizer, max_length, source.label)
@@ -440,7 +447,9 @@ def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTraini
     tokenizer = source_tokenizer(source, encoder)
     rows = as_pairs(source.rows, source.label, None, args.drop_empty_rows)
     if source.negatives and not negative_columns(column_names(rows)):
-        raise InputError(f"{source.label}: negatives is {source.negatives}, but there is no column of negatives")
+        raise InputError(
+            f"{source.label}: negatives is {source.negatives}, but there is no column of negatives; remove this setting"
+        )
     if isinstance(rows, Dataset):
         with quiet_bars():
             return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
@@ -452,10 +461,10 @@ def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") 
     """Check that a source fills at least one global batch. If not, raise InputError or warn, as `args.small_sources` says."""
     global_batch = args.per_device_train_batch_size * args.world_size
     if rows < global_batch:
-        short = f"{source.label}: {rows} rows, fewer than the {global_batch} of a global batch"
+        short = f"{source.label}: there are {rows} rows, fewer than the {global_batch} rows of a global batch"
         if args.small_sources == "refuse":
-            raise InputError(f"{short}; set small_sources to repeat, or take a smaller batch")
-        logger.warning(f"{short}; rows stand several times in its batches (never as negatives of themselves)")
+            raise InputError(f"{short}; set small_sources to repeat, or use a smaller batch")
+        logger.warning(f"{short}; a row can occur several times in a batch (but never as its own negative)")
 
 
 def data_seed(args: "ContrastiveTrainingArguments") -> int:
@@ -468,4 +477,6 @@ def check_prompts(prompts: dict[str, str], tokenizer: PreTrainedTokenizerBase, m
     for key, prompt in prompts.items():
         tokens = len(tokenizer(prompt)["input_ids"])
         if prompt and tokens >= max_length:
-            raise InputError(f"{where}: the {key} prompt has {tokens} tokens, which leaves no room for text in {max_length}")
+            raise InputError(
+                f"{where}: the {key} prompt has {tokens} tokens, which leaves no room for text within max_length {max_length}"
+            )

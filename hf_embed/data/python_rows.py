@@ -61,12 +61,12 @@ def no_rows(data: object, name: str) -> InputError:
     if isinstance(data, DatasetDict):
         mend = f"choose one of its splits, {', '.join(map(str, data))}"
     elif hasattr(data, "to_pandas"):
-        mend = "give its to_pandas()"
+        mend = "convert it with to_pandas()"
     elif kind.__module__.split(".")[0] == "torch":
-        mend = f"of its items, which hold texts, make a list of dicts, or {mend}"
+        mend = f"make a list of dicts from its texts, or {mend}"
     elif hasattr(data, "__next__") or callable(data):
-        mend = "datasets.IterableDataset.from_generator streams a generator function, Dataset.from_generator stores its rows"
-    return InputError(f"{name}: {described(data)} is no set of rows; {mend}")
+        mend = "stream its rows with datasets.IterableDataset.from_generator, or store them with Dataset.from_generator"
+    return InputError(f"{name}: {described(data)} cannot be used as rows; {mend}")
 
 
 def is_frame(data: object) -> bool:
@@ -79,9 +79,9 @@ def from_frame(frame: Any, name: str) -> Dataset:
     """Return the columns of a DataFrame as a table."""
     names = [str(column) for column in frame.columns]
     if frame.columns.nlevels > 1:
-        raise InputError(f"{name}: the DataFrame's columns have {frame.columns.nlevels} levels; give them names of one level")
+        raise InputError(f"{name}: the DataFrame's columns have {frame.columns.nlevels} levels; flatten them to one level")
     if twice := [column for i, column in enumerate(names) if column in names[:i]]:
-        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one")
+        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one of them")
     if not len(frame) or not names:
         raise InputError(f"{name}: the DataFrame is empty; there are no rows")
     return table_of({column: frame.iloc[:, i].tolist() for i, column in enumerate(names)}, name)
@@ -93,7 +93,7 @@ def columns_of(rows: list, name: str) -> dict[str, list]:
     first = next((kind for kind in kinds if isinstance(rows[0], kind)), None)
     for number, row in enumerate(rows, 1):
         if first is None or not isinstance(row, first):
-            wanted = f", and row 1 {kinds[first]}" if first else ""
+            wanted = f", but row 1 is {kinds[first]}" if first else ""
             raise InputError(
                 f"{name}, row {number} is {shortened(repr(row))}, a {type(row).__name__}{wanted}; give {ACCEPTED_ROWS}"
             )
@@ -103,11 +103,11 @@ def columns_of(rows: list, name: str) -> dict[str, list]:
     if first is dict:
         names = list(dict.fromkeys(key for row in rows for key in row))
         if odd := [key for key in names if not isinstance(key, str)]:
-            raise InputError(f"{name}: the key {odd[0]!r} is no text; columns have names")
+            raise InputError(f"{name}: the column name {odd[0]!r} is not a string; convert it to a string")
         return {key: [row.get(key) for row in rows] for key in names}
     if short := [number for number, row in enumerate(rows, 1) if len(row) < 2]:
         raise InputError(
-            f"{name}, row {short[0]}: {kinds[first]} of {len(rows[short[0] - 1])}; it needs an anchor and a positive"
+            f"{name}, row {short[0]} is {kinds[first]} of length {len(rows[short[0] - 1])}; it needs an anchor and a positive"
         )
     columns = {"anchor": [row[0] for row in rows], "positive": [row[1] for row in rows]}
     return columns | {
@@ -128,14 +128,14 @@ def table_of(columns: dict[str, list], name: str) -> Dataset:
         for number, cell in enumerate(cells, 1):
             if cell is not None and isinstance(cell, str) != isinstance(first, str):
                 raise InputError(
-                    f"{name}, row {number}, column '{column}': {shortened(repr(cell))} is a {type(cell).__name__}, and what is "
-                    f"above is a {type(first).__name__}; give one kind of values, or leave the column out"
+                    f"{name}, row {number}, column '{column}': {shortened(repr(cell))} has the type {type(cell).__name__}, but "
+                    f"values above have the type {type(first).__name__}; use one type, or remove the column"
                 )
         try:
             tables.append(Dataset.from_dict({column: cells}))
         except Exception as error:  # Arrow raises many kinds of errors
             raise InputError(
-                f"{name}, column '{column}' cannot be stored: {first_line(error)}; correct it, or leave it out"
+                f"{name}, column '{column}' cannot be stored: {first_line(error)}; correct or remove the column"
             ) from error
     if not tables:
         raise InputError(f"{name}: the rows have no columns; give {ACCEPTED_ROWS}")

@@ -71,7 +71,7 @@ def read_file(
     else:
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
-        raise InputError(f"{paths[0]}: no rows")
+        raise InputError(f"{paths[0]}: there are no rows")
     return rows
 
 
@@ -98,7 +98,9 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     try:
         if path.endswith(".gz"):  # `datasets` does not decompress these files
             if len(paths) > 1 or streaming:
-                raise InputError(f"{path}: a gzipped parquet file can only be read alone and whole; unpack it")
+                raise InputError(
+                    f"{path}: a gzipped parquet file cannot be streamed or combined with other files; decompress it"
+                )
             with gzip.open(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         for file in paths:
@@ -118,11 +120,11 @@ def check_parquet(path: str) -> None:
     found = pyarrow.parquet.read_metadata(path)
     names = found.schema.to_arrow_schema().names
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"{path}: two columns are named '{twice[0]}'; names must differ")
+        raise InputError(f"{path}: two columns are named '{twice[0]}'; rename one of them")
     if found.num_rows == 0:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{path}: there are no rows")
     if found.row_group(0).num_rows == 0:  # `datasets` uses this number as its batch size
-        raise InputError(f"{path}: its first row group has no rows; write the file anew")
+        raise InputError(f"{path}: the first row group has no rows; write the file again")
 
 
 def check_files(paths: list[str]) -> str:
@@ -137,17 +139,17 @@ def check_files(paths: list[str]) -> str:
             try:
                 check_file(path)
             except InputError as error:
-                raise InputError(f"{error} (folders and globs are not read)") from error
+                raise InputError(f"{error} (folders and patterns are not supported)") from error
             if Path(path).stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
         kind = files.kind_of(path)
         if kind not in KINDS:
             accepted = ", ".join(f".{kind}" for kind in KINDS)
-            raise InputError(f"{path}: cannot read '{kind and '.' + kind}' files; accepted are {accepted}, also with .gz")
+            raise InputError(f"{path}: '{kind and '.' + kind}' files are not supported; use {accepted}, also with .gz")
         endings.add(kind)
     if len(endings) > 1:
         found = ", ".join(f".{kind}" for kind in sorted(endings))
-        raise InputError(f"{paths[0]} and others: files of one kind belong together; found {found}")
+        raise InputError(f"{paths[0]} and others: the files are of different kinds, {found}; give files of one kind")
     return endings.pop()
 
 
@@ -165,7 +167,8 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     except Exception as error:  # the Hub client raises many kinds of errors, and all mean that no rows can be loaded
         reason = first_line(error)
         raise InputError(
-            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; or give a local file"
+            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; check the name, or give a local "
+            "file"
         ) from error
     if isinstance(rows, DatasetDict):
         raise InputError(f"dataset '{name}' has the splits {', '.join(rows)}; choose a split")
@@ -190,7 +193,7 @@ def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) ->
         return rows
     found = column_names(rows)
     if missing := [column for column in columns if column not in found]:
-        raise InputError(f"{name}: no column '{missing[0]}' to ignore; found {', '.join(found)}")
+        raise InputError(f"{name}: there is no column '{missing[0]}' to ignore; found {', '.join(found)}")
     return rows.remove_columns(columns)
 
 
@@ -201,7 +204,7 @@ def read_texts(path: str) -> list[str]:
     texts = rows[column][:]
     for i, text in enumerate(texts, 1):
         if text is not None and not isinstance(text, str):
-            raise InputError(f"{path}, row {i}, column '{column}': the text is not a text ({text!r}); write texts")
+            raise InputError(f"{path}, row {i}, column '{column}': the text is not a string ({text!r}); convert it to a string")
     return [text for text in texts if text and text.strip()]
 
 
@@ -219,8 +222,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
             continue
         if is_negative and isinstance(cell, str) and is_list(cell):
             raise InputError(
-                f"{where}, column '{column}': the text is a list, {files.shortened(cell)}; write the rows as jsonl or parquet, "
-                "or the negatives into columns of their own, negative_1, negative_2 ..."
+                f"{where}, column '{column}': the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or "
+                "parquet, or put each negative into its own column, negative_1, negative_2 ..."
             )
         for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
             if wrong := files.missing_text(text):
@@ -241,7 +244,7 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
     if not isinstance(positives, list):
         return [(row_texts(row, columns, where), [])]
     if not positives:
-        raise InputError(f"{where}, column '{columns[1]}': there is no positive; give one or delete the row")
+        raise InputError(f"{where}, column '{columns[1]}': there is no positive; add one or delete the row")
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
     different = {own[1]: own for own in texts}  # the same positive may be listed twice
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
@@ -256,7 +259,9 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
     try:
         yield from rows.select_columns(columns)
     except Exception as error:
-        raise InputError(f"{name}: a cell of {', '.join(columns)} cannot be read: {first_line(error)}") from error
+        raise InputError(
+            f"{name}: a cell of {', '.join(columns)} cannot be read: {first_line(error)}; correct the cell"
+        ) from error
 
 
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
@@ -269,7 +274,7 @@ def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
         cells = [row[column] for row in rows if isinstance(row[column], str)]
         if len(cells) > 1 and all(map(is_list, cells)):
             raise InputError(
-                f"{name}, column '{column}': every text is a list, {files.shortened(cells[0])}; write a row for each of them"
+                f"{name}, column '{column}': every text looks like a list, {files.shortened(cells[0])}; write one text per row"
             )
 
 

@@ -110,7 +110,9 @@ class RowTokenizer:
         texts = [beginning(text, max_length, self.tokenizer) for text in texts]
         ids = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
         if empty := [text for text, tokens in zip(texts, ids) if not tokens]:
-            raise InputError(f"the text {empty[0][:60]!r} is no token to this tokenizer, so it has no vector; delete the row")
+            raise InputError(
+                f"the tokenizer returns no tokens for the text {empty[0][:60]!r}, so it has no embedding; delete the row"
+            )
         long = [i for i, tokens in enumerate(ids) if len(tokens) > max_length]
         if long:
             truncated = self.tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
@@ -190,10 +192,10 @@ def tokenize_table(
         logger.warning(f"{name}: {len(rows) - kept:,} of {len(rows):,} rows had an empty text and were dropped")
     if others and get_rank() == 0:
         logger.warning(
-            f"{name}: {kept:,} rows -> {len(tokens):,}, one for each positive; a row's others are no negatives of it"
+            f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )
     if len(tokens) < 2:
-        raise InputError(f"{name}: {len(tokens)} row(s); contrastive training needs at least 2, others are the negatives")
+        raise InputError(f"{name}: there are {len(tokens)} row(s), but in-batch negatives need at least 2; give more rows")
     return tokens
 
 
@@ -228,4 +230,4 @@ def warn_of_truncation(shares: dict[str, float]) -> None:
     if worst:
         named = ", ".join(f"{share:.0%} in {name}" for share, name in worst[:5])
         more = f" and less in {len(worst) - 5} more" if len(worst) > 5 else ""
-        logger.warning(f"texts cut to max_length tokens: {named}{more}")
+        logger.warning(f"texts truncated to max_length tokens: {named}{more}")

@@ -59,7 +59,9 @@ def tokenize_all(
 
 def not_single(name: str) -> InputError:
     """Return the error for rows of several texts when same_dropout_mask needs rows of a single text."""
-    return InputError(f"{name}: same_dropout_mask needs rows of a single text, which is both views")
+    return InputError(
+        f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove same_dropout_mask"
+    )
 
 
 def check_objective(objective: Objective, tokens: Dataset | Mixture, texts_per_row: int, name: str) -> None:
@@ -93,7 +95,9 @@ def as_sources(
         return rows
     if isinstance(rows, dict):
         if splits := {"train", "validation", "test"} & set(rows):
-            raise InputError(f"{name}: a dict is of sources by name, and '{min(splits)}' looks like a split; choose one split")
+            raise InputError(
+                f"{name}: the keys of a dict name sources, but '{min(splits)}' looks like a split; choose one split"
+            )
         return [Source(key, table) for key, table in rows.items()]
     if isinstance(rows, IterableDataset) and args.max_steps > 0:
         # One epoch lasts the whole run. A shorter epoch could end with an update that accumulates fewer batches than others.

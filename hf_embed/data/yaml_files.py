@@ -22,7 +22,7 @@ class UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise TwiceError(f"line {key_node.start_mark.line + 1}: the key '{key}' is there twice; keep one of them")
+                raise TwiceError(f"line {key_node.start_mark.line + 1}: the key '{key}' occurs twice; keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -44,17 +44,19 @@ def read_yaml(path: str, name: str) -> Any:
     """
     text = read_text(shipped(path), name)
     if len(text) > MOST_CHARACTERS:
-        raise InputError(f"{name}: holds {len(text):,} characters, and no configuration has so many; is it another file?")
+        raise InputError(f"{name}: it has {len(text):,} characters, more than any configuration file; give another file")
     deepest = max(accumulate((letter in "[{") - (letter in "]}") for letter in text), default=0) if text else 0
     if deepest > MOST_LEVELS:  # PyYAML would need minutes for such a file
-        raise InputError(f"{name}: not YAML: more than {MOST_LEVELS} lists and mappings within each other")
+        raise InputError(f"{name}: not YAML: lists and mappings are nested in more than {MOST_LEVELS} levels")
     try:
         loader = UniqueKeys(text)
         node = loader.get_single_node()
         if node is None:
             return None
         if count_values(node, {}) > MOST_VALUES:
-            raise InputError(f"{name}: its aliases stand for more than {MOST_VALUES:,} values; write what is meant")
+            raise InputError(
+                f"{name}: its aliases expand to more than {MOST_VALUES:,} values; write the values without aliases"
+            )
         return loader.construct_document(node)
     except InputError:
         raise
@@ -63,10 +65,10 @@ def read_yaml(path: str, name: str) -> Any:
     except yaml.YAMLError as error:
         raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise InputError(f"{name}: not YAML: too many lists and mappings within each other") from error
+        raise InputError(f"{name}: not YAML: lists and mappings are nested in too many levels") from error
     except Exception as error:  # PyYAML does not catch the errors of invalid dates, numbers and tags
         raise InputError(
-            f"{name}: a value is not what its form or its tag says ({first_line(error)}); put a text in quotes"
+            f"{name}: a value does not match its format or its tag ({first_line(error)}); put texts in quotes"
         ) from error
 
 
@@ -82,7 +84,7 @@ def count_values(node: yaml.Node, known: dict[int, int]) -> int:
     """
     if id(node) in known:
         if not known[id(node)]:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias stands for what it is in")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias refers to a node that contains it")
         return known[id(node)]
     known[id(node)] = 0  # 0 marks a node that is still being counted
     inside = node.value if isinstance(node, yaml.CollectionNode) else []

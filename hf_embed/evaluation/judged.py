@@ -63,7 +63,9 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
     queries, positives, negatives = columns_of(names, name)
     for columns, what in ((queries, "query"), (positives, "positive"), (negatives, "negative")):
         if not columns:
-            raise InputError(f"{name}: no column {what}; found {', '.join(names)}; accepted are {ACCEPTED}; rename them")
+            raise InputError(
+                f"{name}: there is no column {what}; found {', '.join(names)}; rename the columns, for example to {ACCEPTED}"
+            )
     warn_of_unused(names, [queries[0], *positives, *negatives], name)
     found = []
     for number, row in enumerate(with_columns(rows, [queries[0], *positives, *negatives], name), 1):
@@ -109,7 +111,9 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
         candidates = cell_texts(row.get(document), f"{where}, column '{document}'")
         values = row.get(label) if isinstance(row.get(document), list) else [row.get(label)]
         if not isinstance(values, list) or len(values) != len(candidates):
-            raise InputError(f"{where}: {document} and {label} are not one of each, or lists of one length; correct the row")
+            raise InputError(
+                f"{where}: {document} and {label} must be one value each, or lists of the same length; correct the row"
+            )
         judged = found.setdefault(text, Judged(text, [], []))
         for candidate, value in zip(candidates, values):
             is_right = label_number(value, f"{where}, column '{label}'")
@@ -128,10 +132,12 @@ def names_of(rows: Rows, name: str) -> list[str]:
         return rows.column_names
     for row in rows:
         if not isinstance(row, Mapping):
-            raise InputError(f"{name}: a row is a {type(row).__name__}; give a dict of query, positive, negative each")
+            raise InputError(
+                f"{name}: a row has the type {type(row).__name__}; give a dict with query, positive and negative for each row"
+            )
     names = list(dict.fromkeys(column for row in rows for column in row))
     if odd := [column for column in names if not isinstance(column, str)]:
-        raise InputError(f"{name}: the key {odd[0]!r} is no text; columns have names")
+        raise InputError(f"{name}: the column name {odd[0]!r} is not a string; convert it to a string")
     return names
 
 

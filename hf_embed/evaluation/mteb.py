@@ -103,9 +103,11 @@ def find_tasks(names: list[str], benchmarks: list[str]) -> list["AbsTask"]:
         try:
             tasks += list(mteb.get_benchmark(name).tasks)
         except KeyError as error:
-            raise InputError(f'--benchmark {name}: mteb has no such benchmark; "MTEB(eng, v2)" is one') from error
+            raise InputError(
+                f'--benchmark {name}: mteb has no such benchmark; give another name, such as "MTEB(eng, v2)"'
+            ) from error
     if not tasks:
-        raise InputError("nothing to evaluate; give --tasks NAME ... or --benchmark NAME")
+        raise InputError("there is nothing to evaluate; give --tasks NAME ... or --benchmark NAME")
     return tasks
 
 
@@ -132,7 +134,8 @@ def run_mteb(encoder: "Encoder", tasks: list["AbsTask"], folder: str | Path, bat
     except (ConnectionError, HTTPError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"the data of a task cannot be fetched ({reason}); go online, or run it once where they can"
+            f"the data of a task cannot be downloaded ({reason}); connect to the internet, or first run the task where this "
+            "works"
         ) from error
     rows = []
     for task, result in zip(tasks, results.task_results):
@@ -151,7 +154,7 @@ def remove_damaged(folder: Path) -> None:
             for part in [text] if path.suffix == ".json" else text.splitlines():
                 json.loads(part)
         except ValueError:
-            logger.warning(f"{path}: not whole; what it said is measured anew")
+            logger.warning(f"{path}: the result file is incomplete; its task will be run again")
             path.unlink()
 
 

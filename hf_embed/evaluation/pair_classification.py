@@ -65,7 +65,7 @@ class PairClassification(EvaluationTask):
         vectors = embed_once([*self.sentences1, *self.sentences2], embed)
         cosines, labels = pair_cosines(self.sentences1, self.sentences2, vectors, vectors), np.array(self.labels)
         if not ordered(cosines[None]):
-            logger.warning(f"no average precision of {len(cosines):,} pairs: {NO_ORDER}")
+            logger.warning(f"average precision is NaN for {len(cosines):,} pairs: {NO_ORDER}")
             return dict.fromkeys(self.reported, math.nan)
         best = best_thresholds(cosines, labels)
         return {
@@ -81,7 +81,9 @@ def label_numbers(labels: Sequence[object], name: str) -> list[int]:
     """Return labels as 0 and 1. Raise InputError if a label has another value, or if all labels are equal."""
     numbers = [label_number(label, f"{name}, row {i}") for i, label in enumerate(labels, 1)]
     if len(set(numbers)) < 2:
-        raise InputError(f"{name}: every label is {numbers[0]}; average precision needs pairs of label 0 and of label 1")
+        raise InputError(
+            f"{name}: all labels are {numbers[0]}; average precision needs pairs with label 0 and pairs with label 1"
+        )
     return numbers
 
 
@@ -104,13 +106,13 @@ def read_pair_classification(path: str) -> PairClassification:
         cells, where = [row[column] for column in rows.column_names], f"{path}, row {number}"
         lists = [len(cell) for cell in cells if isinstance(cell, list)]
         if lists and (len(lists) < 3 or len(set(lists)) > 1):
-            raise InputError(f"{where}: {first}, {second} and {label} are not lists of one length; correct the row")
+            raise InputError(f"{where}: {first}, {second} and {label} must be lists of the same length; correct the row")
         for place, (left, right, value) in enumerate(zip(*cells) if lists else [cells], 1):
             item = f"{where}, item {place}" if lists else where
             pairs.append((cell_text(left, f"{item}, column '{first}'"), cell_text(right, f"{item}, column '{second}'")))
             labels.append(label_number(value, f"{item}, column '{label}'"))
     if not pairs:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{path}: there are no rows")
     label_numbers(labels, path)
     return PairClassification([left for left, _ in pairs], [right for _, right in pairs], labels)
 
@@ -134,11 +136,11 @@ def labelled_pairs(path: str) -> Dataset:
     label = next((name for name in LABELS if name in names), None)
     if pair is None or label is None:
         found = f"found the columns {', '.join(cells or rows.column_names)}"
-        raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label: rename them")
+        raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label; rename the columns")
     kind = rows.features[names[label]]
     if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:  # in GLUE's RTE, label 0 is the entailment
         raise InputError(
-            f"{path}: the label 0 of column '{names[label]}' is called {kind.names[0]}; 1 is for pairs that belong together, "
-            "and 0 for others: exchange the two"
+            f"{path}: the label 0 of column '{names[label]}' is named {kind.names[0]}, but 1 must mean that a pair belongs "
+            "together, and 0 that it does not; exchange the two labels"
         )
     return rows.select_columns([names[name] for name in (*pair, label)])

@@ -70,7 +70,7 @@ class Reranking(EvaluationTask):
             )
             finite, has_order = finite and bool(np.isfinite(cosines).all()), has_order or ordered(cosines[None])
         if not (finite and has_order):
-            logger.warning(f"no MAP of {len(self.judged):,} queries: {NO_ORDER}")
+            logger.warning(f"MAP is NaN for {len(self.judged):,} queries: {NO_ORDER}")
             return dict.fromkeys(self.reported, math.nan)
         return dict(zip(self.reported, (100 * np.mean(per_query, axis=0)).tolist()))
 
@@ -88,9 +88,10 @@ def with_both_sorts(samples: list[Judged], name: str) -> list[Judged]:
     """Return the samples with both positives and negatives, and warn about the others. Raise InputError if none is left."""
     found = [sample for sample in samples if sample.positives and sample.negatives]
     if not found:
-        raise InputError(f"{name}: no query has a positive and a negative document; there is nothing to order")
+        raise InputError(f"{name}: no query has both a positive and a negative document; add documents to rank")
     if left_out := len(samples) - len(found):
         logger.warning(
-            f"{masked(name)}: {left_out:,} of {len(samples):,} queries have no positive or no negative document; left out"
+            f"{masked(name)}: {left_out:,} of {len(samples):,} queries have no positive or no negative document; they are left "
+            "out"
         )
     return found

@@ -72,21 +72,21 @@ class Retrieval(EvaluationTask):
         self.itself = {q for q in self.qrels if q not in self.qrels[q] and q in self.corpus and self.is_query(q)}
         if self.itself:
             logger.warning(
-                f"{len(self.itself):,} of {len(self.qrels):,} queries are documents too, of the same id and text; each is left "
-                "out of what is found for itself"
+                f"{len(self.itself):,} of {len(self.qrels):,} queries are also documents with the same id and text; such a "
+                "document is left out of the results of its own query"
             )
 
     def check_types(self) -> None:
         """Raise InputError if texts, grades or cutoffs have a wrong type, or if a judged query does not exist."""
         for name, texts in (("queries", self.queries), ("corpus", self.corpus)):
             if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-                raise InputError(f"Retrieval: {name} is no dict of texts by id, {shortened(repr(texts))}")
+                raise InputError(f"Retrieval: {name} must be a dict {{id: text}}, but it is {shortened(repr(texts))}")
         grades = list(self.qrels.values()) if isinstance(self.qrels, dict) else [None]
         if not all(
             isinstance(found, dict) and all(isinstance(grade, Real) and float(grade).is_integer() for grade in found.values())
             for found in grades
         ):
-            raise InputError("Retrieval: qrels is no dict of whole numbers, {query id: {document id: grade}}")
+            raise InputError("Retrieval: qrels must be a dict {query id: {document id: grade}} with whole numbers as grades")
         if not isinstance(self.cutoffs, list | tuple) or not self.cutoffs or not all(k in COUNT for k in self.cutoffs):
             raise InputError(f"Retrieval: cutoffs are {self.cutoffs!r}; give whole numbers of at least 1")
         if absent := self.qrels.keys() - self.queries.keys():
@@ -115,7 +115,7 @@ class Retrieval(EvaluationTask):
         """Return the metrics of each query of `qrels`, 0 to 1. They are NaN if the cosines cannot be ranked."""
         scores, found = self.rank(embed, max(self.cutoffs))
         if len(self.corpus) > 1 and not ordered(scores.numpy()):
-            logger.warning(f"no nDCG of {len(found):,} queries: {NO_ORDER}")
+            logger.warning(f"nDCG is NaN for {len(found):,} queries: {NO_ORDER}")
             return [dict.fromkeys(ranking_metrics([], {"": 1}, self.cutoffs), math.nan) for _ in self.qrels]
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
@@ -178,7 +178,9 @@ def read_retrieval(path: str) -> Retrieval:
         corpus, queries = read_jsonl(Path(folder, "corpus.jsonl")), read_jsonl(Path(folder, "queries.jsonl"))
         return make_retrieval(queries, corpus, read_qrels(Path(folder, "qrels"), split), folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
-        raise InputError(f"{path}: no such folder; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+        raise InputError(
+            f"{path}: this folder does not exist; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+        )
     corpus, queries = read_hub(folder, "corpus", "corpus"), read_hub(folder, "queries", "queries")
     for part, rows in (("corpus", corpus), ("queries", queries)):
         if not {"_id", "text"} <= set(rows.column_names):
@@ -208,9 +210,11 @@ def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterab
             qrels.setdefault(query, {})[document] = int(grade)
     for kind, ids in absent.items():
         if ids:
-            logger.warning(f"{name}: the qrels name {len(ids)} {kind} that are not there, {min(ids)} for one; left out")
+            logger.warning(
+                f"{name}: the qrels name {len(ids)} {kind} that do not exist, for example {min(ids)}; they are left out"
+            )
     if not qrels:
-        raise InputError(f"{name}: no query has a relevant document that is there; check the ids in qrels and corpus")
+        raise InputError(f"{name}: no query has a relevant document that exists; check the ids in qrels and corpus")
     return Retrieval(query_texts, documents, qrels)
 
 
@@ -221,8 +225,8 @@ def texts_by_id(rows: Iterable[Row], text_of: Callable[[Row], str], name: str) -
     for row in rows:
         key, line = str(row["_id"]), row.get(LINE)
         if texts.setdefault(key, text_of(row)) != text_of(row):
-            where = f"{name}.jsonl, line {line}: line {places[key]} has" if line else f"{name}: two rows have"
-            raise InputError(f"{where} the _id '{key}' too, and another text; ids must differ")
+            where = f"{name}.jsonl, lines {places[key]} and {line} have" if line else f"{name}: two rows have"
+            raise InputError(f"{where} the same _id '{key}' but different texts; ids must differ")
         places[key] = line
     return texts
 
@@ -232,7 +236,9 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
     there = [name for name in ([split] if split else SPLITS) if (folder / f"{name}.tsv").is_file()]
     if not there:
         found = ", ".join(sorted(path.stem for path in folder.glob("*.tsv"))) or "none"
-        raise InputError(f"{folder / f'{split or SPLITS[0]}.tsv'}: no such file; the splits there: {found}")
+        raise InputError(
+            f"{folder / f'{split or SPLITS[0]}.tsv'}: this file does not exist; the splits in this folder are: {found}"
+        )
     path = str(folder / f"{there[0]}.tsv")
     grades: dict[tuple[str, str], int] = {}
     order, first, width = [0, 1, 2], True, 3
@@ -248,10 +254,12 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
             if len(row) == 3 and not is_number(row[2]):  # a header with other names
                 continue
         if len(row) != width or not is_number(row[order[2]]) or float(row[order[2]]) % 1:
-            raise InputError(f"{path}, line {number}: expected query-id, corpus-id and a whole number, with tabs between them")
+            raise InputError(f"{path}, line {number}: expected query-id, corpus-id and a whole number, separated by tabs")
         query, document, grade = (row[i] for i in order)
         if grades.setdefault((query, document), int(float(grade))) != int(float(grade)):
-            raise InputError(f"{path}, line {number}: query {query} and document {document} are judged twice, and differently")
+            raise InputError(
+                f"{path}, line {number}: query {query} and document {document} are judged twice, with different grades"
+            )
     return [(query, document, grade) for (query, document), grade in grades.items()]
 
 
@@ -269,7 +277,7 @@ def read_jsonl(path: Path) -> list[Row]:
     The file is parsed line by line, because in some corpora the other fields differ from row to row.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+        raise InputError(f"{path}: this file does not exist; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []
     for number, line in lines(str(path)):
         if line.isspace():

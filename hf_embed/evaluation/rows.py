@@ -25,7 +25,9 @@ def hub_rows(path: str) -> Dataset | None:
     if not name or os.path.exists(path) or (not name["split"] and kind_of(path) in KINDS):
         return None
     if not name["split"]:
-        raise InputError(f"{path}: no such file; of a dataset on the Hub name the split too, for example {path}:test")
+        raise InputError(
+            f"{path}: this file does not exist; for a dataset on the Hub, name the split too, for example {path}:test"
+        )
     return read_hub(name["name"], name["config"], name["split"])
 
 
@@ -55,8 +57,8 @@ def cell_texts(cell: object, where: str) -> list[str]:
     """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Otherwise raise InputError."""
     if isinstance(cell, str) and is_list(cell):
         raise InputError(
-            f"{where}: the text is a list, {shortened(cell)}; write the rows as jsonl or parquet, or the texts into columns of "
-            "their own, negative_1, negative_2 ..."
+            f"{where}: the text looks like a list, {shortened(cell)}; write the rows as jsonl or parquet, or put each text "
+            "into its own column, negative_1, negative_2 ..."
         )
     cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
     return [cell_text(text, where) for text in cells]
@@ -75,7 +77,9 @@ def as_list(values: Iterable, name: str) -> list:
     try:
         return [values] if isinstance(values, str) else list(values)
     except TypeError as error:
-        raise InputError(f"{name}: got {shortened(repr(values))}, a {type(values).__name__}; give a list") from error
+        raise InputError(
+            f"{name}: got {shortened(repr(values))}, which is not a list but a {type(values).__name__}; give a list"
+        ) from error
 
 
 def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]:
@@ -84,7 +88,7 @@ def text_lists(lists: Mapping[str, Iterable[str]], name: str) -> list[list[str]]
     lengths = {key: len(texts) for key, texts in found.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
         counts = ", ".join(f"{length:,} {key}" for key, length in lengths.items())
-        raise InputError(f"{name}: got {counts}; give as many of each, and at least one")
+        raise InputError(f"{name}: got {counts}; give the same number of each, and at least one")
     for key, texts in found.items():
         for number, text in enumerate(texts, 1):
             cell_text(text, f"{name}, row {number}, {key}")

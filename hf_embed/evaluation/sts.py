@@ -44,10 +44,10 @@ def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
     Cosines that differ only by rounding errors cannot be ranked: scipy would correlate the rounding errors.
     """
     if not ordered(np.asarray(cosines)[None]):
-        logger.warning(f"no Spearman of {len(cosines)} pairs: {NO_ORDER}")
+        logger.warning(f"Spearman is NaN for {len(cosines)} pairs: {NO_ORDER}")
         return math.nan
     if np.ptp(scores) == 0:
-        logger.warning(f"no Spearman of {len(cosines)} pairs: every score is {scores[0]:g}")
+        logger.warning(f"Spearman is NaN for {len(cosines)} pairs: all scores are {scores[0]:g}")
         return math.nan
     return float(spearmanr(cosines, scores).statistic)
 
@@ -62,13 +62,13 @@ def read_sts(path: str) -> Dataset:
         if len(rows.column_names) < 3:
             raise InputError(
                 f"{path}: found {len(rows.column_names)} column(s); an STS file has score, sentence1, sentence2, "
-                "by position or named in a header"
+                "in this order or named in a header"
             )
         names = dict(zip(("score", "sentence1", "sentence2"), rows.column_names))
         if not is_number(first := rows[0][names["score"]]):
             raise InputError(
-                f"{path}: its first row names none of score, sentence1 and sentence2, so its first column should hold the "
-                f"scores, and begins with {first!r}; put these names above the columns"
+                f"{path}: the first row does not name score, sentence1 and sentence2, so the first column should hold the "
+                f"scores, but it begins with {first!r}; add a header with these names"
             )
     if all(c in names for c in COLUMNS):
         rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
@@ -93,8 +93,8 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
     """
     if missing := [c for c in COLUMNS if c not in rows.column_names]:
         raise InputError(
-            f"{name}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
-            "an STS set has sentence1, sentence2 and score"
+            f"{name}: there is no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
+            "an STS dataset has sentence1, sentence2 and score"
         )
     rows = rows[:]
     scores = []
@@ -109,9 +109,9 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{name}, row {i}, column '{column}': the text is empty; fill it in or delete the row")
     if len(scores) < 2:
-        raise InputError(f"{name}: {len(scores)} row(s); a rank correlation needs at least 2")
+        raise InputError(f"{name}: there are {len(scores)} row(s), but a rank correlation needs at least 2; give more rows")
     if min(scores) == max(scores):
-        raise InputError(f"{name}: every score is {scores[0]:g}; there is no order to compare with")
+        raise InputError(f"{name}: all scores are {scores[0]:g}, so they give no ranking; give rows with different scores")
     return Dataset.from_dict({"sentence1": rows["sentence1"], "sentence2": rows["sentence2"], "score": scores})
 
 

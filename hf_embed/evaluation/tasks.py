@@ -22,7 +22,7 @@ from hf_embed.evaluation.geometry import unit
 from hf_embed.progress import progress_bar
 
 THRESHOLD = "_threshold"  # ends the names of reported cosine thresholds, which are not scores
-NO_ORDER = "the cosines are all equal, or not numbers; the model has collapsed, or its vectors are zero, NaN or infinite"
+NO_ORDER = "all cosines are equal, or some are not finite; the model has collapsed, or its vectors are zero, NaN or infinite"
 
 
 class Embed(Protocol):
@@ -166,7 +166,9 @@ def check_names(tasks: Mapping[str, Task]) -> None:
     for name, task in tasks.items():
         for metric in sorted(logged_by(task)):
             if f"{name}_{metric}" in taken:
-                raise InputError(f"evaluation set '{name}': {name}_{metric} is another metric's name too; rename the set")
+                raise InputError(
+                    f"evaluation set '{name}': {name}_{metric} is also the name of another metric; rename the evaluation set"
+                )
             taken.add(f"{name}_{metric}")
 
 

@@ -55,7 +55,7 @@ class Triplets(EvaluationTask):
         documents = embed_once([*self.positives, *self.negatives], embed, "document")
         right, wrong = (pair_cosines(self.anchors, texts, anchors, documents) for texts in (self.positives, self.negatives))
         if not ordered(np.stack([right, wrong], axis=1)):
-            logger.warning(f"no accuracy of {len(right):,} triplets: {NO_ORDER}")
+            logger.warning(f"accuracy is NaN for {len(right):,} triplets: {NO_ORDER}")
             return {"triplet_accuracy": math.nan}
         return {"triplet_accuracy": 100 * float((right > wrong).mean())}
 

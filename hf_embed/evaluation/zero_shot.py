@@ -37,7 +37,7 @@ class ZeroShot(EvaluationTask):
         numbers = as_list(self.labels, "ZeroShot: labels")
         labels = range(len(self.label_texts))
         if len(numbers) != len(self.texts) or not all(isinstance(number, Integral) and number in labels for number in numbers):
-            raise InputError("ZeroShot: give each text the number of its label, from 0 to one less than there are label texts")
+            raise InputError("ZeroShot: labels must have one number for each text, from 0 to the number of label texts minus 1")
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return accuracy and f1 (the mean over the labels), x 100.
@@ -47,7 +47,7 @@ class ZeroShot(EvaluationTask):
         texts, labels = (unit(embed_on_all_ranks(part, embed)) for part in (self.texts, self.label_texts))
         cosines = texts @ labels.T  # (N, labels)
         if not ordered(cosines):
-            logger.warning(f"no accuracy of {len(self.texts)} texts: {NO_ORDER}")
+            logger.warning(f"accuracy is NaN for {len(self.texts)} texts: {NO_ORDER}")
             return {"accuracy": math.nan, "f1": math.nan}
         predicted, wanted = cosines.argmax(1), np.array(self.labels)
         f1 = []
@@ -78,7 +78,7 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
             raise InputError(f"{path}, row {i}: there is no label; fill it in or delete the row")
     labels = sorted(set(map(str, rows["label"])))
     if len(labels) < 2:
-        raise InputError(f"{path}: every label is {labels[0]}; classification needs at least two")
+        raise InputError(f"{path}: all labels are {labels[0]}; classification needs at least two different labels")
     names = read_label_names(labels_file, labels) if labels_file else {label: label.replace("_", " ") for label in labels}
     number = {label: i for i, label in enumerate(labels)}
     texts = [template.replace("{label}", names[label]) for label in labels]
@@ -92,13 +92,17 @@ def label_and_text(path: str) -> Dataset:
     columns = {column.lower(): column for column in rows.column_names}
     if not {"label", "text"} <= set(columns):
         if {"label", "text"} & set(columns):
-            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text: rename them")
+            raise InputError(
+                f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text; rename the columns"
+            )
         if len(rows.column_names) != 2:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
         columns = dict(zip(("label", "text"), rows.column_names))
         labels = rows[columns["label"]][:]
         if len(labels) > 20 and len(set(map(str, labels))) > len(labels) / 2:
-            raise InputError(f"{path}: hardly a label stands twice; the first column is the label, the second the text")
+            raise InputError(
+                f"{path}: few labels occur twice; put the labels into the first column and the texts into the second"
+            )
     renamed = {columns[name]: name for name in ("label", "text") if columns[name] != name}
     return rows.select_columns([columns["label"], columns["text"]]).rename_columns(renamed)
 
@@ -107,5 +111,5 @@ def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
     """Read the names of the labels from a JSON object. Raise InputError if a label has no name."""
     names = read_json(labels_file, (dict, list), f"--zero_shot_labels {labels_file}")
     if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
-        raise InputError(f"--zero_shot_labels {labels_file}: no text for label '{missing[0]}'")
+        raise InputError(f"--zero_shot_labels {labels_file}: there is no text for the label '{missing[0]}'; add it")
     return names

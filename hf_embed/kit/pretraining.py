@@ -160,10 +160,7 @@ def train(
             torch.manual_seed(seed + step)
             loss, tokens = loss_of(step)
             optimizer.zero_grad()
-            loss.backward()
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    mean_over_ranks(parameter.grad)
+            backward(loss, module)
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -180,6 +177,14 @@ def train(
                     torch.save([*states, (done, seen, losses, mean)], aside)
             bar.update()
     return mean, seen
+
+
+def backward(loss: Tensor, module: nn.Module) -> None:
+    """Compute the gradients, and average them over the ranks."""
+    loss.backward()
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            mean_over_ranks(parameter.grad)
 
 
 def say(line: str) -> None:

@@ -178,7 +178,7 @@ def check_other_positives(objective: Objective, name: str) -> None:
         loss = objective.function if isinstance(objective, FunctionObjective) else objective
         called = getattr(loss, "__name__", type(loss).__name__)
         raise InputError(
-            f"{name}: rows have several positives, and the objective {called} has no parameter other_ids: a row's other "
+            f"{name}: rows have several positives, but the objective {called} has no parameter other_ids, so a row's other "
             "positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row one positive"
         )
 

@@ -65,7 +65,7 @@ class ImprovedContrastive(ContrastiveObjective):
         InputError: if a direction or the partition_mode is unknown, a number is out of range, or options exclude each other.
     """
 
-    equation: ClassVar[str] = "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the directions named"
+    equation: ClassVar[str] = "loss_i = -log e^(cos(q_i, d_i) / t) / Z_i, where Z_i sums e^(cos / t) over the given directions"
     paper: ClassVar[str] = (
         "Li et al.: Towards General Text Embeddings with Multi-stage Contrastive Learning, https://arxiv.org/abs/2308.03281"
     )
@@ -74,16 +74,16 @@ class ImprovedContrastive(ContrastiveObjective):
     directions: tuple[str, ...] = field(
         default=DIRECTIONS,
         metadata={"help": "The sums in the loss: query_to_doc query_to_query doc_to_query doc_to_doc. query_to_doc alone is "
-                          "the vanilla in-batch loss."},
+                          "the standard loss with in-batch negatives."},
     )  # fmt: skip
     partition_mode: Literal["joint", "per_direction"] = field(
-        default="joint", metadata={"help": "One softmax over all directions, or one per direction."}
+        default="joint", metadata={"help": "One softmax over all directions, or one for each direction."}
     )
-    positive_once: bool = field(default=False, metadata={"help": "Count the positive once in the joint softmax."})
+    positive_once: bool = field(default=False, metadata={"help": "Count the positive only once in the joint softmax."})
     margin: float | None = field(
-        default=None, metadata={"help": "Leave out candidates that score above the positive's score less this margin."}
+        default=None, metadata={"help": "Ignore candidates that score above the positive's score minus this margin."}
     )
-    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature too."})
+    learn_temperature: bool = field(default=False, metadata={"help": "Learn the temperature in training."})
     tile_rows: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
@@ -92,18 +92,20 @@ class ImprovedContrastive(ContrastiveObjective):
         self.directions = tuple(self.directions)
         check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
         if unknown := [name for name in self.directions if not is_one_of(name, DIRECTIONS)]:
-            raise InputError(f"unknown direction '{unknown[0]}'; there are {', '.join(DIRECTIONS)}")
+            raise InputError(f"unknown direction '{unknown[0]}'; use {', '.join(DIRECTIONS)}")
         if len(set(self.directions)) < len(self.directions):
-            raise InputError(f"directions are {' '.join(self.directions)}; name each once, for a sum counts once")
+            raise InputError(f"directions are {' '.join(self.directions)}; name each direction only once")
         if "query_to_doc" not in self.directions:
-            raise InputError("directions need query_to_doc: the positive pair stands there")
+            raise InputError("directions need query_to_doc, because it contains the positive pair; add it")
         if not is_one_of(self.partition_mode, ("joint", "per_direction")):
-            raise InputError(f"unknown partition_mode '{self.partition_mode}'; there are joint and per_direction")
+            raise InputError(f"unknown partition_mode '{self.partition_mode}'; use joint or per_direction")
         if self.partition_mode == "per_direction":
             if lacking := {"query_to_query", "doc_to_doc"} & set(self.directions):
-                raise InputError(f"per_direction cannot have {max(lacking)}: no positive stands in it; take joint")
+                raise InputError(f"per_direction does not support {max(lacking)}, which contains no positive; use joint")
             if self.positive_once:
-                raise InputError("positive_once needs partition_mode joint: a softmax of its own needs its positive")
+                raise InputError(
+                    "positive_once needs partition_mode joint, because each softmax of per_direction needs its positive"
+                )
 
     def __call__(
         self,
@@ -165,7 +167,9 @@ class _MeanLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradient of this loss can be taken once: it is as large as the batch and is not kept")
+            raise RuntimeError(
+                "the gradient of this loss can be computed only once: it is as large as the batch and is not kept"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         return *(gradient.mul_(grad_output / ctx.row_count) for gradient in gradients), None, None, None
 

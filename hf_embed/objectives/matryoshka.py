@@ -47,9 +47,11 @@ class Matryoshka:
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
         if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):
-            raise InputError(f"Matryoshka dims are {list(self.dims)}; give different whole widths of at least 1")
+            raise InputError(f"Matryoshka dims are {list(self.dims)}; give distinct whole numbers of at least 1")
         if len(self.weights) != len(self.dims):
-            raise InputError(f"Matryoshka has {len(self.dims)} dims and {len(self.weights)} weights; give one for each")
+            raise InputError(
+                f"Matryoshka has {len(self.dims)} dims and {len(self.weights)} weights; give one weight for each dim"
+            )
         if not all(weight in Range(least=0) for weight in self.weights) or not any(self.weights):
             raise InputError(f"Matryoshka weights are {list(self.weights)}; give numbers of at least 0, not all of them 0")
 
@@ -85,7 +87,7 @@ class Matryoshka:
             InputError: if one is.
         """
         if max(self.dims) > width:
-            raise InputError(f"Matryoshka dims {max(self.dims)}: the embedding is {width} wide")
+            raise InputError(f"Matryoshka dims contain {max(self.dims)}, but the embedding has {width} dimensions; remove it")
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Check the rows as the inner objective does."""

@@ -56,11 +56,13 @@ class SimCSE(ContrastiveObjective):
     )
 
     temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
-    hard_negative_weight: float = field(default=0.0, metadata={"help": "Logit added to a row's own hard negatives."})
-    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modelling auxiliary."})
+    hard_negative_weight: float = field(
+        default=0.0, metadata={"help": "Number that is added to the logits of a row's own hard negatives."}
+    )
+    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the auxiliary masked-language-modeling loss."})
     mask_other_positives: bool = field(
         default=True,
-        metadata={"help": "Other positives of the same anchor are no negatives. False is the paper's form of the loss."},
+        metadata={"help": "Do not use other positives of the same anchor as negatives. False is the paper's form of the loss."},
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class SimCSE(ContrastiveObjective):
             InputError: if `hard_negative_weight` is set and the rows are pairs.
         """
         if self.hard_negative_weight and texts_per_row < 3:
-            raise InputError(f"{name}: hard_negative_weight is set, but no row has a negative; leave it out")
+            raise InputError(f"{name}: hard_negative_weight is set, but no row has a negative; remove it")
 
     def __call__(
         self,

@@ -54,7 +54,7 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
         applied.numbers.append((found[name][0], attribute, number))
         setattr(found[name][0], attribute, number / temperatures[name])
     if any(is_cross(name) for name, _ in base.named_modules()):
-        logger.warning(f"TempScale leaves the attention of {type(base).__name__} to other texts (cross-attention) as it is")
+        logger.warning(f"TempScale does not change the cross-attention of {type(base).__name__} (attention to other texts)")
     setattr(base, STATE, applied)
     base.config.temp_scale = config.to_dict()
     return model
@@ -69,7 +69,7 @@ def remove_tempscale(model: nn.Module) -> nn.Module:
     base = base_of(model)
     applied = applied_to(base)
     if applied is None:
-        raise InputError("there is no TempScale to remove: it was not applied, or is folded")
+        raise InputError("there is no TempScale to remove: it was not applied, or it is folded")
     for handle in applied.handles:
         handle.remove()
     for attention, attribute, number in applied.numbers:
@@ -127,10 +127,10 @@ def applied_tempscale(model: nn.Module) -> TempScaleConfig | None:
 def check_unscaled(model: PreTrainedModel) -> None:
     """Raise InputError if TempScale is applied to `model` or folded into it."""
     if applied := applied_to(model):
-        raise InputError(f"the model is scaled already ({applied.config}); remove_tempscale first")
+        raise InputError(f"TempScale is already applied to this model ({applied.config}); call remove_tempscale first")
     entry = getattr(model.config, "temp_scale", None)
     if entry and entry.get("folded"):
-        raise InputError(f"TempScale is folded into this model's weights already ({entry}); unfold_tempscale first")
+        raise InputError(f"TempScale is already folded into this model's weights ({entry}); call unfold_tempscale first")
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -178,7 +178,10 @@ def hooks_of(
     """
     tables = bias_tables(model, found, temperatures)
     if config.growth and (tables or divided_numbers(found) or any(len(handler.query) > 1 for _, handler in found.values())):
-        raise InputError(f"TempScale with growth: the scores of {type(model).__name__} cannot be divided text by text")
+        raise InputError(
+            f"TempScale with growth: the scores of {type(model).__name__} cannot be divided by another number for each text; "
+            "use it without growth"
+        )
     lengths = Lengths(config) if config.growth else None
     hooks = [(model.get_submodule(name), Divide(temperature)) for name, temperature in tables.items()]
     for name, (attention, handler) in found.items():
@@ -297,11 +300,11 @@ class Lengths:
                 numbers may belong to another batch.
         """
         if getattr(model, "is_activation_checkpointing", False) and model.training:
-            raise RuntimeError("TempScale with growth cannot be trained under activation checkpointing; use gradient_caching")
+            raise RuntimeError("TempScale with growth cannot be trained with activation checkpointing; use gradient_caching")
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         mask = given.get("attention_mask")
         if mask is not None and mask.dim() != 2:
-            raise InputError("TempScale with growth needs an attention_mask of one number a token, (texts, tokens)")
+            raise InputError("TempScale with growth needs an attention_mask with one number per token, (texts, tokens)")
         if mask is None:
             inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
             mask = torch.ones(inputs.shape[:2], device=inputs.device)

@@ -59,20 +59,20 @@ class TempScaleConfig:
         values = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else [values]
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-                raise InputError(f"TempScale temperature is {value!r}; give a number above 0, 0.9 for example")
+                raise InputError(f"TempScale temperature is {value!r}; give a number above 0, for example 0.9")
         if not values:
-            raise InputError("TempScale has no temperature; give a number above 0, 0.9 for example")
+            raise InputError("TempScale has no temperature; give a number above 0, for example 0.9")
         if min(values) < ONE_HOT:
             logger.warning(
-                f"TempScale temperature {min(values)}: attention is all but one-hot, each token sees its best match alone; "
-                "0.5 to 1 is what helps"
+                f"TempScale temperature {min(values)} is very low: each token attends almost only to its best match; use a "
+                "value from 0.5 to 1"
             )
         if isinstance(self.temperature, dict):
             named = [number for key in self.temperature for number in layer_numbers(key)]
             if twice := [number for i, number in enumerate(named) if number in named[:i]]:
-                raise InputError(f"TempScale names layer {twice[0]} twice")
+                raise InputError(f"TempScale names layer {twice[0]} twice; name it once")
         if self.growth is not None and not is_one_of(self.growth, ("log", "power")):
-            raise InputError(f"unknown TempScale growth '{self.growth}'; there are log and power")
+            raise InputError(f"unknown TempScale growth '{self.growth}'; use log or power")
         if not isinstance(self.reference_length, int) or self.reference_length < 2:
             raise InputError(f"TempScale reference_length is {self.reference_length!r}; it must be a whole number above 1")
         if not (isinstance(self.exponent, int | float) and math.isfinite(self.exponent) and self.exponent > 0):
@@ -86,7 +86,9 @@ class TempScaleConfig:
         """
         if isinstance(self.temperature, list):
             if len(self.temperature) != layers:
-                raise InputError(f"TempScale has {len(self.temperature)} temperatures; the model has {layers} layers")
+                raise InputError(
+                    f"TempScale has {len(self.temperature)} temperatures, but the model has {layers} layers; give one for each"
+                )
             return [float(t) for t in self.temperature]
         if not isinstance(self.temperature, dict):
             return [float(self.temperature)] * layers
@@ -94,11 +96,11 @@ class TempScaleConfig:
         for key, temperature in self.temperature.items():
             for number in layer_numbers(key):
                 if number >= layers:
-                    raise InputError(f"TempScale names layer {number}; the model has the layers 0 to {layers - 1}")
+                    raise InputError(f"TempScale names layer {number}, but the model has only the layers 0 to {layers - 1}")
                 temperatures[number] = float(temperature)
             if attending is not None and not set(attending) & set(layer_numbers(key)):
                 named = ", ".join(map(str, sorted(attending)))
-                raise InputError(f"TempScale names layer {key}, which has no attention; the layers {named} have it")
+                raise InputError(f"TempScale names layer {key}, which has no attention; use the layers {named}")
         return temperatures
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class TempScaleConfig:
         """Create a config from its arguments. Raise InputError if a key is not one of them."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(settings) - names:
-            raise InputError(f"TempScale: unknown key '{min(unknown)}'; there are {', '.join(sorted(names))}")
+            raise InputError(f"TempScale: unknown key '{min(unknown)}'; use {', '.join(sorted(names))}")
         return cls(**settings)
 
 
@@ -122,7 +124,7 @@ def layer_numbers(key: str | int) -> range:
     """
     first, dash, last = str(key).partition("-")
     if not NUMBER.fullmatch(first) or (dash and not NUMBER.fullmatch(last)):
-        raise InputError(f"TempScale layers '{key}': give a number or a range, '3' or '2-5'")
+        raise InputError(f"TempScale layers '{key}': give a number or a range, for example '3' or '2-5'")
     numbers = range(int(first), int(last or first) + 1)
     if not numbers:
         raise InputError(f"TempScale layers '{key}': the range is empty; give the smaller number first")

@@ -82,7 +82,7 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
     """
     applied = applied_for_folding(model)
     if model is not base_of(model):
-        raise InputError("TempScale cannot be folded into a model with PEFT adapters; merge_and_unload first")
+        raise InputError("TempScale cannot be folded into a model with PEFT adapters; call merge_and_unload first")
     check_foldable(model)
     tensors, settings = scaled(base_of(model), applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
@@ -92,7 +92,7 @@ def applied_for_folding(model: nn.Module) -> Applied:
     """Return what is applied to `model`. Raise InputError if nothing is."""
     applied = applied_to(model)
     if applied is None:
-        raise InputError("there is no TempScale to fold; apply_tempscale first, or give a TempScaleConfig")
+        raise InputError("there is no TempScale to fold; call apply_tempscale first, or give a TempScaleConfig")
     return applied
 
 
@@ -101,16 +101,18 @@ def check_foldable(model: nn.Module) -> None:
     base = base_of(model)
     applied, found = applied_for_folding(base), attentions(base)
     if applied.config.growth:
-        raise InputError("TempScale that grows with length cannot be folded: weights do not know how long the text is")
+        raise InputError(
+            "TempScale with growth cannot be folded, because it depends on the length of the text; use it without growth"
+        )
     for attention, handler in found.values():
         if not handler.query:
             kind = type(attention).__name__
             raise InputError(
-                f"TempScale cannot be folded: which weights make the queries of {kind} is not known; if a submodule does, "
-                f"say so: register_tempscale('{kind}', query='q_proj')"
+                f"TempScale cannot be folded: it is unknown which weights compute the queries of {kind}; if a submodule "
+                f"does, register it: register_tempscale('{kind}', query='q_proj')"
             )
     if len(set(applied.temperatures.values())) > 1 and (shared := shared_by_layers(base, found, applied.temperatures)):
-        raise InputError(f"TempScale: {type(base).__name__} has one {shared} for several layers; fold one temperature")
+        raise InputError(f"TempScale: {type(base).__name__} has one {shared} for several layers; use one temperature")
 
 
 def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: dict[str, float]) -> str | None:
@@ -171,7 +173,7 @@ def divided(
     for key in keys:
         tensor = state_dict[f"{name}.{key}"]
         if not tensor.is_floating_point():
-            raise InputError(f"{name} holds quantised weights ({tensor.dtype}) and cannot be folded; load it in floating point")
+            raise InputError(f"{name} holds quantized weights ({tensor.dtype}) and cannot be folded; load it in floating point")
         offset = norm_offset if key == "weight" else 0.0
         new = (tensor + offset) / temperature - offset  # so that offset + new = (offset + old) / t
         if part is not None:

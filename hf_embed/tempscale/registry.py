@@ -170,8 +170,8 @@ def unsupported(model: nn.Module, kind: str | None) -> str:
     """Return the error message for a model with an attention of this class, or without attention, and how to solve it."""
     what = f"its attention is a {kind}" if kind else "no attention was found in it"
     return (
-        f"TempScale does not know {type(model).__name__}: {what}; if its scores are queries times keys, with nothing added but "
-        "a mask, and the queries come out of a submodule, say so: "
+        f"TempScale does not support {type(model).__name__}: {what}; if its scores are queries times keys, with nothing added "
+        "except a mask, and a submodule outputs the queries, register it: "
         f"register_tempscale('{kind or 'ITS_ATTENTION_CLASS'}', query='q_proj')"
     )
 

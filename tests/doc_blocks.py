@@ -1,0 +1,117 @@
+"""The code blocks of the documentation: where they stand, how each is marked, and how they are run.
+
+A block that no test runs says why, in a comment above it. The marks are HTML comments, which no reader of the page sees:
+
+    <!-- file: train.csv -->        the block is a file, which is written before the blocks below it run
+    <!-- slow -->                   a block of Python that runs in the slow suite only
+    <!-- tested by: tests/test_entry.py::test_name -->      another test runs it
+    <!-- not run: needs the Hub -->
+
+Blocks without a mark are run. The blocks of a page run from top to bottom in one folder: Python in one namespace, and bash,
+which starts processes, in the slow suite. Blocks of the language `text` show output and are not code.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
+# Blocks of these pages that have no mark are not run, and why.
+WITHOUT_MARKS = {
+    "docs/results": "the commands of the figures: they need data sets, and some take hours",
+    "CONTRIBUTING.md": "tests/test_contributing.py applies the diffs and runs the commands below them",
+}
+README_COMMANDS = "README shows commands in short; the guides have them with files, and the recipes' own tests run them"
+RUN, SLOW, FILE, NOT_RUN, ELSEWHERE = "run", "slow", "file", "not run", "tested by"
+FENCE = re.compile(
+    r"(?:<!-- (?P<mark>(?:[^-]|-(?!->))+?) -->\n)?"
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    code: str
+    kind: str  # RUN, SLOW, FILE, NOT_RUN or ELSEWHERE
+    about: str = ""  # the name of the file, the reason, or the test
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def page_names() -> list[str]:
+    return PAGES + sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+def blocks_of(page: str) -> list[Block]:
+    """The blocks of a page, in order, without those that show output."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        if match["language"] == "text":
+            continue
+        line = text.count("\n", 0, match.start("indent")) + 1
+        found.append(Block(page, line, match["language"], match["code"], *kind_of(page, match["language"], match["mark"])))
+    return found
+
+
+def kind_of(page: str, language: str, mark: str | None) -> tuple[str, str]:
+    """What is done with a block, and what the mark says of it."""
+    name, _, about = (mark or "").partition(":")
+    if name.strip() in (FILE, NOT_RUN, ELSEWHERE, SLOW):
+        return name.strip(), about.strip()
+    for folder, reason in WITHOUT_MARKS.items():
+        if page.startswith(folder):
+            return NOT_RUN, reason
+    if page == "README.md" and language == "bash":
+        return NOT_RUN, README_COMMANDS
+    return (SLOW if language == "bash" else RUN), ""
+
+
+def run_page(
+    page: str, folder: Path, slow: bool = False, change: Callable[[str], str] = lambda code: code, names: dict | None = None
+) -> dict:
+    """Run the blocks of a page in a folder, which is the working folder; return the namespace of its Python.
+
+    Args:
+        page: its path in the repository.
+        folder: where files go.
+        slow: run bash, and Python that is marked as slow, too.
+        change: is applied to each block of Python, for example to take local files in place of the Hub's.
+        names: what the Python begins with.
+    """
+    names = {} if names is None else names
+    for block in blocks_of(page):
+        if block.kind == FILE:
+            (folder / block.about).write_text(block.code, encoding="utf-8")
+        elif block.kind == RUN or (block.kind == SLOW and slow):
+            if block.language == "bash":
+                run_bash(block, folder)
+            else:
+                code = "\n" * block.line + change(block.code)  # so that a traceback has the line of the page
+                exec(compile(code, block.page, "exec"), names)
+    return names
+
+
+def run_bash(block: Block, folder: Path) -> None:
+    """Run a block of bash with the interpreter of the tests, offline and on the CPU."""
+    if not (folder / "recipes").exists():
+        (folder / "recipes").symlink_to(ROOT / "recipes")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", "-euo", "pipefail", "-c", block.code]
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=1200)
+    assert done.returncode == 0, f"{block.place}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr, f"{block.place}\n{done.stderr[-2000:]}"
