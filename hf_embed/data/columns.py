@@ -12,6 +12,7 @@ The user names columns with other names: `--columns anchor=frage positive=antwor
 import logging
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -69,7 +70,7 @@ NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language
 NAME_WORDS = 4
 # Roles that the user may give a column -> the name that the column gets.
 ROLES = {"text": "text", "anchor": "anchor", "query": "anchor", "positive": "positive", "positives": "positive",
-         "negative": "negative", "negatives": "negative"}  # fmt: skip
+         "negative": "negative", "negatives": "negative", "score": "score"}  # fmt: skip
 
 
 def plain(column: str) -> str:
@@ -90,13 +91,14 @@ def column_names(rows: Dataset | IterableDataset) -> list[str]:
 # ---- the layouts ----
 
 
-def text_columns(names: list[str], name: str, paired: bool | None = None) -> list[str]:
+def text_columns(names: list[str], name: str, paired: bool | None = None, scores: Sequence[str] = ()) -> list[str]:
     """Choose the columns that hold texts, in the order anchor, positive, negatives.
 
     Args:
         names: the names of all columns.
         name: the name of the rows in messages.
         paired: True requires anchor and positive, False requires single texts, None accepts both.
+        scores: columns that are read as scores; see `hf_embed.data.scores`.
 
     Raises:
         InputError: if no columns match, if more than one choice is possible, or if an unused column judges the pairs, because
@@ -122,7 +124,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None) -> lis
             header = "if the first row is data, add a header above it; otherwise "
         raise InputError(f"{name}: found the columns {', '.join(names)}; {header}{mend(names, paired)}")
     refuse_twins(names, columns, name)
-    ignored = [column for column in names if column not in columns]
+    ignored = [column for column in names if column not in columns and column not in scores]
     if len(columns) > 1:
         refuse_judgements(ignored, name)
     if ignored and get_rank() == 0:

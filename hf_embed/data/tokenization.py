@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
 from hf_embed.data.labelled import as_pairs
+from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
@@ -147,6 +148,7 @@ def tokenize_table(
     paired: bool | None = None,
     drop_empty_rows: bool = False,
     negatives: int | None = None,
+    scored: bool = False,
 ) -> Dataset:
     """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `truncated`.
 
@@ -160,29 +162,36 @@ def tokenize_table(
         paired: see `hf_embed.data.columns.text_columns`.
         drop_empty_rows: drop and count rows with an empty text.
         negatives: how many negatives of each row to use, from the first one on; default: all.
+        scored: read the scores of each row too, into the column `scores`; see `hf_embed.data.scores`.
 
     Raises:
-        InputError: if the columns are not recognized, a text is empty, or there are too few rows.
+        InputError: if the columns are not recognized, a text is empty, a score is wrong, or there are too few rows.
     """
-    columns = text_columns(rows.column_names, name, paired)
-    rows = rows.select_columns(columns)  # cells of other columns may hold values that Python cannot represent
+    of_scores = score_columns(rows.column_names, name) if scored else []
+    columns = text_columns(rows.column_names, name, paired, of_scores)
+    rows = rows.select_columns(columns + of_scores)  # cells of other columns may hold values that Python cannot represent
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        accepted, other_positives, origins = [], [], []
+        accepted, other_positives, origins, scores = [], [], [], []
         for i, number in enumerate(numbers):
             try:
                 row = {column: batch[column][i] for column in columns}
                 made = rows_of_texts(row, columns, f"{name}, row {number + 1}")
+                own = {column: batch[column][i] for column in of_scores}
+                found = [row_scores(own, len(texts), f"{name}, row {number + 1}") for texts, _ in made if scored]
             except InputError as error:
                 if not drop_empty_rows:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
             else:
-                accepted += [texts if negatives is None else texts[: 2 + negatives] for texts, _ in made]
+                most = None if negatives is None else 2 + negatives
+                accepted += [texts[:most] for texts, _ in made]
+                scores += [values[: len(texts) - 1] for values, texts in zip(found, accepted[len(scores) :])]
                 other_positives += [others_of_row for _, others_of_row in made]
                 origins += [number] * len(made)
-        return tokenizer(accepted, other_positives, others) | {"row": origins} if others else tokenizer(accepted)
+        made_columns = tokenizer(accepted, other_positives, others) | {"row": origins} if others else tokenizer(accepted)
+        return made_columns | ({"scores": scores} if scored else {})
 
     with table_bars():
         settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "desc": f"Tokenizing {name}"}

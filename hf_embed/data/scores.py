@@ -1,0 +1,74 @@
+"""Columns of scores: the score of a pair, or a teacher's scores of the candidates of a row.
+
+    sentence1, sentence2, score                                   one score per pair
+    anchor, positive, negative, scores                            a list: of the positive, then of each negative
+    anchor, positive, negative, positive_score, negative_score    a column for each text after the anchor
+
+Scores are read only for an objective that needs them (`Objective.needs_scores`). Otherwise a column that judges pairs is refused
+(`hf_embed.data.columns`).
+"""
+
+import math
+import re
+from typing import Any
+
+from hf_embed.data.columns import TEACHER, judging_columns
+from hf_embed.errors import InputError
+
+
+def score_columns(names: list[str], name: str) -> list[str]:
+    """Choose the columns of scores: one column, or the columns of a teacher's scores in the order of the texts.
+
+    Args:
+        names: the names of all columns.
+        name: the name of the rows in messages.
+
+    Raises:
+        InputError: if there is no column of scores, or more than one that could be meant.
+    """
+    if "score" in names or "scores" in names:
+        return ["score" if "score" in names else "scores"]
+    if teacher := [column for column in names if TEACHER.fullmatch(column)]:
+        return sorted(teacher, key=lambda column: (not column.lower().startswith("pos"), number_of(column)))
+    judging = judging_columns(names)
+    if len(judging) == 1:
+        return judging
+    found = f"{' or '.join(judging)} could be the scores" if judging else f"found the columns {', '.join(names)}"
+    raise InputError(f"{name}: the objective needs a score for each pair; {found}; name the column with --columns score=COLUMN")
+
+
+def number_of(column: str) -> int:
+    """Return the number in a column name, 0 if there is none: 2 of negative_score_2."""
+    digits = re.search(r"\d+", column)
+    return int(digits[0]) if digits else 0
+
+
+def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
+    """Return the scores of a row, one for each text after the anchor.
+
+    Args:
+        cells: the cells of the row by column of scores, in the order of the texts.
+        texts: the number of texts in the row, with the anchor.
+        where: the place of the row in messages.
+
+    Raises:
+        InputError: if a score is missing or is not a finite number, or if the number of scores is wrong.
+    """
+    scores = []
+    for column, cell in cells.items():
+        if cell is None and len(cells) > 1:
+            continue  # the row has fewer negatives
+        for value in cell if isinstance(cell, list) else [cell]:
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise InputError(f"{where}, column '{column}': {value!r} is not a score; give a finite number, or delete the row")
+            scores.append(number)
+    if len(scores) != texts - 1:
+        raise InputError(
+            f"{where}: there are {len(scores)} scores ({', '.join(cells)}) for {texts - 1} texts after the anchor; give one score "
+            "for the positive and one for each negative"
+        )
+    return scores
