@@ -468,7 +468,7 @@ def piece_of(path: Path) -> str | None:
         return None
     content = path.read_bytes()
     if path.name == "README.md":
-        steps = re.findall(rb"steps +[\d,]+, of", content)
+        steps = re.findall(rb"Training steps \| [\d,]+, with", content)
         return str(steps[0]) if steps else None if content else "torn"
     if path.name == "results.json":
         try:

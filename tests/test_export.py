@@ -134,12 +134,12 @@ def test_the_training_models_config_is_not_changed(tmp_path):
 @pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_mlp_train"}))
 def test_the_card_names_the_pooling(tmp_path, pooling):
     tiny_encoder(pooling=pooling).save_pretrained(tmp_path)
-    assert f"pooling `{pooling}`" in (tmp_path / "README.md").read_text()
+    assert f"| Pooling | `{pooling}`" in (tmp_path / "README.md").read_text()
 
 
 def test_the_card_of_a_head_for_training_only_says_cls(tmp_path):
     tiny_encoder(pooling="cls_mlp_train").save_pretrained(tmp_path)
-    assert "pooling `cls`" in (tmp_path / "README.md").read_text()
+    assert "| Pooling | `cls`" in (tmp_path / "README.md").read_text()
 
 
 def test_sharded_weights_load_everywhere(tmp_path, monkeypatch):
@@ -376,7 +376,7 @@ def test_merged_weights_replace_an_adapter(tmp_path):
 def test_saving_over_another_model_replaces_its_card(tmp_path):
     tiny_encoder(pooling="mean").save_pretrained(tmp_path)
     tiny_encoder(pooling="cls").save_pretrained(tmp_path)
-    assert "pooling `cls`" in (tmp_path / "README.md").read_text()
+    assert "| Pooling | `cls`" in (tmp_path / "README.md").read_text()
 
 
 def test_a_card_of_the_users_own_is_kept(tmp_path):

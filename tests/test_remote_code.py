@@ -140,7 +140,7 @@ def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
     assert type(model).__module__.startswith("transformers_modules") and states.mean() > 0.5  # the model's own forward
     assert "brings Python code of its own" in error_of(Encoder.from_pretrained, out)
     card = (out / "README.md").read_text()
-    assert card.count("trust_remote_code=True)") == 4 and "Read them first" in card
+    assert card.count("trust_remote_code=True)") == 4 and "Read the code before you run it" in card
     sup(*argv(toy, tmp_path, "--trust_remote_code", "--max_steps", 3, "--resume_from_checkpoint"))
 
 

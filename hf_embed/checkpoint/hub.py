@@ -27,7 +27,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_embed.checkpoint.card import with_repository
+from hf_embed.checkpoint.card import stored_results, title_of, with_repository
 from hf_embed.checkpoint.files import Files
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
@@ -185,7 +185,8 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
     card = named.pop("README.md", None)
     added = [CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items()]
     if card is not None:
-        text = with_repository(read_text(card), repo)
+        own_title = stored_results(folder).get("card", {}).get("title")
+        text = with_repository(read_text(card), repo, None if own_title else title_of(folder))
         added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), text.encode()))
     return added
 
