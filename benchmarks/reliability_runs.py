@@ -414,7 +414,7 @@ class Runs:
                 return ended, how
             if how == "resumed" and saved:
                 return ended, f"not resumed although {', '.join(saved)} is there"
-            if how == "the same command" and "is there already" in ended.message:
+            if how == "the same command" and "already exists" in ended.message:
                 return Ended(0, ended.seconds, ended.log), "was finished"
         return ended, how
 

@@ -197,6 +197,6 @@ def test_recipe_says_what_is_wrong(run):
     for words, message in (
         (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
         (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "leave one of them out"),
-        (["--texts", "absent.txt"], "absent.txt: no such file"),
+        (["--texts", "absent.txt"], "absent.txt: this file does not exist"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

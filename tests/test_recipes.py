@@ -208,8 +208,8 @@ def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
 
 
 BAD = {
-    "missing file": (["--train_file", "absent.csv"], "absent.csv: no such file"),
-    "wrong kind": (["--train_file", "{model}/config.toml"], "no such file"),
+    "missing file": (["--train_file", "absent.csv"], "absent.csv: this file does not exist"),
+    "wrong kind": (["--train_file", "{model}/config.toml"], "this file does not exist"),
     "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
     "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE or --dataset_name NAME"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
@@ -241,7 +241,7 @@ def test_bad_input_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, fil
 def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
     done = recipe("sup_simcse.py", "--train_file", "absent.csv", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: absent.csv: no such file")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: absent.csv: this file does not exist")
     assert "Traceback" not in done.stderr
 
 

@@ -59,7 +59,7 @@ def kill_points(job: str, tmp_path: Path, step: int) -> int:
         if work or not contents(folder):
             JOBS[job](folder)  # the same call goes on
         else:  # killed when all was done
-            assert output is not None and "is there already" in error_of(JOBS[job], folder)
+            assert output is not None and "already exists" in error_of(JOBS[job], folder)
         assert contents(folder) == expected, number
         number += step
 
