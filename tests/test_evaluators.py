@@ -491,7 +491,7 @@ def test_names_on_the_hub(monkeypatch):
         assert "o/other: no such file; of a dataset on the Hub name the split too, for example o/other:test" in error_of(
             read, "o/other"
         )
-        assert "o/other.csv: no such file" in error_of(read, "o/other.csv")
+        assert "o/other.csv: this file does not exist" in error_of(read, "o/other.csv")
     message = error_of(read_pair_classification, "o/triplets:dev")
     assert "o/triplets:dev: found the columns anchor, positive, negative; expected sentence1, sentence2 and label" in message
 
