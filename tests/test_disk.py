@@ -412,7 +412,7 @@ def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
     small_disk("size=16m")
     trainer_in(folder / "out")
     assert "checkpoint" not in caplog.text
-    assert "is a file; name a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
+    assert "is a file; give a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
     small_disk("size=1m", "tiny")
     ContrastiveTrainer(  # which evaluates, and writes nothing
         tiny_model(), ContrastiveTrainingArguments(str(folder.parent / "tiny"), use_cpu=True, report_to="none"),

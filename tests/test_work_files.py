@@ -119,7 +119,7 @@ def test_a_damaged_piece_is_made_again(job, damage, tmp_path, monkeypatch):
         work = stop_before_the_end(job, tmp_path / str(number), monkeypatch)
         DAMAGES[damage](work / name)
         if name == "identity" and damage != "gone":
-            assert "remove the folder to start anew" in error_of(JOBS[job], work.parent)
+            assert "remove it to start again" in error_of(JOBS[job], work.parent)
         else:
             JOBS[job](work.parent)
             assert contents(work.parent) == expected, name
