@@ -414,7 +414,7 @@ class Runs:
                 return ended, how
             if how == "resumed" and saved:
                 return ended, f"not resumed although {', '.join(saved)} is there"
-            if how == "the same command" and "is there already" in ended.message:
+            if how == "the same command" and "already exists" in ended.message:
                 return Ended(0, ended.seconds, ended.log), "was finished"
         return ended, how
 
@@ -468,7 +468,7 @@ def piece_of(path: Path) -> str | None:
         return None
     content = path.read_bytes()
     if path.name == "README.md":
-        steps = re.findall(rb"steps +[\d,]+, of", content)
+        steps = re.findall(rb"Training steps \| [\d,]+, with", content)
         return str(steps[0]) if steps else None if content else "torn"
     if path.name == "results.json":
         try:

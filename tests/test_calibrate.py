@@ -146,7 +146,7 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
     result = json.loads((folder / "results.json").read_text())["tempscale"]
     assert {0.3, 0.6, 1.0} < {row["temperature"] for row in result["curve"]}
     card = (folder / "README.md").read_text()
-    assert "## The temperature" in card
+    assert "## Temperature search" in card
     for line in sweep_table(result):
         assert line in out and line in card
     assert (folder / "tempscale.png").exists()
@@ -160,7 +160,7 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
 def test_recipe_with_a_temperature_of_the_users(run, encoder):
     run("model", "--temperature", "0.5", "--output_dir", "out")
     assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
-    assert "The temperature" not in Path("out", "README.md").read_text()
+    assert "Temperature search" not in Path("out", "README.md").read_text()
     train = {"model": "m", "data": "d", "rows": 3, "objective": {"name": "SimCSE"}, "batch_size": 2, "steps": 1, "seed": 1,
              "seconds": 1.0, "versions": {}}  # fmt: skip
     scores = {"sts": {"s": 77.77}}
@@ -197,6 +197,6 @@ def test_recipe_says_what_is_wrong(run):
     for words, message in (
         (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
         (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "leave one of them out"),
-        (["--texts", "absent.txt"], "absent.txt: no such file"),
+        (["--texts", "absent.txt"], "absent.txt: this file does not exist"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

@@ -90,7 +90,7 @@ def test_read_file_without_header(tmp_path):
 
 GZIPPED = gzip.compress("".join(f"{i},{i * i}\n" for i in range(2000)).encode())
 BAD_FILES = {
-    "no file": ("absent.txt", None, "no such file"),
+    "no file": ("absent.txt", None, "this file does not exist"),
     "empty": ("a.txt", "", "is empty"),
     "unknown kind": ("a.xml", "<a/>", "'.xml'"),
     "unknown kind in gz": ("a.doc.gz", "x", "'.doc'"),

@@ -711,4 +711,4 @@ def test_a_folder_is_no_file(tmp_path):
     assert error_of(read_file, str(tmp_path / "a.csv")).endswith(
         "a.csv: this is a folder; name a file in it (folders and patterns are not supported)"
     )
-    assert "b.csv: no such file; check the path" in error_of(read_file, str(tmp_path / "b.csv"))
+    assert "b.csv: this file does not exist; check the path" in error_of(read_file, str(tmp_path / "b.csv"))

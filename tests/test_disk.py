@@ -72,7 +72,9 @@ def test_every_library_s_full_disk_is_the_same_line(small_disk, kind):
         WRITERS[kind](aside)
     message = str(error.value)
     assert "\n" not in message and message.startswith(f"the disk is full (at {out})")
-    assert re.search(rf"the file system {folder} has [\d.]+ kB of 262 kB free; make room there and run it again, or ", message)
+    assert re.search(
+        rf"the file system {folder} has [\d.]+ kB of 262 kB free; free some space there and run it again, or ", message
+    )
     assert out.read_text() == "old" and {path.name for path in folder.iterdir()} == {"other", out.name}
     small_disk("size=8m")
     with writing(out) as aside:
@@ -82,19 +84,19 @@ def test_every_library_s_full_disk_is_the_same_line(small_disk, kind):
 
 def test_a_file_system_without_room_for_more_files_says_so(small_disk):
     folder = small_disk("size=1m,nr_inodes=4")
-    with pytest.raises(DiskError, match="and holds no more than the 4 files in it"):
+    with pytest.raises(DiskError, match="and it cannot hold more than its 4 files"):
         for number in range(5):
             write_text(folder / str(number), "a")
-    assert "holds no more than the 4 files" in error_of(check_folder, folder / "new")
+    assert "cannot hold more than its 4 files" in error_of(check_folder, folder / "new")
 
 
 @pytest.mark.parametrize(
     "code, text",
     [
         (errno.EDQUOT, "the disk quota is used up (at "),
-        (errno.EFBIG, "the file is larger than files may be here (ulimit -f"),
-        (errno.EROFS, "the file system is read-only; name another output folder"),
-        (errno.EACCES, "permission denied; give this user the right to it, or name another output folder"),
+        (errno.EFBIG, "the file exceeds the size limit for files (ulimit -f"),
+        (errno.EROFS, "the file system is read-only; give another output folder"),
+        (errno.EACCES, "permission denied; give this user access to it, or give another output folder"),
     ],
 )
 def test_other_refusals_of_a_file_system(tmp_path, code, text):
@@ -106,7 +108,7 @@ def test_other_refusals_of_a_file_system(tmp_path, code, text):
 def test_a_file_that_may_not_be_read_is_not_taken_for_an_output(tmp_path):
     with pytest.raises(DiskError) as error, disk_errors(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "model" / "config.json"))
-    assert str(error.value) == f"{tmp_path}/model/config.json: permission denied; give this user the right to it"
+    assert str(error.value) == f"{tmp_path}/model/config.json: permission denied; give this user access to it"
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -161,7 +163,7 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         write_text(tmp_path / "out", "a" * 2000)
 
-    assert "the file is larger than files may be here (ulimit -f shows a limit)" in in_child(write)
+    assert "the file exceeds the size limit for files (ulimit -f shows a limit)" in in_child(write)
     assert os.listdir(tmp_path) == []
 
 
@@ -180,14 +182,14 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for folder, said in {
-        tmp_path / "file": "this is a file; name a folder",
-        tmp_path / "file" / "out": f"{tmp_path}/file is a file; name a folder",
-        tmp_path / "lost": "this is a link to nothing; name a folder",
-        tmp_path / "loop" / "out": "is a link to nothing",
-        tmp_path / ("a" * 300): "a name of 300 bytes is too long; take one of at most 215",
+        tmp_path / "file": "this is a file; give a folder",
+        tmp_path / "file" / "out": f"{tmp_path}/file is a file; give a folder",
+        tmp_path / "lost": "this is a broken link; give a folder",
+        tmp_path / "loop" / "out": "is a broken link",
+        tmp_path / ("a" * 300): "a name of 300 bytes is too long; use at most 215 bytes",
         tmp_path / ("ä" * 150) / "out": "a name of 300 bytes is too long",
-        tmp_path / "/".join(["abcdefgh"] * 500): "bytes is too long; take one of at most",
-        tmp_path / "a\0b": "has no NUL byte",
+        tmp_path / "/".join(["abcdefgh"] * 500): "bytes is too long; use at most",
+        tmp_path / "a\0b": "a name cannot contain a NUL byte",
     }.items():
         message = error_of(check_folder, folder, "--output_dir")
         assert message.startswith("--output_dir ") and said in message and len(message) < 500
@@ -203,7 +205,7 @@ def test_a_read_only_file_system_is_refused(small_disk):
     message = error_of(check_folder, folder / "out")
     assert (
         message
-        == f"output_dir {folder}/out: nothing can be written in {folder} (the file system is read-only); name another folder"
+        == f"output_dir {folder}/out: files cannot be written to {folder} (the file system is read-only); give another folder"
     )  # noqa: E501
     with pytest.raises(DiskError, match="the file system is read-only"):
         write_text(folder / "old", "new")
@@ -225,11 +227,11 @@ def test_a_folder_and_a_cache_of_someone_else_are_refused(tmp_path, monkeypatch)
         return in_child(become)
 
     said = as_nobody(lambda: check_folder(tmp_path / "own" / "out"))
-    assert "output_dir" in said and "nothing can be written in" in said and "(permission denied)" in said
+    assert "output_dir" in said and "files cannot be written to" in said and "(permission denied)" in said
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/nonexistent/datasets")
     said = as_nobody(cache.check_cache)
     assert said.startswith(
-        "the cache folder of datasets (HF_DATASETS_CACHE) /nonexistent/datasets/hf_embed: nothing can be written in"
+        "the cache folder of datasets (HF_DATASETS_CACHE) /nonexistent/datasets/hf_embed: files cannot be written to"
     )
 
 
@@ -240,7 +242,7 @@ def test_room_is_counted_with_what_killed_processes_left(small_disk):
     (folder / "other").write_bytes(b"a" * 300_000)
     assert lack_of_room(folder, 1_700_000, "it takes") is None
     assert lack_of_room(folder / "new" / "out", 1_700_000, "it takes").startswith(
-        f"{folder}/new/out: it takes about 1.7 MB, and"
+        f"{folder}/new/out: it takes about 1.7 MB, but"
     )
 
 
@@ -330,7 +332,9 @@ def test_a_full_cache_is_one_line_and_goes_on_with_room(small_disk, monkeypatch)
     file = folder.parent / "a.txt"
     file.write_text("".join(f"text {i}\n" for i in range(20_000)))
     message = error_of(read_file, str(file))
-    assert message.startswith(f"the disk is full (at {folder}/hf_embed/") and "set HF_DATASETS_CACHE to a folder" in message
+    assert (
+        message.startswith(f"the disk is full (at {folder}/hf_embed/") and "set HF_DATASETS_CACHE to another folder" in message
+    )
     assert not list((folder / "hf_embed").iterdir())
     small_disk("size=600k")
     rows, made = read_file(str(file)).rename_column("text", "anchor"), []
@@ -364,7 +368,7 @@ def test_a_full_cache_of_parquet_rows_is_one_line(small_disk, monkeypatch):
     file = folder.parent / "a.parquet"
     Dataset.from_dict({"text": [f"text {i}" for i in range(20_000)]}).to_parquet(file)
     message = error_of(read_file, str(file))
-    assert message.startswith(f"the disk is full (at {folder}") and "set HF_DATASETS_CACHE to a folder" in message
+    assert message.startswith(f"the disk is full (at {folder}") and "set HF_DATASETS_CACHE to another folder" in message
     small_disk("size=8m")
     assert len(read_file(str(file))) == 20_000
 
@@ -395,20 +399,20 @@ def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
     folder = small_disk("size=3m")  # a checkpoint is 1.6 MB of weights and 3.2 MB of Adam
     message = error_of(trainer_in, folder / "out")
     assert re.fullmatch(
-        rf"output_dir {folder}/out: a checkpoint takes about 4.9 MB, and the file system {folder} has 3.1 MB of 3.1 MB free; "
-        "make room there, or name another output folder", message,
+        rf"output_dir {folder}/out: a checkpoint needs about 4.9 MB, but the file system {folder} has 3.1 MB of 3.1 MB free; "
+        "free some space there, or give another output folder", message,
     )  # fmt: skip
     assert os.listdir(folder) == []
     trainer_in(folder / "out", save_strategy="no")
     small_disk("size=8m")
     caplog.clear()
     trainer_in(folder / "out")
-    assert "two checkpoints and the model take about 11.5 MB" in caplog.text
+    assert "two checkpoints and the model need about 11.5 MB" in caplog.text
     caplog.clear()
     small_disk("size=16m")
     trainer_in(folder / "out")
     assert "checkpoint" not in caplog.text
-    assert "is a file; name a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
+    assert "is a file; give a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
     small_disk("size=1m", "tiny")
     ContrastiveTrainer(  # which evaluates, and writes nothing
         tiny_model(), ContrastiveTrainingArguments(str(folder.parent / "tiny"), use_cpu=True, report_to="none"),
@@ -437,7 +441,7 @@ def test_the_folder_of_the_logs_is_checked(tmp_path, monkeypatch):
     check_output(args, trainer_in(tmp_path).step, None, trains=False)
     args.report_to = ["tensorboard"]  # which need not be installed
     message = error_of(check_output, args, trainer_in(tmp_path).step, None)
-    assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; name a folder"
+    assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; give a folder"
 
 
 def test_a_script_s_full_disk_is_our_error(small_disk, caplog):
@@ -489,7 +493,7 @@ def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
 
 def test_a_run_on_a_small_disk_ends_in_one_line_and_goes_on_with_room(small_disk, tmp_path):
     ended = train_on_disks(small_disk, tmp_path, [5, 10])
-    assert "a checkpoint takes about" in ended[5] and ended[10].startswith("the disk is full (at ")
+    assert "a checkpoint needs about" in ended[5] and ended[10].startswith("the disk is full (at ")
 
 
 @pytest.mark.slow
@@ -530,7 +534,7 @@ def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk,
     small_disk("ro")
     monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, OUTPUTS[name](files, out))])
     message = error_of(load_recipe(name).main)
-    assert f"nothing can be written in {out} (the file system is read-only)" in message, message
+    assert f"files cannot be written to {out} (the file system is read-only)" in message, message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
 
 

@@ -71,7 +71,7 @@ def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
     flags = plan.read_flags([SimCSE], argv=["--config", "recipes/configs/sup_simcse_bert_base.yaml", "--use_cpu"])
     assert flags.values["temperature"] == 0.05 and flags.values["model_name_or_path"] == "google-bert/bert-base-uncased"
     error = error_of(plan.read_flags, [SimCSE], argv=["--config", "recipes/configs/absent.yaml"])
-    assert error == "--config recipes/configs/absent.yaml: no such file; check the path"
+    assert error == "--config recipes/configs/absent.yaml: this file does not exist; check the path"
 
 
 @pytest.mark.parametrize("show", [entry.show_error, cli.show_masked])

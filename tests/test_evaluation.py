@@ -234,7 +234,7 @@ def test_missing_column(missing):
         (["FILE"], "give NAME=PATH, for example --eval_sts_file dev="),
         (["a="], "give NAME=PATH"),
         (["=FILE"], "give NAME=PATH"),
-        (["a=nowhere.tsv"], "nowhere.tsv: no such file"),
+        (["a=nowhere.tsv"], "nowhere.tsv: this file does not exist"),
     ],
 )
 def test_bad_named_sets(items, expected, tmp_path):

@@ -504,7 +504,7 @@ def test_names_on_the_hub(monkeypatch):
     for read in (read_triplets, read_pair_classification, read_reranking, read_named_sts):
         wanted = "o/other: this file does not exist; for a dataset on the Hub, name the split too, for example o/other:test"
         assert wanted in error_of(read, "o/other")
-        assert "o/other.csv: no such file" in error_of(read, "o/other.csv")
+        assert "o/other.csv: this file does not exist" in error_of(read, "o/other.csv")
     message = error_of(read_pair_classification, "o/triplets:dev")
     assert "o/triplets:dev: found the columns anchor, positive, negative; expected sentence1, sentence2 and label" in message
 

@@ -356,13 +356,15 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "two modes": (lambda make: make(st.Pooling(32, ("cls", "mean"))), "pooling cls + mean"),
     "two flags": (keys("1_Pooling/config.json", pooling_mode_cls_token=True), "pooling cls_token + mean_tokens"),
     "include_prompt": (lambda make: make(st.Pooling(32, include_prompt=False), prompts={"query": "x: "}), "include_prompt"),
-    "an unknown key of Pooling": (keys("1_Pooling/config.json", temperature=2), "temperature 2 of 1_Pooling/config.json"),
+    "an unknown key of Pooling": (keys("1_Pooling/config.json", temperature=2), "temperature 2 in 1_Pooling/config.json"),
     "no Pooling": (without_pooling, "a modules.json without Pooling"),
     "layers, first and last, cls": (layers(1.0, 0.0, 1.0, mode="cls"), "pooling cls of the layers"),
     "layers, last two, last": (layers(0.0, 1.0, 1.0, mode="lasttoken"), "pooling last of the layers"),
     "layers, others": (layers(1.0, 1.0, 1.0), "layer weights [1.0, 1.0, 1.0]"),
     "layers, unequal": (layers(1.0, 0.0, 2.0), "layer weights [1.0, 0.0, 2.0]"),
-    "layers without effect": (layers(1.0, 0.0, 1.0, base="bert"), "without output_hidden_states"),
+    "layers without effect": (
+        layers(1.0, 0.0, 1.0, base="bert"), "has no effect, because config.json does not set output_hidden_states",
+    ),
     "LSTM": (lambda make: make(st.LSTM(32, 16), st.Pooling(32)), "the module LSTM"),
     "CNN": (lambda make: make(st.CNN(32), st.Pooling(96)), "the module CNN"),
     "LayerNorm": (lambda make: make(st.Pooling(32), st.LayerNorm(32)), "the module LayerNorm"),
@@ -372,26 +374,26 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "custom transformer": (first_module("custom_st.Transformer"), "the module custom_st.Transformer ('')"),
     "custom pooling": (pooling_type("my_code.Pooling"), "the module my_code.Pooling ('1_Pooling')"),
     "custom normalize": (other_module("sentence_transformers_extra.Normalize"), "sentence_transformers_extra.Normalize ('2"),
-    "no package": (pooling_type("Pooling"), "the module Pooling ('1_Pooling'), which is code of the model's own"),
+    "no package": (pooling_type("Pooling"), "the module Pooling ('1_Pooling'), which is the model's own code"),
     "path outside": (other_module(MODULES + "Normalize", path="../elsewhere"), "'../elsewhere', which is outside"),
-    "one name twice": (other_module(MODULES + "Normalize", name="1"), "whose name '1' another has too"),
-    "a module without a type": (other_module(None), "which has no path and type"),
-    "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" of sentence_bert_config.json'),
-    "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' of"),
-    "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 of 1_Pooling/config.json"),
+    "one name twice": (other_module(MODULES + "Normalize", name="1"), "with the name '1' of another module"),
+    "a module without a type": (other_module(None), "which lacks a path or a type"),
+    "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" in sentence_bert_config.json'),
+    "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' in"),
+    "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 in 1_Pooling/config.json"),
     "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
-    "modules.json that is no list": (no_list, "modules.json has no list at its top"),
+    "modules.json that is no list": (no_list, "modules.json does not hold a list at the top level"),
     "SparseEncoder": (keys(CONFIG, model_type="SparseEncoder"), 'model_type "SparseEncoder"'),
     "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; use one of cosine, dot, euclidean, manhattan"),
     "truncate_dim below 1": (keys(CONFIG, truncate_dim=-3), "truncate_dim is -3"),
     "truncate_dim that is text": (keys(CONFIG, truncate_dim="8"), 'truncate_dim "8"'),
-    "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" of config_sentence_transformers.json'),
+    "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" in config_sentence_transformers.json'),
     "default prompt that is not there": (keys(CONFIG, default_prompt_name="passage"), "'passage'"),
-    "prompts that are no texts": (keys(CONFIG, prompts={"query": 3}), "prompts {'query': 3} are no texts"),
+    "prompts that are no texts": (keys(CONFIG, prompts={"query": 3}), "the prompts {'query': 3} are not all texts"),
     "broken JSON": (broken_json, "config_sentence_transformers.json is not JSON"),
     "processing_kwargs": (
         keys(BERT, processing_kwargs={"text": {"max_length": 5}}),
-        'processing_kwargs {"text": {"max_length": 5}} of sentence_bert_config.json',
+        'processing_kwargs {"text": {"max_length": 5}} in sentence_bert_config.json',
     ),
     "tokenizer_args": (keys(BERT, tokenizer_args={"do_lower_case": True}), "tokenizer_args"),
     "processor_kwargs": (keys(BERT, processor_kwargs={"add_eos_token": True}), "processor_kwargs"),
@@ -404,13 +406,17 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "another task": (keys(BERT, transformer_task="fill-mask"), "transformer_task"),
     "another output": (keys(BERT, modality_config=OTHER_OUTPUT, module_output_name="sentence_embedding"), "modality_config"),
     "chat template": (saved_with_chat_template, "the chat template"),
-    "chat template of a plain checkpoint": (plain_with_chat_template, "chat template, which cannot be represented here; give"),
-    "1_Pooling without modules.json": (without_modules_json, "there is 1_Pooling/config.json, but no modules.json"),
-    "do_lower_case of a cased tokenizer": (cased_tokenizer, "cannot be represented here; set it in tokenizer_config.json"),
+    "chat template of a plain checkpoint": (
+        plain_with_chat_template, "chat template to texts, which hf_embed does not support; set pooling",
+    ),
+    "1_Pooling without modules.json": (without_modules_json, "1_Pooling/config.json exists, but modules.json does not"),
+    "do_lower_case of a cased tokenizer": (
+        cased_tokenizer, "do_lower_case in sentence_bert_config.json; set it in tokenizer_config.json",
+    ),
     "Dense with an activation of its own": (dense_config(activation_function="my.Doubled"), "the module Dense ('2_Dense')"),
     "Dense that reads the tokens": (dense_config(module_input_name="token_embeddings"), 'module_input_name "token_embeddings"'),
     "Dense that writes elsewhere": (dense_config(module_output_name="logits"), 'module_output_name "logits"'),
-    "Dense with an unknown key": (dense_config(scale=2.0), "scale 2.0 of 2_Dense/config.json"),
+    "Dense with an unknown key": (dense_config(scale=2.0), "scale 2.0 in 2_Dense/config.json"),
     "Dense with weights beyond its layer": (dense_tensors, "activation_function.weight"),
     "Dense of another width": (lambda make: make(st.Pooling(32, ("cls", "mean")), dense(64, 8)), "pooling cls + mean"),
     "Normalize of the tokens": (
@@ -452,7 +458,7 @@ def test_a_pooling_that_is_given_replaces_one_that_cannot_be_read(make, name, ca
     folder = REFUSED[name][0](make)
     edit(folder / CONFIG, prompts={"query": "x: "}, truncate_dim=7, similarity_fn_name="dot")
     encoder = Encoder.from_pretrained(folder, pooling="cls")
-    assert "pooling cls is taken as given, for the folder's own cannot be read" in caplog.text
+    assert "using pooling cls as given, because the folder's own pooling is not supported" in caplog.text
     assert (encoder.prompts, encoder.dimension, encoder.similarity_fn_name) == ({"query": "x: "}, 7, "dot")
     assert_same(encoder.encode(TEXTS), tiny_encoder(pooling="cls", max_length=20).encode(TEXTS)[:, :7])
 
@@ -466,19 +472,19 @@ def test_layers_behind_it_stay_or_are_refused(make, caplog):
 
 def test_layers_that_do_not_fit_it_are_refused(make):
     folder = REFUSED["Dense of another width"][0](make)
-    assert "'2_Dense'), which takes 64 numbers and not 32" in error_of(Encoder.from_pretrained, folder, pooling="cls")
+    assert "'2_Dense') with 64 inputs instead of 32" in error_of(Encoder.from_pretrained, folder, pooling="cls")
 
 
 def test_it_says_that_the_head_is_left_out(make, caplog):
     encoder = Encoder.from_pretrained(SAME["Dense is the pooler, and another"](make), pooling="mean")
-    assert "pooling mean leaves out the layer '2_Dense', the head" in caplog.text
+    assert "pooling mean does not use the layer '2_Dense', which belongs to the model's own pooling" in caplog.text
     assert len(encoder.dense) == 1
 
 
 @pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json"])
 def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
     encoder = Encoder.from_pretrained(REFUSED[name][0](make), pooling="cls")
-    assert ("are not read, for there is no modules.json" in caplog.text) == ("1_Pooling" in name)
+    assert ("because modules.json does not exist" in caplog.text) == ("1_Pooling" in name)
     assert_same(encoder.encode(TEXTS), tiny_encoder(pooling="cls", max_length=20).encode(TEXTS))
 
 
@@ -501,10 +507,10 @@ def test_a_plain_checkpoint_says_that_it_is_cut_earlier(make, caplog):
     for name in ("modules.json", CONFIG, "1_Pooling/config.json"):
         (folder / name).unlink()
     assert Encoder.from_pretrained(folder).max_length == 512
-    assert "texts are cut after 512 tokens; it takes up to 700: give max_length=" in caplog.text
+    assert "texts are truncated to 512 tokens, but the model accepts up to 700; set max_length to use more" in caplog.text
     caplog.clear()
     assert Encoder.from_pretrained(folder, max_length=600).max_length == 600
-    assert "cut after" not in caplog.text
+    assert "truncated to" not in caplog.text
 
 
 def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
@@ -513,7 +519,7 @@ def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
     edit(folder / BERT, max_seq_length=80)
     encoder = Encoder.from_pretrained(folder)
     assert encoder.max_length == 66
-    assert "texts are cut after the 66 tokens that it has positions for, not 80" in caplog.text
+    assert "texts are truncated to 66 tokens, not to 80, as it has only 66 positions" in caplog.text
     short = [text for text in TEXTS if text != LONG]
     assert_same(encoder.encode(short), load_st(folder).encode(short))
     assert "max_length 80 is above the 66 positions" in error_of(Encoder.from_pretrained, folder, max_length=80)
@@ -522,7 +528,7 @@ def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
 def test_requirements_are_named(make, caplog):
     folder = keys(CONFIG, requirements={"transformers": ">=5"})(make)
     assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
-    assert 'asks for {"transformers": ">=5"}, which is not checked here' in caplog.text
+    assert 'requires {"transformers": ">=5"}; hf_embed does not check this' in caplog.text
 
 
 # ---- prompts, similarities ----

@@ -221,7 +221,7 @@ BAD = {
     "unknown direction": (["--directions", "query_to_docs"], "unknown direction 'query_to_docs'"),
     "dims": (["--matryoshka_dims", "64"], "the embedding has 32 dimensions"),
     "alpha": (["--source_alpha", "2"], "source_alpha is 2"),
-    "no such sources": (["--sources", "{folder}/absent.yaml"], "absent.yaml: no such file"),
+    "no such sources": (["--sources", "{folder}/absent.yaml"], "absent.yaml: this file does not exist"),
     "small sources": (
         ["--small_sources", "refuse", "--per_device_train_batch_size", "16"],
         "source 'a' .*12 rows, fewer than the 16",

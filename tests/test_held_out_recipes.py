@@ -118,7 +118,7 @@ def test_columns_of_held_out_rows_alone(tmp_path):
 @pytest.mark.parametrize(
     "more, parts",
     [
-        (["--eval_file", "nowhere.csv"], ["nowhere.csv: no such file"]),
+        (["--eval_file", "nowhere.csv"], ["nowhere.csv: this file does not exist"]),
         (["--early_stopping_patience", 0], ["early_stopping_patience is 0"]),
         (["--early_stopping_patience", 2], ["--early_stopping_patience 2 needs evaluations", "--eval_strategy steps"]),
         (["--eval_file", "{single}"], ["rows of a single text cannot be held out", "give pairs"]),

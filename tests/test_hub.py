@@ -21,6 +21,7 @@ from test_trainer import trainer
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.hub import push_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -86,8 +87,17 @@ def test_the_card_has_the_name_of_each_repository(server, model):
     push_folder(model, "mine")
     push_folder(model, "other")
     for name in ("user/mine", "user/other"):
-        assert f'AutoModel.from_pretrained("{name}")' in server.files(name)["README.md"].decode()
+        card = server.files(name)["README.md"].decode()
+        assert f'AutoModel.from_pretrained("{name}")' in card and "FOLDER" not in card
+        assert f"\n# {name.removeprefix('user/')}\n" in card  # without a title of its own
     assert digest(model) == before
+
+
+def test_a_title_that_is_given_stays_on_the_hub(server, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "named")
+    write_card(Encoder.from_pretrained(str(folder)), folder, title="named")  # equal to the default
+    push_folder(folder, "mine")
+    assert "\n# named\n" in server.files("user/mine")["README.md"].decode()
 
 
 def test_branch_pull_request_and_private(server, model):
@@ -132,7 +142,7 @@ def strays(model, tmp_path) -> Path:
 def test_names_that_only_look_like_a_models_stay(server, strays, caplog):
     push_folder(strays, "mine")
     assert is_complete(server, strays)
-    assert "1_Pooling: .env, notes.txt: not of the module, not uploaded" in caplog.text
+    assert "1_Pooling: not uploaded, because they do not belong to the module: .env, notes.txt" in caplog.text
 
 
 def test_everything_takes_no_links_no_dotfiles_and_no_training_args(server, strays, caplog):
@@ -162,16 +172,16 @@ def test_a_module_is_a_folder_of_its_kind(server, strays, path):
     modules = json.loads((strays / "modules.json").read_text())
     modules[1]["path"] = path.format(outside=outside)
     (strays / "modules.json").write_text(json.dumps(modules))
-    assert "which is no folder like 1_Pooling" in error_of(push_folder, strays, "mine")
+    assert "which is not a subfolder such as 1_Pooling" in error_of(push_folder, strays, "mine")
 
 
 def test_modules_that_would_arrive_without_their_weights_are_refused(server, strays):
     modules = json.loads((strays / "modules.json").read_text())
     (strays / "1_Pooling" / "pytorch_model.bin").write_bytes(b"")
-    assert "the weights are no model.safetensors" in error_of(push_folder, strays, "mine")
+    assert "the weights are not in model.safetensors" in error_of(push_folder, strays, "mine")
     (strays / "0_Transformer").mkdir()
     (strays / "modules.json").write_text(json.dumps([modules[0] | {"path": "0_Transformer"}]))
-    assert "the transformer lies in '0_Transformer'" in error_of(push_folder, strays, "mine")
+    assert "the transformer is in '0_Transformer'" in error_of(push_folder, strays, "mine")
     (strays / "modules.json").write_text("[")
     assert "modules.json is not JSON" in error_of(push_folder, strays, "mine")
 
@@ -201,11 +211,11 @@ def test_code_goes_up_where_the_configs_name_it(server, strays):
 
 def test_shards_are_known_by_their_numbers(server, strays):
     (strays / "model.safetensors").unlink()
-    assert "no model there" in error_of(push_folder, strays, "mine")  # model-of-may.safetensors is none
+    assert "holds no model" in error_of(push_folder, strays, "mine")  # model-of-may.safetensors is none
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     (strays / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
     (strays / shards[0]).touch()
-    assert f"{shards[1]}, which model.safetensors.index.json names, is not there" in error_of(push_folder, strays, "mine")
+    assert f"{shards[1]}, which model.safetensors.index.json names, does not exist" in error_of(push_folder, strays, "mine")
     (strays / shards[1]).touch()
     push_folder(strays, "mine")
     uploaded = {name for name in server.files("user/mine") if name.startswith("model")}
@@ -256,7 +266,7 @@ def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, m
         server.objects.clear()
         server.fail(number, how, times=50)
         message = error_of(push_folder, model, "mine")
-        assert f"the folder is whole, finish by: python recipes/push.py {model} mine" in message
+        assert f"the folder is complete, finish the push with: python recipes/push.py {model} mine" in message
         assert not server.repos.get("user/mine", {}).get("branches", {}).get("main")  # nothing half-done to see
         server.faults.clear()
         push_folder(model, "mine")
@@ -276,7 +286,8 @@ def test_a_large_file_is_not_sent_twice(server, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "does not know this token"), (403, "may not write there"), (404, "no such")]
+    ("status", "message"),
+    [(401, "rejected this token"), (403, "has no write access there"), (404, "the repository or branch does not exist")],
 )
 def test_refusals_are_not_tried_again(server, model, status, message):
     server.fail(0, status, times=50)
@@ -285,8 +296,8 @@ def test_refusals_are_not_tried_again(server, model, status, message):
 
 
 def test_wrong_token_and_foreign_namespace(server, model):
-    assert "does not know this token (401)" in error_of(push_folder, model, "mine", token="hf_bad")
-    assert "may not write there (403)" in error_of(push_folder, model, "someone/mine")
+    assert "rejected this token (401)" in error_of(push_folder, model, "mine", token="hf_bad")
+    assert "has no write access there (403)" in error_of(push_folder, model, "someone/mine")
 
 
 def test_a_conflict_is_tried_again(server, model, caplog):
@@ -298,12 +309,12 @@ def test_a_conflict_is_tried_again(server, model, caplog):
 
 
 def test_bad_input(server, model, tmp_path, monkeypatch):
-    assert "no model there" in error_of(push_folder, tmp_path, "mine")
-    assert "no model there" in error_of(push_folder, tmp_path / "absent", "mine")
+    assert "holds no model" in error_of(push_folder, tmp_path, "mine")
+    assert "holds no model" in error_of(push_folder, tmp_path / "absent", "mine")
     for name in ("a/b/c", "-x", "a b", "x" * 200, "a--b"):
-        assert f"'{name}' is no name for a repository" in error_of(push_folder, model, name)
+        assert f"'{name}' is not a valid name of a repository" in error_of(push_folder, model, name)
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    assert "no Hub token; run `hf auth login`" in error_of(push_folder, model, "mine")
+    assert "no Hub token was found; run `hf auth login`" in error_of(push_folder, model, "mine")
     assert server.requests == []
 
 
@@ -358,8 +369,8 @@ def test_a_recipe_pushes_its_results_too(server, tmp_path, files):  # noqa: F811
 
 def test_a_name_or_token_that_the_hub_refuses_is_known_before_the_first_step(server, tmp_path):
     for settings, message in (
-        ({"hub_token": "hf_bad"}, "does not know this token"),
-        ({"hub_token": server.token, "hub_model_id": "someone/mine"}, "may not write there"),
+        ({"hub_token": "hf_bad"}, "rejected this token"),
+        ({"hub_token": server.token, "hub_model_id": "someone/mine"}, "has no write access there"),
     ):
         with pytest.raises(InputError, match=message):
             trainer(tmp_path / "model", push_to_hub=True, **settings)
@@ -372,7 +383,7 @@ def test_a_checkpoint_that_does_not_arrive_does_not_end_the_training(server, tmp
     run.train()
     server.faults.clear()
     run.push_to_hub()
-    assert "a checkpoint did not reach the Hub: this token may not write there" in caplog.text
+    assert "a checkpoint was not uploaded to the Hub: this token has no write access there" in caplog.text
     assert set(server.files("user/mine")) == OF_THE_MODEL - {"2_Normalize/config.json"}
 
 
@@ -402,6 +413,4 @@ numpy.save({str(tmp_path / "auto.npy")!r}, torch.nn.functional.normalize(states,
     for name in ("encoder", "auto"):
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-6)
     wrong = subprocess.run(push, env=env | {"HF_TOKEN": "hf_bad"}, capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 2 and wrong.stderr.strip().splitlines()[-1].startswith(
-        "error: push to mine: the Hub does not know"
-    )
+    assert wrong.returncode == 2 and wrong.stderr.strip().splitlines()[-1].startswith("error: push to mine: the Hub rejected")

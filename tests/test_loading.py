@@ -44,15 +44,15 @@ BROKEN_WEIGHTS = {
     ),
     "one is missing": (
         lambda name, tensor: None if name == "encoder.layer.2.output.dense.bias" else (name, tensor),
-        "lacks 'encoder.layer.2.output.dense.bias', which would be random",
+        "lacks 'encoder.layer.2.output.dense.bias', which would have random values",
     ),
     "NaN": (
         lambda name, tensor: (name, tensor * float("nan") if name == "encoder.layer.1.output.dense.weight" else tensor),
-        "'encoder.layer.1.output.dense.weight' has values that are NaN or infinite",
+        "'encoder.layer.1.output.dense.weight' has NaN or infinite values",
     ),
     "one infinite row": (
         lambda name, tensor: (name, tensor.index_fill(0, torch.tensor([7000]), float("inf")) if "word_emb" in name else tensor),
-        "'embeddings.word_embeddings.weight' has values that are NaN or infinite",
+        "'embeddings.word_embeddings.weight' has NaN or infinite values",
     ),
     "int8": (
         lambda name, tensor: (name, (tensor * 20).to(torch.int8) if "dense" in name else tensor),
@@ -64,7 +64,8 @@ BROKEN_WEIGHTS = {
     ),
     "another width": (
         lambda name, tensor: (name, tensor[:, :16].contiguous() if "word_emb" in name else tensor),
-        "'embeddings.word_embeddings.weight' is (12000, 16) in its weights file, but (12000, 32) by config.json",
+        "'embeddings.word_embeddings.weight' has the shape (12000, 16) in the weights file, but (12000, 32) according to "
+        "config.json",
     ),
 }
 
@@ -79,7 +80,10 @@ def test_broken_weights_are_refused(folder, case):
 def test_more_layers_than_the_config_says_are_refused(folder):
     edit_json(folder / "config.json", num_hidden_layers=2)
     message = error_of(Encoder.from_pretrained, str(folder))
-    assert "config.json has no place for 'encoder.layer.2.attention.output.LayerNorm.bias' and 15 more" in message
+    assert (
+        "its weights file has 'encoder.layer.2.attention.output.LayerNorm.bias' and 15 more, which does not fit config.json"
+        in message
+    )
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0001, 0.999])
@@ -160,7 +164,7 @@ def test_byte_pairs_without_merges_are_refused(tmp_path):
     byte_pairs(tmp_path, [("t", "h"), ("th", "e")])
     Encoder.from_pretrained(str(tmp_path))
     byte_pairs(tmp_path, [])
-    assert "its tokenizer has a vocabulary, but no merges" in error_of(Encoder.from_pretrained, str(tmp_path))
+    assert "its tokenizer has a vocabulary but no merges" in error_of(Encoder.from_pretrained, str(tmp_path))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
@@ -179,7 +183,7 @@ def test_a_tokenizer_that_loads_as_another_is_refused_before_the_training(tmp_pa
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, tiny_model("qwen2"), args, processing_class=tokenizer)
-    assert "gives other tokens when it has been saved with a Qwen2Model" in message
+    assert "returns other tokens after it is saved with a Qwen2Model" in message
 
 
 # ---- folders that are no model ----
@@ -209,7 +213,7 @@ def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_tra
 
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, Other(), args, processing_class=quickstart_tokenizer())
-    assert message.startswith("Other could not be loaded once it is saved: AutoModel would make BertModel")
+    assert message.startswith("Other could not be loaded after it is saved, because AutoModel would make BertModel")
 
 
 # ---- texts without a token ----

@@ -391,7 +391,7 @@ BAD_YAML = {
     "unknown key": ("- name: a\n  file: one.txt\n  wieght: 2", "source 'a': unknown key 'wieght' (did you mean 'weight'?)"),
     "neither file nor dataset": ("- name: a", "give either file: or dataset:"),
     "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give either file: or dataset:"),
-    "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: no such file"),
+    "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: this file does not exist"),
     "no rows": ("- name: a\n  file: empty.jsonl", "source 'a': {folder}/empty.jsonl: the file is empty"),
     "missing column": (
         "- name: a\n  file: nli.csv\n  columns: {query: question}",
@@ -425,7 +425,7 @@ def test_bad_yaml(files, case):
 
 
 def test_missing_yaml(tmp_path):
-    assert "no such file" in error_of(read_sources, str(tmp_path / "absent.yaml"))
+    assert "absent.yaml: this file does not exist" in error_of(read_sources, str(tmp_path / "absent.yaml"))
 
 
 def mixture_of(tmp_path, sources, **settings):

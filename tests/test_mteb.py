@@ -127,7 +127,7 @@ def test_recipe(folder, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "elsewhere" / "results.json").read_text())["mteb"] == [row]
     assert "say where the results go" in error_of(run, "owner/name", "--tasks", "LocalSTS")
     assert "another model of it" in error_of(run, folder, "--tasks", "LocalSTS", "--pooling", "cls")
-    assert "pooling `mean`" in (folder / "README.md").read_text()
+    assert "| Pooling | `mean`" in (folder / "README.md").read_text()
 
 
 def test_names_that_mteb_does_not_know():

@@ -32,7 +32,7 @@ def matches(folder: Path) -> bool:
     """Whether weights, scores and card are of one run."""
     results = json.loads((folder / "results.json").read_text())
     steps = results["train"]["steps"]
-    return f"steps       {steps:,}, of" in (folder / "README.md").read_text()
+    return f"| Training steps | {steps:,}, with" in (folder / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def measured(place: Path) -> list[list[str]]:
 def test_simcse(place):
     flags = [*TINY, "--eval_steps", "1"]
     texts = place / "sentences.txt"
-    fails(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)), "sentences.txt: no such file")
+    fails(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)), "sentences.txt: this file does not exist")
     assert measured(place) == []
     texts.write_text("".join(f"the {a} and the {b}\n" for a, b in PAIRS))
     (place / "mteb" / "sts16-sts").rename(place / "gone")  # so the evaluation fails

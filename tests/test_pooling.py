@@ -152,7 +152,7 @@ def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
     run.save_model()
     expected = run.encoder.encode(TEXTS, convert_to_tensor=True)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "pooling `max`" in card
+    assert "| Pooling | `max`" in card
     names = {}
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace('"FOLDER"', repr(str(tmp_path / "out"))), names)
     theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, convert_to_tensor=True)

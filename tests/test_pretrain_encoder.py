@@ -84,10 +84,10 @@ def test_a_stopped_run_goes_on_exactly(train, objective, tmp_path, monkeypatch, 
         train(tmp_path / "stopped", *objective)
     assert not (tmp_path / "stopped").exists()
     other = error_of(train, tmp_path / "stopped", *objective, "--learning_rate", 0.001)
-    assert "stopped.work: left by a run with another model or other texts or settings" in other
+    assert "stopped.work belongs to a run with another model or other texts or settings" in other
     text = (tmp_path / "sentences.txt").read_text()
     (tmp_path / "sentences.txt").write_text(text.replace("number 7 ", "number 8 "))  # other sentences in the same file
-    assert "by a run with another model or other texts" in error_of(train, tmp_path / "stopped", *objective)
+    assert "belongs to a run with another model or other texts" in error_of(train, tmp_path / "stopped", *objective)
     (tmp_path / "sentences.txt").write_text(text)
     capsys.readouterr()
     train(tmp_path / "stopped", *objective)

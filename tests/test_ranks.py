@@ -113,13 +113,13 @@ def other_run(tmp_path):
 
 def test_a_second_run_is_refused_until_the_first_is_gone(other_run, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    refused = f"{folder}: another process writes there"
+    refused = f"{folder}: another process is writing to this folder"
     assert refused in error_of(make_trainer(folder, {"max_steps": 1}).train)
     flags = ["--output_dir", str(folder), "--max_steps", "1", "--use_cpu", "--report_to", "none"]
     monkeypatch.setattr("hf_embed.recipes.sup_simcse.read_rows", None)  # it is refused before it reads
     for recipe in ("sup_simcse", "simcse_ablation"):
         assert refused in error_of(importlib.import_module(f"hf_embed.recipes.{recipe}").main, flags)
-    with pytest.raises(InputError, match="another process writes there"), claimed(folder, "the same work"):
+    with pytest.raises(InputError, match="another process is writing to this folder"), claimed(folder, "the same work"):
         pass
     other_run.kill()  # which leaves no lock behind
     other_run.wait()

@@ -46,11 +46,11 @@ def test_a_path_that_is_no_file(read, tmp_path):
     (tmp_path / "folder.csv").mkdir()
     os.mkfifo(tmp_path / "pipe.csv")  # to open it would wait for ever
     expected = {
-        "absent.csv": "no such file; check the path",
+        "absent.csv": "this file does not exist; check the path",
         "folder.csv": "this is a folder; name a file in it",
         "pipe.csv": "a pipe or a device",
         "a" * 300 + ".csv": "File name too long",
-        "a\0.csv": "no file can be there",
+        "a\0.csv": "no file can have this path",
     }
     for name, words in expected.items():
         message = error_of(read, str(tmp_path / name))
@@ -62,9 +62,7 @@ def test_a_pointer_of_git_lfs_is_named(read, tmp_path):
     for name in ("a.safetensors", "a.csv"):
         (tmp_path / name).write_bytes(LFS)
     file = "a.safetensors" if read in (read_tensors, tensor_dtypes) else "a.csv"
-    assert f"{file} is a pointer of Git LFS, not the file itself; fetch it by git lfs pull" in error_of(
-        read, str(tmp_path / file)
-    )
+    assert f"{file} is a Git LFS pointer, not the file itself; run git lfs pull" in error_of(read, str(tmp_path / file))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -72,7 +70,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("{}")
     path.chmod(0)
-    assert "a.json: you may not read it; change its permissions" in error_of(read_json, path)
+    assert "a.json: you have no permission to read it; change its permissions" in error_of(read_json, path)
 
 
 @pytest.mark.parametrize(
@@ -80,15 +78,15 @@ def test_a_file_that_may_not_be_read(tmp_path):
     [
         (b"{bad", "a.json is not JSON (line 1: Expecting property name"),
         (b"", "a.json is not JSON (line 1: Expecting value)"),
-        (b'{"a": NaN}', "NaN is not a number of JSON"),
-        (b'{"a": -Infinity}', "-Infinity is not a number of JSON"),
-        (b"[" * 100_000, f"more than {MOST_LEVELS} lists and objects within each other"),
-        (b"[" * 500 + b"]" * 500, f"more than {MOST_LEVELS} lists and objects within each other"),
+        (b'{"a": NaN}', "NaN is not valid in JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not valid in JSON"),
+        (b"[" * 100_000, f"lists and objects are nested in more than {MOST_LEVELS} levels"),
+        (b"[" * 500 + b"]" * 500, f"lists and objects are nested in more than {MOST_LEVELS} levels"),
         (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
         (b'{"a": "\\ud800"}', 'a.json: "\\ud800" is half of a character'),
-        (b"[1]", "a.json has no dict at its top"),
-        (b'{"a": "\xe9"}', "a.json: not UTF-8: byte 0xe9 in line 1"),
-        ('{"a": 1}'.encode("utf-16"), "a.json: holds NUL bytes"),
+        (b"[1]", "a.json does not hold a dict at the top level"),
+        (b'{"a": "\xe9"}', "a.json is not UTF-8 (byte 0xe9 in line 1)"),
+        ('{"a": 1}'.encode("utf-16"), "a.json holds NUL bytes"),
     ],
 )
 def test_damaged_json(content, expected, tmp_path):
@@ -110,7 +108,7 @@ def test_whole_json(tmp_path):
 def test_damaged_tensors(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
     message = error_of(read_tensors, tmp_path / "model.safetensors")
-    assert "model.safetensors: " in message and "copy it anew" in message
+    assert "model.safetensors: " in message and "copy it again" in message
 
 
 @pytest.mark.parametrize(
@@ -118,12 +116,14 @@ def test_damaged_tensors(content, tmp_path):
 )
 def test_damaged_pickles(content, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(content)
-    assert "pytorch_model.bin: is no whole file of weights" in error_of(read_tensors, tmp_path / "pytorch_model.bin")
+    assert "pytorch_model.bin: the weights file is incomplete or damaged" in error_of(
+        read_tensors, tmp_path / "pytorch_model.bin"
+    )
 
 
 def test_pickles_of_something_else(tmp_path):
     torch.save([torch.eye(2)], tmp_path / "a.bin")
-    assert "a.bin: holds something else than tensors by name" in error_of(read_tensors, tmp_path / "a.bin")
+    assert "a.bin holds other values than named tensors" in error_of(read_tensors, tmp_path / "a.bin")
 
 
 def test_damaged_arrays(tmp_path):
@@ -131,9 +131,9 @@ def test_damaged_arrays(tmp_path):
     np.save(path, np.ones((4, 3), np.float32))
     assert read_array(path).shape == (4, 3)
     path.write_bytes(path.read_bytes()[:-4])
-    assert "a.npy: is no whole .npy file" in error_of(read_array, path)
+    assert "a.npy: the .npy file is incomplete or damaged" in error_of(read_array, path)
     for array, expected in (
-        (np.array([{}, "a"]), "Python objects in dtype"), (np.ones(3), "of shape (3,); expected numbers in 2 dimensions"),
+        (np.array([{}, "a"]), "Python objects in dtype"), (np.ones(3), "of shape (3,), not numbers in 2 dimensions"),
         (np.array([["a"]]), "holds <U1 of shape (1, 1)"),
     ):  # fmt: skip
         np.save(path, array, allow_pickle=True)
@@ -143,9 +143,9 @@ def test_damaged_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is no file in the folder"),
-        ({"weight_map": {"a": "/model.safetensors"}}, "which is no file in the folder"),
-        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors: no such file"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is not a file in the folder"),
+        ({"weight_map": {"a": "/model.safetensors"}}, "which is not a file in the folder"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors: this file does not exist"),
         ({"weight_map": {"b": "one.safetensors"}}, "'b' is not in one.safetensors"),
         ({"weight_map": {}}, "has no weight_map"), ({}, "has no weight_map"), ({"weight_map": {"a": 1}}, "has no weight_map"),
     ],

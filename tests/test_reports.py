@@ -109,7 +109,7 @@ def test_an_end_token_that_transformers_no_longer_adds(tmp_path):
     assert Encoder.from_pretrained(tmp_path).tokenizer("cat")["input_ids"] == [1, 3, 6, 4, 23]
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_eos_token": True}))
-    assert "tokenizer_config.json says add_eos_token" in error_of(Encoder.from_pretrained, tmp_path)
+    assert "tokenizer_config.json asks for add_eos_token" in error_of(Encoder.from_pretrained, tmp_path)
     mended = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)  # as the message says
     mended.save_pretrained(tmp_path)
     assert Encoder.from_pretrained(tmp_path).tokenizer("cat")["input_ids"] == [1, 3, 6, 4, 23, 2]

@@ -206,7 +206,7 @@ def test_a_finished_run_trains_no_further_step(folder, tmp_path):
     told = json.loads((tmp_path / "results.json").read_text())["train"]
     assert [told[key] for key in ("steps", "loss", "seconds")] == [4, None, None]  # BUG: 0.0
     card = (tmp_path / "README.md").read_text()
-    assert "mean loss" not in card and "time        some time on" in card
+    assert "Mean training loss" not in card and "| Training time | unknown time on" in card
 
 
 def test_the_figures_of_a_resumed_run_say_of_which_steps(folder, tmp_path):
@@ -215,7 +215,7 @@ def test_the_figures_of_a_resumed_run_say_of_which_steps(folder, tmp_path):
     made.save_model()
     told = json.loads((tmp_path / "results.json").read_text())["train"]
     assert told["resumed_at_step"] == 2 and told["loss"] > 0
-    assert (tmp_path / "README.md").read_text().count(", from step 3 on") == 2
+    assert (tmp_path / "README.md").read_text().count("(from step 3 on, because the training was resumed)") == 2
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from worker import STS, WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Matryoshka, Retrieval, SimCSE
 from hf_embed.checkpoint.card import is_generated, served_otherwise, write_card
 from hf_embed.checkpoint.save import warn_of_servers
+from hf_embed.checkpoint.tables import plain
 from hf_embed.pooling import POOLINGS, Dense
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -58,8 +59,8 @@ def test_a_script_that_trains_evaluates_and_saves(tmp_path):
     assert train["loss"] == run.state.log_history[-2]["train_loss"] and train["seconds"] > 0 and train["chosen_by"] is None
     for part in (
         "## Results", f"{after['eval_dev_spearman']:.2f}", f"{after['eval_loss_loss']:.3f}", "## Training", "12 rows",
-        "SimCSE: temperature 0.05", "steps       3, of 8 rows each", "learning_rate 0.001", "seed        7", "CPU cores",
-        "torch ", f"mean loss   {train['loss']:.4g}", "arxiv.org/abs/2104.08821",
+        "SimCSE: temperature 0.05", "| Training steps | 3, with a batch size of 8 |", "| learning_rate | 0.001 |",
+        "| Seed | 7 |", "CPU cores", "torch ", f"| Mean training loss | {train['loss']:.4g} |", "arxiv.org/abs/2104.08821",
     ):  # fmt: skip
         assert part in text, part
     assert "not evaluated" not in text
@@ -70,7 +71,7 @@ def test_without_an_evaluation_the_training_is_there_all_the_same(tmp_path):
     run.train()
     run.save_model()
     text = card(tmp_path)
-    assert "## Training" in text and "It was not evaluated" in text and "## Results" not in text
+    assert "## Training" in text and "This model was not evaluated" in text and "## Results" not in text
     assert stored(tmp_path).keys() == {"train"}
 
 
@@ -85,6 +86,16 @@ def test_before_any_training_there_is_nothing_to_say(tmp_path):
     assert "before" not in card(tmp_path).split("## Results")[1].split("## ")[0]
 
 
+def test_the_title_without_any_name(tmp_path):
+    run = make(tmp_path / "faq-search", save_strategy="steps", save_steps=3)
+    run.train()
+    run.save_model()
+    assert "\n# faq-search\n" in card(tmp_path / "faq-search")
+    assert "\n# faq-search\n" in card(tmp_path / "faq-search" / "checkpoint-3")
+    run.save_model(str(tmp_path / "elsewhere"))
+    assert "\n# elsewhere\n" in card(tmp_path / "elsewhere")
+
+
 def test_the_scores_are_of_the_model_that_is_saved(tmp_path):
     """With `load_best_model_at_end` it is the best step's, here the one of the lowest score, not the last one's."""
     run = make(tmp_path, {"dev": SETS["dev"]}, max_steps=6, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
@@ -97,7 +108,7 @@ def test_the_scores_are_of_the_model_that_is_saved(tmp_path):
     assert stored(tmp_path)["after"]["sts"]["dev"] == round(min(scores.values()), 2)
     chosen = stored(tmp_path)["train"]["chosen_by"]
     assert chosen == {"metric": "spearman", "score": round(min(scores.values()), 4), "greater_is_better": False}
-    assert "flatter it" in card(tmp_path)
+    assert "slightly too optimistic" in card(tmp_path)
     saved = Encoder.from_pretrained(str(tmp_path))
     assert ContrastiveTrainer(saved, ContrastiveTrainingArguments(str(tmp_path / "x"), **QUIET)).evaluate(SETS["dev"])[
         "eval_spearman"
@@ -114,10 +125,10 @@ def test_scores_of_an_earlier_step_say_so(tmp_path):
     run.train()
     run.save_model()
     assert stored(tmp_path)["train"]["scored_step"] == 2
-    assert "They were measured at step 2 of the training, before its end." in card(tmp_path)
+    assert "The scores were measured at step 2, before the end of the training." in card(tmp_path)
     run.evaluate()
     run.save_model()
-    assert "scored_step" not in stored(tmp_path)["train"] and "before its end" not in card(tmp_path)
+    assert "scored_step" not in stored(tmp_path)["train"] and "before the end of the training" not in card(tmp_path)
 
 
 def test_sets_that_are_given_to_evaluate_are_in_the_card(tmp_path):
@@ -139,7 +150,7 @@ def test_a_second_training_in_the_folder_replaces_what_the_first_said(tmp_path):
         (tmp_path / "results.json").write_text(json.dumps(stored(tmp_path) | {"mteb": []}))
     make(tmp_path, max_steps=2).train()  # nothing is saved
     assert "mteb" in stored(tmp_path)
-    assert "steps       2, of 4 rows each" in card(tmp_path)
+    assert "| Training steps | 2, with a batch size of 4 |" in card(tmp_path)
 
 
 def test_a_users_own_files_stay(tmp_path, caplog):
@@ -151,7 +162,7 @@ def test_a_users_own_files_stay(tmp_path, caplog):
         run.save_model()
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "results.json").read_text() == '[{"accuracy": 1}]'
-    assert "results.json is not a file of this package" in caplog.text
+    assert "results.json was not written by hf_embed and is left unchanged" in caplog.text
     (tmp_path / "README.md").unlink()
     run.save_model()
     assert "## Training" in card(tmp_path)
@@ -175,7 +186,7 @@ def test_names_for_the_card(tmp_path):
                           dataset_tags=["owner/faq"])  # fmt: skip
     text = card(tmp_path)
     for part in ("# Search in our FAQ\n", "language: en", "license: mit", "- faq", "base_model: owner/base", "- owner/faq",
-                 "- name: Search in our FAQ", "trained on  our FAQ, 12 rows"):  # fmt: skip
+                 "- name: Search in our FAQ", "| Training data | our FAQ, 12 rows |"):  # fmt: skip
         assert part in text, part
     assert "create_model_card has no argument modelname" in error_of(run.create_model_card, modelname="x")
     run.create_model_card(model_name="<b>*x*\n# y")
@@ -202,7 +213,7 @@ def test_every_kind_of_objective_has_a_name(tmp_path, objective, name):
     run.train()
     run.save_model()
     assert stored(tmp_path)["train"]["objective"]["name"] == name
-    assert f"objective   {name}" in card(tmp_path)
+    assert f"| Objective | {plain(name)}" in card(tmp_path)
 
 
 @pytest.mark.slow
@@ -273,11 +284,11 @@ def test_who_is_served_other_vectors_is_told(tmp_path, caplog, pooling, normaliz
     assert len(told) == (0 if same else 1)  # once
     assert ("Servers that read only 1_Pooling" in card(tmp_path)) is not same
     if not same:
-        assert f"(pooling {POOLINGS[pooling].saved_as or pooling})" in told[0] and "load it as the card shows" in told[0]
+        assert f"(pooling {POOLINGS[pooling].saved_as or pooling})" in told[0] and "load the model as its card shows" in told[0]
 
 
 def test_the_mend_is_the_pooling_that_servers_know():
-    assert "pool this model by mean and leave out 1_LayerPooling" in served_otherwise(tiny_encoder(pooling="first_last"))
+    assert "use the pooling mean and ignore 1_LayerPooling" in served_otherwise(tiny_encoder(pooling="first_last"))
     assert "train with the pooling mean" in served_otherwise(tiny_encoder(pooling="top2"))
     assert "train with the pooling cls" in served_otherwise(tiny_encoder(pooling="cls_mlp"))
     assert served_otherwise(tiny_encoder(pooling="cls_mlp_train")) == served_otherwise(tiny_encoder()) == ""

@@ -562,7 +562,7 @@ def test_export_folds(tmp_path, lora):
     loaded = Encoder.from_pretrained(tmp_path)
     assert apart(vectors(loaded), scaled) < 1e-5
     assert loaded.base.config.temp_scale["folded"] is True and applied_tempscale(loaded.base) is None
-    assert "at temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
+    assert "with temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))
     assert torch.equal(vectors(remove_and_return(encoder)), before)

@@ -110,7 +110,7 @@ def generator():
         (ROWS[0], ["'anchor' holds texts", "Dataset.from_dict"]),
         ({"anchor": ["a", "b"], "positive": ["c", "d"]}, ["'anchor' holds texts", "Dataset.from_dict"]),
         (DatasetDict({"train": Dataset.from_list(ROWS)}), ["looks like a split"]),
-        ("nowhere.jsonl", ["nowhere.jsonl: no such file"]),
+        ("nowhere.jsonl", ["nowhere.jsonl: this file does not exist"]),
         (generator(), ["a generator cannot be used as rows", "from_generator"]),
         (generator, ["a function cannot be used as rows", "from_generator"]),
         (torch.utils.data.TensorDataset(torch.zeros(2)), ["a TensorDataset cannot be used as rows", "list of dicts"]),

@@ -84,6 +84,6 @@ def test_nothing_more_than_the_plain_checkpoint_makes_no_file(tmp_path):
 
 def test_no_checkpoint_and_one_of_another_model(tmp_path):
     encoder = tiny_encoder()
-    assert "no checkpoint there (no config.json)" in error_of(load_training_state, tmp_path, encoder, encoder)
+    assert "there is no checkpoint (config.json does not exist)" in error_of(load_training_state, tmp_path, encoder, encoder)
     tiny_encoder("distilbert").save_pretrained(tmp_path, verify=False)
-    assert "the checkpoint is of another model" in error_of(load_training_state, tmp_path, encoder, encoder)
+    assert "the checkpoint belongs to another model" in error_of(load_training_state, tmp_path, encoder, encoder)

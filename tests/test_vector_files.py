@@ -94,9 +94,9 @@ def test_work_on_something_else_is_not_gone_on_with(encoder, small_shards, tmp_p
         (encoder, TEXTS, {"truncate_dim": 8, "prompt_name": "document"}),
         (encoder, TEXTS, {"truncate_dim": 8, "normalize": True}), (encoder, TEXTS[:-1], {"truncate_dim": 8}),
     ]:  # fmt: skip
-        assert "left by a run with another model" in error_of(write_vectors, model, texts, tmp_path / "out.npy", **options)
+        assert "belongs to a run with another model" in error_of(write_vectors, model, texts, tmp_path / "out.npy", **options)
     write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8, batch_size=3)  # which changes no vector
-    assert "is there already" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
+    assert "out.npy already exists" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
     for model, texts, message in [
         (other, TEXTS, "come from another model"), (encoder, changed, "or other texts"),
         (encoder, TEXTS[1:], "100 vectors but 99 texts"),
@@ -176,7 +176,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
         ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
         ([model, texts, out, "--column", "id"], "row 1: the text is not a string (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
-        ([model, tmp_path / "no.txt", out], "no such file"),
+        ([model, tmp_path / "no.txt", out], "this file does not exist"),
         ([model, texts, out, "--precision", "int4"], "invalid choice"),
         ([model, texts, out, "--truncate_dim", "0"], "truncate_dim is 0"),
         ([model, texts, out, "--prompt_name", "title"], "unknown prompt_name 'title'"),

@@ -59,7 +59,7 @@ def kill_points(job: str, tmp_path: Path, step: int) -> int:
         if work or not contents(folder):
             JOBS[job](folder)  # the same call goes on
         else:  # killed when all was done
-            assert output is not None and "is there already" in error_of(JOBS[job], folder)
+            assert output is not None and "already exists" in error_of(JOBS[job], folder)
         assert contents(folder) == expected, number
         number += step
 
@@ -119,7 +119,7 @@ def test_a_damaged_piece_is_made_again(job, damage, tmp_path, monkeypatch):
         work = stop_before_the_end(job, tmp_path / str(number), monkeypatch)
         DAMAGES[damage](work / name)
         if name == "identity" and damage != "gone":
-            assert "remove the folder to start anew" in error_of(JOBS[job], work.parent)
+            assert "remove it to start again" in error_of(JOBS[job], work.parent)
         else:
             JOBS[job](work.parent)
             assert contents(work.parent) == expected, name
