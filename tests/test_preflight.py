@@ -376,7 +376,7 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     assert "can't decode byte 0xe9 in line 2" in error_of(run, tmp_path / "latin.csv")
     assert error_of(run, tmp_path / "none.csv").endswith("(folders and globs are not read)")
     assert error_of(run).startswith(
-        "nothing to train on; give --train_file FILE or --dataset_name NAME, or the files as they are"
+        "there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE"
     )
     good = write(tmp_path / "good.csv", [["anchor", "positive"], ["a", "b"], ["c", "d"]])
     assert "there is no folder" in error_of(run, good, "--output_file", tmp_path / "no" / "report.json")

@@ -211,7 +211,7 @@ BAD = {
     "missing file": (["--train_file", "absent.csv"], "absent.csv: no such file"),
     "wrong kind": (["--train_file", "{model}/config.toml"], "no such file"),
     "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
-    "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE or --dataset_name NAME"),
+    "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE, --dataset_name NAME or --sources FILE"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
     "unreachable dataset": (["--dataset_name", "no/such-data"], "no/such-data.* cannot be loaded: .*; or give a local file"),
     "unknown pooling": (["--train_file", "{nli}", "--pooling", "max"], "unknown pooling 'max'; take one of cls"),
