@@ -124,8 +124,8 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "make_trainer", lambda plan, model: pytest.fail("a run was started"))
     config = tmp_path / "bad.yaml"
     for variants, message in (
-        ("{a > b: {}, a < b: {}}", "another variant's name differs in signs only"),
-        ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a': give the flags"),
+        ("{a > b: {}, a < b: {}}", "the name of another variant differs only in punctuation"),
+        ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a' has no dict of flags; give the flags"),
         ("{a: {}, b: {positive: 'crop:1'}}", "positive 'crop:1': the share"),
         ("{a: {}, b: {positive: 'mask_fill:0.1'}}", "has no masked-language-modelling head"),
     ):  # fmt: skip

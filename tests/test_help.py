@@ -10,7 +10,7 @@ from conftest import error_of
 
 from hf_embed import ContrastiveTrainingArguments, SimCSE
 from hf_embed.kit import cli
-from hf_embed.kit.flags_page import page, parser_of
+from hf_embed.kit.flags_page import own_recipes, page, parser_of
 from hf_embed.kit.help import CONFIG, HELP, TRAINER, USUAL, sections
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +140,15 @@ def test_a_recipe_says_what_it_is(capsys, monkeypatch):
     monkeypatch.setattr("hf_embed.kit.help.running_recipe", lambda: Recipe)
     assert hf_embed.entry.recipe_command("push") == "hf-embed push"
     assert "\n\nPush.\n\n    hf-embed push a b\n\nFlags of" in shown(capsys, [Words], "--help")
+
+
+def test_the_page_is_of_the_recipes_beside_the_package(tmp_path, monkeypatch):
+    """BUG: in a clone, the page showed the flags of recipes that are installed elsewhere."""
+    monkeypatch.setattr("hf_embed.kit.flags_page.recipes_folder", lambda: tmp_path / "installed")
+    monkeypatch.setattr("hf_embed.__file__", str(ROOT / "hf_embed" / "__init__.py"))
+    assert own_recipes() == ROOT.resolve() / "recipes"
+    monkeypatch.setattr("hf_embed.__file__", str(tmp_path / "hf_embed" / "__init__.py"))
+    assert own_recipes() == tmp_path / "installed"
 
 
 def test_the_page_is_up_to_date():

@@ -379,9 +379,9 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
         "there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE"
     )
     good = write(tmp_path / "good.csv", [["anchor", "positive"], ["a", "b"], ["c", "d"]])
-    assert "there is no folder" in error_of(run, good, "--output_file", tmp_path / "no" / "report.json")
-    assert "pictures end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
-    assert error_of(run, good, good) == f"two sources are named '{good}'; give each file once"
+    assert "no does not exist; create it first" in error_of(run, good, "--output_file", tmp_path / "no" / "report.json")
+    assert "a picture's name must end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
+    assert error_of(run, good, good) == f"two sources have the name '{good}'; give each file once"
     assert "sample is -1" in error_of(run, good, "--sample", "-1")
 
 
@@ -413,6 +413,17 @@ def test_sources_of_different_shapes(tmp_path, encoder, caplog):
     assert (lists["shared"], pairs["shared"], report["total"]["duplicates"]) == (0, 0, 1)
     assert [each["code"] for each in report["findings"] if each["of"] == "pairs"] == ["duplicates"]
     assert f"{'total':21}" not in lines(report)[0] and any(line.startswith("total ") for line in lines(report))
+
+
+@pytest.mark.parametrize("sample, rows", [(5, 5), (0, 30), (None, 20)])
+def test_how_many_rows_of_a_stream_are_read(sample, rows, encoder, monkeypatch):
+    """BUG: a sample of 0 read only the first rows of a stream, although 0 means all."""
+    monkeypatch.setattr("hf_embed.kit.preflight_source.SAMPLE", 20)
+    stream = Dataset.from_list([{"text": f"line {i}"} for i in range(30)]).to_iterable_dataset()
+    source = Source("mine", stream, size=30)
+    report = preflight([(source, "mine", False)], encoder, Settings(sample=sample), {})["sources"]["mine"]
+    assert report["rows"] == report["sample"]["rows"] == rows
+    assert report.get("first_rows_of_a_stream") == (rows if rows < 30 else None)
 
 
 def test_rows_that_stand_in_two_files(tmp_path, capsys):

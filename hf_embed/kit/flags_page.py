@@ -7,6 +7,7 @@ import io
 import sys
 from pathlib import Path
 
+import hf_embed
 from hf_embed.entry import CONSOLE, recipes_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import HelpShown, Parser
@@ -15,13 +16,13 @@ from hf_embed.kit.help import TRAINER, Section, sections
 TOP = """# Flags
 
 Every flag of every recipe, as `--help` shows them. `python -m hf_embed.kit.flags_page > docs/flags.md` makes this page.
-A recipe is started as `hf-embed RECIPE`, or in a clone as `python recipes/RECIPE.py`. Words in capitals stand first, without
-a flag. `--config FILE` reads flags from a YAML file; one on the command line goes before it.
+Start a recipe with `hf-embed RECIPE`, or in a clone with `python recipes/RECIPE.py`. Words in capitals are values that come
+first, without a flag. `--config FILE` reads flags from a YAML file; a flag on the command line overrides the file.
 """
 OF_TRAINER = """
-Recipes that train take all settings of
+Recipes that train also accept all settings of
 [`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
-too, of the installed version: `--help all` lists them. They do what they do for a plain Trainer, or are refused by name.
+in the installed version; `--help all` lists them. Each works as in a plain Trainer, or is refused with an error that names it.
 """
 
 
@@ -47,13 +48,19 @@ def parser_of(path: Path) -> tuple[str, Parser]:
     finally:
         sys.argv = argv
         del sys.modules[spec.name]
-    raise InputError(f"{path}: a recipe reads its flags first of all")
+    raise InputError(f"{path}: the recipe ended without reading its flags; a recipe must read its flags first")
 
 
 def table(section: Section) -> list[str]:
     """Return the flags under a heading as the lines of a Markdown table."""
     rows = [(flag.call.replace("|", "\\|"), flag.text.replace("|", "\\|")) for flag in section.flags]
     return ["| flag | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in rows), ""]
+
+
+def own_recipes() -> Path:
+    """Return the folder of the recipes beside this package in a clone. Without a clone, return the installed recipes."""
+    beside = Path(hf_embed.__file__).resolve().parent.parent / "recipes"
+    return beside if (beside / "configs").is_dir() else recipes_folder() or Path("recipes")
 
 
 def page(folder: Path) -> str:
@@ -80,11 +87,11 @@ def page(folder: Path) -> str:
                 shared[part.heading] = text
                 others.append(part.heading)
         if others:
-            lines += [f"And, below: {'; '.join(others)}.", ""]
+            lines += [f"This recipe also has the flags of these sections below: {'; '.join(others)}.", ""]
     for heading, text in shared.items():
         lines += [f"## {heading}", "", text]
     return "\n".join([*lines, "## " + TRAINER, OF_TRAINER])
 
 
 if __name__ == "__main__":
-    print(page(recipes_folder() or Path("recipes")), end="")
+    print(page(own_recipes()), end="")
