@@ -106,7 +106,7 @@ def test_a_file_without_a_header(tmp_path):
 def test_the_flag_of_recipes_that_read_one_column(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"query": "a", "pos": "b"}])
     assert (
-        error_of(read_column, path) == f"{path}: found the columns query, pos; name the one that holds the texts: --column NAME"
+        error_of(read_column, path) == f"{path}: found the columns query, pos; give the column of the texts with --column NAME"
     )
     assert read_column(path, "pos")[1][:] == ["b"]
 

@@ -68,10 +68,10 @@ def test_words_and_a_file(tmp_path):
     ("argv", "message"),
     [
         ((), f"FOLDER and REPO missing: {USAGE}; --help lists the flags"),
-        (("a",), f"REPO missing: {USAGE}; --help lists the flags"),
-        (("--count", "3", "--folder", "a"), f"REPO missing: {USAGE}; --help lists the flags"),
-        (("a", "b", "main", "d"), f"'d' is a word too many: {USAGE}"),
-        (("a", "b", "--folder", "c"), f"FOLDER is given twice, as 'a' and by --folder: {USAGE}"),
+        (("a",), f"missing: REPO; usage: {USAGE} (--help lists the flags)"),
+        (("--count", "3", "--folder", "a"), f"missing: REPO; usage: {USAGE} (--help lists the flags)"),
+        (("a", "b", "main", "d"), f"unexpected argument 'd'; usage: {USAGE}"),
+        (("a", "b", "--folder", "c"), f"FOLDER is given twice, as 'a' and with --folder; usage: {USAGE}"),
         (("a", "b", "--cuont", "3"), "unknown flag --cuont (did you mean 'count'?); --help lists the flags"),
     ],
 )

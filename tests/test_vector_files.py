@@ -232,7 +232,7 @@ def test_search_takes_only_vectors_of_the_file(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     main_of("encode", monkeypatch, model, texts, out)
     words = [model, texts, "--embeddings", out, "--query", "cat"]
-    assert "add --prompt_name document" in error_of(main_of, "search", monkeypatch, *words)
+    assert "encode them again with --prompt_name document" in error_of(main_of, "search", monkeypatch, *words)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(texts.read_text().replace('"id": 7, "text": "', '"id": 7, "text": "new '))
     assert "or other texts" in error_of(main_of, "search", monkeypatch, model, changed, "--embeddings", out, "--query", "cat")
@@ -282,6 +282,6 @@ def test_two_ranks_and_a_killed_run_write_the_same(files, encoder, tmp_path):
 def test_a_recipe_of_one_process_is_not_started_twice(files, tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(files)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    expected = "this recipe is one process, and 2 were started; start it without a launcher"
+    expected = "this recipe runs in a single process, but 2 were started; start it without a launcher"
     assert error_of(main_of, name, monkeypatch, files / "model", *words) == expected
     assert not (files / "new").exists()

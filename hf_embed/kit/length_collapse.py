@@ -194,7 +194,7 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     below.locator_params(axis="x", integer=True)
     below.set_xlabel("layer (0: word embeddings)")
     below.set_ylabel("share of energy outside the mean of the text")
-    below.set_title("Token states that differ within a text (lower: tokens are more alike)", fontsize=11)
+    below.set_title("Differences between the tokens of a text (lower: tokens are more alike)", fontsize=11)
     below.legend(fontsize=9)
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
