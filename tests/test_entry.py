@@ -134,7 +134,7 @@ def test_launch_refuses_in_one_line(monkeypatch, capsys):
         assert first in ([], ["hf_embed 0.1.0: starting the processes ..."])
         return last.removeprefix("error: ")
 
-    assert message("sup-simse") == "there is no recipe 'sup-simse' (did you mean 'sup-simcse'?); hf-embed lists them"
+    assert message("sup-simse") == "there is no recipe 'sup-simse' (did you mean 'sup-simcse'?); hf-embed lists the recipes"
     assert message("--num_processes", "2") == (
         "no recipe is given; give hf-embed launch --config_file FILE RECIPE [FLAGS] (hf-embed lists the recipes)"
     )
@@ -196,7 +196,7 @@ def test_the_command_lists_every_recipe(monkeypatch, capsys):
 def test_an_unknown_recipe_is_one_line():
     assert (
         error_of(command.find_recipe, "sup_simces")
-        == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists them"
+        == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists the recipes"
     )
 
 

@@ -67,7 +67,7 @@ def test_words_and_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), f"FOLDER and REPO missing: {USAGE}; --help lists the flags"),
+        ((), f"missing: FOLDER and REPO; usage: {USAGE} (--help lists the flags)"),
         (("a",), f"missing: REPO; usage: {USAGE} (--help lists the flags)"),
         (("--count", "3", "--folder", "a"), f"missing: REPO; usage: {USAGE} (--help lists the flags)"),
         (("a", "b", "main", "d"), f"unexpected argument 'd'; usage: {USAGE}"),
@@ -102,7 +102,7 @@ Flags of a recipe of words:
   --texts NAME=PATH ...       NAME=PATH of each.
   --unit {{true,false}}         Unit vectors.
 
-And:
+Flags of every recipe:
   {CONFIG[0]}               {CONFIG[1]}
   {HELP[0]}                {HELP[1]}
 """

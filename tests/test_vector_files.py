@@ -170,9 +170,9 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
     for words, message in [
-        ([model, texts], "OUT missing: python encode.py MODEL FILE OUT [FLAGS]"),
-        ([model, "--precision", "int8"], "FILE and OUT missing: "),
-        ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
+        ([model, texts], "missing: OUT; usage: python encode.py MODEL FILE OUT [FLAGS]"),
+        ([model, "--precision", "int8"], "missing: FILE and OUT; usage: "),
+        ([model, texts, out, "--column", "body"], "there is no column 'body'; found id, text"),
         ([model, texts, out, "--column", "id"], "row 1: the text is not a text (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
         ([model, tmp_path / "no.txt", out], "no such file"),
@@ -182,7 +182,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     ]:
         assert message in error_of(main_of, "encode", monkeypatch, *words)
         assert not out.exists()
-    assert "FILE missing: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
+    assert "missing: FILE; usage: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
 
 
 def hits_of(output):
