@@ -128,14 +128,9 @@ def read_sentences(path: str, seed: int) -> list[str]:
 
 
 def train(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    steps: int,
-    loss_of: Callable[[int], tuple[Tensor, int]],
-    seed: int,
-    checkpoint: Path,
-) -> tuple[float, int]:
+    module: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler, steps: int,
+    loss_of: Callable[[int], tuple[Tensor, int]], seed: int, checkpoint: Path,
+) -> tuple[float, int]:  # fmt: skip
     """Train, and write a checkpoint every `SAVE_STEPS` steps. If there is a checkpoint already, resume from it.
 
     Args:

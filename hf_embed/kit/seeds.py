@@ -72,16 +72,11 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         return train(plan)
     seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint
     if resume and resume not in LATEST:
-        raise InputError(
-            f"--resume_from_checkpoint {resume} cannot be used with --seeds, because each seed has its own checkpoints; remove "
-            "the path"
-        )
+        raise InputError(f"--resume_from_checkpoint {resume} with --seeds: each seed has its own checkpoints; remove the path")
     if not plan.tasks:
         raise InputError("--seeds needs an evaluation set to choose the best run; give one, such as --eval_sts_file NAME=PATH")
     if plan.args.push_to_hub:
-        raise InputError(
-            "--push_to_hub cannot be used with --seeds; remove it, and upload the finished folder with recipes/push.py"
-        )
+        raise InputError("--push_to_hub does not work with --seeds; upload the finished folder with recipes/push.py instead")
     earlier = EarlierRun([] if resume else earlier_files(plan.folder), plan.folder)
     runs = {}
     if PartialState().is_main_process:
@@ -96,11 +91,8 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
             continue
         checkpoint = interrupted_run(folder, plan) if resume else None
         earlier_run = (folder / "results.json").is_file() or bool(checkpoints_in(folder))
-        anew = (
-            ": training it again, because its earlier run had other settings"
-            if resume and earlier_run and checkpoint is None
-            else ""
-        )
+        other = resume and earlier_run and checkpoint is None
+        anew = ": training it again, because its earlier run had other settings" if other else ""
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
         of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
