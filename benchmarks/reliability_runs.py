@@ -413,7 +413,7 @@ class Runs:
             if not ended.refused:
                 return ended, how
             if how == "resumed" and saved:
-                return ended, f"not resumed although {', '.join(saved)} exists"
+                return ended, f"not resumed although {', '.join(saved)} is there"
             if how == "the same command" and "is there already" in ended.message:
                 return Ended(0, ended.seconds, ended.log), "was finished"
         return ended, how

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import hf_embed
 from hf_embed.entry import CONSOLE, recipes_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import HelpShown, Parser
-from hf_embed.kit.help import TRAINER, Section, sections
+from hf_embed.kit.help import TRAINER, TRAINING, Section, sections
 
-TOP = """# Flags
+TOP = """# Recipes and their flags
 
-Every flag of every recipe, as `--help` shows them. `python -m hf_embed.kit.flags_page > docs/flags.md` makes this page.
-Start a recipe with `hf-embed RECIPE`, or in a clone with `python recipes/RECIPE.py`. Words in capitals are values that come
-first, without a flag. `--config FILE` reads flags from a YAML file; a flag on the command line overrides the file.
+Every recipe with every flag, as `--help` shows them. `python -m hf_embed.kit.flags_page > docs/flags.md` makes this page from
+the code. Start a recipe as `hf-embed RECIPE`, or in a clone as `python recipes/RECIPE.py`. Words in capitals, such as MODEL,
+come first and need no flag. `--config FILE` reads flags from a YAML file. A flag on the command line overrides the file.
 """
+# Above the examples of a recipe: what tests/doc_blocks.py has to know of them.
+NOT_RUN = "<!-- not run: the examples of --help; the tests check their flags -->"
 OF_TRAINER = """
 Recipes that train also accept all settings of
 [`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
@@ -54,7 +57,22 @@ def parser_of(path: Path) -> tuple[str, Parser]:
 def table(section: Section) -> list[str]:
     """Return the flags under a heading as the lines of a Markdown table."""
     rows = [(flag.call.replace("|", "\\|"), flag.text.replace("|", "\\|")) for flag in section.flags]
-    return ["| flag | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in rows), ""]
+    return ["| flag | what it does |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in rows), ""]
+
+
+def anchor(heading: str) -> str:
+    """Return the name of a heading in links, as GitHub and the documentation site make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def about_lines(about: str) -> list[str]:
+    """Return the Markdown of what a recipe says of itself below its first line: paragraphs, and examples as code."""
+    about = re.sub(r"python recipes/(\w+)\.py", lambda found: f"{CONSOLE} {found[1].replace('_', '-')}", about)
+    lines = []
+    for paragraph in about.split("\n\n")[1:]:
+        code = inspect.cleandoc(f"\n{paragraph}") if paragraph.startswith("    ") else None
+        lines += [paragraph, ""] if code is None else [NOT_RUN, "```bash", code, "```", ""]
+    return lines
 
 
 def own_recipes() -> Path:
@@ -70,14 +88,17 @@ def page(folder: Path) -> str:
         name = path.stem.replace("_", "-")
         about, parser = parser_of(path)
         parts = [part for part in sections(parser.kinds, parser.actions, full=False) if not part.heading.startswith(TRAINER)]
-        found[name] = about.splitlines()[0], parser.usage_words, parts
+        found[name] = about, parser.usage_words, parts
     users: dict[str, list[str]] = {}
     for name, (_, _, parts) in found.items():
         for part in parts:
             users.setdefault("\n".join(table(part)), []).append(name)
-    lines, shared = [TOP], {}
-    for name, (first, words, parts) in found.items():
-        lines += [f"## {name}", "", first, "", f"    {' '.join([CONSOLE, name, *words, '[FLAGS]'])}", ""]
+    lines, shared = [TOP, "| recipe | what it does |", "|---|---|"], {}
+    lines += [f"| [{name}](#{name}) | {about.splitlines()[0]} |" for name, (about, _, _) in found.items()]
+    lines.append("")
+    for name, (about, words, parts) in found.items():
+        usage = " ".join([CONSOLE, name, *words, "[FLAGS]"])
+        lines += [f"## {name}", "", about.splitlines()[0], "", "```text", usage, "```", "", *about_lines(about)]
         others = []
         for part in parts:
             text = "\n".join(table(part))
@@ -85,9 +106,11 @@ def page(folder: Path) -> str:
                 lines += [f"**{part.heading}**", "", text]
             else:
                 shared[part.heading] = text
-                others.append(part.heading)
+                others.append(f"- [{part.heading}](#{anchor(part.heading)})")
+        if any(part.heading == TRAINING for part in parts):
+            others.append(f"- [{TRAINER}](#{anchor(TRAINER)})")
         if others:
-            lines += [f"This recipe also has the flags of these sections below: {'; '.join(others)}.", ""]
+            lines += ["Flags that it shares with other recipes:", "", *others, ""]
     for heading, text in shared.items():
         lines += [f"## {heading}", "", text]
     return "\n".join([*lines, "## " + TRAINER, OF_TRAINER])
