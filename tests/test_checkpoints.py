@@ -323,7 +323,7 @@ WRONG = {
     "training weights": (lambda c: other_shapes(c / "training.safetensors"), "the checkpoint is of another model"),
     "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "no global step": (lambda c: (c / "trainer_state.json").write_text("{}"), "trainer_state.json has no global_step"),
-    "no state": (lambda c: (c / "trainer_state.json").unlink(), "it has no trainer_state.json"),
+    "no state": (lambda c: (c / "trainer_state.json").unlink(), "no trainer_state.json"),
 }
 
 

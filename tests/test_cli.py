@@ -167,7 +167,7 @@ def test_bad_prompts_say_what_is_wanted(value, parse):
     assert "prompts" in message and '{"query"' in message
 
 
-@pytest.mark.parametrize(("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: no such file"), ([], "has no value")])
+@pytest.mark.parametrize(("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: no such file"), ([], "needs a file")])
 def test_bad_config_flag(flags, expected):
     assert expected in error_of(cli.parse, [SimCSE], argv=["--config", *flags])
 

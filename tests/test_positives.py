@@ -119,7 +119,7 @@ def test_bad_input(tmp_path, masked_lm):
     bad = tmp_path / "bad.tsv"
     bad.write_text("word other\n")
     for settings, message in (
-        ({}, "give --synonyms FILE"), ({"synonyms": "absent"}, "absent: no such file"),
+        ({}, "needs --synonyms FILE"), ({"synonyms": "absent"}, "absent: no such file"),
         ({"synonyms": str(bad)}, "bad.tsv, line 1: expected a word, a tab"),
     ):  # fmt: skip
         assert message in error_of(add_positives, rows, "synonym:0.1", **settings)

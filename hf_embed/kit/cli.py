@@ -279,7 +279,7 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     for i, word in enumerate(argv):
         if word == option:
             if i + 1 == len(argv):
-                raise InputError(f"{option} has no value; give the name of a file")
+                raise InputError(f"{option} needs a file; give {option} FILE")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
         if word.startswith(option + "="):
             return word.removeprefix(option + "="), argv[:i] + argv[i + 1 :]

@@ -75,12 +75,6 @@ def about_lines(about: str) -> list[str]:
     return lines
 
 
-def own_recipes() -> Path:
-    """Return the folder of the recipes beside this package in a clone. Without a clone, return the installed recipes."""
-    beside = Path(hf_embed.__file__).resolve().parent.parent / "recipes"
-    return beside if (beside / "configs").is_dir() else recipes_folder() or Path("recipes")
-
-
 def page(folder: Path) -> str:
     """Return the text of docs/flags.md: first each recipe with its own flags, then the flags that several recipes share."""
     found = {}
@@ -114,6 +108,12 @@ def page(folder: Path) -> str:
     for heading, text in shared.items():
         lines += [f"## {heading}", "", text]
     return "\n".join([*lines, "## " + TRAINER, OF_TRAINER])
+
+
+def own_recipes() -> Path:
+    """Return the folder of the recipes beside this package in a clone. Without a clone, return the installed recipes."""
+    beside = Path(hf_embed.__file__).resolve().parent.parent / "recipes"
+    return beside if (beside / "configs").is_dir() else recipes_folder() or Path("recipes")
 
 
 if __name__ == "__main__":

@@ -446,7 +446,7 @@ def find_checkpoint(given: str, folder: Path) -> str:
             raise InputError(f"--resume_from_checkpoint: {folder} has no checkpoint-N folder; remove the flag to start a run")
         return str(last)
     if not Path(given, "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {given}: it has no trainer_state.json; give a checkpoint-N folder")
+        raise InputError(f"--resume_from_checkpoint {given}: trainer_state.json does not exist; give a checkpoint-N folder")
     check_whole(Path(given))
     return given
 

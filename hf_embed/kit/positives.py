@@ -193,7 +193,7 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
     """
     if path is None:
         raise InputError(
-            "positive synonym needs a table; give --synonyms FILE with lines of a word, a tab, and synonyms separated by commas"
+            "positive synonym needs --synonyms FILE; each line holds a word, a tab, and its synonyms, separated by commas"
         )
     table = {}
     for number, line in enumerate(read_text(path, f"--synonyms {path}").splitlines(), 1):
