@@ -196,7 +196,7 @@ def test_a_model_that_cannot_be_folded_is_not_searched_for(run):
 def test_recipe_says_what_is_wrong(run):
     for words, message in (
         (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
-        (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "leave one of them out"),
+        (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "is given; remove one of them"),
         (["--texts", "absent.txt"], "absent.txt: no such file"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

@@ -113,7 +113,7 @@ def test_masked_words_are_filled_by_the_model(masked_lm):
 def test_bad_input(tmp_path, masked_lm):
     rows = Dataset.from_dict({"text": TEXTS})
     for positive in ("drop", "crop", "delete_one_word:0.1", "dropout:0.1", ""):
-        assert f"positive '{positive}'; there are {', '.join(KNOWN)}" == error_of(parse_positive, positive)
+        assert f"unknown positive '{positive}'; give one of {', '.join(KNOWN)}" == error_of(parse_positive, positive)
     for share in ("1", "1.0", "0", "-0.1", "nan", "x", "10%"):
         assert "above 0 and below 1, for example crop:0.1" in error_of(parse_positive, f"crop:{share}")
     bad = tmp_path / "bad.tsv"
