@@ -134,13 +134,11 @@ class RunArguments:
         default=None,
         metadata={"help": "Seeds, as 1,2,3: train with each, keep the run that is best on the evaluation sets, report all."},
     )
-    language: list[str] | None = field(
-        default=None, metadata={"help": "Languages of the texts, for the model card, e.g. en de."}
-    )
+    language: list[str] | None = field(default=None, metadata={"help": "For the card: languages of the texts, e.g. en de."})
     license: str | None = field(
-        default=None, metadata={"help": "License for the model card, as the Hub writes it, e.g. apache-2.0."}
+        default=None, metadata={"help": "For the card: the license, as the Hub writes it, e.g. apache-2.0."}
     )
-    title: str | None = field(default=None, metadata={"help": "Title of the model card. Default: Text embeddings."})
+    title: str | None = field(default=None, metadata={"help": "Title of the card. Default: Text embeddings."})
     show_searches: int = field(
         default=0, metadata={"help": "Number of searches of each retrieval set that are printed at the end."}
     )
