@@ -254,7 +254,7 @@ def test_ignored_columns_must_be_there(tmp_path):
     assert expected in error_of(read_train_rows, DataArguments(train_file=path, ignore_columns=["label"]))
     assert expected in error_of(read_sources, listed(tmp_path, {"name": "s", "file": "a.csv", "ignore_columns": ["label"]}))
     given = DataArguments(sources=listed(tmp_path, {"name": "s", "file": "a.csv"}), ignore_columns=["label"])
-    assert "a sources file says it of each source" in error_of(read_train_rows, given)
+    assert "do not apply to --sources; set them in the sources file" in error_of(read_train_rows, given)
     (parsed,) = cli.parse([DataArguments], argv=["--ignore_columns", "label", "score"])
     assert parsed.ignore_columns == ["label", "score"]
 

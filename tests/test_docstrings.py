@@ -92,7 +92,7 @@ def test_installed_packages_are_found_by_name():
     assert "hf_embed.kit.docstrings.write_sources" in names
     assert len(read_definitions("python", max_files=30)) > 50
     assert error_of(read_definitions, "no_such_package_anywhere") == (
-        "no_such_package_anywhere: no such file, folder or installed package"
+        "no_such_package_anywhere: there is no such file, folder or installed package"
     )  # fmt: skip
 
 

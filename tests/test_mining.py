@@ -275,7 +275,7 @@ def test_retrieval_folder_in(files):
 def test_recipe_says_what_is_missing(files):
     words = command(files, "out.jsonl", "--retrieval_dir", "x")
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and "error: give --train_file FILE or --retrieval_dir DIR, one of them" in done.stderr
+    assert done.returncode == 2 and "needed; give either --train_file FILE or --retrieval_dir DIR" in done.stderr
 
 
 def test_vectors_of_mined_texts_are_unit(tmp_path):

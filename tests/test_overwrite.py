@@ -299,7 +299,7 @@ def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
 
 def test_seeds_take_no_path_to_resume_from(old):
     out, argv = old
-    assert "give no path" in error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", out / "checkpoint-2")
+    assert "remove the path" in error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", out / "checkpoint-2")
 
 
 def test_links_of_the_users_are_not_followed(tmp_path):

@@ -91,7 +91,7 @@ def test_a_stopped_run_goes_on_exactly(train, objective, tmp_path, monkeypatch, 
     (tmp_path / "sentences.txt").write_text(text)
     capsys.readouterr()
     train(tmp_path / "stopped", *objective)
-    assert "going on at step 2 of " in capsys.readouterr().out
+    assert "resuming at step 2 of " in capsys.readouterr().out
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("calm", "stopped")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -110,13 +110,13 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--objective distill learns from a teacher"),
-        ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, and it can be at most 1"),
-        ([*TEACHER, "--vocab_size", 10], "--vocab_size is 10; the letters of this text alone are"),
-        ([*TEACHER, "--max_length", 600], "--max_length is 600, and the teacher has 512 positions; give less"),
-        (["--objective", "mlm", *TEACHER], "--objective mlm has no teacher"),
-        (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10; the letters of this text alone are"),
-        (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or less to a batch"),
+        ([], "--objective distill needs a teacher"),
+        ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, but it can be at most 1"),
+        ([*TEACHER, "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
+        ([*TEACHER, "--max_length", 600], "--max_length is 600, but the teacher has 512 positions; give a smaller"),
+        (["--objective", "mlm", *TEACHER], "--objective mlm uses no teacher"),
+        (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
+        (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or a smaller --batch_tokens"),
         (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64"),
     ],
 )
@@ -183,7 +183,7 @@ def test_two_processes(train, objective, tmp_path):
         return
     few = launch(2, recipe, *words, tmp_path / "few", "--batch_tokens", 64)
     done = subprocess.run(few, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "2 processes share a batch of 1 texts; give more --batch_tokens" in done.stderr
+    assert done.returncode != 0 and "2 processes cannot share a batch of 1 texts; give a larger --batch_tokens" in done.stderr
 
 
 def test_sequences_are_packed_and_begin_with_cls(monkeypatch):

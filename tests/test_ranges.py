@@ -398,7 +398,7 @@ def test_gte_settings_are_checked_before_the_offline_data_are_made(tmp_path, mon
         (
             "pretrain_encoder",
             ["--teacher", "t", "--train_file", "f", "--output_dir", "o", "--num_heads", "7"],
-            "does not divide the 192",
+            "does not divide --hidden_size 192",
         ),
         ("simcse_ablation", ["--temperature", "0"], "temperature is 0.0"),
         ("simcse_ablation", ["--seeds", "1,1"], "--seeds '1,1'"),

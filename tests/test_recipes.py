@@ -168,7 +168,7 @@ def test_lora_and_mlp_head_export(tmp_path, files):
         argv = flags(files, "--output_dir", tmp_path / "no", "--max_steps", 1, "--lora_r", 4, "--save_adapter", *wrong)
         assert "--save_adapter: " in error_of(sup, *argv)
     argv = flags(files, "--output_dir", tmp_path / "no", "--lora_r", 4, "--mlm_weight", 0.1)
-    assert "leave one of them out" in error_of(sup, *argv)
+    assert "trains all weights; remove one of them" in error_of(sup, *argv)
     texts = ["the cat", "a house by the river"]
     np.testing.assert_allclose(adapted.encode(texts), merged.encode(texts), atol=1e-5)
 
@@ -211,7 +211,7 @@ BAD = {
     "missing file": (["--train_file", "absent.csv"], "absent.csv: this file does not exist"),
     "wrong kind": (["--train_file", "{model}/config.toml"], "this file does not exist"),
     "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
-    "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE or --dataset_name NAME"),
+    "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE, --dataset_name NAME or --sources FILE"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
     "unreachable dataset": (
         ["--dataset_name", "no/such-data"],

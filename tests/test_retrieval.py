@@ -231,8 +231,8 @@ def test_code_search_of_a_package():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "no such file, folder or installed package"),
-        ('{"doc": "a", "code": "b"}\n', "code search has docstring and code"),
+        (None, "there is no such file, folder or installed package"),
+        ('{"doc": "a", "code": "b"}\n', "code search needs docstring and code"),
         ('{"docstring": "a", "code": "b"}\n{"docstring": "c", "code": null}\n', "row 2, column 'code': the text is missing"),
     ],
 )

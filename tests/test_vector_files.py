@@ -171,9 +171,9 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
     for words, message in [
-        ([model, texts], "OUT missing: python encode.py MODEL FILE OUT [FLAGS]"),
-        ([model, "--precision", "int8"], "FILE and OUT missing: "),
-        ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
+        ([model, texts], "missing: OUT; usage: python encode.py MODEL FILE OUT [FLAGS]"),
+        ([model, "--precision", "int8"], "missing: FILE and OUT; usage: "),
+        ([model, texts, out, "--column", "body"], "there is no column 'body'; found id, text"),
         ([model, texts, out, "--column", "id"], "row 1: the text is not a string (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
         ([model, tmp_path / "no.txt", out], "this file does not exist"),
@@ -183,7 +183,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     ]:
         assert message in error_of(main_of, "encode", monkeypatch, *words)
         assert not out.exists()
-    assert "FILE missing: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
+    assert "missing: FILE; usage: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
 
 
 def hits_of(output):
@@ -233,7 +233,7 @@ def test_search_takes_only_vectors_of_the_file(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     main_of("encode", monkeypatch, model, texts, out)
     words = [model, texts, "--embeddings", out, "--query", "cat"]
-    assert "add --prompt_name document" in error_of(main_of, "search", monkeypatch, *words)
+    assert "encode them again with --prompt_name document" in error_of(main_of, "search", monkeypatch, *words)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(texts.read_text().replace('"id": 7, "text": "', '"id": 7, "text": "new '))
     assert "or other texts" in error_of(main_of, "search", monkeypatch, model, changed, "--embeddings", out, "--query", "cat")
@@ -283,6 +283,6 @@ def test_two_ranks_and_a_killed_run_write_the_same(files, encoder, tmp_path):
 def test_a_recipe_of_one_process_is_not_started_twice(files, tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(files)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    expected = "this recipe is one process, and 2 were started; start it without a launcher"
+    expected = "this recipe runs in a single process, but 2 were started; start it without a launcher"
     assert error_of(main_of, name, monkeypatch, files / "model", *words) == expected
     assert not (files / "new").exists()

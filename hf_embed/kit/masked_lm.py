@@ -91,7 +91,7 @@ def train_tokenizer(sentences: list[str], size: int, max_length: int) -> BertTok
     # equally frequent pairs, it merges the one with the lower numbers. As special tokens, the letters have a fixed order.
     given = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     if size < len(given):
-        raise InputError(f"--vocab_size is {size}; the letters of this text alone are {len(given)} pieces, so give more")
+        raise InputError(f"--vocab_size is {size}, but the letters of this text alone need {len(given)} pieces; give more")
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=given, limit_alphabet=len(letters), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     pieces = tokenizer.get_vocab()
@@ -173,8 +173,8 @@ def all_batches(args: PretrainArguments, stream: np.ndarray) -> list[tuple[int, 
         size, there = max(1, args.batch_tokens // length), len(stream) // (length - 1)
         if there < size:
             raise InputError(
-                f"--train_file has {len(stream):,} tokens, and --batch_tokens asks for {args.batch_tokens:,}; give more text, "
-                "or less to a batch"
+                f"--train_file has {len(stream):,} tokens, fewer than one batch of --batch_tokens {args.batch_tokens:,}; give "
+                "more text, or a smaller --batch_tokens"
             )
         steps = max(1, round(tokens / (size * length)))
         passes = [rng.permutation(there)[: there // size * size] for _ in range(math.ceil(steps / (there // size)))]
