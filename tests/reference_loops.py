@@ -222,9 +222,9 @@ class Words(NamedTuple):
 def mask_words(ids: Tensor, words: Words) -> tuple[Tensor, Tensor]:
     """Apply BERT's masking rule to token ids (tokens,).
 
-    15% of the tokens are chosen. Of these, 80% become [MASK], 10% become a random word, and 10% stay. The function also returns
-    which tokens were chosen, (tokens,). It draws three random values per token, in this order: a number that decides whether
-    the token is chosen, a number that decides what it becomes, and a word.
+    15% of the tokens that are not special are chosen. Of these, 80% become [MASK], 10% become a random word, and 10% stay.
+    The function also returns which tokens were chosen, (tokens,). It draws random values for all tokens in this order:
+    first the numbers that decide which tokens are chosen, then the numbers that decide what the tokens become, then the words.
     """
     draws = torch.rand(len(ids)).tolist()
     fates = torch.rand(len(ids)).tolist()

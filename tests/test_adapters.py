@@ -1,4 +1,4 @@
-"""PEFT adapters, added in any way: adapters that can be merged train, resume and save; others are refused before training."""
+"""PEFT adapters, added in any way. Mergeable ones are trained, resumed, merged and saved; others are refused before that."""
 
 import copy
 import logging

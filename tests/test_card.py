@@ -146,7 +146,7 @@ def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, show
 
 
 def test_a_table_shows_tasks_of_users_own():
-    """BUG: A run that had only such evaluation sets ended in a traceback, because the table had no lines."""
+    """BUG: A run whose evaluation sets were all custom tasks ended in a traceback, because the table had no lines."""
     scores = {"bitext": {"mine": {"bitext_accuracy": 30.0, "margin": 0.5}, "other": {"bitext_accuracy": None}}}
     lines = comparison_table({"before": scores, "after": scores})
     assert [line.split("  ")[0] for line in lines[1:]] == ["mine (bitext_accuracy)", "other (bitext_accuracy)"]
@@ -190,7 +190,7 @@ def test_the_repositorys_name_replaces_a_default_title(title, results):
     data, before = ModelCard(made).data, ModelCard(card).data
     assert data.model_name == "123" and before.model_name == title
     assert data.eval_results == before.eval_results and data.tags == before.tags
-    kept = with_repository(card, "owner/123")  # without the default title, the title counts as chosen by a user
+    kept = with_repository(card, "owner/123")  # no default title is given, so a user chose this title
     assert ModelCard(kept).data.model_name == title and "\n# 123\n" not in kept and '"owner/123"' in kept
 
 

@@ -172,7 +172,7 @@ def test_control_another_seed_is_another_gradient(name):
 
 
 def saved_bytes(caching):
-    """Return the bytes of the activations that autograd keeps for the backward pass."""
+    """Return the size in bytes of the activations that autograd keeps for the backward pass."""
     saved = {}
 
     def pack(tensor):

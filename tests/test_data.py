@@ -219,7 +219,7 @@ def test_bad_row_of_a_file_is_found(name, content, row, column, tmp_path, tokeni
 
 @pytest.mark.parametrize("column", ["anchor"])
 def test_an_anchor_is_no_list(column, tokenizer):
-    # BUG: If an anchor was a list of two texts, the second text became the positive. For positives it became a hard negative.
+    # BUG: In a list of two anchors, the second became the positive. In a list of two positives, it became a hard negative.
     rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]} | {column: [["e", "f"], ["g", "h"]]})
     assert f"column '{column}'" in error_of(tokenize_rows, rows, tokenizer, 16)
 

@@ -269,7 +269,7 @@ def lengths(batch: dict[str, list]) -> dict[str, list]:
 
 def count_of(rows: Dataset, made: list[str]) -> list[int]:
     """Return the lengths of the rows. Append the rows that were computed, not read from the cache, to `made`."""
-    COMPUTED.clear()  # the hash of `lengths` includes the list to which it refers
+    COMPUTED.clear()  # the hash of `lengths` includes this list, so it must be empty
     table = cache.cached_map(rows, lengths, batched=True, remove_columns=rows.column_names)
     made += COMPUTED
     return table["length"][:]
@@ -530,7 +530,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk, tmp_path, monkeypatch):
-    """The refusal comes before the model and the data are read: neither of them exists."""
+    """The refusal comes before the model and the data are read: the model folder is empty, and there are no data files."""
     files = {file: tmp_path / file for file in ("model", "nli", "sts")}
     (tmp_path / "model").mkdir()
     out = small_disk("size=1m")

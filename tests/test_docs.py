@@ -263,7 +263,7 @@ def broken_links(texts: dict[str, str]) -> list[str]:
 
 
 def headings(page: Path) -> set[str]:
-    """Return the anchors of the headings of a page, which links use, as GitHub forms them."""
+    """Return the anchors of a page's headings, as GitHub forms them. Links to headings use these anchors."""
     lines = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines()
     titles = [line.lstrip("#").strip().lower() for line in lines if re.match(r"#+ ", line)]
     # Pages keep the anchors of headings that were renamed.

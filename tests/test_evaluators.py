@@ -145,7 +145,7 @@ def test_scores_are_sentence_transformers_of_a_model(tmp_path, prompts):
     encoder = tiny_encoder(prompts=prompts)
     encoder.save_pretrained(tmp_path)
     sets = Sets(1)
-    # sentence-transformers encodes a text twice if it is on both sides. Rounding would then give the text two vectors.
+    # sentence-transformers encodes a text twice if it is on both sides. Rounding could then give it two vectors.
     sets.positives = [f"{text} of gold" for text in sets.positives]
     for sample in sets.samples[2:]:
         sample["positive"] = [f"{text} of gold" for text in sample["positive"]]
