@@ -1,4 +1,4 @@
-"""PEFT adapters, added in any way. Mergeable ones are trained, resumed, merged and saved; others are refused before that."""
+"""PEFT adapters, added in any way. Mergeable ones are trained, resumed, merged and saved; others are refused at the start."""
 
 import copy
 import logging
