@@ -1,4 +1,4 @@
-"""The card: its snippets run, its metadata is what the Hub reads, and no name in it becomes Markdown, HTML or YAML."""
+"""The model card: its snippets run, the Hub can read its metadata, and no name in it acts as Markdown, HTML or YAML."""
 
 import json
 import re
@@ -107,9 +107,9 @@ def test_names_stay_text():
     assert found[0].dataset_name == BAD
     body = card.split("\n---\n", 1)[1]
     for line in body.splitlines():
-        if "script" in line and not line.startswith("    "):  # not code: then everything in it is escaped
+        if "script" in line and not line.startswith("    "):  # outside of code blocks, everything is escaped
             assert "\\<script\\>" in line and "a\\`b \\*\\*c\\*\\*" in line and not re.search(r"(?<!\\)[<`*]", line)
-            assert line.startswith("| ") and len(re.findall(r"(?<!\\)\|", line)) == 3  # still two cells
+            assert line.startswith("| ") and len(re.findall(r"(?<!\\)\|", line)) == 3  # the row still has two cells
     assert "\n# title" not in body and "\nlicense:" not in body
 
 
@@ -118,7 +118,7 @@ def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     write_card(encoder, tmp_path)
     assert is_generated(path.read_text())
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    write_card(encoder, tmp_path)  # made anew from the folder
+    write_card(encoder, tmp_path)  # generated again from the files of the folder
     made = path.read_text()
     assert "82.03" in made
     path.write_text(made.replace(f"# {plain(tmp_path.name)}", "# My embeddings"))
@@ -137,7 +137,7 @@ def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     ids=["SimCSE", "ImprovedContrastive", "results of before"],
 )
 def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, shown):
-    """BUG: whatever it was, the card had the equation and the paper of ImprovedContrastive."""
+    """BUG: The card always showed the equation and the paper of ImprovedContrastive, whatever the inner objective was."""
     objective = {"name": "Matryoshka", "objective": inner | {"temperature": 0.05}, "dims": [16], "weights": [1.0]}
     card = model_card(tiny_encoder(), RESULTS | {"train": TRAIN | {"objective": objective}})
     for name in ("SimCSE", "ImprovedContrastive"):
@@ -146,7 +146,7 @@ def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, show
 
 
 def test_a_table_shows_tasks_of_users_own():
-    """BUG: a run on such sets alone ended in a traceback, for the table had no line."""
+    """BUG: A run whose evaluation sets were all custom tasks ended in a traceback, because the table had no lines."""
     scores = {"bitext": {"mine": {"bitext_accuracy": 30.0, "margin": 0.5}, "other": {"bitext_accuracy": None}}}
     lines = comparison_table({"before": scores, "after": scores})
     assert [line.split("  ")[0] for line in lines[1:]] == ["mine (bitext_accuracy)", "other (bitext_accuracy)"]
@@ -160,7 +160,7 @@ def test_the_title_is_the_folders_name_or_the_one_that_is_given(tmp_path):
     encoder.save_pretrained(folder)
     card = (folder / "README.md").read_text()
     assert "\n# my_model-v2\n" in card and ModelCard(card).data.model_name == "my_model-v2"
-    encoder.save_pretrained(folder)  # a new folder replaces the old one; its temporary name is in no card
+    encoder.save_pretrained(folder)  # a new folder replaces the old one; no card shows its temporary name
     assert (folder / "README.md").read_text() == card
     write_card(encoder, folder, title="Search in our FAQ")
     card = (folder / "README.md").read_text()
@@ -190,7 +190,7 @@ def test_the_repositorys_name_replaces_a_default_title(title, results):
     data, before = ModelCard(made).data, ModelCard(card).data
     assert data.model_name == "123" and before.model_name == title
     assert data.eval_results == before.eval_results and data.tags == before.tags
-    kept = with_repository(card, "owner/123")  # someone gave this title
+    kept = with_repository(card, "owner/123")  # no default title is given, so a user chose this title
     assert ModelCard(kept).data.model_name == title and "\n# 123\n" not in kept and '"owner/123"' in kept
 
 

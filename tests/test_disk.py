@@ -1,4 +1,4 @@
-"""Full disks, folders that cannot be written and names that are too long: one line, and what was there before is whole."""
+"""Full disks, folders that are not writable and names that are too long: the error is one line, and old files stay intact."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def write_picture(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (500, 500), np.uint8)).save(path, "png")
 
 
-WRITERS = {  # the last word is the ending
+WRITERS = {  # the last word is the file extension
     "torch.save pt": lambda path: torch.save(torch.zeros(200_000), path),
     "torch.save of many tensors pt": lambda path: torch.save([torch.zeros(1000) for _ in range(200)], path),
     "torch.save into a file pt": write_buffered,
@@ -116,7 +116,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
         with pytest.raises(type(error)) as found, disk_errors(tmp_path):
             raise error
         assert found.value is error
-    with pytest.raises(InputError) as reading, disk_errors(tmp_path):  # which says more than that the permission is missing
+    with pytest.raises(InputError) as reading, disk_errors(tmp_path):  # the InputError says more than the PermissionError
         raise InputError("nli.csv: cannot be read") from PermissionError(errno.EACCES, "Permission denied", "nli.csv")
     assert not isinstance(reading.value, DiskError)
     with pytest.raises(DiskError, match="the disk is full"), disk_errors(tmp_path):
@@ -142,7 +142,7 @@ def test_a_worker_s_full_disk_and_full_shared_memory(tmp_path):
 
 
 def in_child(work: Callable[[], None]) -> str:
-    """Run `work` in a child of this process; return the message of its InputError."""
+    """Run `work` in a child process and return the message of its InputError."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -167,7 +167,7 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ---- before anything is computed ----
+# ---- checks before anything is computed ----
 
 
 def test_folders_that_can_be_written_leave_no_trace(tmp_path):
@@ -214,7 +214,7 @@ def test_a_read_only_file_system_is_refused(small_disk):
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root becomes another user")
 def test_a_folder_and_a_cache_of_someone_else_are_refused(tmp_path, monkeypatch):
-    """As in a container whose user has no home."""
+    """This happens in a container whose user has no home folder."""
     (tmp_path / "own").mkdir()
     os.chmod(tmp_path, 0o755)
 
@@ -246,14 +246,14 @@ def test_room_is_counted_with_what_killed_processes_left(small_disk):
     )
 
 
-# ---- the cache of tables ----
+# ---- the cache of Arrow tables ----
 
 
 STORED = {"anchor": [f"a cat {i}" for i in range(50)], "positive": [f"one cat {i}" for i in range(50)]}
 
 
 def stored(folder: Path) -> Dataset:
-    """Return rows of a file."""
+    """Return rows that are memory-mapped from files in a folder."""
     if not folder.is_dir():
         Dataset.from_dict(STORED).save_to_disk(folder)
     return Dataset.load_from_disk(folder)
@@ -268,8 +268,8 @@ def lengths(batch: dict[str, list]) -> dict[str, list]:
 
 
 def count_of(rows: Dataset, made: list[str]) -> list[int]:
-    """Return the lengths of the rows; `made` gets the rows that are computed."""
-    COMPUTED.clear()  # the function's hash is of what it refers to
+    """Return the lengths of the rows. Append the rows that were computed, not read from the cache, to `made`."""
+    COMPUTED.clear()  # the hash of `lengths` includes this list, so it must be empty
     table = cache.cached_map(rows, lengths, batched=True, remove_columns=rows.column_names)
     made += COMPUTED
     return table["length"][:]
@@ -291,7 +291,7 @@ DAMAGES = {
 def test_a_damaged_cache_is_made_anew(tmp_path, damage, caplog):
     rows, made, expected = stored(tmp_path / "rows"), [], [len(text) for text in STORED["anchor"]]
     assert count_of(rows, made) == expected and len(made) == 50
-    assert count_of(rows, made) == expected and len(made) == 50  # control: a whole one is taken
+    assert count_of(rows, made) == expected and len(made) == 50  # control: an intact cache is used
     (path,) = (tmp_path / "rows").glob("cache-*.arrow")
     DAMAGES[damage](path)
     assert count_of(rows, made) == expected and len(made) == 100
@@ -396,7 +396,7 @@ def trainer_in(folder: Path, **settings) -> ContrastiveTrainer:
 
 
 def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
-    folder = small_disk("size=3m")  # a checkpoint is 1.6 MB of weights and 3.2 MB of Adam
+    folder = small_disk("size=3m")  # a checkpoint has 1.6 MB of weights and 3.2 MB of Adam state
     message = error_of(trainer_in, folder / "out")
     assert re.fullmatch(
         rf"output_dir {folder}/out: a checkpoint needs about 4.9 MB, but the file system {folder} has 3.1 MB of 3.1 MB free; "
@@ -414,7 +414,7 @@ def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
     assert "checkpoint" not in caplog.text
     assert "is a file; give a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
     small_disk("size=1m", "tiny")
-    ContrastiveTrainer(  # which evaluates, and writes nothing
+    ContrastiveTrainer(  # a trainer that only evaluates writes nothing
         tiny_model(), ContrastiveTrainingArguments(str(folder.parent / "tiny"), use_cpu=True, report_to="none"),
         processing_class=quickstart_tokenizer(),
     )  # fmt: skip
@@ -439,7 +439,7 @@ def test_the_folder_of_the_logs_is_checked(tmp_path, monkeypatch):
     args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(ROOT / "setup.cfg"))
     check_output(args, trainer_in(tmp_path).step, None, trains=False)
-    args.report_to = ["tensorboard"]  # which need not be installed
+    args.report_to = ["tensorboard"]  # TensorBoard need not be installed
     message = error_of(check_output, args, trainer_in(tmp_path).step, None)
     assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; give a folder"
 
@@ -458,7 +458,7 @@ FILES = {"nli": "nli.csv", "sts": "sts.tsv", "model": "model"}
 
 
 def train_into(folder: Path, data: Path) -> dict | str:
-    """Run a recipe, from its newest checkpoint if there is one; return its results, or its line."""
+    """Run a recipe and return its results, or its error line. It resumes from the newest checkpoint if there is one."""
     words = ["--max_steps", 4, "--save_steps", 1, "--save_total_limit", 1, "--output_dir", folder]
     words += ["--resume_from_checkpoint"] if list(folder.glob("checkpoint-[0-9]*")) else []
     try:
@@ -468,7 +468,10 @@ def train_into(folder: Path, data: Path) -> dict | str:
 
 
 def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
-    """Train on a disk of each size, in MB, on which another model lies, and go on when it is larger; return how it ended."""
+    """Train on disks of several sizes, in MB, that hold another model. Return how each training ended.
+
+    A training that fails is resumed on the same disk after the disk has become larger.
+    """
     make_files(data)
     calm = train_into(data / "calm", data)
     ended = {}
@@ -527,7 +530,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk, tmp_path, monkeypatch):
-    """Before the model is loaded and the data are read: neither is there."""
+    """The refusal comes before the model and the data are read: the model folder is empty, and there are no data files."""
     files = {file: tmp_path / file for file in ("model", "nli", "sts")}
     (tmp_path / "model").mkdir()
     out = small_disk("size=1m")
