@@ -1,4 +1,4 @@
-"""Test folders that sentence-transformers or its users wrote: the vectors are the same, or the folder is refused by name.
+"""Test folders that sentence-transformers or its users wrote: the vectors are the same, or a message names what is refused.
 
 The vectors are also the same after such a folder is loaded and saved again. Each case builds a folder, with
 sentence-transformers if possible, otherwise by editing the JSON files.

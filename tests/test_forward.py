@@ -1,4 +1,7 @@
-"""Test the forward check of an Encoder: models that compute one function in all code paths are accepted, others refused."""
+"""Test the forward check of an Encoder.
+
+Models that compute one function in all code paths are accepted. All other models are refused with a message that names them.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Test the improved contrastive loss against the paper's formula in plain loops (float64), its gradient against autograd."""
+"""Test the improved contrastive loss against the paper's formula in plain loops, in float64.
+
+Its gradient is compared with the gradient that autograd computes.
+"""
 
 import itertools
 import math
@@ -113,7 +116,7 @@ def test_perfect_loss_is_ln_2_or_0():
 
 
 def pairs_of(*rows):
-    """Return what row i leaves out, for each pair (i, j): neither the query nor the document of row j is its candidate."""
+    """Return what to leave out so that, for each (i, j), neither the query nor the document of row j is a candidate of row i."""
     return {(i, kind, j, view) for i, j in rows for kind in "qd" for view in (0, 1)}
 
 
@@ -185,7 +188,7 @@ def ranks(z, ids, count, first_rows=None, **settings):
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 def test_shares_average_to_the_whole(negatives, count, tile_rows):
     z, ids = embeddings(negatives, 6), distinct(negatives, 6)
-    ids[-1, 1] = ids[0, 0]  # two rows on different ranks mask each other
+    ids[-1, 1] = ids[0, 0]  # these two rows are masked for each other, and they are on different ranks
     assert_same(ranks(z, ids, count, tile_rows=tile_rows), ImprovedContrastive(0.5)(z, ids), z)
 
 

@@ -39,7 +39,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def nobody(monkeypatch):
-    """Use an address where nothing listens as that of the Hub, and return it."""
+    """Set the address of the Hub to one where nothing listens, and return it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -89,7 +89,7 @@ def test_a_repository_that_is_not_there(server):
 
 def test_a_repository_that_is_there_is_asked_for_once(server):
     server.repos["user/name"] = {"private": False, "branches": {"main": [{"oid": "0" * 40, "files": {}}]}, "pulls": []}
-    assert find_model("user/name") == find_model("user/name") == {}  # it exists, even if the file that is asked for is missing
+    assert find_model("user/name") == find_model("user/name") == {}  # the repository exists, although this file is missing
     assert len(server.requests) == 1
 
 

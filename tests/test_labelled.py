@@ -32,7 +32,7 @@ COUNTED = (
 
 
 def snli(kind):
-    """Return the pairs of SNLI with their labels in one kind of notation."""
+    """Return the SNLI pairs with their labels written in the way that `kind` names."""
     labels = {
         "numbers": lambda label: label, "words": lambda label: "-" if label < 0 else WORDS[label],
         "capitals": lambda label: "" if label < 0 else WORDS[label].upper(),
@@ -106,7 +106,7 @@ def test_pairs_that_match_or_do_not(first, second, label, kind, caplog):
 
 
 def test_the_names_of_two_classes_decide():
-    """RTE has the number 0 for entailment."""
+    """RTE gives entailment the number 0."""
     kinds = {"rte": ["entailment", "not_entailment"], "mrpc": ["not_equivalent", "equivalent"], "paws": ["0", "1"]}
     for name, names in kinds.items():
         features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=names)})

@@ -156,7 +156,7 @@ def test_first_step(tmp_path):
 def test_memory_tracker(tmp_path):
     assert isinstance(internals.memory_tracker(plain_trainer(tmp_path)), TrainerMemoryTracker)
     tracker, found = TrainerMemoryTracker(skip_memory_metrics=False), {}
-    tracker.init_reported = True  # skip this report, which takes four seconds in Trainer's own __init__
+    tracker.init_reported = True  # no report of the init stage: Trainer's own __init__ takes four seconds for it
 
     def evaluate():  # the tracker reads the name of its caller
         tracker.start()

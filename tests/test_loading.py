@@ -1,4 +1,7 @@
-"""Test that incomplete weights and tokenizer files are refused by name. Random values are never loaded without a message."""
+"""Test that incomplete weights and tokenizer files are refused with a message that names them.
+
+A model with random values is never loaded without a message.
+"""
 
 import json
 from pathlib import Path

@@ -223,7 +223,7 @@ def test_libraries_show_no_bar_of_short_work(monkeypatch, tmp_path):
         AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert sys.stderr.getvalue() == ""
     AutoModel.from_pretrained(tmp_path)
-    assert "Loading weights" in sys.stderr.getvalue()  # outside, the bars are shown as before
+    assert "Loading weights" in sys.stderr.getvalue()  # outside `calm_libraries`, bars are shown as before
 
 
 TRAINING = """

@@ -37,7 +37,7 @@ def pairs(case: dict) -> set:
 
 
 def cases() -> list:
-    """Return all cases that make sense. They are slow, except a choice in which every pair of two settings occurs."""
+    """Return all cases that make sense. All are marked slow except a selection in which every pair of two settings occurs."""
     every = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
     every = [case for case in every if makes_sense(case)]
     wanted, chosen = set().union(*(pairs(case) for case in every)), []

@@ -265,7 +265,7 @@ def test_passes_are_reshuffled(tmp_path):
 
 
 def test_a_row_of_a_stream_depends_on_its_number_only(tmp_path):
-    """Rows are the same if the stream is read on, skips ahead or goes back."""
+    """The rows are the same when reading continues, skips ahead or goes back."""
     files = stream_files(tmp_path)
     every = ids_of(stream(files).__getitems__(list(range(40))))
     one = stream(files)
