@@ -116,7 +116,7 @@ def test_perfect_loss_is_ln_2_or_0():
 
 
 def pairs_of(*rows):
-    """Return what to leave out so that, for each (i, j), neither the query nor the document of row j is a candidate of row i."""
+    """Return what to leave out so that for each (i, j) neither the query nor the document of row j is a candidate of row i."""
     return {(i, kind, j, view) for i, j in rows for kind in "qd" for view in (0, 1)}
 
 
