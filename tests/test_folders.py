@@ -1,6 +1,7 @@
-"""Folders that sentence-transformers or its users wrote: its vectors and those of a folder saved from it, or a refusal by name.
+"""Test folders that sentence-transformers or its users wrote: the vectors are the same, or a message names what is refused.
 
-Each case builds a folder, with sentence-transformers where it can, else by editing the JSON.
+The vectors are also the same after such a folder is loaded and saved again. Each case builds a folder, with
+sentence-transformers if possible, otherwise by editing the JSON files.
 """
 
 import json
@@ -20,7 +21,7 @@ from hf_embed.evaluation.mteb import model_meta, run_mteb
 from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import ModelArguments
 
-LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens, of which no tiny model takes all
+LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens: more than a tiny model accepts by default
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "  Two Dogs ran  across the field, barking.\n"]
 CONFIG = "config_sentence_transformers.json"
 BERT = "sentence_bert_config.json"
@@ -28,7 +29,7 @@ CHAT = "{% for message in messages %}user: {{ message['content'] }} end{% endfor
 
 
 def assert_same(got, expected):
-    """To 1e-5 of the vectors' norm, row by row."""
+    """Check that each row of vectors agrees to within 1e-5 of its norm."""
     assert got.shape == expected.shape
     assert (np.linalg.norm(got - expected, axis=-1) <= 1e-5 * np.linalg.norm(expected, axis=-1)).all()
 
@@ -38,7 +39,7 @@ def load_st(folder) -> SentenceTransformer:
 
 
 def edit(path: Path, **changes) -> None:
-    """Set keys of a JSON file; `...` removes one."""
+    """Set keys of a JSON file. The value `...` removes a key."""
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not ...}))
 
@@ -50,7 +51,11 @@ def edit_modules(folder: Path, change) -> None:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    """Tiny folders in the older format: texts cut after 20 tokens of 66; 700 positions; states of all layers."""
+    """Return tiny folders in the older format, by name.
+
+    bert truncates texts to 20 tokens and has 66 positions; long has 700 positions; layers returns the hidden states of all
+    layers.
+    """
     root = tmp_path_factory.mktemp("bases")
     tiny_encoder(max_length=20).save_pretrained(root / "bert", verify=False)
     long = Encoder(tiny_model(max_position_embeddings=700), quickstart_tokenizer(), max_length=700)
@@ -62,7 +67,11 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def make(bases, tmp_path):
-    """make(): a copy of a base; make(module, ...): sentence-transformers' own, with these behind the base's transformer."""
+    """Return a function that writes a folder.
+
+    make() copies a base. make(module, ...) lets sentence-transformers save the transformer of the base, followed by these
+    modules.
+    """
 
     def make(*modules, base: str = "bert", safe: bool = True, **settings) -> Path:
         folder = tmp_path / "theirs"
@@ -82,7 +91,7 @@ def dense(*widths, activation=torch.nn.Tanh, seed: int = 1, **settings) -> st.De
 
 
 def pooler(shift: float = 0) -> st.Dense:
-    """A Dense with the weight of the base's own pooler, and its bias + `shift`."""
+    """Return a Dense with the weight of the base's own pooler, and with the bias of the pooler plus `shift`."""
     layer = dense(32, 32)
     layer.linear.load_state_dict(tiny_model().pooler.dense.state_dict())
     layer.linear.bias.data += shift
@@ -98,7 +107,7 @@ def layers(*weights: float, mode: str = "mean", base: str = "layers"):
     return lambda make: make(layer_weights(*weights), st.Pooling(32, mode), base=base)
 
 
-# ---- the same vectors, there and back ----
+# ---- the same vectors, after loading and after saving again ----
 
 
 def pooling_without_a_flag(make):
@@ -118,7 +127,7 @@ def older_name_of_the_config(name):
 
 
 def transformer_in_a_folder(make):
-    """Older releases put it into 0_Transformer; here with another model of the same width at the root."""
+    """Put the transformer into 0_Transformer, as older releases do, and another model of the same width at the root."""
     folder = make()
     (folder / "0_Transformer").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", BERT):
@@ -219,12 +228,12 @@ def test_the_same_vectors_there_and_back(make, tmp_path, name):
     folder, texts = SAME[name](make), TEXTS
     if "700 positions" in name:
         texts = [*TEXTS, LONG * 5]
-        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # of which the encoder's default keeps 512
+        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # by default, the encoder keeps 512 of them
     expected = load_st(folder).encode(texts)
     encoder = Encoder.from_pretrained(folder)
     assert_same(encoder.encode(texts), expected)
     assert encoder.dimension == expected.shape[1]
-    encoder.save_pretrained(tmp_path / "ours")  # checked against plain AutoModel, too
+    encoder.save_pretrained(tmp_path / "ours")  # saving also compares with plain AutoModel
     assert_same(load_st(tmp_path / "ours").encode(texts), expected)
     assert_same(Encoder.from_pretrained(tmp_path / "ours").encode(texts), expected)
 
@@ -251,7 +260,7 @@ def test_the_cards_code_gives_the_vectors(make, tmp_path, name):
 
 
 def other_module(kind, **about):
-    """The module behind the pooling becomes another."""
+    """Replace the module after the pooling by a module of another kind."""
 
     def build(make):
         folder = make(st.Pooling(32), st.Normalize())
@@ -320,7 +329,7 @@ def plain_with_chat_template(make):
 
 
 def saved_with_chat_template(make):
-    """Release 6 itself saves a folder that puts texts through the template."""
+    """Let release 6 of sentence-transformers save a folder that applies the chat template to texts."""
     plain = plain_with_chat_template(make)
     load_st(plain).save(str(plain.with_name("saved")), create_model_card=False)
     return plain.with_name("saved")
@@ -345,7 +354,7 @@ def dense_tensors(make):
 MODULES = "sentence_transformers.models."
 FIRST_MODULES = ["BoW", "WordEmbeddings", "StaticEmbedding", "CLIPModel", "Asym"]
 OTHER_OUTPUT = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
-REFUSED = {  # name -> the folder, and what its refusal says
+REFUSED = {  # name -> (function that builds the folder, a part of the error message)
     "two Poolings": (lambda make: make(st.Pooling(32), st.Pooling(32)), "the module Pooling ('2_Pooling') behind Pooling"),
     "Normalize in the middle": (
         lambda make: make(st.Pooling(32), st.Normalize(), dense(32, 8)), "the module Dense ('3_Dense') behind Normalize",
@@ -430,7 +439,7 @@ def test_refused_by_name(make, name):
     build, says = REFUSED[name]
     message = error_of(Encoder.from_pretrained, build(make))
     assert says in message
-    assert message.startswith("model '") or "; " in message  # which model, or how to mend
+    assert message.startswith("model '") or "; " in message  # the message names the model, or says what to change
 
 
 def test_a_revision_counts_for_every_file(tmp_path):
@@ -450,7 +459,7 @@ def test_a_subfolder_is_refused(bases):
     assert "subfolder" in error_of(Encoder.from_pretrained, bases["bert"], subfolder="1_Pooling")
 
 
-# ---- a pooling that is given ----
+# ---- a pooling that the caller gives ----
 
 
 @pytest.mark.parametrize("name", ["pooling max", "two modes", "no Pooling", "layers, others", "an unknown key of Pooling"])
@@ -514,7 +523,7 @@ def test_a_plain_checkpoint_says_that_it_is_cut_earlier(make, caplog):
 
 
 def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
-    """sentence-transformers fails on longer texts."""
+    """sentence-transformers fails on texts longer than the positions, so only short texts are compared."""
     folder = make()
     edit(folder / BERT, max_seq_length=80)
     encoder = Encoder.from_pretrained(folder)
@@ -569,11 +578,11 @@ def test_similarities(make, tmp_path, name, caplog):
     assert model_meta(encoder).similarity_fn_name.value == name
 
 
-# ---- training one ----
+# ---- training such a folder ----
 
 
 def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
-    """Settings that a run gives replace the folder's, and the others stay."""
+    """Settings of the run replace those of the folder. The other settings stay."""
     folder = make(
         st.Pooling(32), dense(32, 8, use_residual=True), truncate_dim=5, similarity_fn_name="dot",
         prompts={"query": "q: ", "STS": "like: "}, default_prompt_name="STS",
@@ -631,7 +640,7 @@ def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, t
         ours.prompts = {}
         ours.default_prompt_name = None
         without = run_mteb(ours, [LocalSTS(), LocalSearch()], tmp_path / f"without {i}")
-        assert [a["score"] != b["score"] for a, b in zip(scores, without)] == [True, True]  # they count
+        assert [a["score"] != b["score"] for a, b in zip(scores, without)] == [True, True]  # the prompts change the scores
         shutil.rmtree(folder)
 
 

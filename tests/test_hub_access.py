@@ -1,4 +1,4 @@
-"""A name that cannot be reached is known in seconds, and said once, in one line."""
+"""Test that a name which cannot be reached is reported within seconds, once, and in one line."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ MEND = "Give a local folder with config.json, weights and tokenizer; a recipe wi
 
 
 def at(monkeypatch, address: str) -> None:
-    """Let the Hub be at an address."""
+    """Use `address` as the address of the Hub."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -39,7 +39,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def nobody(monkeypatch):
-    """An address where nothing listens."""
+    """Set the address of the Hub to one where nothing listens, and return it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -75,8 +75,8 @@ def test_nothing_answers(monkeypatch):
         at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         assert "cannot be reached (" in error_of(find_model, "no-such/model")
-        assert 0.5 < time.monotonic() - started < 5  # twice
-    assert hub_access.ATTEMPTS * 4.0 < 10  # the rest of the 15 seconds is for the imports
+        assert 0.5 < time.monotonic() - started < 5  # two attempts
+    assert hub_access.ATTEMPTS * 4.0 < 10  # the rest of the 15 seconds is left for the imports
 
 
 def test_a_repository_that_is_not_there(server):
@@ -89,7 +89,7 @@ def test_a_repository_that_is_not_there(server):
 
 def test_a_repository_that_is_there_is_asked_for_once(server):
     server.repos["user/name"] = {"private": False, "branches": {"main": [{"oid": "0" * 40, "files": {}}]}, "pulls": []}
-    assert find_model("user/name") == find_model("user/name") == {}  # a file that is missing there is another matter
+    assert find_model("user/name") == find_model("user/name") == {}  # the repository exists, although this file is missing
     assert len(server.requests) == 1
 
 
