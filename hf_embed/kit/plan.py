@@ -138,7 +138,7 @@ class RunArguments:
     license: str | None = field(
         default=None, metadata={"help": "For the card: the license, as the Hub writes it, e.g. apache-2.0."}
     )
-    title: str | None = field(default=None, metadata={"help": "Title of the card. Default: Text embeddings."})
+    title: str | None = field(default=None, metadata={"help": "Title of the card. Default: the name of the output folder."})
     show_searches: int = field(
         default=0, metadata={"help": "Number of searches of each retrieval set that are printed at the end."}
     )
