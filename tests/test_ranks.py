@@ -126,7 +126,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(other_run, tmp_path, mo
     make_trainer(folder, {"max_steps": 1}).train()
     with claimed(folder, "the same work"):
         pass
-    assert not locks  # BUG: the lock of work that failed was kept until the process ended
+    assert not locks  # BUG: The lock of work that failed was kept until the process ended.
 
 
 def test_a_folder_made_for_nothing_goes(tmp_path):

@@ -455,7 +455,7 @@ def test_a_head_for_training_only_is_in_no_loader(tmp_path):
 
 
 def test_pooling_without_the_prompt_is_refused(tmp_path):
-    """To leave a prompt out of the pooling, its tokens were counted from the padding on (sentence-transformers #3598)."""
+    """Pooling without the prompt counted the prompt's tokens from the padding on (sentence-transformers #3598)."""
     tiny_encoder(prompts={"query": "find: "}).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "1_Pooling" / "config.json").read_text())
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config | {"include_prompt": False}))

@@ -1,6 +1,6 @@
 """A resumed run is compared with the run that wrote the checkpoint.
 
-Some differences are refused, and some are reported in a warning. With all others the run resumes exactly.
+Some differences are refused, and some are reported in a warning. With all other differences, the run resumes exactly.
 """
 
 import json
@@ -207,7 +207,7 @@ def test_a_finished_run_trains_no_further_step(folder, tmp_path):
     assert made.state.global_step == 4
     made.save_model()
     told = json.loads((tmp_path / "results.json").read_text())["train"]
-    assert [told[key] for key in ("steps", "loss", "seconds")] == [4, None, None]  # BUG: loss and seconds were 0.0
+    assert [told[key] for key in ("steps", "loss", "seconds")] == [4, None, None]  # BUG: The loss and the seconds were 0.0.
     card = (tmp_path / "README.md").read_text()
     assert "Mean training loss" not in card and "| Training time | unknown time on" in card
 
@@ -383,7 +383,7 @@ def largest_difference(one: dict, other: dict) -> float:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Train in `one` with one process and in `two` with two ranks.
+    """Train in the folder `one` with one process, and then in the folder `two` with two ranks.
 
     Returns:
         the parent folder, the weights of the one process, and what rank 0 of the two ranks recorded.

@@ -88,7 +88,7 @@ def test_jit_checkpoint_stops_the_same_way(tmp_path):
 
 
 def test_the_same_trainer_goes_on(tmp_path):
-    """This happens in a notebook, where SystemExit ends only the cell.
+    """In a notebook, the SystemExit of a stop ends only the cell, so the same trainer can train again.
 
     BUG: After the stop, `stopping` stayed True, so the trainer no longer pushed anything to the Hub.
     """

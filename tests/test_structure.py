@@ -87,7 +87,7 @@ def writes(call: ast.Call) -> bool:
     texts = [value.value for value in call.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
     if method == "open":
         return any(set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts)
-    if method == "replace":  # Path.replace has one argument; that of str has two, and that of dataclasses has keywords
+    if method == "replace":  # Path.replace has one argument, str.replace has two, and dataclasses.replace has keywords
         return name in LIBRARY_WRITERS or (len(call.args) == 1 and not call.keywords)
     return name in LIBRARY_WRITERS | {"save_file"} or ("." in name and method in WRITERS)
 

@@ -286,7 +286,7 @@ def test_plain_arguments_are_checked_as_ours_are(tmp_path):
 
 
 def test_the_best_model_of_plain_arguments(tmp_path):
-    """transformers sets the metric to the loss. It stays so if rows are held out, else the evaluation sets determine it."""
+    """transformers fills in the loss as the metric. It stays if rows are held out, else the evaluation sets determine it."""
     best = QUIET | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     settings = best | {"load_best_model_at_end": True}
     held_out = make(tmp_path, args=TrainingArguments(str(tmp_path / "a"), **settings), eval_dataset={"s": STS, "h": ROWS[:6]})
@@ -299,7 +299,7 @@ def test_the_best_model_of_plain_arguments(tmp_path):
     ours = ContrastiveTrainingArguments(str(tmp_path / "c"), **settings)
     run = make(tmp_path, args=ours, eval_dataset=ROWS[:6])
     assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("loss", False)
-    run = make(tmp_path, args=ours, eval_dataset={"h": ROWS[:6], "s": STS})  # Spearman, in whichever order they are
+    run = make(tmp_path, args=ours, eval_dataset={"h": ROWS[:6], "s": STS})  # Spearman, in any order of the sets
     assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("spearman", True)
 
 

@@ -135,7 +135,7 @@ def start_model(case: Case) -> nn.Module:
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """Return the encoder inside a masked language model. Any other model is returned itself."""
+    """Return the encoder inside a masked language model. Return any other model unchanged."""
     return model.bert if isinstance(model, BertForMaskedLM) else model
 
 
@@ -215,7 +215,7 @@ CASES = {
     "supervised, chunks": Case(TRIPLETS, SimCSE(), simcse, "cls_mlp", settings=CHUNKS),
     "supervised, weight 1.5": Case(TRIPLETS, WEIGHTED, weighted, "cls"),
     "supervised, repeated texts": Case(REPEATED, WEIGHTED, weighted),
-    # SimCSE with masked language modelling
+    # SimCSE with masked language modeling
     "mlm": Case(TRIPLETS, SimCSE(mlm_weight=0.1), simcse, "cls"),
     "mlm, chunks": Case(TRIPLETS, SimCSE(mlm_weight=0.1), simcse, "cls", settings=CHUNKS),
     "mlm, unsupervised": Case(SENTENCES, SimCSE(mlm_weight=0.3), simcse, "cls_mlp_train", dropout=True),

@@ -1,4 +1,4 @@
-"""Work continues where it stopped, whether it was killed before any of its system calls or any of its files was damaged."""
+"""Work continues where it stopped, even if it was killed before any of its system calls, or if any of its files is damaged."""
 
 import os
 from collections.abc import Callable

@@ -39,7 +39,7 @@ SETTINGS = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "report_to
 
 
 def rows_with(negatives: int) -> list[dict]:
-    """Return the rows with this number of negatives each. If it is above 1, every third row has one negative fewer."""
+    """Return the rows with this number of negatives each. If the number is above 1, every third row has one fewer."""
     rows = []
     for i, row in enumerate(ROWS):
         texts = [f"{row['negative']} {k}" for k in range(negatives - (i % 3 == 2 and negatives > 1))]
