@@ -207,7 +207,7 @@ def test_a_finished_run_trains_no_further_step(folder, tmp_path):
     assert made.state.global_step == 4
     made.save_model()
     told = json.loads((tmp_path / "results.json").read_text())["train"]
-    assert [told[key] for key in ("steps", "loss", "seconds")] == [4, None, None]  # BUG: The loss and the seconds were 0.0.
+    assert [told[key] for key in ("steps", "loss", "seconds")] == [4, None, None]  # BUG: 0.0 was written instead of null.
     card = (tmp_path / "README.md").read_text()
     assert "Mean training loss" not in card and "| Training time | unknown time on" in card
 
