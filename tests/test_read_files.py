@@ -1,4 +1,7 @@
-"""The readers of text, JSON, tensors and arrays: each damage is one line that names the file; and nobody else reads."""
+"""The readers of text, JSON, tensors and arrays report every damage in one line that names the file.
+
+No other module reads files, except for the calls in OTHERS.
+"""
 
 import ast
 import json
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 TENSORS = save({"weight": torch.eye(3)})
 EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_file, lambda path: read_yaml(path, path)]
-# Calls that read a file, by module, and why they are no reader of `read_files`.
+# Modules that read or parse without the readers of `read_files`: the call and, where it is not obvious, the reason.
 OTHERS = {
     "read_files": "the readers themselves",
     "checkpoint_trainer": "torch.load: which file of a checkpoint it is that cannot be read",
@@ -44,7 +47,7 @@ OTHERS = {
 @pytest.mark.parametrize("read", EVERY)
 def test_a_path_that_is_no_file(read, tmp_path):
     (tmp_path / "folder.csv").mkdir()
-    os.mkfifo(tmp_path / "pipe.csv")  # to open it would wait for ever
+    os.mkfifo(tmp_path / "pipe.csv")  # opening a pipe would block forever
     expected = {
         "absent.csv": "this file does not exist; check the path",
         "folder.csv": "this is a folder; name a file in it",
@@ -158,7 +161,7 @@ def test_a_wrong_index_of_shards(index, expected, tmp_path):
 
 def test_shards_that_no_index_names_are_not_read(tmp_path):
     save_file({"a": torch.eye(2)}, tmp_path / "model-00001-of-00001.safetensors")
-    save_file({"a": torch.zeros(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")  # of an earlier save
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")  # left by an earlier save
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(read_weights(tmp_path)["a"], torch.eye(2))
@@ -193,7 +196,10 @@ READS = re.compile(
 
 
 def test_nobody_else_reads_files():
-    """Files are read by `read_files`: what is wrong with one is then said in one way, and no damage is a foreign error."""
+    """All modules read files through `read_files`, except for the calls in OTHERS.
+
+    Damage is then always reported in the same way, and a damaged file never ends in an error of another library.
+    """
     found = set()
     for path in sorted([*(ROOT / "hf_embed").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -202,4 +208,4 @@ def test_nobody_else_reads_files():
         if any(READS.fullmatch(ast.unparse(call)) for call in calls):
             found.add(name)
     assert sorted(found - set(OTHERS)) == [], "read these files by hf_embed.read_files"
-    assert sorted(set(OTHERS) - found) == []  # no exception outlives its reason
+    assert sorted(set(OTHERS) - found) == []  # every entry of OTHERS is still needed

@@ -1,4 +1,4 @@
-"""The card and results.json that `save_model` writes in a user's own script: what was trained, and what it scores."""
+"""The model card and results.json that `save_model` writes in a user's own script: the training and the scores."""
 
 import json
 import logging
@@ -79,7 +79,7 @@ def test_before_any_training_there_is_nothing_to_say(tmp_path):
     run = make(tmp_path, SETS)
     run.save_model()
     assert "## Training" not in card(tmp_path) and not (tmp_path / "results.json").exists()
-    run.evaluate()  # a model that is evaluated, and not trained
+    run.evaluate()  # now the model is evaluated, but still not trained
     run.save_model()
     assert "## Training" not in card(tmp_path) and stored(tmp_path)["after"]["sts"].keys() == {"dev"}
     assert stored(tmp_path)["before"] == {}
@@ -97,14 +97,14 @@ def test_the_title_without_any_name(tmp_path):
 
 
 def test_the_scores_are_of_the_model_that_is_saved(tmp_path):
-    """With `load_best_model_at_end` it is the best step's, here the one of the lowest score, not the last one's."""
+    """With `load_best_model_at_end`, the saved model is that of the best step (here: the lowest score), not the last."""
     run = make(tmp_path, {"dev": SETS["dev"]}, max_steps=6, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
                metric_for_best_model="spearman", greater_is_better=False,
                learning_rate=2e-2, **EACH_STEP)  # fmt: skip
     run.train()
     run.save_model()
     scores = {entry["step"]: entry["eval_spearman"] for entry in run.state.log_history if "eval_spearman" in entry}
-    assert run.state.best_global_step != 6 and scores[6] != min(scores.values())  # else this test says nothing
+    assert run.state.best_global_step != 6 and scores[6] != min(scores.values())  # else this test proves nothing
     assert stored(tmp_path)["after"]["sts"]["dev"] == round(min(scores.values()), 2)
     chosen = stored(tmp_path)["train"]["chosen_by"]
     assert chosen == {"metric": "spearman", "score": round(min(scores.values()), 4), "greater_is_better": False}
@@ -135,7 +135,7 @@ def test_sets_that_are_given_to_evaluate_are_in_the_card(tmp_path):
     run = make(tmp_path)
     run.train()
     run.evaluate({"later": SETS["dev"]})
-    run.evaluate({"faq": SEARCH}, metric_key_prefix="test")  # another name's
+    run.evaluate({"faq": SEARCH}, metric_key_prefix="test")  # another prefix: not in the card
     run.save_model()
     assert stored(tmp_path)["after"].keys() == {"sts", "alignment", "uniformity"}
     assert "later (Spearman x 100)" in card(tmp_path)
@@ -148,7 +148,7 @@ def test_a_second_training_in_the_folder_replaces_what_the_first_said(tmp_path):
         run.save_model()
         assert stored(tmp_path)["train"]["steps"] == steps
         (tmp_path / "results.json").write_text(json.dumps(stored(tmp_path) | {"mteb": []}))
-    make(tmp_path, max_steps=2).train()  # nothing is saved
+    make(tmp_path, max_steps=2).train()  # without save_model
     assert "mteb" in stored(tmp_path)
     assert "| Training steps | 2, with a batch size of 4 |" in card(tmp_path)
 
@@ -178,7 +178,7 @@ def test_elsewhere_and_in_checkpoints(tmp_path):
 
 def test_names_for_the_card(tmp_path):
     run = make(tmp_path, {"dev": SETS["dev"]}, **EACH_STEP)
-    run.create_model_card(model_name="Search in our FAQ")  # before there is a card
+    run.create_model_card(model_name="Search in our FAQ")  # before the folder has a card
     run.train()
     run.save_model()
     assert "# Search in our FAQ\n" in card(tmp_path) and "## Training" in card(tmp_path)
@@ -246,11 +246,11 @@ def test_plain_arguments_and_a_model_by_name(tmp_path):
     assert train["model"] == "base" and train["settings"] == {"num_train_epochs": 2, "learning_rate": 0.001}
 
 
-# ---- what servers give ----
+# ---- what servers return ----
 
 
 def served(folder: Path, texts: list[str]) -> torch.Tensor:
-    """The vectors of a server that reads 1_Pooling/config.json and no other module."""
+    """Return the embeddings of a server that reads 1_Pooling/config.json and ignores all other modules."""
     config = json.loads((folder / "1_Pooling" / "config.json").read_text())
     (flag,) = [key.removeprefix("pooling_mode_") for key, value in config.items() if key.startswith("pooling_mode_") and value]
     pooling = next(entry for entry in POOLINGS.values() if entry.flag == flag and entry.layers is None)
@@ -281,7 +281,7 @@ def test_who_is_served_other_vectors_is_told(tmp_path, caplog, pooling, normaliz
     own = torch.as_tensor(Encoder.from_pretrained(str(tmp_path)).encode(texts))
     got = served(tmp_path, texts)
     same = got.shape == own.shape and bool((torch.cosine_similarity(got, own) > 0.9999).all())
-    assert len(told) == (0 if same else 1)  # once
+    assert len(told) == (0 if same else 1)  # one warning for two saves
     assert ("Servers that read only 1_Pooling" in card(tmp_path)) is not same
     if not same:
         assert f"(pooling {POOLINGS[pooling].saved_as or pooling})" in told[0] and "load the model as its card shows" in told[0]
