@@ -133,7 +133,8 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
         assert message in error_of(run, sentences, tmp_path / "out", "--config", config)
     for words, message in (
         (["--variants", "nothing"], f"unknown variant 'nothing'; give one of {', '.join(VARIANTS)}"),
-        (["--seeds", "0,x"], "--seeds '0,x': give different whole numbers"), (["--seeds", ","], "give different whole"),
+        (["--seeds", "0,x"], "--seeds '0,x' is not a list of seeds; give different whole numbers"),
+        (["--seeds", ","], "give different whole"),
         (["--seeds", "1,1"], "give different whole numbers"),
     ):  # fmt: skip
         assert message in error_of(run, sentences, tmp_path / "out", *words)
@@ -147,7 +148,7 @@ def test_an_sts_set_is_needed(sentences, tmp_path):
 
 def test_picture_of_many_variants(tmp_path):
     path = [{"step": i, "spearman": 50 + i, "alignment": 0.3 + i / 10, "uniformity": -1 - i} for i in range(4)]
-    result = {"seeds": {"1": path}, "spearman": [53, 53, 53], "best": [53, 53, 53]}
+    result = {"before": 50, "seeds": {"1": path}, "spearman": [53, 53, 53], "best": [53, 53, 53]}
     plot_variants({f"variant {i}": result for i in range(12)}, tmp_path / "p.png")
     from PIL import Image
 
@@ -158,7 +159,7 @@ def test_one_seed_has_no_span():
     path = [{"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}]
     path.append(path[0] | {"step": 1, "spearman": 40.67})
     one = table({"dropout": {"seeds": {"1": path}} | summary([path])})
-    assert one[1].split() == ["dropout", "42.60", "40.67", "42.60", "0.400", "-1.700"]
+    assert one[1].split() == ["dropout", "42.60", "40.67", "40.67", "0.400", "-1.700"]
     two = table({"dropout": {"seeds": {"1": path, "2": path}} | summary([path, path])})
     assert "40.67 (40.67 to 40.67)" in two[1]
     assert len({len(line) for line in one}) == len({len(line) for line in two}) == 1  # columns stand below their heads

@@ -485,7 +485,7 @@ def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
         ended[size] = first if isinstance(first, str) else "trained"
         if isinstance(first, str):
             assert "\n" not in first and str(folder.parent) in first
-            assert first.startswith("the disk is full (at ") or "takes about" in first
+            assert first.startswith("the disk is full (at ") or "needs about" in first
             assert not list(folder.glob(".saving-*")), "what is half-written goes"
             disk_of("size=64m")
             again = train_into(folder, data)

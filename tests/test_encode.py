@@ -90,8 +90,8 @@ def test_queries_and_documents_of_a_model_without_their_prompts(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "mend"),
-    [({"normalize_embeddings": True}, "give normalize=True or False"), ({"pool": {}}, "give device="),
-     ({"chunk_size": 3}, "give batch_size"), ({"nonsense": 1}, "encode.. has no argument 'nonsense'$")],
+    [({"normalize_embeddings": True}, "use normalize=True or False"), ({"pool": {}}, "use device="),
+     ({"chunk_size": 3}, "use batch_size"), ({"nonsense": 1}, "encode.. has no argument 'nonsense'$")],
 )  # fmt: skip
 def test_arguments_of_sentence_transformers_are_refused_with_ours(argument, mend):
     with pytest.raises(TypeError, match=mend):

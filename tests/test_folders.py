@@ -355,11 +355,11 @@ MODULES = "sentence_transformers.models."
 FIRST_MODULES = ["BoW", "WordEmbeddings", "StaticEmbedding", "CLIPModel", "Asym"]
 OTHER_OUTPUT = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
 REFUSED = {  # name -> (function that builds the folder, a part of the error message)
-    "two Poolings": (lambda make: make(st.Pooling(32), st.Pooling(32)), "the module Pooling ('2_Pooling') behind Pooling"),
+    "two Poolings": (lambda make: make(st.Pooling(32), st.Pooling(32)), "the module Pooling ('2_Pooling') after Pooling"),
     "Normalize in the middle": (
-        lambda make: make(st.Pooling(32), st.Normalize(), dense(32, 8)), "the module Dense ('3_Dense') behind Normalize",
+        lambda make: make(st.Pooling(32), st.Normalize(), dense(32, 8)), "the module Dense ('3_Dense') after Normalize",
     ),
-    "layer pooling behind the pooling": (lambda make: make(st.Pooling(32), layer_weights(1.0, 0.0, 1.0)), "behind Pooling"),
+    "layer pooling behind the pooling": (lambda make: make(st.Pooling(32), layer_weights(1.0, 0.0, 1.0)), "after Pooling"),
     "pooling max": (lambda make: make(st.Pooling(32, "max")), "pooling max"),
     "pooling mean_sqrt_len": (lambda make: make(st.Pooling(32, "mean_sqrt_len_tokens")), "pooling mean_sqrt_len_tokens"),
     "two modes": (lambda make: make(st.Pooling(32, ("cls", "mean"))), "pooling cls + mean"),
@@ -624,7 +624,7 @@ def test_a_masked_lm_recipe_keeps_the_prompts_and_refuses_what_it_cannot_keep(ma
     folder = make(st.Pooling(32), prompts={"query": "q: "})
     assert load_for_a_recipe(folder, tmp_path, masked_lm=True)[1].prompts == {"query": "q: "}
     edit(folder / CONFIG, truncate_dim=4, default_prompt_name="query")
-    assert "default_prompt_name, truncate_dim would be lost" in error_of(load_for_a_recipe, folder, tmp_path, masked_lm=True)
+    assert "the settings default_prompt_name, truncate_dim of" in error_of(load_for_a_recipe, folder, tmp_path, masked_lm=True)
 
 
 def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, tmp_path):

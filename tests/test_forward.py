@@ -351,7 +351,7 @@ def test_states_that_are_not_those_of_tokens_are_refused():
     """The first output of DPR is one vector per text."""
     config = DPRConfig(**SMALL, projection_dim=0)
     message = error_of(encoder_of, random_model(DPRQuestionEncoder, config))
-    assert "no hidden states of tokens to pool" in message
+    assert "no hidden states to pool" in message
 
 
 def test_model_input_names_are_saved(tmp_path):

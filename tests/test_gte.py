@@ -256,7 +256,8 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("dims", "weights", "message"), [((), None, "at least 1"), ((0, 4), None, "at least 1"), ((2, 4), (1.0,), "one for each")]
+    ("dims", "weights", "message"),
+    [((), None, "at least 1"), ((0, 4), None, "at least 1"), ((2, 4), (1.0,), "weight for each dim")],
 )
 def test_matryoshka_dims_are_checked(dims, weights, message):
     assert message in error_of(Matryoshka, SimCSE(), dims, weights)

@@ -580,7 +580,7 @@ def test_what_cannot_be_folded_is_saved_only_on_demand(tmp_path):
     encoder = large_encoder()
     before = vectors(encoder)
     apply_tempscale(encoder.backbone, TempScaleConfig(T, growth="log", reference_length=4))
-    with pytest.raises(InputError, match=r"cannot be folded: .*; save_pretrained\(allow_runtime=True\)"):
+    with pytest.raises(InputError, match=r"cannot be folded, .*; save_pretrained\(allow_runtime=True\)"):
         encoder.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     encoder.save_pretrained(tmp_path / "runtime", allow_runtime=True)
