@@ -18,7 +18,17 @@ from typing import Any
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
 from hf_embed.kit.models import load_model
-from hf_embed.kit.plan import Plan, PositiveArguments, make_plan, read_evaluation, read_flags, read_rows, settle_quickstart
+from hf_embed.kit.plan import (
+    LANGUAGE_MODEL,
+    Plan,
+    PositiveArguments,
+    make_plan,
+    read_evaluation,
+    read_flags,
+    read_rows,
+    settle_model,
+    settle_quickstart,
+)
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
 from hf_embed.objectives import SimCSE
@@ -29,7 +39,7 @@ CONFIG = Path(__file__).with_name("configs") / "unsup_simcse_quickstart.yaml"  #
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train once, or once with each of `--seeds`, and return the content of results.json."""
     flags = read_flags([SimCSE, PositiveArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
-    flags = settle_quickstart(flags, "unsup_simcse")
+    flags = settle_model(settle_quickstart(flags, "unsup_simcse"), LANGUAGE_MODEL)
     return train_each_seed(flags, read_plan, train)
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.whole import check_whole, newest_whole
 from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
-from hf_embed.disk import ASIDE, check_folder
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, read_sts
@@ -29,17 +26,13 @@ from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.overwrite import (
     EarlierRun,
-    check_replaceable,
     earlier_files,
-    is_unfinished,
-    is_working,
-    working_folder,
 )
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
+from hf_embed.kit.run_folder import settle_output_dir
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.safe_files import restore_folder
 from hf_embed.trainer_inputs import as_task
 from hf_embed.trainer_settings import check_metric
 from hf_embed.training_record import on_the_hub
@@ -47,6 +40,7 @@ from hf_embed.training_record import on_the_hub
 logger = logging.getLogger(__name__)
 
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
+LANGUAGE_MODEL = QUICKSTART / "language_model"  # a built-in model that has only learned to fill in masked tokens
 TRUST = "Run the model's own Python code, if it has any; read this code first."
 
 
@@ -55,7 +49,7 @@ class ModelArguments:
     """Flags of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the model. Default: the built-in quickstart encoder."}
+        default=None, metadata={"help": "Hub name or folder of the model. Default: a small built-in model."}
     )
     dropout: float | None = field(
         default=None, metadata={"help": "Value for all dropout rates of the model. Default: the model's own rates."}
@@ -121,7 +115,6 @@ class DataArguments:
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
 HELD_OUT = "held_out"  # the name of the evaluation set that --eval_file makes
-LATEST = ("latest", "true", "True")  # values of --resume_from_checkpoint that mean the newest complete checkpoint
 NO_DATA = "there is no training data; give --train_file FILE, --dataset_name NAME or --sources FILE"
 
 
@@ -256,12 +249,13 @@ def without_data(flags: cli.Flags) -> bool:
 
 
 def uses_quickstart(flags: cli.Flags) -> bool:
-    """Return True if the run trains the built-in encoder on the built-in texts.
+    """Return True if the run trains a built-in model on the built-in texts.
 
     Raises:
         InputError: if the user gives a model but no data.
     """
-    if without_data(flags) and flags.values["model_name_or_path"]:
+    model = flags.values["model_name_or_path"]
+    if without_data(flags) and model and Path(model).parent != QUICKSTART:
         raise InputError(NO_DATA)
     return without_data(flags)
 
@@ -273,6 +267,11 @@ def settle_quickstart(flags: cli.Flags, name: str) -> cli.Flags:
     """
     quickstart = uses_quickstart(flags)
     return settle_output_dir(flags, "quickstart" if quickstart else name, made_anew=quickstart)
+
+
+def settle_model(flags: cli.Flags, model: Path) -> cli.Flags:
+    """Set the model to a built-in one, if the user gives no model."""
+    return flags if flags.values["model_name_or_path"] else flags.override(model_name_or_path=str(model))
 
 
 def settle_offline(
@@ -389,66 +388,6 @@ def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainin
         logger.warning("no --eval_... NAME=PATH is given: nothing is evaluated, and the last model is kept, not the best one")
     nothing = {"eval_strategy": IntervalStrategy.NO, "do_eval": False, "eval_steps": None, "load_best_model_at_end": False}
     return settled(args, **nothing)
-
-
-def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
-    """Choose the folder in which the run trains, refuse a folder with another run, and find the checkpoint to resume from.
-
-    The default folder is outputs/NAME. With `made_anew`, a run in the default folder is replaced without a flag. A run that
-    replaces another one trains in a folder beside it (`hf_embed.kit.overwrite`). An unfinished run there also counts as another
-    run.
-    """
-    given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
-    default = given in (None, "trainer_output")
-    folder = Path(f"outputs/{name}" if default else os.path.expanduser(given))
-    overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
-    check_folder(folder, "--output_dir")
-    if is_working(folder):
-        raise InputError(f"--output_dir {folder}: this form of name is reserved for unfinished runs; give another folder")
-    restore_folder(folder)
-    unfinished = working_folder(folder) if is_unfinished(folder) else None
-    if resume and not flags.values["seeds"]:  # with --seeds, each seed has its own checkpoint
-        resume = find_checkpoint(resume, unfinished or folder)
-    filled = folder if holds_run(folder) else unfinished
-    if filled and not (overwrite or resume):
-        raise InputError(
-            f"--output_dir {filled} holds another run; resume it with --resume_from_checkpoint, replace it with "
-            "--overwrite_output_dir, or give another folder"
-        )
-    working = folder
-    if resume and unfinished and (flags.values["seeds"] or Path(resume).resolve().parent == unfinished.resolve()):
-        working = unfinished
-    elif filled and not resume:
-        check_replaceable(folder)
-        working = working_folder(folder)
-    repository = flags.values["hub_model_id"]
-    if working != folder and flags.values["push_to_hub"]:  # its default is the name of the folder in which the run trains
-        repository = repository or folder.absolute().name
-    return flags.override(
-        output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite, hub_model_id=repository
-    )
-
-
-def holds_run(folder: Path) -> bool:
-    """Return True if a folder holds more than the logs of a run that ended before it saved anything."""
-    return any(path.name != "runs" and not path.name.startswith(ASIDE) for path in folder.glob("*"))
-
-
-def find_checkpoint(given: str, folder: Path) -> str:
-    """Return the checkpoint that `--resume_from_checkpoint` names. Without a name, return the newest complete checkpoint.
-
-    Raises:
-        InputError: if there is no checkpoint, or if the named one is damaged.
-    """
-    if given in LATEST:
-        last = newest_whole(folder)
-        if last is None:
-            raise InputError(f"--resume_from_checkpoint: {folder} has no checkpoint-N folder; remove the flag to start a run")
-        return str(last)
-    if not Path(given, "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {given}: trainer_state.json does not exist; give a checkpoint-N folder")
-    check_whole(Path(given))
-    return given
 
 
 def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:

@@ -20,9 +20,10 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
-from hf_embed.kit.plan import LATEST, Plan
+from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.report import changed, saved_to
+from hf_embed.kit.run_folder import LATEST
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_json
