@@ -125,9 +125,7 @@ WORKS = {"encode": "done/.saving", "mine_negatives": "documents/.saving", "ablat
 def warned(ended: Ended, *names: str) -> bool:
     """Return True if a line of output warns about one of the names. That a run resumes from it is not a warning."""
     lines = [line for line in ended.log.splitlines() if any(name in line for name in names)]
-    return any(
-        re.search(r"skipped|damaged|changed since|incomplete|not whole|anew|missing|cannot be read", line) for line in lines
-    )
+    return any(re.search(r"skipped|damaged|changed since|incomplete|again|missing|cannot be read", line) for line in lines)
 
 
 def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:

@@ -13,6 +13,7 @@ import worker_resume
 from conftest import error_of, quickstart_tokenizer, tiny_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_distributed import HERE, launch
 from test_distributed import run as launched
 from test_trainer import NO_DROPOUT, ROWS, STS, arguments
@@ -200,8 +201,9 @@ def test_a_finished_run_trains_no_further_step(folder, tmp_path):
     for steps in (2, 4):
         made = trainer(tmp_path, max_steps=steps)
         made.train(str(folder / f"checkpoint-{steps}"))
-        before = weights(made)
-        assert made.state.global_step == steps and same(before, weights(made))
+        saved = load_file(folder / f"checkpoint-{steps}" / "model.safetensors")
+        assert made.state.global_step == steps
+        assert all(torch.equal(parameter, saved[name]) for name, parameter in made.encoder.backbone.named_parameters())
     made = trainer(tmp_path, max_steps=3)
     assert made.train(str(folder / "checkpoint-4")).metrics["resumed_at_step"] == 4
     assert made.state.global_step == 4

@@ -172,7 +172,8 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     figure, panels = plt.subplot_mosaic(places, figsize=(8, 7.5), layout="constrained")
     left, middle, below = panels["cosine"], panels["uniformity"], panels["layers"]
     colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color
-    for (name, report), colour, style in zip(reports.items(), colours, styles):
+    for number, (name, report) in enumerate(reports.items()):
+        colour, style = colours[number % 4], styles[(number + number // 4) % 4]  # 16 different looks
         cut = report["cut"]
         tokens = [row["tokens"] for row in cut]
         look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "label": name}
