@@ -268,7 +268,7 @@ def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
         change = np.array(scores) - scores[temperatures.index(1.0)]
         axes.plot(temperatures, change, marker="o", linestyle=style, linewidth=2.5 if name == "mean" else 1.2, label=name)
     axes.axhline(0, color="0.7", linewidth=1)
-    axes.axvline(result["temperature"], color="0.7", linewidth=1)
+    axes.axvline(result["temperature"], color="0.7", linewidth=1, label=f"chosen: {result['temperature']:g}")
     axes.set_xlabel("attention temperature")
     axes.set_ylabel("change in nDCG@10 or Spearman, x 100")
     axes.set_title("TempScale: change of the score against temperature 1")
