@@ -69,6 +69,10 @@ def test_warning_of_positives_that_drift_apart():
     assert "alignment has risen from 0.20 to 0.31" in warning_of([start, *history((0.31, -2.5, 0.1))])
     assert warning_of([start, *history((0.29, -2.5, 0.1))]) is None
     assert warning_of([start, *history((0.25, -2.5, 0.1), (0.31, -2.5, 0.2))]) is None  # the loss rises
+    for score, warned in ((48.0, True), (65.0, False)):  # no warning if the score is better than at the start
+        *before, last = history((0.31, -2.5, 0.1))
+        told = warning_of([start | {"eval_spearman": 49.0}, *before, last | {"eval_spearman": score}])
+        assert (told is not None) == warned
     batches = history((0.2, -1.0, 1.0), (0.4, -2.0, 0.5), prefix="")  # two dropout views are not evaluation pairs
     assert warning_of(batches) is None
 

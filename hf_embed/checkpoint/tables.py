@@ -151,8 +151,11 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
     objective = dict(train["objective"])
     name = objective.pop("name")
     resumed = train.get("resumed_at_step")
-    known = resumed and train.get("seconds") is not None
-    since = f" (from step {resumed + 1:,} on, because the training was resumed)" if known else ""
+    since = (
+        f" (from step {resumed + 1:,} on, because the training was resumed)"
+        if resumed and train.get("seconds") is not None
+        else ""
+    )
     rows = [
         ("Base model", str(train["model"])),
         ("Training data", f"{train['data']}, {train['rows']:,} rows"),

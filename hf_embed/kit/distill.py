@@ -171,7 +171,7 @@ def distill(
     """Train the student on the batches. Return the mean loss of the last steps and the number of tokens read."""
     device = PartialState().device
     to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
-    teacher.to(device, torch.bfloat16)  # type: ignore[arg-type]  # the decorator of `to` hides its type
+    teacher.to(device, torch.bfloat16)
     both = nn.ModuleList([student, to_teacher]).to(device).eval()  # eval: no dropout while distilling
 
     def loss_of(step: int) -> tuple[Tensor, int]:

@@ -168,7 +168,7 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    places = [["cosine", "uniformity"], ["layers", "layers"]]
+    places: list[Any] = [["cosine", "uniformity"], ["layers", "layers"]]
     figure, panels = plt.subplot_mosaic(places, figsize=(8, 7.5), layout="constrained")
     left, middle, below = panels["cosine"], panels["uniformity"], panels["layers"]
     colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color

@@ -33,7 +33,7 @@ from hf_embed.work_files import digest
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary that is made here
-SHORT = 64  # tokens: the minimum of `--max_length`, and the sequence length in stage 1 of masked language modeling
+SHORT = 64  # tokens: the minimum of `--max_length`, and the length of short sequences in masked language modeling
 LOG_STEPS, SAVE_STEPS = 100, 500
 Rows = TypeVar("Rows", list, Tensor)
 
@@ -62,10 +62,8 @@ class PretrainArguments:
     num_layers: int = field(default=4, metadata={"help": "Number of the encoder's layers."})
     num_heads: int = field(default=6, metadata={"help": "Number of attention heads in a layer."})
     max_length: int = field(default=512, metadata={"help": "Maximum length of a text, in tokens."})
-    sentence_tokens: int = field(default=14_000_000, metadata={"help": "Number of tokens in the first stage, of short texts."})
-    long_tokens: int = field(
-        default=4_000_000, metadata={"help": "Number of tokens in the second stage, of texts up to max_length."}
-    )
+    sentence_tokens: int = field(default=14_000_000, metadata={"help": "Number of tokens to train on in short texts."})
+    long_tokens: int = field(default=4_000_000, metadata={"help": "Number of tokens to train on in longer texts."})
     batch_tokens: int = field(default=5120, metadata={"help": "Number of tokens in a batch."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate of the schedule."})
     seed: int = field(default=1, metadata={"help": "Seed of the order of the texts and of the masked tokens."})
