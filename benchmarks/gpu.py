@@ -360,6 +360,8 @@ def shown(value: Any) -> str:
     """Return a figure as text for the Markdown table."""
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -307,10 +307,11 @@ def slowest_kernels(bench: Bench) -> list[Result]:
 
 
 def caller() -> str:
-    """Return the innermost place in the stack outside of PyTorch and of this file, as FILE:LINE."""
+    """Return the innermost place in the stack outside of PyTorch, of warnings.py and of this file, as FILE:LINE."""
+    skipped = (Path(warnings.__file__), Path(__file__))
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if not path.is_relative_to(Path(torch.__file__).parent) and path != Path(__file__):
+        if not path.is_relative_to(Path(torch.__file__).parent) and path not in skipped:
             return f"{'/'.join(path.parts[-2:])}:{frame.lineno}"
     return "unknown"
 
@@ -320,7 +321,7 @@ def recorded_synchronizations(bench: Bench, found: Counter[str]) -> Iterator[Non
     """Count in `found` by place how often the host waits for the GPU inside a `with` block. A CPU never does."""
 
     def show(message: Warning | str, *_: Any) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):
             found[caller()] += 1
 
     with warnings.catch_warnings():
@@ -382,8 +383,14 @@ class Clock(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
 
-def timed_run(bench: Bench, case: Case, side: str, rows: list[dict[str, str]], model_folder: str) -> dict[str, float | None]:
-    """Train a few steps. Return the rows per second and the peak memory; None for what is out of memory or not known (CPU)."""
+Run: TypeAlias = "dict[str, Any]"  # rows/s, peak GiB, and whether the trainer has turned gradient caching on; see `timed_run`
+
+
+def timed_run(bench: Bench, case: Case, side: str, rows: list[dict[str, str]], model_folder: str) -> Run:
+    """Train a few steps and measure the rows per second and the peak memory, which is None on a CPU.
+
+    If the memory of the GPU is too small, both figures are None, except that hf_embed turns gradient caching on by itself.
+    """
     sizes, lengths = bench.sizes, LENGTHS[case.texts]
     bench.free()  # the trainer of the run before
     clock = Clock(bench)
@@ -391,13 +398,15 @@ def timed_run(bench: Bench, case: Case, side: str, rows: list[dict[str, str]], m
     try:
         if side == OURS:
             model = AutoModel.from_pretrained(model_folder, attn_implementation=case.backend, dtype=torch.float32)
-            make_trainer(bench, model, rows, [clock], pooling="mean", max_length=lengths.max_length, **settings).train()
+            trainer = make_trainer(bench, model, rows, [clock], pooling="mean", max_length=lengths.max_length, **settings)
         else:
-            their_trainer(bench, case, rows, model_folder, clock, settings).train()
+            trainer = their_trainer(bench, case, rows, model_folder, clock, settings)
+        trainer.train()
         rate = sizes.batch * sizes.steps / (clock.times[-1] - clock.times[sizes.warm_up])
-        return {"rows/s": rate, "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else None}
+        peak = torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else None
+        return {"rows/s": rate, "peak GiB": peak, "caching": side == OURS and trainer.args.gradient_caching}
     except torch.OutOfMemoryError:
-        return {"rows/s": None, "peak GiB": None}
+        return {"rows/s": None, "peak GiB": None, "caching": False}
 
 
 def their_trainer(
@@ -439,12 +448,13 @@ def throughput(bench: Bench, case: Case) -> list[Result]:
     make_model(form).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     peer = importlib.util.find_spec("sentence_transformers") is not None
-    rounds: list[dict[str, dict[str, float | None]]] = []
+    rounds: list[dict[str, Run]] = []
     while len(rounds) < sizes.rounds and (not rounds or time.monotonic() < bench.deadline):
         sides = [OURS, THEIRS] if peer else [OURS]
         rounds.append({side: timed_run(bench, case, side, rows, folder) for side in sides[:: (-1) ** len(rounds)]})
     figures: dict[str, Any] = {"rounds": len(rounds)} | medians(rounds)
-    figures["hf_embed TFLOP/s"] = teraflops = (
+    figures[f"{OURS} turned gradient caching on"] = any(sides[OURS]["caching"] for sides in rounds)
+    figures[f"{OURS} TFLOP/s"] = teraflops = (
         (figures[f"{OURS} rows/s"] or 0) * useful_flops(form, LENGTHS[case.texts], rows) / 1e12
     )
     figures["share of the bfloat16 matrix rate"] = share = teraflops / matrix_rate(bench, torch.bfloat16, "highest")
@@ -456,7 +466,7 @@ def throughput(bench: Bench, case: Case) -> list[Result]:
     return [Result("throughput", name, "measured", figures, "" if peer else f"{THEIRS} is not installed")]
 
 
-def medians(rounds: list[dict[str, dict[str, float | None]]]) -> dict[str, float | None]:
+def medians(rounds: list[dict[str, Run]]) -> dict[str, float | None]:
     """Return the medians of rates and memory of each side, and of their ratios. A figure is None if it does not exist."""
 
     def median(values: list[float | None]) -> float | None:

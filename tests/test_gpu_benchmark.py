@@ -50,14 +50,24 @@ def test_all_checks_that_apply_pass(tmp_path):
 
 
 def test_a_check_that_is_made_to_fail(gpu, monkeypatch, tmp_path):
-    """A wrong TempScale fails. So does a task that raises an error, and the next task still runs."""
+    """A TempScale without effect fails. So does a check that raises an error, and the next check still runs."""
     arguments = [*ON_CPU, "--output_dir", str(tmp_path), "--parts", "tempscale"]
+
+    def results() -> list[tuple[str, str]]:
+        found = json.loads((tmp_path / "gpu.json").read_text())["results"]
+        return [(result["status"], result["note"]) for result in found]
+
     assert gpu.main(arguments) == 0
-    monkeypatch.setattr(gpu, "apply_tempscale", lambda model, config: model.requires_grad_(True))
-    monkeypatch.setattr(gpu, "fold_tempscale", lambda model: gpu.make_model(broken))
+    limit = "relative distance from the float64 reference <= 0.0001, and larger without TempScale"
+    skipped = ("skipped", "flash attention needs a GPU")
+    assert results() == [("PASS", limit), ("PASS", limit), skipped]
+    monkeypatch.setattr(gpu, "apply_tempscale", lambda model, config: model)
+    monkeypatch.setattr(gpu, "fold_tempscale", lambda model: model)
     assert gpu.main(arguments) == 1
-    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert [result["status"] for result in results] == ["FAIL", "FAIL", "skipped"]
+    assert results() == [("FAIL", limit), ("FAIL", limit), skipped]
+    monkeypatch.setattr(gpu, "Encoder", lambda *args: 1 / 0)
+    assert gpu.main(arguments) == 1
+    assert results() == [("FAIL", "ZeroDivisionError: division by zero")] * 2 + [skipped]
 
 
 def test_time_limit(gpu, tmp_path):
