@@ -24,8 +24,10 @@ if a check fails, and 2 if a package is missing or has the wrong version, or the
 import argparse
 import contextlib
 import copy
+import importlib.metadata
 import json
 import math
+import platform
 import statistics
 import sys
 import tempfile
@@ -357,6 +359,19 @@ def run_part(bench: Bench, part: str) -> Iterator[Result]:
 # ---- the report ----
 
 
+def machine(device: str) -> dict[str, Any]:
+    """Describe the machine and the versions of the packages."""
+    names = ("torch", "transformers", "accelerate", "datasets", "sentence-transformers", "flash_attn", "triton")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
+    return {"gpu": gpu, "cpu threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
 def shown(value: Any) -> str:
     """Return a figure as text for the Markdown table."""
     if value is None:
@@ -400,7 +415,7 @@ def run_parts(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cpu":
         torch.set_num_threads(1)
     start, settings = time.monotonic(), vars(args) | {"output_dir": str(args.output_dir)}
-    report: dict[str, Any] = {"machine": gpu_bench.machine(args.device), "settings": settings, "seconds": 0.0, "results": []}
+    report: dict[str, Any] = {"machine": machine(args.device), "settings": settings, "seconds": 0.0, "results": []}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.device, gpu_bench.TINY if args.tiny else gpu_bench.FULL, Path(folder), start + args.time_limit)
         for part in args.parts:

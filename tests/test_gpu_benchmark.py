@@ -44,7 +44,7 @@ def test_all_checks_that_apply_pass(tmp_path):
     assert len(next(f["ten slowest"] for f in figures.values() if "ten slowest" in f)) == 10
     speeds = [result["figures"] for result in results if result["part"] == "throughput" and result["figures"]]
     assert len(speeds) == 2
-    assert all(0 < f["share of the bfloat16 matrix rate"] < 1 and f["hf_embed rows/s"] > 0 for f in speeds)
+    assert all(0 < f["share of the matrix rate"] < 1 and f["hf_embed rows/s"] > 0 for f in speeds)
     table = (tmp_path / "gpu.md").read_text()
     assert all(f"| {result['name']} | {result['status']} |" in table for result in results)
 
@@ -111,3 +111,32 @@ def test_useful_flops(gpu):
     scores = sum(2 * 2 * n * n * 4 for n in tokens)  # queries times keys, and weights times values, in the forward pass
     wanted = 3 * (2 * weights * sum(tokens) + scores)
     assert gpu.gpu_bench.useful_flops(form, gpu.LENGTHS["NLI-like"], rows) == wanted
+
+
+def test_aims_of_speed(gpu):
+    """On a GPU, the speed with BERT-base and short texts is compared with its aims."""
+
+    class OnGPU(gpu.Bench):
+        cuda = True
+
+    judge, case = gpu.gpu_bench.judge_speed, gpu.gpu_bench.Case("BERT-base", "NLI-like", "sdpa")
+    bench = OnGPU("cuda", gpu.gpu_bench.TINY, Path(), 0)
+    reached = {"share of the matrix rate": 0.5, "ratio of rows/s": 2.1}
+    assert judge(bench, case, reached, "").status == "PASS"
+    assert judge(bench, case, reached | {"ratio of rows/s": 1.9}, "").status == "FAIL"
+    assert judge(bench, case, reached | {"share of the matrix rate": 0.4}, "").status == "FAIL"
+    alone = judge(bench, case, reached | {"ratio of rows/s": None}, "out of memory")
+    assert (alone.status, alone.note) == ("PASS", "a share >= 0.45, and no ratio: out of memory")
+    assert judge(bench, case._replace(texts="long texts"), {"share of the matrix rate": 0.1}, "").status == "measured"
+
+
+def test_medians(gpu):
+    ours, theirs = gpu.gpu_bench.OURS, gpu.gpu_bench.THEIRS
+    rounds = [
+        {ours: {"rows/s": rate, "peak GiB": 1.0}, theirs: {"rows/s": other, "peak GiB": memory}}
+        for rate, other, memory in [(10, 5, 2.0), (30, 10, 4.0), (20, None, None)]
+    ]
+    assert gpu.gpu_bench.medians(rounds) == {
+        f"{ours} rows/s": 20, f"{theirs} rows/s": 7.5, "ratio of rows/s": 2.5,
+        f"{ours} peak GiB": 1.0, f"{theirs} peak GiB": 3.0, "ratio of peak GiB": 0.375,
+    }  # fmt: skip
