@@ -1,11 +1,11 @@
 r"""Show why SimCSE works: compare alignment and uniformity during training for dropout and for other positives.
 
-    python recipes/simcse_ablation.py                 # offline: four variants, three seeds, a few minutes
+    python recipes/simcse_ablation.py                 # offline: four variants, three seeds, ten minutes
     python recipes/simcse_ablation.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv \
         --model_name_or_path google-bert/bert-base-uncased --variants dropout "no dropout" "crop 10%" --seeds 1,2,3
     python recipes/simcse_ablation.py --config recipes/configs/simcse_poolers.yaml --train_file ...
 
-Each flag of recipes/unsup_simcse.py works, and applies to all variants. In a YAML file, a variant may have any name, with the
+Each flag of recipes/unsup_simcse.py works, and applies to all variants. The built-in model and sentences are the same too. In a YAML file, a variant may have any name, with the
 flags in which it differs. The recipe prints a table. OUTPUT_DIR (default: outputs/simcse_ablation) has results.json,
 ablation.png, and a folder for each run. If the recipe is interrupted, the same command trains the runs that are missing.
 """
