@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from test_recipes import ROOT, flags, load_recipe, make_files, sup
 from test_safe_files import killed_at
 from torch.utils.data import DataLoader
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, disk
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file
 from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
@@ -139,6 +140,18 @@ def test_a_worker_s_full_disk_and_full_shared_memory(tmp_path):
                  "of shared memory. Please try to raise your shared memory limit."):  # fmt: skip
         with pytest.raises(DiskError, match=r"at /dev/shm\).*set dataloader_num_workers to 0"), disk_errors(tmp_path):
             raise RuntimeError(text)
+
+
+def test_advice_is_for_the_folder_itself_and_not_for_its_neighbors(tmp_path, monkeypatch):
+    """BUG: A folder whose name only begins like that of a cache got the advice to move the cache."""
+    for folder in ("cache", "cache2"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert disk.another_place(tmp_path / "cache" / "a") == "set HF_DATASETS_CACHE to another folder"
+    assert disk.another_place(tmp_path / "cache2" / "a") == disk.ANOTHER_FOLDER
+    assert disk.another_place(tmp_path / "tmpabc" / "a") == "set TMPDIR to another folder"  # as `tempfile` names folders
+    assert disk.another_place(tmp_path / "mine" / "tmp") == disk.ANOTHER_FOLDER
 
 
 def in_child(work: Callable[[], None]) -> str:

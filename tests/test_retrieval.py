@@ -176,6 +176,12 @@ def test_hub_layout(beir, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "read_hub", lambda name, config, split: Dataset.from_list(parts[config, split]))
     loaded = read_retrieval("someone/some-dataset:dev")
     assert loaded == Retrieval({"a": "first"}, {"1": "A b", "2": "c"}, {"a": {"1": 1}})
+    # BUG: A dataset whose judgments have other columns ended in a KeyError.
+    parts["default", "dev"] = [{"query_id": "a", "corpus_id": "1", "score": 1.0}]
+    message = error_of(read_retrieval, "someone/some-dataset:dev")
+    assert message == (
+        "someone/some-dataset, default: found the columns query_id, corpus_id, score; expected query-id, corpus-id and score"
+    )
 
 
 BAD_BEIR = {

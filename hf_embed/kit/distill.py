@@ -35,7 +35,8 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
         work: the folder for the checkpoint.
 
     Raises:
-        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary.
+        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary, if --max_length is
+            larger than the teacher's, or if --vocab_size is too small for the letters of the text.
     """
     torch.manual_seed(args.seed)
     trusted = {"trust_remote_code": args.trust_remote_code}
