@@ -246,7 +246,7 @@ def difference(got, expected) -> float:
 def compare(got, expected, what: str) -> None:
     apart = difference(got, expected)
     if not apart <= TOLERANCE:  # also catches NaN
-        raise Wrong(f"{what}: {apart:.1e} of the norm apart")
+        raise Wrong(f"{what}: the vectors differ by {apart:.1e} of the norm")
 
 
 def alone(encoder) -> torch.Tensor:
@@ -270,10 +270,10 @@ def encode(make) -> None:
     if vectors.shape[1] != encoder.dimension:
         raise Wrong(f"dimension is {encoder.dimension}, vectors are {vectors.shape[1]} wide")
     if (torch.cdist(vectors, vectors) + 1e9 * torch.eye(len(vectors))).min() < TOLERANCE * vectors.norm(dim=-1).max():
-        raise Wrong("two texts have one vector")
+        raise Wrong("two different texts have the same vector")
     cats, dogs = make("last").encode(["Cats sleep all day.", "Dogs sleep all day."])
     if difference(cats[None], dogs[None]) <= TOLERANCE:
-        raise Wrong("the last token's state knows nothing of the first word: no attention is computed")
+        raise Wrong("the last token's state does not depend on the first word: no attention is computed")
 
 
 def padding(make) -> None:
@@ -311,7 +311,7 @@ def train(make) -> None:
         trainer.train()
         after = trainer.encoder.encode(TEXTS, convert_to_tensor=True)
         if not after.isfinite().all() or torch.equal(after, vectors):
-            raise Wrong("one step left the vectors as they were, or not finite")
+            raise Wrong("after one step, the vectors are unchanged or not finite")
 
 
 def save_and_load(make) -> dict[str, str]:
@@ -338,7 +338,7 @@ def tempscale(make) -> str:
     if calls:
         compare(applied, expected, "applied, against divided softmax inputs")
     if difference(applied, plain) <= TOLERANCE:
-        raise Wrong("applied, and the vectors are as before")
+        raise Wrong("TempScale is applied, but the vectors are unchanged")
     note = "" if calls else "no softmax to compare with; "
     scaled = copy.deepcopy(encoder)
     try:
@@ -447,9 +447,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types, as in config.json; default: all")
     parser.add_argument("--why", action="store_true", help="print the message of each cell that has one")
-    parser.add_argument("--json", metavar="FILE", help="write all cells and messages")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
-    parser.add_argument("--limit", type=float, default=600, help="seconds a type may take")
+    parser.add_argument("--json", metavar="FILE", help="file for all cells and messages")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes at a time")
+    parser.add_argument("--limit", type=float, default=600, help="time limit for one type, in seconds")
     args = parser.parse_args()
     models = text_models(args.types or CONFIG_MAPPING_NAMES)
     if unknown := set(args.types) - set(models):

@@ -51,9 +51,7 @@ def judge(found: list[dict[str, Any]], pinned: int, words: str) -> tuple[int, li
     lines.append(f"{len(lines)} known vulnerabilities; {checked} of {pinned} pinned versions were checked")
     if checked < pinned:
         reason = skipped[0] if skipped else words
-        lines.append(
-            f"not checked: {pinned - checked}, so nothing is said of them; the first because: {' '.join(reason.split())}"
-        )
+        lines.append(f"not checked: {pinned - checked}; the reason for the first one: {' '.join(reason.split())}")
     return VULNERABLE if len(lines) > 1 + (checked < pinned) else UNCHECKED if checked < pinned else 0, lines
 
 

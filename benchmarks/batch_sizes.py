@@ -1,12 +1,15 @@
-"""GTE's improved contrastive loss beside the vanilla one, at batches of 64 to 4,096 pairs: from which batch on does it help?
+"""Compare GTE's improved contrastive loss with the vanilla loss at batches of 64 to 4,096 pairs: from which size does it help?
 
     python benchmarks/batch_sizes.py --data DATA --output_dir outputs/batch_sizes
 
-DATA has `pairs/`, `nli/`, `sts/` and `retrieval/` as docs/results.md describes them. The built-in encoder sees as many pairs
-under each setting, from the five sources that have at least 8,000, one source a batch, by gradient caching. The learning rate
-of each batch size is the best of `--rates` for the vanilla loss at the first of `--temperatures` and the first seed, by the
-average score; both losses, all temperatures and all seeds then take it. Scored on STS and retrieval sets of other sources. A
-table, and OUTPUT_DIR/batch_sizes.png. Runs that are there are not run again; `--jobs` runs at a time, each with one thread.
+DATA has `pairs/`, `nli/`, `sts/` and `retrieval/` as docs/results.md describes them. The built-in encoder is trained on the
+same number of pairs in each setting, with gradient caching. The pairs come from the five sources with at least 8,000 pairs, and
+each batch has one source.
+
+The learning rate of each batch size is the one of `--rates` with the best average score for the vanilla loss, at the first of
+`--temperatures` and the first seed. Both losses, all temperatures and all seeds use this rate. The scores are on STS and
+retrieval sets of other sources. The output is a table and OUTPUT_DIR/batch_sizes.png. Finished runs are not run again. `--jobs`
+runs are trained at a time, each with one thread.
 """
 
 import argparse
@@ -29,7 +32,7 @@ RETRIEVAL = ("cranfield", "medline")
 
 
 def write_sources(data: Path, folder: Path) -> Path:
-    """Write the sources of at least 8,000 pairs, without their hard negatives, and the file that names them."""
+    """Write the sources of at least 8,000 pairs, without hard negatives. Return the path of the YAML file that lists them."""
     sources = {
         name: [
             {"query": row["query"], "positive": row["positive"]}
@@ -47,7 +50,7 @@ def write_sources(data: Path, folder: Path) -> Path:
 
 
 class Runs:
-    """Runs of gte_pretrain.py, each of one setting."""
+    """Runs of recipes/gte_pretrain.py, one for each setting. `further` are flags for all of them."""
 
     def __init__(self, args: argparse.Namespace, further: list[str]):
         self.args, self.further = args, further
@@ -56,7 +59,7 @@ class Runs:
         self.evaluation += [w for name in RETRIEVAL for w in ("--eval_retrieval_dir", f"{name}={args.data}/retrieval/{name}")]
 
     def scores(self, batch: int, loss: str, temperature: float, rate: float, seed: int, when: str = "after") -> list[float]:
-        """Return the score of each set, and their average."""
+        """Train with one setting. Return the score on each evaluation set, and the average of these scores."""
         results = run_recipe(
             "gte_pretrain.py", self.args.output_dir / f"{loss}_{batch}_t{temperature}_lr{rate}_seed{seed}",
             "--model_name_or_path", QUICKSTART / "encoder", "--sources", self.sources, *LOSSES[loss], *self.evaluation,
@@ -74,19 +77,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024, 4096])
-    parser.add_argument("--pairs", type=int, default=65_536, help="that each run sees")
+    parser.add_argument("--pairs", type=int, default=65_536, help="number of pairs that each run trains on")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.05, 0.01])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--jobs", type=int, default=1)
-    args, further = parser.parse_known_args()  # further flags are the recipe's
+    args, further = parser.parse_known_args()  # other flags are passed to the recipe
     os.environ["OMP_NUM_THREADS"] = "1"
     runs = Runs(args, further)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         first = ("vanilla", args.temperatures[0])
         tuning = {(b, r): pool.submit(runs.scores, b, *first, r, args.seeds[0]) for b in args.batches for r in args.rates}
-        print("| batch | " + " | ".join(f"vanilla, rate {rate}" for rate in args.rates) + " |")
+        print("| batch | " + " | ".join(f"vanilla, learning rate {rate}" for rate in args.rates) + " |")
         best = {}
         for batch in args.batches:
             found = [tuning[batch, rate].result()[-1] for rate in args.rates]
@@ -94,7 +97,7 @@ def main() -> None:
             print(f"| {batch:,} | " + " | ".join(f"{value:.2f}" for value in found) + " |", flush=True)
         settings = [(b, loss, t) for b in args.batches for t in args.temperatures for loss in LOSSES]
         done = {s: [pool.submit(runs.scores, *s, best[s[0]], seed) for seed in args.seeds] for s in settings}
-        print(f"\n| batch | rate | t | loss | {' | '.join([*STS, *RETRIEVAL, 'average'])} |")
+        print(f"\n| batch | learning rate | temperature | loss | {' | '.join([*STS, *RETRIEVAL, 'average'])} |")
         before = runs.scores(args.batches[0], *first, best[args.batches[0]], args.seeds[0], "before")
         print("| before | | | | " + " | ".join(f"{value:.2f}" for value in before) + " |")
         averages = {}
@@ -107,14 +110,19 @@ def main() -> None:
 
 
 def draw(averages: dict[tuple, tuple[float, ...]], before: float, args: argparse.Namespace) -> None:
-    """Draw the average score against the batch, a line for each loss and temperature, with the range of the seeds."""
+    """Draw the average score against the batch size: a line for each loss and temperature, with the range over the seeds."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for t, style in zip(args.temperatures, ("-", "--", ":")):
         for loss, colour in COLOURS.items():
             values = [averages[batch, loss, t] for batch in args.batches]
             axes.plot(
-                args.batches, [statistics.mean(v) for v in values], style, color=colour, marker="o", label=f"{loss}, t = {t}"
+                args.batches,
+                [statistics.mean(v) for v in values],
+                style,
+                color=colour,
+                marker="o",
+                label=f"{loss}, temperature {t}",
             )
             axes.fill_between(args.batches, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
     axes.axhline(before, color="#999999", linewidth=1, label="before training")

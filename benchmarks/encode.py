@@ -121,14 +121,16 @@ def compare_precisions(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(QUICKSTART / "encoder"))
-    parser.add_argument("--texts", help="sentences, a line each; of a tsv the last column; .gz is fine")
-    parser.add_argument("--long", help="the same of long texts")
+    parser.add_argument("--texts", help="file with one sentence per line, or a tsv whose last column is used; may be gzipped")
+    parser.add_argument("--long", help="file of long texts, in the same formats")
     parser.add_argument("--long_words", type=int, default=300)
-    parser.add_argument("--count", type=int, default=512, help="sentences of the case short; the others have fewer texts")
+    parser.add_argument(
+        "--count", type=int, default=512, help="number of sentences in the case short; the other cases have fewer texts"
+    )
     parser.add_argument("--cases", nargs="+", default=["short", "long", "mixed", "one"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tolerance", type=float, default=1e-5)
-    parser.add_argument("--sts", help="an STS file: compare precisions on it")
+    parser.add_argument("--sts", help="STS file on which to compare the precisions")
     args = parser.parse_args()
     compare_precisions(args) if args.sts else compare_speed(args)
 

@@ -40,7 +40,7 @@ def draw(rows: list[tuple[str, float, float]], path: Path) -> None:
     axes.set_xlabel("score x 100: Spearman correlation on sentence pairs (STS), nDCG@10 on searches; higher is better")
     axes.set_title("What the recipes change, measured on data that they did not train on")
     axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, ncols=2)
+    axes.legend(loc="upper right", frameon=False, ncols=2)
     figure.savefig(path, dpi=100)
 
 

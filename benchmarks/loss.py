@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", type=int, default=[4096, 16384, 65536])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--memory_limit", type=float, default=20, help="GB of address space a trial may take")
+    parser.add_argument("--memory_limit", type=float, default=20, help="limit of a trial's address space, in GB")
     parser.add_argument("--trial", help=argparse.SUPPRESS)  # set for the process of one trial
     args = parser.parse_args()
     if args.trial:

@@ -1,33 +1,38 @@
 #!/usr/bin/env bash
-# GTE as in the paper: stage 1, stage 2 (on mined negatives, if pairs are given), MTEB; appends the scores to docs/paper_runs.md.
+# Train GTE as in the paper: stage 1, then stage 2 (on mined negatives, if PAIRS is set). Score the model on MTEB, and append
+# the scores to docs/paper_runs.md.
 #
 #     benchmarks/paper_gte.sh base
-#     PAIRS=pairs.jsonl benchmarks/paper_gte.sh small         # stage 2 on these, with negatives mined by the model of stage 1
+#     PAIRS=pairs.jsonl benchmarks/paper_gte.sh small         # stage 2 on these pairs and on negatives from the stage-1 model
 #     SOURCES=mine.yaml FINETUNE_SOURCES=labelled.yaml NUM_PROCESSES=4 benchmarks/paper_gte.sh base
 #
 # paper_gte.sh [small|base|large] [FLAGS of both recipes ...]
 #
-# The settings are those of recipes/configs/gte_{pretrain,finetune}_SIZE.yaml: batches of 16,384 and 128 in all, whatever the
-# number of processes. Needs `pip install mteb`. Models, sources (docs/papers.md says how they differ from the paper's) and
-# MTEB's data come from the Hub. The same command goes on where it was stopped: a finished stage, and a task of MTEB that is
-# done, is not run again. On GPUs it trains in bfloat16. Time and memory were not measured; docs/gte.md estimates them.
+# The settings are those of recipes/configs/gte_{pretrain,finetune}_SIZE.yaml: batches of 16,384 and 128 rows in total, for any
+# number of processes. Install mteb first: `pip install mteb`. The models, the sources and the data of MTEB come from the Hub
+# (docs/papers.md explains how the sources differ from the paper's). If the script is stopped, the same command resumes it:
+# finished stages and finished MTEB tasks are not run again. On GPUs, the training uses bfloat16. Time and memory were not
+# measured; docs/gte.md estimates them.
 #
-# Environment: SOURCES and FINETUNE_SOURCES (files of sources for stage 1 and 2, in place of those in recipes/sources), PAIRS,
-# MTEB_TASKS (names, between spaces, in place of the paper's 56 sets, which mteb calls "MTEB(eng, v1)"), and those of
-# paper_stages.sh.
+# Environment variables, in addition to those of paper_stages.sh:
+#
+#     SOURCES            a sources file for stage 1, instead of the one in recipes/sources
+#     FINETUNE_SOURCES   a sources file for stage 2, instead of the one in recipes/sources
+#     PAIRS              a file of pairs for stage 2, for which negatives are mined
+#     MTEB_TASKS         names of tasks, separated by spaces, instead of the paper's 56 datasets ("MTEB(eng, v1)" in mteb)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/paper_stages.sh"
 
 size=base
 if [[ $# -gt 0 && $1 != -* ]]; then size=$1 && shift; fi
 configs=$root/recipes/configs
-[[ $size != quickstart && -f $configs/gte_pretrain_$size.yaml ]] || fail "no settings of '$size': give small, base or large"
+[[ $size != quickstart && -f $configs/gte_pretrain_$size.yaml ]] || fail "there are no settings for '$size'; give small, base or large"
 folder=${OUTPUT:-outputs/papers/gte_$size}
 folder=${folder%/}
-of_all_gpus() { echo $((8 * $(batch_in "$1"))); }  # the files have the batch of one of 8 GPUs
+of_all_gpus() { echo $((8 * $(batch_in "$1"))); }  # the YAML files give the batch of one of 8 GPUs
 
 check GTE "$@"
-"$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("mteb") is None)' || fail "mteb is not installed: pip install mteb"
+"$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("mteb") is None)' || fail "mteb is not installed; run pip install mteb"
 [[ -z ${PAIRS:-} || -z ${FINETUNE_SOURCES:-} ]] || fail "PAIRS and FINETUNE_SOURCES are both given; give one"
 
 train gte_pretrain.py "$folder/pretrain" "$(of_all_gpus "$configs/gte_pretrain_$size.yaml")" \

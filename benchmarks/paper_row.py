@@ -32,7 +32,7 @@ def simcse_scores(results: dict[str, Any], name: str) -> list[str]:
     """Return the seven scores and their average."""
     found = results.get("evaluated", {}).get("sts", {})
     if missing := [task for task in SEVEN_TASKS if found.get(task) is None]:
-        raise InputError(f"{name}: no score on {', '.join(missing)}; run recipes/evaluate.py --seven_sts")
+        raise InputError(f"{name}: there is no score on {', '.join(missing)}; run recipes/evaluate.py --seven_sts")
     scores = [found[task] for task in SEVEN_TASKS]
     return [f"{score:.2f}" for score in [*scores, mean(scores)]]
 
@@ -44,9 +44,9 @@ def gte_scores(results: dict[str, Any], name: str) -> list[str]:
         found.setdefault((row["type"], row["task"]), []).append(row["score"])  # one score for each split
     scores = {key: mean(splits) for key, splits in found.items()}
     if not scores or not all(map(math.isfinite, scores.values())):
-        raise InputError(f"{name}: no scores on MTEB, or some that are no numbers; run recipes/evaluate_mteb.py")
+        raise InputError(f"{name}: there are no scores on MTEB, or some are not numbers; run recipes/evaluate_mteb.py")
     if others := {kind for kind, _ in scores} - set(KINDS):
-        raise InputError(f"{name}: the table has no column for tasks of {', '.join(sorted(others))}")
+        raise InputError(f"{name}: the table has no column for the task kinds {', '.join(sorted(others))}; remove these tasks")
     of_kinds = [[score for (kind, _), score in scores.items() if kind == column] for column in KINDS]
     means = [f"{mean(part):.2f}" if part else "" for part in of_kinds]
     return [str(len(scores)), *means, f"{mean(scores.values()):.2f}"]
@@ -103,7 +103,7 @@ def row_of(paper: str, name: str, folders: list[Path]) -> list[str]:
     stages = [(folder, stored_results(folder)) for folder in folders]
     for folder, results in stages:
         if not results.get("train"):
-            raise InputError(f"{folder}: no results.json that says what was trained; the training is not finished")
+            raise InputError(f"{folder}: results.json is missing or has no record of a training; finish the training first")
     folder, last = stages[-1]
     scores = SCORES[paper](last, str(folder))
     about = [
@@ -120,12 +120,12 @@ def append(path: Path, paper: str, row: list[str]) -> bool:
     lines = read_text(path).splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith(f"| {paper} |")), None)
     if start is None:
-        raise InputError(f"{path}: no table that begins with | {paper} |; copy docs/paper_runs.md there")
+        raise InputError(f"{path}: there is no table that begins with | {paper} |; copy docs/paper_runs.md there")
     end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
     columns = len(cells(lines[start]))
     if len(row) != columns:
         raise InputError(
-            f"{path}: the table of {paper} has {columns} columns, and a row has {len(row)}; copy docs/paper_runs.md"
+            f"{path}: the table of {paper} has {columns} columns, but the row has {len(row)}; copy docs/paper_runs.md there"
         )
     if any(undated(cells(line)) == undated(row) for line in lines[start:end]):
         return False
@@ -147,8 +147,8 @@ def undated(row: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=list(SCORES))
-    parser.add_argument("run", help="what the first column says")
-    parser.add_argument("folders", type=Path, nargs="+", help="one for each stage; the last has the scores")
+    parser.add_argument("run", help="name of the run, for the first column")
+    parser.add_argument("folders", type=Path, nargs="+", help="a folder for each stage; the last one has the scores")
     parser.add_argument("--table", type=Path, required=True)
     args = parser.parse_args()
     row = row_of(args.paper, args.run, args.folders)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SimCSE as in the paper: train, score on the seven STS sets, append the scores to docs/paper_runs.md.
+# Train SimCSE as in the paper, score the model on the seven STS sets, and append the scores to docs/paper_runs.md.
 #
 #     benchmarks/paper_simcse.sh                              # unsupervised, BERT-base
 #     benchmarks/paper_simcse.sh sup roberta_large
@@ -8,11 +8,12 @@
 #
 # paper_simcse.sh [unsup|sup] [bert_base|bert_large|roberta_base|roberta_large] [FLAGS of the recipe ...]
 #
-# The settings are those of recipes/configs/{unsup,sup}_simcse_MODEL.yaml. Model, training file (10^6 sentences of Wikipedia, or
-# the NLI triplets) and evaluation sets come from the Hub. The same command goes on where it was stopped, and does not train
-# again what is finished. On GPUs it trains in bfloat16, which `--bf16 false` turns off. Time and memory were not measured.
+# The settings are those of recipes/configs/{unsup,sup}_simcse_MODEL.yaml. The model, the training file (10^6 sentences of
+# Wikipedia, or the NLI triplets) and the evaluation sets come from the Hub. If the script is stopped, the same command resumes
+# it; finished trainings are not run again. On GPUs, the training uses bfloat16; `--bf16 false` turns it off. Time and memory
+# were not measured.
 #
-# Environment: TRAIN_FILE (a file or an address in place of the paper's), and those of paper_stages.sh.
+# Environment variables: TRAIN_FILE (a file or an address, instead of the paper's training file), and those of paper_stages.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/paper_stages.sh"
 
@@ -20,7 +21,7 @@ kind=unsup model=bert_base
 if [[ ${1:-} == unsup || ${1:-} == sup ]]; then kind=$1 && shift; fi
 if [[ $# -gt 0 && $1 != -* ]]; then model=$1 && shift; fi
 config=$root/recipes/configs/${kind}_simcse_$model.yaml
-[[ $model != quickstart && -f $config ]] || fail "no settings of '$model': give unsup or sup, then bert_base, bert_large, roberta_base or roberta_large"
+[[ $model != quickstart && -f $config ]] || fail "there are no settings for '$model'; give unsup or sup, then bert_base, bert_large, roberta_base or roberta_large"
 folder=${OUTPUT:-outputs/papers/${kind}_simcse_$model}
 folder=${folder%/}
 

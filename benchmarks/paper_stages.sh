@@ -1,35 +1,35 @@
-# What paper_simcse.sh and paper_gte.sh share; they source it. A stage that is finished is not run again, one that was stopped
-# goes on from its newest checkpoint. Environment variables of both scripts, all optional:
+# The code that paper_simcse.sh and paper_gte.sh share; both scripts source this file. A finished stage is not run again. A
+# stage that was stopped resumes from its newest checkpoint. Both scripts read these environment variables, all optional:
 #
-#     OUTPUT             where the run goes (a folder; default: in outputs/papers)
-#     TABLE              the Markdown file that gets the row (default: docs/paper_runs.md)
-#     MODEL              a folder or a Hub name in place of the model that the YAML file names
-#     NUM_PROCESSES      how many processes train; the batch is divided among them (default: one for each GPU, else one)
-#     ACCELERATE_CONFIG  a file of `accelerate launch` (default: of recipes/accelerate, by the number of processes and GPUs)
-#     PYTHON             the interpreter (default: python)
+#     OUTPUT             the folder of the run (default: a folder in outputs/papers)
+#     TABLE              the Markdown file to which the row is appended (default: docs/paper_runs.md)
+#     MODEL              a folder or a Hub name, instead of the model that the YAML file names
+#     NUM_PROCESSES      the number of processes, which share the batch (default: one for each GPU, or one without GPUs)
+#     ACCELERATE_CONFIG  a config file of `accelerate launch` (default: a file of recipes/accelerate that fits the processes)
+#     PYTHON             the Python interpreter (default: python)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 table=${TABLE:-$root/docs/paper_runs.md}
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # the package of this clone, whose commit the row names
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # use the package of this clone, because the row names its commit
 
 fail() {
     echo "error: $*" >&2
     exit 2
 }
 
-# Refuse what would otherwise be found out after the training. PAPER FLAGS...
+# Check everything that would otherwise fail only after the training. Arguments: PAPER FLAGS...
 check() {
     local paper=$1 flag
     shift
     for flag in "$@"; do
         case $flag in
-            --output_dir | --output_dir=*) fail "$flag: name the folder by OUTPUT=FOLDER before the command" ;;
-            --config | --config=*) fail "$flag: the script takes the paper's file; a flag overrides a setting of it" ;;
+            --output_dir | --output_dir=*) fail "$flag is not supported here; set OUTPUT=FOLDER before the command" ;;
+            --config | --config=*) fail "$flag is not supported here; override single settings of the paper with their flags" ;;
         esac
     done
     if [[ ! -w $table ]] || ! grep -q "^| $paper |" "$table"; then
-        fail "TABLE=$table: no file with a table of $paper that can be written to; copy docs/paper_runs.md there"
+        fail "TABLE=$table: this is not a writable file with a table of $paper; copy docs/paper_runs.md there"
     fi
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
@@ -39,27 +39,27 @@ check() {
     accelerate_config=${ACCELERATE_CONFIG:-$root/recipes/accelerate/$file.yaml}
 }
 
-# Start a recipe in the processes. RECIPE FLAGS...
+# Start a recipe in $processes processes. Arguments: RECIPE FLAGS...
 launch() {
     local recipe=$root/recipes/$1
     shift
     "$python" -m accelerate.commands.launch --quiet --config_file "$accelerate_config" --num_processes "$processes" "$recipe" "$@"
 }
 
-# Tell whether a stage has left something to go on with, or is finished. FOLDER, or the FILE that it makes
+# Succeed if a stage is finished or can be resumed. Argument: the FOLDER of the stage, or the FILE that it writes
 has_begun() {
     [[ -f $1 || -e $1.work || -e $1/results.json ]] || compgen -G "$1/checkpoint-*" >/dev/null || compgen -G "$1/seed-*" >/dev/null
 }
 
-# Write down with which flags and at which commit a stage begins; what is there has to have begun with the same flags.
-# FOLDER or FILE, FLAGS...
+# Record the flags and the commit with which a stage begins. If the stage has already begun, check that it has the same flags.
+# Arguments: FOLDER or FILE, FLAGS...
 begin() {
     local place=$1 flags commit=unknown
     shift
     printf -v flags '%q ' "$@"
     if has_begun "$place"; then
         if [[ ! -f $place.started || $(head -n 1 "$place.started") != "$flags" ]]; then
-            fail "$place is there, and not of this command ($place.started has its flags); remove both, or give another OUTPUT=FOLDER"
+            fail "$place belongs to another command ($place.started has its flags); remove both, or set another OUTPUT=FOLDER"
         fi
     else
         mkdir -p "$(dirname "$place")"
@@ -73,29 +73,29 @@ begin() {
     printf '%s\n' "$commit" >>"$place.started"
 }
 
-# Train, unless that is done. RECIPE FOLDER BATCH FLAGS...; BATCH is that of all processes together
+# Train, unless the training is finished. Arguments: RECIPE FOLDER BATCH FLAGS...; BATCH is the batch of all processes together
 train() {
     local recipe=$1 folder=$2 batch=$3 resume=
     shift 3
-    ((batch % processes == 0)) || fail "the paper's batch of $batch cannot be divided among $processes processes; give another NUM_PROCESSES"
+    ((batch % processes == 0)) || fail "the paper's batch of $batch cannot be divided equally among $processes processes; set another NUM_PROCESSES"
     begin "$folder" "$recipe" "$@"
     if [[ -f $folder/results.json ]]; then
-        echo "$folder is trained; it stays as it is"
+        echo "$folder is already trained; skipping its training"
         return
     fi
     ! has_begun "$folder" || resume=--resume_from_checkpoint
     local precision=
     ((gpus == 0)) || precision=--bf16
     launch "$recipe" --output_dir "$folder" --per_device_train_batch_size $((batch / processes)) $precision "$@" $resume
-    [[ -f $folder/results.json ]] || fail "$recipe left no $folder/results.json: nothing was trained"
+    [[ -f $folder/results.json ]] || fail "$recipe did not write $folder/results.json, so nothing was trained; see its messages above"
 }
 
-# The batch in a YAML file, per process.
+# Print the batch of one process from a YAML file. Argument: FILE
 batch_in() {
     sed -n 's/^per_device_train_batch_size: *\([0-9]*\).*/\1/p' "$1"
 }
 
-# Append the row. PAPER RUN FOLDER...; the last folder has the scores
+# Append the row to the table. Arguments: PAPER RUN FOLDER...; the last folder has the scores
 add_row() {
     "$python" "$root/benchmarks/paper_row.py" "$@" --table "$table"
 }

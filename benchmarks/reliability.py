@@ -27,7 +27,7 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--count", type=int, default=count)
         command.add_argument("--seed", type=int, default=1)
-        command.add_argument("--jobs", type=int, default=2, help="runs at a time")
+        command.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
         if name != "damage":
             command.add_argument("--cases", nargs="+", default=[], help="default: all")
     command = commands.add_parser("disks")
@@ -43,7 +43,7 @@ def main() -> None:
     for flag, value in (("--steps", 60), ("--batch", 8), ("--rounds", 3)):
         command.add_argument(flag, type=int, default=value)
     for command in commands.choices.values():
-        command.add_argument("--work", help="a folder for the runs, which is kept; default: a temporary one")
+        command.add_argument("--work", help="folder for the runs, which is kept; default: a temporary folder")
     args = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="reliability-", ignore_cleanup_errors=True) as folder:

@@ -107,7 +107,7 @@ def interrupted(runs: Runs, folder: Path) -> None:
     runs.prepare(TRAINED, folder)
     ended = call(work, folder)
     if not ended.killed or not (folder / "out" / NEWEST).is_dir():
-        raise SystemExit(f"the run was to be killed after {NEWEST}: {ended.last}")
+        raise SystemExit(f"the run was not killed after {NEWEST}: {ended.last}")
 
 
 def stopped_work(runs: Runs, case: Case, at: str, folder: Path) -> None:
@@ -116,7 +116,7 @@ def stopped_work(runs: Runs, case: Case, at: str, folder: Path) -> None:
     number = [number for number, _, what in points if at in what][-1]
     runs.prepare(case, folder / "stopped")
     if not start_counted(runs, case, folder / "stopped", (number, "before")).killed:
-        raise SystemExit(f"{case.name} was to be killed at {at}")
+        raise SystemExit(f"{case.name} was not killed at {at}")
 
 
 WORKS = {"encode": "done/.saving", "mine_negatives": "documents/.saving", "ablation": "mkdir out/runs"}
@@ -125,9 +125,7 @@ WORKS = {"encode": "done/.saving", "mine_negatives": "documents/.saving", "ablat
 def warned(ended: Ended, *names: str) -> bool:
     """Return True if a line of output warns about one of the names. That a run resumes from it is not a warning."""
     lines = [line for line in ended.log.splitlines() if any(name in line for name in names)]
-    return any(
-        re.search(r"skipped|damaged|changed since|incomplete|not whole|anew|missing|cannot be read", line) for line in lines
-    )
+    return any(re.search(r"skipped|damaged|changed since|incomplete|again|missing|cannot be read", line) for line in lines)
 
 
 def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:
@@ -139,8 +137,8 @@ def judge(ended: Ended, wrong: list[str], spoken: bool) -> tuple[str, bool]:
     if ended.code:
         return f"CRASHED: {ended.last}", False
     if not wrong:
-        return ("went on without it and said so" if spoken else "made no difference"), True
-    return (f"WRONG, though it said something: {wrong}" if spoken else f"SILENT: {wrong}"), False
+        return ("continued without it, with a warning" if spoken else "made no difference"), True
+    return (f"WRONG, with a warning: {wrong}" if spoken else f"SILENT: {wrong}"), False
 
 
 def damaged_checkpoint(runs: Runs, made: Path, file: str, kind: str, folder: Path, rng: random.Random) -> Outcome:

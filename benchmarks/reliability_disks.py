@@ -25,7 +25,7 @@ def mount(folder: Path, megabytes: float) -> None:
     options = ",".join([*there, f"size={int(megabytes * 1024)}k"])
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"a small disk cannot be made here (mount needs root): {done.stderr.strip()}; nothing was tried")
+        raise SystemExit(f"a small disk cannot be made here (mount needs root): {done.stderr.strip()}; run this as root")
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def problems(runs: Runs, case: Case, place: Path, ended: Ended, overwrites: bool
     """Return what is wrong after a run on a small disk has ended, before the disk has space again."""
     wrong = []
     if ended.code == -signal.SIGBUS or (ended.code and not ended.refused):
-        wrong.append(f"exit {ended.code} and not one line: {ended.last}")
+        wrong.append(f"exit {ended.code} without a one-line error: {ended.last}")
     if ended.hung:
         wrong.append("hung")
     if overwrites and ended.code and not whole:
@@ -107,7 +107,7 @@ def problems(runs: Runs, case: Case, place: Path, ended: Ended, overwrites: bool
 def compare(runs: Runs, case: Case, place: Path) -> list[str]:
     """Return which files differ from those of the run on a large disk."""
     old, new = runs.finished(OVER if case is OVER else SUP), place / case.output
-    return [f"other {name}" for name in case.same if (old / name).read_bytes() != (new / name).read_bytes()]
+    return [f"{name} differs" for name in case.same if (old / name).read_bytes() != (new / name).read_bytes()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -130,7 +130,7 @@ def disks(runs: Runs, first: float, last: float, step: float) -> bool:
     finished = sum(entry["finished"] for entry in found)
     print(
         f"\ndisks: {len(found)} sizes, {finished} finished at once, {len(found) - finished} ended early; "
-        f"{len(found) - len(failures)} lost nothing and end bit for bit right"
+        f"{len(found) - len(failures)} lost nothing and ended with the right bits"
     )
     print("".join(f"FAILED {entry['line']}\n" for entry in failures), end="")
     return not failures

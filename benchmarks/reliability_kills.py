@@ -18,7 +18,7 @@ def report(title: str, found: list[dict], counted: str) -> bool:
     failures = [entry for entry in found if entry["wrong"]]
     hows = sorted({entry["how"] for entry in found})
     print()
-    print(f"{title}: {len(found)} {counted}, {len(found) - len(failures)} ended bit for bit as the run that nobody stopped; "
+    print(f"{title}: {len(found)} {counted}, {len(found) - len(failures)} ended bit for bit like the run without interruption; "
           + ", ".join(f"{how}: {sum(entry['how'] == how for entry in found)}" for how in hows))  # fmt: skip
     for entry in failures:
         print(f"FAILED {entry['line']}")
@@ -158,7 +158,7 @@ def points_of(runs: Runs, case: Case, folder: Path) -> list[tuple[int, str, str]
     runs.prepare(case, folder)
     ended = start_counted(runs, case, folder, None)
     if ended.code:
-        raise SystemExit(f"{case.name} fails while its writes are counted:\n{ended.log[-2000:]}")
+        raise SystemExit(f"{case.name} failed while its writes were counted:\n{ended.log[-2000:]}")
     points = []
     for number, line in enumerate((folder / "events").read_text().splitlines()):
         name, path, halves = line.split("\t")

@@ -347,7 +347,7 @@ class Runs:
                 except Exception:
                     continue
         if (threads := len(os.listdir("/proc/self/task"))) > 1:
-            print(f"{threads} threads in the process that is forked: a run may hang for that alone", file=sys.stderr)
+            print(f"the process that is forked has {threads} threads, so a run may hang only because of that", file=sys.stderr)
 
     def calm(self, case: Case) -> Ended:
         """Run a case to its end, if it has not run yet. Its files are in `folder/calm/NAME`."""
@@ -356,7 +356,7 @@ class Runs:
             self.prepare(case, folder)
             ended = call(lambda: (self.main(case, folder), self.note_modules()), folder)
             if ended.code:
-                raise SystemExit(f"{case.name} fails even when nobody stops it:\n{ended.log[-3000:]}")
+                raise SystemExit(f"{case.name} fails even without an interruption:\n{ended.log[-3000:]}")
             self.cases[case.name] = ended
             print(f"{case.name}: {ended.seconds:.1f} s", flush=True)
         return self.cases[case.name]
@@ -414,7 +414,7 @@ class Runs:
                 return ended, how
             if how == "resumed" and saved:
                 return ended, f"not resumed although {', '.join(saved)} is there"
-            if how == "the same command" and "is there already" in ended.message:
+            if how == "the same command" and "already exists" in ended.message:
                 return Ended(0, ended.seconds, ended.log), "was finished"
         return ended, how
 
@@ -424,9 +424,9 @@ class Runs:
         for name in case.same:
             old, new = (place / name for place in (self.finished(case), folder / case.output))
             if not new.is_file():
-                found.append(f"no {name or case.output}")
+                found.append(f"{name or case.output} is missing")
             elif not same_content(old, new):
-                found.append(f"other {name or case.output}")
+                found.append(f"{name or case.output} differs")
         return found + [f"left behind: {path}" for path in leftovers(folder)]
 
     def standing(self, case: Case, folder: Path) -> list[str]:
@@ -468,7 +468,7 @@ def piece_of(path: Path) -> str | None:
         return None
     content = path.read_bytes()
     if path.name == "README.md":
-        steps = re.findall(rb"steps +[\d,]+, of", content)
+        steps = re.findall(rb"Training steps \| [\d,]+, with", content)
         return str(steps[0]) if steps else None if content else "torn"
     if path.name == "results.json":
         try:

@@ -160,13 +160,13 @@ def one_training(training: Training, calm: float, until: float, rng: random.Rand
             code, problems = happen(event, training, rng)
             counts.update([event, "events", "of this training"])
             gained = training.newest() - before
-            print(f"{event}: exit {code}, {gained} steps on, at {training.newest()}: {last_line(training.log)}"
+            print(f"{event}: exit {code}, {gained} more steps, now at {training.newest()}: {last_line(training.log)}"
                   + "".join(f"; WRONG: {problem}" for problem in problems), flush=True)  # fmt: skip
             wrong += [f"{event}: {problem}" for problem in problems]
         if training.finished:
             return wrong
         if training.process.returncode == 0:
-            return [*wrong, "ended with exit 0 and without results"]
+            return [*wrong, "ended with exit 0 but without results"]
     return [*wrong, "never finished"]
 
 
@@ -186,9 +186,9 @@ def soak(folder: Path, minutes: float, seed: int) -> bool:
     calm.start()
     code, wrong = calm.end(60 * 60, calm.processes())
     if code or wrong:
-        raise SystemExit(f"the training fails even when nobody stops it: exit {code}, {calm.log.read_text()[-2000:]}")
+        raise SystemExit(f"the training fails even without an interruption: exit {code}, {calm.log.read_text()[-2000:]}")
     seconds = time.monotonic() - started
-    print(f"{steps} steps on two ranks take {seconds:.0f} s when nobody stops them", flush=True)
+    print(f"{steps} steps on two ranks take {seconds:.0f} s without interruption", flush=True)
     counts: Counter[str] = Counter()
     failures, trainings = [], 0
     while not trainings or time.monotonic() < until:
@@ -199,8 +199,8 @@ def soak(folder: Path, minutes: float, seed: int) -> bool:
             found = one_training(training, seconds, until, rng, counts)
             if training.finished:
                 names = [name for name in MODEL if (training.out / name).read_bytes() != (calm.out / name).read_bytes()]
-                found += [f"other {name} than the calm run" for name in names]
-            print(f"training {trainings}: {found or 'bit for bit as the calm one'}", flush=True)
+                found += [f"{name} differs from the run without interruption" for name in names]
+            print(f"training {trainings}: {found or 'bit for bit like the run without interruption'}", flush=True)
             failures += [f"training {trainings}: {problem}" for problem in found]
         shutil.rmtree(folder / f"training-{trainings}", ignore_errors=True)
     happened = ", ".join(f"{event}: {counts[event]}" for event in EVENTS)

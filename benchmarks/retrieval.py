@@ -59,12 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--beir", required=True, help="a BEIR folder")
-    parser.add_argument("--split", default="train", help="whose judgements to use")
+    parser.add_argument("--split", default="train", help="split whose judgments are used")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--num_negatives", type=int, default=1)
-    parser.add_argument("--disjoint", action="store_true", help="no relevant document in common")
+    parser.add_argument("--disjoint", action="store_true", help="the parts have no relevant document in common")
     parser.add_argument("--eval_max_length", type=int, default=256)
     args, training = parser.parse_known_args()  # other flags go to the recipe
 

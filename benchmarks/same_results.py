@@ -83,7 +83,7 @@ def differences(old: object, new: object, where: str) -> list[tuple[str, float]]
 def compare(old: Path, new: Path, name: str) -> list[tuple[str, float]]:
     before, after = (folder / name for folder in (old, new))
     if not before.is_file() or not after.is_file():
-        return [(f"{name} is in one of them alone", float("inf"))]
+        return [(f"{name} is in only one of the two", float("inf"))]
     if before.read_bytes() == after.read_bytes():
         return []
     if name.endswith(".json"):
@@ -97,7 +97,7 @@ def compare(old: Path, new: Path, name: str) -> list[tuple[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", required=True, metavar="CHECKOUT", help="another version of this repository")
-    parser.add_argument("--tolerance", type=float, default=1e-7, help="of numbers in JSON files")
+    parser.add_argument("--tolerance", type=float, default=1e-7, help="allowed difference of numbers in JSON files")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data, old, new = (Path(folder, name) for name in ("data", "old", "new"))

@@ -30,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", required=True)
-    parser.add_argument("--sample", type=int, default=256, help="texts of a timed encoding")
-    parser.add_argument("--documents", type=int, default=5000, help="texts of the search; 0: leave it out")
+    parser.add_argument("--sample", type=int, default=256, help="number of texts in a timed encoding")
+    parser.add_argument("--documents", type=int, default=5000, help="number of texts in the search; 0: no search")
     parser.add_argument("--max_length", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
@@ -44,8 +44,9 @@ def main() -> None:
         sample = texts[: args.sample]
         expected = scaled.encode(sample)
         for name, encoder in (("hf_embed", sides["folded"]), ("sentence-transformers", SentenceTransformer(folder))):
-            print(f"folded, loaded by {name}: at most {np.abs(encoder.encode(sample) - expected).max():.1e} from applied")
-        print(f"original: {np.abs(original.encode(sample) - expected).max():.1e} from applied\n")
+            apart = np.abs(encoder.encode(sample) - expected).max()
+            print(f"folded, loaded by {name}: the vectors differ from those of applied by at most {apart:.1e}")
+        print(f"original: the vectors differ from those of applied by {np.abs(original.encode(sample) - expected).max():.1e}\n")
         rounds = []
         for i in range(args.rounds):  # each side starts first equally often
             order = [*sides][i % 3 :] + [*sides][: i % 3]
@@ -62,7 +63,8 @@ def main() -> None:
         start = time.perf_counter()
         result = sweep(original.backbone, embed_with(original), {"search": task}, [0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
         cost = (time.perf_counter() - start) / plain
-        print(f"\na search of {len(result['curve'])} temperatures over {len(documents)} documents: {cost:.2f} plain encodings")
+        found = f"a search of {len(result['curve'])} temperatures over {len(documents)} documents"
+        print(f"\n{found} takes as long as {cost:.2f} plain encodings of the documents")
 
 
 if __name__ == "__main__":

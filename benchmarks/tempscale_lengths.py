@@ -177,17 +177,32 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--retrieval", nargs="*", default=[], metavar="NAME=FOLDER[:SPLIT]", help="BEIR folders")
-    parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="no labels: halves of texts are a set")
-    parser.add_argument("--opening_words", type=int, help="of --texts: the first so many words look for the rest, not halves")
-    parser.add_argument("--max_queries", type=int, default=4000, help="of a BEIR folder: the first")
-    parser.add_argument("--max_documents", type=int, default=1000, help="the relevant ones, then the first of the others")
+    parser.add_argument(
+        "--texts", nargs="*", default=[], metavar="NAME=FILE", help="texts without labels: their halves make a set"
+    )
+    parser.add_argument("--opening_words", type=int, help="for --texts: the query is this many first words, not the first half")
+    parser.add_argument(
+        "--max_queries", type=int, default=4000, help="number of queries to use from a BEIR folder, from the first"
+    )
+    parser.add_argument("--max_documents", type=int, default=1000, help="number of documents: the relevant ones, then others")
     parser.add_argument("--max_texts", type=int, default=400)
     parser.add_argument("--max_length", type=int)
     parser.add_argument("--dtype", default="float32", help="bfloat16 is faster on processors that compute in it")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.1, 1.05, 1, 0.95, 0.9, 0.8])
-    parser.add_argument("--growth", type=int, nargs="*", default=[], metavar="REFERENCE", help="fall with length from 1 on")
-    parser.add_argument("--layers", type=float, nargs="*", default=[], metavar="TEMPERATURE", help="search these, by layer")
-    parser.add_argument("--output", type=Path, default=Path("tempscale_lengths.jsonl"), help="per-query scores")
+    parser.add_argument(
+        "--growth",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="REFERENCE",
+        help="temperatures that fall with the text length, from 1",
+    )
+    parser.add_argument(
+        "--layers", type=float, nargs="*", default=[], metavar="TEMPERATURE", help="temperatures to search for each layer"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("tempscale_lengths.jsonl"), help="file for the scores of each query"
+    )
     return parser.parse_args()
 
 

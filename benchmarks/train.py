@@ -102,9 +102,9 @@ def trial(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--nli", help="csv of sent0, sent1, hard_neg")
-    parser.add_argument("--sts", help="tsv of score, sentence1, sentence2")
-    parser.add_argument("--text", help="plain text, a sentence a line; .gz is fine")
+    parser.add_argument("--nli", help="csv file with sent0, sent1 and hard_neg")
+    parser.add_argument("--sts", help="tsv file with score, sentence1 and sentence2")
+    parser.add_argument("--text", help="plain text with one sentence per line; may be gzipped")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--batch_size", type=int, default=64)

@@ -21,7 +21,7 @@ from hf_embed.errors import InputError, RankError
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than files may be here (ulimit -f shows a limit)",
+    errno.EFBIG: "the file exceeds the size limit for files (ulimit -f shows a limit)",
 }
 REFUSED = {
     errno.EROFS: "the file system is read-only",
@@ -39,8 +39,8 @@ TEXTS = {
 }
 SHARED_MEMORY = Path("/dev/shm")
 OF_WORKERS = r"out of shared memory|</torch_"
-ANOTHER_FOLDER = "name another output folder"
-AGAIN = "make room there and run it again"
+ANOTHER_FOLDER = "give another output folder"
+AGAIN = "free some space there and run it again"
 ASIDE = ".saving-"  # prefix of the names of incomplete files and folders
 LONGEST_ADDITION = 40  # bytes of the longest prefix or suffix that a name gets while a file is written
 LONGEST_INSIDE = 200  # bytes of the longest path inside an output folder
@@ -84,7 +84,7 @@ def disk_message(error: BaseException, places: list[Path]) -> str | None:
         if code in REFUSED and not isinstance(error, InputError) and file_of(cause):
             return refusal(REFUSED[code], place_of(cause, places), places)
         if "No usable temporary directory" in str(cause):
-            return "no temporary folder can be written; set TMPDIR to one that can, and that has room"
+            return "no temporary folder can be written to; set TMPDIR to a writable folder with free space"
     return None
 
 
@@ -97,7 +97,7 @@ def refusal(reason: str, file: Path, places: list[Path]) -> str:
     mend = another_place(file)
     written = mend != ANOTHER_FOLDER or any(Path(os.path.abspath(file)).is_relative_to(os.path.abspath(p)) for p in places)
     if reason == REFUSED[errno.EACCES]:
-        mend = f"give this user the right to it{f', or {mend}' if written else ''}"
+        mend = f"give this user access to it{f', or {mend}' if written else ''}"
     return f"{shortened(file)}: {reason}; {mend}"
 
 
@@ -152,7 +152,7 @@ def free_of(mount: Path) -> str:
     if hasattr(os, "statvfs"):
         files = os.statvfs(mount)
         if files.f_files and not files.f_favail:
-            said += f", and holds no more than the {files.f_files:,} files in it"
+            said += f", and it cannot hold more than its {files.f_files:,} files"
     return said
 
 
@@ -160,15 +160,15 @@ def another_place(place: Path) -> str:
     """Return the end of a message that says how to write a file to another place."""
     path = Path(os.path.abspath(place))
     for folder, mend in (
-        (SHARED_MEMORY, "set dataloader_num_workers to 0; docker run --shm-size 2g gives more"),
-        (Path(datasets.config.HF_DATASETS_CACHE), "set HF_DATASETS_CACHE to a folder elsewhere"),
-        (Path(huggingface_hub.constants.HF_HOME), "set HF_HOME to a folder elsewhere"),
+        (SHARED_MEMORY, "set dataloader_num_workers to 0, or give more with docker run --shm-size 2g"),
+        (Path(datasets.config.HF_DATASETS_CACHE), "set HF_DATASETS_CACHE to another folder"),
+        (Path(huggingface_hub.constants.HF_HOME), "set HF_HOME to another folder"),
     ):
         if path.is_relative_to(os.path.abspath(folder)):
             return mend
     temporary = Path(os.path.abspath(temporary_folder()))
     if any(part.parent == temporary and part.name.startswith("tmp") for part in (path, *path.parents)):  # made by `tempfile`
-        return "set TMPDIR to a folder elsewhere"
+        return "set TMPDIR to another folder"
     return ANOTHER_FOLDER
 
 
@@ -229,11 +229,11 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
     """
     said = f"{name} {shortened(folder)}"
     if "\0" in str(folder):
-        raise InputError(f"{name} {str(folder)!r}: a name has no NUL byte; name another folder")
+        raise InputError(f"{name} {str(folder)!r}: a name cannot contain a NUL byte; give another folder")
     found = nearest(Path(folder))
     if not found.is_dir():
         what = "this" if found == Path(os.path.abspath(folder)) else str(found)
-        raise InputError(f"{said}: {what} is a {'file' if found.exists() else 'link to nothing'}; name a folder")
+        raise InputError(f"{said}: {what} is a {'file' if found.exists() else 'broken link'}; give a folder")
     check_length(Path(os.path.abspath(folder)), found, said)
     try:
         with tempfile.TemporaryFile(dir=found) as file:
@@ -243,7 +243,7 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
         if error.errno in FULL:
             raise InputError(full_message(FULL[error.errno], Path(folder))) from error
         reason = REFUSED.get(error.errno or 0, str(error.strerror or error))
-        raise InputError(f"{said}: nothing can be written in {found} ({reason}); name another folder") from error
+        raise InputError(f"{said}: files cannot be written to {found} ({reason}); give another folder") from error
 
 
 def check_length(path: Path, found: Path, said: str) -> None:
@@ -254,9 +254,9 @@ def check_length(path: Path, found: Path, said: str) -> None:
         return
     names = [len(os.fsencode(part)) for part in path.relative_to(found).parts]
     if any(length + LONGEST_ADDITION > most for length in names):
-        raise InputError(f"{said}: a name of {max(names)} bytes is too long; take one of at most {most - LONGEST_ADDITION}")
+        raise InputError(f"{said}: a name of {max(names)} bytes is too long; use at most {most - LONGEST_ADDITION} bytes")
     if (length := len(os.fsencode(path))) + LONGEST_INSIDE > longest:
-        raise InputError(f"{said}: a path of {length} bytes is too long; take one of at most {longest - LONGEST_INSIDE}")
+        raise InputError(f"{said}: a path of {length} bytes is too long; use at most {longest - LONGEST_INSIDE} bytes")
 
 
 def check_file(file: str | Path, name: str) -> None:
@@ -275,11 +275,11 @@ def check_file(file: str | Path, name: str) -> None:
 def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:
     """Return one line about why a folder has no room for `needed` bytes, or None if it has room.
 
-    `what` names the content in the message, for example "a checkpoint takes". Incomplete files that killed processes left in
+    `what` names the content in the message, for example "a checkpoint needs". Incomplete files that killed processes left in
     the folder count as free room.
     """
     mount = mount_of(Path(folder))
     left = [path for path in Path(folder).glob(f"{ASIDE}*/**/*") if path.is_file() and not path.is_symlink()]
     if shutil.disk_usage(mount).free + sum(path.stat().st_size for path in left) >= needed:
         return None
-    return f"{shortened(folder)}: {what} about {size(needed)}, and the file system {mount} has {free_of(mount)}"
+    return f"{shortened(folder)}: {what} about {size(needed)}, but the file system {mount} has {free_of(mount)}"

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 TIMEOUT = 4.0  # seconds per request; HF_HUB_ETAG_TIMEOUT replaces it, if it is set
 ATTEMPTS = 2
 WHAT_TO_GIVE = (
-    "Give a local folder that holds config.json, weights and tokenizer; "
-    "a recipe without arguments runs offline on the built-in quickstart encoder"
+    "Give a local folder with config.json, weights and tokenizer; "
+    "a recipe without arguments runs offline with the built-in quickstart encoder"
 )
-OFFLINE = "HF_HUB_OFFLINE=1 takes what is in the cache"
+OFFLINE = "set HF_HUB_OFFLINE=1 to use the cache"
 _answered: set[tuple[str, ...]] = set()  # (name, kind, revision) that need not be asked again
 
 
@@ -59,7 +59,7 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
     if os.path.exists(name):
         return {}
     if looks_local(name):
-        raise InputError(f"model '{name}' cannot be loaded: there is no such folder{similar(name)}. {WHAT_TO_GIVE}")
+        raise InputError(f"model '{name}' cannot be loaded: this folder does not exist{similar(name)}. {WHAT_TO_GIVE}")
     if constants.is_offline_mode() or hub.get("local_files_only"):
         return {}
     trouble = ask_hub(name, "config.json", "model", hub.get("revision"), hub.get("token"))
@@ -67,9 +67,11 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
         return {}
     if isinstance(trouble, Unreachable) and is_cached(name, hub):
         if is_main_process():
-            logger.warning(f"{trouble}; model '{name}' is taken from the cache")
+            logger.warning(f"{trouble}; using model '{name}' from the cache")
         return {"local_files_only": True}
-    raise InputError(f"model '{name}' cannot be loaded: it is no folder here{similar(name)}, and {trouble}. {WHAT_TO_GIVE}")
+    raise InputError(
+        f"model '{name}' cannot be loaded: there is no such local folder{similar(name)}, and {trouble}. {WHAT_TO_GIVE}"
+    )
 
 
 def is_cached(name: str, hub: dict[str, Any]) -> bool:
@@ -83,13 +85,17 @@ def check_dataset(name: str) -> None:
     if os.path.exists(name) or constants.is_offline_mode() or "/" not in name or "://" in name:
         return
     if looks_local(name):
-        raise InputError(f"dataset '{name}' cannot be loaded: there is no such folder{similar(name)}; or give a local file")
+        raise InputError(
+            f"dataset '{name}' cannot be loaded: this folder does not exist{similar(name)}; give another folder or a local file"
+        )
     from datasets import config
 
     if Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir():
         return
     if trouble := ask_hub(name, "README.md", "dataset"):
-        raise InputError(f"dataset '{name}' cannot be loaded: it is no folder here, and {trouble}; or give a local file")
+        raise InputError(
+            f"dataset '{name}' cannot be loaded: there is no such local folder, and {trouble}; or give a local file"
+        )
 
 
 def looks_local(name: str) -> bool:
@@ -117,19 +123,19 @@ def ask_hub(name: str, file: str, kind: str, revision: str | None = None, token:
             address = hf_hub_url(name, file, repo_type=kind, revision=revision)
             get_hf_file_metadata(address, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT if given else TIMEOUT)
         except GatedRepoError:
-            return f"the {kind} on the Hub is gated: ask for access on its page, and run `hf auth login` here"
+            return f"the {kind} on the Hub is gated; ask for access on its page, and run `hf auth login`"
         except RepositoryNotFoundError:
-            return f"the Hub has no such {kind} that you may read: check the spelling; for a private one run `hf auth login`"
+            return f"the Hub has no such {kind} that you can read; check the spelling, or run `hf auth login` for a private one"
         except RevisionNotFoundError:
             return f"the {kind} on the Hub has no revision '{revision}'"
         except HFValidationError:
-            return "no name on the Hub looks like this: they are OWNER/NAME"
+            return "it is not a valid name on the Hub; use OWNER/NAME"
         except (EntryNotFoundError, HfHubHTTPError):  # the repository exists, or the Hub has trouble that may pass
             pass
         except Exception as error:  # network errors are of many kinds
             if attempt + 1 < ATTEMPTS:
                 continue
             reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".") or type(error).__name__
-            return Unreachable(f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}): check the network; {OFFLINE}")
+            return Unreachable(f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}); check the network, or {OFFLINE}")
         _answered.add(question)
     return None

@@ -78,12 +78,14 @@ def check_output(
 def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> None:
     """Raise InputError if one checkpoint, or the model, does not fit. Warn if two checkpoints and the model do not fit."""
     folder, model, checkpoint = str(args.output_dir), model_bytes(step), checkpoint_bytes(args, step, optimizer)
-    what, needed = ("a checkpoint takes", checkpoint) if saves(args) else ("the model takes", model)
+    what, needed = ("a checkpoint needs", checkpoint) if saves(args) else ("the model needs", model)
     if lack := lack_of_room(folder, needed, what):
-        raise InputError(f"output_dir {lack}; make room there, or {another_place(Path(folder))}")
-    most = lack_of_room(folder, 2 * checkpoint + model, "two checkpoints and the model take")
+        raise InputError(f"output_dir {lack}; free some space there, or {another_place(Path(folder))}")
+    most = lack_of_room(folder, 2 * checkpoint + model, "two checkpoints and the model need")
     if saves(args) and most and args.process_index == 0:
-        logger.warning(f"output_dir {most}; a new checkpoint stands before an old one goes, so the disk may become full")
+        logger.warning(
+            f"output_dir {most}; a new checkpoint is written before an old one is removed, so the disk may become full"
+        )
 
 
 def saves(args: TrainingArguments) -> bool:

@@ -4,6 +4,7 @@ No bar is shown if stderr is not a terminal (for example a log file), except in 
 """
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -46,15 +47,24 @@ def hidden_bars(hidden: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calm_libraries() -> Iterator[None]:
-    """Show transformers' bars for loading weights and writing shards only if they take long. Downloads are not affected."""
+    """Show transformers' bars for loading weights and writing shards only if they take long. Downloads are not affected.
+
+    Also hide its table of unused and missing weights: a loaded encoder does not use the head of a language model, and
+    `hf_embed.checkpoint.load` checks what is missing.
+    """
 
     def calm(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return bar(*args, **(kwargs | {"delay": DELAY, "leave": False, "disable": not bars_shown()}))
 
-    before = set_tqdm_hook(calm)
+    def no_table(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    before, loader = set_tqdm_hook(calm), logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(no_table)
     try:
         yield
     finally:
+        loader.removeFilter(no_table)
         set_tqdm_hook(before)
 
 

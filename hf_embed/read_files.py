@@ -22,8 +22,8 @@ from hf_embed.errors import InputError
 
 # The beginning of a pointer file. Git leaves such a file in place of each file that Git LFS has not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-NOT_FETCHED = "is a pointer of Git LFS, not the file itself; fetch it by git lfs pull, or download it anew"
-COPY_ANEW = "correct it or copy it anew"
+NOT_FETCHED = "is a Git LFS pointer, not the file itself; run git lfs pull, or download the file again"
+COPY_ANEW = "correct it or copy it again"
 # Limit for nested objects and lists, more than any real file has. Python's own limit varies with the depth of the caller.
 MOST_LEVELS = 100
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -39,15 +39,15 @@ def trouble_with(path: str | Path) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return "no such file; check the path"
+        return "this file does not exist; check the path"
     except (OSError, ValueError) as error:  # the name is too long, or holds a NUL byte
-        return f"no file can be there ({first_line_of_system(error)}); check the path"
+        return f"no file can have this path ({first_line_of_system(error)}); check the path"
     if stat.S_ISDIR(mode):
         return "this is a folder; name a file in it"
     if not stat.S_ISREG(mode):
         return "this is a pipe or a device; give a file"
     if not os.access(path, os.R_OK):
-        return "you may not read it; change its permissions (chmod)"
+        return "you have no permission to read it; change its permissions (chmod)"
     return None
 
 
@@ -89,13 +89,13 @@ def read_text(path: str | Path, name: str = "") -> str:
         with open(path, "rb") as file:
             start = file.read(4096)
             if b"\0" in start:  # checked before many gigabytes are read
-                raise InputError(f"{name}: holds NUL bytes, so it is no text in UTF-8; save it as UTF-8, or name another file")
+                raise InputError(f"{name} holds NUL bytes, so it is not UTF-8 text; save it as UTF-8, or give another file")
             content = start + file.read()
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise InputError(
-            f"{name}: not UTF-8: byte 0x{content[error.start]:02x} in line {line}; save it as UTF-8, for example by "
+            f"{name} is not UTF-8 (byte 0x{content[error.start]:02x} in line {line}); save it as UTF-8, for example with "
             "iconv -f cp1252 -t UTF-8"
         ) from error
     except OSError as error:
@@ -104,7 +104,7 @@ def read_text(path: str | Path, name: str = "") -> str:
 
 def refuse_constant(constant: str) -> Any:
     """Raise ValueError for NaN or Infinity, which Python writes although JSON does not have them."""
-    raise ValueError(f"{constant} is not a number of JSON")
+    raise ValueError(f"{constant} is not valid in JSON")
 
 
 @cache
@@ -127,9 +127,9 @@ def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant) -> A
     try:
         found = decoder(constant).decode(text)
     except RecursionError as error:
-        raise ValueError(f"more than {MOST_LEVELS} lists and objects within each other") from error
+        raise ValueError(f"lists and objects are nested in more than {MOST_LEVELS} levels") from error
     if text.count("[") + text.count("{") > MOST_LEVELS and has_more_levels(found, MOST_LEVELS):
-        raise ValueError(f"more than {MOST_LEVELS} lists and objects within each other")
+        raise ValueError(f"lists and objects are nested in more than {MOST_LEVELS} levels")
     if "\\u" in text and SURROGATE.search(text):
         json.dumps(found, ensure_ascii=False).encode()
     return found
@@ -173,7 +173,7 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str 
         raise InputError(f"{name} is not JSON ({first_line(error)}); {COPY_ANEW}") from error
     if not isinstance(content, kind):
         wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise InputError(f"{name} has no {wanted} at its top; copy it anew")
+        raise InputError(f"{name} does not hold a {wanted} at the top level; copy it again")
     return content
 
 
@@ -196,9 +196,9 @@ def read_tensors(path: str | Path, name: str = "") -> dict[str, Tensor]:
     except Exception as error:  # header, unpickler and allocator raise many kinds of errors
         raise not_whole(name, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{name}: holds something else than tensors by name; take the weights of the model")
+        raise InputError(f"{name} holds other values than named tensors; use the weights of the model")
     if not tensors:
-        raise InputError(f"{name}: holds no tensors; copy it anew")
+        raise InputError(f"{name} holds no tensors; copy it again")
     return tensors
 
 
@@ -219,7 +219,9 @@ def tensor_dtypes(path: str | Path, name: str = "") -> dict[str, str]:
 def not_whole(name: str, error: Exception) -> InputError:
     """Return the error for a file of tensors that could not be read."""
     reason = first_line(error).removeprefix("Error while deserializing header: ").rstrip(".:")
-    return InputError(f"{name}: is no whole file of weights ({type(error).__name__}: {reason[:200]}); copy it anew")
+    return InputError(
+        f"{name}: the weights file is incomplete or damaged ({type(error).__name__}: {reason[:200]}); copy it again"
+    )
 
 
 def read_array(path: str | Path, dimensions: int = 2, name: str = "") -> np.ndarray:
@@ -238,8 +240,10 @@ def read_array(path: str | Path, dimensions: int = 2, name: str = "") -> np.ndar
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header raises many kinds of errors
-        raise InputError(f"{name}: is no whole .npy file ({first_line(error)[:200]}); make it anew") from error
+        raise InputError(
+            f"{name}: the .npy file is incomplete or damaged ({first_line(error)[:200]}); create it again"
+        ) from error
     if not isinstance(array, np.ndarray) or array.ndim != dimensions or array.dtype.kind not in "fiub":
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        raise InputError(f"{name}: holds {found}; expected numbers in {dimensions} dimensions")
+        raise InputError(f"{name} holds {found}, not numbers in {dimensions} dimensions; give another file")
     return array

@@ -304,7 +304,7 @@ def lock_folder(folder: Path) -> None:
         InputError: if another process holds the lock.
     """
     if not take_lock(folder):
-        raise InputError(f"{folder}: another process writes there; wait until it has ended, or name another folder")
+        raise InputError(f"{folder}: another process is writing to this folder; wait until it ends, or give another folder")
 
 
 def take_lock(folder: Path) -> bool:

@@ -66,7 +66,9 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
 
     - uniformity loses more than a quarter of its earlier improvement, and more than 0.1. If it never improved by more than 0.1,
       the limit is half of its initial value;
-    - alignment on the evaluation sets is more than 1.5 times its value at the start.
+    - alignment on the evaluation sets is more than 1.5 times its value at the start, and the STS score is not better than at
+      the start. The vectors of a language model all point in nearly the same direction, so its alignment starts near 0 and has
+      to rise.
 
     Args:
         history: all log entries of the run, including those from before the first step.
@@ -80,7 +82,7 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
         loss = entry.get("loss", loss)
         alignment, uniformity = (entry.get(f"{prefix}{key}", math.nan) for key in ("alignment", "uniformity"))
         if math.isfinite(alignment + uniformity):
-            points.append((alignment, uniformity, loss, entry["step"]))
+            points.append((alignment, uniformity, loss, entry["step"], entry.get("eval_spearman", math.nan)))
     if len(points) < 2:
         return None
     start, now, best = points[0], points[-1], min(points, key=lambda point: point[1])
@@ -92,7 +94,7 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
             f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: the embeddings move closer "
             "together"
         )
-    if evaluated and now[0] > DRIFT * start[0]:
+    if evaluated and now[0] > DRIFT * start[0] and not now[4] > start[4]:
         return (
             f"alignment has risen from {start[0]:.2f} to {now[0]:.2f}: sentences with the same meaning move apart, although "
             "the loss falls; check the STS score, and try fewer steps or a lower learning_rate"

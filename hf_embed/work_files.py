@@ -41,7 +41,7 @@ def work_folder(output: Path) -> Path:
 
 def is_there(output: Path) -> InputError:
     """Return the error for an output that already exists."""
-    return InputError(f"{output}: is there already; remove it or name another file")
+    return InputError(f"{output} already exists; remove it, or give another file")
 
 
 def digest(*lists: Iterable[str]) -> str:
@@ -65,7 +65,7 @@ def claimed(folder: Path, identity: str) -> Iterator[None]:
         path = folder / "identity"
         if path.is_file() and read_text(path) != identity:
             raise InputError(
-                f"{folder}: left by a run with another model or other texts or settings; remove the folder to start anew"
+                f"{folder} belongs to a run with another model or other texts or settings; remove it to start again"
             )
         barrier()
         if get_rank() == 0:

@@ -30,25 +30,25 @@ from hf_embed.vectors import PRECISIONS
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
-    file: str = field(metadata={"help": "The texts.", "positional": True, "metavar": "FILE"})
-    output: str = field(metadata={"help": "Where to write the vectors, a .npy.", "positional": True, "metavar": "OUT"})
+    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
+    file: str = field(metadata={"help": "File of the texts.", "positional": True, "metavar": "FILE"})
+    output: str = field(metadata={"help": "File for the vectors, a .npy.", "positional": True, "metavar": "OUT"})
     column: str | None = field(
-        default=None, metadata={"help": "The column of texts. Default: text, sentence, or the only one."}
+        default=None, metadata={"help": "Column of the texts. Default: text, sentence, or the only column."}
     )
     prompt_name: str | None = field(
-        default=None, metadata={"help": "The model's prompt to put before the texts: document, query ... Default: its own."}
+        default=None, metadata={"help": "Prompt of the model to put before the texts: document, query ... Default: its own."}
     )
     precision: str = field(
         default="float32",
-        metadata={"help": "int8 takes a quarter of the bytes, binary and ubinary (packed signs) a 32nd.",
+        metadata={"help": "Format of the numbers. int8 needs 1/4 of the bytes of float32, binary and ubinary (signs) 1/32.",
                   "choices": list(PRECISIONS)},
     )  # fmt: skip
-    truncate_dim: int | None = field(default=None, metadata={"help": "Keep so many numbers of a vector. Default: the model's."})
+    truncate_dim: int | None = field(default=None, metadata={"help": "Width to truncate the vectors to. Default: the model's."})
     normalize: bool | None = field(
-        default=None, metadata={"help": "True or False: write unit vectors, or not. Default: the model's own."}
+        default=None, metadata={"help": "True: write unit vectors. False: do not. Default: the model's setting."}
     )
-    batch_size: int = field(default=512, metadata={"help": "Texts that are tokenized at a time."})
+    batch_size: int = field(default=512, metadata={"help": "Number of texts to tokenize at a time."})
     chunk_tokens: int | None = field(
         default=None, metadata={"help": "Padded tokens that go through the model at once. Default: 16384, on a CPU 1024."}
     )

@@ -44,9 +44,9 @@ from hf_embed.safe_files import clear_leftovers
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
-    seven_sts: bool = field(default=False, metadata={"help": "The paper's seven STS tasks, from the Hub."})
-    output_dir: str | None = field(default=None, metadata={"help": "Write results.json there."})
+    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
+    seven_sts: bool = field(default=False, metadata={"help": "Score on the seven STS tasks of the SimCSE paper, from the Hub."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for results.json."})
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     if args.seven_sts:
         tasks |= seven_tasks()
     if not tasks:
-        raise InputError("nothing to score on; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
+        raise InputError("there is no evaluation set; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
     state = PartialState(cpu=not torch.cuda.is_available())
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     scores = score_tasks(tasks, embed_with(encoder))

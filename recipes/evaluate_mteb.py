@@ -28,11 +28,13 @@ from hf_embed.safe_files import clear_leftovers
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
-    tasks: list[str] = field(default_factory=list, metadata={"help": "mteb's names, e.g. STSBenchmark SciFact."})
-    benchmark: list[str] = field(default_factory=list, metadata={"help": "mteb's benchmarks, e.g. 'MTEB(eng, v2)'."})
-    batch_size: int = field(default=512, metadata={"help": "Texts that are encoded at a time."})
-    output_dir: str | None = field(default=None, metadata={"help": "Default: the model's folder, if it is one."})
+    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Names of mteb tasks, e.g. STSBenchmark SciFact."})
+    benchmark: list[str] = field(default_factory=list, metadata={"help": "Names of mteb benchmarks, e.g. 'MTEB(eng, v2)'."})
+    batch_size: int = field(default=512, metadata={"help": "Number of texts to encode at a time."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the scores. Default: the model's folder, if the model is a local folder."}
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT, "max_length": COUNT})
@@ -43,11 +45,14 @@ def main() -> None:
     (args,) = parse([Arguments])
     model = Path(args.model_name_or_path)
     if args.output_dir is None and not model.is_dir():
-        raise InputError(f"{model} is not a folder; say where the results go: --output_dir FOLDER")
+        raise InputError(f"{model} is not a folder; give a folder for the results with --output_dir FOLDER")
     folder = Path(args.output_dir or model)
     check_folder(folder, "--output_dir")
     if (args.pooling or args.max_length) and (folder / "config.json").is_file():
-        raise InputError("--pooling and --max_length make another model of it; say where its results go: --output_dir FOLDER")
+        raise InputError(
+            "--pooling and --max_length change the model, so its results do not belong into the model's folder; give another "
+            "folder with --output_dir FOLDER"
+        )
     tasks = find_tasks(args.tasks, args.benchmark)
     encoder = load_for_encoding(args.model_name_or_path, args)
     rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)

@@ -65,7 +65,7 @@ def mined_docstrings(model: str) -> tuple[str, list[str]]:
     """Mine negatives with `model` for the docstring sources. Return the file of sources and the evaluation sets."""
     there = (DATA / "sources.yaml").is_file()
     if model == str(PRETRAINED) and not (there and (PRETRAINED / "config.json").is_file()):
-        raise InputError(f"no model in {PRETRAINED} or no data in {DATA}: run {recipe_command('gte_pretrain')} first")
+        raise InputError(f"there is no model in {PRETRAINED} or no data in {DATA}; run {recipe_command('gte_pretrain')} first")
     state = PartialState()
     embed = embed_with(Encoder.from_pretrained(model, dtype=torch.float32).to(state.device))
     if state.is_main_process and not there:

@@ -4,8 +4,8 @@
     python recipes/length_collapse.py BAAI/bge-base-en-v1.5 --texts articles.txt --temperature 0.9 0.8
 
 The recipe measures the same texts truncated to 16, 32, 64 ... tokens, and also the full texts in bins of length. It prints
-tables, and writes collapse.json and the picture collapse.png to OUTPUT_DIR (default: outputs/length_collapse).
-hf_embed/kit/length_collapse.py explains the columns.
+tables with an explanation of their columns, and writes collapse.json and the picture collapse.png to OUTPUT_DIR (default:
+outputs/length_collapse).
 """
 
 from dataclasses import dataclass, field
@@ -31,11 +31,18 @@ class Arguments(EncodingArguments):
     model_name_or_path: str = field(
         default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP, "positional": True, "metavar": "MODEL"}
     )
-    texts: str | None = field(default=None, metadata={"help": "A txt with a text a line, or a file with a column text."})
-    max_texts: int = field(default=200, metadata={"help": "Take the first so many."})
-    lengths: list[int] = field(default_factory=lambda: list(LENGTHS), metadata={"help": "Tokens to cut to."})
-    temperature: list[float] = field(default_factory=lambda: [0.9], metadata={"help": "TempScale's, to compare with."})
-    output_dir: str = field(default="outputs/length_collapse", metadata={"help": "For collapse.json and collapse.png."})
+    texts: str | None = field(
+        default=None,
+        metadata={"help": "A txt file with one text per line, or a file with a column text. Default: installed docstrings."},
+    )
+    max_texts: int = field(default=200, metadata={"help": "Number of texts to use, from the first."})
+    lengths: list[int] = field(
+        default_factory=lambda: list(LENGTHS), metadata={"help": "Lengths, in tokens, to which the texts are truncated."}
+    )
+    temperature: list[float] = field(
+        default_factory=lambda: [0.9], metadata={"help": "TempScale temperatures to compare the model with."}
+    )
+    output_dir: str = field(default="outputs/length_collapse", metadata={"help": "Folder for collapse.json and collapse.png."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "lengths": Range(least=4, whole=True)})

@@ -35,23 +35,23 @@ from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 class Arguments(EncodingArguments):
     """Flags of this recipe, in addition to those of `MiningArguments`."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
-    output_file: str = field(metadata={"help": "Where to write the rows, a jsonl."})
-    train_file: str | None = field(default=None, metadata={"help": "Pairs: csv, tsv, jsonl or parquet."})
-    columns: list[str] = field(default_factory=list, metadata={"help": "Which hold what: anchor=question positive=answer."})
-    ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of it to leave out, e.g. a label."})
-    retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, in place of a file."})
-    corpus_file: str | None = field(default=None, metadata={"help": "More texts to choose from, a column text or a txt."})
+    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
+    output_file: str = field(metadata={"help": "File for the rows, a jsonl."})
+    train_file: str | None = field(default=None, metadata={"help": "File of pairs: csv, tsv, jsonl or parquet."})
+    columns: list[str] = field(default_factory=list, metadata={"help": "Role of each column: anchor=question positive=answer."})
+    ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of the file to ignore, e.g. a label."})
+    retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, instead of a file."})
+    corpus_file: str | None = field(default=None, metadata={"help": "More candidates: a txt, or a file with a column text."})
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
     """Read (query, document) pairs, and further texts to choose negatives from."""
     if (args.train_file is None) == (args.retrieval_dir is None):
-        raise InputError("give --train_file FILE or --retrieval_dir DIR, one of them")
+        raise InputError("exactly one source of pairs is needed; give either --train_file FILE or --retrieval_dir DIR")
     pairs, corpus = [], []
     if args.retrieval_dir is not None:
         if args.columns or args.ignore_columns:
-            raise InputError("--columns and --ignore_columns are of a --train_file; a BEIR folder has none")
+            raise InputError("--columns and --ignore_columns apply to --train_file only; remove them with --retrieval_dir")
         task = read_retrieval(args.retrieval_dir)
         judged = [(query, document) for query, documents in task.qrels.items() for document in documents]
         pairs = [(task.queries[query], task.corpus[document]) for query, document in judged if task.corpus[document]]

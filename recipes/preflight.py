@@ -34,21 +34,22 @@ class Arguments(EncodingArguments):
 
     files: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files to train on, each a source of its own.", "positional": True, "metavar": "FILE"},
+        metadata={"help": "Training files; each file is a separate source.", "positional": True, "metavar": "FILE"},
     )
     model_name_or_path: str = field(default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP})
     batch_size: list[int] = field(
-        default_factory=lambda: [64], metadata={"help": "Rows of a batch on all ranks together; several for a table."}
+        default_factory=lambda: [64],
+        metadata={"help": "Number of rows in a batch on all ranks together; give several to compare them."},
     )
     sample: int | None = field(
         default=None,
-        metadata={"help": "Rows of each source that are tokenized. 0: all. Default: 20,000, or fewer if texts are long."},
+        metadata={"help": "Number of rows of each source to tokenize. 0: all. Default: 20,000, or fewer if texts are long."},
     )
-    output_file: str | None = field(default=None, metadata={"help": "Write the whole report there, as JSON."})
+    output_file: str | None = field(default=None, metadata={"help": "File for the whole report, as JSON."})
     picture: str | None = field(
-        default=None, metadata={"help": "Draw the lengths of the texts there, a .png.", "metavar": "FILE"}
+        default=None, metadata={"help": "File for a picture of the lengths of the texts, a .png.", "metavar": "FILE"}
     )
-    strict: bool = field(default=False, metadata={"help": "Exit with status 1 if there is anything to look at."})
+    strict: bool = field(default=False, metadata={"help": "Exit with status 1 if there are findings."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,15 +21,20 @@ from hf_embed.kit.plan import TRUST
 class Arguments:
     """Flags of this recipe."""
 
-    folder: str = field(metadata={"help": "The finished model.", "positional": True, "metavar": "FOLDER"})
-    repo: str = field(metadata={"help": "NAME, or OWNER/NAME; made if it is not there.", "positional": True, "metavar": "REPO"})
-    private: bool = field(default=False, metadata={"help": "Of a repository that is made."})
-    revision: str | None = field(default=None, metadata={"help": "A branch; made if it is not there."})
+    folder: str = field(metadata={"help": "Folder of the finished model.", "positional": True, "metavar": "FOLDER"})
+    repo: str = field(
+        metadata={"help": "NAME or OWNER/NAME of the repository; it is created if it does not exist.", "positional": True,
+                  "metavar": "REPO"}
+    )  # fmt: skip
+    private: bool = field(default=False, metadata={"help": "Make the repository private if it is new."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch to upload to; it is created if it does not exist. Default: the main branch."}
+    )
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
-    commit_message: str = field(default="Upload the model", metadata={"help": "What the commit is called."})
-    new_card: bool = field(default=False, metadata={"help": "Make README.md anew, even if someone has edited it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": f"Of --new_card. {TRUST}"})
-    everything: bool = field(default=False, metadata={"help": "Checkpoints, optimizer state and logs too."})
+    commit_message: str = field(default="Upload the model", metadata={"help": "Message of the commit."})
+    new_card: bool = field(default=False, metadata={"help": "Rewrite README.md, even if someone has edited it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": f"With --new_card: {TRUST[0].lower()}{TRUST[1:]}"})
+    everything: bool = field(default=False, metadata={"help": "Also upload checkpoints, optimizer state and logs."})
 
 
 def main() -> None:

@@ -26,16 +26,19 @@ from hf_embed.ranges import COUNT, check_ranges
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder or a Hub name.", "positional": True, "metavar": "MODEL"})
-    file: str = field(metadata={"help": "The texts to search.", "positional": True, "metavar": "FILE"})
+    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
+    file: str = field(metadata={"help": "File of the texts to search.", "positional": True, "metavar": "FILE"})
     column: str | None = field(
-        default=None, metadata={"help": "The column of texts. Default: text, sentence, or the only one."}
+        default=None, metadata={"help": "Column of the texts. Default: text, sentence, or the only column."}
     )
-    embeddings: str | None = field(default=None, metadata={"help": "The vectors of the file, which recipes/encode.py wrote."})
+    embeddings: str | None = field(
+        default=None, metadata={"help": "File with the vectors of the texts, written by recipes/encode.py."}
+    )
     query: list[str] = field(
-        default_factory=list, metadata={"help": "A query to answer, in place of asking; may be repeated.", "action": "extend"}
+        default_factory=list,
+        metadata={"help": "A query to answer. May be repeated. Without it, the recipe asks for queries.", "action": "extend"},
     )
-    top_k: int = field(default=5, metadata={"help": "Texts to print for a query."})
+    top_k: int = field(default=5, metadata={"help": "Number of texts to print for each query."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,16 +36,16 @@ class Arguments(EncodingArguments):
     model_name_or_path: str = field(
         default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP, "positional": True, "metavar": "MODEL"}
     )
-    temperature: float | None = field(default=None, metadata={"help": "Take this one, without a search."})
-    grid: list[float] = field(default_factory=lambda: list(TEMPERATURES), metadata={"help": "To search; then around the best."})
-    folds: int = field(default=5, metadata={"help": "Of the cross-validation."})
-    pairs: str | None = field(
-        default=None, metadata={"help": "A file with anchor and positive: each anchor looks for its own."}
+    temperature: float | None = field(default=None, metadata={"help": "Use this temperature, without a search."})
+    grid: list[float] = field(
+        default_factory=lambda: list(TEMPERATURES), metadata={"help": "Temperatures to try; then two around the best one."}
     )
-    texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt with one a line, or a column text."})
-    max_texts: int = field(default=1000, metadata={"help": "Of --texts, take the first so many."})
-    output_dir: str = field(default="outputs/tempscale", metadata={"help": "Where the model goes."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
+    folds: int = field(default=5, metadata={"help": "Number of folds of the cross-validation."})
+    pairs: str | None = field(default=None, metadata={"help": "File of pairs: each anchor is a query for its positive."})
+    texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt, or a file with a column text."})
+    max_texts: int = field(default=1000, metadata={"help": "Number of texts to use from --texts, from the first."})
+    output_dir: str = field(default="outputs/tempscale", metadata={"help": "Folder for the model."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the files in the output folder."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})

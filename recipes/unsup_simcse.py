@@ -1,12 +1,16 @@
-"""Unsupervised SimCSE: plain sentences; a sentence's positive is itself under another dropout mask.
+"""Train unsupervised SimCSE on plain sentences: the positive of a sentence is the sentence itself with another dropout mask.
 
-    python recipes/unsup_simcse.py                    # offline, on a laptop CPU, in a few minutes
+    python recipes/unsup_simcse.py                    # offline, on a laptop CPU, in two minutes
     python recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
     python recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
-    python recipes/unsup_simcse.py --positive delete:0.1                    # a tenth of the words deleted
+    python recipes/unsup_simcse.py --positive delete:0.1      # the positive is the sentence without a tenth of its words
 
-A training file is a txt with one sentence a line, or a table with a column text or sentence. Flags of
-`transformers.TrainingArguments` do what they do for a plain Trainer, or are refused by name; `--help all` lists them.
+Without a model, the recipe trains a built-in language model, which has only learned to fill in masked words. Without data, it
+trains on built-in sentences. The trained model is written to OUTPUT_DIR (default: outputs/unsup_simcse). AutoModel and
+sentence-transformers can load it. Its README.md and results.json show the scores before and after the training.
+
+A training file is a txt file with one sentence per line, or a table with a column text or sentence. Each flag of
+`transformers.TrainingArguments` works as in a plain Trainer, or is refused with an error. `--help all` lists them.
 """
 
 from pathlib import Path
@@ -15,30 +19,40 @@ from typing import Any
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
 from hf_embed.kit.models import load_model
-from hf_embed.kit.plan import Plan, PositiveArguments, make_plan, read_evaluation, read_flags, read_rows, settle_quickstart
+from hf_embed.kit.plan import (
+    LANGUAGE_MODEL,
+    Plan,
+    PositiveArguments,
+    make_plan,
+    read_evaluation,
+    read_flags,
+    read_rows,
+    settle_model,
+    settle_quickstart,
+)
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
 from hf_embed.objectives import SimCSE
 
-CONFIG = Path(__file__).with_name("configs") / "unsup_simcse_quickstart.yaml"  # of the built-in model
+CONFIG = Path(__file__).with_name("configs") / "unsup_simcse_quickstart.yaml"  # settings for the built-in model
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train once, or with each of `--seeds`; return what results.json holds."""
+    """Train once, or once with each of `--seeds`, and return the content of results.json."""
     flags = read_flags([SimCSE, PositiveArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
-    flags = settle_quickstart(flags, "unsup_simcse")
+    flags = settle_model(settle_quickstart(flags, "unsup_simcse"), LANGUAGE_MODEL)
     return train_each_seed(flags, read_plan, train)
 
 
 def read_plan(flags: Flags) -> Plan:
-    """Load the rows, give each a positive, and load the evaluation sets."""
+    """Read the training rows, give each a positive, and read the evaluation sets."""
     rows = read_rows(flags, built_in="sentences.txt")
     tasks = read_evaluation(flags, built_in="sts.tsv")
     return make_plan(flags, flags.make(SimCSE), rows, tasks, positive=flags.make(PositiveArguments))
 
 
 def train(plan: Plan) -> dict[str, Any]:
-    """Load the model, train and save it, and score it before and after."""
+    """Load the model, train and save it, and score it before and after the training."""
     model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
     trainer = make_trainer(plan, model)
     before = score_model(trainer)

@@ -1,11 +1,11 @@
-"""Tiny random models of every architecture, over the quickstart encoder's tokenizer."""
+"""Shared helpers: tiny random models of every architecture, which use the tokenizer of the quickstart encoder."""
 
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -33,7 +33,7 @@ from transformers import (
 from hf_embed import Encoder, InputError
 from hf_embed.kit.plan import QUICKSTART
 
-torch.set_num_threads(1)  # tiny models wait for threads longer than they compute
+torch.set_num_threads(1)  # with more threads, tiny models would wait longer than they compute
 
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0}
@@ -61,7 +61,7 @@ DECODERS = {"qwen2", "qwen3"}
 
 
 def tiny_model(name: str = "bert", seed: int = 0, **config):
-    """A random model with large enough weights that texts differ. Dropout as the architecture's default."""
+    """Return a random model. Its weights are large enough that texts get different vectors; dropout is the default."""
     model_class, config_class, settings = TINY[name]
     torch.manual_seed(seed)
     model = model_class(config_class(**(settings | config)))
@@ -85,7 +85,7 @@ def tokenizer():
 
 
 def error_of(function, *args, **kwargs):
-    """The message of the InputError that the call raises, checked to be one line."""
+    """Return the message of the InputError that the call raises, and check that it is one line."""
     with pytest.raises(InputError) as error:
         function(*args, **kwargs)
     message = str(error.value)
@@ -95,7 +95,7 @@ def error_of(function, *args, **kwargs):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
-    """Mount a file system in memory with some options ("size=1m") at `tmp_path / name`; once more changes its options."""
+    """Mount an in-memory file system with some options ("size=1m") at `tmp_path / name`. A second call changes the options."""
     disks: list[Path] = []
 
     def make(options: str, name: str = "disk") -> Path:

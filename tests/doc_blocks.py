@@ -1,14 +1,14 @@
-"""The code blocks of the documentation: where they stand, how each is marked, and how they are run.
+"""The code blocks of the documentation: where they are, how each one is marked, and how they are run.
 
-A block that no test runs says why, in a comment above it. The marks are HTML comments, which no reader of the page sees:
+If no test runs a block, a comment above the block says why. The marks are HTML comments, which the rendered page hides:
 
-    <!-- file: train.csv -->        the block is a file, which is written before the blocks below it run
-    <!-- slow -->                   a block of Python that runs in the slow suite only
-    <!-- tested by: tests/test_entry.py::test_name -->      another test runs it
+    <!-- file: train.csv -->        the block is a file; it is written before the blocks below it run
+    <!-- slow -->                   a Python block that runs only in the slow suite
+    <!-- tested by: tests/test_entry.py::test_name -->      another test runs the block
     <!-- not run: needs the Hub -->
 
-Blocks without a mark are run. The blocks of a page run from top to bottom in one folder: Python in one namespace, and bash,
-which starts processes, in the slow suite. Blocks of the language `text` show output and are not code.
+Blocks without a mark are run. The blocks of a page run from top to bottom in one folder. All Python blocks of a page share one
+namespace. Bash blocks start processes, so they run only in the slow suite. Blocks of the language `text` show output, not code.
 """
 
 import os
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
-# Blocks of these pages that have no mark are not run, and why.
+# Pages whose unmarked blocks are not run, each with the reason.
 WITHOUT_MARKS = {
     "docs/results": "the commands of the figures: they need data sets, and some take hours",
     "CONTRIBUTING.md": "tests/test_contributing.py applies the diffs and runs the commands below them",
@@ -37,14 +37,14 @@ FENCE = re.compile(
 
 @dataclass
 class Block:
-    """A fenced block of a page."""
+    """A fenced code block of a page."""
 
     page: str
     line: int
     language: str
     code: str
     kind: str  # RUN, SLOW, FILE, NOT_RUN or ELSEWHERE
-    about: str = ""  # the name of the file, the reason, or the test
+    about: str = ""  # the name of the file, the reason why it is not run, or the test that runs it
 
     @property
     def place(self) -> str:
@@ -56,7 +56,7 @@ def page_names() -> list[str]:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """The blocks of a page, in order, without those that show output."""
+    """Return the blocks of a page, in order, except those that show output."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = []
     for match in FENCE.finditer(text):
@@ -68,7 +68,7 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def kind_of(page: str, language: str, mark: str | None) -> tuple[str, str]:
-    """What is done with a block, and what the mark says of it."""
+    """Return the kind of a block, and what its mark says after the colon."""
     name, _, about = (mark or "").partition(":")
     if name.strip() in (FILE, NOT_RUN, ELSEWHERE, SLOW):
         return name.strip(), about.strip()
@@ -83,14 +83,14 @@ def kind_of(page: str, language: str, mark: str | None) -> tuple[str, str]:
 def run_page(
     page: str, folder: Path, slow: bool = False, change: Callable[[str], str] = lambda code: code, names: dict | None = None
 ) -> dict:
-    """Run the blocks of a page in a folder, which is the working folder; return the namespace of its Python.
+    """Run the blocks of a page and return the namespace of its Python blocks.
 
     Args:
-        page: its path in the repository.
-        folder: where files go.
-        slow: run bash, and Python that is marked as slow, too.
-        change: is applied to each block of Python, for example to take local files in place of the Hub's.
-        names: what the Python begins with.
+        page: path of the page in the repository.
+        folder: the current working folder, where the files of the page are written.
+        slow: also run the bash blocks and the Python blocks that are marked as slow.
+        change: function that is applied to each Python block, for example to use local files instead of files from the Hub.
+        names: namespace that the Python blocks start with.
     """
     names = {} if names is None else names
     for block in blocks_of(page):
@@ -100,13 +100,13 @@ def run_page(
             if block.language == "bash":
                 run_bash(block, folder)
             else:
-                code = "\n" * block.line + change(block.code)  # so that a traceback has the line of the page
+                code = "\n" * block.line + change(block.code)  # a traceback then shows the line of the page
                 exec(compile(code, block.page, "exec"), names)
     return names
 
 
 def run_bash(block: Block, folder: Path) -> None:
-    """Run a block of bash with the interpreter of the tests, offline and on the CPU."""
+    """Run a bash block with the Python interpreter of the tests, offline and on the CPU."""
     if not (folder / "recipes").exists():
         (folder / "recipes").symlink_to(ROOT / "recipes")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

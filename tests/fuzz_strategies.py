@@ -1,7 +1,7 @@
-"""What hostile input looks like: hypothesis strategies of files, rows, YAML and command lines.
+"""Hypothesis strategies for hostile input: files, rows, YAML and model files.
 
-A file is a pair (name, content). Most are whole files that were damaged in a place or two, so that readers come far before they
-meet what is wrong; some are made of hostile cells from the start.
+A file is a pair (name, content). Most files are valid files that were damaged in one or two places, so that readers process a
+large part before they reach the damage. Some files consist of hostile cells from the start.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ any_columns = st.one_of(
 
 @st.composite
 def columns_of(draw, layouts: list[list[str]] | None = None) -> list[str]:
-    """Choose columns that a reader of these layouts mostly knows."""
+    """Choose columns. In most cases a reader of these layouts accepts them."""
     if layouts is None or seldom(draw, 10):
         return draw(any_columns)
     return [
@@ -156,12 +156,12 @@ values = st.recursive(
 
 
 def to_bytes(text: str) -> bytes:
-    """Encode a text as UTF-8, lone surrogates too."""
+    """Encode a text as UTF-8, including lone surrogates."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def seldom(draw, times: int) -> bool:
-    """Return True about once in so many times. (Hypothesis prefers the ends of a range.)"""
+    """Return True about once in `times` calls. The value is in the middle, because Hypothesis prefers the ends of a range."""
     return draw(st.integers(0, times)) == times // 2
 
 
@@ -170,7 +170,7 @@ def seldom(draw, times: int) -> bool:
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """Damage the bytes of a file in a place or two, or not at all."""
+    """Damage the bytes of a file in one or two places, or return them unchanged."""
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 0, 1, 1, 2]))):
         place = draw(st.integers(0, max(0, len(content))))
         content = draw(
@@ -192,12 +192,12 @@ def damaged(draw, content: bytes) -> bytes:
 
 
 def packed(content: bytes) -> bytes:
-    """Pack bytes as gzip does."""
+    """Compress bytes with gzip."""
     return gzip.compress(content, 1)
 
 
 def zipped(content: bytes) -> bytes:
-    """Pack bytes as zip does."""
+    """Return a zip archive whose only file holds the bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("a.csv", content)
@@ -215,7 +215,7 @@ WORDS = {
 
 @st.composite
 def rows_of(draw, names: list[str], other: st.SearchStrategy) -> list[dict]:
-    """Make rows whose cells are mostly what their columns hold; some columns, and some cells, have `other` values."""
+    """Make rows. Most cells hold what their column usually holds; some columns and some single cells hold `other` values."""
     odd_column = draw(st.sampled_from([None, None, *names])) if names else None
     rows = []
     for number in range(draw(st.sampled_from([4, 4, 3, 2, 1, 0]))):
@@ -256,7 +256,7 @@ DEEP = [
 
 @st.composite
 def json_lines(draw, layouts: list[list[str]] | None = None) -> bytes:
-    """Make a jsonl file, or a json one."""
+    """Make a jsonl file or a json file."""
     names = draw(columns_of(layouts))
     rows: list = draw(
         rows_of(names, draw(st.sampled_from([texts, st.lists(texts, max_size=3), st.lists(plain, min_size=1), values])))
@@ -321,7 +321,7 @@ def parquet(draw, layouts: list[list[str]] | None = None) -> bytes:
 def table_files(
     draw, kinds=("csv", "tsv", "jsonl", "json", "txt"), layouts: list[list[str]] | None = None
 ) -> tuple[str, bytes]:
-    """Make a file of rows."""
+    """Make a file of rows: its name and its content."""
     kind = draw(st.sampled_from(kinds))
     if kind in ("csv", "tsv"):
         content = draw(delimited(kind, layouts))
@@ -441,13 +441,13 @@ YAML = [
 
 
 def as_yaml(value: object) -> str:
-    """Write a value in YAML's flow style, which is JSON where it can be."""
+    """Write a value as JSON, which is valid YAML in flow style. Values that JSON does not support become strings."""
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
 @st.composite
 def yaml_texts(draw, keys: list[str], base: str) -> bytes:
-    """Make a YAML file of `keys`, or damage `base`."""
+    """Make a YAML file with some of `keys`, or damage `base`."""
     choice = draw(st.sampled_from([3, 2, 1, 0, 3]))
     if choice == 0:
         return to_bytes(draw(st.sampled_from(YAML)))
@@ -464,7 +464,7 @@ def yaml_texts(draw, keys: list[str], base: str) -> bytes:
     )
 
 
-# ---- rows that a script has ----
+# ---- rows that a script passes in ----
 
 objects = st.one_of(
     values,
@@ -513,7 +513,7 @@ def frames(draw) -> pandas.DataFrame:
     frame.columns = [draw(st.one_of(st.just(name), st.just(name), st.just(name), objects.filter(hashable))) for name in names]
     change = draw(st.integers(0, 9))
     if change == 0:
-        with contextlib.suppress(UnicodeEncodeError):  # of half a character
+        with contextlib.suppress(UnicodeEncodeError):  # raised for a lone surrogate
             frame = frame.convert_dtypes()
     if change == 1 and len(names):
         frame = frame.astype("category", errors="ignore")
@@ -527,7 +527,7 @@ def frames(draw) -> pandas.DataFrame:
 
 
 def hashable(value: object) -> bool:
-    """Return whether a value can be a key."""
+    """Return True if a value can be a dictionary key."""
     try:
         hash(value)
     except TypeError:
@@ -537,7 +537,7 @@ def hashable(value: object) -> bool:
 
 @st.composite
 def python_rows(draw):
-    """Make what a script may give as rows."""
+    """Make a value that a script may pass as rows."""
     choice = draw(st.integers(0, 5))
     if choice == 0:
         return draw(frames())
@@ -562,7 +562,7 @@ def python_rows(draw):
 
 @st.composite
 def json_objects(draw, base: object, keys: list[str]) -> bytes:
-    """Make a JSON file: `base` with a key or two that have another value, or its bytes damaged."""
+    """Make a JSON file: `base` with one or two keys changed or deleted, `base` with damaged bytes, or unrelated JSON."""
     if seldom(draw, 5):
         return draw(damaged(json.dumps(base).encode()))
     if seldom(draw, 10):
@@ -581,7 +581,7 @@ def json_objects(draw, base: object, keys: list[str]) -> bytes:
 
 @st.composite
 def damaged_tensors(draw, content: bytes) -> bytes:
-    """Damage a .safetensors file: its length, its header or its end."""
+    """Damage a .safetensors file: its header length, its header, its end, or its whole content."""
     header = int.from_bytes(content[:8], "little")
     choice = draw(st.integers(0, 6))
     if choice == 0:

@@ -1,9 +1,12 @@
-"""A Hub on loopback that speaks to the real huggingface_hub client: repositories, commits, large files, downloads; and faults.
+"""A server on the loopback interface that imitates the Hub for the real huggingface_hub client.
+
+It serves repositories, commits, large files and downloads, and it can answer chosen requests with a fault.
 
 with LoopbackHub() as hub:
-    hub.url, hub.token            # HF_ENDPOINT, HF_TOKEN
-    hub.files("user/name")        # {path: bytes} of a branch
-    hub.fail(number=3, how=500)   # the fourth request from now is answered so; how="cut": cut in its middle
+    hub.url, hub.token            # values for HF_ENDPOINT and HF_TOKEN
+    hub.files("user/name")        # the files of a branch: {path: bytes}
+    hub.fail(number=3, how=500)   # answer the fourth request from now with status 500
+                                  # how="cut" closes the connection in the middle of the request
 """
 
 import base64
@@ -22,7 +25,7 @@ class LoopbackHub:
 
     def __init__(self):
         self.repos: dict[str, dict] = {}  # {"private": bool, "branches": {branch: [commit]}, "pulls": [commit]}
-        self.objects: dict[str, bytes] = {}  # large files by their sha256
+        self.objects: dict[str, bytes] = {}  # large files, by their sha256 hash
         self.requests: list[str] = []
         self.faults: dict[int, int | str] = {}
         self.lock = threading.RLock()
@@ -91,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str, query: dict, body: bytes):
         hub = self.hub
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if path.startswith("/objects/"):  # the large file itself: its address is secret enough
+        if path.startswith("/objects/"):  # upload of a large file; its address is secret, so no token is needed
             oid = path.removeprefix("/objects/")
             if hashlib.sha256(body).hexdigest() != oid:
                 return self.answer(400, {"error": "another file than was said"})
@@ -216,5 +219,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def blob(content: bytes) -> str:
-    """git's own hash of a file."""
+    """Return the hash that git computes for a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,9 +1,9 @@
-"""Training loops written from the papers in plain PyTorch, beside which the trainer is run. Nothing of hf_embed is used here.
+"""Training loops that follow the papers in plain PyTorch. Tests compare the trainer with them. They use no code of hf_embed.
 
 SimCSE: https://arxiv.org/abs/2104.08821. GTE: https://arxiv.org/abs/2308.03281. Matryoshka: https://arxiv.org/abs/2205.13147.
-Masked language modelling: Devlin et al., https://arxiv.org/abs/1810.04805.
+Masked language modeling: Devlin et al., https://arxiv.org/abs/1810.04805.
 
-A text is a tuple of token ids. A row is a list of texts: the anchor, its positive, then hard negatives, as many as it has.
+A text is a tuple of token ids. A row is a list of texts: the anchor, its positive, then any number of hard negatives.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ PADDING = 0  # the id of the padding token
 
 
 class Settings(NamedTuple):
-    """Of the optimizer, AdamW, and of the learning rate, which rises and falls linearly."""
+    """Settings of the AdamW optimizer and of the learning rate, which rises linearly and then falls linearly."""
 
     learning_rate: float
     weight_decay: float
@@ -29,11 +29,11 @@ class Settings(NamedTuple):
     adam_epsilon: float
     warmup_steps: int
     steps: int
-    seed: int  # of step 0's random numbers
+    seed: int  # seed of the random numbers of step 0; step n uses seed + n
 
 
 def train(model: nn.Module, batches: list[list[Row]], loss_of: Callable[[list[Row]], Tensor], settings: Settings) -> None:
-    """Change the weights of `model` by one step for each batch."""
+    """Train `model` for one step on each batch."""
     matrices = [p for p in model.parameters() if p.dim() > 1]  # biases and the weights of LayerNorm do not decay
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -58,19 +58,19 @@ def train(model: nn.Module, batches: list[list[Row]], loss_of: Callable[[list[Ro
 
 
 def padded(texts: Iterable[Text]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (texts, tokens of the longest)."""
+    """Return token ids and attention mask, both (texts, tokens of the longest text)."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True, padding_value=PADDING)
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], batch_first=True)
     return ids, mask
 
 
 def longest_first(texts: list[Text]) -> list[int]:
-    """The numbers of the texts in the order in which the trainer puts them into a batch, on which dropout's draws depend."""
+    """Return the indices of the texts in the order of the trainer's batches. Dropout's random numbers depend on this order."""
     return sorted(range(len(texts)), key=lambda number: -len(texts[number]))
 
 
 def mean_of(states: Tensor, texts: list[Text]) -> Tensor:
-    """The mean over each text's own tokens; `states` has those of the padding too."""
+    """Return the mean of the hidden states over each text's own tokens. `states` also holds the states of the padding."""
     return torch.stack([of_text[: len(text)].mean(0) for of_text, text in zip(states, texts)])
 
 
@@ -92,7 +92,7 @@ def average(output, texts, model):
 
 
 def average_of_first_and_last_layer(output, texts, model):
-    after_layer = output.hidden_states[1:]  # [0] is before the first
+    after_layer = output.hidden_states[1:]  # hidden_states[0] is the input of the first layer
     return mean_of((after_layer[0] + after_layer[-1]) / 2, texts)
 
 
@@ -100,7 +100,7 @@ def average_of_top_two_layers(output, texts, model):
     return mean_of((output.hidden_states[-1] + output.hidden_states[-2]) / 2, texts)
 
 
-# The poolers of SimCSE's section 6.3 and its code.
+# The poolers of section 6.3 of the SimCSE paper and of its code.
 POOLERS = {
     "cls": first_token,
     "cls_mlp": mlp_of_the_model,
@@ -112,7 +112,7 @@ POOLERS = {
 
 
 def embed(model: nn.Module, texts: list[Text], pooler: Callable) -> Tensor:
-    """Vectors (texts, width), in one pass."""
+    """Return the embeddings (texts, width), computed in one forward pass."""
     order = longest_first(texts)
     in_order = [texts[number] for number in order]
     ids, mask = padded(in_order)
@@ -124,7 +124,7 @@ def embed(model: nn.Module, texts: list[Text], pooler: Callable) -> Tensor:
 
 
 class Batch:
-    """The cosines of all texts of some rows; text k of row j is called (j, k)."""
+    """The cosine similarities between all texts of some rows. The name of text k of row j is (j, k)."""
 
     def __init__(self, vectors: Tensor, rows: list[Row]):
         unit = vectors / vectors.norm(dim=-1, keepdim=True)
@@ -136,16 +136,17 @@ class Batch:
         self.documents = [(j, k) for j, k in self.texts if k > 0]
 
     def scores(self, one: tuple[int, int], others: list[tuple[int, int]]) -> Tensor:
-        """s(one, other) for each of the others."""
+        """Return the similarity s(one, other) for each of the others."""
         return self.cosines[self.numbers[one], [self.numbers[other] for other in others]]
 
     def is_no_negative(self, i: int, text: tuple[int, int]) -> bool:
-        """Whether the text is row i's anchor or positive once more, or stands in a pair with one of them.
+        """Return True if the text must not be a negative of row i.
 
-        That is no rule of the papers, but the documented one of hf_embed.
+        This is so if the text equals the anchor or positive of row i, or if the other text of its pair does.
+        The papers do not have this rule. It is the documented rule of hf_embed.
         """
         j, k = text
-        pair = self.rows[j][:2] if k < 2 else [self.rows[j][k]]  # a hard negative is in no pair
+        pair = self.rows[j][:2] if k < 2 else [self.rows[j][k]]  # a hard negative is not part of a pair
         return any(own in pair for own in self.rows[i][:2])
 
 
@@ -157,9 +158,11 @@ def simcse(
     masked: bool = True,
     in_denominator: bool = True,
 ) -> Tensor:
-    """SimCSE's equation 5, and appendix: the weight is a logit of a row's own hard negatives.
+    """Compute the loss of SimCSE's equation 5. The appendix adds a weight to the logits of a row's own hard negatives.
 
-    `masked` says whether the texts of `is_no_negative` are left out; with `in_denominator` False so is the positive.
+    Args:
+        masked: leave the texts of `is_no_negative` out of the denominator.
+        in_denominator: include the positive in the denominator.
     """
     batch, losses = Batch(vectors, rows), []
     for i in range(len(rows)):
@@ -180,9 +183,9 @@ def gte(
     positive_twice: bool = True,
     sums: tuple[str, ...] = ("qd", "qq", "dq", "dd"),
 ) -> Tensor:
-    """GTE's section 3.3, the improved contrastive loss, with the four sums of Z in the paper's order.
+    """Compute the improved contrastive loss of GTE's section 3.3, with the four sums of Z in the paper's order.
 
-    Hard negatives, of which the formula does not speak, are documents: they stand in "qd" and in "dd".
+    The paper's formula does not include hard negatives. Here they are documents, so they are part of "qd" and "dd".
     """
     batch, losses = Batch(vectors, rows), []
     for i in range(len(rows)):
@@ -201,15 +204,15 @@ def gte(
 
 
 def matryoshka(vectors: Tensor, rows: list[Row], widths: tuple[int, ...], loss: Callable[..., Tensor]) -> Tensor:
-    """Equation 1 of the paper, with every width weighing 1."""
+    """Compute equation 1 of the Matryoshka paper, with weight 1 for every width."""
     return sum(loss(vectors[:, :width], rows) for width in widths)
 
 
-# ---- masked language modelling ----
+# ---- masked language modeling ----
 
 
 class Words(NamedTuple):
-    """What masking knows of the tokenizer."""
+    """The properties of the tokenizer that masking needs: vocabulary size, id of [MASK], ids of special tokens."""
 
     count: int
     mask: int
@@ -217,10 +220,11 @@ class Words(NamedTuple):
 
 
 def mask_words(ids: Tensor, words: Words) -> tuple[Tensor, Tensor]:
-    """BERT's rule for token ids (tokens,): of 15% of them 80% become [MASK], 10% any word, and 10% stay.
+    """Apply BERT's masking rule to token ids (tokens,).
 
-    Also returns which were chosen, (tokens,). It draws, in this order, one number for each token that says whether it is
-    chosen, one that says what becomes of it, and one word.
+    15% of the tokens that are not special are chosen. Of these, 80% become [MASK], 10% become a random word, and 10% stay.
+    The function also returns which tokens were chosen, (tokens,). It draws random values for all tokens in this order:
+    first the numbers that decide which tokens are chosen, then the numbers that decide what the tokens become, then the words.
     """
     draws = torch.rand(len(ids)).tolist()
     fates = torch.rand(len(ids)).tolist()
@@ -236,13 +240,13 @@ def mask_words(ids: Tensor, words: Words) -> tuple[Tensor, Tensor]:
 
 
 def masked_word_loss(model: nn.Module, texts: list[Text], masked: Tensor, chosen: Tensor) -> Tensor:
-    """The mean cross-entropy of the chosen words of all texts.
+    """Return the mean cross-entropy of the chosen words of all texts.
 
     Args:
         model: a masked language model.
-        texts: as they are before they are masked.
-        masked: (tokens of all texts,) what the model sees in their place.
-        chosen: (tokens of all texts,)
+        texts: the texts before masking.
+        masked: (tokens of all texts,) the token ids that the model receives.
+        chosen: (tokens of all texts,) True where the model must predict the original word.
     """
     lengths = [len(text) for text in texts]
     seen = [tuple(part.tolist()) for part in masked.split(lengths)]

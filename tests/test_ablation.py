@@ -124,16 +124,17 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "make_trainer", lambda plan, model: pytest.fail("a run was started"))
     config = tmp_path / "bad.yaml"
     for variants, message in (
-        ("{a > b: {}, a < b: {}}", "another variant's name differs in signs only"),
-        ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a': give the flags"),
+        ("{a > b: {}, a < b: {}}", "the name of another variant differs only in punctuation"),
+        ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a' has no dict of flags; give the flags"),
         ("{a: {}, b: {positive: 'crop:1'}}", "positive 'crop:1': the share"),
-        ("{a: {}, b: {positive: 'mask_fill:0.1'}}", "has no masked-language-modelling head"),
+        ("{a: {}, b: {positive: 'mask_fill:0.1'}}", "has no masked-language-modeling head"),
     ):  # fmt: skip
         config.write_text(f"variants: {variants}\n")
         assert message in error_of(run, sentences, tmp_path / "out", "--config", config)
     for words, message in (
-        (["--variants", "nothing"], f"unknown variant 'nothing'; there are {', '.join(VARIANTS)}"),
-        (["--seeds", "0,x"], "--seeds '0,x': give different whole numbers"), (["--seeds", ","], "give different whole"),
+        (["--variants", "nothing"], f"unknown variant 'nothing'; give one of {', '.join(VARIANTS)}"),
+        (["--seeds", "0,x"], "--seeds '0,x' is not a list of seeds; give different whole numbers"),
+        (["--seeds", ","], "give different whole"),
         (["--seeds", "1,1"], "give different whole numbers"),
     ):  # fmt: skip
         assert message in error_of(run, sentences, tmp_path / "out", *words)
@@ -147,7 +148,7 @@ def test_an_sts_set_is_needed(sentences, tmp_path):
 
 def test_picture_of_many_variants(tmp_path):
     path = [{"step": i, "spearman": 50 + i, "alignment": 0.3 + i / 10, "uniformity": -1 - i} for i in range(4)]
-    result = {"seeds": {"1": path}, "spearman": [53, 53, 53], "best": [53, 53, 53]}
+    result = {"before": 50, "seeds": {"1": path}, "spearman": [53, 53, 53], "best": [53, 53, 53]}
     plot_variants({f"variant {i}": result for i in range(12)}, tmp_path / "p.png")
     from PIL import Image
 
@@ -158,7 +159,7 @@ def test_one_seed_has_no_span():
     path = [{"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}]
     path.append(path[0] | {"step": 1, "spearman": 40.67})
     one = table({"dropout": {"seeds": {"1": path}} | summary([path])})
-    assert one[1].split() == ["dropout", "42.60", "40.67", "42.60", "0.400", "-1.700"]
+    assert one[1].split() == ["dropout", "42.60", "40.67", "40.67", "0.400", "-1.700"]
     two = table({"dropout": {"seeds": {"1": path, "2": path}} | summary([path, path])})
     assert "40.67 (40.67 to 40.67)" in two[1]
     assert len({len(line) for line in one}) == len({len(line) for line in two}) == 1  # columns stand below their heads
@@ -213,7 +214,8 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
     other = ["--seeds", "1,2", "--learning_rate", "0.01"]
     again = sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
     shown = capsys.readouterr().out
-    assert "seed 1, anew: its run had other settings" in shown and "seed 2, anew: its run had other settings" in shown
+    again_for = "training it again, because its earlier run had other settings"
+    assert f"seed 1: {again_for}" in shown and f"seed 2: {again_for}" in shown
     assert again["seeds"] == sup(*argv, "--output_dir", fresh, *other)["seeds"]
     capsys.readouterr()
     sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
@@ -222,9 +224,9 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
 
 def test_seeds_need_something_to_choose_by(files, tmp_path):  # noqa: F811
     argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], "--output_dir", tmp_path / "o"]
-    assert "--seeds keeps the best by an evaluation set" in error_of(sup, *argv, "--seeds", "1,2")
+    assert "--seeds needs an evaluation set to choose the best run" in error_of(sup, *argv, "--seeds", "1,2")
     argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
-    assert "leave the push away" in error_of(sup, *argv)
+    assert "upload the finished folder with recipes/push.py instead" in error_of(sup, *argv)
 
 
 def test_a_positive_needs_one_set_of_sentences(files, tmp_path):  # noqa: F811

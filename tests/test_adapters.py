@@ -1,4 +1,4 @@
-"""PEFT adapters, however they came in: what can be merged is trained, resumed, merged and saved; the rest is refused before."""
+"""PEFT adapters, added in any way. Mergeable ones are trained, resumed, merged and saved; others are refused at the start."""
 
 import copy
 import logging
@@ -82,11 +82,11 @@ def test_trained_and_saved_as_an_ordinary_checkpoint(name, put, tmp_path):
     run.train()
     run.save_model()
     trained = vectors(run.encoder)
-    assert apart(trained, before) > 1e-3  # control: it did train
+    assert apart(trained, before) > 1e-3  # control: the training changed the model
     assert not list(tmp_path.glob("adapter*"))
     assert apart(vectors(Encoder.from_pretrained(tmp_path)), trained) < 1e-5
     assert AutoModel.from_pretrained(tmp_path).state_dict().keys() == tiny_model().state_dict().keys()
-    assert apart(vectors(run.encoder), trained) == 0  # the model in training keeps its adapters
+    assert apart(vectors(run.encoder), trained) == 0  # the model that is trained keeps its adapters
     assert any(p.requires_grad for p in run.encoder.parameters())
 
 
@@ -109,7 +109,7 @@ def test_resumed_bit_for_bit(name, put, tmp_path):
 
 
 def randomised(model):
-    """Adapters as after a training: none of them is zero."""
+    """Give all LoRA weights random values, so that no adapter is zero, as after a training."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -139,11 +139,11 @@ def test_adapters_that_are_switched_off_are_left_out(put, tmp_path):
     encoder = Encoder(model, quickstart_tokenizer())
     encoder.save_pretrained(tmp_path)
     assert apart(vectors(Encoder.from_pretrained(tmp_path)), vectors(encoder)) < 1e-5
-    assert apart(on, vectors(encoder)) > 1e-3  # control
+    assert apart(on, vectors(encoder)) > 1e-3  # control: the adapters change the vectors
 
 
 def test_injected_by_peft_and_scaled(tmp_path):
-    """`inject_adapter_in_model` leaves a plain model class; TempScale is folded behind the merge."""
+    """`inject_adapter_in_model` does not change the class of the model. TempScale is folded after the merge."""
     model = randomised(inject_adapter_in_model(LoraConfig(target_modules=TARGETS, r=4), tiny_model()))
     run = trainer(tmp_path, model, temp_scale=0.7)
     run.train()
@@ -184,7 +184,7 @@ def test_what_peft_cannot_merge_is_refused_before_the_training(tmp_path):
 
 def test_quantised_bases_are_refused(tmp_path):
     model = added(CONFIGS["lora"])
-    model.is_quantized = True  # as bitsandbytes leaves it
+    model.is_quantized = True  # bitsandbytes sets this attribute
     assert "quantized weights" in error_of(trainer, tmp_path, model)
 
 
@@ -208,7 +208,7 @@ def test_adapters_on_a_model_with_a_head_are_refused(put, tmp_path):
 
 
 def test_adapters_that_nothing_touches_are_frozen(tmp_path, caplog):
-    """All linear layers: the pooler is among them, and mean pooling does not use it."""
+    """The adapters are on all linear layers. One of these is the pooler, which mean pooling does not use."""
     with caplog.at_level(logging.INFO, logger="hf_embed"):
         run = trainer(tmp_path, added(CONFIGS["lora"]))
     assert "pooler.dense.lora_A.default.weight" in caplog.text

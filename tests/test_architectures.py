@@ -1,4 +1,4 @@
-"""The walk over architectures (benchmarks/architectures.py), on types that tell: every cell is right or refused."""
+"""The script benchmarks/architectures.py, run on a selection of model types: every cell is "right" or "refused"."""
 
 import importlib.util
 import subprocess
@@ -29,7 +29,7 @@ def test_no_cell_is_wrong():
 
 
 def test_each_word_is_found(architectures, monkeypatch):
-    """An encoder whose vectors depend on the texts beside them is WRONG; other exceptions have other words."""
+    """The cell is WRONG if a vector depends on the other texts of its batch. Exceptions give "refused" or "unclear"."""
     model = architectures.text_models(["bert"])["bert"]
 
     def make(*args):

@@ -78,7 +78,7 @@ def test_scores_of_folds(encoder, search, sts):
 
 def test_a_fold_of_equal_scores_is_refused(encoder):
     rows = [{"sentence1": f"the {a}", "sentence2": f"a {a}", "score": int(i == 3)} for i, a in enumerate(WORDS)]
-    with pytest.raises(InputError, match="12 pairs in 3 folds leave one with equal scores only"):
+    with pytest.raises(InputError, match="with 12 pairs and 3 folds, all pairs of one fold have the same score"):
         part_scores(STS(Dataset.from_list(rows)), embed_with(encoder), 3)
 
 
@@ -119,7 +119,7 @@ def test_halves():
     task = halves(["a b c d e", "one two three four", "one two three four", "short"], least=4)
     assert task.queries == {"q0": "a b", "q1": "one two"} and task.corpus == {"d0": "c d e", "d1": "three four"}
     assert task.qrels == {"q0": {"d0": 1}, "q1": {"d1": 1}}
-    with pytest.raises(InputError, match=r"1 text\(s\) of 20 words or more"):
+    with pytest.raises(InputError, match=r"only 1 text\(s\) have 20 words or more"):
         halves(["word " * 30, "short"])
 
 
@@ -146,7 +146,7 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
     result = json.loads((folder / "results.json").read_text())["tempscale"]
     assert {0.3, 0.6, 1.0} < {row["temperature"] for row in result["curve"]}
     card = (folder / "README.md").read_text()
-    assert "## The temperature" in card
+    assert "## Temperature search" in card
     for line in sweep_table(result):
         assert line in out and line in card
     assert (folder / "tempscale.png").exists()
@@ -160,7 +160,7 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
 def test_recipe_with_a_temperature_of_the_users(run, encoder):
     run("model", "--temperature", "0.5", "--output_dir", "out")
     assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
-    assert "The temperature" not in Path("out", "README.md").read_text()
+    assert "Temperature search" not in Path("out", "README.md").read_text()
     train = {"model": "m", "data": "d", "rows": 3, "objective": {"name": "SimCSE"}, "batch_size": 2, "steps": 1, "seed": 1,
              "seconds": 1.0, "versions": {}}  # fmt: skip
     scores = {"sts": {"s": 77.77}}
@@ -196,7 +196,7 @@ def test_a_model_that_cannot_be_folded_is_not_searched_for(run):
 def test_recipe_says_what_is_wrong(run):
     for words, message in (
         (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
-        (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "leave one of them out"),
-        (["--texts", "absent.txt"], "absent.txt: no such file"),
+        (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "is given; remove one of them"),
+        (["--texts", "absent.txt"], "absent.txt: this file does not exist"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

@@ -1,4 +1,4 @@
-"""The card: its snippets run, its metadata is what the Hub reads, and no name in it becomes Markdown, HTML or YAML."""
+"""The model card: its snippets run, the Hub can read its metadata, and no name in it acts as Markdown, HTML or YAML."""
 
 import json
 import re
@@ -10,8 +10,8 @@ from conftest import tiny_encoder
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from hf_embed.checkpoint.card import duration, is_generated, model_card, write_card
-from hf_embed.checkpoint.tables import comparison_table
+from hf_embed.checkpoint.card import is_generated, model_card, title_of, with_repository, write_card
+from hf_embed.checkpoint.tables import comparison_table, duration, plain
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS
 from hf_embed.training_record import on_the_hub, shown
@@ -57,13 +57,14 @@ def test_what_it_says():
     for part in (
         "## Results", "dev (Spearman x 100)", "nli (triplet accuracy x 100)", "quora (average precision x 100)",
         "ask (MAP x 100)", "(geometry.png)", "## MTEB", "82.03  cosine_spearman", "nli.csv, 1,200 rows",
-        "SimCSE: temperature 0.05", "-log e^(cos", "learning_rate 0.001", "1 min 15 s on 2 CPU cores", "torch 2.13",
-        "query     'look: '", "flatter it", "arxiv.org/abs/2104.08821",
+        "SimCSE: temperature 0.05", "-log e^(cos", "| learning_rate | 0.001 |", "1 min 15 s on 2 CPU cores", "torch 2.13",
+        "query     'look: '", "slightly too optimistic", "arxiv.org/abs/2104.08821",
     ):  # fmt: skip
         assert part in card
     bare = model_card(tiny_encoder())
-    assert "It was not evaluated" in bare and "## Results" not in bare and "## Training" not in bare and "Prompts" not in bare
-    assert (duration(59.6), duration(3700), duration(None)) == ("1 min 0 s", "1 h 1 min", "some time")
+    assert "This model was not evaluated" in bare
+    assert "## Results" not in bare and "## Training" not in bare and "Prompts" not in bare
+    assert (duration(59.6), duration(3700), duration(None)) == ("1 min 0 s", "1 h 1 min", "unknown time")
 
 
 def test_metadata():
@@ -106,8 +107,9 @@ def test_names_stay_text():
     assert found[0].dataset_name == BAD
     body = card.split("\n---\n", 1)[1]
     for line in body.splitlines():
-        if "script" in line:
-            assert line.startswith("    ")  # code: nothing in it is Markdown or HTML
+        if "script" in line and not line.startswith("    "):  # outside of code blocks, everything is escaped
+            assert "\\<script\\>" in line and "a\\`b \\*\\*c\\*\\*" in line and not re.search(r"(?<!\\)[<`*]", line)
+            assert line.startswith("| ") and len(re.findall(r"(?<!\\)\|", line)) == 3  # the row still has two cells
     assert "\n# title" not in body and "\nlicense:" not in body
 
 
@@ -116,10 +118,10 @@ def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     write_card(encoder, tmp_path)
     assert is_generated(path.read_text())
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    write_card(encoder, tmp_path)  # made anew from the folder
+    write_card(encoder, tmp_path)  # generated again from the files of the folder
     made = path.read_text()
     assert "82.03" in made
-    path.write_text(made.replace("# Text embeddings", "# My embeddings"))
+    path.write_text(made.replace(f"# {plain(tmp_path.name)}", "# My embeddings"))
     write_card(encoder, tmp_path)
     assert "# My embeddings" in path.read_text()
     path.write_text("mine")
@@ -135,7 +137,7 @@ def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     ids=["SimCSE", "ImprovedContrastive", "results of before"],
 )
 def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, shown):
-    """BUG: whatever it was, the card had the equation and the paper of ImprovedContrastive."""
+    """BUG: The card always showed the equation and the paper of ImprovedContrastive, whatever the inner objective was."""
     objective = {"name": "Matryoshka", "objective": inner | {"temperature": 0.05}, "dims": [16], "weights": [1.0]}
     card = model_card(tiny_encoder(), RESULTS | {"train": TRAIN | {"objective": objective}})
     for name in ("SimCSE", "ImprovedContrastive"):
@@ -144,7 +146,73 @@ def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, show
 
 
 def test_a_table_shows_tasks_of_users_own():
-    """BUG: a run on such sets alone ended in a traceback, for the table had no line."""
+    """BUG: A run whose evaluation sets were all custom tasks ended in a traceback, because the table had no lines."""
     scores = {"bitext": {"mine": {"bitext_accuracy": 30.0, "margin": 0.5}, "other": {"bitext_accuracy": None}}}
     lines = comparison_table({"before": scores, "after": scores})
     assert [line.split("  ")[0] for line in lines[1:]] == ["mine (bitext_accuracy)", "other (bitext_accuracy)"]
+
+
+# ---- the title ----
+
+
+def test_the_title_is_the_folders_name_or_the_one_that_is_given(tmp_path):
+    encoder, folder = tiny_encoder(), tmp_path / "my_model-v2"
+    encoder.save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert "\n# my_model-v2\n" in card and ModelCard(card).data.model_name == "my_model-v2"
+    encoder.save_pretrained(folder)  # a new folder replaces the old one; no card shows its temporary name
+    assert (folder / "README.md").read_text() == card
+    write_card(encoder, folder, title="Search in our FAQ")
+    card = (folder / "README.md").read_text()
+    assert "\n# Search in our FAQ\n" in card and "my_model" not in card
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["mine", "mine/", "mine/checkpoint-3", "mine/seed-1", "mine/seed-1/checkpoint-2", "mine/_pushing", ".mine.new",
+     ".mine.new/seed-2", ".saving-mine-12-0", ".saving-.mine.new-12-0", "mine/.saving-checkpoint-3"],
+)  # fmt: skip
+def test_a_part_and_a_temporary_folder_have_the_title_of_the_model(tmp_path, path):
+    assert title_of(tmp_path / path) == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoint", ".hidden", "a-1-2", "seeds-1", "v1.new"])
+def test_other_names_of_folders_are_titles(tmp_path, name):
+    assert title_of(tmp_path / name) == title_of(tmp_path / f".saving-{name}-12-0") == name
+
+
+@pytest.mark.parametrize("results", [{}, RESULTS], ids=["no scores", "scores"])
+@pytest.mark.parametrize("title", ["out", "Text embeddings", "a long name of a folder " * 4 + "\u200b", "<b>_*x*"])
+def test_the_repositorys_name_replaces_a_default_title(title, results):
+    card = model_card(tiny_encoder(), results, title=title)
+    made = with_repository(card, "owner/123", title)
+    assert is_generated(made) and "\n# 123\n" in made and "FOLDER" not in made and '"owner/123"' in made
+    data, before = ModelCard(made).data, ModelCard(card).data
+    assert data.model_name == "123" and before.model_name == title
+    assert data.eval_results == before.eval_results and data.tags == before.tags
+    kept = with_repository(card, "owner/123")  # no default title is given, so a user chose this title
+    assert ModelCard(kept).data.model_name == title and "\n# 123\n" not in kept and '"owner/123"' in kept
+
+
+def test_another_title_stays():
+    made = with_repository(model_card(tiny_encoder(), {"card": {"title": "Ours"}}, title="out"), "owner/name", "out")
+    assert "\n# Ours\n" in made and ModelCard(made).data.model_name == "Ours"
+
+
+def test_settings_are_a_table():
+    card = model_card(tiny_encoder(), RESULTS | {"train": TRAIN | {"settings": {"optim": "a|b", "lora_r": 8}}})
+    rows = card.split("## Training\n\n")[1].split("\n\n")[0].splitlines()
+    assert rows == [
+        "| Setting | Value |", "|---|---|", "| Base model | google-bert/bert-base-uncased |",
+        "| Training data | nli.csv, 1,200 rows |", "| Objective | SimCSE: temperature 0.05 |",
+        "| Training steps | 30, with a batch size of 64 |", "| Mean training loss | 0.1 |", "| optim | a\\|b |",
+        "| lora_r | 8 |", "| Seed | 1 |", "| Training time | 1 min 15 s on 2 CPU cores |", "| Software | torch 2.13 |",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("my_model", "my_model"), ("_a_", "\\_a\\_"), ("a__b", "a\\_\\_b"), ("a|b\n<c>", "a\\|b \\<c\\>"), ("a\\|", "a\\\\\\|")],
+)
+def test_text_of_users_in_markdown(text, shown):
+    assert plain(text) == shown

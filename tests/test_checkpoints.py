@@ -203,10 +203,10 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
             assert whole.damage(checkpoint) is None  # as an earlier version has written it
         else:
             assert whole.newest_whole(run) == run / "checkpoint-2", name
-            assert f"checkpoint-4: {name}" in caplog.text or f"checkpoint-4: no {name}" in caplog.text
-            assert "going on from checkpoint-2" in caplog.text
+            assert f"checkpoint-4: {name}" in caplog.text
+            assert "resuming from checkpoint-2" in caplog.text
             message = error_of(whole.check_whole, checkpoint)
-            assert name in message and message.endswith("give latest, which is checkpoint-2")
+            assert name in message and message.endswith("resume with --resume_from_checkpoint latest (checkpoint-2)")
         next(damaged, None)
         assert whole.damage(checkpoint) is None  # control
 
@@ -215,7 +215,7 @@ def test_sizes_are_told(run):
     damaged = with_damage(run / "checkpoint-4", "scheduler.pt", "half")
     size = (run / "checkpoint-4" / "scheduler.pt").stat().st_size
     next(damaged)
-    assert whole.damage(run / "checkpoint-4") == f"scheduler.pt has {size // 2:,} bytes in place of {size:,}"
+    assert whole.damage(run / "checkpoint-4") == f"scheduler.pt has {size // 2:,} bytes instead of {size:,}"
     next(damaged, None)
 
 
@@ -223,7 +223,7 @@ def test_sizes_are_told(run):
 def test_what_a_run_would_read_beside_its_files_is_damage(run, name):
     extra = run / "checkpoint-4" / name
     extra.write_bytes((run / "checkpoint-4" / "model.safetensors").read_bytes())
-    assert whole.damage(run / "checkpoint-4") == f"{name} is none of its files"
+    assert whole.damage(run / "checkpoint-4") == f"unexpected file {name}"
     extra.unlink()
 
 
@@ -254,11 +254,11 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
         made = trainer(folder, **settings)
         made.train(resume_from_checkpoint=resume)
         ends.append(weights(made))
-    assert same(*ends) and "checkpoint-4: optimizer.pt has other content than was written: skipped" in caplog.text
+    assert same(*ends) and "checkpoint-4: optimizer.pt has changed since it was written: skipped" in caplog.text
     assert whole.damage(tmp_path / "run" / "checkpoint-4") is None  # written anew
     flip(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
     message = error_of(trainer(tmp_path, **settings).train, str(tmp_path / "run" / "checkpoint-4"))
-    assert "give latest, which is checkpoint-5" in message
+    assert "resume with --resume_from_checkpoint latest (checkpoint-5)" in message
 
 
 def test_true_without_a_checkpoint(tmp_path):
@@ -295,7 +295,7 @@ def test_without_a_manifest_a_flipped_bit_of_torch_is_found(run, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert whole.damage(folder / "checkpoint-4") == "optimizer.pt has other content than was written"
+    assert whole.damage(folder / "checkpoint-4") == "optimizer.pt has changed since it was written"
 
 
 def wrong_optimizer(checkpoint: Path) -> None:
@@ -319,9 +319,9 @@ WRONG = {
     "groups of the optimizer": (fewer_groups, "optimizer.pt and scheduler.pt do not fit this run"),
     "another object": (other_object("scheduler.pt"), "optimizer.pt and scheduler.pt do not fit this run"),
     "random numbers": (other_object("rng_state.pth"), "rng_state.pth do not fit this run"),
-    "weights": (lambda c: other_shapes(c / "model.safetensors"), "the checkpoint is of another model"),
-    "training weights": (lambda c: other_shapes(c / "training.safetensors"), "the checkpoint is of another model"),
-    "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    "weights": (lambda c: other_shapes(c / "model.safetensors"), "the checkpoint belongs to another model"),
+    "training weights": (lambda c: other_shapes(c / "training.safetensors"), "the checkpoint belongs to another model"),
+    "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors: this file does not exist"),
     "no global step": (lambda c: (c / "trainer_state.json").write_text("{}"), "trainer_state.json has no global_step"),
     "no state": (lambda c: (c / "trainer_state.json").unlink(), "trainer_state.json does not exist"),
 }
@@ -426,7 +426,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path, caplog):
 
     run._save_checkpoint = save_and_damage
     run.train()
-    assert "checkpoint-2: the best checkpoint is damaged (model.safetensors has other content" in caplog.text
+    assert "checkpoint-2: the best checkpoint is damaged (model.safetensors has changed since" in caplog.text
     last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(parameter, last[name]) for name, parameter in run.encoder.backbone.named_parameters())
     assert run.state.best_model_checkpoint is None

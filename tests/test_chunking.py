@@ -1,4 +1,4 @@
-"""Chunks: how texts are cut, and that neither chunking nor gradient caching changes a gradient."""
+"""Chunks: how texts are split into chunks, and that neither chunking nor gradient caching changes a gradient."""
 
 import weakref
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_embed import Encoder
 from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
 
-# ---- the cut ----
+# ---- splitting texts into chunks ----
 
 
 def random_lengths(seed, n=200):
@@ -31,7 +31,7 @@ def test_every_text_once(cut):
 
 
 def test_budget(cut):
-    """At most chunk_tokens padded tokens; a text longer than that is alone."""
+    """A chunk has at most chunk_tokens padded tokens. A text that is longer than that has a chunk of its own."""
     lengths, chunk_tokens, _, chunks = cut
     assert all(len(chunk) == 1 or len(chunk) * lengths[chunk[0]] <= chunk_tokens for chunk in chunks)
 
@@ -51,7 +51,7 @@ def test_little_padding_beyond_a_small_chunk(cut):
 
 
 def test_no_needless_cut(cut):
-    """A chunk ends only where the next text would not fit or would be mostly padding."""
+    """A chunk ends only where the next text would not fit or would need too much padding."""
     lengths, chunk_tokens, min_tokens, chunks = cut
     for chunk, following in zip(chunks, chunks[1:]):
         longest, padded = lengths[chunk[0]], len(chunk) * lengths[chunk[0]]
@@ -64,7 +64,7 @@ def test_no_texts():
 
 
 def test_pad_chunk():
-    words = torch.arange(10.0).view(5, 2)  # of the four tokens, and of the padding token
+    words = torch.arange(10.0).view(5, 2)  # word embeddings of the four tokens, then of the padding token
     ids, mask, padded = pad_chunk(torch.tensor([4, 5, 6, 1]), words, torch.tensor([3, 1]), pad_id=9)
     assert ids.tolist() == [[4, 5, 6], [1, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -73,7 +73,7 @@ def test_pad_chunk():
 
 @pytest.mark.parametrize("architecture", TINY)
 def test_word_embeddings_read_once_change_nothing(architecture):
-    """Training reads the word table once for all chunks, encoding does not: the same vectors."""
+    """Training looks up the word embeddings once for all chunks; encoding does not. The vectors are the same."""
     encoder = Encoder(tiny_model(architecture), quickstart_tokenizer()).eval()
     ids, lengths = torch.arange(5, 25), [5, 9, 2, 4]
     with torch.no_grad():
@@ -83,13 +83,13 @@ def test_word_embeddings_read_once_change_nothing(architecture):
     embeddings = encoder(ids, lengths, chunk_tokens=12)["embeddings"]
     assert_close(embeddings.detach(), expected, rtol=1e-6, atol=1e-6)
     grads = torch.autograd.grad(embeddings.sum(), reads, allow_unused=True)
-    assert [grad is not None for grad in grads] == [True] + [False] * (len(reads) - 1)  # one lookup alone has a gradient
+    assert [grad is not None for grad in grads] == [True] + [False] * (len(reads) - 1)  # only one lookup has a gradient
 
 
 # ---- the gradients ----
 
 LENGTHS = [3, 17, 9, 5, 40, 2, 12, 9, 30, 6, 7, 25, 4, 8, 21, 3]
-CONFIGS = {"bert": {}, "qwen3": {"attention_dropout": 0.1}}  # dropout: BERT's own is 0.1, qwen3 has none unless asked
+CONFIGS = {"bert": {}, "qwen3": {"attention_dropout": 0.1}}  # BERT has dropout 0.1 by default; qwen3 has none by default
 
 
 def make_encoder(name):
@@ -102,13 +102,13 @@ def texts():
 
 
 def loss_of(embeddings):
-    """Another weight for every number, so that no two texts may be exchanged."""
+    """Return a loss with a different weight for every number, so that exchanging two texts changes the gradient."""
     weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return (embeddings.sin() * weights.to(embeddings.dtype)).sum()
 
 
 def gradient(encoder, embeddings):
-    """All parameters' gradients in one row."""
+    """Return the gradients of all parameters as one vector."""
     encoder.zero_grad()
     loss_of(embeddings).backward()
     return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
@@ -163,7 +163,7 @@ def test_caching_is_bit_identical_under_dropout(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_control_another_seed_is_another_gradient(name):
-    """Dropout is really on, and the comparison above would notice other masks."""
+    """Dropout is really on, and the comparison above would notice different dropout masks."""
     encoder = make_encoder(name)
     assert relative(with_dropout(encoder, True, seed=1), with_dropout(encoder, False, seed=0)) > 1e-3
 
@@ -172,7 +172,7 @@ def test_control_another_seed_is_another_gradient(name):
 
 
 def saved_bytes(caching):
-    """Activations that wait for the backward pass."""
+    """Return the size in bytes of the activations that autograd keeps for the backward pass."""
     saved = {}
 
     def pack(tensor):
@@ -192,7 +192,7 @@ def test_caching_saves_hardly_anything():
 
 
 class LivePeak(TorchDispatchMode):
-    """The most bytes that tensors made under it held at one time."""
+    """Measures the peak memory in bytes of all tensors that are created in this mode."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +216,7 @@ class LivePeak(TorchDispatchMode):
 
 def peak_of_a_step(caching):
     encoder = make_encoder("bert").train()
-    encoder.backbone.resize_token_embeddings(200)  # the gradient of a larger table would hide the activations
+    encoder.backbone.resize_token_embeddings(200)  # the gradient of a larger word table would hide the activations
     for p in encoder.parameters():
         p.grad = torch.zeros_like(p)
     with LivePeak() as live:
@@ -225,7 +225,7 @@ def peak_of_a_step(caching):
 
 
 def test_caching_lowers_the_peak_of_the_whole_step():
-    """Also with what the backward pass computes again."""
+    """This includes the activations that the backward pass computes again."""
     assert 2 * peak_of_a_step(caching=True) < peak_of_a_step(caching=False)
 
 
@@ -238,7 +238,7 @@ def test_split_chunks_gives_every_rank_the_same_count(count):
 
 
 def test_a_text_encoded_twice_changes_no_gradient(monkeypatch):
-    """A rank with fewer texts than another has chunks encodes one again, for the sake of the collectives."""
+    """A rank with fewer texts than another rank has chunks encodes a text again, so that all ranks run the same collectives."""
     encoder = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double(), quickstart_tokenizer())
     ids, lengths = torch.arange(5, 17), [5, 4, 3]
     gradients = []

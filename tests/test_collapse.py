@@ -70,9 +70,9 @@ def test_report(tmp_path):
 
 def test_too_little_text():
     encoder = tiny_encoder()
-    with pytest.raises(InputError, match=r"1 text\(s\)"):
+    with pytest.raises(InputError, match=r"1 text\(s\) are given, and at least 2 are needed"):
         length_report(encoder, ["the cat"])
-    with pytest.raises(InputError, match="of 2 texts 0 have 16 tokens or more; give longer texts"):
+    with pytest.raises(InputError, match="only 0 of 2 texts have 16 tokens or more; give longer texts"):
         length_report(encoder, ["the cat", "a dog"])
 
 
@@ -86,7 +86,8 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     recipe.main()
     out = capsys.readouterr().out
-    assert "TempScale 0.5" in out and out.count("the same texts, cut to") == 3
+    assert "TempScale 0.5" in out and out.count("the same texts, truncated to") == 3 + 1  # three tables, and the last lines
+    assert all(f"\n  {head}  " in out for head in ("mean cosine", "uniformity", "rank", "to mean", "high freq."))
     reports = json.loads(Path("outputs/length_collapse/collapse.json").read_text())["reports"]
     assert set(reports) == {"as it is", "TempScale 0.9", "TempScale 0.5"}
     assert Path("outputs/length_collapse/collapse.png").exists()

@@ -107,7 +107,7 @@ def test_a_file_without_a_header(tmp_path):
 def test_the_flag_of_recipes_that_read_one_column(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"query": "a", "pos": "b"}])
     assert (
-        error_of(read_column, path) == f"{path}: found the columns query, pos; name the one that holds the texts: --column NAME"
+        error_of(read_column, path) == f"{path}: found the columns query, pos; give the column of the texts with --column NAME"
     )
     assert read_column(path, "pos")[1][:] == ["b"]
 
@@ -268,14 +268,14 @@ def test_named_columns_of_a_dataset_folder(tmp_path):
 def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
     path = written(tmp_path / "s.yaml", yaml.safe_dump([{"name": "a", "file": "a.csv"}]))
     message = error_of(read_train_rows, DataArguments(sources=path, columns=["text=a"]))
-    assert "--columns" in message and "a sources file says it of each source" in message
+    assert "--columns" in message and "do not apply to --sources; set them in the sources file" in message
 
 
 @pytest.mark.parametrize("flag", ["columns", "ignore_columns"])
 def test_a_flag_of_columns_without_data_is_refused(flag):
     """BUG: --ignore_columns without data was ignored."""
     flags = read_flags([], argv=[f"--{flag}", "text=a"])
-    assert error_of(read_rows, flags, "sentences.txt").startswith(f"--{flag} without data")
+    assert error_of(read_rows, flags, "sentences.txt").startswith(f"--{flag} has no effect without training data")
 
 
 @pytest.mark.parametrize("columns", [{"anchor": ["a", "b"], "positive": "c"}, {"query": "a", "positive": ["b", "c"]}])

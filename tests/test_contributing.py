@@ -1,4 +1,4 @@
-"""The worked diffs of CONTRIBUTING.md apply to the code as it is, touch one or two files, and do what the page says."""
+"""The worked diffs of CONTRIBUTING.md apply to the current code, change one or two files, and do what the page says."""
 
 import os
 import re
@@ -22,10 +22,10 @@ SECTIONS = {title: body for title, body in SECTION.findall(PAGE) if blocks(body,
 
 
 def apply(title: str, folder: Path) -> None:
-    """Copy the code to a folder, and apply the diff of a section there."""
+    """Copy the code to a folder and apply the diff of a section to the copy."""
     for part in ("hf_embed", "recipes", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "fixtures"))
-    shutil.copy(ROOT / "setup.cfg", folder)  # the settings of pytest
+    shutil.copy(ROOT / "setup.cfg", folder)  # setup.cfg holds the settings of pytest
     (diff,) = blocks(SECTIONS[title], "diff")
     assert 1 <= len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) <= 2
     applied = subprocess.run(["git", "apply", "-C1", "-"], input=diff, text=True, capture_output=True, cwd=folder)

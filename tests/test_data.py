@@ -1,4 +1,4 @@
-"""From files to batches: reading, checking, tokenizing, sampling, collating."""
+"""The path from files to batches: read, check, tokenize, sample and collate."""
 
 import csv
 import doctest
@@ -49,7 +49,7 @@ TEXTS = [["plain", "007"], ["NA", "1e5"], ['he said "hi"', "null"], ['"open', "c
 
 
 def write_table(path, columns=tuple(COLUMNS), rows=TEXTS):
-    """`path` by its kind, gzipped if it ends in .gz; txt keeps the first column."""
+    """Write a file of the kind that its name says, gzipped if the name ends in .gz. A txt file has only the first column."""
     kind = path.name.split(".")[1]
     plain = path.with_name(f"plain.{kind}")
     if kind == "parquet":
@@ -73,11 +73,11 @@ def write_table(path, columns=tuple(COLUMNS), rows=TEXTS):
     return str(path)
 
 
-# BUG: parquet.gz is promised (docstring, message) but cannot be read.
+# BUG: The docstring and a message promised that parquet.gz can be read, but it could not be read.
 @pytest.mark.parametrize("gz", ["", ".gz"])
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
 def test_read_file_keeps_every_text(kind, gz, tmp_path):
-    """Quotes, "NA" and "007" included."""
+    """Quotes, "NA" and "007" stay as they are."""
     rows = read_file(write_table(tmp_path / f"file.{kind}{gz}"))
     assert rows.column_names == (["text"] if kind == "txt" else COLUMNS)
     assert [list(row.values()) for row in rows] == [row[: len(rows.column_names)] for row in TEXTS]
@@ -90,7 +90,7 @@ def test_read_file_without_header(tmp_path):
 
 GZIPPED = gzip.compress("".join(f"{i},{i * i}\n" for i in range(2000)).encode())
 BAD_FILES = {
-    "no file": ("absent.txt", None, "no such file"),
+    "no file": ("absent.txt", None, "this file does not exist"),
     "empty": ("a.txt", "", "is empty"),
     "unknown kind": ("a.xml", "<a/>", "'.xml'"),
     "unknown kind in gz": ("a.doc.gz", "x", "'.doc'"),
@@ -105,19 +105,19 @@ BAD_FILES = {
     "gz of txt": ("a.txt.gz", "not gzip", "cannot be read as txt"),
     "gz of csv": ("a.csv.gz", "not gzip", "cannot be read as csv"),
     "gz of jsonl": ("a.jsonl.gz", "not gzip", "cannot be read as jsonl"),
-    # BUG: EOFError, of a download that was cut off, and zlib.error are no OSError and pass as tracebacks.
+    # BUG: EOFError (from an incomplete download) and zlib.error are not subclasses of OSError, so the user saw a traceback.
     "gz cut off": ("a.csv.gz", GZIPPED[:-100], "cannot be read as csv"),
     "gz spoilt": ("a.csv.gz", GZIPPED[:500] + b"x" * 20 + GZIPPED[520:], "cannot be read as csv"),
-    # BUG: the user reads 'Instruction "train" corresponds to no data!' in place of "no rows".
+    # BUG: The user saw 'Instruction "train" corresponds to no data!' instead of "no rows".
     "only a header": ("a.csv", "anchor,positive\n", "there are no rows"),
-    # BUG: every row has a cell more than the header: pandas takes the first column for an index, and all columns move.
+    # BUG: If every row has one cell more than the header, pandas uses the first column as the index, and all columns shift.
     "header too short": ("a.csv", "anchor,positive\na,b,c\nd,e,f\n", "header"),
 }
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_of_one_set_need_one_header(tmp_path, streaming):
-    """BUG: the first file's names were given to the others' columns by position."""
+    """BUG: The columns of the other files got the names of the first file's columns, by position."""
     for name, header in (("a", "query,positive"), ("b", "positive,query"), ("c", "query,positive,id")):
         (tmp_path / f"{name}.csv").write_text(f"{header}\n" + ",".join("xyz"[: header.count(",") + 1]) + "\n")
     paths = {name: str(tmp_path / f"{name}.csv") for name in "abc"}
@@ -138,12 +138,12 @@ def test_bad_file(case, tmp_path):
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
-    # BUG: datasets' text reader keeps the mark in the first text (csv and jsonl are fine).
+    # BUG: The text reader of `datasets` keeps the byte order mark in the first text. The readers of csv and jsonl do not.
     assert read_file(written(tmp_path / "a.txt", b"\xef\xbb\xbfone\ntwo\n"))["text"][:] == ["one", "two"]
 
 
 def test_name_with_brackets_is_no_pattern(tmp_path):
-    # BUG: datasets takes the name for a glob: it matches nothing (and a*.txt would match other files as well).
+    # BUG: `datasets` treats the name as a glob pattern. This one matches no file, and a*.txt would match other files as well.
     assert read_file(written(tmp_path / "a[1].txt", "one\ntwo\n"))["text"][:] == ["one", "two"]
 
 
@@ -151,7 +151,7 @@ def test_name_with_brackets_is_no_pattern(tmp_path):
 
 
 LAYOUTS = [
-    # found, paired, taken
+    # found columns, paired, columns that are used
     (["text"], None, ["text"]),
     (["Sentence", "id"], None, ["Sentence"]),
     (["whatever"], None, ["whatever"]),
@@ -208,7 +208,7 @@ def test_bad_cell(cell, complaint):
         ("a.csv", "anchor,positive\na,b\nc, \n", 2, "positive"),
         ("b.csv", "anchor,positive\na,b\nc\n", 2, "positive"),
         ("a.jsonl", '{"anchor": "a", "positive": "b"}\n{"positive": "c"}\n', 2, "anchor"),
-        ("a.txt", "line\n" * 1200 + "\n" + "line\n" * 300, 1201, "text"),  # beyond datasets' first batch
+        ("a.txt", "line\n" * 1200 + "\n" + "line\n" * 300, 1201, "text"),  # after the first batch of `datasets`
     ],
 )
 def test_bad_row_of_a_file_is_found(name, content, row, column, tmp_path, tokenizer):
@@ -219,7 +219,7 @@ def test_bad_row_of_a_file_is_found(name, content, row, column, tmp_path, tokeni
 
 @pytest.mark.parametrize("column", ["anchor"])
 def test_an_anchor_is_no_list(column, tokenizer):
-    # BUG: a list of two anchors (positives) is taken in file order: the second becomes a positive (a hard negative).
+    # BUG: In a list of two anchors, the second became the positive. In a list of two positives, it became a hard negative.
     rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]} | {column: [["e", "f"], ["g", "h"]]})
     assert f"column '{column}'" in error_of(tokenize_rows, rows, tokenizer, 16)
 
@@ -228,7 +228,7 @@ def test_an_anchor_is_no_list(column, tokenizer):
 
 
 def test_text_id():
-    """The same on every machine and for every run; never 0, which means absent."""
+    """A text id is the same on every machine and in every run. It is never 0, because 0 means that a text is absent."""
     little_endian = (7).to_bytes(8, "little") + (258).to_bytes(8, "little")
     expected = int.from_bytes(hashlib.blake2b(little_endian, digest_size=8).digest(), "big", signed=True)
     assert text_id([7, 258]) == expected
@@ -303,7 +303,7 @@ def test_collator_puts_every_text_into_its_slot():
     rows = [
         {"input_ids": [[1, 2], [3], [4, 5, 6]], "text_ids": [10, 20, 30]},
         {"input_ids": [[7], [8, 9]], "text_ids": [40, 50]},
-        {"input_ids": [[11, 12]], "text_ids": [60]},  # a single text: its own positive
+        {"input_ids": [[11, 12]], "text_ids": [60]},  # a single text is its own positive
     ]
     batch = RaggedCollator(views=[4])(rows)
     texts = [t.tolist() for t in batch["input_ids"].split(batch["lengths"])]
@@ -314,7 +314,7 @@ def test_collator_puts_every_text_into_its_slot():
 
 
 def epoch_of(rows, batch_size, ranks, seed=0, epoch=0, drop_last=False):
-    """Per rank the list of its batches."""
+    """Return, for each rank, the list of its batches."""
     samplers = [GlobalBatchSampler(rows, batch_size, rank, ranks, seed, drop_last) for rank in range(ranks)]
     for sampler in samplers:
         sampler.set_epoch(epoch)
@@ -327,7 +327,7 @@ def global_batches(*args, **kwargs):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_same_global_batches_on_any_number_of_ranks(ranks):
-    """Rank order is row order; 8 rows a batch, the last of 4."""
+    """Joined in the order of the ranks, the shares give the rows in order. A batch has 8 rows; the last one has 4."""
     assert global_batches(36, 8 // ranks, ranks) == global_batches(36, 8, 1)
 
 
@@ -358,7 +358,7 @@ def test_order_is_a_function_of_seed_and_epoch(other):
     ],
 )
 def test_tail(rows, batch_size, ranks, drop_last, sizes):
-    """Every rank has batches of the same sizes, no row twice, and `left_out` and `len` tell the truth."""
+    """All ranks have batches of the same sizes, no row comes twice, and `left_out` and `len` are correct."""
     epoch = epoch_of(rows, batch_size, ranks, drop_last=drop_last)
     assert [[len(batch) for batch in batches] for batches in epoch] == [sizes] * ranks
     used = [row for batches in epoch for batch in batches for row in batch]

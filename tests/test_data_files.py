@@ -254,7 +254,7 @@ def test_ignored_columns_must_be_there(tmp_path):
     assert expected in error_of(read_train_rows, DataArguments(train_file=path, ignore_columns=["label"]))
     assert expected in error_of(read_sources, listed(tmp_path, {"name": "s", "file": "a.csv", "ignore_columns": ["label"]}))
     given = DataArguments(sources=listed(tmp_path, {"name": "s", "file": "a.csv"}), ignore_columns=["label"])
-    assert "a sources file says it of each source" in error_of(read_train_rows, given)
+    assert "do not apply to --sources; set them in the sources file" in error_of(read_train_rows, given)
     (parsed,) = cli.parse([DataArguments], argv=["--ignore_columns", "label", "score"])
     assert parsed.ignore_columns == ["label", "score"]
 
@@ -711,4 +711,4 @@ def test_a_folder_is_no_file(tmp_path):
     assert error_of(read_file, str(tmp_path / "a.csv")).endswith(
         "a.csv: this is a folder; name a file in it (folders and patterns are not supported)"
     )
-    assert "b.csv: no such file; check the path" in error_of(read_file, str(tmp_path / "b.csv"))
+    assert "b.csv: this file does not exist; check the path" in error_of(read_file, str(tmp_path / "b.csv"))

@@ -1,4 +1,4 @@
-"""Full disks, folders that cannot be written and names that are too long: one line, and what was there before is whole."""
+"""Full disks, folders that are not writable and names that are too long: the error is one line, and old files stay intact."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from test_recipes import ROOT, flags, load_recipe, make_files, sup
 from test_safe_files import killed_at
 from torch.utils.data import DataLoader
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, disk
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file
 from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
@@ -50,7 +51,7 @@ def write_picture(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (500, 500), np.uint8)).save(path, "png")
 
 
-WRITERS = {  # the last word is the ending
+WRITERS = {  # the last word is the file extension
     "torch.save pt": lambda path: torch.save(torch.zeros(200_000), path),
     "torch.save of many tensors pt": lambda path: torch.save([torch.zeros(1000) for _ in range(200)], path),
     "torch.save into a file pt": write_buffered,
@@ -72,7 +73,9 @@ def test_every_library_s_full_disk_is_the_same_line(small_disk, kind):
         WRITERS[kind](aside)
     message = str(error.value)
     assert "\n" not in message and message.startswith(f"the disk is full (at {out})")
-    assert re.search(rf"the file system {folder} has [\d.]+ kB of 262 kB free; make room there and run it again, or ", message)
+    assert re.search(
+        rf"the file system {folder} has [\d.]+ kB of 262 kB free; free some space there and run it again, or ", message
+    )
     assert out.read_text() == "old" and {path.name for path in folder.iterdir()} == {"other", out.name}
     small_disk("size=8m")
     with writing(out) as aside:
@@ -82,19 +85,19 @@ def test_every_library_s_full_disk_is_the_same_line(small_disk, kind):
 
 def test_a_file_system_without_room_for_more_files_says_so(small_disk):
     folder = small_disk("size=1m,nr_inodes=4")
-    with pytest.raises(DiskError, match="and holds no more than the 4 files in it"):
+    with pytest.raises(DiskError, match="and it cannot hold more than its 4 files"):
         for number in range(5):
             write_text(folder / str(number), "a")
-    assert "holds no more than the 4 files" in error_of(check_folder, folder / "new")
+    assert "cannot hold more than its 4 files" in error_of(check_folder, folder / "new")
 
 
 @pytest.mark.parametrize(
     "code, text",
     [
         (errno.EDQUOT, "the disk quota is used up (at "),
-        (errno.EFBIG, "the file is larger than files may be here (ulimit -f"),
-        (errno.EROFS, "the file system is read-only; name another output folder"),
-        (errno.EACCES, "permission denied; give this user the right to it, or name another output folder"),
+        (errno.EFBIG, "the file exceeds the size limit for files (ulimit -f"),
+        (errno.EROFS, "the file system is read-only; give another output folder"),
+        (errno.EACCES, "permission denied; give this user access to it, or give another output folder"),
     ],
 )
 def test_other_refusals_of_a_file_system(tmp_path, code, text):
@@ -106,7 +109,7 @@ def test_other_refusals_of_a_file_system(tmp_path, code, text):
 def test_a_file_that_may_not_be_read_is_not_taken_for_an_output(tmp_path):
     with pytest.raises(DiskError) as error, disk_errors(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "model" / "config.json"))
-    assert str(error.value) == f"{tmp_path}/model/config.json: permission denied; give this user the right to it"
+    assert str(error.value) == f"{tmp_path}/model/config.json: permission denied; give this user access to it"
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -114,7 +117,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
         with pytest.raises(type(error)) as found, disk_errors(tmp_path):
             raise error
         assert found.value is error
-    with pytest.raises(InputError) as reading, disk_errors(tmp_path):  # which says more than that the permission is missing
+    with pytest.raises(InputError) as reading, disk_errors(tmp_path):  # the InputError says more than the PermissionError
         raise InputError("nli.csv: cannot be read") from PermissionError(errno.EACCES, "Permission denied", "nli.csv")
     assert not isinstance(reading.value, DiskError)
     with pytest.raises(DiskError, match="the disk is full"), disk_errors(tmp_path):
@@ -139,8 +142,20 @@ def test_a_worker_s_full_disk_and_full_shared_memory(tmp_path):
             raise RuntimeError(text)
 
 
+def test_advice_is_for_the_folder_itself_and_not_for_its_neighbors(tmp_path, monkeypatch):
+    """BUG: A folder whose name only begins like that of a cache got the advice to move the cache."""
+    for folder in ("cache", "cache2"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert disk.another_place(tmp_path / "cache" / "a") == "set HF_DATASETS_CACHE to another folder"
+    assert disk.another_place(tmp_path / "cache2" / "a") == disk.ANOTHER_FOLDER
+    assert disk.another_place(tmp_path / "tmpabc" / "a") == "set TMPDIR to another folder"  # as `tempfile` names folders
+    assert disk.another_place(tmp_path / "mine" / "tmp") == disk.ANOTHER_FOLDER
+
+
 def in_child(work: Callable[[], None]) -> str:
-    """Run `work` in a child of this process; return the message of its InputError."""
+    """Run `work` in a child process and return the message of its InputError."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -161,11 +176,11 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         write_text(tmp_path / "out", "a" * 2000)
 
-    assert "the file is larger than files may be here (ulimit -f shows a limit)" in in_child(write)
+    assert "the file exceeds the size limit for files (ulimit -f shows a limit)" in in_child(write)
     assert os.listdir(tmp_path) == []
 
 
-# ---- before anything is computed ----
+# ---- checks before anything is computed ----
 
 
 def test_folders_that_can_be_written_leave_no_trace(tmp_path):
@@ -180,14 +195,14 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for folder, said in {
-        tmp_path / "file": "this is a file; name a folder",
-        tmp_path / "file" / "out": f"{tmp_path}/file is a file; name a folder",
-        tmp_path / "lost": "this is a link to nothing; name a folder",
-        tmp_path / "loop" / "out": "is a link to nothing",
-        tmp_path / ("a" * 300): "a name of 300 bytes is too long; take one of at most 215",
+        tmp_path / "file": "this is a file; give a folder",
+        tmp_path / "file" / "out": f"{tmp_path}/file is a file; give a folder",
+        tmp_path / "lost": "this is a broken link; give a folder",
+        tmp_path / "loop" / "out": "is a broken link",
+        tmp_path / ("a" * 300): "a name of 300 bytes is too long; use at most 215 bytes",
         tmp_path / ("ä" * 150) / "out": "a name of 300 bytes is too long",
-        tmp_path / "/".join(["abcdefgh"] * 500): "bytes is too long; take one of at most",
-        tmp_path / "a\0b": "has no NUL byte",
+        tmp_path / "/".join(["abcdefgh"] * 500): "bytes is too long; use at most",
+        tmp_path / "a\0b": "a name cannot contain a NUL byte",
     }.items():
         message = error_of(check_folder, folder, "--output_dir")
         assert message.startswith("--output_dir ") and said in message and len(message) < 500
@@ -203,7 +218,7 @@ def test_a_read_only_file_system_is_refused(small_disk):
     message = error_of(check_folder, folder / "out")
     assert (
         message
-        == f"output_dir {folder}/out: nothing can be written in {folder} (the file system is read-only); name another folder"
+        == f"output_dir {folder}/out: files cannot be written to {folder} (the file system is read-only); give another folder"
     )  # noqa: E501
     with pytest.raises(DiskError, match="the file system is read-only"):
         write_text(folder / "old", "new")
@@ -212,7 +227,7 @@ def test_a_read_only_file_system_is_refused(small_disk):
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root becomes another user")
 def test_a_folder_and_a_cache_of_someone_else_are_refused(tmp_path, monkeypatch):
-    """As in a container whose user has no home."""
+    """This happens in a container whose user has no home folder."""
     (tmp_path / "own").mkdir()
     os.chmod(tmp_path, 0o755)
 
@@ -225,11 +240,11 @@ def test_a_folder_and_a_cache_of_someone_else_are_refused(tmp_path, monkeypatch)
         return in_child(become)
 
     said = as_nobody(lambda: check_folder(tmp_path / "own" / "out"))
-    assert "output_dir" in said and "nothing can be written in" in said and "(permission denied)" in said
+    assert "output_dir" in said and "files cannot be written to" in said and "(permission denied)" in said
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/nonexistent/datasets")
     said = as_nobody(cache.check_cache)
     assert said.startswith(
-        "the cache folder of datasets (HF_DATASETS_CACHE) /nonexistent/datasets/hf_embed: nothing can be written in"
+        "the cache folder of datasets (HF_DATASETS_CACHE) /nonexistent/datasets/hf_embed: files cannot be written to"
     )
 
 
@@ -240,18 +255,18 @@ def test_room_is_counted_with_what_killed_processes_left(small_disk):
     (folder / "other").write_bytes(b"a" * 300_000)
     assert lack_of_room(folder, 1_700_000, "it takes") is None
     assert lack_of_room(folder / "new" / "out", 1_700_000, "it takes").startswith(
-        f"{folder}/new/out: it takes about 1.7 MB, and"
+        f"{folder}/new/out: it takes about 1.7 MB, but"
     )
 
 
-# ---- the cache of tables ----
+# ---- the cache of Arrow tables ----
 
 
 STORED = {"anchor": [f"a cat {i}" for i in range(50)], "positive": [f"one cat {i}" for i in range(50)]}
 
 
 def stored(folder: Path) -> Dataset:
-    """Return rows of a file."""
+    """Return rows that are memory-mapped from files in a folder."""
     if not folder.is_dir():
         Dataset.from_dict(STORED).save_to_disk(folder)
     return Dataset.load_from_disk(folder)
@@ -266,8 +281,8 @@ def lengths(batch: dict[str, list]) -> dict[str, list]:
 
 
 def count_of(rows: Dataset, made: list[str]) -> list[int]:
-    """Return the lengths of the rows; `made` gets the rows that are computed."""
-    COMPUTED.clear()  # the function's hash is of what it refers to
+    """Return the lengths of the rows. Append the rows that were computed, not read from the cache, to `made`."""
+    COMPUTED.clear()  # the hash of `lengths` includes this list, so it must be empty
     table = cache.cached_map(rows, lengths, batched=True, remove_columns=rows.column_names)
     made += COMPUTED
     return table["length"][:]
@@ -289,7 +304,7 @@ DAMAGES = {
 def test_a_damaged_cache_is_made_anew(tmp_path, damage, caplog):
     rows, made, expected = stored(tmp_path / "rows"), [], [len(text) for text in STORED["anchor"]]
     assert count_of(rows, made) == expected and len(made) == 50
-    assert count_of(rows, made) == expected and len(made) == 50  # control: a whole one is taken
+    assert count_of(rows, made) == expected and len(made) == 50  # control: an intact cache is used
     (path,) = (tmp_path / "rows").glob("cache-*.arrow")
     DAMAGES[damage](path)
     assert count_of(rows, made) == expected and len(made) == 100
@@ -330,7 +345,9 @@ def test_a_full_cache_is_one_line_and_goes_on_with_room(small_disk, monkeypatch)
     file = folder.parent / "a.txt"
     file.write_text("".join(f"text {i}\n" for i in range(20_000)))
     message = error_of(read_file, str(file))
-    assert message.startswith(f"the disk is full (at {folder}/hf_embed/") and "set HF_DATASETS_CACHE to a folder" in message
+    assert (
+        message.startswith(f"the disk is full (at {folder}/hf_embed/") and "set HF_DATASETS_CACHE to another folder" in message
+    )
     assert not list((folder / "hf_embed").iterdir())
     small_disk("size=600k")
     rows, made = read_file(str(file)).rename_column("text", "anchor"), []
@@ -364,7 +381,7 @@ def test_a_full_cache_of_parquet_rows_is_one_line(small_disk, monkeypatch):
     file = folder.parent / "a.parquet"
     Dataset.from_dict({"text": [f"text {i}" for i in range(20_000)]}).to_parquet(file)
     message = error_of(read_file, str(file))
-    assert message.startswith(f"the disk is full (at {folder}") and "set HF_DATASETS_CACHE to a folder" in message
+    assert message.startswith(f"the disk is full (at {folder}") and "set HF_DATASETS_CACHE to another folder" in message
     small_disk("size=8m")
     assert len(read_file(str(file))) == 20_000
 
@@ -392,25 +409,25 @@ def trainer_in(folder: Path, **settings) -> ContrastiveTrainer:
 
 
 def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
-    folder = small_disk("size=3m")  # a checkpoint is 1.6 MB of weights and 3.2 MB of Adam
+    folder = small_disk("size=3m")  # a checkpoint has 1.6 MB of weights and 3.2 MB of Adam state
     message = error_of(trainer_in, folder / "out")
     assert re.fullmatch(
-        rf"output_dir {folder}/out: a checkpoint takes about 4.9 MB, and the file system {folder} has 3.1 MB of 3.1 MB free; "
-        "make room there, or name another output folder", message,
+        rf"output_dir {folder}/out: a checkpoint needs about 4.9 MB, but the file system {folder} has 3.1 MB of 3.1 MB free; "
+        "free some space there, or give another output folder", message,
     )  # fmt: skip
     assert os.listdir(folder) == []
     trainer_in(folder / "out", save_strategy="no")
     small_disk("size=8m")
     caplog.clear()
     trainer_in(folder / "out")
-    assert "two checkpoints and the model take about 11.5 MB" in caplog.text
+    assert "two checkpoints and the model need about 11.5 MB" in caplog.text
     caplog.clear()
     small_disk("size=16m")
     trainer_in(folder / "out")
     assert "checkpoint" not in caplog.text
-    assert "is a file; name a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
+    assert "is a file; give a folder" in error_of(trainer_in, ROOT / "setup.cfg" / "out")
     small_disk("size=1m", "tiny")
-    ContrastiveTrainer(  # which evaluates, and writes nothing
+    ContrastiveTrainer(  # a trainer that only evaluates writes nothing
         tiny_model(), ContrastiveTrainingArguments(str(folder.parent / "tiny"), use_cpu=True, report_to="none"),
         processing_class=quickstart_tokenizer(),
     )  # fmt: skip
@@ -435,9 +452,9 @@ def test_the_folder_of_the_logs_is_checked(tmp_path, monkeypatch):
     args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(ROOT / "setup.cfg"))
     check_output(args, trainer_in(tmp_path).step, None, trains=False)
-    args.report_to = ["tensorboard"]  # which need not be installed
+    args.report_to = ["tensorboard"]  # TensorBoard need not be installed
     message = error_of(check_output, args, trainer_in(tmp_path).step, None)
-    assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; name a folder"
+    assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; give a folder"
 
 
 def test_a_script_s_full_disk_is_our_error(small_disk, caplog):
@@ -454,7 +471,7 @@ FILES = {"nli": "nli.csv", "sts": "sts.tsv", "model": "model"}
 
 
 def train_into(folder: Path, data: Path) -> dict | str:
-    """Run a recipe, from its newest checkpoint if there is one; return its results, or its line."""
+    """Run a recipe and return its results, or its error line. It resumes from the newest checkpoint if there is one."""
     words = ["--max_steps", 4, "--save_steps", 1, "--save_total_limit", 1, "--output_dir", folder]
     words += ["--resume_from_checkpoint"] if list(folder.glob("checkpoint-[0-9]*")) else []
     try:
@@ -464,7 +481,10 @@ def train_into(folder: Path, data: Path) -> dict | str:
 
 
 def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
-    """Train on a disk of each size, in MB, on which another model lies, and go on when it is larger; return how it ended."""
+    """Train on disks of several sizes, in MB, that hold another model. Return how each training ended.
+
+    A training that fails is resumed on the same disk after the disk has become larger.
+    """
     make_files(data)
     calm = train_into(data / "calm", data)
     ended = {}
@@ -478,7 +498,7 @@ def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
         ended[size] = first if isinstance(first, str) else "trained"
         if isinstance(first, str):
             assert "\n" not in first and str(folder.parent) in first
-            assert first.startswith("the disk is full (at ") or "takes about" in first
+            assert first.startswith("the disk is full (at ") or "needs about" in first
             assert not list(folder.glob(".saving-*")), "what is half-written goes"
             disk_of("size=64m")
             again = train_into(folder, data)
@@ -489,7 +509,7 @@ def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
 
 def test_a_run_on_a_small_disk_ends_in_one_line_and_goes_on_with_room(small_disk, tmp_path):
     ended = train_on_disks(small_disk, tmp_path, [5, 10])
-    assert "a checkpoint takes about" in ended[5] and ended[10].startswith("the disk is full (at ")
+    assert "a checkpoint needs about" in ended[5] and ended[10].startswith("the disk is full (at ")
 
 
 @pytest.mark.slow
@@ -523,14 +543,14 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk, tmp_path, monkeypatch):
-    """Before the model is loaded and the data are read: neither is there."""
+    """The refusal comes before the model and the data are read: the model folder is empty, and there are no data files."""
     files = {file: tmp_path / file for file in ("model", "nli", "sts")}
     (tmp_path / "model").mkdir()
     out = small_disk("size=1m")
     small_disk("ro")
     monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, OUTPUTS[name](files, out))])
     message = error_of(load_recipe(name).main)
-    assert f"nothing can be written in {out} (the file system is read-only)" in message, message
+    assert f"files cannot be written to {out} (the file system is read-only)" in message, message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
 
 

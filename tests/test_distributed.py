@@ -1,5 +1,7 @@
-"""Two and three gloo ranks give the gradients, weights and scores of one process, with one reduction and one gather a step;
-sharded ranks too; and a rank that is killed takes the others with it."""
+"""Two and three gloo ranks give the gradients, weights and scores of one process, with one reduction and one gather per step.
+
+Two sharded ranks also end with the weights and scores of one process. If one rank is killed, the other ranks end too.
+"""
 
 import json
 import os
@@ -52,7 +54,7 @@ THREE = pytest.param(3, marks=pytest.mark.slow)
 
 
 class Runs(dict[int, dict]):
-    """What tests/worker.py saw, by the number of processes; each is launched when it is asked for."""
+    """The results of tests/worker.py by number of processes. A run is launched when its result is first read."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -98,7 +100,7 @@ def test_same_mask_means_the_same(runs, ranks):
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, THREE])
 def test_gte_gradients_equal_the_formula(runs, ranks, negatives):
-    """Every text on its own through the model, the paper's formula in loops, autograd."""
+    """The expected gradients come from texts that are encoded one by one, the paper's formula in loops, and autograd."""
     rows = rows_with(negatives)
     order = next(iter(GlobalBatchSampler(len(rows), BATCH, 0, 1, seed=42)))
     texts = [[row["anchor"], row["positive"], *row.get("negatives", [])] for row in (rows[i] for i in order)]
@@ -107,7 +109,7 @@ def test_gte_gradients_equal_the_formula(runs, ranks, negatives):
     def embed(text):
         return encoder.backbone(torch.tensor([encoder.tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
 
-    absent = torch.ones(32, dtype=torch.float64)  # whatever it is: it is left out
+    absent = torch.ones(32, dtype=torch.float64)  # the value does not matter, because absent texts are left out
     views = 2 + negatives
     z = torch.stack([torch.stack([embed(t) for t in row] + [absent] * (views - len(row))) for row in texts])
     dropped = set()
@@ -141,13 +143,13 @@ def test_caching_changes_nothing_on_two_ranks(runs):
 @pytest.mark.parametrize("kind", ["plain", "cached", ("gte", 3, 2, True)], ids=str)
 @pytest.mark.parametrize("ranks", [2, THREE])
 def test_one_reduction_and_one_embedding_gather_a_step(runs, ranks, kind):
-    assert runs[ranks][kind]["reductions"] == 2  # two steps; the tiny model is one bucket
+    assert runs[ranks][kind]["reductions"] == 2  # two steps, and the tiny model fits into one bucket of DDP
     assert runs[ranks][kind]["embedding_gathers"] == 2
 
 
 @pytest.mark.parametrize("ranks", [2, THREE])
 def test_everything_is_scored_once(runs, ranks):
-    """STS pairs, queries and documents that do not divide evenly."""
+    """The numbers of STS pairs, queries and documents are not multiples of the number of ranks."""
     one, several = runs[1]["plain"]["scores"], runs[ranks]["plain"]["scores"]
     assert {"eval_s_spearman", "eval_r_ndcg@10", "eval_ndcg@100"} <= one.keys()
     for key, value in one.items():
@@ -167,13 +169,13 @@ def test_ranks_train_on_the_same_source_at_every_step(runs, ranks):
 
 @pytest.mark.parametrize("caching", [pytest.param("plain", marks=pytest.mark.slow), "cached"])
 def test_sharded_ranks_end_where_one_process_ends(tmp_path, caching):
-    """FSDP 2 on two CPU ranks: the same weights, the same scores, and a folder that loads."""
+    """With FSDP 2 on two CPU ranks the weights and scores are the same, and the saved folder loads."""
     for ranks in (1, 2):
         run(launch(ranks, HERE / "worker_fsdp.py", tmp_path / str(ranks), caching))
     one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
     assert relative_error(two, one) < 1e-9
     start = tiny_encoder().backbone.state_dict()
-    assert relative_error({name: start[name].double() for name in one}, one) > 1e-4  # control: it did train
+    assert relative_error({name: start[name].double() for name in one}, one) > 1e-4  # control: the training changed the weights
     assert type(AutoModel.from_pretrained(tmp_path / "2")).__name__ == "BertModel"
     logs = [json.loads((tmp_path / ranks / "checkpoint-2" / "trainer_state.json").read_text())["log_history"] for ranks in "12"]
     for mine, theirs in zip(*logs, strict=True):
@@ -181,7 +183,7 @@ def test_sharded_ranks_end_where_one_process_ends(tmp_path, caching):
 
 
 def test_a_killed_rank_ends_the_run(tmp_path):
-    """With an error, in bounded time: the other rank waits for nobody."""
+    """The run ends with an error and in bounded time. The other rank does not wait for the killed one."""
     rows = [json.dumps(row) for row in rows_with(1)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     tiny_encoder().save_pretrained(tmp_path / "model", verify=False)
@@ -202,4 +204,4 @@ def test_a_killed_rank_ends_the_run(tmp_path):
         assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     finally:
         process.kill()
-    assert list(tmp_path.glob("out/checkpoint-*/model.safetensors"))  # what was saved stays
+    assert list(tmp_path.glob("out/checkpoint-*/model.safetensors"))  # saved checkpoints stay

@@ -1,4 +1,7 @@
-"""The pages: every code block runs or says why not, commands have flags that exist, links lead somewhere, the notebook runs."""
+"""The documentation: its code blocks, commands, links and notebook.
+
+Every code block runs or says why not. Commands use flags that exist. Links have a target. The notebook runs.
+"""
 
 import ast
 import configparser
@@ -28,7 +31,7 @@ from hf_embed.tempscale import registry
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = {page: blocks_of(page) for page in page_names()}
-# What stands in for the Hub's models and datasets, and makes a training short.
+# Replacements in the code of the pages: local files instead of the Hub's models and datasets, and fewer training steps.
 LOCAL = {
     '"bert-base-uncased"': '"model"',
     '"BAAI/bge-base-en-v1.5"': '"model"',
@@ -45,7 +48,7 @@ def write_csv(path: str, rows: list[list]) -> None:
 
 
 def prepare(page: str) -> None:
-    """What a page takes for granted, in the working folder."""
+    """Create the files that a page expects in the current working folder."""
     if page in ("README.md", "docs/guides/own_script.md", "docs/tempscale.md"):
         tiny_encoder().save_pretrained("model", verify=False)
         pairs = list(zip(WORDS, WORDS[1:] + WORDS[:1]))
@@ -58,7 +61,7 @@ def prepare(page: str) -> None:
 
 
 def local(code: str) -> str:
-    """The code with local files in place of the Hub's; what README's lines encode is kept."""
+    """Return the code with local files instead of the Hub's. The results of README's encode calls are kept in `vectors`."""
     for there, here in LOCAL.items():
         code = code.replace(there, here)
     return re.sub(
@@ -72,7 +75,7 @@ def check_use(names: dict) -> None:
     assert names["hits"][0][0] == {"corpus_id": best, "score": pytest.approx(float(names["scores"][0, best]), abs=1e-6)}
     assert [len(negatives) for negatives in names["mined"]["negatives"]] == [1, 1, 1]
     assert "# Questions about cats" in Path("out", "README.md").read_text()
-    if "session" in names:  # of ONNX
+    if "session" in names:  # the page defines an ONNX session
         assert names["vectors"].shape == (3, 32)
         np.testing.assert_allclose(names["vectors"], names["encoder"].encode(names["texts"]), atol=1e-5)
         assert np.abs(names["vectors"] - names["encoder"].encode(names["texts"][::-1])).max() > 1e-2
@@ -84,7 +87,7 @@ def check_equal(*vectors: np.ndarray) -> None:
 
 
 def check_readme(names: dict) -> None:
-    if "vectors" in names:  # README shows how to load a model
+    if "vectors" in names:  # README shows two ways to load a model
         check_equal(*names["vectors"])
 
 
@@ -143,13 +146,13 @@ def test_every_block_is_run_or_says_why_not(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     marks = re.findall(r"<!-- (.*?) -->\n+ *```", text)
     assert [mark for mark in marks if mark.partition(":")[0] not in (FILE, SLOW, NOT_RUN, ELSEWHERE)] == []
-    if not page.startswith("docs/results"):  # whose commands take hours, and are indented
+    if not page.startswith("docs/results"):  # the commands of these pages take hours, and they are indented instead of fenced
         assert re.findall(r"(?m)^\n {4}(?:\$ )?(?:python|hf-embed|make|pip|accelerate) .*", text) == [], "fence it, and mark it"
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if any(b.language == "bash" for b in blocks)])
 def test_the_syntax_of_bash_is_right(page):
-    """Of the blocks that are not run too."""
+    """The syntax is also right in the blocks that are not run."""
     for block in BLOCKS[page]:
         if block.language == "bash":
             done = subprocess.run(["bash", "-n", "-c", block.code], text=True, capture_output=True)
@@ -169,7 +172,7 @@ def test_a_block_without_a_reason_is_found(tmp_path, monkeypatch):
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """The words of each command in the bash of a page, and in its indented blocks."""
+    """Return the words of each command in the bash blocks and the indented blocks of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     lines = "".join(block.code for block in BLOCKS[page] if block.language == "bash")
     lines += "".join(re.findall(r"(?m)^ {4}((?:python|hf-embed) (?:.*\\\n)*.*\n)", text))
@@ -180,7 +183,7 @@ def commands_of(page: str) -> list[list[str]]:
         if with_recipe:
             try:
                 found.append(shlex.split(with_recipe[0]))
-            except ValueError:  # a part of a longer line of the shell
+            except ValueError:  # the match is only a part of a longer shell command
                 found.append(with_recipe[0].replace("'", "").replace('"', "").split())
     return found
 
@@ -201,7 +204,7 @@ def test_commands_name_recipes_and_flags_that_exist(page):
             scripts = [word for word in words if re.fullmatch(r"benchmarks/\w+\.py", word)]
             assert all((ROOT / script).is_file() for script in scripts), words
             continue
-        if page == "CONTRIBUTING.md":  # with recipes and flags that its diffs add
+        if page == "CONTRIBUTING.md":  # its commands use recipes and flags that its diffs add
             continue
         flags = [word[2:].partition("=")[0] for word in words[place:] if re.match(r"--\w", word)]
         assert set(flags) <= flags_of(named[place]), words
@@ -227,7 +230,7 @@ def test_flags_named_in_the_readme_exist(flag):
 
 
 def texts_of_pages() -> dict[str, str]:
-    """The Markdown of every page without its code, and of the notebook."""
+    """Return the Markdown of every page, and of the notebook, without code blocks."""
     names = [*page_names(), "CHANGELOG.md"]
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
@@ -242,13 +245,13 @@ def repository() -> str:
 
 
 def broken_links(texts: dict[str, str]) -> list[str]:
-    """Links to a file of the repository that is not there, or to a heading that its page does not have."""
+    """Return the links to files that do not exist in the repository, and to headings that do not exist in their page."""
     broken = []
     own = re.compile(rf"{re.escape(repository())}/(?:blob|tree|raw)/main/")
     for name, text in texts.items():
         for target in re.findall(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)", text):
             folder = (ROOT / name).parent
-            if own.match(target):  # as README has them for the package index
+            if own.match(target):  # a full address, which also works on the page of the package index
                 folder, target = ROOT, own.sub("", target)
             if re.match(r"[a-z]+:", target):
                 continue
@@ -260,15 +263,16 @@ def broken_links(texts: dict[str, str]) -> list[str]:
 
 
 def headings(page: Path) -> set[str]:
-    """Return the names by which links lead to the headings of a page, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub forms them. Links to headings use these anchors."""
     lines = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines()
     titles = [line.lstrip("#").strip().lower() for line in lines if re.match(r"#+ ", line)]
-    earlier = {name for line in lines for name in re.findall(r'<a id="([\w-]+)"></a>', line)}  # of headings with new words
+    # Pages keep the anchors of headings that were renamed.
+    earlier = {name for line in lines for name in re.findall(r'<a id="([\w-]+)"></a>', line)}
     return earlier | {re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title)).replace(" ", "-") for title in titles}
 
 
 def test_links_lead_somewhere():
-    """Every link in the pages and the notebook to a file of the repository, and to a heading in one."""
+    """Every link of the pages and the notebook to a file of the repository, or to a heading in it, has a target."""
     texts = texts_of_pages()
     assert sum(text.count("](") for text in texts.values()) > 100
     assert broken_links(texts) == []
@@ -293,7 +297,8 @@ def test_every_page_is_in_the_navigation():
             return [part]
         return [page for inner in (part.values() if isinstance(part, dict) else part) for page in pages(inner)]
 
-    made = {"index.md", "contributing.md", "security.md", "changelog.md", "quickstart_notebook.md"}  # by docs/site_hooks.py
+    # docs/site_hooks.py creates these pages from files outside docs/ and from the notebook.
+    made = {"index.md", "contributing.md", "security.md", "changelog.md", "quickstart_notebook.md"}
     there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     listed = pages(site["nav"])
     assert len(listed) == len(set(listed)) and set(listed) == there | made
@@ -320,7 +325,7 @@ def test_the_notebook_is_small_and_names_no_machine():
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
-    """Offline, from top to bottom, in a process of its own."""
+    """The notebook runs offline, from top to bottom, in its own process."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     (tmp_path / "notebook.py").write_text(code, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pairs from the docstrings of Python files: what is taken, what is not, and what is kept for testing."""
+"""Pairs from the docstrings of Python files: what is used, what is not used, and what is held out for testing."""
 
 import json
 
@@ -59,7 +59,7 @@ def package(tmp_path):
     (folder / "sub" / "tests" / "test_module.py").write_text(MODULE.replace("Matrix", "Tested"))
     (folder / "broken.py").write_text("def f(:\n")
     (folder / "latin.py").write_bytes(b"# caf\xe9\n")
-    (folder / "copy.py").write_text(MODULE)  # the same summaries again
+    (folder / "copy.py").write_text(MODULE)  # repeats the summaries of sub/module.py
     return folder
 
 
@@ -75,7 +75,8 @@ def test_definitions(package):
     assert norm.summary not in norm.code
     area = found["shapes.copy.Shape.area"]
     assert area.code.startswith("def area(self):\n    return") and area.body == ""
-    assert found["shapes.copy.Shape"].code == found["shapes.copy.Shape.wait"].code == ""  # a class; nothing but a docstring
+    # A class has no code, and `wait` has nothing but a docstring.
+    assert found["shapes.copy.Shape"].code == found["shapes.copy.Shape.wait"].code == ""
 
 
 def test_long_texts_are_cut(tmp_path):
@@ -92,7 +93,7 @@ def test_installed_packages_are_found_by_name():
     assert "hf_embed.kit.docstrings.write_sources" in names
     assert len(read_definitions("python", max_files=30)) > 50
     assert error_of(read_definitions, "no_such_package_anywhere") == (
-        "no_such_package_anywhere: no such file, folder or installed package"
+        "no_such_package_anywhere: there is no such file, folder or installed package"
     )  # fmt: skip
 
 
@@ -118,6 +119,6 @@ def test_sources_are_read_by_the_recipes(tmp_path):
     for name in ("doc_search", "code_search"):
         task = read_retrieval(str(tmp_path / "data" / name))
         assert len(task.qrels) == len(task.corpus) > 5
-        # nothing that is tested was trained on
+        # no text of the evaluation is in the training data
         assert not trained & (set(task.queries.values()) | set(task.corpus.values()))
         assert json.dumps(task.qrels).count("1}") == len(task.qrels)

@@ -1,4 +1,7 @@
-"""encode's options: width, length, precision, devices, prompts; compared with sentence-transformers on the same folder."""
+"""The options of `encode`: width, normalization, precision, devices and prompts.
+
+Where sentence-transformers has the same option, the results are compared on the same folder.
+"""
 
 import copy
 import threading
@@ -26,7 +29,7 @@ PROMPTS = {"query": "search: ", "passage": "text: ", "topic": "about: "}
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "normalised and cut"])
 def both(request, tmp_path_factory):
-    """An encoder, and sentence-transformers' model of its folder."""
+    """Return an encoder, and the sentence-transformers model that was loaded from its folder."""
     folder = str(tmp_path_factory.mktemp("model"))
     settings = {"normalize": True, "truncate_dim": 24} if request.param else {}
     encoder = tiny_encoder(prompts=PROMPTS, default_prompt_name="topic", **settings)
@@ -82,13 +85,13 @@ def test_queries_and_documents_of_a_model_without_their_prompts(tmp_path):
     assert torch.equal(encoder.encode_query(TEXTS, **options), encoder.encode(TEXTS, prompt="", **options))
 
 
-# ---- what is asked of it ----
+# ---- arguments ----
 
 
 @pytest.mark.parametrize(
     ("argument", "mend"),
-    [({"normalize_embeddings": True}, "give normalize=True or False"), ({"pool": {}}, "give device="),
-     ({"chunk_size": 3}, "give batch_size"), ({"nonsense": 1}, "encode.. has no argument 'nonsense'$")],
+    [({"normalize_embeddings": True}, "use normalize=True or False"), ({"pool": {}}, "use device="),
+     ({"chunk_size": 3}, "use batch_size"), ({"nonsense": 1}, "encode.. has no argument 'nonsense'$")],
 )  # fmt: skip
 def test_arguments_of_sentence_transformers_are_refused_with_ours(argument, mend):
     with pytest.raises(TypeError, match=mend):
@@ -112,7 +115,7 @@ def test_arguments_that_change_nothing_are_taken():
      ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'")],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_refused(options, message):
-    """BUG: a negative batch_size gave no vectors."""
+    """BUG: With a negative batch_size, `encode` returned no vectors."""
     assert message in error_of(tiny_encoder().encode, TEXTS, **options)
 
 
@@ -133,14 +136,14 @@ def test_texts_come_in_many_kinds(texts):
      Dataset.from_dict({"a": TEXTS}), None, 5]
 )  # fmt: skip
 def test_what_is_no_list_of_texts_is_refused(texts):
-    """BUG: of a DataFrame and a dict the names of the columns were encoded."""
+    """BUG: For a DataFrame and a dict, `encode` encoded the names of the columns."""
     message = error_of(tiny_encoder().encode, texts)
     wanted = ("give a list of texts, or one column", "is not a string but", "give a text or a list of texts")
     assert any(part in message for part in wanted), message
 
 
 def test_an_array_of_one_text_is_one_text():
-    """BUG: an array without a dimension was encoded letter by letter."""
+    """BUG: `encode` encoded a zero-dimensional array letter by letter."""
     encoder = tiny_encoder()
     same(encoder.encode(np.array(TEXTS[0])), encoder.encode(TEXTS[:1]))
 
@@ -160,7 +163,7 @@ def test_a_text_without_a_token_is_named_by_its_place_among_all():
 
 
 def test_texts_are_sorted_over_all_of_them():
-    """A batch has texts of one length, and the vectors come in the texts' order."""
+    """Texts of similar length share a batch, and the vectors are in the order of the texts."""
     encoder, widths = tiny_encoder(), []
     forward = encoder.backbone.forward
     encoder.backbone.forward = lambda **inputs: widths.append(inputs["input_ids"].shape[1]) or forward(**inputs)
@@ -190,7 +193,7 @@ def test_int8_keeps_the_direction_whatever_the_batch():
     assert small.dtype == np.int8 and (np.abs(small.astype(int)).max(1) == 127).all()
     scaled = full / np.abs(full).max(1, keepdims=True) * 127
     assert np.abs(scaled - small).max() <= 0.5 + 1e-3
-    np.testing.assert_array_equal(encoder.encode(MANY[:3], precision="int8"), small[:3])  # no ranges of a batch
+    np.testing.assert_array_equal(encoder.encode(MANY[:3], precision="int8"), small[:3])  # independent of the batch
     cosines = F.cosine_similarity(torch.tensor(full), torch.tensor(small).float())
     assert cosines.min() > 0.999
 
@@ -203,10 +206,10 @@ def test_similarity_knows_small_vectors(precision):
     expected = first @ second.T / np.linalg.norm(first, axis=1)[:, None] / np.linalg.norm(second, axis=1)
     same(encoder.similarity(a, b).numpy(), expected.astype(np.float32))
     same(encoder.similarity_pairwise(a, b[:9]).numpy(), np.diagonal(expected[:, :9]).astype(np.float32))
-    if precision != "int8":  # the cosine of signs is the share of equal bits, from -1 to 1
+    if precision != "int8":  # the cosine of signs is the share of equal bits, rescaled to [-1, 1]
         bits = [np.unpackbits((x.astype(int) + (128 if precision == "binary" else 0)).astype(np.uint8), axis=1) for x in (a, b)]
         np.testing.assert_allclose(expected, 1 - 2 * (bits[0][:, None] != bits[1]).mean(-1), atol=1e-6)
-    queries = encoder.encode(MANY[:9])  # in full against small ones
+    queries = encoder.encode(MANY[:9])  # float32 queries against quantized documents
     near = encoder.similarity(queries, encoder.encode(MANY[:9], precision=precision)).numpy()
     assert (near.argmax(1) == [MANY.index(text) for text in MANY[:9]]).all()
     tensor = encoder.encode(MANY[:9], precision=precision, convert_to_tensor=True)
@@ -216,12 +219,12 @@ def test_similarity_knows_small_vectors(precision):
 
 
 def test_int8_vectors_that_may_be_packed_need_a_word():
-    encoder = tiny_encoder()  # 32 wide; 2 bytes may be 16 signs or 2 numbers
+    encoder = tiny_encoder()  # vectors have 32 numbers; 2 bytes may be 16 signs or 2 numbers
     packed = encoder.encode(MANY[:4], precision="binary", truncate_dim=16)
     assert "set precision='int8' or" in error_of(encoder.similarity, packed, packed)
     expected = encoder.similarity(*[encoder.encode(MANY[:4], precision="ubinary", truncate_dim=16)] * 2)
     assert torch.equal(encoder.similarity(packed, packed, precision="binary"), expected)
-    cut = encoder.encode(MANY[:4], precision="int8", truncate_dim=16)  # too wide for signs of 32
+    cut = encoder.encode(MANY[:4], precision="int8", truncate_dim=16)  # 16 bytes: too many for 32 packed signs
     assert torch.equal(encoder.similarity(cut, cut), encoder.similarity(cut, cut, precision="int8"))
     assert "could not distinguish" in error_of(encoder.encode, TEXTS, precision="int8", truncate_dim=4)
     assert "cannot be compared" in error_of(encoder.similarity, cut, encoder.encode(TEXTS))

@@ -1,4 +1,4 @@
-"""Encoder.encode: one vector per text, whatever the batch, the chunks, the precision or the mode the model is in."""
+"""Encoder.encode returns one vector per text, whatever the batch, the chunks, the precision or the mode of the model."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from tokenizers.processors import TemplateProcessing
 from hf_embed import Encoder, InputError
 from hf_embed.step import TrainingStep, new_head
 
-LONG = "the committee postponed the vote once more and went home " * 12  # longer than any tiny model takes
+LONG = "the committee postponed the vote once more and went home " * 12  # longer than the maximum length of every tiny model
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "rain", "Two dogs ran across the field, barking."]
 
 
 def decoder_tokenizer():
-    """A tokenizer as decoders have: an end-of-text token, none for padding, and no special tokens around a text."""
+    """Return a tokenizer like those of decoders: an end-of-text token, no padding token, no special tokens around a text."""
     tokenizer = quickstart_tokenizer()
     tokenizer.eos_token, tokenizer.pad_token = "[SEP]", None
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
@@ -45,7 +45,7 @@ def test_a_vector_depends_on_its_text_alone(architecture, way):
 def test_different_texts_get_different_vectors(architecture):
     vectors = tiny_encoder(architecture, "last" if architecture in DECODERS else "mean").encode(TEXTS)
     distances = np.abs(vectors[:, None] - vectors[None]).max(-1)
-    assert (distances > 0.1).sum() == 6 * 5 - 2  # only "rain" comes twice
+    assert (distances > 0.1).sum() == 6 * 5 - 2  # "rain" is the only text that comes twice
     assert distances[0, 4] < 1e-5
 
 
@@ -87,7 +87,7 @@ def test_a_prompt_changes_the_vector_of_a_single_string():
 def test_normalize_gives_unit_vectors_of_the_same_direction():
     raw, unit = tiny_encoder().encode(TEXTS), tiny_encoder(normalize=True).encode(TEXTS)
     assert_close(unit, raw / np.linalg.norm(raw, axis=1, keepdims=True))
-    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1  # the model itself does not give unit vectors
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1  # without normalize, the vectors are not unit vectors
 
 
 def test_the_head_of_cls_mlp_train_is_for_training_only():
@@ -96,13 +96,13 @@ def test_the_head_of_cls_mlp_train_is_for_training_only():
     ids = torch.tensor([[2, 90, 1280, 3]])
     step = TrainingStep(encoder, new_head(encoder.width, encoder.config))
     trained = step.train().embed(ids, torch.ones_like(ids))
-    assert trained.abs().max() <= 1  # tanh
+    assert trained.abs().max() <= 1  # the head ends with tanh
     assert not torch.allclose(trained, encoder.eval().embed(ids, torch.ones_like(ids)), atol=0.1)
 
 
 # ---- max_length ----
 
-# (architecture, its config, positions for tokens). RoBERTa keeps those up to its padding id, MPNet always two.
+# (architecture, its config, positions for tokens). RoBERTa reserves the positions up to its padding id; MPNet reserves two.
 LIMITS = [("bert", {}, 66), ("distilbert", {}, 66), ("roberta", {}, 65), ("roberta", {"pad_token_id": 1}, 64),
           ("mpnet", {}, 64), ("modernbert", {}, 64), ("qwen2", {}, 64)]  # fmt: skip
 
@@ -111,7 +111,7 @@ LIMITS = [("bert", {}, 66), ("distilbert", {}, 66), ("roberta", {}, 65), ("rober
 def test_max_length_is_by_default_what_the_model_has_positions_for(architecture, config, limit):
     encoder = Encoder(tiny_model(architecture, **config), quickstart_tokenizer())
     assert encoder.max_length == limit
-    assert np.isfinite(encoder.encode(LONG)).all()  # a position too many would be an IndexError
+    assert np.isfinite(encoder.encode(LONG)).all()  # one position too many would raise an IndexError
 
 
 @pytest.mark.parametrize(("architecture", "config", "limit"), LIMITS)
@@ -143,7 +143,7 @@ def test_max_length_cuts_a_text_and_keeps_its_special_tokens():
     assert_close(cut.encode("rain and rain and snow"), whole.encode("rain and rain"))
 
 
-# ---- what cannot be ----
+# ---- settings that are refused ----
 
 
 @pytest.mark.parametrize("architecture", ["distilbert", "modernbert", "qwen2"])
@@ -187,7 +187,7 @@ def test_half_precision_gives_float32_vectors_near_the_full_ones(dtype):
     assert_close(half, full, tolerance=0.02)
 
 
-# BUG: 1 + 2 + ... + 400 is more than float16 holds; sums over tokens must be in float32.
+# BUG: The sums over tokens were in float16, which cannot hold 1 + 2 + ... + 400. They must be in float32.
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
 def test_half_precision_holds_the_sum_over_a_long_text(pooling):
     encoder = Encoder(tiny_model(max_position_embeddings=512), quickstart_tokenizer(), pooling).eval()
@@ -208,7 +208,7 @@ def test_encode_leaves_frozen_layers_as_they_were():
     encoder.encode(TEXTS)
     assert not frozen.training and encoder.training
     encoder.eval()
-    frozen.train()  # the other way round: one layer trains in a model that does not
+    frozen.train()  # the opposite case: one layer is in training mode and the model is not
     encoder.encode(TEXTS)
     assert frozen.training and not encoder.training
 
@@ -219,7 +219,7 @@ def test_encode_has_no_dropout_while_training():
     assert_close(encoder.train().encode(TEXTS), expected)
 
 
-# BUG: an encode that is interrupted leaves the model in evaluation mode, and training goes on without dropout.
+# BUG: If `encode` failed, the model stayed in evaluation mode, and the training continued without dropout.
 def test_a_failing_encode_leaves_the_mode_as_it_was(monkeypatch):
     encoder = tiny_encoder().train()
     monkeypatch.setattr(encoder.backbone, "forward", lambda **_: 1 / 0)

@@ -71,7 +71,7 @@ def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
     flags = plan.read_flags([SimCSE], argv=["--config", "recipes/configs/sup_simcse_bert_base.yaml", "--use_cpu"])
     assert flags.values["temperature"] == 0.05 and flags.values["model_name_or_path"] == "google-bert/bert-base-uncased"
     error = error_of(plan.read_flags, [SimCSE], argv=["--config", "recipes/configs/absent.yaml"])
-    assert error == "--config recipes/configs/absent.yaml: no such file; check the path"
+    assert error == "--config recipes/configs/absent.yaml: this file does not exist; check the path"
 
 
 @pytest.mark.parametrize("show", [entry.show_error, cli.show_masked])
@@ -134,9 +134,9 @@ def test_launch_refuses_in_one_line(monkeypatch, capsys):
         assert first in ([], ["hf_embed 0.1.0: starting the processes ..."])
         return last.removeprefix("error: ")
 
-    assert message("sup-simse") == "there is no recipe 'sup-simse' (did you mean 'sup-simcse'?); hf-embed lists them"
+    assert message("sup-simse") == "there is no recipe 'sup-simse' (did you mean 'sup-simcse'?); hf-embed lists the recipes"
     assert message("--num_processes", "2") == (
-        "name a recipe: hf-embed launch --config_file FILE RECIPE [FLAGS]; hf-embed lists them"
+        "no recipe is given; give hf-embed launch --config_file FILE RECIPE [FLAGS] (hf-embed lists the recipes)"
     )
     assert message("--bogus", "2", "sup-simcse") == (
         "unrecognized arguments: --bogus; accelerate launch --help lists its flags"
@@ -152,10 +152,10 @@ def test_the_status_of_a_process_that_failed(capsys):
 
     assert launching.status_of(failure(2), 1) == 2 and capsys.readouterr().err == ""
     assert launching.status_of(failure(-9), 1) == 137
-    assert capsys.readouterr().err == ("error: process 1 was ended by SIGKILL, as the system does where memory runs out\n")
+    assert capsys.readouterr().err == ("error: process 1 was ended by SIGKILL; the system does this when memory runs out\n")
 
 
-ONE_PROCESS = "accelerate was asked for several processes and started one, as it does on CPUs"
+ONE_PROCESS = "accelerate started one process although several were requested (it does this on CPUs)"
 CHECK = "from hf_embed.kit.cli import check_processes; check_processes()"
 
 
@@ -196,7 +196,7 @@ def test_the_command_lists_every_recipe(monkeypatch, capsys):
 def test_an_unknown_recipe_is_one_line():
     assert (
         error_of(command.find_recipe, "sup_simces")
-        == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists them"
+        == "there is no recipe 'sup_simces' (did you mean 'sup-simcse'?); hf-embed lists the recipes"
     )
 
 

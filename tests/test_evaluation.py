@@ -1,4 +1,4 @@
-"""STS, alignment and uniformity against loops; what is no STS set is refused."""
+"""STS, alignment and uniformity are compared with loops. Files that are not valid STS sets are refused."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def error_of(function, *args):
 
 
 def vectors(n, seed=0, dim=4):
-    """Not of unit length."""
+    """Return random vectors that are not of unit length."""
     return np.random.default_rng(seed).normal(size=(n, dim)) * 3
 
 
@@ -77,7 +77,7 @@ def test_control_other_vectors_other_values():
 
 
 def test_known_values():
-    """Equal texts: 0 and 0. Opposite texts: 4 and -8."""
+    """Equal vectors have alignment 0 and uniformity 0. Opposite vectors have alignment 4 and uniformity -8."""
     x = vectors(1)
     assert (alignment(x, 5 * x), alignment(x, -x)) == pytest.approx((0, 4))
     assert (uniformity(np.concatenate([x, 2 * x])), uniformity(np.concatenate([x, -x]))) == pytest.approx((0, -8))
@@ -88,7 +88,7 @@ def test_nothing_to_measure_is_nan():
 
 
 def test_spearman_with_ties():
-    """Pearson's correlation of the ranks, ties sharing their mean rank."""
+    """Spearman's correlation is Pearson's correlation of the ranks. Equal values share their mean rank."""
     predictions, references = [0.1, 0.5, 0.5, -0.3, 0.9, 0.2], [1, 4, 3, 1, 5, 2.5]
 
     def ranks(values):
@@ -114,7 +114,7 @@ def test_metrics_are_of_evaluate_and_need_no_network(monkeypatch):
     assert results == pytest.approx(expected, rel=1e-5)
 
 
-# ---- a set ----
+# ---- an evaluation set ----
 
 
 def make_set(scores, repeated=False):
@@ -140,7 +140,7 @@ def test_positives_are_the_top_fifth_of_the_scale(scores, positives):
 
 
 def test_score_tasks():
-    """All pairs at once; uniformity counts a repeated text once; the means are over sets."""
+    """Spearman uses all pairs of a set, uniformity counts a repeated text once, and the means are over the sets."""
     sets = {"one": make_set([0.0, 2.0, 5.0, 3.5]), "two": make_set([5.0, 1.0, 2.0], repeated=True)}
     metrics = score_tasks({name: STS(rows) for name, rows in sets.items()}, embed)
     for name, rows in sets.items():
@@ -205,7 +205,7 @@ BAD_SETS = {
     "too few columns": ([["1", "a"], ["2", "b"]], "found 2 column(s); an STS file has score, sentence1, sentence2"),
     "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, but it begins with 'a'; add a header"),
     "one row": ([HEADER, ["1", "a", "b"]], "there are 1 row(s), but a rank correlation needs at least 2"),
-    # BUG: with a header of two of the three names, the columns are taken by position and the header for a row.
+    # BUG: If the header had only two of the three names, columns were used by position and the header counted as a row.
     "a column misnamed": (
         [["score", "sentence1", "other"], ["1", "a", "b"], ["2", "c", "d"]],
         "there is no column sentence2; found score, sentence1, other",
@@ -234,7 +234,7 @@ def test_missing_column(missing):
         (["FILE"], "give NAME=PATH, for example --eval_sts_file dev="),
         (["a="], "give NAME=PATH"),
         (["=FILE"], "give NAME=PATH"),
-        (["a=nowhere.tsv"], "nowhere.tsv: no such file"),
+        (["a=nowhere.tsv"], "nowhere.tsv: this file does not exist"),
     ],
 )
 def test_bad_named_sets(items, expected, tmp_path):

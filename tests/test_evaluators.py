@@ -1,4 +1,7 @@
-"""Triplets, pair classification and reranking: the scores of sentence-transformers' evaluators, from every layout of file."""
+"""Triplets, pair classification and reranking.
+
+The scores equal those of sentence-transformers' evaluators, and every file layout is read.
+"""
 
 import csv
 import json
@@ -56,13 +59,13 @@ HERE = __file__.rpartition("/")[0]
 
 
 def tied_vectors(texts):
-    """Vectors of +1 and -1: cosines are multiples of 1/8, so many are equal, exactly."""
+    """Return vectors of +1 and -1. Their cosines are multiples of 1/8, so many cosines are exactly equal."""
     seeds = [np.random.default_rng(zlib.crc32(text.encode())) for text in texts]
     return np.stack([seed.choice([-1.0, 1.0], size=16) for seed in seeds]).astype(np.float32)
 
 
 class Lookup(SimpleNamespace):
-    """What sentence-transformers' evaluators ask of a model."""
+    """A model stand-in with the attributes and methods that the evaluators of sentence-transformers use."""
 
     def __init__(self):
         super().__init__(similarity_fn_name="cosine", model_card_data=SimpleNamespace(set_evaluation_metrics=lambda *a, **k: 0))
@@ -83,7 +86,7 @@ def tied(texts, prompt_name=None):
 
 
 class Sets:
-    """Random triplets, pairs of unbalanced labels, and candidates; texts come up several times, also on both sides."""
+    """Random triplets, pairs with unbalanced labels, and candidates. Texts are repeated, also on both sides of a pair."""
 
     def __init__(self, seed, size=60):
         draw = np.random.default_rng(seed)
@@ -129,7 +132,7 @@ def ours(tasks, embedding):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_scores_are_sentence_transformers_where_many_cosines_are_equal(seed, monkeypatch):
-    """Its sort is stable up to 16 candidates, and is made so beyond."""
+    """The sort of sentence-transformers is stable up to 16 candidates. The test makes it stable for more, too."""
     monkeypatch.setattr(torch, "argsort", partial(torch.argsort, stable=True))
     sets = Sets(seed)
     found = ours(sets.tasks(), tied)
@@ -142,18 +145,21 @@ def test_scores_are_sentence_transformers_of_a_model(tmp_path, prompts):
     encoder = tiny_encoder(prompts=prompts)
     encoder.save_pretrained(tmp_path)
     sets = Sets(1)
-    # Texts that stand on both sides would be told apart by rounding there, for it encodes each of them twice.
+    # sentence-transformers encodes a text twice if it is on both sides. Rounding could then give it two vectors.
     sets.positives = [f"{text} of gold" for text in sets.positives]
     for sample in sets.samples[2:]:
         sample["positive"] = [f"{text} of gold" for text in sample["positive"]]
     theirs = sets.theirs(SentenceTransformer(str(tmp_path), device="cpu"))
     assert ours(sets.tasks(), embed_with(encoder)) == pytest.approx(theirs, abs=1e-4)
-    if prompts:  # control: they matter
+    if prompts:  # control: the prompts change the scores
         assert ours(sets.tasks(), embed_with(tiny_encoder())) != pytest.approx(theirs, abs=1e-2)
 
 
 def test_equal_texts_are_equally_near():
-    """In whatever batches they are encoded: a triplet of one text twice is wrong, not decided by rounding."""
+    """Equal texts have equal vectors, whatever their batches.
+
+    If the positive equals the negative, the triplet counts as wrong. Rounding must not decide it.
+    """
     encoder = tiny_encoder()
     texts = [f"{'a long text about nothing ' * (i % 5)}{i}" for i in range(40)]
     assert Triplets([*texts, "b"], [*texts[1:], "a", "b"], [*texts[1:], "a", "c"]).score(embed_with(encoder))[
@@ -162,7 +168,7 @@ def test_equal_texts_are_equally_near():
 
 
 def test_nothing_above_every_cosine_is_a_threshold():
-    """Where the best accuracy takes no pair for one that belongs together."""
+    """Here the best accuracy predicts that no pair belongs together, so the threshold is above every cosine."""
     at = {"a": [1.0, 0], "b": [0.75, 1.0], "c": [0.25, 1.0], "d": [0, 1.0]}
     task = PairClassification(["a"] * 3, ["b", "c", "d"], [0, 0, 1])
     scores = task.score(lambda texts, prompt_name=None: torch.tensor([at[text] for text in texts]))
@@ -203,7 +209,7 @@ def test_triplet_files(tmp_path, ending, header):
 
 @pytest.mark.parametrize("pair", [*LAYOUTS, *DESCRIBED])
 def test_rows_to_train_on_with_negatives_are_triplets(tmp_path, pair):
-    """BUG: of the layouts that are trained on, evaluation sets took some."""
+    """BUG: Evaluation sets accepted only some of the layouts that training accepts."""
     negative = "contradiction" if pair[1] == "entailment" else "negative"
     path = write_rows(tmp_path / "a.jsonl", (*pair, negative), TRIPLETS)
     assert text_columns([*pair, negative], path) == [*pair, negative]
@@ -211,7 +217,7 @@ def test_rows_to_train_on_with_negatives_are_triplets(tmp_path, pair):
 
 
 def test_sets_of_other_kinds_of_rows():
-    """BUG: generators were a TypeError, a text was taken letter by letter, and of a DataFrame the names of the columns."""
+    """BUG: Generators raised a TypeError, a text was read letter by letter, and a DataFrame gave only its column names."""
     assert Triplets(iter(["a"]), "bc", pd.Series(["d"], index=[7])) == Triplets(["a"], ["bc"], ["d"])
     rows = [{"query": "a", "pos": ["b"], "neg": ["c", "d"]}]
     assert Reranking(pd.DataFrame(rows)).judged == Reranking(rows).judged == [Judged("a", ["b"], ["c", "d"])]
@@ -378,7 +384,7 @@ def test_reranking_files_of_other_shapes(tmp_path):
     "header", [("query", "document", "label"), ("Question", "Answer", "Label"), ("anchor", "passage", "labels")]
 )
 def test_a_row_for_each_document(tmp_path, header, caplog):
-    """The rows of a query belong together, wherever they stand."""
+    """All rows of a query are grouped, even if they are not next to each other."""
     rows = [
         ("a", "d", 0, 7),
         ("e", "g", "false", 7),
@@ -504,7 +510,7 @@ def test_names_on_the_hub(monkeypatch):
     for read in (read_triplets, read_pair_classification, read_reranking, read_named_sts):
         wanted = "o/other: this file does not exist; for a dataset on the Hub, name the split too, for example o/other:test"
         assert wanted in error_of(read, "o/other")
-        assert "o/other.csv: no such file" in error_of(read, "o/other.csv")
+        assert "o/other.csv: this file does not exist" in error_of(read, "o/other.csv")
     message = error_of(read_pair_classification, "o/triplets:dev")
     assert "o/triplets:dev: found the columns anchor, positive, negative; expected sentence1, sentence2 and label" in message
 
@@ -521,7 +527,7 @@ def small_tasks():
 
 
 def test_a_mean_does_not_mix_kinds():
-    """Each metric belongs to one kind, so with a set of each kind a mean is that set's score."""
+    """Each metric belongs to one kind of set. With one set of each kind, each mean equals the score of that set."""
     tasks = small_tasks()
     scores = score_tasks(tasks, embed)
     for name, task in tasks.items():
@@ -535,7 +541,7 @@ def test_a_mean_does_not_mix_kinds():
 
 @pytest.mark.parametrize(("name", "metric"), [("triplet", "accuracy"), ("pair", "f1")])
 def test_a_set_whose_name_makes_another_metrics_name(tmp_path, name, metric):
-    """The accuracy of the set "triplet" would be overwritten by the mean of the triplets' accuracies."""
+    """Without the check, the mean of all triplet accuracies would overwrite the accuracy of the set "triplet"."""
     tasks = small_tasks()
     tasks[name] = tasks.pop("z")
     for refused in (score_tasks, lambda tasks, embed: metric_names(tasks)):
@@ -545,7 +551,7 @@ def test_a_set_whose_name_makes_another_metrics_name(tmp_path, name, metric):
             and "is also the name of another metric; rename the evaluation set" in message
         )
     assert error_of(trainer_with, tmp_path, tasks).startswith(f"evaluation set '{name}'")
-    score_tasks({name: tasks[name]}, embed)  # alone it is right
+    score_tasks({name: tasks[name]}, embed)  # without the other sets, the name is not ambiguous
 
 
 def test_metrics_that_may_choose_the_model(tmp_path):
@@ -606,7 +612,8 @@ def test_one_set_is_named_by_its_kind(tmp_path):
 @pytest.mark.parametrize("metric", ["p_pair_f1_threshold", "pair_accuracy_threshold", "eval_pair_f1_threshold"])
 def test_a_threshold_chooses_no_model(tmp_path, metric):
     message = error_of(trainer_with, tmp_path / "out", Sets(1).tasks(), metric_for_best_model=metric)
-    assert message.startswith(f"metric_for_best_model is '{metric}'; ") and "p_pair_f1," in message
+    assert message.startswith(f"metric_for_best_model is '{metric}', which no evaluation set logs; ")
+    assert "p_pair_f1," in message
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +635,7 @@ def flags(files):
 
 @pytest.mark.slow
 def test_from_the_command_line(files, tmp_path, capsys):
-    """A training that is chosen by MAP; its card; and the same scores from evaluate.py."""
+    """A training selects its best model by MAP. The test checks its card, and that evaluate.py gives the same scores."""
     argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], *flags(files), "--learning_rate", 1e-2]
     argv += ["--eval_strategy", "steps", "--save_strategy", "steps", "--load_best_model_at_end", "true", "--max_steps", 2]
     argv += ["--per_device_train_batch_size", 4, "--eval_steps", 1, "--save_steps", 1, "--output_dir", tmp_path / "out"]
@@ -656,7 +663,8 @@ def test_two_ranks_score_as_one_and_encode_every_text_once(tmp_path):
     one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert one["scores"] == two[0]["scores"] == two[1]["scores"] and len(one["scores"]) > len(WORKER_TASKS)
     encoded = [Counter(map(tuple, found["encoded"])) for found in (one, *two)]
-    assert encoded[1] + encoded[2] == encoded[0] and abs(encoded[1].total() - encoded[2].total()) <= 5  # of five calls
+    # There are five calls, and in each call one rank may encode one text more than the other.
+    assert encoded[1] + encoded[2] == encoded[0] and abs(encoded[1].total() - encoded[2].total()) <= 5
 
 
 def test_sets_log_what_they_say(caplog):

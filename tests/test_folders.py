@@ -1,6 +1,7 @@
-"""Folders that sentence-transformers or its users wrote: its vectors and those of a folder saved from it, or a refusal by name.
+"""Test folders that sentence-transformers or its users wrote: the vectors are the same, or a message names what is refused.
 
-Each case builds a folder, with sentence-transformers where it can, else by editing the JSON.
+The vectors are also the same after such a folder is loaded and saved again. Each case builds a folder, with
+sentence-transformers if possible, otherwise by editing the JSON files.
 """
 
 import json
@@ -20,7 +21,7 @@ from hf_embed.evaluation.mteb import model_meta, run_mteb
 from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import ModelArguments
 
-LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens, of which no tiny model takes all
+LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens: more than a tiny model accepts by default
 TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "  Two Dogs ran  across the field, barking.\n"]
 CONFIG = "config_sentence_transformers.json"
 BERT = "sentence_bert_config.json"
@@ -28,7 +29,7 @@ CHAT = "{% for message in messages %}user: {{ message['content'] }} end{% endfor
 
 
 def assert_same(got, expected):
-    """To 1e-5 of the vectors' norm, row by row."""
+    """Check that each row of vectors agrees to within 1e-5 of its norm."""
     assert got.shape == expected.shape
     assert (np.linalg.norm(got - expected, axis=-1) <= 1e-5 * np.linalg.norm(expected, axis=-1)).all()
 
@@ -38,7 +39,7 @@ def load_st(folder) -> SentenceTransformer:
 
 
 def edit(path: Path, **changes) -> None:
-    """Set keys of a JSON file; `...` removes one."""
+    """Set keys of a JSON file. The value `...` removes a key."""
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not ...}))
 
@@ -50,7 +51,11 @@ def edit_modules(folder: Path, change) -> None:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    """Tiny folders in the older format: texts cut after 20 tokens of 66; 700 positions; states of all layers."""
+    """Return tiny folders in the older format, by name.
+
+    bert truncates texts to 20 tokens and has 66 positions; long has 700 positions; layers returns the hidden states of all
+    layers.
+    """
     root = tmp_path_factory.mktemp("bases")
     tiny_encoder(max_length=20).save_pretrained(root / "bert", verify=False)
     long = Encoder(tiny_model(max_position_embeddings=700), quickstart_tokenizer(), max_length=700)
@@ -62,7 +67,11 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def make(bases, tmp_path):
-    """make(): a copy of a base; make(module, ...): sentence-transformers' own, with these behind the base's transformer."""
+    """Return a function that writes a folder.
+
+    make() copies a base. make(module, ...) lets sentence-transformers save the transformer of the base, followed by these
+    modules.
+    """
 
     def make(*modules, base: str = "bert", safe: bool = True, **settings) -> Path:
         folder = tmp_path / "theirs"
@@ -82,7 +91,7 @@ def dense(*widths, activation=torch.nn.Tanh, seed: int = 1, **settings) -> st.De
 
 
 def pooler(shift: float = 0) -> st.Dense:
-    """A Dense with the weight of the base's own pooler, and its bias + `shift`."""
+    """Return a Dense with the weight of the base's own pooler, and with the bias of the pooler plus `shift`."""
     layer = dense(32, 32)
     layer.linear.load_state_dict(tiny_model().pooler.dense.state_dict())
     layer.linear.bias.data += shift
@@ -98,7 +107,7 @@ def layers(*weights: float, mode: str = "mean", base: str = "layers"):
     return lambda make: make(layer_weights(*weights), st.Pooling(32, mode), base=base)
 
 
-# ---- the same vectors, there and back ----
+# ---- the same vectors, after loading and after saving again ----
 
 
 def pooling_without_a_flag(make):
@@ -118,7 +127,7 @@ def older_name_of_the_config(name):
 
 
 def transformer_in_a_folder(make):
-    """Older releases put it into 0_Transformer; here with another model of the same width at the root."""
+    """Put the transformer into 0_Transformer, as older releases do, and another model of the same width at the root."""
     folder = make()
     (folder / "0_Transformer").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", BERT):
@@ -219,12 +228,12 @@ def test_the_same_vectors_there_and_back(make, tmp_path, name):
     folder, texts = SAME[name](make), TEXTS
     if "700 positions" in name:
         texts = [*TEXTS, LONG * 5]
-        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # of which the encoder's default keeps 512
+        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # by default, the encoder keeps 512 of them
     expected = load_st(folder).encode(texts)
     encoder = Encoder.from_pretrained(folder)
     assert_same(encoder.encode(texts), expected)
     assert encoder.dimension == expected.shape[1]
-    encoder.save_pretrained(tmp_path / "ours")  # checked against plain AutoModel, too
+    encoder.save_pretrained(tmp_path / "ours")  # saving also compares with plain AutoModel
     assert_same(load_st(tmp_path / "ours").encode(texts), expected)
     assert_same(Encoder.from_pretrained(tmp_path / "ours").encode(texts), expected)
 
@@ -251,7 +260,7 @@ def test_the_cards_code_gives_the_vectors(make, tmp_path, name):
 
 
 def other_module(kind, **about):
-    """The module behind the pooling becomes another."""
+    """Replace the module after the pooling by a module of another kind."""
 
     def build(make):
         folder = make(st.Pooling(32), st.Normalize())
@@ -320,7 +329,7 @@ def plain_with_chat_template(make):
 
 
 def saved_with_chat_template(make):
-    """Release 6 itself saves a folder that puts texts through the template."""
+    """Let release 6 of sentence-transformers save a folder that applies the chat template to texts."""
     plain = plain_with_chat_template(make)
     load_st(plain).save(str(plain.with_name("saved")), create_model_card=False)
     return plain.with_name("saved")
@@ -345,24 +354,26 @@ def dense_tensors(make):
 MODULES = "sentence_transformers.models."
 FIRST_MODULES = ["BoW", "WordEmbeddings", "StaticEmbedding", "CLIPModel", "Asym"]
 OTHER_OUTPUT = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
-REFUSED = {  # name -> the folder, and what its refusal says
-    "two Poolings": (lambda make: make(st.Pooling(32), st.Pooling(32)), "the module Pooling ('2_Pooling') behind Pooling"),
+REFUSED = {  # name -> (function that builds the folder, a part of the error message)
+    "two Poolings": (lambda make: make(st.Pooling(32), st.Pooling(32)), "the module Pooling ('2_Pooling') after Pooling"),
     "Normalize in the middle": (
-        lambda make: make(st.Pooling(32), st.Normalize(), dense(32, 8)), "the module Dense ('3_Dense') behind Normalize",
+        lambda make: make(st.Pooling(32), st.Normalize(), dense(32, 8)), "the module Dense ('3_Dense') after Normalize",
     ),
-    "layer pooling behind the pooling": (lambda make: make(st.Pooling(32), layer_weights(1.0, 0.0, 1.0)), "behind Pooling"),
+    "layer pooling behind the pooling": (lambda make: make(st.Pooling(32), layer_weights(1.0, 0.0, 1.0)), "after Pooling"),
     "pooling max": (lambda make: make(st.Pooling(32, "max")), "pooling max"),
     "pooling mean_sqrt_len": (lambda make: make(st.Pooling(32, "mean_sqrt_len_tokens")), "pooling mean_sqrt_len_tokens"),
     "two modes": (lambda make: make(st.Pooling(32, ("cls", "mean"))), "pooling cls + mean"),
     "two flags": (keys("1_Pooling/config.json", pooling_mode_cls_token=True), "pooling cls_token + mean_tokens"),
     "include_prompt": (lambda make: make(st.Pooling(32, include_prompt=False), prompts={"query": "x: "}), "include_prompt"),
-    "an unknown key of Pooling": (keys("1_Pooling/config.json", temperature=2), "temperature 2 of 1_Pooling/config.json"),
+    "an unknown key of Pooling": (keys("1_Pooling/config.json", temperature=2), "temperature 2 in 1_Pooling/config.json"),
     "no Pooling": (without_pooling, "a modules.json without Pooling"),
     "layers, first and last, cls": (layers(1.0, 0.0, 1.0, mode="cls"), "pooling cls of the layers"),
     "layers, last two, last": (layers(0.0, 1.0, 1.0, mode="lasttoken"), "pooling last of the layers"),
     "layers, others": (layers(1.0, 1.0, 1.0), "layer weights [1.0, 1.0, 1.0]"),
     "layers, unequal": (layers(1.0, 0.0, 2.0), "layer weights [1.0, 0.0, 2.0]"),
-    "layers without effect": (layers(1.0, 0.0, 1.0, base="bert"), "without output_hidden_states"),
+    "layers without effect": (
+        layers(1.0, 0.0, 1.0, base="bert"), "has no effect, because config.json does not set output_hidden_states",
+    ),
     "LSTM": (lambda make: make(st.LSTM(32, 16), st.Pooling(32)), "the module LSTM"),
     "CNN": (lambda make: make(st.CNN(32), st.Pooling(96)), "the module CNN"),
     "LayerNorm": (lambda make: make(st.Pooling(32), st.LayerNorm(32)), "the module LayerNorm"),
@@ -372,26 +383,26 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "custom transformer": (first_module("custom_st.Transformer"), "the module custom_st.Transformer ('')"),
     "custom pooling": (pooling_type("my_code.Pooling"), "the module my_code.Pooling ('1_Pooling')"),
     "custom normalize": (other_module("sentence_transformers_extra.Normalize"), "sentence_transformers_extra.Normalize ('2"),
-    "no package": (pooling_type("Pooling"), "the module Pooling ('1_Pooling'), which is code of the model's own"),
+    "no package": (pooling_type("Pooling"), "the module Pooling ('1_Pooling'), which is the model's own code"),
     "path outside": (other_module(MODULES + "Normalize", path="../elsewhere"), "'../elsewhere', which is outside"),
-    "one name twice": (other_module(MODULES + "Normalize", name="1"), "whose name '1' another has too"),
-    "a module without a type": (other_module(None), "which has no path and type"),
-    "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" of sentence_bert_config.json'),
-    "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' of"),
-    "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 of 1_Pooling/config.json"),
+    "one name twice": (other_module(MODULES + "Normalize", name="1"), "with the name '1' of another module"),
+    "a module without a type": (other_module(None), "which lacks a path or a type"),
+    "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" in sentence_bert_config.json'),
+    "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' in"),
+    "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 in 1_Pooling/config.json"),
     "an activation that is a list": (dense_config(activation_function=["Tanh"]), 'activation_function ["Tanh"]'),
-    "modules.json that is no list": (no_list, "modules.json has no list at its top"),
+    "modules.json that is no list": (no_list, "modules.json does not hold a list at the top level"),
     "SparseEncoder": (keys(CONFIG, model_type="SparseEncoder"), 'model_type "SparseEncoder"'),
     "similarity maxsim": (keys(CONFIG, similarity_fn_name="maxsim"), "'maxsim'; use one of cosine, dot, euclidean, manhattan"),
     "truncate_dim below 1": (keys(CONFIG, truncate_dim=-3), "truncate_dim is -3"),
     "truncate_dim that is text": (keys(CONFIG, truncate_dim="8"), 'truncate_dim "8"'),
-    "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" of config_sentence_transformers.json'),
+    "an unknown key of the model": (keys(CONFIG, query_prefix="Q"), 'query_prefix "Q" in config_sentence_transformers.json'),
     "default prompt that is not there": (keys(CONFIG, default_prompt_name="passage"), "'passage'"),
-    "prompts that are no texts": (keys(CONFIG, prompts={"query": 3}), "prompts {'query': 3} are no texts"),
+    "prompts that are no texts": (keys(CONFIG, prompts={"query": 3}), "the prompts {'query': 3} are not all texts"),
     "broken JSON": (broken_json, "config_sentence_transformers.json is not JSON"),
     "processing_kwargs": (
         keys(BERT, processing_kwargs={"text": {"max_length": 5}}),
-        'processing_kwargs {"text": {"max_length": 5}} of sentence_bert_config.json',
+        'processing_kwargs {"text": {"max_length": 5}} in sentence_bert_config.json',
     ),
     "tokenizer_args": (keys(BERT, tokenizer_args={"do_lower_case": True}), "tokenizer_args"),
     "processor_kwargs": (keys(BERT, processor_kwargs={"add_eos_token": True}), "processor_kwargs"),
@@ -404,13 +415,17 @@ REFUSED = {  # name -> the folder, and what its refusal says
     "another task": (keys(BERT, transformer_task="fill-mask"), "transformer_task"),
     "another output": (keys(BERT, modality_config=OTHER_OUTPUT, module_output_name="sentence_embedding"), "modality_config"),
     "chat template": (saved_with_chat_template, "the chat template"),
-    "chat template of a plain checkpoint": (plain_with_chat_template, "chat template, which cannot be represented here; give"),
-    "1_Pooling without modules.json": (without_modules_json, "there is 1_Pooling/config.json, but no modules.json"),
-    "do_lower_case of a cased tokenizer": (cased_tokenizer, "cannot be represented here; set it in tokenizer_config.json"),
+    "chat template of a plain checkpoint": (
+        plain_with_chat_template, "chat template to texts, which hf_embed does not support; set pooling",
+    ),
+    "1_Pooling without modules.json": (without_modules_json, "1_Pooling/config.json exists, but modules.json does not"),
+    "do_lower_case of a cased tokenizer": (
+        cased_tokenizer, "do_lower_case in sentence_bert_config.json; set it in tokenizer_config.json",
+    ),
     "Dense with an activation of its own": (dense_config(activation_function="my.Doubled"), "the module Dense ('2_Dense')"),
     "Dense that reads the tokens": (dense_config(module_input_name="token_embeddings"), 'module_input_name "token_embeddings"'),
     "Dense that writes elsewhere": (dense_config(module_output_name="logits"), 'module_output_name "logits"'),
-    "Dense with an unknown key": (dense_config(scale=2.0), "scale 2.0 of 2_Dense/config.json"),
+    "Dense with an unknown key": (dense_config(scale=2.0), "scale 2.0 in 2_Dense/config.json"),
     "Dense with weights beyond its layer": (dense_tensors, "activation_function.weight"),
     "Dense of another width": (lambda make: make(st.Pooling(32, ("cls", "mean")), dense(64, 8)), "pooling cls + mean"),
     "Normalize of the tokens": (
@@ -424,7 +439,7 @@ def test_refused_by_name(make, name):
     build, says = REFUSED[name]
     message = error_of(Encoder.from_pretrained, build(make))
     assert says in message
-    assert message.startswith("model '") or "; " in message  # which model, or how to mend
+    assert message.startswith("model '") or "; " in message  # the message names the model, or says what to change
 
 
 def test_a_revision_counts_for_every_file(tmp_path):
@@ -444,7 +459,7 @@ def test_a_subfolder_is_refused(bases):
     assert "subfolder" in error_of(Encoder.from_pretrained, bases["bert"], subfolder="1_Pooling")
 
 
-# ---- a pooling that is given ----
+# ---- a pooling that the caller gives ----
 
 
 @pytest.mark.parametrize("name", ["pooling max", "two modes", "no Pooling", "layers, others", "an unknown key of Pooling"])
@@ -452,7 +467,7 @@ def test_a_pooling_that_is_given_replaces_one_that_cannot_be_read(make, name, ca
     folder = REFUSED[name][0](make)
     edit(folder / CONFIG, prompts={"query": "x: "}, truncate_dim=7, similarity_fn_name="dot")
     encoder = Encoder.from_pretrained(folder, pooling="cls")
-    assert "pooling cls is taken as given, for the folder's own cannot be read" in caplog.text
+    assert "using pooling cls as given, because the folder's own pooling is not supported" in caplog.text
     assert (encoder.prompts, encoder.dimension, encoder.similarity_fn_name) == ({"query": "x: "}, 7, "dot")
     assert_same(encoder.encode(TEXTS), tiny_encoder(pooling="cls", max_length=20).encode(TEXTS)[:, :7])
 
@@ -466,19 +481,19 @@ def test_layers_behind_it_stay_or_are_refused(make, caplog):
 
 def test_layers_that_do_not_fit_it_are_refused(make):
     folder = REFUSED["Dense of another width"][0](make)
-    assert "'2_Dense'), which takes 64 numbers and not 32" in error_of(Encoder.from_pretrained, folder, pooling="cls")
+    assert "'2_Dense') with 64 inputs instead of 32" in error_of(Encoder.from_pretrained, folder, pooling="cls")
 
 
 def test_it_says_that_the_head_is_left_out(make, caplog):
     encoder = Encoder.from_pretrained(SAME["Dense is the pooler, and another"](make), pooling="mean")
-    assert "pooling mean leaves out the layer '2_Dense', the head" in caplog.text
+    assert "pooling mean does not use the layer '2_Dense', which belongs to the model's own pooling" in caplog.text
     assert len(encoder.dense) == 1
 
 
 @pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json"])
 def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
     encoder = Encoder.from_pretrained(REFUSED[name][0](make), pooling="cls")
-    assert ("are not read, for there is no modules.json" in caplog.text) == ("1_Pooling" in name)
+    assert ("because modules.json does not exist" in caplog.text) == ("1_Pooling" in name)
     assert_same(encoder.encode(TEXTS), tiny_encoder(pooling="cls", max_length=20).encode(TEXTS))
 
 
@@ -501,19 +516,19 @@ def test_a_plain_checkpoint_says_that_it_is_cut_earlier(make, caplog):
     for name in ("modules.json", CONFIG, "1_Pooling/config.json"):
         (folder / name).unlink()
     assert Encoder.from_pretrained(folder).max_length == 512
-    assert "texts are cut after 512 tokens; it takes up to 700: give max_length=" in caplog.text
+    assert "texts are truncated to 512 tokens, but the model accepts up to 700; set max_length to use more" in caplog.text
     caplog.clear()
     assert Encoder.from_pretrained(folder, max_length=600).max_length == 600
-    assert "cut after" not in caplog.text
+    assert "truncated to" not in caplog.text
 
 
 def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
-    """sentence-transformers fails on longer texts."""
+    """sentence-transformers fails on texts longer than the positions, so only short texts are compared."""
     folder = make()
     edit(folder / BERT, max_seq_length=80)
     encoder = Encoder.from_pretrained(folder)
     assert encoder.max_length == 66
-    assert "texts are cut after the 66 tokens that it has positions for, not 80" in caplog.text
+    assert "texts are truncated to 66 tokens, not to 80, as it has only 66 positions" in caplog.text
     short = [text for text in TEXTS if text != LONG]
     assert_same(encoder.encode(short), load_st(folder).encode(short))
     assert "max_length 80 is above the 66 positions" in error_of(Encoder.from_pretrained, folder, max_length=80)
@@ -522,7 +537,7 @@ def test_a_length_above_the_positions_is_cut_there_and_says_so(make, caplog):
 def test_requirements_are_named(make, caplog):
     folder = keys(CONFIG, requirements={"transformers": ">=5"})(make)
     assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
-    assert 'asks for {"transformers": ">=5"}, which is not checked here' in caplog.text
+    assert 'requires {"transformers": ">=5"}; hf_embed does not check this' in caplog.text
 
 
 # ---- prompts, similarities ----
@@ -563,11 +578,11 @@ def test_similarities(make, tmp_path, name, caplog):
     assert model_meta(encoder).similarity_fn_name.value == name
 
 
-# ---- training one ----
+# ---- training such a folder ----
 
 
 def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
-    """Settings that a run gives replace the folder's, and the others stay."""
+    """Settings of the run replace those of the folder. The other settings stay."""
     folder = make(
         st.Pooling(32), dense(32, 8, use_residual=True), truncate_dim=5, similarity_fn_name="dot",
         prompts={"query": "q: ", "STS": "like: "}, default_prompt_name="STS",
@@ -609,7 +624,7 @@ def test_a_masked_lm_recipe_keeps_the_prompts_and_refuses_what_it_cannot_keep(ma
     folder = make(st.Pooling(32), prompts={"query": "q: "})
     assert load_for_a_recipe(folder, tmp_path, masked_lm=True)[1].prompts == {"query": "q: "}
     edit(folder / CONFIG, truncate_dim=4, default_prompt_name="query")
-    assert "default_prompt_name, truncate_dim would be lost" in error_of(load_for_a_recipe, folder, tmp_path, masked_lm=True)
+    assert "the settings default_prompt_name, truncate_dim of" in error_of(load_for_a_recipe, folder, tmp_path, masked_lm=True)
 
 
 def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, tmp_path):
@@ -625,7 +640,7 @@ def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, t
         ours.prompts = {}
         ours.default_prompt_name = None
         without = run_mteb(ours, [LocalSTS(), LocalSearch()], tmp_path / f"without {i}")
-        assert [a["score"] != b["score"] for a, b in zip(scores, without)] == [True, True]  # they count
+        assert [a["score"] != b["score"] for a, b in zip(scores, without)] == [True, True]  # the prompts change the scores
         shutil.rmtree(folder)
 
 

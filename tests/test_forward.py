@@ -1,4 +1,7 @@
-"""The forward check of an Encoder: what is one function in every path is taken, and what is not is refused by name."""
+"""Test the forward check of an Encoder.
+
+Models that compute one function in all code paths are accepted. All other models are refused with a message that names them.
+"""
 
 import json
 
@@ -75,7 +78,7 @@ TEXTS = [
 
 
 def random_model(model_class, config):
-    """With weights large enough that texts differ."""
+    """Make a model with random weights that are large enough to give different texts different vectors."""
     torch.manual_seed(0)
     model = model_class(config)
     for parameter in model.parameters():
@@ -85,7 +88,11 @@ def random_model(model_class, config):
 
 
 def mobile_bert(padding: float):
-    """Each word's vector is joined with its neighbours'; the last word's neighbour is padding, or nothing in a text alone."""
+    """Make a MobileBert in which all numbers of the padding token's embedding are `padding`.
+
+    MobileBert joins the embedding of each word with those of its neighbors. The neighbor of the last word is padding in a
+    batch, and nothing in a text alone.
+    """
     config = MobileBertConfig(**SMALL | {"embedding_size": 32, "intra_bottleneck_size": 32})
     model = random_model(MobileBertModel, config)
     model.embeddings.word_embeddings.weight.data[0] = padding
@@ -97,19 +104,19 @@ def encoder_of(model, pooling="mean", **settings):
 
 
 def trained(encoder, texts):
-    """The vectors of training's own path: a flat batch, with gradients, in chunks of a few texts."""
+    """Compute vectors as in training: a flat batch, with gradients, in chunks of a few texts."""
     rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
     flat = torch.tensor([token for row in rows for token in row])
     return encoder(flat, [len(row) for row in rows], chunk_tokens=24)["embeddings"].detach().numpy()
 
 
-# ---- architectures that read more than the words' vectors ----
+# ---- architectures that read more than the word embeddings ----
 
 READS_IDS = {
-    # positions are counted from the ids, and a literal padding token has none
+    # positions are counted from the token ids, and a padding token that is part of a text has no position
     "roberta": lambda: tiny_model("roberta", pad_token_id=0),
     "xlm-roberta": lambda: tiny_model("xlm-roberta", pad_token_id=0),
-    # words are scaled by the share of mask tokens among the ids
+    # word embeddings are scaled by the share of mask tokens among the token ids
     "esm": lambda: random_model(
         EsmModel, EsmConfig(**SMALL, mask_token_id=4, token_dropout=True, position_embedding_type="rotary")
     ),
@@ -148,7 +155,7 @@ def test_a_model_that_reads_padding_or_draws_lots_is_refused(architecture):
 
 
 def test_the_check_sees_a_single_leak():
-    """Negative control: a mask that is ignored in one layer of an otherwise right model is found."""
+    """Negative control: the check finds an attention mask that one layer of an otherwise correct model ignores."""
     model = tiny_model("bert")
     layer = model.encoder.layer[1].attention.self
     inner = layer.forward
@@ -157,7 +164,7 @@ def test_the_check_sees_a_single_leak():
 
 
 def test_the_check_sees_training_that_differs(monkeypatch):
-    """Negative control: words that are served to the wrong place in training are found."""
+    """Negative control: the check finds word embeddings that training puts in the wrong place."""
     from hf_embed import chunking
 
     right = chunking.pad_chunk
@@ -172,7 +179,7 @@ def test_the_check_sees_training_that_differs(monkeypatch):
 
 @pytest.mark.parametrize(("by", "tolerance", "found"), [(1e-3, 1e-4, True), (1e-5, 1e-4, False), (float("nan"), 1e-4, True)])
 def test_differences_are_shares_of_the_norm(by, tolerance, found):
-    """Small vectors count as large ones do: an error of 30% in vectors of length 0.01 is an error of 30%."""
+    """Small vectors count as much as large ones: an error of 30% in vectors of length 0.01 is an error of 30%."""
     vectors = 0.01 * torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
     other = vectors.clone()
     other[1] += by * 0.01 * torch.nn.functional.normalize(torch.ones(8), dim=0)
@@ -191,13 +198,13 @@ def test_the_check_disturbs_nothing():
 
 
 def test_weights_that_are_not_there_yet_are_left_alone():
-    """A rank of FSDP that waits for its weights has them on the meta device."""
+    """While an FSDP rank waits for its weights, they are on the meta device."""
     encoder = Encoder(tiny_model("bert").to("meta"), quickstart_tokenizer())
     assert (encoder.dimension, encoder.max_length) == (32, 66)
 
 
 def test_big_bird_attends_fully_from_the_start():
-    """Its sparse attention would go off for good after the first short text: a long one's vector would change then."""
+    """BigBird would turn its sparse attention off for good at the first short text, and vectors of long texts would change."""
     config = BigBirdConfig(
         **SMALL | {"max_position_embeddings": 512}, attention_type="block_sparse", block_size=8, num_random_blocks=1
     )
@@ -209,11 +216,11 @@ def test_big_bird_attends_fully_from_the_start():
     assert encoder.config.attention_type == "original_full"
 
 
-# ---- what the tokenizer returns beside the token ids ----
+# ---- what the tokenizer returns besides the token ids ----
 
 
 def test_token_types_that_matter_are_refused():
-    """XLNet takes its classification token for another segment, which its tokenizer says in token_type_ids."""
+    """XLNet treats its classification token as another segment. Its tokenizer says so in token_type_ids."""
     config = XLNetConfig(vocab_size=12000, d_model=32, n_layer=2, n_head=4, d_inner=64, pad_token_id=0)
     model = random_model(XLNetModel, config)
     tokenizer = quickstart_tokenizer()
@@ -228,7 +235,7 @@ def test_token_types_that_matter_are_refused():
 
 
 def test_shapes_and_sounds_of_words_are_refused(tmp_path):
-    """RoCBert reads how a word looks and sounds, which its tokenizer returns beside the token ids."""
+    """RoCBert reads how a word looks and sounds. Its tokenizer returns this besides the token ids."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "rain", "the", "on", "sleeps", ".", ","]
     files = {"vocab.txt": "\n".join(words)}
     files |= {name: json.dumps({word: 20 - i for i, word in enumerate(words)}) for name in ("shape.json", "sound.json")}
@@ -249,11 +256,11 @@ def test_token_types_that_are_all_zero_are_fine():
     assert Encoder(tiny_model("bert"), tokenizer).dimension == 32
 
 
-# ---- width and longest text are measured ----
+# ---- the width and the longest text are measured ----
 
 POSITIONS = {
     "bert": (lambda: tiny_model("bert"), 66),
-    "roberta": (lambda: tiny_model("roberta", pad_token_id=0), 65),  # row 0 is the padding token's
+    "roberta": (lambda: tiny_model("roberta", pad_token_id=0), 65),  # row 0 belongs to the padding token
     "roberta-1": (lambda: tiny_model("roberta", pad_token_id=1, max_position_embeddings=514), 512),
     "longformer": (lambda: random_model(LongformerModel, LongformerConfig(**SMALL, attention_window=[8, 8])), 65),
     "qwen3": (lambda: tiny_model("qwen3"), 64),
@@ -271,18 +278,18 @@ def test_the_longest_text_is_measured(name):
         return
     assert f"above the {positions} positions" in error_of(encoder_of, make(), max_length=positions + 1)
     encoder = encoder_of(model, max_length=positions)
-    vector = encoder.encode("the cat and the dog " * positions)  # truncated to exactly the longest text that there is
+    vector = encoder.encode("the cat and the dog " * positions)  # truncated to exactly the number of positions
     assert np.isfinite(vector).all()
 
 
 def test_the_width_is_measured():
-    """A model whose states are wider than config.hidden_size says."""
+    """The hidden states of this model are wider than config.hidden_size says."""
     model = tiny_model("bert")
     model.config.hidden_size = 24
     assert encoder_of(model).dimension == 32
 
 
-# ---- T5 and its kin are taken as encoders ----
+# ---- T5 and related models are used as encoders ----
 
 
 @pytest.mark.parametrize("name", T5_KIN)
@@ -336,15 +343,15 @@ def test_a_model_that_needs_a_processor_is_refused_before_the_training(tmp_path)
 
 
 def test_an_attention_that_needs_another_device_is_refused():
-    """MRA's returns zeros without its CUDA kernel: every token by itself, in all passes alike."""
+    """Without its CUDA kernel, MRA's attention returns zeros: each token is computed by itself, and all passes agree."""
     assert "on this device (cpu) attention has no effect" in error_of(encoder_of, random_model(MraModel, MraConfig(**SMALL)))
 
 
 def test_states_that_are_not_those_of_tokens_are_refused():
-    """DPR's first output is one vector a text."""
+    """The first output of DPR is one vector per text."""
     config = DPRConfig(**SMALL, projection_dim=0)
     message = error_of(encoder_of, random_model(DPRQuestionEncoder, config))
-    assert "no hidden states of tokens to pool" in message
+    assert "no hidden states to pool" in message
 
 
 def test_model_input_names_are_saved(tmp_path):

@@ -156,7 +156,7 @@ def named(name: str, call: Callable, *args: Any) -> None:
     try:
         call(*args)
     except InputError as error:
-        assert name in str(error) or "texts of" in str(error) or "text(s) of" in str(error), (
+        assert name in str(error) or "texts of" in str(error) or "text(s) have" in str(error), (
             f"the message names no file: {error}"
         )
         assert "\n" not in str(error)

@@ -1,4 +1,7 @@
-"""The improved contrastive loss against the formula of the paper in plain loops, float64; its gradient against autograd's."""
+"""Test the improved contrastive loss against the paper's formula in plain loops, in float64.
+
+Its gradient is compared with the gradient that autograd computes.
+"""
 
 import itertools
 import math
@@ -26,8 +29,11 @@ def distinct(negatives=1, rows=ROWS):
 
 
 def formula(z, t=0.2, directions=DIRECTIONS, per_direction=False, once=False, dropped=()):
-    """Z_i term by term as the paper prints it; `dropped` has (i, kind, j, k): row i leaves out text k of row j, where kind is
-    whose sum it is, "q" or "d"."""
+    """Compute the loss with Z_i term by term, as the paper prints it.
+
+    `dropped` holds tuples (i, kind, j, k): row i leaves out text k of row j. The kind says in which sums: "q" means the sums
+    of row i's query, "d" those of its document.
+    """
     u = z / z.norm(dim=-1, keepdim=True)
     query, documents = u[:, 0], u[:, 1:]
     losses = []
@@ -50,7 +56,7 @@ def formula(z, t=0.2, directions=DIRECTIONS, per_direction=False, once=False, dr
 
 
 def assert_same(loss, expected, *wrt):
-    """In value and gradient."""
+    """Check that two losses have the same value and the same gradients."""
     assert_close(loss, expected, rtol=1e-12, atol=1e-14)
     for got, wanted in zip(torch.autograd.grad(loss, wrt), torch.autograd.grad(expected, wrt)):
         assert (got - wanted).abs().max() <= 1e-9 * wanted.abs().max()
@@ -89,7 +95,7 @@ def test_control_forms_differ(one, other):
 
 
 def test_control_a_wrong_gradient_is_noticed():
-    """The value is right, the gradient that of a slightly scaled loss."""
+    """The value is right, but the gradient is that of a slightly scaled loss."""
     z = embeddings()
     loss = ImprovedContrastive(0.2)(z, distinct())
     with pytest.raises(AssertionError):
@@ -103,19 +109,20 @@ def test_vanilla_is_simcse(negatives):
 
 
 def test_perfect_loss_is_ln_2_or_0():
-    """Queries equal to their documents, rows at right angles."""
+    """Each query equals its document, and different rows are orthogonal."""
     z = torch.eye(4, dtype=torch.float64).unsqueeze(1).repeat(1, 2, 1)
     assert_close(ImprovedContrastive(0.01)(z, distinct(0, 4)).item(), math.log(2))
     assert_close(ImprovedContrastive(0.01, positive_once=True)(z, distinct(0, 4)).item(), 0.0)
 
 
 def pairs_of(*rows):
-    """For rows i and j: neither query nor document of j is a candidate of i."""
+    """Return what to leave out so that for each (i, j) neither the query nor the document of row j is a candidate of row i."""
     return {(i, kind, j, view) for i, j in rows for kind in "qd" for view in (0, 1)}
 
 
 MASKS = {
-    # A document that answers two queries, a query with two documents: neither query nor document is a negative.
+    # If one document answers two queries, or one query has two documents, the query and document of the other row are not
+    # negatives.
     "two documents are equal": ([[1, 2], [3, 2], [5, 6]], pairs_of((0, 1), (1, 0))),
     "two queries are equal": ([[1, 2], [1, 4], [5, 6]], pairs_of((0, 1), (1, 0))),
     "a document is another row's query": ([[1, 2], [3, 1], [5, 6]], pairs_of((0, 1), (1, 0))),
@@ -143,7 +150,7 @@ def test_absent_negatives_get_no_gradient():
     z, ids = embeddings(1), distinct(1)
     ids[1, 2] = 0
     with torch.no_grad():
-        z[1, 2] = 0  # as the trainer leaves them
+        z[1, 2] = 0  # the trainer leaves zeros in place of absent negatives
     (gradient,) = torch.autograd.grad(ImprovedContrastive()(z, ids), z)
     assert gradient.isfinite().all() and not gradient[1, 2].any() and gradient[0, 2].any()
 
@@ -162,11 +169,11 @@ def test_margin_leaves_out_what_is_too_close(margin):
     loss = ImprovedContrastive(0.5, margin=margin, tile_rows=3)(z, distinct(1))
     assert_same(loss, formula(z, 0.5, dropped=dropped), z)
     assert abs(loss - formula(z, 0.5)) > 1e-3  # control
-    assert len(dropped) < 6 * ROWS * ROWS - 4 * ROWS  # something is left
+    assert len(dropped) < 6 * ROWS * ROWS - 4 * ROWS  # some candidates remain
 
 
 def ranks(z, ids, count, first_rows=None, **settings):
-    """`count` ranks, each its own rows against all rows; the mean of their losses."""
+    """Return the mean loss of `count` ranks. Each rank compares its own rows with all rows."""
     size = len(z) // count
     first_rows = first_rows or [r * size for r in range(count)]
     losses = [
@@ -181,7 +188,7 @@ def ranks(z, ids, count, first_rows=None, **settings):
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 def test_shares_average_to_the_whole(negatives, count, tile_rows):
     z, ids = embeddings(negatives, 6), distinct(negatives, 6)
-    ids[-1, 1] = ids[0, 0]  # a pair to mask across shares
+    ids[-1, 1] = ids[0, 0]  # these two rows are masked for each other, and they are on different ranks
     assert_same(ranks(z, ids, count, tile_rows=tile_rows), ImprovedContrastive(0.5)(z, ids), z)
 
 
@@ -249,7 +256,8 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("dims", "weights", "message"), [((), None, "at least 1"), ((0, 4), None, "at least 1"), ((2, 4), (1.0,), "one for each")]
+    ("dims", "weights", "message"),
+    [((), None, "at least 1"), ((0, 4), None, "at least 1"), ((2, 4), (1.0,), "weight for each dim")],
 )
 def test_matryoshka_dims_are_checked(dims, weights, message):
     assert message in error_of(Matryoshka, SimCSE(), dims, weights)

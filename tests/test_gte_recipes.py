@@ -221,7 +221,7 @@ BAD = {
     "unknown direction": (["--directions", "query_to_docs"], "unknown direction 'query_to_docs'"),
     "dims": (["--matryoshka_dims", "64"], "the embedding has 32 dimensions"),
     "alpha": (["--source_alpha", "2"], "source_alpha is 2"),
-    "no such sources": (["--sources", "{folder}/absent.yaml"], "absent.yaml: no such file"),
+    "no such sources": (["--sources", "{folder}/absent.yaml"], "absent.yaml: this file does not exist"),
     "small sources": (
         ["--small_sources", "refuse", "--per_device_train_batch_size", "16"],
         "source 'a' .*12 rows, fewer than the 16",
@@ -251,7 +251,7 @@ def test_a_model_without_data_takes_the_offline_data(tmp_path, offline, capsys):
     offline("gte_finetune", *argv)
     results = json.loads((tmp_path / "outputs/gte_finetune/results.json").read_text())
     assert (results["train"]["model"], results["train"]["data"]) == ("mine", "outputs/docstrings/mined/sources.yaml")
-    assert "mine is trained on outputs/docstrings/mined/sources.yaml" in capsys.readouterr().out
+    assert "training mine on outputs/docstrings/mined/sources.yaml" in capsys.readouterr().out
     assert load_file("outputs/gte_finetune/model.safetensors").keys() == load_file("mine/model.safetensors").keys()
     assert "holds another run" in error_of(offline, "gte_finetune", *argv)  # only runs without arguments are made anew
     assert "absent" in error_of(offline, "gte_finetune", "--model_name_or_path", "absent", "--output_dir", "other")

@@ -1,4 +1,4 @@
-"""The validation loss: the objective on rows that are not trained on, each of which counts once on any number of ranks."""
+"""Test the validation loss: the objective on rows that are not trained on. Each row counts once on any number of ranks."""
 
 import logging
 
@@ -33,7 +33,7 @@ def positives(row: dict) -> list[str]:
 
 
 def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = GLOBAL_BATCH) -> float:
-    """Every text on its own, the SimCSE loss of each row in a loop over its batch, the mean over all rows."""
+    """Embed each text alone, compute the SimCSE loss of each row in a loop over its batch, and average over all rows."""
     tokenizer, total = encoder.tokenizer, 0.0
 
     def embed(text: str) -> torch.Tensor:
@@ -63,15 +63,15 @@ def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = 
 def test_batches():
     assert batches(12, 6) == [(0, 6), (6, 12)]
     assert batches(11, 6) == [(0, 6), (6, 11)]
-    assert batches(7, 6) == [(0, 7)] and batches(13, 6) == [(0, 6), (6, 13)]  # no batch of a single row
+    assert batches(7, 6) == [(0, 7)] and batches(13, 6) == [(0, 6), (6, 13)]  # no batch has a single row
     assert batches(2, 6) == [(0, 2)]
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
 def test_the_loss_is_the_plain_computation(tmp_path, name):
-    encoder = Encoder(tiny_model().double(), quickstart_tokenizer())  # its dropout is off in an evaluation
+    encoder = Encoder(tiny_model().double(), quickstart_tokenizer())  # an evaluation switches its dropout off
     trainer = make(tmp_path, encoder, held_out=HELD_OUT[name], objective=SimCSE(0.2), chunk_tokens=24)
-    trainer.model.train()  # whatever state the model is in
+    trainer.model.train()  # the mode of the model must not matter
     found = trainer.evaluate()["eval_loss"]
     expected = by_hand(encoder.eval(), HELD_OUT[name], 0.2)
     assert found == pytest.approx(expected, rel=1e-9)
@@ -84,7 +84,7 @@ def test_the_loss_is_the_plain_computation(tmp_path, name):
 
 
 def test_a_loss_that_is_a_function_is_called_with_all_five(tmp_path):
-    """BUG: a function was called with None in place of all rows."""
+    """BUG: the function was called with None in place of the arguments for all rows."""
 
     def loss(embeddings, text_ids, all_embeddings, all_text_ids, first_row):
         assert all_text_ids.shape == all_embeddings.shape[:2] and first_row == 0
@@ -196,7 +196,7 @@ def test_what_cannot_be_held_out_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", [list, pd.DataFrame])
 def test_held_out_rows_of_other_kinds(tmp_path, kind):
-    """BUG: only a Dataset could be in HeldOut, and a stream in it was a traceback."""
+    """BUG: HeldOut accepted only a Dataset, and a streaming dataset in it ended with a traceback."""
     trainer = make(tmp_path, held_out={"a": HeldOut(kind(NEW)), "b": HeldOut(Dataset.from_list(NEW))})
     scores = trainer.evaluate()
     assert scores["eval_a_loss"] == scores["eval_b_loss"]
@@ -218,7 +218,7 @@ def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         ContrastiveTrainer(tiny_encoder(), args, None, sources, [NEW[1], NEW[8], ROWS[0]])
     assert "held_out: 2 of 3 held-out rows are also training rows" in caplog.text
-    with caplog.at_level(logging.WARNING):  # BUG: a row in two sources counted twice, "4 of 3"
+    with caplog.at_level(logging.WARNING):  # BUG: a row in two sources was counted twice, as "4 of 3"
         ContrastiveTrainer(
             tiny_encoder(), args, None, sources | {"c": Dataset.from_list(NEW)}, {"d": [NEW[1], NEW[8], ROWS[0]]}
         )

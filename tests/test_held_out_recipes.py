@@ -118,13 +118,13 @@ def test_columns_of_held_out_rows_alone(tmp_path):
 @pytest.mark.parametrize(
     "more, parts",
     [
-        (["--eval_file", "nowhere.csv"], ["nowhere.csv: no such file"]),
+        (["--eval_file", "nowhere.csv"], ["nowhere.csv: this file does not exist"]),
         (["--early_stopping_patience", 0], ["early_stopping_patience is 0"]),
         (["--early_stopping_patience", 2], ["--early_stopping_patience 2 needs evaluations", "--eval_strategy steps"]),
         (["--eval_file", "{single}"], ["rows of a single text cannot be held out", "give pairs"]),
         (["--eval_file", "{held_out}", "--per_device_eval_batch_size", 1], ["per_device_eval_batch_size is 1"]),
-        (["--eval_file", "{held_out}", "--eval_sts_file", "held_out={sts}"], ["another evaluation set is named held_out"]),
-        (["--eval_file", "{named}"], ["this is an STS set", "--eval_sts_file NAME=PATH"]),
+        (["--eval_file", "{held_out}", "--eval_sts_file", "held_out={sts}"], ["another evaluation set has the name held_out"]),
+        (["--eval_file", "{named}"], ["the columns are those of an STS set", "--eval_sts_file NAME=PATH"]),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path, files, held_out, more, parts):  # noqa: F811
@@ -150,7 +150,7 @@ def test_one_warning_without_an_evaluation_set(tmp_path, files, caplog):  # noqa
 def test_patience_without_an_evaluation_set(tmp_path, files):  # noqa: F811
     given = flags(files, "--early_stopping_patience", 2, "--output_dir", tmp_path / "out")
     del given[given.index("--eval_sts_file") : given.index("--eval_sts_file") + 2]
-    assert "there is no evaluation set to go by; give --eval_file FILE" in error_of(sup, *given)
+    assert "needs an evaluation set; give --eval_file FILE" in error_of(sup, *given)
 
 
 # ---- early stopping ----

@@ -10,7 +10,7 @@ from conftest import error_of
 
 from hf_embed import ContrastiveTrainingArguments, SimCSE
 from hf_embed.kit import cli
-from hf_embed.kit.flags_page import page, parser_of
+from hf_embed.kit.flags_page import own_recipes, page, parser_of
 from hf_embed.kit.help import CONFIG, HELP, TRAINER, USUAL, sections
 
 ROOT = Path(__file__).parent.parent
@@ -67,11 +67,11 @@ def test_words_and_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), f"FOLDER and REPO missing: {USAGE}; --help lists the flags"),
-        (("a",), f"REPO missing: {USAGE}; --help lists the flags"),
-        (("--count", "3", "--folder", "a"), f"REPO missing: {USAGE}; --help lists the flags"),
-        (("a", "b", "main", "d"), f"'d' is a word too many: {USAGE}"),
-        (("a", "b", "--folder", "c"), f"FOLDER is given twice, as 'a' and by --folder: {USAGE}"),
+        ((), f"missing: FOLDER and REPO; usage: {USAGE} (--help lists the flags)"),
+        (("a",), f"missing: REPO; usage: {USAGE} (--help lists the flags)"),
+        (("--count", "3", "--folder", "a"), f"missing: REPO; usage: {USAGE} (--help lists the flags)"),
+        (("a", "b", "main", "d"), f"unexpected argument 'd'; usage: {USAGE}"),
+        (("a", "b", "--folder", "c"), f"FOLDER is given twice, as 'a' and with --folder; usage: {USAGE}"),
         (("a", "b", "--cuont", "3"), "unknown flag --cuont (did you mean 'count'?); --help lists the flags"),
     ],
 )
@@ -102,7 +102,7 @@ Flags of a recipe of words:
   --texts NAME=PATH ...       NAME=PATH of each.
   --unit {{true,false}}         Unit vectors.
 
-And:
+Flags of every recipe:
   {CONFIG[0]}               {CONFIG[1]}
   {HELP[0]}                {HELP[1]}
 """
@@ -140,6 +140,15 @@ def test_a_recipe_says_what_it_is(capsys, monkeypatch):
     monkeypatch.setattr("hf_embed.kit.help.running_recipe", lambda: Recipe)
     assert hf_embed.entry.recipe_command("push") == "hf-embed push"
     assert "\n\nPush.\n\n    hf-embed push a b\n\nFlags of" in shown(capsys, [Words], "--help")
+
+
+def test_the_page_is_of_the_recipes_beside_the_package(tmp_path, monkeypatch):
+    """BUG: in a clone, the page showed the flags of recipes that are installed elsewhere."""
+    monkeypatch.setattr("hf_embed.kit.flags_page.recipes_folder", lambda: tmp_path / "installed")
+    monkeypatch.setattr("hf_embed.__file__", str(ROOT / "hf_embed" / "__init__.py"))
+    assert own_recipes() == ROOT.resolve() / "recipes"
+    monkeypatch.setattr("hf_embed.__file__", str(tmp_path / "hf_embed" / "__init__.py"))
+    assert own_recipes() == tmp_path / "installed"
 
 
 def test_the_page_is_up_to_date():

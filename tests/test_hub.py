@@ -1,4 +1,7 @@
-"""Finished folders to a Hub on loopback, through the real client: complete, once, nothing else, whatever breaks on the way."""
+"""Test pushes of finished folders to a Hub on loopback, through the real client.
+
+A push uploads the complete model once and nothing else, whatever fails on the way.
+"""
 
 import hashlib
 import json
@@ -21,6 +24,7 @@ from test_trainer import trainer
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.hub import push_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -77,7 +81,7 @@ def test_push_is_the_model_and_nothing_else(server, model):
     assert address == f"{server.url}/user/mine/commit/{server.commits('user/mine')[0]['oid']}"
     assert is_complete(server, model) and not server.repos["user/mine"]["private"]
     assert 'AutoModel.from_pretrained("user/mine")' in server.files("user/mine")["README.md"].decode()
-    push_folder(model, "user/mine")  # again: nothing to commit
+    push_folder(model, "user/mine")  # the second push has nothing to commit
     assert len(server.commits("user/mine")) == 1
 
 
@@ -86,8 +90,17 @@ def test_the_card_has_the_name_of_each_repository(server, model):
     push_folder(model, "mine")
     push_folder(model, "other")
     for name in ("user/mine", "user/other"):
-        assert f'AutoModel.from_pretrained("{name}")' in server.files(name)["README.md"].decode()
+        card = server.files(name)["README.md"].decode()
+        assert f'AutoModel.from_pretrained("{name}")' in card and "FOLDER" not in card
+        assert f"\n# {name.removeprefix('user/')}\n" in card  # the card has no title of its own
     assert digest(model) == before
+
+
+def test_a_title_that_is_given_stays_on_the_hub(server, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "named")
+    write_card(Encoder.from_pretrained(str(folder)), folder, title="named")  # equal to the default title
+    push_folder(folder, "mine")
+    assert "\n# named\n" in server.files("user/mine")["README.md"].decode()
 
 
 def test_branch_pull_request_and_private(server, model):
@@ -115,7 +128,7 @@ def test_everything_on_demand(server, model):
 
 @pytest.fixture
 def strays(model, tmp_path) -> Path:
-    """The model's folder, with what looks like a part of it and is none."""
+    """Return a copy of the model's folder with files that look like parts of the model but are not."""
     folder, outside = tmp_path / "model", tmp_path / "outside"
     shutil.copytree(model, folder)
     outside.mkdir()
@@ -132,7 +145,7 @@ def strays(model, tmp_path) -> Path:
 def test_names_that_only_look_like_a_models_stay(server, strays, caplog):
     push_folder(strays, "mine")
     assert is_complete(server, strays)
-    assert "1_Pooling: .env, notes.txt: not of the module, not uploaded" in caplog.text
+    assert "1_Pooling: not uploaded, because they do not belong to the module: .env, notes.txt" in caplog.text
 
 
 def test_everything_takes_no_links_no_dotfiles_and_no_training_args(server, strays, caplog):
@@ -150,7 +163,7 @@ def test_a_link_in_the_place_of_a_file_is_refused(server, strays, name, everythi
     (strays / name).symlink_to(strays.parent / "outside" / "customers.txt")
     assert f"{name} is a link" in error_of(push_folder, strays, "mine", everything=everything)
     (strays / name).unlink()
-    (strays / name).symlink_to("nowhere")  # and where it leads nowhere
+    (strays / name).symlink_to("nowhere")  # a link that leads nowhere is refused too
     assert f"{name} is a link" in error_of(push_folder, strays, "mine", everything=everything)
     assert not server.repos.get("user/mine", {"branches": {"main": []}})["branches"]["main"]
 
@@ -162,16 +175,16 @@ def test_a_module_is_a_folder_of_its_kind(server, strays, path):
     modules = json.loads((strays / "modules.json").read_text())
     modules[1]["path"] = path.format(outside=outside)
     (strays / "modules.json").write_text(json.dumps(modules))
-    assert "which is no folder like 1_Pooling" in error_of(push_folder, strays, "mine")
+    assert "which is not a subfolder such as 1_Pooling" in error_of(push_folder, strays, "mine")
 
 
 def test_modules_that_would_arrive_without_their_weights_are_refused(server, strays):
     modules = json.loads((strays / "modules.json").read_text())
     (strays / "1_Pooling" / "pytorch_model.bin").write_bytes(b"")
-    assert "the weights are no model.safetensors" in error_of(push_folder, strays, "mine")
+    assert "the weights are not in model.safetensors" in error_of(push_folder, strays, "mine")
     (strays / "0_Transformer").mkdir()
     (strays / "modules.json").write_text(json.dumps([modules[0] | {"path": "0_Transformer"}]))
-    assert "the transformer lies in '0_Transformer'" in error_of(push_folder, strays, "mine")
+    assert "the transformer is in '0_Transformer'" in error_of(push_folder, strays, "mine")
     (strays / "modules.json").write_text("[")
     assert "modules.json is not JSON" in error_of(push_folder, strays, "mine")
 
@@ -201,11 +214,11 @@ def test_code_goes_up_where_the_configs_name_it(server, strays):
 
 def test_shards_are_known_by_their_numbers(server, strays):
     (strays / "model.safetensors").unlink()
-    assert "no model there" in error_of(push_folder, strays, "mine")  # model-of-may.safetensors is none
+    assert "holds no model" in error_of(push_folder, strays, "mine")  # model-of-may.safetensors does not count
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     (strays / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
     (strays / shards[0]).touch()
-    assert f"{shards[1]}, which model.safetensors.index.json names, is not there" in error_of(push_folder, strays, "mine")
+    assert f"{shards[1]}, which model.safetensors.index.json names, does not exist" in error_of(push_folder, strays, "mine")
     (strays / shards[1]).touch()
     push_folder(strays, "mine")
     uploaded = {name for name in server.files("user/mine") if name.startswith("model")}
@@ -213,7 +226,7 @@ def test_shards_are_known_by_their_numbers(server, strays):
 
 
 def test_every_tokenizers_files_are_known():
-    """The names in the sources of the transformers that is installed."""
+    """Compare with the file names in the source code of the installed transformers."""
     named = set()
     for path in Path(transformers.__file__).parent.rglob("*token*.py"):
         source = path.read_text(encoding="utf-8")
@@ -234,7 +247,7 @@ def requests_of_a_push(model) -> list[str]:
 
 @pytest.mark.parametrize("how", [500, 429, 503, "cut"])
 def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
-    """One failure: the push mends itself. The folder and the repository come out as if nothing had been."""
+    """After one failure the push recovers. The folder and the repository end as if nothing had failed."""
     count, before = len(requests_of_a_push(model)), digest(model)
     assert count >= 6
     for number in range(count):
@@ -248,7 +261,7 @@ def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
 
 @pytest.mark.parametrize("how", [500, "cut"])
 def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, monkeypatch, caplog):
-    """The Hub stays broken from each request on; then it is well again."""
+    """The Hub fails from one request on, for each request in turn. Later it works again, and a second push finishes."""
     monkeypatch.setattr(hub, "TRIES", 1)
     count, before = len(requests_of_a_push(model)), digest(model)
     for number in range(count):
@@ -256,8 +269,8 @@ def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, m
         server.objects.clear()
         server.fail(number, how, times=50)
         message = error_of(push_folder, model, "mine")
-        assert f"the folder is whole, finish by: python recipes/push.py {model} mine" in message
-        assert not server.repos.get("user/mine", {}).get("branches", {}).get("main")  # nothing half-done to see
+        assert f"the folder is complete, finish the push with: python recipes/push.py {model} mine" in message
+        assert not server.repos.get("user/mine", {}).get("branches", {}).get("main")  # no partial upload is visible
         server.faults.clear()
         push_folder(model, "mine")
         assert is_complete(server, model) and len(server.commits("user/mine")) == 1
@@ -276,17 +289,18 @@ def test_a_large_file_is_not_sent_twice(server, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "does not know this token"), (403, "may not write there"), (404, "no such")]
+    ("status", "message"),
+    [(401, "rejected this token"), (403, "has no write access there"), (404, "the repository or branch does not exist")],
 )
 def test_refusals_are_not_tried_again(server, model, status, message):
     server.fail(0, status, times=50)
     assert message in error_of(push_folder, model, "mine")
-    assert len(server.requests) <= 2  # refused to make it, the client looks whether it is there
+    assert len(server.requests) <= 2  # if the repository cannot be created, the client asks whether it exists
 
 
 def test_wrong_token_and_foreign_namespace(server, model):
-    assert "does not know this token (401)" in error_of(push_folder, model, "mine", token="hf_bad")
-    assert "may not write there (403)" in error_of(push_folder, model, "someone/mine")
+    assert "rejected this token (401)" in error_of(push_folder, model, "mine", token="hf_bad")
+    assert "has no write access there (403)" in error_of(push_folder, model, "someone/mine")
 
 
 def test_a_conflict_is_tried_again(server, model, caplog):
@@ -298,17 +312,17 @@ def test_a_conflict_is_tried_again(server, model, caplog):
 
 
 def test_bad_input(server, model, tmp_path, monkeypatch):
-    assert "no model there" in error_of(push_folder, tmp_path, "mine")
-    assert "no model there" in error_of(push_folder, tmp_path / "absent", "mine")
+    assert "holds no model" in error_of(push_folder, tmp_path, "mine")
+    assert "holds no model" in error_of(push_folder, tmp_path / "absent", "mine")
     for name in ("a/b/c", "-x", "a b", "x" * 200, "a--b"):
-        assert f"'{name}' is no name for a repository" in error_of(push_folder, model, name)
+        assert f"'{name}' is not a valid name of a repository" in error_of(push_folder, model, name)
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    assert "no Hub token; run `hf auth login`" in error_of(push_folder, model, "mine")
+    assert "no Hub token was found; run `hf auth login`" in error_of(push_folder, model, "mine")
     assert server.requests == []
 
 
 def test_no_network(model, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_good")
@@ -327,11 +341,11 @@ def test_training_pushes(server, tmp_path, strategy):
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3, "hub_always_push": True}
     run = trainer(tmp_path / "model", tiny_encoder(pooling="cls"), push_to_hub=True, hub_model_id="user/mine",
                   hub_token=server.token, hub_private_repo=True, hub_strategy=strategy, **settings)  # fmt: skip
-    assert server.repos["user/mine"]["private"]  # made before the first step
+    assert server.repos["user/mine"]["private"]  # the repository is created before the first step
     run.train()
     address = run.push_to_hub(commit_message="Finished")
     commits = server.commits("user/mine")
-    assert address.endswith(commits[-1]["oid"])  # of a checkpoint's, if nothing has changed since
+    assert address.endswith(commits[-1]["oid"])  # the last checkpoint's commit, if nothing has changed since
     assert strategy != "end" or commits[-1]["message"] == "Finished"
     steps = [f"Training in progress, step {i}" for i in (1, 2, 3)]
     started = {"every_save": steps, "checkpoint": steps, "end": []}[strategy]
@@ -358,8 +372,8 @@ def test_a_recipe_pushes_its_results_too(server, tmp_path, files):  # noqa: F811
 
 def test_a_name_or_token_that_the_hub_refuses_is_known_before_the_first_step(server, tmp_path):
     for settings, message in (
-        ({"hub_token": "hf_bad"}, "does not know this token"),
-        ({"hub_token": server.token, "hub_model_id": "someone/mine"}, "may not write there"),
+        ({"hub_token": "hf_bad"}, "rejected this token"),
+        ({"hub_token": server.token, "hub_model_id": "someone/mine"}, "has no write access there"),
     ):
         with pytest.raises(InputError, match=message):
             trainer(tmp_path / "model", push_to_hub=True, **settings)
@@ -372,13 +386,13 @@ def test_a_checkpoint_that_does_not_arrive_does_not_end_the_training(server, tmp
     run.train()
     server.faults.clear()
     run.push_to_hub()
-    assert "a checkpoint did not reach the Hub: this token may not write there" in caplog.text
+    assert "a checkpoint was not uploaded to the Hub: this token has no write access there" in caplog.text
     assert set(server.files("user/mine")) == OF_THE_MODEL - {"2_Normalize/config.json"}
 
 
 @pytest.mark.slow
 def test_recipe_and_download_in_processes_of_their_own(server, model, tmp_path):
-    """push.py, then AutoModel and Encoder load OWNER/NAME from the Hub: the vectors of the folder."""
+    """After push.py, AutoModel and Encoder load OWNER/NAME from the Hub and give the vectors of the folder."""
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                         "HF_HOME": str(tmp_path / "home")}  # fmt: skip
     push = [sys.executable, str(RECIPES / "push.py"), str(model), "mine", "--private", "--new_card"]
@@ -402,6 +416,4 @@ numpy.save({str(tmp_path / "auto.npy")!r}, torch.nn.functional.normalize(states,
     for name in ("encoder", "auto"):
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-6)
     wrong = subprocess.run(push, env=env | {"HF_TOKEN": "hf_bad"}, capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 2 and wrong.stderr.strip().splitlines()[-1].startswith(
-        "error: push to mine: the Hub does not know"
-    )
+    assert wrong.returncode == 2 and wrong.stderr.strip().splitlines()[-1].startswith("error: push to mine: the Hub rejected")

@@ -1,4 +1,4 @@
-"""A name that cannot be reached is known in seconds, and said once, in one line."""
+"""Test that a name which cannot be reached is reported within seconds, once, and in one line."""
 
 import os
 import socket
@@ -18,11 +18,11 @@ from hf_embed.hub_access import find_model
 from hf_embed.kit.positives import MaskFill
 
 ROOT = Path(__file__).parent.parent
-MEND = "Give a local folder that holds config.json, weights and tokenizer; a recipe without arguments runs offline"
+MEND = "Give a local folder with config.json, weights and tokenizer; a recipe without arguments runs offline"
 
 
 def at(monkeypatch, address: str) -> None:
-    """Let the Hub be at an address."""
+    """Use `address` as the address of the Hub."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -39,7 +39,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def nobody(monkeypatch):
-    """An address where nothing listens."""
+    """Set the address of the Hub to one where nothing listens, and return it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -53,15 +53,16 @@ def test_nothing_listens(nobody, load):
     message = error_of(load, "no-such/model")
     assert time.monotonic() - started < 5
     assert (
-        f"model 'no-such/model' cannot be loaded: it is no folder here, and the Hub ({nobody}) cannot be reached (" in message
+        f"model 'no-such/model' cannot be loaded: there is no such local folder, and the Hub ({nobody}) cannot be reached ("
+        in message
     )
-    assert "check the network; HF_HUB_OFFLINE=1 takes what is in the cache" in message and MEND in message
+    assert "check the network, or set HF_HUB_OFFLINE=1 to use the cache" in message and MEND in message
 
 
 def test_nothing_listens_for_a_dataset(nobody):
     message = error_of(read_hub, "no-such/data")
     assert message.startswith(
-        f"dataset 'no-such/data' cannot be loaded: it is no folder here, and the Hub ({nobody}) cannot be"
+        f"dataset 'no-such/data' cannot be loaded: there is no such local folder, and the Hub ({nobody}) cannot be"
     )
     assert message.endswith("; or give a local file")
 
@@ -74,19 +75,21 @@ def test_nothing_answers(monkeypatch):
         at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         assert "cannot be reached (" in error_of(find_model, "no-such/model")
-        assert 0.5 < time.monotonic() - started < 5  # twice
-    assert hub_access.ATTEMPTS * 4.0 < 10  # the rest of the 15 seconds is for the imports
+        assert 0.5 < time.monotonic() - started < 5  # two attempts
+    assert hub_access.ATTEMPTS * 4.0 < 10  # the rest of the 15 seconds is left for the imports
 
 
 def test_a_repository_that_is_not_there(server):
     message = error_of(find_model, "no-such/model")
-    assert "the Hub has no such model that you may read: check the spelling; for a private one run `hf auth login`" in message
+    assert (
+        "the Hub has no such model that you can read; check the spelling, or run `hf auth login` for a private one" in message
+    )
     assert len(server.requests) == 1
 
 
 def test_a_repository_that_is_there_is_asked_for_once(server):
     server.repos["user/name"] = {"private": False, "branches": {"main": [{"oid": "0" * 40, "files": {}}]}, "pulls": []}
-    assert find_model("user/name") == find_model("user/name") == {}  # a file that is missing there is another matter
+    assert find_model("user/name") == find_model("user/name") == {}  # the repository exists, although this file is missing
     assert len(server.requests) == 1
 
 
@@ -107,13 +110,13 @@ def test_a_path_that_is_mistyped_is_said_at_once(server, tmp_path, monkeypatch):
     Path("out/model").mkdir(parents=True)
     for name in ("./out/modle", "../x/y", "~/model", f"{tmp_path}/out/modle", "a/b/c", "out\\modle", "out/"):
         if not Path(name).exists():
-            assert f"model '{name}' cannot be loaded: there is no such folder" in error_of(find_model, name)
+            assert f"model '{name}' cannot be loaded: this folder does not exist" in error_of(find_model, name)
     assert error_of(find_model, "./out/modle").count("(did you mean 'out/model'?)") == 1
-    assert "there is no such folder" in error_of(read_hub, "./out/dataa") and server.requests == []
-    assert "it is no folder here (did you mean 'out/model'?), and the Hub has no such model" in error_of(
+    assert "this folder does not exist" in error_of(read_hub, "./out/dataa") and server.requests == []
+    assert "there is no such local folder (did you mean 'out/model'?), and the Hub has no such model" in error_of(
         find_model, "out/modle"
     )
-    assert "no name on the Hub looks like this: they are OWNER/NAME" in error_of(find_model, "a model")
+    assert "it is not a valid name on the Hub; use OWNER/NAME" in error_of(find_model, "a model")
 
 
 def test_a_model_in_the_cache_is_taken_without_the_hub(nobody, tmp_path, monkeypatch, caplog):
@@ -125,7 +128,7 @@ def test_a_model_in_the_cache_is_taken_without_the_hub(nobody, tmp_path, monkeyp
     started = time.monotonic()
     encoder = Encoder.from_pretrained("user/name", cache_dir=str(tmp_path))
     assert encoder.encode(["a cat"]).shape == (1, 32) and time.monotonic() - started < 10
-    assert f"the Hub ({nobody}) cannot be reached" in caplog.text and "model 'user/name' is taken from the cache" in caplog.text
+    assert f"the Hub ({nobody}) cannot be reached" in caplog.text and "using model 'user/name' from the cache" in caplog.text
 
 
 @pytest.mark.slow

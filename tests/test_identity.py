@@ -1,5 +1,8 @@
-"""Which texts are the same to the model: texts with equal tokens after truncation are not each other's negatives, prompts left
-out; and other positives of an anchor are no negatives either."""
+"""Test which texts count as the same text.
+
+Texts with equal tokens after truncation are not negatives of each other. Their prompts do not count. The other positives of an
+anchor are not its negatives either.
+"""
 
 import math
 from collections import Counter
@@ -21,7 +24,7 @@ ROWS = 16
 
 
 def first_loss(folder, rows, objective=None, tokenizer=None, **settings):
-    """The loss of the first batch, which has all rows, on a model without dropout."""
+    """Return the loss of the first batch, which holds all rows, for a model without dropout."""
     args = ContrastiveTrainingArguments(
         str(folder), per_device_train_batch_size=len(rows), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
         save_strategy="no", **settings,
@@ -37,7 +40,7 @@ def hashes(tokenizer, rows, max_length=16, **prompts):
     return RowTokenizer(tokenizer, max_length, **prompts)(rows)["text_ids"]
 
 
-# Anchors with one answer each; the model cannot tell the answers apart.
+# Each anchor has one answer. The answers of one kind have equal tokens, so the model cannot tell them apart.
 SAME_TOKENS = {
     "cut to the same tokens": [f"{LONG} and then {word}" for word in WORDS + WORDS[:4]],
     "case": ["".join(c.upper() if i == j else c for j, c in enumerate("the long answer to it")) for i in range(ROWS)],
@@ -54,7 +57,7 @@ def test_texts_of_the_same_tokens_are_no_negatives(kind, tmp_path, tokenizer):
     assert first_loss(tmp_path, negatives, tokenizer=tokenizer, max_length=16) == pytest.approx(0, abs=1e-6)
     gte = ImprovedContrastive(0.05, directions=("query_to_doc", "doc_to_doc"))
     assert first_loss(tmp_path, rows, gte, tokenizer, max_length=16) == pytest.approx(0, abs=1e-6)
-    # control: one token more tells the texts apart, and then they are negatives
+    # control: a different first word gives the texts different tokens, and then they are negatives
     others = [{"anchor": f"question {i}", "positive": f"{word} {LONG}"} for i, word in enumerate(WORDS)]
     assert first_loss(tmp_path, others, tokenizer=tokenizer, max_length=16) > 0.1
 
@@ -65,7 +68,7 @@ def test_unsupervised_texts_of_the_same_tokens_are_no_negatives(tmp_path, tokeni
 
 
 def test_prompts_are_left_out(tokenizer):
-    """A query and a document of the same text are the same text, whatever stands before them."""
+    """A query and a document with the same text count as the same text, whatever prompts stand before them."""
     text = "the cat sleeps"
     ((query, document, other),) = hashes(tokenizer, [[text, text, "a dog"]], query_prompt="find: ", document_prompt="text: ")
     assert query == document != other
@@ -78,8 +81,10 @@ def test_prompts_are_left_out(tokenizer):
 @pytest.mark.parametrize("prompts", [{"query_prompt": "find: "}, {"document_prompt": "one two three: "},
                                      {"query_prompt": "find: ", "document_prompt": "one two three: "}])  # fmt: skip
 def test_a_prompt_that_leaves_less_room(prompts, tokenizer):
-    """Texts that reach the model as the same tokens under a prompt are the same, and so are the query and the document of one
-    text that only the longer prompt truncates."""
+    """Texts whose tokens are equal after the prompt and truncation count as the same text.
+
+    The query and the document of one text also count as the same if only the longer prompt causes truncation.
+    """
     texts = [f"{LONG} {ending}" for ending in WORDS] + [LONG]
     rows = RowTokenizer(tokenizer, 16, **prompts)([[text, text] for text in texts])
     for view in (0, 1):
@@ -91,7 +96,7 @@ def test_a_prompt_that_leaves_less_room(prompts, tokenizer):
 
 
 def test_every_source_has_its_own_length(tmp_path, tokenizer):
-    """In tables and streams."""
+    """This holds for tables and for streams."""
     path = tmp_path / "rows.csv"
     path.write_text("anchor,positive\n" + "".join(f"question {word},{LONG} {word}\n" for word in WORDS))
     rows = load_dataset("csv", data_files=str(path), split="train", streaming=True)
@@ -103,7 +108,7 @@ def test_every_source_has_its_own_length(tmp_path, tokenizer):
 
 
 def test_other_tokenizers_tell_other_texts_apart(tokenizer):
-    """Control: what is the same depends on the tokenizer, not on the text."""
+    """Control: the tokenizer decides whether two texts count as the same, not their characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +125,7 @@ def test_other_tokenizers_tell_other_texts_apart(tokenizer):
 
 
 def perfect(ids: list[list[int]]) -> torch.Tensor:
-    """Unit vectors, (B, V, D): the anchor and all its positives are one axis, other texts another one each."""
+    """Return unit vectors (B, V, D): an anchor and all its positives share one axis, and each other text has its own axis."""
     axis = {}
     for anchor, positive, *_ in ids:
         axis[positive] = axis[anchor] = axis.get(anchor, len(axis))
@@ -141,14 +146,14 @@ def test_one_query_with_two_answers_has_no_loss_on_perfect_embeddings():
 
 
 def test_one_query_with_two_answers_in_a_run(tmp_path, tokenizer):
-    """Two rows with one anchor: each has no negative then. In the paper's form the other answer is one."""
+    """Two rows share an anchor, so neither has a negative. In the paper's form of the loss, the other answer is a negative."""
     rows = [{"anchor": "what is a cat", "positive": "an animal"}, {"anchor": "What is a CAT", "positive": "a pet"}]
     assert first_loss(tmp_path, rows, tokenizer=tokenizer) == pytest.approx(0, abs=1e-6)
     assert first_loss(tmp_path, rows, SimCSE(mask_other_positives=False), tokenizer) > 0.01
 
 
 def test_negatives_of_rows_with_the_same_anchor_stay():
-    """Hard negatives of the other row answer nothing: they are candidates still."""
+    """The hard negatives of the other row do not answer the anchor, so they stay candidates."""
     ids = torch.tensor([[1, 2, 10], [1, 3, 11], [4, 5, 12]])
     z = torch.randn(3, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     unit = torch.nn.functional.normalize(z, dim=-1)
@@ -162,7 +167,7 @@ def test_negatives_of_rows_with_the_same_anchor_stay():
 
 
 def test_two_halves_give_the_gradient_of_the_whole_batch():
-    """Rows with the same anchor on two ranks."""
+    """Two rows with the same anchor are on different ranks."""
     z = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     ids, loss = torch.tensor([[1, 2, 10], [4, 5, 11], [1, 3, 12], [6, 1, 0]]), SimCSE(0.5, 0.7)
     whole = loss(z, ids)
@@ -172,14 +177,17 @@ def test_two_halves_give_the_gradient_of_the_whole_batch():
 
 
 def test_unsupervised_rows_are_as_they_were():
-    """A text that is its own positive has no other: both forms are equal to the last bit, with equal texts in the batch too."""
+    """Both forms of the loss are equal to the last bit if each text is its own positive, because it has no other positive.
+
+    This also holds if the batch contains equal texts.
+    """
     z = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, 1], [2, 2], [1, 1], [3, 3], [4, 4], [2, 2]])
     assert torch.equal(SimCSE()(z, ids), SimCSE(mask_other_positives=False)(z, ids))
 
 
 def test_the_quickstart_texts_have_one_row_for_each_anchor(tokenizer):
-    """So the offline runs are the same in both forms of the loss."""
+    """Therefore the offline runs are the same in both forms of the loss."""
     encoder = tiny_encoder()
     tokens = tokenize_rows(Dataset.from_csv(str(QUICKSTART / "triplets.csv")), encoder.tokenizer, encoder.max_length)
     anchors = Counter(row[0] for row in tokens["text_ids"])

@@ -160,4 +160,4 @@ def test_negatives_are_mined_for_each_positive_of_named_columns(folder):
     args.columns = ["anchor=frage"]
     assert f"{path}: columns: the roles are anchor; give anchor and positive" in error_of(mine.read_pairs, args)
     given = mine.Arguments("model", "out.jsonl", retrieval_dir=str(folder / "beir"), columns=["anchor=frage"])
-    assert "--columns and --ignore_columns are of a --train_file" in error_of(mine.read_pairs, given)
+    assert "--columns and --ignore_columns apply to --train_file only" in error_of(mine.read_pairs, given)

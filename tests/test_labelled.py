@@ -1,4 +1,4 @@
-"""Pairs with a label: what is made of them, what labels mean, and what is refused."""
+"""Test pairs with a label: what they become, what the labels mean, and what is refused."""
 
 import json
 
@@ -16,7 +16,7 @@ from hf_embed.data.sources import read_file
 from hf_embed.data.tokenization import tokenize_rows
 
 WORDS = ["entailment", "neutral", "contradiction"]
-# premise, hypothesis, label: of p0 two entailed and two contradicted, of p1 no contradiction, of p2 no entailment
+# (premise, hypothesis, label); p0 has two different positives and two negatives, p1 has no negative, p2 has no positive
 SNLI = [
     ("p0", "e0", 0), ("p1", "e1", 0), ("p0", "n0", 1), ("p0", "c0", 2), ("p0", "e0 too", 0), ("p2", "c2", 2),
     ("p0", "c0 too", 2), ("p3", "c3", 2), ("p3", "e3", 0), ("p3", "no gold", -1), ("p0", "e0", 0),
@@ -32,7 +32,7 @@ COUNTED = (
 
 
 def snli(kind):
-    """The pairs with labels of a kind."""
+    """Return the SNLI pairs with their labels written in the way that `kind` names."""
     labels = {
         "numbers": lambda label: label, "words": lambda label: "-" if label < 0 else WORDS[label],
         "capitals": lambda label: "" if label < 0 else WORDS[label].upper(),
@@ -52,7 +52,7 @@ def test_snli_becomes_triplets(kind, caplog):
 
 @pytest.mark.parametrize("order", [WORDS, WORDS[::-1], ["neutral", "contradiction", "entailment"]])
 def test_the_names_of_a_class_label_decide(order):
-    """Whatever the order of the numbers."""
+    """The order of the numbers does not matter."""
     features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=order)})
     labels = [-1 if label < 0 else order.index(WORDS[label]) for *_, label in SNLI]
     rows = Dataset.from_dict(
@@ -63,7 +63,7 @@ def test_the_names_of_a_class_label_decide(order):
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet", "jsonl.gz"])
 def test_labelled_files_are_trained_as_their_triplets(ending, tmp_path, tokenizer):
-    """The tokens of the rows are those of a FlagEmbedding file with the same texts; other columns are named as unused."""
+    """The rows have the same tokens as a table that lists the triplets, also if the file has another column."""
     table = pandas.DataFrame(snli("words")).rename(columns={"label": "gold_label", "premise": "Premise"})
     table["pairID"] = range(len(table))
     path = str(tmp_path / f"a.{ending}")
@@ -106,7 +106,7 @@ def test_pairs_that_match_or_do_not(first, second, label, kind, caplog):
 
 
 def test_the_names_of_two_classes_decide():
-    """RTE calls the entailment 0."""
+    """RTE gives entailment the number 0."""
     kinds = {"rte": ["entailment", "not_entailment"], "mrpc": ["not_equivalent", "equivalent"], "paws": ["0", "1"]}
     for name, names in kinds.items():
         features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=names)})
@@ -134,7 +134,7 @@ REFUSED = [
     (pairs(["-", None]), "the labels are all missing"),
     (pairs(["yes!", "no!"], ALIKE), "the labels are no!, yes!; write entailment"),
     (pairs(["entailment", "other"]), "the labels are entailment, other; write"),
-    (pairs([0, 1, -2]), "the labels are -2, 0, 1; write"),  # BUG: -2 was taken for 2, the contradiction
+    (pairs([0, 1, -2]), "the labels are -2, 0, 1; write"),  # BUG: the label -2 was read as 2, the contradiction
     (pairs([["entailment"], ["neutral"]]), "write entailment"),
     (pairs([f"l{i}" for i in range(9)]), "the labels are l0, l1, l2, l3, l4, ...; write"),
 ]
@@ -215,7 +215,7 @@ def test_a_source_takes_as_many_negatives_as_it_says(tmp_path):
 
 
 def test_a_file_is_made_once_and_in_its_own_order():
-    """Of the same pairs the same table, so that tokens are found in the cache; the file's order decides the first negative."""
+    """The same pairs give the same table, so the cache has its tokens. The order of the file decides the first negative."""
     rows = snli("words")
     first, second = (as_pairs(Dataset.from_list(rows), "snli") for _ in range(2))
     assert first._fingerprint == second._fingerprint

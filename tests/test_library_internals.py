@@ -1,6 +1,6 @@
-"""Each private name of another library that the package relies on is there, and does what `library_internals` says.
+"""Test that each private name of another library that the package uses exists and does what `library_internals` says.
 
-A failure here after an upgrade names what moved; hf_embed/library_internals.py is the one file to mend.
+A failure after an upgrade names what has changed. Only hf_embed/library_internals.py has to be adapted.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def test_attention_backend():
 
 
 def test_automodel_asks_the_public_mapping():
-    assert AutoModel._model_mapping is MODEL_MAPPING  # so `MODEL_MAPPING` tells what AutoModel would make of a config
+    assert AutoModel._model_mapping is MODEL_MAPPING  # so `MODEL_MAPPING` tells which class AutoModel chooses for a config
 
 
 class ToyModel(BertModel):
@@ -65,7 +65,7 @@ def test_layers_to_wrap():
     encoder = tiny_encoder()
     assert "BertLayer" in internals.layers_to_wrap(encoder.base)
     plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
-    plugin.set_auto_wrap_policy(TrainingStep(encoder))  # accelerate asks the module in training
+    plugin.set_auto_wrap_policy(TrainingStep(encoder))  # accelerate passes the module that is trained
     assert type(encoder.base.encoder.layer[0]) in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
 
 
@@ -119,7 +119,7 @@ def test_use_one_gpu(tmp_path):
 def test_train_batch_size(tmp_path):
     assert internals.train_batch_size(plain_trainer(tmp_path, per_device_train_batch_size=3)) == 3
     assigned = [ast.unparse(node) for node in ast.walk(TRAINER_MODULE) if isinstance(node, ast.Assign)]
-    assert "self._train_batch_size = batch_size" in assigned  # by auto_find_batch_size
+    assert "self._train_batch_size = batch_size" in assigned  # auto_find_batch_size sets the number in this way
 
 
 def test_save_optimization(tmp_path):
@@ -131,7 +131,7 @@ def test_save_optimization(tmp_path):
 
 
 def test_set_base_rates(tmp_path):
-    """A schedule that goes on from another rate is where one is that began with it."""
+    """A schedule that is set to another rate gives the same rates as a schedule that began with this rate."""
     runs = [plain_trainer(tmp_path, learning_rate=rate) for rate in (1e-3, 1e-4)]
     for run in runs:
         run.create_optimizer_and_scheduler(4)
@@ -156,9 +156,9 @@ def test_first_step(tmp_path):
 def test_memory_tracker(tmp_path):
     assert isinstance(internals.memory_tracker(plain_trainer(tmp_path)), TrainerMemoryTracker)
     tracker, found = TrainerMemoryTracker(skip_memory_metrics=False), {}
-    tracker.init_reported = True  # which takes four seconds, in Trainer's own __init__
+    tracker.init_reported = True  # no report of the init stage: Trainer's own __init__ takes four seconds for it
 
-    def evaluate():  # the tracker looks at its caller's name
+    def evaluate():  # the tracker reads the name of its caller
         tracker.start()
         tracker.stop_and_update_metrics(found)
 
@@ -218,7 +218,7 @@ def test_uncompiled():
 
 
 def test_set_group_timeout():
-    """tests/test_ranks.py shows that gloo then waits so long."""
+    """tests/test_ranks.py shows that gloo then waits as long as the timeout says."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         internals.set_group_timeout(timedelta(seconds=7))
@@ -250,14 +250,14 @@ def test_parser_actions():
     assert internals.parser_actions(parser) == [flag]
 
 
-# ---- nowhere else ----
+# ---- private names are used in no other module ----
 
 
-NAMED_TUPLE = {"_replace", "_asdict", "_fields"}  # which are public all the same
+NAMED_TUPLE = {"_replace", "_asdict", "_fields"}  # public names, although they begin with an underscore
 
 
 def private_names(source: str) -> tuple[set[str], set[str]]:
-    """The private names that a module defines, and those that it uses."""
+    """Return the private names that a module defines, and those that it uses."""
     defined, used = set(), set()
     for node in ast.walk(ast.parse(source)):
         names = []

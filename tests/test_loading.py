@@ -1,4 +1,7 @@
-"""Weights and tokenizer files that are not whole are refused by name; nothing random is ever loaded in silence."""
+"""Test that incomplete weights and tokenizer files are refused with a message that names them.
+
+A model with random values is never loaded without a message.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +26,7 @@ def folder(tmp_path):
 
 
 def edit_weights(folder: Path, change) -> None:
-    """Replace each (name, tensor) by what `change` returns; None leaves it out."""
+    """Replace each (name, tensor) by the result of `change`. The result None leaves the tensor out."""
     tensors = dict(filter(None, (change(*item) for item in load_file(folder / "model.safetensors").items())))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -44,15 +47,15 @@ BROKEN_WEIGHTS = {
     ),
     "one is missing": (
         lambda name, tensor: None if name == "encoder.layer.2.output.dense.bias" else (name, tensor),
-        "lacks 'encoder.layer.2.output.dense.bias', which would be random",
+        "lacks 'encoder.layer.2.output.dense.bias', which would have random values",
     ),
     "NaN": (
         lambda name, tensor: (name, tensor * float("nan") if name == "encoder.layer.1.output.dense.weight" else tensor),
-        "'encoder.layer.1.output.dense.weight' has values that are NaN or infinite",
+        "'encoder.layer.1.output.dense.weight' has NaN or infinite values",
     ),
     "one infinite row": (
         lambda name, tensor: (name, tensor.index_fill(0, torch.tensor([7000]), float("inf")) if "word_emb" in name else tensor),
-        "'embeddings.word_embeddings.weight' has values that are NaN or infinite",
+        "'embeddings.word_embeddings.weight' has NaN or infinite values",
     ),
     "int8": (
         lambda name, tensor: (name, (tensor * 20).to(torch.int8) if "dense" in name else tensor),
@@ -64,7 +67,8 @@ BROKEN_WEIGHTS = {
     ),
     "another width": (
         lambda name, tensor: (name, tensor[:, :16].contiguous() if "word_emb" in name else tensor),
-        "'embeddings.word_embeddings.weight' is (12000, 16) in its weights file, but (12000, 32) by config.json",
+        "'embeddings.word_embeddings.weight' has the shape (12000, 16) in the weights file, but (12000, 32) according to "
+        "config.json",
     ),
 }
 
@@ -79,7 +83,10 @@ def test_broken_weights_are_refused(folder, case):
 def test_more_layers_than_the_config_says_are_refused(folder):
     edit_json(folder / "config.json", num_hidden_layers=2)
     message = error_of(Encoder.from_pretrained, str(folder))
-    assert "config.json has no place for 'encoder.layer.2.attention.output.LayerNorm.bias' and 15 more" in message
+    assert (
+        "its weights file has 'encoder.layer.2.attention.output.LayerNorm.bias' and 15 more, which does not fit config.json"
+        in message
+    )
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0001, 0.999])
@@ -101,7 +108,7 @@ def test_missing_files_are_one_line(folder, file):
     assert f"model '{folder}' cannot be loaded" in error_of(Encoder.from_pretrained, str(folder))
 
 
-# ---- what may be missing ----
+# ---- weights that may be missing ----
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "first_last"])
@@ -134,7 +141,7 @@ def test_an_encoder_is_no_masked_lm_without_its_layers(folder):
 
 
 def test_a_tokenizer_that_is_missing_is_refused(folder):
-    """Transformers invents one of special tokens alone: every word is unknown to it."""
+    """Without the files, transformers creates a tokenizer of special tokens only, to which every word is unknown."""
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
     message = error_of(Encoder.from_pretrained, str(folder))
@@ -142,7 +149,7 @@ def test_a_tokenizer_that_is_missing_is_refused(folder):
 
 
 def byte_pairs(folder: Path, merges: list) -> None:
-    """A GPT-2 folder whose tokenizer has a vocabulary of letters and words, and these merges."""
+    """Write a GPT-2 folder whose tokenizer has a vocabulary of letters and words, and these merges."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
     for word in [*("".join(pair) for pair in merges), *(f"word{i}" for i in range(400))]:
@@ -160,7 +167,7 @@ def test_byte_pairs_without_merges_are_refused(tmp_path):
     byte_pairs(tmp_path, [("t", "h"), ("th", "e")])
     Encoder.from_pretrained(str(tmp_path))
     byte_pairs(tmp_path, [])
-    assert "its tokenizer has a vocabulary, but no merges" in error_of(Encoder.from_pretrained, str(tmp_path))
+    assert "its tokenizer has a vocabulary but no merges" in error_of(Encoder.from_pretrained, str(tmp_path))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
@@ -173,16 +180,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
 
 
 def test_a_tokenizer_that_loads_as_another_is_refused_before_the_training(tmp_path):
-    """AutoTokenizer takes the class that belongs to the model, whatever tokenizer was saved with it."""
+    """AutoTokenizer chooses the class that belongs to the model, whatever tokenizer was saved with the model."""
     backend = Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "cat": 2, "rain": 3, "[UNK]": 4}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, tiny_model("qwen2"), args, processing_class=tokenizer)
-    assert "gives other tokens when it has been saved with a Qwen2Model" in message
+    assert "returns other tokens after it is saved with a Qwen2Model" in message
 
 
-# ---- folders that are no model ----
+# ---- folders that do not hold a model ----
 
 
 def test_an_adapter_without_its_base_is_one_line(tmp_path):
@@ -194,7 +201,7 @@ def test_an_adapter_without_its_base_is_one_line(tmp_path):
 
 def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_training(tmp_path):
     class Other(torch.nn.Module):
-        """Computes what a BertModel does, but is none."""
+        """A module that computes the same as a BertModel, but is not a BertModel."""
 
         def __init__(self):
             super().__init__()
@@ -209,14 +216,14 @@ def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_tra
 
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, Other(), args, processing_class=quickstart_tokenizer())
-    assert message.startswith("Other could not be loaded once it is saved: AutoModel would make BertModel")
+    assert message.startswith("Other could not be loaded after it is saved, because AutoModel would make BertModel")
 
 
 # ---- texts without a token ----
 
 
 def test_an_empty_text_that_is_no_token_is_refused(folder):
-    """A tokenizer without special tokens makes nothing of "": loaders would give zeros, NaN or a crash."""
+    """A tokenizer without special tokens returns no tokens for "". Loaders would then give zeros or NaN, or crash."""
     tokenizer = quickstart_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
     encoder = Encoder(tiny_model("bert"), tokenizer)

@@ -1,4 +1,7 @@
-"""What a person sees of a run: one line a log or evaluation, in a file, on a terminal and in a notebook; and the bars."""
+"""Test what a user sees of a run: one line per log or evaluation in a file, on a terminal and in a notebook.
+
+The progress bars are tested too.
+"""
 
 import contextlib
 import io
@@ -44,12 +47,12 @@ def test_a_line_for_a_log_and_one_where_an_evaluation_is_due(tmp_path, capsys):
     logged = [entry for entry in run.state.log_history if "eval_spearman" in entry][0]
     assert f"stsb {digits(logged['eval_stsb_spearman'], 4)}  " in lines[2]
     keys = {"eval_stsb_spearman", "eval_sick_alignment", "eval_spearman", "eval_alignment", "eval_uniformity"}
-    assert keys <= set(logged)  # the loggers have all of them
+    assert keys <= set(logged)  # the loggers receive all of them
     assert {"norm_spread", "masked_share", "grad_norm", "learning_rate"} <= set(run.state.log_history[0])
 
 
 def test_thresholds_are_for_loggers_and_no_set_hides_another_number(tmp_path, capsys):
-    """BUG: a line had four thresholds of a set of pairs; a set named loss stood in place of the loss of the training."""
+    """BUG: a line showed four thresholds of a set of pairs, and the score of a set named loss replaced the training loss."""
     pairs = PairClassification(["a cat", "a dog"], ["the cat", "some house"], [1, 0])
     sets = {"loss": SETS["stsb"], "alignment": pairs}
     run = trainer(tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=1, logging_steps=1, max_steps=1)
@@ -57,7 +60,7 @@ def test_thresholds_are_for_loggers_and_no_set_hides_another_number(tmp_path, ca
     line = capsys.readouterr().out.splitlines()[0]
     scores = f"loss spearman {NUMBER}  alignment pair_ap {NUMBER}  alignment {NUMBER}  uniformity {NUMBER}"
     assert re.fullmatch(f"step 1/1  loss {NUMBER}  {scores}", line), line
-    assert "eval_alignment_pair_f1_threshold" in run.state.log_history[1]  # the loggers have them
+    assert "eval_alignment_pair_f1_threshold" in run.state.log_history[1]  # the loggers receive the thresholds
 
 
 def test_one_set_has_no_mean_and_other_sets_are_shown_too(tmp_path, capsys):
@@ -149,7 +152,7 @@ def test_what_people_remove_is_there_to_be_removed(tmp_path, capsys, quiet):
 
 @pytest.fixture
 def notebook(monkeypatch):
-    """Trainer's callback for notebooks, on an IPython that keeps what it displays."""
+    """Use Trainer's callback for notebooks with a fake IPython, and return the list of what it displays."""
     shown = []
     display = types.ModuleType("IPython.display")
     display.HTML = lambda html: html
@@ -184,14 +187,14 @@ def test_the_table_of_a_notebook(tmp_path, notebook, capsys, strategy):
     names = ["stsb", "sick", "mean spearman"] if sets else []
     assert head == ["Step", "loss", *names, "alignment", "uniformity"]
     assert [row[0] for row in rows] == [str(step) for step in range(1, 7)]
-    assert all(row[1] for row in rows)  # each has its loss
+    assert all(row[1] for row in rows)  # each row has its loss
     if sets:
         evaluated = {"steps": [2, 4, 6], "epoch": [3, 6]}[strategy]
         assert [int(row[0]) for row in rows if len(row) > 2 and row[2]] == evaluated
     assert capsys.readouterr().out == ""
 
 
-# ---- bars ----
+# ---- progress bars ----
 
 
 class Terminal(io.StringIO):
@@ -220,7 +223,7 @@ def test_libraries_show_no_bar_of_short_work(monkeypatch, tmp_path):
         AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert sys.stderr.getvalue() == ""
     AutoModel.from_pretrained(tmp_path)
-    assert "Loading weights" in sys.stderr.getvalue()  # the user's own are as they were
+    assert "Loading weights" in sys.stderr.getvalue()  # outside `calm_libraries`, bars are shown as before
 
 
 TRAINING = """
@@ -255,7 +258,7 @@ def test_the_console_of_a_script(tmp_path, terminal):
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
     parts = []
-    with contextlib.suppress(OSError):  # the other end is closed
+    with contextlib.suppress(OSError):  # reading fails once the other end is closed
         while part := os.read(ours, 10_000):
             parts.append(part)
     assert process.wait() == 0

@@ -1,6 +1,6 @@
-"""Architecture x pooling and head x LoRA x TempScale x normalisation: trained two steps, saved, alike in every loader.
+"""Test architecture x pooling and head x LoRA x TempScale x normalization: train two steps, save, and compare all loaders.
 
-By default so many cases that every pair of two settings occurs in one; under -m slow all of them.
+By default, only so many cases run that every pair of two settings occurs in one of them. The other cases are marked slow.
 """
 
 import itertools
@@ -23,7 +23,7 @@ AXES = {
     "temp_scale": [None, 0.6], "normalize": [False, True], "dense": [False, True],
 }  # fmt: skip
 WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet"}
-TEXTS = ["a cat", "a dog sleeping by the fire"]  # the card's
+TEXTS = ["a cat", "a dog sleeping by the fire"]  # the texts in the code of the card
 
 
 def makes_sense(case: dict) -> bool:
@@ -37,7 +37,7 @@ def pairs(case: dict) -> set:
 
 
 def cases() -> list:
-    """All that make sense; those that bring a pair which none before has brought are not slow."""
+    """Return all cases that make sense. All are marked slow except a selection in which every pair of two settings occurs."""
     every = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
     every = [case for case in every if makes_sense(case)]
     wanted, chosen = set().union(*(pairs(case) for case in every)), []
@@ -69,7 +69,7 @@ def test_trained_saved_and_loaded_everywhere(tmp_path, case):
     trainer.train()
     trainer.save_model()
     expected = trainer.encoder.encode(TEXTS)
-    assert np.abs(expected - before).max() > 1e-3 * np.abs(expected).max()  # it did learn something
+    assert np.abs(expected - before).max() > 1e-3 * np.abs(expected).max()  # the training changed the vectors
     found = {"Encoder": Encoder.from_pretrained(tmp_path).encode(TEXTS)}
     found["SentenceTransformer"] = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
     names = {}

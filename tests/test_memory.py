@@ -1,4 +1,4 @@
-"""A GPU whose memory is full: the step begins again in smaller chunks, with the gradient that it would have had."""
+"""Test a GPU whose memory is full: the step is repeated in smaller chunks and gives the same gradient."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 class Full:
-    """Stands in the way of `encode_in_chunks`' passes through the model, and raises where the memory would be full."""
+    """A forward hook on the passes of `encode_in_chunks` through the model. It raises where the memory would be full."""
 
     def __init__(self, at: list[int], backward: bool = False, above: int | None = None):
         self.at, self.backward, self.above, self.passes = at, backward, above, 0
@@ -35,7 +35,7 @@ class Full:
 
 
 def run(folder, full=None, dropout=False, **settings):
-    """Weights and losses of a training of two steps in float64, two batches accumulated."""
+    """Train two steps in float64, with two batches accumulated. Return the trainer, the weights and the losses."""
     model = tiny_model(**({} if dropout else NO_DROPOUT)).double()
     made = trainer(folder, model, max_steps=2, gradient_accumulation_steps=2, logging_steps=1, chunk_tokens=40, optim="sgd",
                    **settings)  # fmt: skip
@@ -56,8 +56,8 @@ def calm(tmp_path_factory):
     return run(tmp_path_factory.mktemp("calm"))
 
 
-# Of three batches of three chunks each, of which the first two are the first step. The backward pass of a batch begins with its
-# last chunk.
+# `at` is the number of the chunk at which the memory is full. There are three batches of three chunks each. The first two
+# batches are the first step. The backward pass of a batch begins with its last chunk.
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("at", [4, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 6, 7, 9))])
 def test_the_step_begins_again_with_the_same_gradient(calm, tmp_path, caplog, at, backward):
@@ -78,7 +78,7 @@ def test_control_without_beginning_again_the_gradient_is_another_one(calm, tmp_p
 
 
 def test_random_numbers_are_drawn_again(tmp_path, monkeypatch):
-    """Where the chunks stay as they are, dropout draws the same numbers in the step that begins again."""
+    """If the chunks stay the same, dropout draws the same numbers in the repeated step."""
     monkeypatch.setattr("hf_embed.guarded_trainer.GuardedTrainer._use_less_memory", lambda self, error: None)
     calm, full = (run(tmp_path / str(at), Full(at, backward=True), dropout=True)[1] for at in ([], [4]))
     assert difference(calm, full) == 0

@@ -151,7 +151,7 @@ def test_work_of_another_model_or_other_texts_is_not_taken(tmp_path, monkeypatch
         patched.setattr(mining.Rows, "write", stop)
         mined(path)
     for change in ({"identity": "another"}, {"pairs": PAIRS[:-1]}, {"corpus": CORPUS[1:]}):
-        assert "left by a run with another model or other texts" in error_of(mined, path, **change)
+        assert "belongs to a run with another model or other texts" in error_of(mined, path, **change)
     # Other rules take the vectors and no rows.
     _, rows = mined(path, MiningArguments(range_min=5, relative_margin=None))
     assert rows[0]["negatives"] == candidates("query 0")[5:8]
@@ -186,7 +186,7 @@ def test_bad_settings(settings, message):
 def test_nothing_to_choose_from(tmp_path):
     assert "there are 1 document(s), too few to choose" in error_of(mined, tmp_path / "a.jsonl", pairs=[("a", "b")], corpus=[])
     (tmp_path / "a.jsonl").write_text("mine")
-    assert "is there already" in error_of(mined, tmp_path / "a.jsonl")
+    assert "a.jsonl already exists" in error_of(mined, tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl").read_text() == "mine"
 
 
@@ -225,7 +225,7 @@ def test_recipe_does_not_take_vectors_of_a_model_that_has_changed(files, monkeyp
         patched.setattr(mining, "searcher", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         recipe.main()
     tiny_encoder(normalize=True, seed=1).save_pretrained(files / "model", verify=False)
-    assert "left by a run with another model" in error_of(recipe.main)
+    assert "belongs to a run with another model" in error_of(recipe.main)
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_retrieval_folder_in(files):
 def test_recipe_says_what_is_missing(files):
     words = command(files, "out.jsonl", "--retrieval_dir", "x")
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and "error: give --train_file FILE or --retrieval_dir DIR, one of them" in done.stderr
+    assert done.returncode == 2 and "needed; give either --train_file FILE or --retrieval_dir DIR" in done.stderr
 
 
 def test_vectors_of_mined_texts_are_unit(tmp_path):
@@ -334,6 +334,6 @@ def test_what_the_public_function_refuses(tmp_path):
     assert "found the columns left, right" in error_of(mine_hard_negatives, [{"left": "a", "right": "b"}], encoder)
     splits = DatasetDict({"train": Dataset.from_list(rows)})
     assert "choose one of its splits, train" in error_of(mine_hard_negatives, splits, encoder)
-    assert "pairs.csv: no such file" in error_of(mine_hard_negatives, "pairs.csv", encoder)
+    assert "pairs.csv: this file does not exist" in error_of(mine_hard_negatives, "pairs.csv", encoder)
     assert "give a datasets.Dataset, a pandas DataFrame" in error_of(mine_hard_negatives, 3, encoder)
     assert "there is no column 'ask'" in error_of(mine_hard_negatives, rows, encoder, anchor_column_name="ask")

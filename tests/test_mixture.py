@@ -1,4 +1,4 @@
-"""Many sources: how often each is drawn, which rows a batch has, streams, the YAML file, and what is refused."""
+"""Test many sources: how often each is drawn, which rows a batch has, streams, the YAML file, and what is refused."""
 
 import json
 import logging
@@ -39,12 +39,12 @@ def trainer(folder, rows, model=None, **settings):
     )  # fmt: skip
 
 
-# ---- the draw ----
+# ---- how sources are drawn ----
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_sources_are_drawn_by_the_formula(alpha):
-    """p_i = w_i n_i^alpha / sum_j w_j n_j^alpha over 100,000 steps."""
+    """Over 100,000 steps, the shares follow p_i = w_i n_i^alpha / sum_j w_j n_j^alpha."""
     sizes, weights = [400_000, 10_000, 100], [1.0, 1.0, 3.0]
     tables = [SizeOnly(size) for size in sizes]
     sources = [Source(f"s{i}", Dataset.from_list(pairs("x", 2)), weight=w) for i, w in enumerate(weights)]
@@ -63,14 +63,14 @@ def test_sources_are_drawn_by_the_formula(alpha):
 
 
 class SizeOnly(Stream):
-    """A table that only knows its size."""
+    """A replacement for a table that has a size but no rows."""
 
     def __init__(self, size):
         self.size, self.views = size, 2
 
 
 def batches(sizes, batch_size, ranks=1, epochs=1, seed=0, streams=frozenset(), first_epoch=0, probabilities=None):
-    """Per rank, all batches of the epochs."""
+    """Return all batches of the epochs, one list for each rank."""
     probabilities = probabilities or [1 / len(sizes)] * len(sizes)
     out = []
     for rank in range(ranks):
@@ -91,7 +91,7 @@ def test_ranks_share_each_batch_of_one_source(ranks):
         together = [pair for share in shares for pair in share[step]]
         assert together == batch
         assert len({source for source, _ in batch}) == 1
-    assert len({batch[0][0] for batch in whole}) == 3  # all sources come
+    assert len({batch[0][0] for batch in whole}) == 3  # every source occurs
 
 
 def test_a_source_is_used_up_then_starts_over_reshuffled():
@@ -125,7 +125,7 @@ def test_a_small_source_repeats_within_its_batch():
 
 
 def texts_of(batch, tokenizer):
-    """The texts of a collated batch, row by row."""
+    """Return the texts of a collated batch, row by row."""
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"].split(batch["lengths"])]
     rows, views = batch["text_ids"].shape
     grid = [[None] * views for _ in range(rows)]
@@ -135,7 +135,7 @@ def texts_of(batch, tokenizer):
 
 
 def test_batches_have_their_own_sources_rows(tmp_path, tokenizer):
-    """Prompts, number of negatives and maximum length are each source's own; the width of the grid is too."""
+    """Each source has its own prompts, number of negatives and maximum length, and its own width of the grid."""
     sources = [
         Source("a", Dataset.from_list(pairs("a", 8)), query_prompt="find: ", document_prompt="doc: "),
         Source("b", Dataset.from_list(pairs("b", 8, negatives=3)), negatives=2),
@@ -157,13 +157,13 @@ def test_batches_have_their_own_sources_rows(tmp_path, tokenizer):
         assert batch["text_ids"].shape == (4, 4)
         for row in texts_of(batch, tokenizer):
             number = int(row[0].split()[-1])
-            assert row[0] == f"q : b question {number}"  # the run's prompt, where the source has none
+            assert row[0] == f"q : b question {number}"  # the prompt of the run, because the source has none
             assert [text is not None for text in row[2:]] == [k < number % 4 for k in range(2)]
     assert all(length == 4 for batch in seen[2] for length in batch["lengths"])
     assert seen[2][0]["text_ids"].shape == (4, 2)
     ids = {number for batch in seen[0] for number in batch["text_ids"].flatten().tolist()}
     texts = [text for row in pairs("a", 8) for text in row.values()]
-    assert ids == {text_id(tokens) for tokens in tokenizer(texts)["input_ids"]}  # identity is without prompt
+    assert ids == {text_id(tokens) for tokens in tokenizer(texts)["input_ids"]}  # the hashes ignore the prompts
 
 
 def test_trainer_takes_a_dict_and_logs_each_source(tmp_path):
@@ -185,7 +185,7 @@ def test_resume_is_exact(tmp_path):
         run.train(resume_from_checkpoint=resume)
         return {name: p.detach().clone() for name, p in run.step.named_parameters()}
 
-    whole = weights(tmp_path / "whole")  # 5 steps an epoch: the checkpoint is within the second
+    whole = weights(tmp_path / "whole")  # an epoch has 5 steps, so the checkpoint is within the second epoch
     resumed = weights(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-7"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     other = weights(tmp_path / "other", str(tmp_path / "whole" / "checkpoint-7"), seed=2)
@@ -208,8 +208,8 @@ def test_learned_temperature_trains_and_resumes(tmp_path):
     assert "log_temperature" not in whole.get_decay_parameter_names(whole.step)
     resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.step.log_temperature.item() == whole.step.log_temperature.item()
-    whole.save_model()  # a plain folder, verified, without it
-    # BUG: the next training of the same encoder went on with it.
+    whole.save_model()  # a plain folder, verified, without the temperature
+    # BUG: the next training of the same encoder continued with the learned temperature.
     again = ContrastiveTrainer(
         model=whole.encoder, args=arguments(tmp_path / "again", max_steps=1), objective=ImprovedContrastive(0.05),
         train_dataset=Dataset.from_list(pairs("a", 12)),
@@ -219,7 +219,7 @@ def test_learned_temperature_trains_and_resumes(tmp_path):
 
 
 def test_learned_temperature_comes_back_from_its_floor():
-    """BUG: below the floor the gradient was 0, for ever."""
+    """BUG: below the floor the gradient was 0, so the temperature could never rise again."""
     step = TrainingStep(tiny_encoder(), temperature=1e-5)
     temperature = step(torch.tensor([5, 6]), [2])["temperature"]
     assert temperature.item() == pytest.approx(MIN_TEMPERATURE)
@@ -265,7 +265,7 @@ def test_passes_are_reshuffled(tmp_path):
 
 
 def test_a_row_of_a_stream_depends_on_its_number_only(tmp_path):
-    """Read on, skip ahead, go back."""
+    """The rows are the same when reading continues, skips ahead or goes back."""
     files = stream_files(tmp_path)
     every = ids_of(stream(files).__getitems__(list(range(40))))
     one = stream(files)
@@ -276,7 +276,7 @@ def test_a_row_of_a_stream_depends_on_its_number_only(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_passes_do_not_depend_on_the_number_of_workers(tmp_path):
-    """BUG: a worker's `set_epoch` reached into the passes of the others."""
+    """BUG: the `set_epoch` call of one worker changed the passes of the other workers."""
     (path,) = stream_files(tmp_path, count=1, rows=3)
 
     def batches(workers):
@@ -391,7 +391,7 @@ BAD_YAML = {
     "unknown key": ("- name: a\n  file: one.txt\n  wieght: 2", "source 'a': unknown key 'wieght' (did you mean 'weight'?)"),
     "neither file nor dataset": ("- name: a", "give either file: or dataset:"),
     "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give either file: or dataset:"),
-    "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: no such file"),
+    "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: this file does not exist"),
     "no rows": ("- name: a\n  file: empty.jsonl", "source 'a': {folder}/empty.jsonl: the file is empty"),
     "missing column": (
         "- name: a\n  file: nli.csv\n  columns: {query: question}",
@@ -425,7 +425,7 @@ def test_bad_yaml(files, case):
 
 
 def test_missing_yaml(tmp_path):
-    assert "no such file" in error_of(read_sources, str(tmp_path / "absent.yaml"))
+    assert "absent.yaml: this file does not exist" in error_of(read_sources, str(tmp_path / "absent.yaml"))
 
 
 def mixture_of(tmp_path, sources, **settings):

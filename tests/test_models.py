@@ -1,4 +1,4 @@
-"""What models bring: heads, parameters without a use, half precision, optimizers made before the trainer."""
+"""Test special properties of models: heads, unused parameters, half precision, and optimizers created before the trainer."""
 
 import copy
 import logging
@@ -104,7 +104,7 @@ def test_the_mlm_auxiliary_keeps_its_head(tmp_path, caplog):
     assert run.step.mlm_head is not None and "without the head" not in caplog.text
 
 
-# ---- parameters that no embedding touches ----
+# ---- parameters that no embedding depends on ----
 
 
 def frozen(model, folder, **settings):
@@ -133,7 +133,7 @@ def test_whatever_it_is_called(tmp_path):
 
 
 def test_parameters_that_other_batches_touch_are_trained(tmp_path):
-    """Experts that no token of the probe went to, and layers that are dropped at random."""
+    """Examples are experts to which no token of the probe was routed, and layers that are dropped at random."""
     for kind in ("switch", "biogpt"):
         names, args = frozen(worker_unused.make(kind), tmp_path)
         assert names == set() and args.ddp_find_unused_parameters is True
@@ -153,7 +153,7 @@ def test_experts_in_one_tensor_need_no_search(tmp_path):
 
 
 def test_nothing_else_is_touched():
-    """Random states, gradients, training modes, and parameters that the user has frozen."""
+    """Random states, gradients, training modes, weights, and parameters that the user has frozen stay as they are."""
     encoder = tiny_encoder().train()
     encoder.backbone.encoder.layer[1].eval()
     encoder.backbone.embeddings.requires_grad_(False)
@@ -176,7 +176,7 @@ def test_nothing_else_is_touched():
 
 
 def test_weights_that_are_not_in_memory_are_not_looked_at():
-    """As FSDP has them on all ranks but the first."""
+    """Under FSDP, all ranks except the first have such weights."""
     with torch.device("meta"):
         model = BertModel(tiny_model().config)
     encoder = Encoder(model, quickstart_tokenizer())
@@ -196,7 +196,7 @@ def test_it_costs_less_than_a_second_on_bert_base():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two gloo ranks trained; without the freezing or the search DDP raises at the second step."""
+    """Return what each of two gloo ranks trained. Without the freezing or the search, DDP would raise at the second step."""
     folder = tmp_path_factory.mktemp("unused")
     run(launch(2, HERE / "worker_unused.py", folder))
     return [torch.load(folder / f"2-{rank}.pt", weights_only=False) for rank in range(2)]
@@ -212,9 +212,9 @@ def test_two_ranks_train_it(ranks, kind, tmp_path):
     changed = {name for name, tensor in one["weights"].items() if not torch.equal(tensor, start[name])}
     assert changed and changed <= one["trained"]
     assert one["find_unused"] == other["find_unused"] == (kind not in ("longformer", "luke"))
-    if kind != "biogpt":  # whose layers are dropped by chance
+    if kind != "biogpt":  # its layers are dropped at random
         alone = worker_unused.train(kind.split()[0], str(tmp_path))
-        assert relative_error(one["weights"], alone["weights"]) < (1e-9 if kind == "luke" else 1e-5)  # others use float32
+        assert relative_error(one["weights"], alone["weights"]) < (1e-9 if kind == "luke" else 1e-5)  # the others use float32
         assert relative_error(one["weights"], {name: p.detach() for name, p in start.items()}) > 1e-4  # control
 
 
@@ -240,11 +240,11 @@ def test_the_training_head_is_where_the_model_is(tmp_path):
 def test_the_seed_fixes_the_training_head(tmp_path):
     heads = []
     for state, seed in ((1, 7), (2, 7), (2, 8)):
-        torch.manual_seed(state)  # whatever was drawn before
+        torch.manual_seed(state)  # random numbers drawn before must not matter
         run = trainer(tmp_path, tiny_model(), pooling="cls_mlp_train", seed=seed)
         heads.append(run.step.train_head[0].weight.detach().clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
-    for state in (1, 2):  # an Encoder that takes a training head only now
+    for state in (1, 2):  # an Encoder that gets its training head only now
         torch.manual_seed(state)
         run = trainer(tmp_path, tiny_encoder(pooling="cls"), pooling="cls_mlp_train", seed=7)
         assert torch.equal(run.step.train_head[0].weight, heads[0])
@@ -256,16 +256,16 @@ def test_the_heads_of_an_earlier_training_stay(tmp_path):
     head = earlier.train_head[0].weight.detach().clone()
     again = trainer(tmp_path, earlier, objective, seed=2)
     assert torch.equal(again.step.train_head[0].weight, head) and again.step.mlm_head is earlier.mlm_head
-    assert trainer(tmp_path, earlier).step.mlm_head is None  # of no use to an objective without the auxiliary
+    assert trainer(tmp_path, earlier).step.mlm_head is None  # an objective without the auxiliary does not use it
     other = trainer(tmp_path, earlier.encoder, seed=2)
-    assert not torch.equal(other.step.train_head[0].weight, head)  # control: of another seed
+    assert not torch.equal(other.step.train_head[0].weight, head)  # control: another seed gives another head
 
 
 LEARNED = ImprovedContrastive(0.05, learn_temperature=True)
 
 
 def test_an_optimizer_given_trains_what_the_trainer_makes(tmp_path):
-    """The learned temperature and the training head end where the trainer's own optimizer of the same kind takes them."""
+    """The learned temperature and the training head end with the values that the trainer's own optimizer of this kind gives."""
     ends = []
     for own in (False, True):
         model = tiny_model(**NO_DROPOUT)
@@ -306,7 +306,7 @@ def test_a_scheduler_that_cannot_know_them_is_refused(tmp_path):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         message = error_of(trainer, tmp_path / "out", model, objective, (optimizer, scheduler), **settings)
         assert f"the scheduler was created before the {what}" in message
-    trainer(tmp_path, model, None, (optimizer, scheduler)).train()  # nothing was made beside the model
+    trainer(tmp_path, model, None, (optimizer, scheduler)).train()  # nothing was created besides the model
 
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
@@ -316,7 +316,7 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
     )
 
 
-# ---- models that are compiled, wrapped, or none ----
+# ---- models that are compiled or wrapped, and objects that are not models ----
 
 
 def test_a_compiled_model_is_taken_as_it_was_before(caplog):

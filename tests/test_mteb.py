@@ -125,9 +125,9 @@ def test_recipe(folder, tmp_path, monkeypatch, capsys):
     assert f"{row['score']:.2f}  cosine_spearman" in card and f"value: {row['score']}" in card  # the table and the metadata
     run(folder, "--tasks", "LocalSTS", "--output_dir", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "results.json").read_text())["mteb"] == [row]
-    assert "say where the results go" in error_of(run, "owner/name", "--tasks", "LocalSTS")
-    assert "another model of it" in error_of(run, folder, "--tasks", "LocalSTS", "--pooling", "cls")
-    assert "pooling `mean`" in (folder / "README.md").read_text()
+    assert "give a folder for the results with --output_dir FOLDER" in error_of(run, "owner/name", "--tasks", "LocalSTS")
+    assert "--pooling and --max_length change the model" in error_of(run, folder, "--tasks", "LocalSTS", "--pooling", "cls")
+    assert "| Pooling | `mean`" in (folder / "README.md").read_text()
 
 
 def test_names_that_mteb_does_not_know():

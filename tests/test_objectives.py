@@ -1,4 +1,4 @@
-"""SimCSE against the paper's definition in plain loops, float64."""
+"""Test SimCSE against the paper's definition in plain loops (float64)."""
 
 import dataclasses
 import importlib
@@ -26,8 +26,10 @@ def distinct(views, rows=ROWS):
 
 
 def official(z, temperature=0.05, weight=0.0, masked=()):
-    """Equation 5 with the weight as a logit, as `cl_forward` of SimCSE's models.py; `masked` has (i, j, view): row i's
-    loss leaves out text `view` of row j."""
+    """Compute Equation 5 with the weight as a logit, as in `cl_forward` of SimCSE's models.py.
+
+    `masked` holds tuples (i, j, view): the loss of row i leaves out text `view` of row j.
+    """
 
     def logit(i, j, view):
         a, b = z[i, 0].tolist(), z[j, view].tolist()
@@ -53,7 +55,7 @@ def test_equals_definition(views, temperature, weight):
 
 
 def test_by_hand():
-    """Two rows, anchor and positive the same axis: e^(1/t) against e^0."""
+    """In each of two rows, anchor and positive are the same axis, so the loss compares e^(1/t) with e^0."""
     z = torch.eye(2, dtype=torch.float64).unsqueeze(1).repeat(1, 2, 1)
     assert_close(float(SimCSE(0.5)(z, distinct(2, 2))), math.log(1 + math.exp(-2)))
 
@@ -92,7 +94,7 @@ def test_texts_that_are_no_negatives(case):
 
 def test_absent_negatives_get_no_gradient():
     z = embeddings(3)
-    z[1, 2] = 0  # as the trainer leaves them
+    z[1, 2] = 0  # the trainer leaves zeros in place of absent negatives
     ids = distinct(3)
     ids[1, 2] = 0
     z.requires_grad_()
@@ -101,7 +103,7 @@ def test_absent_negatives_get_no_gradient():
 
 
 def halves(z, ids, first_rows=(0, ROWS // 2)):
-    """Two ranks: each its own rows against all rows; the mean of their losses."""
+    """Return the mean loss of two ranks. Each rank compares its own rows with all rows."""
     loss = SimCSE(0.5, 0.7)
     parts = zip(z.chunk(2), ids.chunk(2), first_rows)
     return sum(loss(part, part_ids, z, ids, first_row) for part, part_ids, first_row in parts) / 2
@@ -109,7 +111,7 @@ def halves(z, ids, first_rows=(0, ROWS // 2)):
 
 @pytest.mark.parametrize("views", [2, 4])
 def test_halves_average_to_the_whole(views):
-    """In value and gradient, with a masked pair across the halves."""
+    """Value and gradient agree, also with a masked pair across the halves."""
     z, ids = embeddings(views).requires_grad_(), distinct(views)
     ids[-1, 1] = ids[0, 0]
     whole = SimCSE(0.5, 0.7)(z, ids)
@@ -141,7 +143,7 @@ def test_control_gradcheck_notices_candidates_without_gradient():
 
 
 def test_a_plain_function_is_an_objective():
-    """With the defaults of what is optional; it is called with five arguments."""
+    """Optional attributes get their defaults, and the function is called with five arguments."""
 
     def loss(z, ids, all_z, all_ids, first_row):
         return SimCSE(0.5)(z, ids, all_z, all_ids, first_row)
@@ -181,7 +183,7 @@ def test_registered_objectives_are_objectives(name):
 
 
 def test_every_objective_is_registered():
-    """A card would lack the equation and the paper of one that is not."""
+    """The model card would lack the equation and the paper of an objective that is not registered."""
     names = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
     modules = [importlib.import_module(f"hf_embed.objectives.{name}") for name in names]
     kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}

@@ -1,4 +1,4 @@
-"""Checkpoints and folders that an earlier version wrote can still be resumed and loaded; see tests/fixtures/make.py."""
+"""Test that checkpoints and folders of an earlier version can still be resumed and loaded. See tests/fixtures/make.py."""
 
 import shutil
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-6
 
 
 def difference(found: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> float:
-    """Return the largest difference of two tensors of one name, as a fraction of the largest number stored."""
+    """Return the largest difference of two tensors with the same name, as a fraction of the largest stored number."""
     assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in stored.items()}
     flat_found, flat_stored = (torch.cat([tensors[name].flatten() for name in sorted(tensors)]) for tensors in (found, stored))
     return ((flat_found - flat_stored).abs().max() / flat_stored.abs().max()).item()
@@ -23,7 +23,7 @@ def difference(found: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) 
 def test_an_old_checkpoint_resumes(name, tmp_path):
     """A run resumed from an old checkpoint ends where it ended under the version that wrote it.
 
-    It starts with other weights than the old run did, so nothing but the checkpoint can lead there.
+    It starts with other weights than the old run did, so only the checkpoint can lead to the same end.
     """
     stored = load_file(FIXTURES / name / "end.safetensors")
     checkpoint = shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / "checkpoint-2")
@@ -38,7 +38,7 @@ def test_an_old_checkpoint_resumes(name, tmp_path):
 
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training.safetensors"])
 def test_an_old_checkpoint_is_needed_as_a_whole(part, tmp_path):
-    """Control: each file beside the model's weights counts."""
+    """Control: the run ends elsewhere if one of the files besides the model's weights is missing."""
     name = "unsup_simcse_mlm"
     checkpoint = shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / part).unlink()
@@ -49,7 +49,7 @@ def test_an_old_checkpoint_is_needed_as_a_whole(part, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_old_training_arguments_load(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the output folder that they name is a relative path
+    monkeypatch.chdir(tmp_path)  # the stored arguments name a relative output folder
     stored = torch.load(FIXTURES / name / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert isinstance(stored, ContrastiveTrainingArguments)
     now = make_trainer(name, "whole", STORED_SEED).args
@@ -67,7 +67,7 @@ def test_an_old_folder_loads(tmp_path):
     assert encoder.prompts == {"query": "the ", "document": "some ", "title": "of the "}
     mean = Encoder.from_pretrained(str(folder), pooling="mean")  # control
     assert difference(vectors_of(mean), stored) > 1e-3
-    encoder.save_pretrained(str(tmp_path / "again"))  # what says how to pool is written as ever
+    encoder.save_pretrained(str(tmp_path / "again"))  # the files that describe the pooling are written as before
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     of_the_libraries = {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
     files = [path for path in files if str(path) not in of_the_libraries]

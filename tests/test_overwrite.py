@@ -32,7 +32,7 @@ def matches(folder: Path) -> bool:
     """Whether weights, scores and card are of one run."""
     results = json.loads((folder / "results.json").read_text())
     steps = results["train"]["steps"]
-    return f"steps       {steps:,}, of" in (folder / "README.md").read_text()
+    return f"| Training steps | {steps:,}, with" in (folder / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
 
 def test_seeds_take_no_path_to_resume_from(old):
     out, argv = old
-    assert "give no path" in error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", out / "checkpoint-2")
+    assert "remove the path" in error_of(sup, *argv, "--seeds", "1,2", "--resume_from_checkpoint", out / "checkpoint-2")
 
 
 def test_links_of_the_users_are_not_followed(tmp_path):

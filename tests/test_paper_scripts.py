@@ -82,7 +82,7 @@ def measured(place: Path) -> list[list[str]]:
 def test_simcse(place):
     flags = [*TINY, "--eval_steps", "1"]
     texts = place / "sentences.txt"
-    fails(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)), "sentences.txt: no such file")
+    fails(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)), "sentences.txt: this file does not exist")
     assert measured(place) == []
     texts.write_text("".join(f"the {a} and the {b}\n" for a, b in PAIRS))
     (place / "mteb" / "sts16-sts").rename(place / "gone")  # so the evaluation fails
@@ -91,7 +91,7 @@ def test_simcse(place):
     weights = (place / "out" / "model.safetensors").stat().st_mtime_ns
     (place / "gone").rename(place / "mteb" / "sts16-sts")
     again = succeeds(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)))
-    assert "out is trained; it stays as it is" in again and "appended to table.md" in again
+    assert "out is already trained; skipping its training" in again and "appended to table.md" in again
     (row,) = measured(place)
     results = read_json(place / "out" / "results.json")
     scores = [results["evaluated"]["sts"][name] for name in SEVEN_TASKS]
@@ -104,7 +104,7 @@ def test_simcse(place):
     assert results["train"]["pooling"] == "cls_mlp_train" or results["train"]["settings"]["pooling"] == "cls_mlp_train"
     assert (place / "out" / "model.safetensors").stat().st_mtime_ns == weights
     other = script(place, "paper_simcse.sh", *flags, "--seed", "1", TRAIN_FILE=str(texts))
-    fails(other, "out is there, and not of this command")
+    fails(other, "out belongs to another command")
     assert measured(place) == [row]
 
 
@@ -141,7 +141,7 @@ def test_gte(place):
     fails(script(place, "paper_gte.sh", "small", *flags, **setting), "mined.jsonl")
     assert measured(place) == [] and not (out / "finetune").exists()
     (out / "mined.jsonl").rmdir()
-    assert "out/pretrain is trained" in succeeds(script(place, "paper_gte.sh", "small", *flags, **setting))
+    assert "out/pretrain is already trained" in succeeds(script(place, "paper_gte.sh", "small", *flags, **setting))
     (row,) = measured(place)
     score = read_json(out / "finetune" / "results.json")["mteb"][0]["score"]
     assert row[:11] == ["small", "measured", "1", "", "", "", "", "", f"{score:.2f}", "", f"{score:.2f}"]
@@ -150,7 +150,7 @@ def test_gte(place):
     assert "already in table.md" in succeeds(script(place, "paper_gte.sh", "small", *flags, **setting))
     assert measured(place) == [row] and made == {path: path.stat().st_mtime_ns for path in made}
     other = script(place, "paper_gte.sh", "small", *flags, **setting | {"PAIRS": "others.jsonl"})
-    fails(other, "out/mined.jsonl is there, and not of this command")
+    fails(other, "out/mined.jsonl belongs to another command")
 
 
 RESULTS = {
@@ -216,8 +216,11 @@ def test_a_row_of_gte_has_the_means_of_the_kinds(finished, monkeypatch):
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ({}, "out: no results.json that says what was trained"),
-        (RESULTS | {"evaluated": {"sts": {"STS12": 70.0, "STSB": None}}}, "out: no score on STS13, STS14, STS15, STS16, STSB"),
+        ({}, "out: results.json is missing or has no record of a training"),
+        (
+            RESULTS | {"evaluated": {"sts": {"STS12": 70.0, "STSB": None}}},
+            "out: there is no score on STS13, STS14, STS15, STS16, STSB",
+        ),
         ({"train": RESULTS["train"]}, "no score on STS12"),
     ],
 )
@@ -225,10 +228,10 @@ def test_what_is_not_finished_gets_no_row(finished, monkeypatch, results, messag
     store_results("out", results)
     assert message in error_of(append_row, monkeypatch, "SimCSE", "sup", "out")
     assert measured(finished) == []
-    assert "no scores on MTEB" in error_of(append_row, monkeypatch, "GTE", "base", "out") or not results
+    assert "there are no scores on MTEB" in error_of(append_row, monkeypatch, "GTE", "base", "out") or not results
     (finished / "table.md").write_text("| SimCSE | figures |\n")
     store_results("out", RESULTS)
-    assert "has 2 columns, and a row has 14" in error_of(append_row, monkeypatch, "SimCSE", "sup", "out")
+    assert "has 2 columns, but the row has 14" in error_of(append_row, monkeypatch, "SimCSE", "sup", "out")
     assert "no table that begins with | GTE |" in error_of(paper_row.append, Path("table.md"), "GTE", [])
 
 
@@ -248,13 +251,13 @@ def test_the_table_quotes_the_papers_as_the_other_page_does():
 @pytest.mark.parametrize(
     ("name", "words", "environment", "message"),
     [
-        ("paper_simcse.sh", ["unsup", "bert_tiny"], {}, "no settings of 'bert_tiny': give unsup or sup"),
-        ("paper_simcse.sh", ["unsup", "quickstart"], {}, "no settings of 'quickstart'"),
-        ("paper_simcse.sh", ["--output_dir", "x"], {}, "--output_dir: name the folder by OUTPUT=FOLDER"),
-        ("paper_simcse.sh", ["--config=x"], {}, "--config=x: the script takes the paper's file"),
-        ("paper_simcse.sh", [], {"TABLE": "none.md"}, "TABLE=none.md: no file with a table of SimCSE"),
-        ("paper_gte.sh", ["huge"], {}, "no settings of 'huge': give small, base or large"),
-        ("paper_gte.sh", [], {"TABLE": "none.md"}, "TABLE=none.md: no file with a table of GTE"),
+        ("paper_simcse.sh", ["unsup", "bert_tiny"], {}, "there are no settings for 'bert_tiny'; give unsup or sup"),
+        ("paper_simcse.sh", ["unsup", "quickstart"], {}, "there are no settings for 'quickstart'"),
+        ("paper_simcse.sh", ["--output_dir", "x"], {}, "--output_dir is not supported here; set OUTPUT=FOLDER"),
+        ("paper_simcse.sh", ["--config=x"], {}, "--config=x is not supported here; override single settings of the paper"),
+        ("paper_simcse.sh", [], {"TABLE": "none.md"}, "TABLE=none.md: this is not a writable file with a table of SimCSE"),
+        ("paper_gte.sh", ["huge"], {}, "there are no settings for 'huge'; give small, base or large"),
+        ("paper_gte.sh", [], {"TABLE": "none.md"}, "TABLE=none.md: this is not a writable file with a table of GTE"),
     ],
 )
 def test_what_is_refused_at_once(tmp_path, name, words, environment, message):
@@ -268,7 +271,7 @@ def test_what_is_refused_at_once(tmp_path, name, words, environment, message):
 @pytest.mark.parametrize(
     ("name", "environment", "message"),
     [
-        ("paper_simcse.sh", {"NUM_PROCESSES": "3"}, "the paper's batch of 64 cannot be divided among 3 processes"),
+        ("paper_simcse.sh", {"NUM_PROCESSES": "3"}, "the paper's batch of 64 cannot be divided equally among 3 processes"),
         ("paper_simcse.sh", {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: give a whole number"),
         ("paper_gte.sh", {"PAIRS": "a.jsonl", "FINETUNE_SOURCES": "b.yaml"}, "PAIRS and FINETUNE_SOURCES are both given"),
     ],

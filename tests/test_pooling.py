@@ -1,4 +1,4 @@
-"""Every pooling against a loop over texts and tokens; and a new one, which is one entry of the table."""
+"""Test every pooling against a loop over texts and tokens, and a new pooling, which needs only one entry of the table."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from hf_embed.pooling import POOLINGS, Pooling, check_pooling, find_pooling, poo
 from hf_embed.step import TrainingStep, new_head
 
 LENGTHS = [1, 4, 7, 2]
-CLS = {"cls", "cls_mlp", "cls_mlp_train"}  # the heads are the encoder's
+CLS = {"cls", "cls_mlp", "cls_mlp_train"}  # they pool alike; their heads belong to the encoder
 
 
 def layers_and_mask(width=9, layers=4, dim=5):
@@ -34,7 +34,7 @@ def mean(states, weight_of=lambda number: 1):
     return total / weights
 
 
-# Of one text: its states in each layer, a list of (tokens, D), to its vector.
+# Each function takes the hidden states of one text, a list with one (tokens, D) per layer, and returns the text's vector.
 LOOPS = {
     "cls": lambda layers: layers[-1][0],
     "cls_mlp": lambda layers: layers[-1][0],
@@ -48,7 +48,7 @@ LOOPS = {
 
 
 def by_loop(pooling, layers, lengths=LENGTHS):
-    """What a pooling gives for texts of these lengths, without its heads: the reference for every test of poolings."""
+    """Pool texts of these lengths by a loop, without the heads. This is the reference for every test of poolings."""
     if pooling not in LOOPS:
         raise NotImplementedError(f"say in LOOPS, by a loop over the tokens, what pooling '{pooling}' computes")
     return torch.stack([LOOPS[pooling]([layer[i][:n] for layer in layers]) for i, n in enumerate(lengths)])
@@ -87,7 +87,7 @@ def test_embedding_does_not_depend_on_padding(model, pooling):
 
 @pytest.mark.parametrize(("pooling", "training"), itertools.product(sorted(CLS), [True, False]))
 def test_heads(pooling, training):
-    """cls_mlp always goes through the pooler, cls_mlp_train through its head in training, cls through none."""
+    """cls_mlp always uses the pooler, cls_mlp_train uses its head only in training, and cls uses no head."""
     model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     encoder = Encoder(model, quickstart_tokenizer(), pooling)
     head = new_head(encoder.width, encoder.config) if pooling == "cls_mlp_train" else None
@@ -110,7 +110,7 @@ def test_unknown_pooling_names_the_known():
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_entries_are_complete(name):
-    """What is saved is found again by its flag and by its newer name, and has code for the card."""
+    """A saved pooling is found again by its flag and by its newer name, and each pooling has code for the card."""
     entry = POOLINGS[saved_pooling(name)]
     assert POOLINGS[name].name == name and POOLINGS[name].description
     for mode in (entry.flag, entry.mode):
@@ -136,11 +136,11 @@ MAX = Pooling(
         "vectors = output.last_hidden_state.masked_fill(padding, -torch.inf).amax(1)",
     ),
 )
-TEXTS = ["a cat", "a dog sleeping by the fire"]  # of the card
+TEXTS = ["a cat", "a dog sleeping by the fire"]  # the texts in the code of the card
 
 
 def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
-    """Trained, saved, and loaded by the card's code, sentence-transformers and Encoder, which says which it is."""
+    """The new pooling is trained and saved. The card's code, sentence-transformers and Encoder load it. Encoder names it."""
     monkeypatch.setitem(POOLINGS, "max", MAX)
     args = ContrastiveTrainingArguments(
         str(tmp_path / "out"), pooling="max", max_steps=2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
@@ -152,7 +152,7 @@ def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
     run.save_model()
     expected = run.encoder.encode(TEXTS, convert_to_tensor=True)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "pooling `max`" in card
+    assert "| Pooling | `max`" in card
     names = {}
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace('"FOLDER"', repr(str(tmp_path / "out"))), names)
     theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, convert_to_tensor=True)
@@ -160,7 +160,7 @@ def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
     for vectors in (names["vectors"], theirs, loaded.encode(TEXTS, convert_to_tensor=True)):
         assert_close(vectors, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert loaded.pooling == "max"
-    mean = Encoder.from_pretrained(tmp_path / "out", pooling="mean")  # control: it counts
+    mean = Encoder.from_pretrained(tmp_path / "out", pooling="mean")  # control: the pooling matters
     assert not torch.allclose(mean.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-2)
 
 
@@ -171,6 +171,6 @@ def test_a_new_pooling_of_two_layers_is_one_entry(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(POOLINGS, "ends_max", entry)
     encoder = tiny_encoder(pooling="ends_max")
-    encoder.save_pretrained(tmp_path)  # which checks what sentence-transformers makes of it
+    encoder.save_pretrained(tmp_path)  # this also checks the vectors of sentence-transformers
     assert json.loads((tmp_path / "modules.json").read_text())[1]["path"] == "1_LayerPooling"
     assert Encoder.from_pretrained(tmp_path).pooling == "ends_max"

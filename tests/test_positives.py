@@ -85,7 +85,7 @@ def test_the_same_whatever_the_workers_and_another_with_another_seed():
 def test_short_sentences_are_kept_and_counted(caplog):
     caplog.set_level(logging.WARNING)
     assert pairs("delete_one_word", ["alone", "two words", " "]) [0] == (["alone"], ["alone"])  # fmt: skip
-    assert "2 of 3 rows could not be changed by delete_one_word; each is its own positive" in caplog.text
+    assert "delete_one_word could not change 2 of 3 rows; each of these is its own positive" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -113,21 +113,21 @@ def test_masked_words_are_filled_by_the_model(masked_lm):
 def test_bad_input(tmp_path, masked_lm):
     rows = Dataset.from_dict({"text": TEXTS})
     for positive in ("drop", "crop", "delete_one_word:0.1", "dropout:0.1", ""):
-        assert f"positive '{positive}'; there are {', '.join(KNOWN)}" == error_of(parse_positive, positive)
+        assert f"unknown positive '{positive}'; give one of {', '.join(KNOWN)}" == error_of(parse_positive, positive)
     for share in ("1", "1.0", "0", "-0.1", "nan", "x", "10%"):
-        assert "above 0 and below 1, e.g. crop:0.1" in error_of(parse_positive, f"crop:{share}")
+        assert "above 0 and below 1, for example crop:0.1" in error_of(parse_positive, f"crop:{share}")
     bad = tmp_path / "bad.tsv"
     bad.write_text("word other\n")
     for settings, message in (
-        ({}, "needs --synonyms FILE"), ({"synonyms": "absent"}, "absent: no such file"),
+        ({}, "needs --synonyms FILE"), ({"synonyms": "absent"}, "absent: this file does not exist"),
         ({"synonyms": str(bad)}, "bad.tsv, line 1: expected a word, a tab"),
     ):  # fmt: skip
         assert message in error_of(add_positives, rows, "synonym:0.1", **settings)
     bad.write_text("\n")
     assert "the file has no words" in error_of(add_positives, rows, "synonym:0.1", synonyms=str(bad))
     tiny_encoder().save_pretrained(tmp_path / "plain", verify=False)
-    assert "plain' has no masked-language-modelling head (no cls." in error_of(
+    assert "plain' has no masked-language-modeling head (cls." in error_of(
         add_positives, rows, "mask_fill:0.1", model=str(tmp_path / "plain")
     )
-    with pytest.raises(InputError, match="is no masked language model"):
+    with pytest.raises(InputError, match="is not a masked language model"):
         add_positives(rows, "mask_fill:0.1", model=str(tmp_path / "absent"))

@@ -327,8 +327,8 @@ def test_texts_that_were_decoded_wrongly(encoder):
         "control characters": {"count": 1, "rows": [4]},
     }  # fmt: skip
     assert sorted(each["text"] for each in report["findings"] if each["code"] == "odd") == [
-        "texts that hold control characters: 1 (first in row 4)", "texts that hold mojibake: 2 (first in row 1)",
-        "texts that hold replacement characters: 2 (first in row 3)",
+        "texts that contain control characters: 1 (first in row 4)", "texts that contain mojibake: 2 (first in row 1)",
+        "texts that contain replacement characters: 2 (first in row 3)",
     ]  # fmt: skip
 
 
@@ -377,12 +377,12 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     assert "can't decode byte 0xe9 in line 2" in error_of(run, tmp_path / "latin.csv")
     assert error_of(run, tmp_path / "none.csv").endswith("(folders and patterns are not supported)")
     assert error_of(run).startswith(
-        "nothing to train on; give --train_file FILE or --dataset_name NAME, or the files as they are"
+        "there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE"
     )
     good = write(tmp_path / "good.csv", [["anchor", "positive"], ["a", "b"], ["c", "d"]])
-    assert "there is no folder" in error_of(run, good, "--output_file", tmp_path / "no" / "report.json")
-    assert "pictures end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
-    assert error_of(run, good, good) == f"two sources are named '{good}'; give each file once"
+    assert "no does not exist; create it first" in error_of(run, good, "--output_file", tmp_path / "no" / "report.json")
+    assert "a picture's name must end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
+    assert error_of(run, good, good) == f"two sources have the name '{good}'; give each file once"
     assert "sample is -1" in error_of(run, good, "--sample", "-1")
 
 
@@ -416,6 +416,17 @@ def test_sources_of_different_shapes(tmp_path, encoder, caplog):
     assert f"{'total':21}" not in lines(report)[0] and any(line.startswith("total ") for line in lines(report))
 
 
+@pytest.mark.parametrize("sample, rows", [(5, 5), (0, 30), (None, 20)])
+def test_how_many_rows_of_a_stream_are_read(sample, rows, encoder, monkeypatch):
+    """BUG: a sample of 0 read only the first rows of a stream, although 0 means all."""
+    monkeypatch.setattr("hf_embed.kit.preflight_source.SAMPLE", 20)
+    stream = Dataset.from_list([{"text": f"line {i}"} for i in range(30)]).to_iterable_dataset()
+    source = Source("mine", stream, size=30)
+    report = preflight([(source, "mine", False)], encoder, Settings(sample=sample), {})["sources"]["mine"]
+    assert report["rows"] == report["sample"]["rows"] == rows
+    assert report.get("first_rows_of_a_stream") == (rows if rows < 30 else None)
+
+
 def test_rows_that_stand_in_two_files(tmp_path, capsys):
     first = write(tmp_path / "a.csv", [["anchor", "positive"], ["one", "two"], ["three", "four"], ["one", "two"]])
     second = write(tmp_path / "b.csv", [["anchor", "positive"], ["One!", "two"], ["one", "two"], ["five", "six"]])
@@ -424,7 +435,7 @@ def test_rows_that_stand_in_two_files(tmp_path, capsys):
     assert (report["total"]["duplicates"], report["total"]["near_duplicates"]) == (2, 1)
     assert report["sources"]["b.csv"]["near_duplicates"] == {"count": 1, "rows": [2]}
     shown = capsys.readouterr().out
-    assert "  a.csv: different rows that stand in another source too: 1 [shared]" in shown
+    assert "  a.csv: different rows that also occur in another source: 1 [shared]" in shown
     (tmp_path / "sub").mkdir()
     twin = write(tmp_path / "sub" / "a.csv", [["anchor", "positive"], ["seven", "eight"], ["nine", "ten"]])
     assert list(run(first, twin)["sources"]) == [str(first), str(twin)]
@@ -469,7 +480,8 @@ def test_texts_of_evaluation_sets_that_are_trained_on(encoder):
     assert report["evaluation"]["pairs"]["matches"] == 1
     seen = {each["of"]: each["text"] for each in report["findings"] if each["code"] == "seen"}
     assert set(seen) == set(wanted) - {"clean"}
-    assert seen["search"] == "texts that are trained on, but for case, spaces and punctuation: 1 (in mine row 5)"
+    ignored = "if case, spaces and punctuation are ignored"
+    assert seen["search"] == f"texts that are also in the training rows {ignored}: 1 (in mine row 5)"
 
 
 def test_files_of_evaluation_sets(tmp_path):
@@ -502,13 +514,13 @@ def test_strict_and_the_files(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG") and f"wrote {report}" in capsys.readouterr().out
     clean = write(tmp_path / "clean.csv", [["anchor", "positive"], ["a", "b"], ["c", "d"]])
     assert run(clean, "--strict", "--batch_size", 2)["findings"] == []
-    assert "nothing to look at" in capsys.readouterr().out
+    assert "no findings" in capsys.readouterr().out
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     clean = write(tmp_path / "clean.csv", [["anchor", "positive"], ["a", "b"], ["c", "d"]])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert error_of(run, clean) == "this recipe is one process, and 2 were started; start it without a launcher"
+    assert error_of(run, clean) == "this recipe runs in a single process, but 2 were started; start it without a launcher"
 
 
 @pytest.mark.parametrize("name", ["sup_simcse", "unsup_simcse", "gte_pretrain", "gte_finetune", "simcse_ablation"])
@@ -533,7 +545,7 @@ def test_preflight_of_a_recipe_ends_before_the_training(tmp_path, monkeypatch, n
     loss = math.log(5) if "simcse" in name else math.log(4 * 5 - 2)
     assert batch["batch"] == 5 and list(batch["guessing"].values()) == [pytest.approx(loss, abs=1e-4)]
     assert report["evaluation"]["dev"]["texts"]["sentences"]["seen"] == 1
-    assert not (tmp_path / "outputs").exists() and "nothing to look at" not in capsys.readouterr().out
+    assert not (tmp_path / "outputs").exists() and "no findings" not in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         recipe.main([*QUIET, *map(str, [*argv, *model, "--strict"])])
     assert end.value.code == 1
@@ -542,7 +554,8 @@ def test_preflight_of_a_recipe_ends_before_the_training(tmp_path, monkeypatch, n
 def test_flags_without_preflight_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flag in (["--strict"], ["--preflight_sample", "5"], ["--preflight_file", "x.json"]):
-        assert error_of(load_recipe("sup_simcse").main, [*QUIET, *flag]).startswith(f"{flag[0]} without --preflight")
+        message = error_of(load_recipe("sup_simcse").main, [*QUIET, *flag])
+        assert message.startswith(f"{flag[0]} has no effect without --preflight")
 
 
 def test_preflight_takes_the_positives_that_are_made(tmp_path, monkeypatch):

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from test_distributed import launch
 from test_recipes import load_recipe
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 from worker import WORDS
 
 from hf_embed import Encoder
 from hf_embed.disk import DiskError
 from hf_embed.kit import masked_lm, pretraining
-from hf_embed.kit.plan import QUICKSTART
+from hf_embed.kit.plan import LANGUAGE_MODEL, QUICKSTART
+from hf_embed.mlm import mask_tokens
 
 SMALL = ["--vocab_size", 500, "--hidden_size", 24, "--num_layers", 1, "--num_heads", 2, "--max_length", 64,
          "--sentence_tokens", 600, "--long_tokens", 300, "--batch_tokens", 256]  # fmt: skip
@@ -84,14 +85,14 @@ def test_a_stopped_run_goes_on_exactly(train, objective, tmp_path, monkeypatch, 
         train(tmp_path / "stopped", *objective)
     assert not (tmp_path / "stopped").exists()
     other = error_of(train, tmp_path / "stopped", *objective, "--learning_rate", 0.001)
-    assert "stopped.work: left by a run with another model or other texts or settings" in other
+    assert "stopped.work belongs to a run with another model or other texts or settings" in other
     text = (tmp_path / "sentences.txt").read_text()
     (tmp_path / "sentences.txt").write_text(text.replace("number 7 ", "number 8 "))  # other sentences in the same file
-    assert "by a run with another model or other texts" in error_of(train, tmp_path / "stopped", *objective)
+    assert "belongs to a run with another model or other texts" in error_of(train, tmp_path / "stopped", *objective)
     (tmp_path / "sentences.txt").write_text(text)
     capsys.readouterr()
     train(tmp_path / "stopped", *objective)
-    assert "going on at step 2 of " in capsys.readouterr().out
+    assert "resuming at step 2 of " in capsys.readouterr().out
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("calm", "stopped")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -110,13 +111,13 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--objective distill learns from a teacher"),
-        ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, and it can be at most 1"),
-        ([*TEACHER, "--vocab_size", 10], "--vocab_size is 10; the letters of this text alone are"),
-        ([*TEACHER, "--max_length", 600], "--max_length is 600, and the teacher has 512 positions; give less"),
-        (["--objective", "mlm", *TEACHER], "--objective mlm has no teacher"),
-        (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10; the letters of this text alone are"),
-        (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or less to a batch"),
+        ([], "--objective distill needs a teacher"),
+        ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, but it can be at most 1"),
+        ([*TEACHER, "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
+        ([*TEACHER, "--max_length", 600], "--max_length is 600, but the teacher has 512 positions; give a smaller"),
+        (["--objective", "mlm", *TEACHER], "--objective mlm uses no teacher"),
+        (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
+        (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or a smaller --batch_tokens"),
         (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64"),
     ],
 )
@@ -183,7 +184,7 @@ def test_two_processes(train, objective, tmp_path):
         return
     few = launch(2, recipe, *words, tmp_path / "few", "--batch_tokens", 64)
     done = subprocess.run(few, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "2 processes share a batch of 1 texts; give more --batch_tokens" in done.stderr
+    assert done.returncode != 0 and "2 processes cannot share a batch of 1 texts; give a larger --batch_tokens" in done.stderr
 
 
 def test_sequences_are_packed_and_begin_with_cls(monkeypatch):
@@ -193,8 +194,11 @@ def test_sequences_are_packed_and_begin_with_cls(monkeypatch):
     assert masked_lm.sequences(stream, 4, np.array([2, 0]), cls=2).tolist() == [[2, 9, 10, 3], [2, 5, 6, 3]]
     args = pretraining.PretrainArguments("f", "o", "mlm", max_length=4, batch_tokens=8, sentence_tokens=40, long_tokens=8)
     batches = masked_lm.all_batches(args, stream)
-    assert [(length, len(rows)) for length, rows in batches] == [(4, 2)] * 6  # 5 of the first stage: the text is read again
+    assert [(length, len(rows)) for length, rows in batches] == [(4, 2)] * 6  # 5 of short sequences: the text is read again
     assert all(0 <= row < 3 for _, rows in batches for row in rows) and len({tuple(rows) for _, rows in batches}) > 1
+    args.max_length = 8
+    mixed = [length for length, _ in masked_lm.all_batches(args, np.tile(stream, 50))]
+    assert sorted(mixed) == [4] * 5 + [8] and mixed[-1] == 4  # long sequences are not the last ones
 
 
 def test_the_word_table_starts_from_mutual_information():
@@ -232,3 +236,28 @@ def test_the_loss_is_that_of_bert(train, tmp_path):
     assert loss.item() == pytest.approx(plain.item(), rel=2e-3)  # bfloat16 against float32
     unmasked = F.cross_entropy(model(input_ids=input_ids).logits.flatten(0, 1), input_ids.flatten())
     assert abs(unmasked.item() - plain.item()) > 0.01
+
+
+# ---- the built-in language model ----
+
+
+def test_the_built_in_language_model_fills_in_masked_words(caplog):
+    """It predicts masked words of everyday sentences far better than their frequencies do, and loads without its head too."""
+    tokenizer, model = AutoTokenizer.from_pretrained(LANGUAGE_MODEL), AutoModelForMaskedLM.from_pretrained(LANGUAGE_MODEL)
+    texts = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:64]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    torch.manual_seed(0)
+    ids, labels = mask_tokens(batch["input_ids"].flatten(), tokenizer)
+    with torch.inference_mode():
+        loss = model(input_ids=ids.view_as(batch["input_ids"]), attention_mask=batch["attention_mask"],
+                     labels=labels.view_as(batch["input_ids"])).loss  # fmt: skip
+    assert loss < 4.5  # the frequencies of the words alone give about 6.4
+    assert model.config.hidden_dropout_prob == 0.1  # for the fine-tuning that follows
+    caplog.clear()
+    assert Encoder.from_pretrained(str(LANGUAGE_MODEL)).encode(["a cat"]).shape == (1, 192)
+    assert not caplog.messages  # no table of the head's weights, which an encoder does not use
+
+
+def test_the_package_stays_small():
+    files = [path for path in QUICKSTART.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 40 * 2**20

@@ -165,8 +165,8 @@ def test_arguments_that_a_script_changes_later(tmp_path):
         (ModelArguments, {"lora_r": -1}, "lora_r is -1"),
         (ModelArguments, {"lora_r": 4, "lora_alpha": 0}, "lora_alpha is 0"),
         (ModelArguments, {"lora_r": 4, "lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        (ModelArguments, {"lora_dropout": 0.1}, "--lora_dropout without --lora_r"),
-        (ModelArguments, {"lora_target_modules": ["query"]}, "--lora_target_modules without --lora_r"),
+        (ModelArguments, {"lora_dropout": 0.1}, "--lora_dropout has no effect without --lora_r"),
+        (ModelArguments, {"lora_target_modules": ["query"]}, "--lora_target_modules has no effect without --lora_r"),
         (RunArguments, {"show_searches": -1}, "show_searches is -1"),
         (MiningArguments, {"relative_margin": NAN}, "relative_margin is nan"),
         (MiningArguments, {"absolute_margin": INF}, "absolute_margin is inf"),
@@ -324,7 +324,7 @@ FLAGS = {
     "batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0; it must be at least 1"),
     "lora target": (
         ["--lora_r", "4", "--lora_target_modules", "query", "valeu"],
-        "--lora_target_modules valeu: no such module",
+        "--lora_target_modules valeu: the model has no such module",
     ),
     "lora on a norm": (["--lora_r", "4", "--lora_target_modules", "LayerNorm"], "--lora_target_modules LayerNorm: "),
     "report_to": (["--report_to", "neptune"], "the package of neptune is not installed"),
@@ -398,7 +398,7 @@ def test_gte_settings_are_checked_before_the_offline_data_are_made(tmp_path, mon
         (
             "pretrain_encoder",
             ["--teacher", "t", "--train_file", "f", "--output_dir", "o", "--num_heads", "7"],
-            "does not divide the 192",
+            "does not divide --hidden_size 192",
         ),
         ("simcse_ablation", ["--temperature", "0"], "temperature is 0.0"),
         ("simcse_ablation", ["--seeds", "1,1"], "--seeds '1,1'"),

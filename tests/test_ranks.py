@@ -1,4 +1,4 @@
-"""When one rank fails or stalls, all end soon, and what the user sees is the message of that rank, once."""
+"""When one rank fails or stalls, all ranks end soon, and the user sees the message of that rank once."""
 
 import importlib
 import json
@@ -36,13 +36,13 @@ def run_cases(folder: Path, cases: list[str]) -> dict:
 def check(case: str, found: dict) -> None:
     kind, _ = case.split(":")
     (main, failing), (of_main, of_failing) = found["status"], found["said"]
-    limit = 10 if kind != "stall" else 20  # of which five are the timeout
+    limit = 10 if kind != "stall" else 20  # seconds; a stall includes the timeout of 5 s
     assert found["seconds"] < limit and main != 0, (case, found)
     if kind == "stall":
         assert of_main.count("error: another process of this run has not answered for 5 s") == 1
         assert of_main.count("error:") == 1 and "--ddp_timeout" in of_main and "Traceback" not in of_main
         return
-    said_by_main = [line for line in of_main.splitlines() if not line.startswith("step ")]  # its log
+    said_by_main = [line for line in of_main.splitlines() if not line.startswith("step ")]  # without the training log
     assert said_by_main in ([], ["error: another process of this run has ended; its own error says why"])
     assert failing == {"InputError": 2, "RankError": 2, "exit": 3, "kill": -9}.get(kind, 1)
     said = "" if kind in ("exit", "kill") else MESSAGE
@@ -103,7 +103,7 @@ time.sleep(120)
 
 @pytest.fixture
 def other_run(tmp_path):
-    """A process that writes to the folder out."""
+    """Start another process that locks the folder `out`, as a run does that writes to it."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "here\n"
     yield process
@@ -113,20 +113,20 @@ def other_run(tmp_path):
 
 def test_a_second_run_is_refused_until_the_first_is_gone(other_run, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    refused = f"{folder}: another process writes there"
+    refused = f"{folder}: another process is writing to this folder"
     assert refused in error_of(make_trainer(folder, {"max_steps": 1}).train)
     flags = ["--output_dir", str(folder), "--max_steps", "1", "--use_cpu", "--report_to", "none"]
-    monkeypatch.setattr("hf_embed.recipes.sup_simcse.read_rows", None)  # it is refused before it reads
+    monkeypatch.setattr("hf_embed.recipes.sup_simcse.read_rows", None)  # the recipe is refused before it reads
     for recipe in ("sup_simcse", "simcse_ablation"):
         assert refused in error_of(importlib.import_module(f"hf_embed.recipes.{recipe}").main, flags)
-    with pytest.raises(InputError, match="another process writes there"), claimed(folder, "the same work"):
+    with pytest.raises(InputError, match="another process is writing to this folder"), claimed(folder, "the same work"):
         pass
-    other_run.kill()  # which leaves no lock behind
+    other_run.kill()  # a killed process leaves no lock behind
     other_run.wait()
     make_trainer(folder, {"max_steps": 1}).train()
     with claimed(folder, "the same work"):
         pass
-    assert not locks  # BUG: of work that failed it was kept until the process ended
+    assert not locks  # BUG: The lock of work that failed was kept until the process ended.
 
 
 def test_a_folder_made_for_nothing_goes(tmp_path):

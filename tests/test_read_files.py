@@ -1,4 +1,7 @@
-"""The readers of text, JSON, tensors and arrays: each damage is one line that names the file; and nobody else reads."""
+"""The readers of text, JSON, tensors and arrays report every damage in one line that names the file.
+
+No other module reads files, except for the calls in OTHERS.
+"""
 
 import ast
 import json
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 TENSORS = save({"weight": torch.eye(3)})
 EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_file, lambda path: read_yaml(path, path)]
-# Calls that read a file, by module, and why they are no reader of `read_files`.
+# Modules that read or parse without the readers of `read_files`: the call and, where it is not obvious, the reason.
 OTHERS = {
     "read_files": "the readers themselves",
     "checkpoint_trainer": "torch.load: which file of a checkpoint it is that cannot be read",
@@ -44,13 +47,13 @@ OTHERS = {
 @pytest.mark.parametrize("read", EVERY)
 def test_a_path_that_is_no_file(read, tmp_path):
     (tmp_path / "folder.csv").mkdir()
-    os.mkfifo(tmp_path / "pipe.csv")  # to open it would wait for ever
+    os.mkfifo(tmp_path / "pipe.csv")  # opening a pipe would block forever
     expected = {
-        "absent.csv": "no such file; check the path",
+        "absent.csv": "this file does not exist; check the path",
         "folder.csv": "this is a folder; name a file in it",
         "pipe.csv": "a pipe or a device",
         "a" * 300 + ".csv": "File name too long",
-        "a\0.csv": "no file can be there",
+        "a\0.csv": "no file can have this path",
     }
     for name, words in expected.items():
         message = error_of(read, str(tmp_path / name))
@@ -62,9 +65,7 @@ def test_a_pointer_of_git_lfs_is_named(read, tmp_path):
     for name in ("a.safetensors", "a.csv"):
         (tmp_path / name).write_bytes(LFS)
     file = "a.safetensors" if read in (read_tensors, tensor_dtypes) else "a.csv"
-    assert f"{file} is a pointer of Git LFS, not the file itself; fetch it by git lfs pull" in error_of(
-        read, str(tmp_path / file)
-    )
+    assert f"{file} is a Git LFS pointer, not the file itself; run git lfs pull" in error_of(read, str(tmp_path / file))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -72,7 +73,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("{}")
     path.chmod(0)
-    assert "a.json: you may not read it; change its permissions" in error_of(read_json, path)
+    assert "a.json: you have no permission to read it; change its permissions" in error_of(read_json, path)
 
 
 @pytest.mark.parametrize(
@@ -80,15 +81,15 @@ def test_a_file_that_may_not_be_read(tmp_path):
     [
         (b"{bad", "a.json is not JSON (line 1: Expecting property name"),
         (b"", "a.json is not JSON (line 1: Expecting value)"),
-        (b'{"a": NaN}', "NaN is not a number of JSON"),
-        (b'{"a": -Infinity}', "-Infinity is not a number of JSON"),
-        (b"[" * 100_000, f"more than {MOST_LEVELS} lists and objects within each other"),
-        (b"[" * 500 + b"]" * 500, f"more than {MOST_LEVELS} lists and objects within each other"),
+        (b'{"a": NaN}', "NaN is not valid in JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not valid in JSON"),
+        (b"[" * 100_000, f"lists and objects are nested in more than {MOST_LEVELS} levels"),
+        (b"[" * 500 + b"]" * 500, f"lists and objects are nested in more than {MOST_LEVELS} levels"),
         (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
         (b'{"a": "\\ud800"}', 'a.json: "\\ud800" is half of a character'),
-        (b"[1]", "a.json has no dict at its top"),
-        (b'{"a": "\xe9"}', "a.json: not UTF-8: byte 0xe9 in line 1"),
-        ('{"a": 1}'.encode("utf-16"), "a.json: holds NUL bytes"),
+        (b"[1]", "a.json does not hold a dict at the top level"),
+        (b'{"a": "\xe9"}', "a.json is not UTF-8 (byte 0xe9 in line 1)"),
+        ('{"a": 1}'.encode("utf-16"), "a.json holds NUL bytes"),
     ],
 )
 def test_damaged_json(content, expected, tmp_path):
@@ -110,7 +111,7 @@ def test_whole_json(tmp_path):
 def test_damaged_tensors(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
     message = error_of(read_tensors, tmp_path / "model.safetensors")
-    assert "model.safetensors: " in message and "copy it anew" in message
+    assert "model.safetensors" in message and "copy it again" in message
 
 
 @pytest.mark.parametrize(
@@ -118,12 +119,14 @@ def test_damaged_tensors(content, tmp_path):
 )
 def test_damaged_pickles(content, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(content)
-    assert "pytorch_model.bin: is no whole file of weights" in error_of(read_tensors, tmp_path / "pytorch_model.bin")
+    assert "pytorch_model.bin: the weights file is incomplete or damaged" in error_of(
+        read_tensors, tmp_path / "pytorch_model.bin"
+    )
 
 
 def test_pickles_of_something_else(tmp_path):
     torch.save([torch.eye(2)], tmp_path / "a.bin")
-    assert "a.bin: holds something else than tensors by name" in error_of(read_tensors, tmp_path / "a.bin")
+    assert "a.bin holds other values than named tensors" in error_of(read_tensors, tmp_path / "a.bin")
 
 
 def test_damaged_arrays(tmp_path):
@@ -131,9 +134,9 @@ def test_damaged_arrays(tmp_path):
     np.save(path, np.ones((4, 3), np.float32))
     assert read_array(path).shape == (4, 3)
     path.write_bytes(path.read_bytes()[:-4])
-    assert "a.npy: is no whole .npy file" in error_of(read_array, path)
+    assert "a.npy: the .npy file is incomplete or damaged" in error_of(read_array, path)
     for array, expected in (
-        (np.array([{}, "a"]), "Python objects in dtype"), (np.ones(3), "of shape (3,); expected numbers in 2 dimensions"),
+        (np.array([{}, "a"]), "Python objects in dtype"), (np.ones(3), "of shape (3,), not numbers in 2 dimensions"),
         (np.array([["a"]]), "holds <U1 of shape (1, 1)"),
     ):  # fmt: skip
         np.save(path, array, allow_pickle=True)
@@ -143,9 +146,9 @@ def test_damaged_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is no file in the folder"),
-        ({"weight_map": {"a": "/model.safetensors"}}, "which is no file in the folder"),
-        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors: no such file"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is not a file in the folder"),
+        ({"weight_map": {"a": "/model.safetensors"}}, "which is not a file in the folder"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors: this file does not exist"),
         ({"weight_map": {"b": "one.safetensors"}}, "'b' is not in one.safetensors"),
         ({"weight_map": {}}, "has no weight_map"), ({}, "has no weight_map"), ({"weight_map": {"a": 1}}, "has no weight_map"),
     ],
@@ -158,7 +161,7 @@ def test_a_wrong_index_of_shards(index, expected, tmp_path):
 
 def test_shards_that_no_index_names_are_not_read(tmp_path):
     save_file({"a": torch.eye(2)}, tmp_path / "model-00001-of-00001.safetensors")
-    save_file({"a": torch.zeros(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")  # of an earlier save
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")  # left by an earlier save
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(read_weights(tmp_path)["a"], torch.eye(2))
@@ -193,7 +196,10 @@ READS = re.compile(
 
 
 def test_nobody_else_reads_files():
-    """Files are read by `read_files`: what is wrong with one is then said in one way, and no damage is a foreign error."""
+    """All modules read files through `read_files`, except for the calls in OTHERS.
+
+    Damage is then always reported in the same way, and a damaged file never ends in an error of another library.
+    """
     found = set()
     for path in sorted([*(ROOT / "hf_embed").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -202,4 +208,4 @@ def test_nobody_else_reads_files():
         if any(READS.fullmatch(ast.unparse(call)) for call in calls):
             found.add(name)
     assert sorted(found - set(OTHERS)) == [], "read these files by hf_embed.read_files"
-    assert sorted(set(OTHERS) - found) == []  # no exception outlives its reason
+    assert sorted(set(OTHERS) - found) == []  # every entry of OTHERS is still needed

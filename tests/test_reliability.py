@@ -1,4 +1,4 @@
-"""The harness of docs/reliability.md finds what it is for; and the page names tests and commands that exist."""
+"""The harness of docs/reliability.md finds the faults that it looks for. The page names tests and commands that exist."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ def test_the_commands_that_the_page_names_exist():
 
 
 def harness(*words: str, patch: str = "") -> subprocess.CompletedProcess:
-    """Run the harness; `patch` is run before it in its process, of which every run is a fork."""
+    """Run the harness. `patch` is code that runs first in the same process. It affects every run, because runs are forks."""
     code = f"import sys; sys.argv[0] = {str(SCRIPT)!r}; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{patch}\n"
     code += "from reliability import main; main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -49,7 +49,7 @@ def test_killed_runs_go_on(command):
 
 @pytest.mark.slow
 def test_control_other_weights_after_a_kill_are_found():
-    """The random state of a checkpoint is not restored, so dropout draws otherwise after a resume."""
+    """The patch keeps the random state of a checkpoint from being restored, so dropout draws other masks after a resume."""
     patch = "import reliability_runs, transformers\ntransformers.Trainer._load_rng_state = lambda *args: None"
     done = harness("saves", "--count", "3", "--jobs", "1", "--cases", "unsup_simcse", patch=patch)
     assert done.returncode == 1 and "other model.safetensors" in done.stdout, done.stdout + done.stderr

@@ -99,12 +99,12 @@ def argv(toy: Path, tmp_path: Path, *more) -> list:
 
 def test_without_permission_nothing_runs(toy, ran, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *prompt: "y")
-    assert "brings Python code of its own" in error_of(Encoder.from_pretrained, toy)
+    assert "needs its own Python code" in error_of(Encoder.from_pretrained, toy)
     for more in ([], ["--dropout", 0.1], ["--mlm_weight", 0.1], ["--lora_r", 4]):
         message = error_of(sup, *argv(toy, tmp_path, *more))
-        assert "give --trust_remote_code on the command line" in message
+        assert "set --trust_remote_code on the command line" in message
     message = error_of(add_positives, Dataset.from_dict({"text": TEXTS}), "mask_fill:0.2", model=str(toy))
-    assert "--trust_remote_code lets its own code run" in message
+    assert "--trust_remote_code allows its own code to run" in message
     assert not ran.exists() and not (tmp_path / "out").exists()
 
 
@@ -116,7 +116,7 @@ def test_a_y_on_standard_input_is_no_permission(toy, ran, tmp_path, recipe):
     command = [sys.executable, ROOT / "recipes" / recipe, "--model_name_or_path", toy, "--eval_sts_file", f"s={files['sts']}"]
     done = subprocess.run([*map(str, [*command, *more])], input="y\ny\ny\n", cwd=tmp_path, capture_output=True, text=True,
                           timeout=300)  # fmt: skip
-    assert done.returncode == 2 and "give --trust_remote_code" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "set --trust_remote_code" in done.stderr.splitlines()[-1]
     assert not ran.exists() and "y/N" not in done.stdout + done.stderr
 
 
@@ -138,9 +138,9 @@ def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
         states = model(**batch).last_hidden_state.mean(1)
     np.testing.assert_allclose(states.numpy(), vectors[:1], atol=1e-5)
     assert type(model).__module__.startswith("transformers_modules") and states.mean() > 0.5  # the model's own forward
-    assert "brings Python code of its own" in error_of(Encoder.from_pretrained, out)
+    assert "needs its own Python code" in error_of(Encoder.from_pretrained, out)
     card = (out / "README.md").read_text()
-    assert card.count("trust_remote_code=True)") == 4 and "Read them first" in card
+    assert card.count("trust_remote_code=True)") == 4 and "Read the code before you run it" in card
     sup(*argv(toy, tmp_path, "--trust_remote_code", "--max_steps", 3, "--resume_from_checkpoint"))
 
 
@@ -231,7 +231,7 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
         "mine_hard_negatives": [*model, "--train_file", files["nli"], "--output_file", tmp_path / "mined.jsonl"],
     }[name]
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    assert "brings Python code of its own" in error_of(module.main)
+    assert "needs its own Python code" in error_of(module.main)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--trust_remote_code"])
     if name == "push":
         monkeypatch.setattr(module, "push_folder", lambda folder, repo, **settings: sorted(settings))

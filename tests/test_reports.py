@@ -1,6 +1,6 @@
-"""Situations from public bug reports of this field: each is right here, or refused in one line.
+"""Situations from public bug reports of similar projects: hf_embed handles each correctly or refuses it in one line.
 
-Every test names the thread that it is taken from, as "repository #number" of GitHub.
+The docstring of a test describes the reported bug and names the GitHub thread as "repository #number".
 """
 
 import json
@@ -46,7 +46,7 @@ def first_batch(run) -> dict:
 
 
 def loss_of(run) -> float:
-    """The loss of the first batch, as it is trained."""
+    """Return the loss of the first batch in training mode."""
     run.model.train()
     return run.compute_loss(run.model, first_batch(run)).item()
 
@@ -65,7 +65,7 @@ class Gradients(TrainerCallback):
 
 @pytest.mark.parametrize("pooling", ["cls", "weighted_mean"])
 def test_a_tokenizer_that_pads_on_the_left(tmp_path, pooling):
-    """[CLS] pooling took a padding token where the tokenizer pads on the left (sentence-transformers #3208)."""
+    """With a tokenizer that pads on the left, [CLS] pooling took a padding token (sentence-transformers #3208)."""
     tokenizer = quickstart_tokenizer()
     tokenizer.padding_side = "left"
     encoder = Encoder(tiny_model(), tokenizer, pooling).eval()
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_pads_on_the_left(tmp_path, pooling):
 
 
 def test_padding_and_truncation_in_the_tokenizer_file(tmp_path):
-    """A tokenizer.json that pads every text to 128 tokens put padding into the mean (spiceai #13416)."""
+    """A tokenizer.json that pads every text to 128 tokens made mean pooling include the padding (spiceai #13416)."""
     backend = Tokenizer.from_str(quickstart_tokenizer().backend_tokenizer.to_str())
     backend.enable_padding(length=128)
     backend.enable_truncation(max_length=4)
@@ -91,7 +91,7 @@ def test_padding_and_truncation_in_the_tokenizer_file(tmp_path):
 
 
 def test_the_last_token_of_a_cut_text_is_the_closing_one():
-    """The end-of-text token that is pooled was cut off with the rest of a long text (mteb #3217)."""
+    """Truncation of a long text also removed its end-of-text token, which is the token that is pooled (mteb #3217)."""
     encoder = tiny_encoder("qwen3", "last", max_length=8)
     closing = encoder.tokenizer.sep_token_id
     trained = RowTokenizer(encoder.tokenizer, 8)([[TEXTS[1], TEXTS[1]]])["input_ids"][0][0]
@@ -102,33 +102,33 @@ def test_the_last_token_of_a_cut_text_is_the_closing_one():
 
 
 def test_an_end_token_that_transformers_no_longer_adds(tmp_path):
-    """`add_eos_token` of tokenizer_config.json has no effect since transformers 5: a word was pooled (mteb #5237)."""
+    """Since transformers 5, `add_eos_token` in tokenizer_config.json has no effect, so a word was pooled (mteb #5237)."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3} | {letter: 4 + i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
     encoder = Encoder(tiny_model("qwen3"), LlamaTokenizer(vocab=vocab, merges=[], add_bos_token=True), "last").eval()
     encoder.save_pretrained(tmp_path)
     assert Encoder.from_pretrained(tmp_path).tokenizer("cat")["input_ids"] == [1, 3, 6, 4, 23]
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_eos_token": True}))
-    assert "tokenizer_config.json says add_eos_token" in error_of(Encoder.from_pretrained, tmp_path)
-    mended = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)  # as the message says
+    assert "tokenizer_config.json asks for add_eos_token" in error_of(Encoder.from_pretrained, tmp_path)
+    mended = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)  # as the message advises
     mended.save_pretrained(tmp_path)
     assert Encoder.from_pretrained(tmp_path).tokenizer("cat")["input_ids"] == [1, 3, 6, 4, 23, 2]
 
 
 def test_an_empty_text_has_a_vector_or_is_refused():
-    """An empty text gave NaN, and so the whole set's score (mteb #1043)."""
+    """The embedding of an empty text was NaN, and so was the score of the whole evaluation set (mteb #1043)."""
     encoder = tiny_encoder()
     vector = encoder.encode(["", TEXTS[1]])[0]
     with torch.no_grad():
         ids = torch.tensor([[encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id]])
         expected = encoder.backbone(ids).last_hidden_state[0].mean(0)
     np.testing.assert_allclose(vector, expected, atol=1e-5)
-    encoder.tokenizer.backend_tokenizer.post_processor = None  # no special tokens any more
+    encoder.tokenizer.backend_tokenizer.post_processor = None  # now the tokenizer adds no special tokens
     assert "no token" in error_of(encoder.encode, [TEXTS[0], ""])
 
 
 def test_a_text_that_is_no_text_is_named():
-    """A missing cell of a table, a float, ended in a TypeError from deep inside (sentence-transformers #429, #1350)."""
+    """A missing cell of a table is a float, which caused a TypeError deep inside (sentence-transformers #429, #1350)."""
     encoder = tiny_encoder()
     for cell, kind in ((float("nan"), "nan"), (None, "None"), (7, "7"), (["a", "b"], "['a', 'b']")):
         message = error_of(encoder.encode, [*TEXTS, cell])
@@ -136,7 +136,7 @@ def test_a_text_that_is_no_text_is_named():
 
 
 def test_texts_come_in_any_sequence():
-    """NumPy arrays and dataset columns of texts were taken for something else (sentence-transformers #3721)."""
+    """NumPy arrays and dataset columns of texts were not recognized as texts (sentence-transformers #3721)."""
     encoder = tiny_encoder()
     expected = encoder.encode(TEXTS)
     for texts in (np.array(TEXTS), pandas.Series(TEXTS, index=[9, 1]), Dataset.from_dict({"t": TEXTS})["t"], tuple(TEXTS)):
@@ -144,7 +144,7 @@ def test_texts_come_in_any_sequence():
 
 
 def test_bfloat16_vectors_reach_numpy():
-    """A bfloat16 model failed in evaluation, for NumPy has no such type (mteb #1297)."""
+    """A bfloat16 model failed in the evaluation, because NumPy has no such type (mteb #1297)."""
     encoder = Encoder(tiny_model().bfloat16(), quickstart_tokenizer(), "mean").eval()
     vectors = encoder.encode(TEXTS)
     assert vectors.dtype == np.float32
@@ -154,30 +154,30 @@ def test_bfloat16_vectors_reach_numpy():
 
 
 def test_dropout_is_off_in_encode():
-    """Loading an adapter left the model in training mode, and each call gave other vectors (transformers #34469)."""
+    """Loading an adapter left the model in training mode, so each call gave other embeddings (transformers #34469)."""
     encoder = Encoder(tiny_model().train(), quickstart_tokenizer(), "mean")
     encoder.train()
     vectors = encoder.encode(TEXTS)
     np.testing.assert_array_equal(vectors, encoder.encode(TEXTS))
     np.testing.assert_allclose(vectors, tiny_encoder().encode(TEXTS), atol=1e-5)
-    assert encoder.training  # as it was
+    assert encoder.training  # the mode is still that from before the call
 
 
 # ---- data ----
 
 
 def test_columns_count_by_name(tmp_path):
-    """Columns counted by their order: (positive, anchor) was trained the wrong way round (sentence-transformers #2791)."""
+    """Columns were identified by their order, so (positive, anchor) was trained in reverse (sentence-transformers #2791)."""
     swapped = [{"positive": row["positive"], "anchor": row["anchor"]} for row in PAIRS]
     batches = [first_batch(trainer(tmp_path, rows=rows)) for rows in (PAIRS, swapped)]
     assert torch.equal(batches[0]["text_ids"], batches[1]["text_ids"])
     assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    assert not (batches[0]["text_ids"][:, 0] == batches[0]["text_ids"][:, 1]).any()  # so that an exchange would show
+    assert not (batches[0]["text_ids"][:, 0] == batches[0]["text_ids"][:, 1]).any()  # otherwise a swap would go unnoticed
 
 
 @pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
 def test_a_format_is_a_view_of_the_rows(form):
-    """What `set_format` and `set_transform` of a dataset changed was lost or wrong in the trainer (transformers #10178)."""
+    """The trainer lost or misread what `set_format` and `set_transform` change in a dataset (transformers #10178)."""
     rows = Dataset.from_list([row | {"negative": ["no rain", "no music"]} for row in PAIRS])
 
     def tokens(rows):
@@ -188,21 +188,21 @@ def test_a_format_is_a_view_of_the_rows(form):
     assert tokens(rows.with_format(form, columns=["anchor", "positive"])) == [row[:2] for row in whole]
     stream = Source("stream", rows.to_iterable_dataset().with_format(form), negatives=2, size=10)
     assert next(iter(stream.rows)) == rows[0]
-    # A transform is no view: it makes the rows.
+    # A transform is not only a view: it computes the rows that are trained on.
     fewer = rows.with_transform(lambda batch: {"anchor": batch["positive"], "positive": batch["anchor"]})
     assert tokens(fewer) == [[row[1], row[0]] for row in whole]
 
 
 def test_rows_that_are_no_dataset_are_refused(tmp_path):
-    """A list, a table or a dataset of another kind ended in "no attribute 'column_names'" (sentence-transformers #3082)."""
+    """A list, a table or another kind of dataset ended in "no attribute 'column_names'" (sentence-transformers #3082)."""
     for rows in (tuple(PAIRS), pandas.DataFrame(PAIRS), torch.utils.data.ConcatDataset([PAIRS])):
         assert f"a {type(rows).__name__} cannot be used as rows" in error_of(Source, "mine", rows)
-        if not isinstance(rows, pandas.DataFrame):  # which the trainer takes; tests/test_trainer_inputs.py
+        if not isinstance(rows, pandas.DataFrame):  # the trainer accepts a DataFrame: tests/test_trainer_inputs.py
             assert f"a {type(rows).__name__} cannot be used as rows" in error_of(trainer, tmp_path, rows=rows)
 
 
 def test_words_that_look_like_missing_values_are_texts(tmp_path):
-    """The texts "null", "NA" and "None" of a csv file were read as missing (datasets #4467)."""
+    """The texts "null", "NA" and "None" in a CSV file were read as missing values (datasets #4467)."""
     words = ["null", "NA", "None", "nan", "N/A", "-inf", "007", "1e5"]
     (tmp_path / "words.csv").write_text("anchor,positive\n" + "".join(f"{word},the {word}\n" for word in words))
     (tmp_path / "words.tsv").write_text("anchor\tpositive\n" + "".join(f"{word}\tthe {word}\n" for word in words))
@@ -212,7 +212,7 @@ def test_words_that_look_like_missing_values_are_texts(tmp_path):
 
 
 def test_tokens_are_not_taken_from_another_tokenizer(tmp_path):
-    """Rows that one tokenizer had cut were taken from the cache for another (axolotl #885)."""
+    """The cached token ids of one tokenizer were used for another tokenizer (axolotl #885)."""
     Dataset.from_list(PAIRS).save_to_disk(tmp_path / "rows")
     tokenizer, other = quickstart_tokenizer(), quickstart_tokenizer()
     other.add_tokens(["the cat"], special_tokens=True)
@@ -226,7 +226,7 @@ def test_tokens_are_not_taken_from_another_tokenizer(tmp_path):
 
 
 def test_every_negative_counts_once(tmp_path):
-    """Rows with few negatives had them repeated, and of many only some were trained on (FlagEmbedding #970, #958)."""
+    """In rows with few negatives, negatives were repeated. In rows with many, some were not used (FlagEmbedding #970, #958)."""
     negatives = [["no rain", "no bread", "no music"], ["no table"]]
     rows = [PAIRS[i] | {"negative": negatives[i]} for i in range(2)]
     run = trainer(tmp_path, tiny_model(**NO_DROPOUT).double(), rows, SimCSE(0.1), per_device_train_batch_size=2)
@@ -238,11 +238,11 @@ def test_every_negative_counts_once(tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_row_without_another_row_is_not_trained_on(tmp_path, batch):
-    """One row a device has no negatives: the loss was 0.0 and nothing was trained (sentence-transformers #3242)."""
+    """One row per device has no negatives, so the loss was 0.0 and nothing was trained (sentence-transformers #3242)."""
     if batch == 1:
         message = error_of(trainer, tmp_path, per_device_train_batch_size=1)
         assert "per_device_train_batch_size is 1" in message
-    else:  # 5 rows: the last batch would be of one
+    else:  # 5 rows: the last batch would have one row
         loader = trainer(tmp_path, rows=PAIRS[:5]).get_train_dataloader()
         assert [len(batch["text_ids"]) for batch in loader] == [4] and len(loader) == 1
 
@@ -254,13 +254,13 @@ def test_every_epoch_has_other_batches(tmp_path):
     for epoch in range(3):
         loader.set_epoch(epoch)
         epochs.append([sorted(batch["text_ids"][:, 0].tolist()) for batch in loader])
-    assert all(sorted(sum(batches, [])) == sorted(sum(epochs[0], [])) for batches in epochs)  # each row once
+    assert all(sorted(sum(batches, [])) == sorted(sum(epochs[0], [])) for batches in epochs)  # each row occurs once
     assert all(len(set(sum(batches, []))) == 8 for batches in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_a_stream_is_not_repeated_by_every_worker(tmp_path):
-    """Each of several loading processes read the whole stream, so every row came several times (datasets #3423)."""
+    """Each dataloader worker read the whole stream, so every row was used several times (datasets #3423)."""
 
     def stream():
         yield from PAIRS[:8]
@@ -282,13 +282,13 @@ def grid(rows: int, views: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("objective", [SimCSE(0.1), ImprovedContrastive(0.1)], ids=["simcse", "gte"])
 def test_the_second_rank_finds_its_own_positives(objective):
-    """Gathered with negatives, the labels of other ranks pointed at hard negatives (sentence-transformers #3453)."""
+    """With gathered hard negatives, the labels on other ranks pointed at hard negatives (sentence-transformers #3453)."""
     embeddings, ids = grid(6, 4)
     whole = objective(embeddings, ids)
     shares = [objective(embeddings[i : i + 2], ids[i : i + 2], embeddings, ids, i) for i in (0, 2, 4)]
     assert sum(shares).item() / 3 == pytest.approx(whole.item(), rel=1e-12)
     perfect = F.normalize(torch.eye(24, dtype=torch.float64), dim=-1).view(6, 4, 24)
-    perfect[:, 1] = perfect[:, 0]  # every positive is its anchor, all else is apart
+    perfect[:, 1] = perfect[:, 0]  # every positive equals its anchor, and all other texts are orthogonal
     best = objective(perfect[4:], ids[4:], perfect, ids, 4).item()
     worst = objective(perfect[4:, [0, 2, 1, 3]], ids[4:], perfect[:, [0, 2, 1, 3]], ids, 4).item()
     assert best == pytest.approx(math.log(2) if isinstance(objective, ImprovedContrastive) else 0, abs=5e-3) and worst > 5
@@ -296,10 +296,10 @@ def test_the_second_rank_finds_its_own_positives(objective):
 
 @pytest.mark.parametrize("objective", [SimCSE(0.1), ImprovedContrastive(0.1, directions=("query_to_doc",))])
 def test_what_is_masked_on_the_second_rank_is_not_the_positive(objective):
-    """The mask of false negatives had no offset on later ranks: their positives were masked, the loss infinite
+    """The mask of false negatives had no offset on later ranks, so it masked their positives and the loss was infinite
     (sentence-transformers #3817)."""
     embeddings, ids = grid(4, 2)
-    ids[0, 1] = ids[2, 1]  # row 0, on the first rank, has the positive of row 2, on the second
+    ids[0, 1] = ids[2, 1]  # row 0 on rank 0 has the same positive as row 2 on rank 1
     embeddings[0, 1] = embeddings[2, 1]
     loss = objective(embeddings[2:], ids[2:], embeddings, ids, 2)
     unit = F.normalize(embeddings, dim=-1)
@@ -309,7 +309,7 @@ def test_what_is_masked_on_the_second_rank_is_not_the_positive(objective):
 
 
 def test_a_learned_temperature_has_a_gradient_beside_absent_negatives():
-    """Absent negatives, masked with -inf, made the gradient of a learned temperature NaN (NVIDIA-NeMo/Automodel #3850)."""
+    """Masking absent negatives with -inf made the gradient of a learned temperature NaN (NVIDIA-NeMo/Automodel #3850)."""
     embeddings, ids = grid(4, 4)
     ids[1:, 2:] = 0  # rows with fewer negatives
     objective = ImprovedContrastive(learn_temperature=True)
@@ -323,7 +323,7 @@ def test_a_learned_temperature_has_a_gradient_beside_absent_negatives():
 
 
 def test_cached_gradients_are_of_the_same_dropout(tmp_path):
-    """The second forward pass of gradient caching drew other dropout masks than the first (luyug/GC-DPR #12)."""
+    """The second forward pass of gradient caching used other dropout masks than the first pass (luyug/GC-DPR #12)."""
     seen = []
     for caching, seed in ((False, 42), (True, 42), (True, 43)):
         watch = Gradients()
@@ -335,7 +335,7 @@ def test_cached_gradients_are_of_the_same_dropout(tmp_path):
 
 
 def test_checkpointed_layers_train_the_same_adapters(tmp_path):
-    """With LoRA, gradient checkpointing cut the gradients off (transformers #26221)."""
+    """With LoRA, gradient checkpointing left the adapters without gradients (transformers #26221)."""
     seen = []
     for checkpointing in (False, True):
         watch = Gradients()
@@ -348,7 +348,7 @@ def test_checkpointed_layers_train_the_same_adapters(tmp_path):
 
 
 def test_stored_prompts_are_trained_with(tmp_path):
-    """Prompts of the folder were put before texts when encoding, but not in training (sentence-transformers #3394)."""
+    """Prompts stored in the model folder were used for encoding but not for training (sentence-transformers #3394)."""
     encoder = tiny_encoder(prompts={"query": "find: ", "document": "text: "})
     encoder.save_pretrained(tmp_path / "model")
     run = trainer(tmp_path / "out", Encoder.from_pretrained(tmp_path / "model"))
@@ -363,9 +363,9 @@ def test_stored_prompts_are_trained_with(tmp_path):
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_resumed_run_goes_on_in_its_epoch(tmp_path, adapters):
-    """Resumed in a later epoch, a run saw the rows in the first epoch's order again (transformers #40691); with adapters it
-    did not resume at all (sentence-transformers #3402)."""
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}  # 2 steps an epoch: step 3 is in the second
+    """A run that was resumed in a later epoch used the row order of the first epoch again (transformers #40691). A run with
+    adapters did not resume at all (sentence-transformers #3402)."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}  # 2 steps per epoch: step 3 is in the second epoch
 
     def run(folder, checkpoint=None):
         model = tiny_model()
@@ -395,7 +395,7 @@ def test_two_sets_choose_the_best_model_without_a_name(tmp_path):
 
 
 def test_weights_that_are_not_contiguous_are_saved(tmp_path):
-    """After the training, weights with another memory layout could not be saved (safetensors #469)."""
+    """After the training, weights that are not contiguous in memory could not be saved (safetensors #469)."""
     model = tiny_model()
     for layer in model.encoder.layer:
         dense = layer.intermediate.dense
@@ -408,7 +408,7 @@ def test_weights_that_are_not_contiguous_are_saved(tmp_path):
 
 
 def test_merged_adapters_of_a_half_precision_model(tmp_path):
-    """A bfloat16 model with its adapter merged gave other vectors than with it beside (McGill-NLP/llm2vec #128)."""
+    """A bfloat16 model with a merged adapter gave other embeddings than with a separate one (McGill-NLP/llm2vec #128)."""
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(**NO_DROPOUT).bfloat16(), LoraConfig(target_modules=["query"], init_lora_weights=False))
     run = trainer(tmp_path, model, learning_rate=1e-2)
@@ -417,14 +417,14 @@ def test_merged_adapters_of_a_half_precision_model(tmp_path):
     query = run.encoder.base.encoder.layer[0].attention.self.query
     exact = query.base_layer.weight.float() + query.get_delta_weight("default").float()
     saved = AutoModel.from_pretrained(tmp_path).encoder.layer[0].attention.self.query.weight
-    assert torch.allclose(saved.float(), exact, rtol=2**-7)  # bfloat16 has 8 bits
+    assert torch.allclose(saved.float(), exact, rtol=2**-7)  # bfloat16 has 8 significant bits
     vectors, merged = run.encoder.encode(TEXTS), Encoder.from_pretrained(tmp_path).encode(TEXTS)
     assert np.linalg.norm(vectors - merged, axis=1).max() < 0.02 * np.linalg.norm(vectors, axis=1).min()
 
 
 @pytest.mark.parametrize("how", ["modules_to_save", "trainable_token_indices"])
 def test_new_tokens_trained_beside_adapters(tmp_path, how):
-    """New tokens, trained with LoRA and merged, were lost in what was saved (transformers #45127)."""
+    """New tokens that were trained with LoRA and merged were missing from the saved model (transformers #45127)."""
     tokenizer, model = quickstart_tokenizer(), tiny_model(**NO_DROPOUT)
     tokenizer.add_tokens(["zzqx"], special_tokens=True)
     model.resize_token_embeddings(len(tokenizer))
@@ -442,7 +442,7 @@ def test_new_tokens_trained_beside_adapters(tmp_path, how):
 
 
 def test_a_head_for_training_only_is_in_no_loader(tmp_path):
-    """Evaluated with the head that was for training only, a model lost twenty points (princeton-nlp/SimCSE #264, #25)."""
+    """A model lost twenty points because it was evaluated with its training-only head (princeton-nlp/SimCSE #264, #25)."""
     run = trainer(tmp_path, pooling="cls_mlp_train", max_steps=2, learning_rate=1e-2)
     run.train()
     run.save_model()
@@ -455,7 +455,7 @@ def test_a_head_for_training_only_is_in_no_loader(tmp_path):
 
 
 def test_pooling_without_the_prompt_is_refused(tmp_path):
-    """Left out of the pooling, a prompt's tokens were counted from the padding on (sentence-transformers #3598)."""
+    """Pooling without the prompt counted the prompt's tokens from the padding on (sentence-transformers #3598)."""
     tiny_encoder(prompts={"query": "find: "}).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "1_Pooling" / "config.json").read_text())
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config | {"include_prompt": False}))
@@ -470,13 +470,13 @@ def embed_as(vectors: dict[str, list[float]]):
 
 
 def test_documents_with_equal_scores(caplog):
-    """A scorer that gives all documents one score had an MRR of 1.0, for the answer stood first (mteb #5092)."""
+    """If a scorer gave all documents the same score, the MRR was 1.0, because the answer came first (mteb #5092)."""
     same = embed_as({"query": [1.0, 1.0], "one": [1.0, 1.0], "two": [1.0, 1.0]})
     for corpus in ({"a": "one", "b": "two"}, {"b": "two", "a": "one"}):
         scores = Retrieval({"q": "query"}, corpus, {"q": {"a": 1}}).score(same)
         assert all(math.isnan(score) for score in scores.values())
     assert "all cosines are equal" in caplog.text
-    # Two of three are equal: the order of the file does not matter, and ties go by the id, the larger first, as in trec_eval.
+    # Two of three scores are equal. The order of the file does not matter: the larger id comes first, as in trec_eval.
     some = embed_as({"query": [1.0, 0.0], "one": [1.0, 1.0], "two": [1.0, 1.0], "far": [0.0, 1.0]})
     for corpus in ({"a": "one", "b": "two", "c": "far"}, {"c": "far", "b": "two", "a": "one"}):
         assert Retrieval({"q": "query"}, corpus, {"q": {"a": 1}}).score(some)["mrr@10"] == 50
@@ -485,7 +485,7 @@ def test_documents_with_equal_scores(caplog):
 
 @pytest.mark.parametrize("broken", ["query", "one", "all"])
 def test_vectors_that_are_not_numbers_have_no_score(broken):
-    """Vectors with NaN in them had an nDCG, at times above 1 (mteb #3030)."""
+    """Embeddings with NaN values got an nDCG score, which was sometimes above 1 (mteb #3030)."""
     vectors = {"query": [1.0, 0.0], "one": [1.0, 1.0], "two": [1.0, 0.5], "far": [0.0, 1.0]}
     vectors |= {text: [math.nan, 1.0] for text in (vectors if broken == "all" else [broken])}
     search = Retrieval({"q": "query"}, {"a": "one", "b": "two", "c": "far"}, {"q": {"b": 1}})
@@ -495,7 +495,7 @@ def test_vectors_that_are_not_numbers_have_no_score(broken):
 
 
 def test_ndcg_counts_what_was_not_found():
-    """The best possible order was made of the documents found, so missing ones cost nothing (OpenBMB/ToolBench #184)."""
+    """The ideal ranking had only documents that were found, so a missing document cost nothing (OpenBMB/ToolBench #184)."""
     near = {f"d{i}": [1.0, i / 10] for i in range(6)}  # d0 is the nearest, d5 the farthest
     search = Retrieval({"q": "q"}, {name: name for name in near}, {"q": {"d0": 1, "d4": 1, "d5": 1}}, cutoffs=(2,))
     scores = search.score(embed_as(near | {"q": [1.0, 0.0]}))
@@ -504,8 +504,8 @@ def test_ndcg_counts_what_was_not_found():
 
 
 def test_an_answer_is_not_mined_as_a_negative(tmp_path):
-    """A query's other answers were mined as its negatives (sentence-transformers #2848), and rows with fewer negatives than
-    asked for were counted once for each negative (#3504)."""
+    """Other answers of a query were mined as its negatives (sentence-transformers #2848). Rows with fewer negatives than
+    requested were counted once for each negative (#3504)."""
     pairs = [("q", "one"), ("q", "two"), ("r", "three")]
     vectors = {"q": [1.0, 0.0], "one": [1.0, 0.1], "two": [1.0, 0.2], "three": [1.0, 0.6], "r": [1.0, 0.6], "four": [1.0, 0.9]}
     settings = MiningArguments(num_negatives=2, relative_margin=None, range_max=10)

@@ -1,4 +1,4 @@
-"""The versions agree in all files, and the package index shows a README whose links lead somewhere."""
+"""The versions agree in all files, and the links of the README work on the package index."""
 
 import configparser
 import importlib.util
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def requirements() -> list[Requirement]:
-    """All that setup.cfg requires, its extras included."""
+    """Return all requirements in setup.cfg, including those of the extras."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     lists = [config["options"]["install_requires"], *config["options.extras_require"].values()]

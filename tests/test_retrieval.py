@@ -176,6 +176,12 @@ def test_hub_layout(beir, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "read_hub", lambda name, config, split: Dataset.from_list(parts[config, split]))
     loaded = read_retrieval("someone/some-dataset:dev")
     assert loaded == Retrieval({"a": "first"}, {"1": "A b", "2": "c"}, {"a": {"1": 1}})
+    # BUG: A dataset whose judgments have other columns ended in a KeyError.
+    parts["default", "dev"] = [{"query_id": "a", "corpus_id": "1", "score": 1.0}]
+    message = error_of(read_retrieval, "someone/some-dataset:dev")
+    assert message == (
+        "someone/some-dataset, default: found the columns query_id, corpus_id, score; expected query-id, corpus-id and score"
+    )
 
 
 BAD_BEIR = {
@@ -231,8 +237,8 @@ def test_code_search_of_a_package():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "no such file, folder or installed package"),
-        ('{"doc": "a", "code": "b"}\n', "code search has docstring and code"),
+        (None, "there is no such file, folder or installed package"),
+        ('{"doc": "a", "code": "b"}\n', "code search needs docstring and code"),
         ('{"docstring": "a", "code": "b"}\n{"docstring": "c", "code": null}\n', "row 2, column 'code': the text is missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there, at every call of the system that a writer makes."""
+"""A file or folder is always the complete old one or the complete new one, at whichever system call the writer is killed."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ CALLS = ["rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "link", "syml
 
 
 def killed_at(number: int, work) -> bool:
-    """Run `work` in a child that dies before its `number`-th call of the system; return whether it died."""
+    """Run `work` in a child process that is killed before its `number`-th system call. Return True if it was killed."""
     child = os.fork()
     if child == 0:
         calls = 0
@@ -97,7 +97,7 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, monkeypatch, exch
         assert {(folder / name).read_text() for name in ("config", "weights")} in ({"old"}, {"new"})
         number += 1
     assert number > 5 and (folder / "config").read_text() == (folder / "weights").read_text() == "new"
-    left = new_folder_beside(folder)  # which removes what killed processes have left
+    left = new_folder_beside(folder)  # this also removes what killed processes left
     release(left)
     left.rmdir()
     assert {path.name for path in tmp_path.iterdir()} <= {"model", safe_files.replaced_name(folder).name}
@@ -143,7 +143,7 @@ def test_a_lock_is_of_one_process_and_goes_with_it(tmp_path):
     holder.wait()
     time.sleep(0.1)
     lock_folder(tmp_path)
-    lock_folder(Path(os.path.relpath(tmp_path)))  # once more
+    lock_folder(Path(os.path.relpath(tmp_path)))  # the same folder again, as a relative path
     release(tmp_path)
     assert os.listdir(tmp_path) == []
 

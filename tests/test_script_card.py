@@ -1,4 +1,4 @@
-"""The card and results.json that `save_model` writes in a user's own script: what was trained, and what it scores."""
+"""The model card and results.json that `save_model` writes in a user's own script: the training and the scores."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from worker import STS, WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Matryoshka, Retrieval, SimCSE
 from hf_embed.checkpoint.card import is_generated, served_otherwise, write_card
 from hf_embed.checkpoint.save import warn_of_servers
+from hf_embed.checkpoint.tables import plain
 from hf_embed.pooling import POOLINGS, Dense
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -58,8 +59,8 @@ def test_a_script_that_trains_evaluates_and_saves(tmp_path):
     assert train["loss"] == run.state.log_history[-2]["train_loss"] and train["seconds"] > 0 and train["chosen_by"] is None
     for part in (
         "## Results", f"{after['eval_dev_spearman']:.2f}", f"{after['eval_loss_loss']:.3f}", "## Training", "12 rows",
-        "SimCSE: temperature 0.05", "steps       3, of 8 rows each", "learning_rate 0.001", "seed        7", "CPU cores",
-        "torch ", f"mean loss   {train['loss']:.4g}", "arxiv.org/abs/2104.08821",
+        "SimCSE: temperature 0.05", "| Training steps | 3, with a batch size of 8 |", "| learning_rate | 0.001 |",
+        "| Seed | 7 |", "CPU cores", "torch ", f"| Mean training loss | {train['loss']:.4g} |", "arxiv.org/abs/2104.08821",
     ):  # fmt: skip
         assert part in text, part
     assert "not evaluated" not in text
@@ -70,7 +71,7 @@ def test_without_an_evaluation_the_training_is_there_all_the_same(tmp_path):
     run.train()
     run.save_model()
     text = card(tmp_path)
-    assert "## Training" in text and "It was not evaluated" in text and "## Results" not in text
+    assert "## Training" in text and "This model was not evaluated" in text and "## Results" not in text
     assert stored(tmp_path).keys() == {"train"}
 
 
@@ -78,26 +79,36 @@ def test_before_any_training_there_is_nothing_to_say(tmp_path):
     run = make(tmp_path, SETS)
     run.save_model()
     assert "## Training" not in card(tmp_path) and not (tmp_path / "results.json").exists()
-    run.evaluate()  # a model that is evaluated, and not trained
+    run.evaluate()  # now the model is evaluated, but still not trained
     run.save_model()
     assert "## Training" not in card(tmp_path) and stored(tmp_path)["after"]["sts"].keys() == {"dev"}
     assert stored(tmp_path)["before"] == {}
     assert "before" not in card(tmp_path).split("## Results")[1].split("## ")[0]
 
 
+def test_the_title_without_any_name(tmp_path):
+    run = make(tmp_path / "faq-search", save_strategy="steps", save_steps=3)
+    run.train()
+    run.save_model()
+    assert "\n# faq-search\n" in card(tmp_path / "faq-search")
+    assert "\n# faq-search\n" in card(tmp_path / "faq-search" / "checkpoint-3")
+    run.save_model(str(tmp_path / "elsewhere"))
+    assert "\n# elsewhere\n" in card(tmp_path / "elsewhere")
+
+
 def test_the_scores_are_of_the_model_that_is_saved(tmp_path):
-    """With `load_best_model_at_end` it is the best step's, here the one of the lowest score, not the last one's."""
+    """With `load_best_model_at_end`, the saved model is that of the best step (here: the lowest score), not the last."""
     run = make(tmp_path, {"dev": SETS["dev"]}, max_steps=6, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
                metric_for_best_model="spearman", greater_is_better=False,
                learning_rate=2e-2, **EACH_STEP)  # fmt: skip
     run.train()
     run.save_model()
     scores = {entry["step"]: entry["eval_spearman"] for entry in run.state.log_history if "eval_spearman" in entry}
-    assert run.state.best_global_step != 6 and scores[6] != min(scores.values())  # else this test says nothing
+    assert run.state.best_global_step != 6 and scores[6] != min(scores.values())  # else this test proves nothing
     assert stored(tmp_path)["after"]["sts"]["dev"] == round(min(scores.values()), 2)
     chosen = stored(tmp_path)["train"]["chosen_by"]
     assert chosen == {"metric": "spearman", "score": round(min(scores.values()), 4), "greater_is_better": False}
-    assert "flatter it" in card(tmp_path)
+    assert "slightly too optimistic" in card(tmp_path)
     saved = Encoder.from_pretrained(str(tmp_path))
     assert ContrastiveTrainer(saved, ContrastiveTrainingArguments(str(tmp_path / "x"), **QUIET)).evaluate(SETS["dev"])[
         "eval_spearman"
@@ -114,17 +125,17 @@ def test_scores_of_an_earlier_step_say_so(tmp_path):
     run.train()
     run.save_model()
     assert stored(tmp_path)["train"]["scored_step"] == 2
-    assert "They were measured at step 2 of the training, before its end." in card(tmp_path)
+    assert "The scores were measured at step 2, before the end of the training." in card(tmp_path)
     run.evaluate()
     run.save_model()
-    assert "scored_step" not in stored(tmp_path)["train"] and "before its end" not in card(tmp_path)
+    assert "scored_step" not in stored(tmp_path)["train"] and "before the end of the training" not in card(tmp_path)
 
 
 def test_sets_that_are_given_to_evaluate_are_in_the_card(tmp_path):
     run = make(tmp_path)
     run.train()
     run.evaluate({"later": SETS["dev"]})
-    run.evaluate({"faq": SEARCH}, metric_key_prefix="test")  # another name's
+    run.evaluate({"faq": SEARCH}, metric_key_prefix="test")  # another prefix: not in the card
     run.save_model()
     assert stored(tmp_path)["after"].keys() == {"sts", "alignment", "uniformity"}
     assert "later (Spearman x 100)" in card(tmp_path)
@@ -137,9 +148,9 @@ def test_a_second_training_in_the_folder_replaces_what_the_first_said(tmp_path):
         run.save_model()
         assert stored(tmp_path)["train"]["steps"] == steps
         (tmp_path / "results.json").write_text(json.dumps(stored(tmp_path) | {"mteb": []}))
-    make(tmp_path, max_steps=2).train()  # nothing is saved
+    make(tmp_path, max_steps=2).train()  # without save_model
     assert "mteb" in stored(tmp_path)
-    assert "steps       2, of 4 rows each" in card(tmp_path)
+    assert "| Training steps | 2, with a batch size of 4 |" in card(tmp_path)
 
 
 def test_a_users_own_files_stay(tmp_path, caplog):
@@ -151,7 +162,7 @@ def test_a_users_own_files_stay(tmp_path, caplog):
         run.save_model()
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "results.json").read_text() == '[{"accuracy": 1}]'
-    assert "results.json is not a file of this package" in caplog.text
+    assert "results.json was not written by hf_embed and is left unchanged" in caplog.text
     (tmp_path / "README.md").unlink()
     run.save_model()
     assert "## Training" in card(tmp_path)
@@ -167,7 +178,7 @@ def test_elsewhere_and_in_checkpoints(tmp_path):
 
 def test_names_for_the_card(tmp_path):
     run = make(tmp_path, {"dev": SETS["dev"]}, **EACH_STEP)
-    run.create_model_card(model_name="Search in our FAQ")  # before there is a card
+    run.create_model_card(model_name="Search in our FAQ")  # before the folder has a card
     run.train()
     run.save_model()
     assert "# Search in our FAQ\n" in card(tmp_path) and "## Training" in card(tmp_path)
@@ -175,7 +186,7 @@ def test_names_for_the_card(tmp_path):
                           dataset_tags=["owner/faq"])  # fmt: skip
     text = card(tmp_path)
     for part in ("# Search in our FAQ\n", "language: en", "license: mit", "- faq", "base_model: owner/base", "- owner/faq",
-                 "- name: Search in our FAQ", "trained on  our FAQ, 12 rows"):  # fmt: skip
+                 "- name: Search in our FAQ", "| Training data | our FAQ, 12 rows |"):  # fmt: skip
         assert part in text, part
     assert "create_model_card has no argument modelname" in error_of(run.create_model_card, modelname="x")
     run.create_model_card(model_name="<b>*x*\n# y")
@@ -202,7 +213,7 @@ def test_every_kind_of_objective_has_a_name(tmp_path, objective, name):
     run.train()
     run.save_model()
     assert stored(tmp_path)["train"]["objective"]["name"] == name
-    assert f"objective   {name}" in card(tmp_path)
+    assert f"| Objective | {plain(name)}" in card(tmp_path)
 
 
 @pytest.mark.slow
@@ -235,11 +246,11 @@ def test_plain_arguments_and_a_model_by_name(tmp_path):
     assert train["model"] == "base" and train["settings"] == {"num_train_epochs": 2, "learning_rate": 0.001}
 
 
-# ---- what servers give ----
+# ---- what servers return ----
 
 
 def served(folder: Path, texts: list[str]) -> torch.Tensor:
-    """The vectors of a server that reads 1_Pooling/config.json and no other module."""
+    """Return the embeddings of a server that reads 1_Pooling/config.json and ignores all other modules."""
     config = json.loads((folder / "1_Pooling" / "config.json").read_text())
     (flag,) = [key.removeprefix("pooling_mode_") for key, value in config.items() if key.startswith("pooling_mode_") and value]
     pooling = next(entry for entry in POOLINGS.values() if entry.flag == flag and entry.layers is None)
@@ -270,14 +281,14 @@ def test_who_is_served_other_vectors_is_told(tmp_path, caplog, pooling, normaliz
     own = torch.as_tensor(Encoder.from_pretrained(str(tmp_path)).encode(texts))
     got = served(tmp_path, texts)
     same = got.shape == own.shape and bool((torch.cosine_similarity(got, own) > 0.9999).all())
-    assert len(told) == (0 if same else 1)  # once
+    assert len(told) == (0 if same else 1)  # one warning for two saves
     assert ("Servers that read only 1_Pooling" in card(tmp_path)) is not same
     if not same:
-        assert f"(pooling {POOLINGS[pooling].saved_as or pooling})" in told[0] and "load it as the card shows" in told[0]
+        assert f"(pooling {POOLINGS[pooling].saved_as or pooling})" in told[0] and "load the model as its card shows" in told[0]
 
 
 def test_the_mend_is_the_pooling_that_servers_know():
-    assert "pool this model by mean and leave out 1_LayerPooling" in served_otherwise(tiny_encoder(pooling="first_last"))
+    assert "use the pooling mean and ignore 1_LayerPooling" in served_otherwise(tiny_encoder(pooling="first_last"))
     assert "train with the pooling mean" in served_otherwise(tiny_encoder(pooling="top2"))
     assert "train with the pooling cls" in served_otherwise(tiny_encoder(pooling="cls_mlp"))
     assert served_otherwise(tiny_encoder(pooling="cls_mlp_train")) == served_otherwise(tiny_encoder()) == ""

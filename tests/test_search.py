@@ -1,4 +1,4 @@
-"""semantic_search: the same as sentence-transformers', whatever the blocks, for every similarity and precision."""
+"""semantic_search finds what sentence-transformers finds, for every block size, similarity and precision."""
 
 import numpy as np
 import pytest

@@ -291,7 +291,7 @@ def test_one_process_quietly_launched_ends_in_our_line(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(waits="[0]").replace('"LOCAL_RANK"', '"X"'))
     done = launched("--num_processes", 1, tmp_path / "script.py", "--hub_token", SECRET, X="0")
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: absent.csv: no such file"
-    assert "--hub_token is seen in the list of processes" in done.stderr and SECRET not in done.stderr + done.stdout
+    assert "--hub_token is visible in the process list" in done.stderr and SECRET not in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize(("rank", "error", "slept"), [("0", InputError, 0), ("1", InputError, 1), ("1", RankError, 0)])

@@ -1,6 +1,7 @@
-"""Rows of several positives: a row for each of them, whose others are negatives of it nowhere in the loss, on any rank.
+"""A row with several positives becomes one row per positive. The other positives are never negatives of that row, on any rank.
 
-Which candidates are left out is said by sets of texts, and the losses are those formulas in loops, float64, with autograd.
+The reference uses sets of texts to decide which candidates are left out. It computes the formulas of the losses in loops, in
+float64, with autograd.
 """
 
 import itertools
@@ -26,7 +27,10 @@ Row = tuple[int, int, list[int], set[int]]  # anchor, positive, negatives, other
 
 
 def rows_of_groups(seed: int, count: int = 7, negatives: int = 2) -> list[Row]:
-    """Rows made of groups of an anchor and its positives, of so few texts that they meet in all roles."""
+    """Return rows that are made from groups of an anchor and its positives.
+
+    There are so few different texts that the same text occurs in several roles.
+    """
     draw = random.Random(seed)
     rows: list[Row] = []
     while len(rows) < count:
@@ -38,14 +42,14 @@ def rows_of_groups(seed: int, count: int = 7, negatives: int = 2) -> list[Row]:
 
 
 def tensors(rows: list[Row], negatives: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """The text ids (N, 2 + negatives) and other ids (N, W) of rows."""
+    """Return the text ids (N, 2 + negatives) and the ids of the other positives (N, W) of rows."""
     texts = [[anchor, positive, *hard] + [0] * (negatives - len(hard)) for anchor, positive, hard, _ in rows]
     width = max(len(others) for *_, others in rows)
     return torch.tensor(texts), torch.tensor([[*sorted(others)] + [0] * (width - len(others)) for *_, others in rows])
 
 
 def left_out(rows: list[Row], views: int = 4) -> set[tuple[int, str, int, int]]:
-    """(i, side, j, k): in the sums of row i's anchor "q" or document "d", text k of row j is no negative."""
+    """Return all (i, side, j, k): text k of row j is not a negative in the sums of row i's anchor ("q") or document ("d")."""
     dropped = set()
     for (i, row), (j, other), side in itertools.product(enumerate(rows), enumerate(rows), "qd"):
         known = {row[0], row[1]} | row[3]
@@ -82,7 +86,7 @@ def test_the_improved_loss_equals_the_formula(form, seed):
         expected = formula(z, 0.2, directions, "partition_mode" in settings, once, left_out(rows))
         objective = ImprovedContrastive(0.2, tile_rows=tile_rows, **settings)
         assert_same(objective(z, text_ids, other_ids=other_ids), expected, z)
-    assert (objective(z, text_ids) - expected).abs() > 1e-4  # control: without the other positives it is another loss
+    assert (objective(z, text_ids) - expected).abs() > 1e-4  # control: without the other positives, the loss is different
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -110,7 +114,7 @@ def test_matryoshka_and_halves_are_told_of_them(objective):
 @pytest.mark.parametrize("objective", [SimCSE(0.2), ImprovedContrastive(0.2)])
 @pytest.mark.parametrize("place", ["document", "hard negative"])
 def test_another_positive_in_another_row_gets_no_gradient(objective, place):
-    """Row 0 is (1, 2), and 3 is its other positive; 3 is a text of row 1, of which row 0's anchor and document know nothing."""
+    """Row 0 is (1, 2) with 3 as its other positive. Text 3 is also in row 1. Only `other_ids` links it to row 0."""
     text_ids = torch.tensor([[1, 2, 9, 0], [4, 3, 8, 0]] if place == "document" else [[1, 2, 9, 0], [4, 5, 3, 0]])
     other_ids = torch.tensor([[3], [0]])
     where = (1, 1) if place == "document" else (1, 2)
@@ -130,7 +134,7 @@ def test_no_other_positives_change_nothing(objective):
         assert torch.equal(torch.autograd.grad(objective(z, text_ids, other_ids=others), z)[0], gradient)
 
 
-# ---- objectives that are not told ----
+# ---- objectives with and without the parameter `other_ids` ----
 
 
 def plain_loss(z, text_ids, all_z=None, all_ids=None, first_row=0):
@@ -192,7 +196,7 @@ def ids(tokenizer, *texts):
 
 
 def test_a_row_for_each_positive(tokenizer, caplog):
-    cells = [["a", "b", "a"], ["c"], ["d", "e", "f"]]  # one stands twice
+    cells = [["a", "b", "a"], ["c"], ["d", "e", "f"]]  # "a" occurs twice in one cell
     rows = Dataset.from_dict({"query": ["q", "r", "s"], "pos": cells, "neg": [["n", "m"], None, []]})
     tokens = tokenize_rows(rows, tokenizer, 16, "a.jsonl", prompts={"query": "find: ", "document": "text: "})
     expected = [["q", "a", "n", "m"], ["q", "b", "n", "m"], ["r", "c"], ["s", "d"], ["s", "e"], ["s", "f"]]
@@ -246,7 +250,7 @@ def streamed(path, tokenizer, **settings):
 def test_a_stream_gives_the_rows_of_the_table(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in SEVERAL))
-    rows = streamed(path, tokenizer, negatives=1).__getitems__(list(range(12)))  # the first pass
+    rows = streamed(path, tokenizer, negatives=1).__getitems__(list(range(12)))  # the first pass over the stream
     table = tokenize_rows(read_file(str(path)), tokenizer, 16).to_list()
 
     def known(row):

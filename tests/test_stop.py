@@ -1,4 +1,4 @@
-"""A signal ends a training with a checkpoint; what goes on from it ends bit for bit where the calm run ends."""
+"""A signal ends a training with a checkpoint. A run that resumes from it ends bit for bit like a run without the signal."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_a_signal_to_one_rank_stops_both_and_they_go_on_exactly(tmp_path):
 
 
 class Signals(stop.TrainerCallback):
-    """Sends the signals of `numbers` in the first step, `pause` seconds apart."""
+    """A callback that sends the signals `numbers` in the first step, `pause` seconds apart."""
 
     def __init__(self, *numbers, pause=0.0):
         self.numbers, self.pause = numbers, pause
@@ -68,18 +68,18 @@ class Signals(stop.TrainerCallback):
 
 def test_ctrl_c_twice_ends_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stop, "AGAIN", 0.1)
-    before = signal.getsignal(signal.SIGINT)  # Python's own, or none in a shell's background
+    before = signal.getsignal(signal.SIGINT)  # Python's own handler, or SIG_IGN in the background of a shell
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, {}, [Signals(signal.SIGINT, signal.SIGINT, pause=0.2)]).train()
     assert not get_last_checkpoint(str(tmp_path))
     assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(Stopped) as stopped:  # a launcher and the terminal send the same one
+    with pytest.raises(Stopped) as stopped:  # a launcher and the terminal both send it: it counts once
         make_trainer(tmp_path, {}, [Signals(signal.SIGINT, signal.SIGINT)]).train()
     assert stopped.value.code == 130
 
 
 def test_jit_checkpoint_stops_the_same_way(tmp_path):
-    """transformers' own callback would let the run end with status 0, and waits three seconds."""
+    """The callback of transformers waits three seconds, and with it the run would end with exit status 0."""
     trainer = make_trainer(tmp_path, {"enable_jit_checkpoint": True}, [Signals(signal.SIGTERM)])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(Stopped) as stopped:
@@ -88,7 +88,10 @@ def test_jit_checkpoint_stops_the_same_way(tmp_path):
 
 
 def test_the_same_trainer_goes_on(tmp_path):
-    """As in a notebook, where the SystemExit ends a cell. BUG: it pushed nothing any more."""
+    """In a notebook, the SystemExit of a stop ends only the cell, so the same trainer can train again.
+
+    BUG: After the stop, `stopping` stayed True, so the trainer no longer pushed anything to the Hub.
+    """
     trainer = make_trainer(tmp_path, {}, [Signals(signal.SIGTERM)])
     with pytest.raises(Stopped):
         trainer.train()
@@ -167,7 +170,7 @@ def test_a_fork_of_the_training_neither_saves_nor_outlives_a_signal():
             os.write(ready[1], b"1")
             time.sleep(60)
             os.kill(os.getpid(), signal.SIGKILL)
-        os.read(ready[0], 1)  # Python forgets a signal that comes while it forks
+        os.read(ready[0], 1)  # Python loses a signal that arrives while it forks
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert not requests.received
@@ -199,7 +202,11 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 
 def stop_when_training(command: list, folder: Path, number: int, group: bool = False) -> tuple[int, str, float]:
-    """Send a signal to the first process of a command, or to all, after some steps: its status, its output, the seconds."""
+    """Run a command and, after some steps, send a signal to its first process, or to all its processes.
+
+    Returns:
+        the exit status, the output, and the seconds from the signal to the end of all processes.
+    """
     log = folder / "log.txt"
     with log.open("w") as file:
         process = subprocess.Popen([str(word) for word in command], cwd=folder, env=ENVIRONMENT, stdout=file, stderr=file,
@@ -253,7 +260,7 @@ def test_a_recipe_that_was_stopped_goes_on_exactly(launcher, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_all_processes_leaves_the_workers_to_end_the_step(tmp_path):
-    """As a cluster or a terminal sends it; a worker that ended at once would end the step with an error."""
+    """A cluster and a terminal send signals to all processes. A worker that ended at once would make the step fail."""
     command = [*LAUNCHERS["python"], *FLAGS, "--save_strategy", "no", "--max_steps", 2000, "--dataloader_num_workers", 2]
     for number in (signal.SIGTERM, signal.SIGINT):
         folder = tmp_path / number.name

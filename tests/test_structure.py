@@ -1,4 +1,4 @@
-"""Imports run one way, no attribute of ours is guessed, no module outgrows a reader; see benchmarks/structure.py."""
+"""Imports go in one direction, code does not guess its own attributes, and modules stay short: see benchmarks/structure.py."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "structure.py"
 
-# Functions over 40 lines or 7 parameters, and why.
+# Functions with more than 40 lines or 7 parameters, and the reason for it.
 LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
@@ -21,13 +21,14 @@ LONG = {
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }
-# Methods that write a file, whatever they are of; and functions that do, of a library.
+# Names of methods that write a file, on any object; and library functions that write a file.
 WRITERS = {"write_text", "write_bytes", "savefig", "save_pretrained", "to_csv", "to_parquet", "save_to_disk", "rename"}
 LIBRARY_WRITERS = {
     "os.replace", "os.link", "shutil.copy", "shutil.copyfile", "shutil.copytree", "shutil.move", "torch.save", "np.save",
     "json.dump", "yaml.dump", "np.lib.format.open_memmap",
 }  # fmt: skip
-# Who may call one outside of `with writing(path)` and `with new_folder(path)`, which put in place what is whole.
+# Modules that may call one of them outside of `with writing(path)` and `with new_folder(path)`, and the reason. These two put
+# a file or a folder in place only when it is complete.
 NOT_ASIDE = {
     "safe_files": "what the others call",
     "checkpoint.layout": "into the new folder of checkpoint.save",
@@ -61,7 +62,7 @@ def test_a_module_without_a_tier_is_named(structure):
 
 
 def test_the_pages_show_the_tiers(structure):
-    """CONTRIBUTING.md and docs/design.md say the same as TIERS."""
+    """CONTRIBUTING.md and docs/design.md list the same tiers as TIERS."""
     for page in ("CONTRIBUTING.md", "docs/design.md"):
         rows = re.findall(r"^\| (\d) \| ([^|]+)\|", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
         shown = {int(number): set(re.findall(r"`(\w+)`", modules)) for number, modules in rows}
@@ -72,7 +73,7 @@ def test_the_pages_show_the_tiers(structure):
 def test_no_attribute_of_ours_is_guessed(structure):
     assert structure.guessed_attributes() == []
     sources = "".join(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) for path in structure.modules().values())
-    assert [guess for guess in structure.FOREIGN if guess not in sources] == []  # no exception outlives its reason
+    assert [guess for guess in structure.FOREIGN if guess not in sources] == []  # every entry of FOREIGN is still needed
 
 
 def test_functions_are_short_or_have_a_reason(structure):
@@ -80,19 +81,19 @@ def test_functions_are_short_or_have_a_reason(structure):
 
 
 def writes(call: ast.Call) -> bool:
-    """Whether a call writes a file, or gives one its name."""
+    """Return True if a call writes or renames a file."""
     name = ast.unparse(call.func)
     method = name.rpartition(".")[2]
     texts = [value.value for value in call.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
     if method == "open":
         return any(set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts)
-    if method == "replace":  # of a path; that of a text has two arguments, that of a dataclass has names
+    if method == "replace":  # Path.replace has one argument, str.replace has two, and dataclasses.replace has keywords
         return name in LIBRARY_WRITERS or (len(call.args) == 1 and not call.keywords)
     return name in LIBRARY_WRITERS | {"save_file"} or ("." in name and method in WRITERS)
 
 
 def unguarded_writes(tree: ast.AST) -> list[str]:
-    """Calls that write a file and do not stand in `with writing(path)` or `with new_folder(path)`."""
+    """Return the calls that write a file outside of `with writing(path)` and `with new_folder(path)`."""
     blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
     guards = [block for block in blocks if any(re.match(r"(writing|new_folder)\(", ast.unparse(item)) for item in block.items)]
     guarded = {inner for block in guards for inner in ast.walk(block)}
@@ -105,7 +106,7 @@ def test_every_file_is_written_aside(structure):
     assert {name: calls for name, calls in found.items() if name not in NOT_ASIDE} == {}, (
         "a file is written in its place, where a killed run leaves half of it: use hf_embed.safe_files"
     )
-    assert sorted(set(NOT_ASIDE) - set(found)) == []  # no exception outlives its reason
+    assert sorted(set(NOT_ASIDE) - set(found)) == []  # every entry of NOT_ASIDE is still needed
     for call in ("path.write_text(a)", "open(path, 'w')", "path.open('ab')", "np.save(path, a)", "figure.savefig(path)",
                  "new.replace(path)", "os.replace(a, b)", "shutil.copytree(a, b)", "save_file(a, path)"):  # fmt: skip
         assert unguarded_writes(ast.parse(call)) == [call]
@@ -125,13 +126,13 @@ def test_modules_can_be_read_in_one_go(structure):
 
 
 def test_the_checks_find_what_they_are_for(tmp_path, monkeypatch):
-    """A small package with an import that climbs, a cycle, a guess, and a function with too many parameters."""
-    structure = SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # anew, for it remembers the modules that it has read
+    """The package made here has imports from later tiers, a cycle, a guessed attribute, and a function of eight parameters."""
+    structure = SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # run again, because it caches the modules it has read
     package = tmp_path / "hf_embed"
     (package / "kit").mkdir(parents=True)
     (package / "errors.py").write_text("from hf_embed.kit.cli import run\n")
     forms = ["import hf_embed.trainer", "from .trainer import Trainer", "from hf_embed import Trainer", "from . import trainer"]
-    for number, form in enumerate(forms):  # each is an import of the trainer, within a function
+    for number, form in enumerate(forms):  # each form imports the trainer inside a function
         (package / "data").mkdir(exist_ok=True)
         relative = form.replace("from .", "from ..") if form.startswith("from .") else form
         (package / "data" / f"form{number}.py").write_text(f"def find():\n    {relative}\n")

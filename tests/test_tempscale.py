@@ -1,4 +1,4 @@
-"""TempScale on every architecture: patched = softmax(scores / t), folded = patched, removed = the original."""
+"""TempScale on every architecture: patching gives softmax(scores / t), folding gives the same, removing restores the model."""
 
 import contextlib
 import copy
@@ -45,7 +45,7 @@ MODELS = {
     "gemma3_text": ROPE | {"sliding_window": 32}, "embedding_gemma2_text": GEMMA_EMBEDDING,
     "gemma3_text capped": ROPE | {"sliding_window": 32, "attn_logit_softcapping": 2.0},
 }  # fmt: skip
-# Without lines of their own: attention that goes through transformers' interface.
+# Architectures without their own entry in the registry: their attention goes through the interface of transformers.
 INTERFACE = {"ernie": SMALL, "data2vec-text": SMALL, "phi3": ROPE, "granite": ROPE | {"attention_multiplier": 0.1},
              "olmo2": ROPE, "smollm3": ROPE, "gpt2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}}  # fmt: skip
 ENCODERS = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
@@ -58,7 +58,7 @@ def make(name: str, attention: str = "eager", **more):
     config = AutoConfig.for_model(kind, **((MODELS | INTERFACE)[name] | more))
     config._attn_implementation = attention
     model = ENCODERS[kind](config) if kind in ENCODERS else AutoModel.from_config(config, attn_implementation=attention)
-    for parameter in model.parameters():  # large enough that attention is far from uniform; biases too
+    for parameter in model.parameters():  # large weights and biases, so that attention is far from uniform
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
@@ -70,13 +70,16 @@ MASK[1, 7:] = 0
 
 @torch.no_grad()
 def states(model) -> torch.Tensor:
-    """Of the real tokens, (19, D)."""
+    """Return the hidden states of all tokens that are not padding, (19, D)."""
     return model(input_ids=IDS, attention_mask=MASK).last_hidden_state[MASK.bool()]
 
 
 @contextlib.contextmanager
 def every_softmax_at(temperature: float):
-    """The reference: whatever goes into a softmax is divided first. Eager attention has one, behind all that enters scores."""
+    """Divide the input of every softmax by a temperature, as a reference.
+
+    Eager attention has one softmax, after everything that is added to the scores.
+    """
     plain = torch.nn.functional.softmax
     calls = []
 
@@ -111,7 +114,7 @@ def test_patched_folded_and_removed(name, attention):
     apply_tempscale(model, T)
     patched = states(model)
     assert apart(patched, expected) < 1e-5
-    assert apart(patched, before) > 1e-3  # the reference is another one than the model itself
+    assert apart(patched, before) > 1e-3  # control: the temperature changes the hidden states
     remove_tempscale(model)
     assert torch.equal(states(model), before)
     folded = fold_tempscale(copy.deepcopy(model), T)
@@ -140,7 +143,7 @@ def test_whatever_goes_through_the_attention_interface(name, attention):
 
 
 def test_every_registered_class_is_tested():
-    """A new line in the registry comes with a model here."""
+    """A new entry in the registry needs a model in MODELS."""
     tested = set()
     for name in MODELS:
         for module, _ in attentions(make(name)).values():
@@ -206,7 +209,7 @@ def test_layers_that_are_not_named_stay():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["bert", "qwen3", "modernbert"])
 def test_growth_with_length(name, attention, growth):
-    """Texts of 12 and 7 tokens, from 8 tokens on."""
+    """The texts have 12 and 7 tokens. Growth begins at 8 tokens, so it changes only the first text."""
     config = TempScaleConfig(T, growth=growth, reference_length=8, exponent=0.5)
     factor = {"log": torch.log(torch.tensor(8.0)) / torch.log(torch.tensor(12.0)), "power": (8 / 12) ** 0.5}[growth]
     temperatures = torch.tensor([T * float(factor), T]).view(2, 1, 1, 1)
@@ -220,7 +223,7 @@ def test_growth_with_length(name, attention, growth):
             fold_tempscale(model)
     assert apart(got, expected) < 1e-5 < 1e-3 < apart(got, before)
     assert torch.equal(states(model), before)
-    with tempscale(model, config):  # without a mask every token counts
+    with tempscale(model, config):  # without an attention mask, every token counts
         both = model(input_ids=IDS).last_hidden_state
         assert torch.equal(model(IDS).last_hidden_state, both)
         assert apart(both, model(IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state) < 1e-5
@@ -434,7 +437,7 @@ def test_unknown_attention_is_named_and_can_be_registered(monkeypatch):
 
 
 def test_position_biases_and_caps_are_not_taken_for_the_interface_alone():
-    """T5 and Gemma 2 hand more over than their scaling; GPT-OSS learned sinks."""
+    """T5 and Gemma 2 pass more than the scaling to the attention interface, and GPT-OSS passes learned sinks."""
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
     for name, path in (("t5", "encoder.block.0.layer.0.SelfAttention"), ("gemma2", "layers.0.self_attn")):
@@ -444,7 +447,7 @@ def test_position_biases_and_caps_are_not_taken_for_the_interface_alone():
 
 
 def test_a_bias_that_comes_in_through_the_mask_is_refused():
-    """Doge adds a bias that it computes from the values to the mask; divided scaling alone is 4% off there."""
+    """Doge computes a bias from the values and adds it to the mask. Dividing only the scaling is 4% off for it."""
     from transformers.models.doge.modeling_doge import DogeAttention
 
     model = AutoModel.from_config(AutoConfig.for_model("doge", **ROPE))
@@ -488,7 +491,7 @@ def test_what_an_unknown_attention_may_hand_over(before, mask, more, accepted, t
 
 
 def jamba():
-    """Four layers, of which the second and the fourth have attention."""
+    """Return a model of four layers, of which only the second and the fourth have attention."""
     torch.manual_seed(0)
     more = {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
             "num_experts": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}  # fmt: skip
@@ -506,7 +509,7 @@ def test_layers_without_attention_are_counted():
     expected = {}
     for layer in (1, 3):
         other = jamba()
-        other.layers[layer].self_attn.scaling /= 0.5  # what a temperature does to this class
+        other.layers[layer].self_attn.scaling /= 0.5  # the effect of a temperature on this class
         expected[layer] = states(other)
     for temperature, layer in (({"1": 0.5}, 1), ({3: 0.5}, 3), ({"2-3": 0.5}, 3), ([1, 0.5, 1, 1], 1)):
         with tempscale(model, TempScaleConfig(temperature)):
@@ -532,7 +535,7 @@ TEXTS = ["the cat and the dog", "rain", "a house by the river where nobody has l
 
 
 def large_encoder():
-    """Attention far from uniform, so that a temperature shows."""
+    """Return an encoder whose attention is far from uniform, so that a temperature changes the embeddings clearly."""
     encoder = tiny_encoder()
     for layer in encoder.base.encoder.layer:
         torch.nn.init.normal_(layer.attention.self.query.weight)
@@ -546,7 +549,7 @@ def vectors(encoder) -> torch.Tensor:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_export_folds(tmp_path, lora):
-    """Saving checks that AutoModel and sentence-transformers give the same vectors, and leaves the model as it is."""
+    """Saving checks that AutoModel and sentence-transformers give the same embeddings. It does not change the model."""
     from peft import LoraConfig, get_peft_model
 
     encoder = large_encoder()
@@ -562,7 +565,7 @@ def test_export_folds(tmp_path, lora):
     loaded = Encoder.from_pretrained(tmp_path)
     assert apart(vectors(loaded), scaled) < 1e-5
     assert loaded.base.config.temp_scale["folded"] is True and applied_tempscale(loaded.base) is None
-    assert "at temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
+    assert "with temperature 0.7 is folded into" in (tmp_path / "README.md").read_text()
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))
     assert torch.equal(vectors(remove_and_return(encoder)), before)
@@ -577,7 +580,7 @@ def test_what_cannot_be_folded_is_saved_only_on_demand(tmp_path):
     encoder = large_encoder()
     before = vectors(encoder)
     apply_tempscale(encoder.backbone, TempScaleConfig(T, growth="log", reference_length=4))
-    with pytest.raises(InputError, match=r"cannot be folded: .*; save_pretrained\(allow_runtime=True\)"):
+    with pytest.raises(InputError, match=r"cannot be folded, .*; save_pretrained\(allow_runtime=True\)"):
         encoder.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     encoder.save_pretrained(tmp_path / "runtime", allow_runtime=True)
@@ -611,7 +614,7 @@ def test_training_at_a_temperature(tmp_path):
     assert apart(vectors(saved), vectors(encoder)) < 1e-5
     plain = train("plain", copy.deepcopy(start))
     assert apart(vectors(plain), vectors(encoder)) > 1e-4
-    applied = train("applied", apply_tempscale(copy.deepcopy(start), 0.5))  # the same by hand
+    applied = train("applied", apply_tempscale(copy.deepcopy(start), 0.5))  # the same temperature, applied by hand
     assert torch.equal(vectors(applied), vectors(encoder))
     with pytest.raises(InputError, match="depends on the length of the text"):
         train("growth", apply_tempscale(copy.deepcopy(start), TempScaleConfig(0.5, growth="log")))

@@ -1,4 +1,4 @@
-"""ContrastiveTrainer: the step against a plain reference, evaluation, checkpoints, and what it refuses."""
+"""ContrastiveTrainer: the training step compared with a plain reference, evaluation, checkpoints, and refused input."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ class FirstGradients(TrainerCallback):
 
 
 def reference_gradients(rows: list[dict], temperature: float) -> dict:
-    """Every text on its own, equation 5 of the paper in a loop, plain autograd."""
+    """Compute the gradients with plain autograd. Each text is encoded alone, and a loop computes equation 5 of the paper."""
     encoder = tiny_encoder().double()
     encoder.backbone.load_state_dict(tiny_model(**NO_DROPOUT).double().state_dict())
 
@@ -115,8 +115,8 @@ def test_unsupervised_views_differ_by_dropout_alone(tmp_path):
 
 @pytest.mark.parametrize("caching", [False, True])
 def test_same_mask_is_one_pass_for_both_views(tmp_path, caching):
-    """Views bit for bit equal, and the gradient that of two passes under the same random state."""
-    rows = [{"text": f"the {word} and nothing else"} for word in WORDS]  # of one length: one chunk, in the batch's order
+    """The two views are bit for bit equal, and the gradient is that of two passes with the same random state."""
+    rows = [{"text": f"the {word} and nothing else"} for word in WORDS]  # equal lengths: one chunk, in batch order
     run = trainer(tmp_path, tiny_model().double(), rows, SimCSE(0.1), same_dropout_mask=True, gradient_caching=caching)
     batch = next(iter(run.get_train_dataloader()))
     run.model.train()
@@ -195,11 +195,11 @@ def lora_model():
     ids=["plain", "train_head", "pooler", "lora", "temp_scale", "lora_temp_scale"],
 )
 def test_checkpoint_resumes_bit_for_bit(tmp_path, make, settings):
-    """Stop after 2 of 5 steps, mid-epoch, resume in a new trainer: the same weights as without a stop."""
+    """A new trainer resumes after 2 of 5 steps, in the middle of an epoch, and ends with the weights of a whole run."""
     settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "seed": 3}
 
     def weights(folder, resume=None):
-        torch.manual_seed(0)  # a new training head starts from the global state
+        torch.manual_seed(0)  # the global random state initializes a new training head
         run = trainer(folder, make(), **settings)
         run.train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in run.step.named_parameters()}
@@ -210,7 +210,7 @@ def test_checkpoint_resumes_bit_for_bit(tmp_path, make, settings):
     other_seed = settings | {"seed": 4}
     run = trainer(tmp_path / "other", make(), **other_seed)
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert not all(torch.equal(whole[n], p) for n, p in run.step.named_parameters())  # control: order matters
+    assert not all(torch.equal(whole[n], p) for n, p in run.step.named_parameters())  # control: another seed, another order
 
 
 def test_checkpoints_load_with_automodel(tmp_path):

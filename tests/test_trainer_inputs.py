@@ -1,6 +1,6 @@
-"""What `ContrastiveTrainer` accepts: models and tokenizers by name, rows as scripts have them, plain TrainingArguments.
+"""What `ContrastiveTrainer` accepts: names of models and tokenizers, many kinds of rows, and plain TrainingArguments.
 
-Everything else is refused in one line that says what it is and what to give.
+It refuses everything else in one line that says what was given and what to give instead.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def make(folder, **given) -> ContrastiveTrainer:
 
 
 def frame(**columns) -> pandas.DataFrame:
-    rows = pandas.DataFrame(ROWS)[::-1][::-1].set_index(pandas.Index(range(5, 17), name="id"))  # an index that is no column
+    rows = pandas.DataFrame(ROWS)[::-1][::-1].set_index(pandas.Index(range(5, 17), name="id"))  # the index is not a column
     return rows.assign(**columns)
 
 
@@ -73,7 +73,7 @@ def test_texts_files_and_named_sets(tmp_path):
 
 
 def test_a_key_that_the_first_row_lacks_counts():
-    """`Dataset.from_list` goes by the keys of the first row."""
+    """`Dataset.from_list` uses only the keys of the first row; `as_rows` uses those of all rows."""
     rows = as_rows([{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", "negative": "e"}], "rows")
     assert rows["negative"][:] == [None, "e"]
     rows = as_rows([("a", "b"), ("c", "d", "e", "f")], "rows")
@@ -110,7 +110,7 @@ def generator():
         (ROWS[0], ["'anchor' holds texts", "Dataset.from_dict"]),
         ({"anchor": ["a", "b"], "positive": ["c", "d"]}, ["'anchor' holds texts", "Dataset.from_dict"]),
         (DatasetDict({"train": Dataset.from_list(ROWS)}), ["looks like a split"]),
-        ("nowhere.jsonl", ["nowhere.jsonl: no such file"]),
+        ("nowhere.jsonl", ["nowhere.jsonl: this file does not exist"]),
         (generator(), ["a generator cannot be used as rows", "from_generator"]),
         (generator, ["a function cannot be used as rows", "from_generator"]),
         (torch.utils.data.TensorDataset(torch.zeros(2)), ["a TensorDataset cannot be used as rows", "list of dicts"]),
@@ -186,7 +186,7 @@ def test_a_model_by_name_is_trained_in_float32(tmp_path):
     encoder.save_pretrained(tmp_path / "half", verify=False)
     run = make(tmp_path / "out", model=str(tmp_path / "half"))
     assert {parameter.dtype for parameter in run.encoder.parameters()} == {torch.float32}
-    own = Encoder.from_pretrained(str(tmp_path / "half"), dtype=torch.float16)  # as the user says it
+    own = Encoder.from_pretrained(str(tmp_path / "half"), dtype=torch.float16)  # the dtype that the user asks for
     assert {parameter.dtype for parameter in make(tmp_path / "out", model=own).encoder.parameters()} == {torch.float16}
 
 
@@ -268,7 +268,7 @@ def test_plain_arguments_keep_every_value(tmp_path):
     run = make(tmp_path, args=plain, eval_dataset=ROWS)
     assert isinstance(run.args, ContrastiveTrainingArguments) and run.args is not plain and vars(plain) == before
     for field in dataclasses.fields(TrainingArguments):
-        if field.name != "ddp_find_unused_parameters":  # False here: parameters without a use are frozen
+        if field.name != "ddp_find_unused_parameters":  # always False here, because unused parameters are frozen
             assert getattr(run.args, field.name) == getattr(plain, field.name), field.name
     assert run.args.eval_steps == 7 and run.args.device == plain.device and run.args.chunk_tokens is None
     assert run.train().global_step == 2
@@ -286,7 +286,7 @@ def test_plain_arguments_are_checked_as_ours_are(tmp_path):
 
 
 def test_the_best_model_of_plain_arguments(tmp_path):
-    """transformers fills in the loss: it is the metric where rows are held out, and the sets' own where they are not."""
+    """transformers fills in the loss as the metric. It stays if rows are held out, else the evaluation sets determine it."""
     best = QUIET | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     settings = best | {"load_best_model_at_end": True}
     held_out = make(tmp_path, args=TrainingArguments(str(tmp_path / "a"), **settings), eval_dataset={"s": STS, "h": ROWS[:6]})
@@ -299,7 +299,7 @@ def test_the_best_model_of_plain_arguments(tmp_path):
     ours = ContrastiveTrainingArguments(str(tmp_path / "c"), **settings)
     run = make(tmp_path, args=ours, eval_dataset=ROWS[:6])
     assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("loss", False)
-    run = make(tmp_path, args=ours, eval_dataset={"h": ROWS[:6], "s": STS})  # Spearman, whichever comes first
+    run = make(tmp_path, args=ours, eval_dataset={"h": ROWS[:6], "s": STS})  # Spearman, in any order of the sets
     assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("spearman", True)
 
 

@@ -353,7 +353,9 @@ def test_settings_of_an_evaluation_without_sets_are_named_once(tmp_path, caplog)
     args = ContrastiveTrainingArguments(tmp_path, eval_strategy="steps", eval_steps=1, use_cpu=True)
     with caplog.at_level(logging.WARNING, "hf_embed"):
         warn_of_ignored(without_evaluation(args), {})
-    assert caplog.messages == ["no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best"]
+    assert caplog.messages == [
+        "no --eval_... NAME=PATH is given: nothing is evaluated, and the last model is kept, not the best one"
+    ]
 
 
 @pytest.mark.parametrize(

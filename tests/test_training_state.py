@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training beyond the plain model, by names that do not depend on the module that is trained."""
+"""The tensors that a checkpoint stores beside the plain model. Their names are the same, whichever module is trained."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hf_embed.pooling import Dense
 
 
 class Step(nn.Module):
-    """A module to train with an encoder in it, and what exists only while training."""
+    """A module to train: an encoder, and the parts that exist only during the training."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -37,7 +37,7 @@ def encoder_of(kind: str, seed: int = 0) -> Encoder:
 
 
 def expected_names(kind: str) -> set[str]:
-    """The names in the file, as every version has written them."""
+    """Return the names in the file, which are the same in every version of hf_embed."""
     names = {"train_head.0.weight", "train_head.0.bias", "log_temperature"}
     if kind == "lora":
         layers = [f"backbone.base_model.model.encoder.layer.{i}.attention.self.query.lora_" for i in range(3)]
@@ -63,7 +63,7 @@ def test_there_and_back(tmp_path, kind):
 
 
 def test_the_names_are_those_of_an_encoder_that_is_trained_by_itself(tmp_path):
-    """As until version 0.1: the encoder itself has the head, and is what is trained."""
+    """Up to version 0.1, the encoder itself had the head and was the trained module."""
     step = Step(encoder_of("plain"))
     step.encoder.save_pretrained(tmp_path, verify=False)
     save_training_tensors(tmp_path, step, step.encoder, step.state_dict())
@@ -84,6 +84,6 @@ def test_nothing_more_than_the_plain_checkpoint_makes_no_file(tmp_path):
 
 def test_no_checkpoint_and_one_of_another_model(tmp_path):
     encoder = tiny_encoder()
-    assert "no checkpoint there (no config.json)" in error_of(load_training_state, tmp_path, encoder, encoder)
+    assert "there is no checkpoint (config.json does not exist)" in error_of(load_training_state, tmp_path, encoder, encoder)
     tiny_encoder("distilbert").save_pretrained(tmp_path, verify=False)
-    assert "the checkpoint is of another model" in error_of(load_training_state, tmp_path, encoder, encoder)
+    assert "the checkpoint belongs to another model" in error_of(load_training_state, tmp_path, encoder, encoder)

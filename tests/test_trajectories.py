@@ -1,7 +1,7 @@
-"""Thirty optimizer steps of the trainer end in the weights of a loop that was written from the paper, in plain PyTorch.
+"""After thirty optimizer steps, the trainer has the weights of a loop that was written from the paper in plain PyTorch.
 
-The loops stand in reference_loops.py and use nothing of hf_embed. Both sides start from the same weights, in float64, and see
-the same rows in the same order, so what is left between them is rounding.
+The loops are in reference_loops.py and use no code of hf_embed. Both sides start from the same weights, in float64, and train
+on the same rows in the same order, so they differ only by rounding errors.
 """
 
 import functools
@@ -26,11 +26,12 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Matryoshka, SimCSE
 
-ATOL = 1e-11  # of weights, the largest of which are 1, after 30 steps in float64; at most 2e-13 was measured
-# Beside sentence-transformers; 1e-13 and 4e-7 were measured. In float32 the biases of the keys are not compared: they change no
-# vector, so their gradient is 0 but for rounding, and of that Adam makes steps (of 2e-5 in all; in float64 of 1e-13).
+ATOL = 1e-11  # for weights (the largest is 1) after 30 steps in float64; the measured differences are up to 2e-13
+# For the comparison with sentence-transformers; the measured differences are 1e-13 and 4e-7. In float32 the key biases are not
+# compared. They change no embedding, so their gradient is only rounding errors, but Adam makes steps from these errors (2e-5
+# in total; 1e-13 in float64).
 PEER_ATOL = {torch.float64: ATOL, torch.float32: 1e-5}
-NOTICED = 1e-4  # by how much weights differ, at least, where the loop does something else
+NOTICED = 1e-4  # weights differ by at least this much if the loop computes something else
 BATCH = 8
 LOOP = Settings(learning_rate=2e-3, weight_decay=0.1, max_grad_norm=1.0, adam_epsilon=1e-6, warmup_steps=5, steps=30, seed=100)
 SETTINGS = {
@@ -50,7 +51,7 @@ TRIPLETS = [
 ]
 PAIRS = [{key: row[key] for key in ("anchor", "positive")} for row in TRIPLETS]
 SENTENCES = [{"text": row["anchor"]} for row in TRIPLETS]
-# Every text in two rows, of which one has two negatives and the other has none.
+# Every text is in two rows. One of them has two negatives, and the other one has none.
 REPEATED = [
     {"anchor": row["anchor"], "positive": row["positive"], "negatives": negatives}
     for row in TRIPLETS[:9]
@@ -60,7 +61,7 @@ REPEATED_PAIRS = PAIRS[:9] * 2
 
 
 class Case(NamedTuple):
-    """What is trained, and the loop's loss of vectors and rows."""
+    """The rows, objective and settings of a training, and the loss of the loop, a function of embeddings and rows."""
 
     rows: list[dict[str, Any]]
     objective: Any
@@ -71,15 +72,15 @@ class Case(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What the trainer has done."""
+    """The result of a training with the trainer."""
 
     start: nn.Module
-    batches: list[list[Row]]  # those that it saw
-    weights: dict[str, torch.Tensor]  # at the end
+    batches: list[list[Row]]  # the batches of all steps
+    weights: dict[str, torch.Tensor]  # after the last step
 
 
 class Seeds(TrainerCallback):
-    """Sets the random state of each step, which the loop does too."""
+    """A callback that sets the seed of each step, as the loop does."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(LOOP.seed + state.global_step)
@@ -87,7 +88,7 @@ class Seeds(TrainerCallback):
 
 @functools.cache
 def small_tokenizer():
-    """The quickstart tokenizer, made anew for the few words of the rows: with 12,000 words most of the time would go there."""
+    """Retrain the quickstart tokenizer on the few words of the rows. With its 12,000 tokens, the tests would be much slower."""
     texts = [text for row in TRIPLETS for text in row.values()]
     return quickstart_tokenizer().train_new_from_iterator(texts, vocab_size=120)
 
@@ -105,7 +106,7 @@ def make_trainer(case: Case, model: nn.Module, folder: str) -> ContrastiveTraine
 
 
 def numbers_of_batches(trainer: ContrastiveTrainer) -> list[list[int]]:
-    """The numbers of the rows of each step."""
+    """Return the row numbers of the batch of each step."""
     sampler = trainer.get_train_dataloader().batch_sampler
     batches: list[list[int]] = []
     epoch = 0
@@ -117,7 +118,7 @@ def numbers_of_batches(trainer: ContrastiveTrainer) -> list[list[int]]:
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    """The anchor, the positive and the negatives; the only text twice."""
+    """Return the anchor, the positive and the negatives of a row. If the row has a single text, return it twice."""
     if "text" in row:
         return [row["text"]] * 2
     negatives = row.get("negatives", [row["negative"]] if "negative" in row else [])
@@ -134,7 +135,7 @@ def start_model(case: Case) -> nn.Module:
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """The encoder in a masked language model; another model itself."""
+    """Return the encoder inside a masked language model. Return any other model unchanged."""
     return model.bert if isinstance(model, BertForMaskedLM) else model
 
 
@@ -172,7 +173,7 @@ def loop_weights(case: Case, start: nn.Module, batches: list[list[Row]], setting
 
     def loss_of(rows: list[Row]) -> torch.Tensor:
         texts = [text for row in rows for text in (row[:1] if once else row)]
-        if case.objective.mlm_weight:  # draws before the forward passes
+        if case.objective.mlm_weight:  # the masked words are drawn before the forward passes
             masked, chosen = mask_words(torch.tensor([token for text in texts for token in text]), words)
         vectors = embed(encoder_of(model), texts, POOLERS[case.pooling])
         loss = case.loss(vectors.repeat_interleave(2, 0) if once else vectors, rows)
@@ -191,7 +192,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 # ---- the cases ----
 
 CHUNKS = {"gradient_caching": True, "chunk_tokens": 120}
-T = 0.1  # with GTE's 0.01, which has a case of its own, few texts have a gradient
+T = 0.1  # with the 0.01 of GTE, which the case "gte" has, only few texts get a gradient
 WEIGHTED = SimCSE(T, hard_negative_weight=1.5)
 weighted = partial(simcse, temperature=T, hard_negative_weight=1.5)
 warm_gte = partial(gte, temperature=T)
@@ -214,7 +215,7 @@ CASES = {
     "supervised, chunks": Case(TRIPLETS, SimCSE(), simcse, "cls_mlp", settings=CHUNKS),
     "supervised, weight 1.5": Case(TRIPLETS, WEIGHTED, weighted, "cls"),
     "supervised, repeated texts": Case(REPEATED, WEIGHTED, weighted),
-    # SimCSE with masked language modelling
+    # SimCSE with masked language modeling
     "mlm": Case(TRIPLETS, SimCSE(mlm_weight=0.1), simcse, "cls"),
     "mlm, chunks": Case(TRIPLETS, SimCSE(mlm_weight=0.1), simcse, "cls", settings=CHUNKS),
     "mlm, unsupervised": Case(SENTENCES, SimCSE(mlm_weight=0.3), simcse, "cls_mlp_train", dropout=True),
@@ -243,14 +244,14 @@ MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name f
 @pytest.mark.parametrize("name", MARKED)
 def test_trainer_ends_in_the_weights_of_the_loop(name):
     start, batches, weights = trained(name)
-    assert largest_difference(weights, weights_of(start)) > 0.01  # both have gone somewhere
+    assert largest_difference(weights, weights_of(start)) > 0.01  # control: the training changed the weights
     expected = loop_weights(CASES[name], start, batches)
     assert weights.keys() == expected.keys()
     assert largest_difference(weights, expected) < ATOL
 
 
 class Control(NamedTuple):
-    """What a loop does otherwise than the trainer."""
+    """The difference between a loop and the trainer."""
 
     case: str
     changes: dict[str, Any] = {}
@@ -290,7 +291,7 @@ def test_control_another_loop_ends_elsewhere(name):
 
 
 def test_control_the_decoder_of_masked_words_is_tied():
-    """SimCSE's code trains a decoder of its own, which starts as a copy of the word table; here it is the word table."""
+    """The code of SimCSE trains a separate decoder that starts as a copy of the word embeddings. Here the two are tied."""
     start, batches, weights = trained("mlm")
     untied = deepcopy(start)
     untied.cls.predictions.decoder.weight = nn.Parameter(start.bert.embeddings.word_embeddings.weight.detach().clone())
@@ -304,7 +305,7 @@ def test_control_the_decoder_of_masked_words_is_tied():
 
 
 class GivenBatches(DefaultBatchSampler):
-    """Batches of these rows, in this order."""
+    """A batch sampler that yields the given batches in their order."""
 
     def __init__(self, batches: list[list[int]], dataset: Dataset, **settings):
         super().__init__(dataset, **settings)
@@ -318,7 +319,7 @@ class GivenBatches(DefaultBatchSampler):
 
 
 def peer_weights(start: nn.Module, case: Case, batches: list[list[int]], make_loss: Callable, folder: str) -> dict:
-    """The weights after a training with mean pooling."""
+    """Train with sentence-transformers and mean pooling, and return the weights."""
     start.save_pretrained(f"{folder}/start")
     small_tokenizer().save_pretrained(f"{folder}/start")
     transformer = modules.Transformer(f"{folder}/start", max_seq_length=64)
@@ -348,7 +349,7 @@ PEERS = {
 
 
 def both_trainers(case: Case, make_loss: Callable, dtype: torch.dtype, folder: str) -> tuple[dict[str, torch.Tensor], ...]:
-    """The weights of both at the end, and those of the start."""
+    """Return the final weights of our trainer, those of sentence-transformers, and the weights at the start."""
     model = start_model(case).to(dtype)
     start = deepcopy(model)
     trainer = make_trainer(case, model, f"{folder}/ours")
@@ -370,7 +371,7 @@ def test_trainer_ends_in_the_weights_of_sentence_transformers(name, dtype, tmp_p
 
 OTHERWISE = {
     "another temperature": (Case(TRIPLETS, SimCSE(0.051), None), losses.MultipleNegativesRankingLoss),
-    # There a row's own negatives are left out of the sum over documents; docs/gte.md says so.
+    # sentence-transformers leaves a row's own negatives out of the sum over documents; see docs/gte.md.
     "gte with negatives": (Case(TRIPLETS, ImprovedContrastive(T), None), GTE_LOSS),
     "equal texts": (Case(REPEATED_PAIRS, SimCSE(), None), losses.MultipleNegativesRankingLoss),
 }
@@ -385,7 +386,7 @@ def test_control_sentence_transformers_ends_elsewhere(name, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects_to_collect():
-    """Keep what has been imported out of the garbage collection with which a training begins; it takes as long as ten steps."""
+    """Exclude imported objects from the garbage collection at the start of a training, which takes as long as ten steps."""
     gc.collect()
     gc.freeze()
     yield

@@ -173,11 +173,11 @@ SKIPPED = {"name": "other", "skip_reason": "Dependency not found on PyPI and cou
                          "2 known vulnerabilities; 1 of 1 pinned versions were checked"]),
         ([KNOWN, SKIPPED], 2, 1, ["some 1.0: CVE-1; fixed in: 1.1, 2.0", "some 1.0: CVE-2; fixed in: none yet",
                                   "2 known vulnerabilities; 1 of 2 pinned versions were checked",
-                                  f"not checked: 1, so nothing is said of them; the first because: {SKIPPED['skip_reason']}"]),
+                                  f"not checked: 1; the reason for the first one: {SKIPPED['skip_reason']}"]),
         ([SKIPPED], 1, 3, ["0 known vulnerabilities; 0 of 1 pinned versions were checked",
-                           f"not checked: 1, so nothing is said of them; the first because: {SKIPPED['skip_reason']}"]),
+                           f"not checked: 1; the reason for the first one: {SKIPPED['skip_reason']}"]),
         ([], 7, 3, ["0 known vulnerabilities; 0 of 7 pinned versions were checked",
-                    "not checked: 7, so nothing is said of them; the first because: no network"]),
+                    "not checked: 7; the reason for the first one: no network"]),
     ],
 )  # fmt: skip
 def test_an_audit_that_could_not_ask_finds_nothing_out(found, pinned, status, lines):

@@ -94,9 +94,9 @@ def test_work_on_something_else_is_not_gone_on_with(encoder, small_shards, tmp_p
         (encoder, TEXTS, {"truncate_dim": 8, "prompt_name": "document"}),
         (encoder, TEXTS, {"truncate_dim": 8, "normalize": True}), (encoder, TEXTS[:-1], {"truncate_dim": 8}),
     ]:  # fmt: skip
-        assert "left by a run with another model" in error_of(write_vectors, model, texts, tmp_path / "out.npy", **options)
+        assert "belongs to a run with another model" in error_of(write_vectors, model, texts, tmp_path / "out.npy", **options)
     write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8, batch_size=3)  # which changes no vector
-    assert "is there already" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
+    assert "out.npy already exists" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
     for model, texts, message in [
         (other, TEXTS, "come from another model"), (encoder, changed, "or other texts"),
         (encoder, TEXTS[1:], "100 vectors but 99 texts"),
@@ -117,7 +117,7 @@ def test_an_empty_text_is_named_by_its_row(encoder, tmp_path, text):
 
 
 def test_what_cannot_be_written_is_refused(encoder, tmp_path):
-    assert "name it" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.bin")
+    assert "name the file" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.bin")
     assert "truncate_dim" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=99)
     assert not os.listdir(tmp_path)
     broken = tiny_encoder()
@@ -171,19 +171,19 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
     for words, message in [
-        ([model, texts], "OUT missing: python encode.py MODEL FILE OUT [FLAGS]"),
-        ([model, "--precision", "int8"], "FILE and OUT missing: "),
-        ([model, texts, out, "--column", "body"], "no column 'body'; found id, text"),
+        ([model, texts], "missing: OUT; usage: python encode.py MODEL FILE OUT [FLAGS]"),
+        ([model, "--precision", "int8"], "missing: FILE and OUT; usage: "),
+        ([model, texts, out, "--column", "body"], "there is no column 'body'; found id, text"),
         ([model, texts, out, "--column", "id"], "row 1: the text is not a string (0)"),
         ([model, tmp_path / "gap.txt", out], "gap.txt, row 2: the text is empty"),
-        ([model, tmp_path / "no.txt", out], "no such file"),
+        ([model, tmp_path / "no.txt", out], "this file does not exist"),
         ([model, texts, out, "--precision", "int4"], "invalid choice"),
         ([model, texts, out, "--truncate_dim", "0"], "truncate_dim is 0"),
         ([model, texts, out, "--prompt_name", "title"], "unknown prompt_name 'title'"),
     ]:
         assert message in error_of(main_of, "encode", monkeypatch, *words)
         assert not out.exists()
-    assert "FILE missing: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
+    assert "missing: FILE; usage: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
 
 
 def hits_of(output):
@@ -233,7 +233,7 @@ def test_search_takes_only_vectors_of_the_file(files, tmp_path, monkeypatch):
     model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
     main_of("encode", monkeypatch, model, texts, out)
     words = [model, texts, "--embeddings", out, "--query", "cat"]
-    assert "add --prompt_name document" in error_of(main_of, "search", monkeypatch, *words)
+    assert "encode them again with --prompt_name document" in error_of(main_of, "search", monkeypatch, *words)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(texts.read_text().replace('"id": 7, "text": "', '"id": 7, "text": "new '))
     assert "or other texts" in error_of(main_of, "search", monkeypatch, model, changed, "--embeddings", out, "--query", "cat")
@@ -283,6 +283,6 @@ def test_two_ranks_and_a_killed_run_write_the_same(files, encoder, tmp_path):
 def test_a_recipe_of_one_process_is_not_started_twice(files, tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(files)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    expected = "this recipe is one process, and 2 were started; start it without a launcher"
+    expected = "this recipe runs in a single process, but 2 were started; start it without a launcher"
     assert error_of(main_of, name, monkeypatch, files / "model", *words) == expected
     assert not (files / "new").exists()

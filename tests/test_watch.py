@@ -1,4 +1,4 @@
-"""The numbers in the logs, the warning of a collapse, and the end of a run that is no number any more."""
+"""The statistics in the logs, the warning of a collapse, and the end of a run whose loss or gradients are not finite."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def test_every_log_has_them(tmp_path, capsys):
 
 
 def history(*points: tuple[float, float, float], prefix: str = "eval_") -> list[dict]:
-    """Alignment, uniformity and loss along a run."""
+    """Return the log entries of a run from its points (alignment, uniformity, loss)."""
     entries = []
     for step, (a, u, loss) in enumerate(points):
         entries += [{"step": step, "loss": loss}, {"step": step, f"{prefix}alignment": a, f"{prefix}uniformity": u}]
@@ -53,13 +53,14 @@ def test_warning_of_uniformity_that_rises_back(prefix):
     assert warning_of(learning) is None
     collapsing = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0), prefix=prefix)
     assert "uniformity has risen again, from -2.00 at step 1 to -1.20" in warning_of(collapsing)
-    diverging = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 4.0), prefix=prefix)  # the loss says so itself
+    diverging = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 4.0), prefix=prefix)  # the loss shows it already
     assert warning_of(diverging) is None
-    aligning = history((0.4, -1.7, 3.0), (0.35, -1.4, 2.0), (0.37, -1.6, 1.5), prefix=prefix)  # supervised, in its first steps
+    # The first steps of a supervised run look like this.
+    aligning = history((0.4, -1.7, 3.0), (0.35, -1.4, 2.0), (0.37, -1.6, 1.5), prefix=prefix)
     assert all(warning_of(aligning[:n]) is None for n in range(7))
     assert "from -1.70 at step 0 to -0.80" in warning_of(history((0.4, -1.7, 3.0), (0.1, -0.8, 2.0), prefix=prefix))
     mixed = warning_of(collapsing, batches_alike=False)
-    assert (mixed is None) is (prefix == "")  # batches of several sources are no one path
+    assert (mixed is None) is (prefix == "")  # batches of different sources are not comparable
     assert warning_of([]) is None and warning_of(history((0.3, math.nan, 1.0))) is None
 
 
@@ -68,7 +69,11 @@ def test_warning_of_positives_that_drift_apart():
     assert "alignment has risen from 0.20 to 0.31" in warning_of([start, *history((0.31, -2.5, 0.1))])
     assert warning_of([start, *history((0.29, -2.5, 0.1))]) is None
     assert warning_of([start, *history((0.25, -2.5, 0.1), (0.31, -2.5, 0.2))]) is None  # the loss rises
-    batches = history((0.2, -1.0, 1.0), (0.4, -2.0, 0.5), prefix="")  # two dropout masks are no evaluation pairs
+    for score, warned in ((48.0, True), (65.0, False)):  # no warning if the score is better than at the start
+        *before, last = history((0.31, -2.5, 0.1))
+        told = warning_of([start | {"eval_spearman": 49.0}, *before, last | {"eval_spearman": score}])
+        assert (told is not None) == warned
+    batches = history((0.2, -1.0, 1.0), (0.4, -2.0, 0.5), prefix="")  # two dropout views are not evaluation pairs
     assert warning_of(batches) is None
 
 
@@ -82,7 +87,7 @@ def test_a_collapse_is_warned_of_once(tmp_path, caplog):
 
 
 class Spoil(SimCSE):
-    """A loss that is no number from a step on."""
+    """A loss that is NaN after its fifth call."""
 
     def __call__(self, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
@@ -101,11 +106,11 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_the_same_trainer_goes_on_from_the_last_good_checkpoint(tmp_path):
-    """BUG: the loss that had ended it was remembered, and ended every further training."""
+    """BUG: The trainer remembered the loss that had ended the run, so every further training ended too."""
     run = trainer(tmp_path, objective=Spoil(), max_steps=8, save_strategy="steps", save_steps=2, logging_steps=1)
     with pytest.raises(InputError, match="is NaN or infinite"):
         run.train()
-    run.objective.calls = -100  # what was wrong has been mended
+    run.objective.calls = -100  # the loss is finite again
     assert run.train(resume_from_checkpoint=True).global_step == 8
 
 
@@ -119,7 +124,7 @@ def test_nan_is_seen_where_checkpoints_are_of_epochs(tmp_path):
 def test_spoilt_weights_are_not_saved(tmp_path):
     class SpoilWeights(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 1:  # the second step's
+            if state.global_step == 1:  # in the second step
                 next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
 
     run = trainer(tmp_path, callbacks=[SpoilWeights()], max_steps=4, save_strategy="steps", save_steps=2, logging_steps=50)
@@ -129,7 +134,7 @@ def test_spoilt_weights_are_not_saved(tmp_path):
 
 
 class SpoiltGradients(TrainerCallback):
-    """Spoils a gradient behind a finite loss, in the steps that are named (from 1)."""
+    """A callback that adds `value` to a gradient in the given steps (counted from 1), while the loss stays finite."""
 
     def __init__(self, *steps: int, value: float = math.nan):
         self.steps, self.value, self.weights = steps, value, {}
@@ -158,12 +163,12 @@ def test_a_spoilt_gradient_changes_no_weight(tmp_path, value, max_grad_norm):
 
 
 def test_a_spoilt_step_is_skipped(tmp_path):
-    """Weights and the optimizer's averages stay, and the run goes on; the log counts."""
+    """A skipped step changes neither weights nor the optimizer's averages. The run continues, and the log counts the step."""
     spoilt = SpoiltGradients(3, 4)
     run = trainer(tmp_path, callbacks=[spoilt], max_steps=6, logging_steps=2, nan_steps="skip", weight_decay=0.1)
     run.train()
     weights = spoilt.weights
-    for step in range(1, 5):  # what step 1 begins with is what step 0 has made
+    for step in range(1, 5):  # weights[n] are those after n steps
         unchanged = all(torch.equal(weights[step][name], tensor) for name, tensor in weights[step - 1].items())
         assert unchanged == (step in (3, 4)), step
     assert [entry.get("skipped_steps") for entry in run.state.log_history if "loss" in entry] == [None, 2, None]
@@ -188,7 +193,7 @@ def test_an_update_that_cannot_be_skipped_is_refused(tmp_path, optim, monkeypatc
 
 def test_the_scaler_of_half_precision_keeps_its_own_way(tmp_path):
     run = trainer(tmp_path)
-    run.accelerator.state._mixed_precision = "fp16"  # whose scaler leaves a step out, and lowers its factor
+    run.accelerator.state._mixed_precision = "fp16"  # its scaler skips the step itself and lowers its factor
     next(run.step.parameters()).grad = torch.full_like(next(run.step.parameters()), math.inf)
     run._get_grad_norm(run.step)
     assert run.watch.norm is None

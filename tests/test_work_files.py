@@ -1,4 +1,4 @@
-"""Work that goes on where it was stopped: killed before any call of the system, and with any of its files damaged."""
+"""Work continues where it stopped, even if it was killed before any of its system calls, or if any of its files is damaged."""
 
 import os
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def made_calmly(job: str, tmp_path: Path) -> dict[str, bytes]:
 
 
 def kill_points(job: str, tmp_path: Path, step: int) -> int:
-    """Kill a job before every `step`-th call of the system, go on each time; return the number of the last such call."""
+    """Kill a job before every `step`-th system call, and continue it each time. Return the first number it did not reach."""
     expected, number = made_calmly(job, tmp_path), 1
     while True:
         folder = tmp_path / str(number)
@@ -57,9 +57,9 @@ def kill_points(job: str, tmp_path: Path, step: int) -> int:
         output = next(folder.glob("out.???*"), None)
         work = [path for path in folder.iterdir() if path.name.endswith(".work")]
         if work or not contents(folder):
-            JOBS[job](folder)  # the same call goes on
-        else:  # killed when all was done
-            assert output is not None and "is there already" in error_of(JOBS[job], folder)
+            JOBS[job](folder)  # the same call continues the work
+        else:  # it was killed when all work was done
+            assert output is not None and "already exists" in error_of(JOBS[job], folder)
         assert contents(folder) == expected, number
         number += step
 
@@ -76,7 +76,7 @@ def test_a_job_killed_before_any_call_goes_on(job, tmp_path):
 
 
 def stop_before_the_end(job: str, folder: Path, monkeypatch) -> Path:
-    """Stop a job whose pieces are all there; return its work folder."""
+    """Stop a job when all its pieces are written, but the output is not yet in place. Return its work folder."""
     folder.mkdir()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
 
@@ -111,7 +111,7 @@ SOON = {("encode", "flipped"), ("encode", "truncated"), ("mine", "flipped")}
     [pytest.param(job, damage, marks=() if (job, damage) in SOON else pytest.mark.slow) for job in JOBS for damage in DAMAGES],
 )
 def test_a_damaged_piece_is_made_again(job, damage, tmp_path, monkeypatch):
-    """A machine that crashed may leave any file of the work damaged; what is made of them is not."""
+    """After a crash of the machine, any file of the work may be damaged. The output that is made from them is not."""
     expected = made_calmly(job, tmp_path)
     names = sorted(contents(stop_before_the_end(job, tmp_path / "names", monkeypatch)))
     assert len(names) > 6
@@ -119,7 +119,7 @@ def test_a_damaged_piece_is_made_again(job, damage, tmp_path, monkeypatch):
         work = stop_before_the_end(job, tmp_path / str(number), monkeypatch)
         DAMAGES[damage](work / name)
         if name == "identity" and damage != "gone":
-            assert "remove the folder to start anew" in error_of(JOBS[job], work.parent)
+            assert "remove it to start again" in error_of(JOBS[job], work.parent)
         else:
             JOBS[job](work.parent)
             assert contents(work.parent) == expected, name

@@ -1,4 +1,4 @@
-"""Trains a tiny model on however many ranks it is launched on; rank 0 leaves what it saw in FOLDER/RANKS.pt.
+"""Train a tiny model on any number of ranks. Rank 0 saves the results in FOLDER/RANKS.pt (RANKS is the number of ranks).
 
 accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker.py FOLDER
 """
@@ -23,10 +23,10 @@ WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "win
 ROWS = [
     {"anchor": f"the {a} and the {b}", "positive": f"a {a} near some {b} " * (1 + i % 3), "negative": f"no {b} at all {a}"}
     for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1]))
-] * 2  # every text twice: false negatives, on whichever rank they fall
+] * 2  # every text occurs twice, which makes false negatives, on the same rank or on another one
 PAIRS = [(a, b) for a, b in zip(WORDS * 3, WORDS[::-1] * 3)]
 STS = [{"sentence1": f"the {a}", "sentence2": f"a {b}", "score": i % 6} for i, (a, b) in enumerate(PAIRS)]
-STS.append({"sentence1": "one more", "sentence2": "to be odd", "score": 3})  # 37 rows do not divide among 2 or 3 ranks
+STS.append({"sentence1": "one more", "sentence2": "to be odd", "score": 3})  # 37: not divisible by 2 or 3 ranks
 SEARCH = Retrieval(
     queries={f"q{i}": f"the {a}" for i, a in enumerate(WORDS[:7])},
     corpus={f"d{i}": f"{a} {b}" for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:5])},
@@ -39,7 +39,7 @@ SETTINGS = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "report_to
 
 
 def rows_with(negatives: int) -> list[dict]:
-    """The rows with so many negatives; every third row has one less."""
+    """Return the rows with this number of negatives each. If the number is above 1, every third row has one fewer."""
     rows = []
     for i, row in enumerate(ROWS):
         texts = [f"{row['negative']} {k}" for k in range(negatives - (i % 3 == 2 and negatives > 1))]
@@ -48,7 +48,10 @@ def rows_with(negatives: int) -> list[dict]:
 
 
 def rows_of_several_positives() -> list[dict]:
-    """Rows of up to three positives, which are also hard negatives and positives of other rows; 24 pairs, two whole batches."""
+    """Return rows of up to three positives, which are also hard negatives and positives of other rows.
+
+    They are 24 pairs, which make two full batches.
+    """
     texts = [row["positive"] for row in ROWS[:14]]
     return [
         {"query": row["anchor"], "pos": texts[i : i + 1 + i % 3], "neg": [texts[i + 2], row["negative"]]}
@@ -57,7 +60,7 @@ def rows_of_several_positives() -> list[dict]:
 
 
 class Watch(TrainerCallback):
-    """Keeps the first step's gradients and counts collectives."""
+    """A callback that keeps the gradients of the first step and counts the all-reduces of gradients."""
 
     def __init__(self):
         self.gradients, self.reductions, self.trainer = {}, 0, None
@@ -77,7 +80,7 @@ class Watch(TrainerCallback):
 
 
 def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> dict:
-    """Gradients of the first of two steps on 12 rows a step, and what was counted."""
+    """Train two steps of 12 rows. Return the gradients of the first step, the final weights, the scores and the counts."""
     objective = objective or SimCSE()
     ranks = get_world_size()
     model = tiny_model(**NO_DROPOUT).double()
@@ -101,7 +104,7 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> d
     if ranks > 1:
 
         def counted(parts, rows, *a, **k):
-            # Embeddings are (B, V, D); text ids are integers, and Trainer gathers the loss it logs.
+            # Count only embeddings (B, V, D). Text ids, which are integers, and the loss for the log are gathered too.
             gathers.append(rows.dim() == 3 and rows.is_floating_point())
             return plain_gather(parts, rows, *a, **k)
 
@@ -117,7 +120,7 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> d
 
 
 class NoteSources(ContrastiveTrainer):
-    """Keeps the source and the first text ids of every batch of this rank."""
+    """A trainer that keeps the source and the text ids of the anchors of every batch of this rank."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.__dict__.setdefault("noted", []).append((inputs["source"], inputs["text_ids"][:, 0].tolist()))
@@ -125,7 +128,7 @@ class NoteSources(ContrastiveTrainer):
 
 
 def sources_of_each_rank(folder: str) -> list[list]:
-    """Per rank, the source and queries of every batch of a run on three sources of unequal size and shape."""
+    """Train on four sources of different size and shape. Return the source and queries of every batch of each rank."""
     sizes = {"large": 60, "middle": 20, "small": 5}
     rows = {
         name: Dataset.from_list([{"anchor": f"{name} {i}", "positive": f"a {name} {i}"} for i in range(size)])
@@ -142,7 +145,7 @@ def sources_of_each_rank(folder: str) -> list[list]:
 
 
 def views_of_each_rank(folder: str, **settings) -> list[list[bool]]:
-    """Per rank, whether the two views of each text were bit for bit the same, in each batch; dropout is on."""
+    """Train with dropout. Return for each batch of each rank whether the two views of all texts were bit for bit equal."""
     noted = []
 
     class NoteViews(ContrastiveTrainer):
@@ -160,19 +163,19 @@ def views_of_each_rank(folder: str, **settings) -> list[list[bool]]:
 
 
 def mask_some(input_ids, tokenizer):
-    """A mask that depends on the token alone, so that it is the same however rows are shared out."""
+    """Mask tokens by their id alone, so that the mask does not depend on how rows are divided among ranks."""
     chosen = input_ids % 3 == 0
     return input_ids.masked_fill(chosen, tokenizer.mask_token_id), input_ids.masked_fill(~chosen, -100)
 
 
 def own_gradient_only(rows):
-    """Another common mistake: other ranks' rows without gradient, the own ones with it."""
+    """Gather rows with another common mistake: only the rows of this rank keep their gradient."""
     first, everyone = get_rank() * len(rows), gather_rows(rows.detach())
     return torch.cat([everyone[:first], rows, everyone[first + len(rows) :]])
 
 
 def main(folder: str) -> None:
-    PartialState()  # joins the ranks
+    PartialState()  # initializes the process group
     hf_embed.trainer.mask_tokens = mask_some
     result = {
         "plain": train(folder),
@@ -195,7 +198,7 @@ def main(folder: str) -> None:
                 key = "gte", negatives, tile_rows, caching
                 result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
     gather = hf_embed.trainer.gather_rows
-    hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # the mistake of many: no gradient through it
+    hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # a common mistake: no gradient flows through it
     result["no_gradient_through_gather"] = train(folder)
     hf_embed.trainer.gather_rows = own_gradient_only
     result["own_gradient_only"] = train(folder, ImprovedContrastive(0.2), rows_with(1))

@@ -1,6 +1,6 @@
-"""Scores triplets, labelled pairs and candidates on every rank, and counts what each rank encodes.
+"""Score triplets, labeled pairs and reranking candidates on all ranks, and record which texts each rank encodes.
 
-python tests/worker_evaluators.py FOLDER     writes RANKS-RANK.json there
+python tests/worker_evaluators.py FOLDER     each rank writes FOLDER/RANKS-RANK.json
 """
 
 import json
@@ -25,7 +25,7 @@ TASKS = {
 
 
 def vectors(texts: list[str]) -> torch.Tensor:
-    """Random vectors, always the same for a text."""
+    """Return random vectors, always the same one for the same text."""
     return torch.tensor(np.stack([np.random.default_rng(zlib.crc32(text.encode())).normal(size=8) for text in texts]))
 
 
@@ -41,6 +41,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    PartialState()  # joins the ranks
+    PartialState()  # initializes the process group
     main(sys.argv[1])
     PartialState().destroy_process_group()

@@ -1,4 +1,4 @@
-"""Trains, evaluates and saves a tiny model sharded over the ranks (FSDP 2) in FOLDER; see worker.py."""
+"""Train, evaluate and save in FOLDER a tiny model that is sharded over the ranks (FSDP 2). See worker.py."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def main(folder: str, caching: bool) -> None:
         **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}),
     )  # fmt: skip
     if ranks > 1:
-        # accelerate shards on accelerators only; behind that one switch everything works on gloo too.
+        # accelerate shards only on accelerators. With this one switch set by hand, everything works with gloo too.
         assert args.world_size == ranks
         os.environ.update(FSDP)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

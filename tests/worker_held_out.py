@@ -1,4 +1,4 @@
-"""The validation loss as one rank sees it, for tests/test_held_out.py: python worker_held_out.py FOLDER."""
+"""Measure the validation loss on each rank, for tests/test_held_out.py: python worker_held_out.py FOLDER."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ HELD_OUT = {
     "ragged": rows_with(3)[:11],  # the last batch has five rows, which two ranks cannot share evenly
     "single": rows_with(1)[:7],  # one row more than a batch
     "few": NEW[:2],
-    # Each row has two positives, of which the second is a hard negative of the next row.
+    # Each row has two positives. The second one is also a hard negative of the next row.
     "lists": [{"anchor": f"some {word}", "positive": [f"{word} here", f"{word} there"], "negatives": [f"{before} there"]}
               for word, before in zip(WORDS, WORDS[-1:] + WORDS[:-1])],
 }  # fmt: skip
@@ -31,7 +31,7 @@ OBJECTIVES = {
 
 
 def losses(folder: str, **settings) -> dict[str, dict[str, float]]:
-    """Per objective, the loss of each set before and after two steps."""
+    """Return for each objective the loss of each evaluation set before and after two training steps."""
     found = {}
     for name, objective in OBJECTIVES.items():
         args = ContrastiveTrainingArguments(
@@ -51,7 +51,7 @@ def losses(folder: str, **settings) -> dict[str, dict[str, float]]:
 
 
 def main(folder: str) -> None:
-    PartialState()  # joins the ranks
+    PartialState()  # initializes the process group
     everyone = gather_objects(losses(folder))
     assert all(found == everyone[0] for found in everyone)  # the same on every rank, to the last bit
     if get_rank() == 0:

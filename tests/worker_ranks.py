@@ -1,9 +1,10 @@
-"""Two ranks, of which one fails or stalls: what each says, its status, and how long the other one goes on.
+"""Run two ranks, of which one fails or stalls. Record their output, their exit status, and the seconds from failure to end.
 
 python tests/worker_ranks.py FOLDER CASE ...
 
-A case is KIND:PLACE. This process imports everything once, forks the ranks of each case, and ends the second one as a launcher
-does, by SIGTERM, when the first has ended. FOLDER/found.json has {case: {"status": [...], "said": [...], "seconds": ...}}.
+A case is KIND:PLACE. This process imports everything once and forks the ranks of each case. When one rank ends with an error,
+this process sends SIGTERM to the other rank, as a launcher does.
+FOLDER/found.json has {case: {"status": [...], "said": [...], "seconds": ...}}.
 """
 
 import json
@@ -94,7 +95,7 @@ def train(kind: str, place: str, folder: Path) -> None:
 
 
 def start(rank: int, port: int, case: str, folder: Path) -> int:
-    """Fork a rank; its number."""
+    """Fork a rank and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -117,7 +118,7 @@ def start(rank: int, port: int, case: str, folder: Path) -> int:
 
 
 def wait_as_launcher(ranks: list[int]) -> list[int]:
-    """Wait for all; when one has ended with an error, end the others. Statuses as subprocess has them."""
+    """Wait for all ranks, and end the others when one ends with an error. Return exit statuses in the form of subprocess."""
     statuses: dict[int, int] = {}
     deadline, told = time.time() + 100, False
     while len(statuses) < len(ranks):

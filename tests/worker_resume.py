@@ -1,4 +1,6 @@
-"""Two ranks save, resume what one process saved, and are refused what is not exact; FOLDER/seen.pt has what rank 0 saw.
+"""Two ranks save checkpoints, resume from those of one process, and try to resume where that would not be exact.
+
+Rank 0 saves the results in FOLDER/seen.pt.
 
 accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker_resume.py FOLDER
 """
@@ -20,7 +22,7 @@ from hf_embed.distributed import gather_objects, get_rank, get_world_size
 
 
 def make_trainer(folder, rows: list[dict] = ROWS, batch: int = BATCH // 2, **settings) -> ContrastiveTrainer:
-    """A trainer of 5 steps, two an epoch, in float64 and without dropout; `batch` rows on each rank."""
+    """Return a trainer of 5 steps, two per epoch, in float64, without dropout, and with `batch` rows on each rank."""
     args = ContrastiveTrainingArguments(
         str(folder), per_device_train_batch_size=batch, max_steps=5, save_steps=1, learning_rate=1e-3, report_to=[],
         disable_tqdm=True, use_cpu=True, **settings,
@@ -34,7 +36,7 @@ def weights_of(trainer: ContrastiveTrainer) -> dict[str, torch.Tensor]:
 
 
 def refusal_of(trainer: ContrastiveTrainer, resume: str | None = None) -> list[str]:
-    """What each rank is told."""
+    """Train, and return the error message of each rank, or "trained"."""
     try:
         trainer.train(resume)
         message = "trained"
@@ -44,7 +46,7 @@ def refusal_of(trainer: ContrastiveTrainer, resume: str | None = None) -> list[s
 
 
 def main(folder: Path) -> None:
-    PartialState()  # joins the ranks
+    PartialState()  # initializes the process group
     whole_run = make_trainer(folder / "two", save_total_limit=3)
     whole_run.train()
     resumed = make_trainer(folder / "resumed")

@@ -1,4 +1,4 @@
-"""Trainings that a signal stops, and that go on: the cases of tests/test_stop.py, in this process or on several ranks.
+"""Stop trainings by a signal and resume them: the cases of tests/test_stop.py, in this process or on several ranks.
 
 accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker_stop.py FOLDER CASE ...
 """
@@ -22,8 +22,8 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.stop import Stopped
 
-# 24 rows in batches of 8: three steps an epoch. What a case says: its settings, when the signal comes, and after which step
-# the training then ends.
+# 24 rows in batches of 8 make three steps per epoch. A case has its settings, the event and the step of the signal, and the
+# step after which the training then ends.
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
@@ -43,7 +43,7 @@ CASES = {
 
 
 class Sender(TrainerCallback):
-    """Sends this process a signal at an event of a step."""
+    """A callback that sends a signal to its own process at an event of a step."""
 
     def __init__(self, event: str, step: int, number: int, rank: int):
         self.event, self.step, self.number, self.rank = event, step, number, rank
@@ -80,7 +80,7 @@ def evaluations(trainer: ContrastiveTrainer) -> list[dict]:
 
 
 def stop_and_go_on(folder: Path, case: str, number: int = signal.SIGTERM, rank: int = 0) -> dict:
-    """Run a case calmly, and stopped and resumed; say what came of it."""
+    """Run a case without a signal, then stop it by a signal and resume it. Return how the two runs compare."""
     settings, (event, step), _ = CASES[case]
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     calm = make_trainer(folder / "calm", settings)

@@ -1,5 +1,6 @@
-"""Trains models with parameters that no text, or not every batch, touches, on however many ranks it is launched on; each rank
-leaves its weights in FOLDER/RANKS-RANK.pt.
+"""Train, on any number of ranks, models with parameters that no text uses, or that not every batch uses.
+
+Each rank saves its weights in FOLDER/RANKS-RANK.pt.
 
 accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker_unused.py FOLDER
 """

@@ -1,14 +1,15 @@
 """README.md of a saved folder: what the model is, how to load it, its training data and its scores.
 
 All content comes from the encoder and from results.json beside it, so the card can be written again at any time. Names that
-users choose (of data, evaluation sets, models) enter the metadata through a YAML writer and the text as code, so that they
-cannot become Markdown or HTML.
+users choose (of data, evaluation sets, models) enter the metadata through a YAML writer. In the text they are escaped or in
+code, so that they cannot become Markdown or HTML.
 """
 
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -25,20 +26,34 @@ from hf_embed.checkpoint.layout import (
     modules_of,
     of_kind,
 )
-from hf_embed.checkpoint.tables import Results, comparison_table, duration, mteb_table, seeds_table, sweep_table
+from hf_embed.checkpoint.tables import (
+    Results,
+    code_section,
+    inner_name,
+    markdown_table,
+    mteb_table,
+    plain,
+    results_section,
+    sweep_table,
+    training_rows,
+)
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.read_files import first_line, read_json, read_text
-from hf_embed.safe_files import write_text
+from hf_embed.safe_files import SAVING, write_text
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import is_foldable
 from hf_embed.text_models import loading_class
 
 logger = logging.getLogger(__name__)
 
-TITLE = "Text embeddings"
+TITLE = "Text embeddings"  # the title of a card that is not in a folder
+# Folders that belong to the model of the folder around them: checkpoints, runs of single seeds, and the copy that a push reads.
+PART = re.compile(r"(checkpoint|seed)-\d+|_pushing")
+# The names of folders that are not yet in place, from `hf_embed.safe_files` and from recipes that replace an earlier run.
+UNFINISHED = re.compile(rf"{re.escape(SAVING)}(.+?)(-\d+-\d+)?|\.(.+)\.new")
 EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
@@ -60,14 +75,17 @@ RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds",
 FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
          "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip
 PROMPTS = (
-    "Put before a text; sentence-transformers and hf_embed do so with `prompt_name`. Give other loaders, and servers that "
-    "do not know the prompts, texts that begin with them."
+    "A prompt is a text that is put before each input text. sentence-transformers and hf_embed do this if you pass "
+    "`prompt_name`. For other loaders and servers, put the prompt before your texts yourself."
 )
 FOLDER = "FOLDER"  # the name that snippets load until the model has one
+FOLDER_NOTE = "In the code below, replace `FOLDER` with the path of this folder.\n\n"
 CODE = (
-    "This model has an architecture of its own: the Python files beside the weights are its code, which loaders run only with "
-    "`trust_remote_code=True`. Read them first.\n\n"
+    "This model needs its own Python code, which is in the files beside the weights. Loaders run this code only with "
+    "`trust_remote_code=True`. Read the code before you run it.\n\n"
 )
+# The title in the metadata of a card without scores, and with scores. A long title takes several lines.
+MODEL_NAME = re.compile(r"^(?:(model_name: ).*(?:\n  .*)*|(model-index:\n- name: ).*(?:\n    .*)*)", re.MULTILINE)
 MARK = "<!-- hf_embed made this card: {} -->"
 TEXTS = ["a cat", "a dog sleeping by the fire"]  # the texts that the snippets encode
 
@@ -90,7 +108,7 @@ def write_card(
         folder: the folder of README.md.
         results: the content of results.json. Default: read it from the folder.
         overwrite: also replace a card that someone has written or changed.
-        title: the title. Default: the title of the earlier card, or "Text embeddings".
+        title: the title. Default: the title of the earlier card, or the name of the folder.
         language: the language of the texts, as the Hub writes it.
         license: the license, as the Hub writes it.
     """
@@ -101,7 +119,23 @@ def write_card(
         results = stored_results(folder)
     if named := {key: value for key, value in (("title", title), ("language", language), ("license", license)) if value}:
         results = keep_results(folder, results | {"card": results.get("card", {}) | named})
-    write_text(path, model_card(encoder, results, picture=Path(folder, "geometry.png").is_file()))
+    write_text(path, model_card(encoder, results, Path(folder, "geometry.png").is_file(), title=title_of(folder)))
+
+
+def title_of(folder: str | Path) -> str:
+    """Return the default title of a card: the name of the model's folder, also while that folder is not yet in place.
+
+    >>> title_of("outputs/my-model"), title_of("outputs/my-model/checkpoint-500")
+    ('my-model', 'my-model')
+    """
+    path = Path(os.path.realpath(folder))
+    for place in (path, *path.parents):
+        name = place.name
+        while match := UNFINISHED.fullmatch(name):
+            name = match[1] or match[3]
+        if not PART.fullmatch(name):
+            return name[:100] or TITLE
+    return TITLE
 
 
 def card_text(path: Path) -> str:
@@ -117,12 +151,22 @@ def is_generated(text: str) -> bool:
     return bool(mark) and rest == f"{digest(body)} -->\n"
 
 
-def with_repository(text: str, repository: str) -> str:
-    """Return a generated card with snippets that load `repository`, OWNER/NAME. An edited card is returned unchanged."""
+def with_repository(text: str, repository: str, title: str | None = None) -> str:
+    """Return a generated card as it is uploaded to `repository`, OWNER/NAME. An edited card is returned unchanged.
+
+    The snippets load the repository. If `title` is given, and the card has this title or the default title of earlier versions,
+    then the name of the repository replaces it.
+    """
     if not is_generated(text):
         return text
     body = text.rpartition(MARK.partition("{")[0])[0]
-    return with_mark(body.replace(json.dumps(FOLDER), json.dumps(repository)))
+    body = body.replace(FOLDER_NOTE, "").replace(json.dumps(FOLDER), json.dumps(repository))
+    name = repository.rpartition("/")[2]
+    for heading in [f"\n# {plain(default)}\n" for default in (title, TITLE)] if title else []:
+        if heading in body:
+            body = body.replace(heading, f"\n# {plain(name)}\n", 1)
+            return with_mark(MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1))
+    return with_mark(body)
 
 
 def with_mark(body: str) -> str:
@@ -150,7 +194,7 @@ def own_results(path: Path) -> Results | None:
             return None
         metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
     except Exception as error:  # a user may have edited it, and any value may have another type
-        logger.warning(f"{path} is damaged ({first_line(error)}); it stays as it is, and the card does not show it")
+        logger.warning(f"{path} is damaged ({first_line(error)}); it is left unchanged, and the card does not show its content")
         return None
     return found
 
@@ -167,7 +211,9 @@ def keep_results(folder: str | Path, results: Results) -> Results:
     if before is not None:
         store_results(folder, results)
     else:
-        logger.warning(f"{path} is not a file of this package and stays as it is; the card says what the training has to say")
+        logger.warning(
+            f"{path} was not written by hf_embed and is left unchanged; the results of this training appear only in README.md"
+        )
     return results
 
 
@@ -176,7 +222,9 @@ def store_results(folder: str | Path, results: Results) -> None:
     write_text(Path(folder, "results.json"), json.dumps(results, indent=2, default=str) + "\n")
 
 
-def model_card(encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER) -> str:
+def model_card(
+    encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER, title: str = TITLE
+) -> str:
     """Return the text of the model card of an encoder.
 
     Args:
@@ -184,8 +232,11 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
         results: the content of results.json.
         picture: whether geometry.png is beside the card.
         name: the model name that the snippets load.
+        title: the title if `results` has none.
     """
     results = results or {}
+    named = results.get("card", {})
+    results = results | {"card": named | {"title": named.get("title") or title}}
     sections = [
         results_section(results, picture),
         sweep_section(encoder, results.get("tempscale")),
@@ -197,13 +248,14 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
     ]
     fields = {
         "metadata": metadata(results),
-        "title": plain(facts(results).get("title") or TITLE),
+        "title": plain(facts(results)["title"]),
         "architecture": type(encoder.base).__name__,
         "parameters": f"{sum(parameter.numel() for parameter in encoder.base.parameters()):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",
         "normalize": normalize_note(encoder),
+        "similarity": plain(encoder.similarity_fn_name),
         "servers": f"\n**{note}**\n" if (note := served_otherwise(encoder)) else "",
         "tempscale": tempscale_note(encoder),
         "sections": "\n".join(f"\n{section}" for section in sections if section),
@@ -220,6 +272,7 @@ def snippet_fields(encoder: Encoder, name: str) -> dict[str, str]:
     loader = loading_class(encoder.config)
     return {
         "name": json.dumps(name),
+        "folder": FOLDER_NOTE if name == FOLDER else "",
         "trust": ", trust_remote_code=True" if encoder.remote_code else "",
         "code": CODE if encoder.remote_code else "",
         "loader": loader,
@@ -260,13 +313,9 @@ def dense_lines(encoder: Encoder, name: str) -> list[str]:
 
 
 def normalize_note(encoder: Encoder) -> str:
-    """Return the card's note on the norm of the vectors and on how to compare them."""
-    note = "unit vectors" if encoder.normalize else "not normalised"
-    if encoder.truncate_dim:
-        note += f", of which the first {encoder.dimension} numbers are kept (`truncate_dim`)"
-    if encoder.similarity_fn_name != "cosine":
-        return f"{note}; its similarity function is `{encoder.similarity_fn_name}`"
-    return note if encoder.normalize and not encoder.truncate_dim else f"{note}; compare them with the cosine"
+    """Return the card's note on the length of the vectors."""
+    note = "normalized to length 1" if encoder.normalize else "not normalized"
+    return f"{note}, then truncated to the first {encoder.dimension} numbers (`truncate_dim`)" if encoder.truncate_dim else note
 
 
 # ---- metadata that the Hub reads ----
@@ -284,7 +333,7 @@ def card_facts(named: dict[str, Any]) -> dict[str, Any]:
         InputError: if an argument is unknown.
     """
     if unknown := sorted(named.keys() - FACTS.keys()):
-        raise InputError(f"create_model_card has no argument {unknown[0]}; the card takes {', '.join(FACTS)}")
+        raise InputError(f"create_model_card has no argument {unknown[0]}; use {', '.join(FACTS)}")
     return {FACTS[key]: value for key, value in named.items() if value is not None}
 
 
@@ -353,11 +402,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
 
 
-def plain(text: str) -> str:
-    """Return a user's text as one line without active Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", one_line(text)).strip()
-
-
 # ---- vectors on servers ----
 
 
@@ -375,74 +419,24 @@ def served_otherwise(encoder: Encoder) -> str:
     simple = find_pooling(pooling.flag)
     mend = "" if simple == pooling.name else f", or train with the pooling {simple}"
     return (
-        "Servers that read only 1_Pooling/config.json, such as text-embeddings-inference, pool this model by "
-        f"{pooling.mode} and leave out {' and '.join(unread)}, so their vectors differ from its own (pooling {pooling.name}): "
-        f"load it as the card shows{mend}."
+        "Servers that read only 1_Pooling/config.json, such as text-embeddings-inference, use the pooling "
+        f"{pooling.mode} and ignore {' and '.join(unread)}, so their vectors differ from those of this model (pooling "
+        f"{pooling.name}); load the model as its card shows{mend}."
     )
 
 
 # ---- sections; each is "" if it has no content ----
 
 
-def code_section(title: str, lines: list[str], before: str = "") -> str:
-    """Return a section with literal lines. They are indented as code, so that Markdown and HTML in them stay text."""
-    if not lines:
-        return ""
-    code = [f"    {one_line(line)}".rstrip() for line in lines]
-    return "\n".join([f"## {title}", "", *([before, ""] if before else []), *code])
-
-
-def one_line(text: str) -> str:
-    """Return `text` as one line. Characters that are not printable become spaces."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def results_section(results: Results, picture: bool) -> str:
-    """Return the scores before and after the training, and those of the seeds."""
-    lines = comparison_table(results) if results.get("after") else []
-    lines += ["", *seeds_table(results)] if results.get("seeds") else []
-    section = code_section("Results", lines)
-    if section and picture:
-        section += "\n\n![Alignment against uniformity along the training](geometry.png)"
-    return section
-
-
-def inner_name(objective: dict[str, Any]) -> str:
-    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none.
-
-    Results of versions before 0.1.0 do not have the name, because the recipes had only one such objective.
-    """
-    return objective["objective"].get("name", "ImprovedContrastive") if objective.get("objective") else ""
-
-
 def training_section(train: dict[str, Any] | None) -> str:
     """Return the section on the training data and settings, or "" if too little is known."""
     if not train or not train.keys() >= {"model", "data", "rows", "objective", "steps", "batch_size", "seed", "versions"}:
         return ""
-    objective = dict(train["objective"])
-    name = objective.pop("name")
-    inner = inner_name(objective)
-    lines = [
-        f"base model  {train['model']}",
-        f"trained on  {train['data']}, {train['rows']:,} rows",
-        f"objective   {name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": "),
-    ]
-    equation = EQUATIONS.get(name) or EQUATIONS.get(inner, "")
-    lines += [f"            {equation}"] if equation else []
-    lines += [f"steps       {train['steps']:,}, of {train['batch_size']:,} rows each"]
-    resumed = train.get("resumed_at_step")
-    since = f", from step {resumed + 1:,} on" if resumed and train.get("seconds") is not None else ""
-    if train.get("loss") is not None:
-        lines.append(f"mean loss   {train['loss']:.4g}{since}")
-    settings = train.get("settings", {})
-    if train.get("learning_rate") is not None and "learning_rate" not in settings:
-        lines.append(f"setting     learning_rate {train['learning_rate']:g}")
-    lines += [f"setting     {key} {value}" for key, value in settings.items()]
-    lines.append(f"seed        {train['seed']}")
-    if train.get("hardware"):
-        lines.append(f"time        {duration(train['seconds'])} on {train['hardware']}{since}")
-    lines.append("software    " + ", ".join(f"{package} {version}" for package, version in train["versions"].items()))
-    return code_section("Training", lines)
+    objective = train["objective"]
+    lines = ["## Training", "", *markdown_table(("Setting", "Value"), training_rows(train))]
+    if equation := EQUATIONS.get(objective["name"]) or EQUATIONS.get(inner_name(objective)):
+        lines += ["", "The loss of a row i:", "", f"    {equation}"]
+    return "\n".join(lines)
 
 
 def prompts_section(encoder: Encoder) -> str:
@@ -454,15 +448,18 @@ def prompts_section(encoder: Encoder) -> str:
 
 def limits_section(encoder: Encoder, results: Results) -> str:
     """Return the section on what the model cannot do and what its scores do not show."""
-    lines = [f"Texts are cut after {encoder.max_length} tokens."]
+    lines = [f"Texts are truncated to {encoder.max_length} tokens."]
     if results.get("after") or results.get("mteb"):
-        lines.append("The scores above are of the sets named there, and of no others: measure on texts of your own first.")
+        lines.append("The scores above hold only for the evaluation sets named there. Evaluate the model on your own texts.")
         if (step := results.get("train", {}).get("scored_step")) is not None:
-            lines.append(f"They were measured at step {step:,} of the training, before its end.")
+            lines.append(f"The scores were measured at step {step:,}, before the end of the training.")
     else:
-        lines.append("It was not evaluated: measure on texts of your own first.")
+        lines.append("This model was not evaluated. Evaluate it on your own texts before you use it.")
     if (results.get("train", {}).get("chosen_by") or {}).get("metric"):
-        lines.append("Sets that chose the checkpoint or the seed flatter it a little.")
+        lines.append(
+            "The best checkpoint or seed was chosen by its scores on an evaluation set, so the scores on that set are slightly "
+            "too optimistic."
+        )
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 
 
@@ -483,10 +480,10 @@ def tempscale_note(encoder: Encoder) -> str:
     config = TempScaleConfig.from_dict({key: value for key, value in entry.items() if key != "folded"})
     title = "[TempScale](https://arxiv.org/abs/2410.24200)"
     if entry.get("folded") or is_foldable(encoder.backbone):
-        return f"\n\n{title} at temperature {config.temperature} is folded into the attention weights."
+        return f"\n\n{title} with temperature {config.temperature} is folded into the attention weights."
     return (
-        f"\n\n**{title} is part of this model, but not of its weights.** `hf_embed.Encoder` applies it; after any other loader "
-        f"call `hf_embed.apply_tempscale(model, hf_embed.{config})`."
+        f"\n\n**This model uses {title}, which its weights do not contain.** `hf_embed.Encoder` applies it. After any other "
+        f"loader, call `hf_embed.apply_tempscale(model, hf_embed.{config})`."
     )
 
 
@@ -495,4 +492,4 @@ def sweep_section(encoder: Encoder, sweep: dict[str, Any] | None) -> str:
     entry = getattr(encoder.base.config, "temp_scale", None) or {"temperature": 1}
     if not sweep or entry["temperature"] != sweep["temperature"]:
         return ""
-    return code_section("The temperature", sweep_table(sweep))
+    return code_section("Temperature search", sweep_table(sweep))

@@ -33,7 +33,9 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     if listed is None:
         return shards[WEIGHTS]
     if missing := [key for key, name in listed.items() if key not in shards[name]]:
-        raise InputError(f"{folder}: '{missing[0]}' is not in {listed[missing[0]]}, where {INDEX} has it; copy both anew")
+        raise InputError(
+            f"{folder}: '{missing[0]}' is not in {listed[missing[0]]}, although {INDEX} lists it there; copy both files again"
+        )
     return {key: shards[name][key] for key, name in listed.items()}
 
 
@@ -41,9 +43,9 @@ def check_numbers(tensors: dict[str, Tensor], name: str) -> None:
     """Raise InputError if a tensor is not floating-point, or holds NaN or infinity. `name` begins the message."""
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise InputError(f"{name}: '{key}' is stored as {tensor.dtype}; save it in floating point")
+            raise InputError(f"{name}: '{key}' is stored as {tensor.dtype}; save it as floating-point numbers")
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{name}: '{key}' has values that are NaN or infinite; the weights are spoilt")
+            raise InputError(f"{name}: '{key}' has NaN or infinite values; use undamaged weights")
 
 
 class Files:
@@ -80,7 +82,7 @@ class Files:
             allowed = keys.get(key, EMPTY)
             if not (value in allowed if isinstance(allowed, list) else isinstance(value, allowed) or value in EMPTY):
                 shown = json.dumps(value)
-                raise self.refused(f"{key} {shown if len(shown) < 100 else shown[:100] + ' ...'} of {file}")
+                raise self.refused(f"{key} {shown if len(shown) < 100 else shown[:100] + ' ...'} in {file}")
 
     def tensors(self, folder: str) -> dict[str, Tensor]:
         """Return the weights of a module from the module's folder. Raise InputError if there are none."""
@@ -90,7 +92,7 @@ class Files:
                 check_numbers(tensors, f"model '{self.name}': {folder}/{name}")
                 return tensors
         raise InputError(
-            f"model '{self.name}': '{folder}' has no weights (model.safetensors or pytorch_model.bin); copy it anew"
+            f"model '{self.name}': '{folder}' has no weights (model.safetensors or pytorch_model.bin); copy it again"
         )
 
     def weight_map(self) -> dict[str, str] | None:
@@ -103,9 +105,11 @@ class Files:
             return None
         listed = index.get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
-            raise InputError(f"model '{self.name}': {INDEX} has no weight_map of tensors to files; {COPY_ANEW}")
+            raise InputError(f"model '{self.name}': {INDEX} has no weight_map from tensors to files; {COPY_ANEW}")
         if outside := [shard for shard in listed.values() if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard)]:
-            raise InputError(f"model '{self.name}': {INDEX} names '{outside[0]}', which is no file in the folder; {COPY_ANEW}")
+            raise InputError(
+                f"model '{self.name}': {INDEX} names '{outside[0]}', which is not a file in the folder; {COPY_ANEW}"
+            )
         return listed
 
     def weight_files(self) -> dict[str, str]:
@@ -117,9 +121,9 @@ class Files:
         listed = self.weight_map()
         found = {name: self.path(name) for name in (sorted(set(listed.values())) if listed else [WEIGHTS])}
         if listed and (missing := [name for name, path in found.items() if path is None]):
-            raise InputError(f"model '{self.name}': {missing[0]}, which {INDEX} names, is not there; {COPY_ANEW}")
+            raise InputError(f"model '{self.name}': {missing[0]}, which {INDEX} names, does not exist; {COPY_ANEW}")
         return {name: path for name, path in found.items() if path is not None}
 
     def refused(self, what: str, mend: str = "load it with sentence-transformers") -> InputError:
         """Return the error for a feature of sentence-transformers that this package does not support."""
-        return InputError(f"model '{self.name}': {what} cannot be represented here; {mend}")
+        return InputError(f"model '{self.name}': hf_embed does not support {what}; {mend}")

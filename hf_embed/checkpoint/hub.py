@@ -27,7 +27,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_embed.checkpoint.card import with_repository
+from hf_embed.checkpoint.card import stored_results, title_of, with_repository
 from hf_embed.checkpoint.files import Files
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
@@ -96,7 +96,7 @@ def push_folder(
     check_names(folder, repo)
     token = token or get_token()
     if token is None:
-        raise InputError("no Hub token; run `hf auth login`, or set HF_TOKEN to one that may write")
+        raise InputError("no Hub token was found; run `hf auth login`, or set HF_TOKEN to a token with write access")
     api = HfApi(token=token)
 
     def upload() -> str:
@@ -114,12 +114,12 @@ def push_folder(
 def check_names(folder: Path, repo: str) -> None:
     """Raise InputError if the folder does not hold a model, or if `repo` is not a valid repository name."""
     if not has_model(folder):
-        raise InputError(f"{folder}: no model there (config.json and model.safetensors); give the folder of a finished run")
+        raise InputError(f"{folder} holds no model (config.json and model.safetensors); give the folder of a finished run")
     Files(str(folder)).weight_files()  # which raises an error if a shard is missing
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"'{repo}' is no name for a repository: {str(error).splitlines()[0]}") from error
+        raise InputError(f"'{repo}' is not a valid name of a repository: {str(error).splitlines()[0]}") from error
 
 
 # ---- from training ----
@@ -159,7 +159,7 @@ def finish_push(push: PushInProgress | None, args: TrainingArguments) -> None:
     jobs: Any = push.jobs if push is not None else []
     for job in jobs:
         if error := job.exception():
-            logger.warning(f"a checkpoint did not reach the Hub: {(reason(error) or (error, False))[0]}")
+            logger.warning(f"a checkpoint was not uploaded to the Hub: {(reason(error) or (error, False))[0]}")
     shutil.rmtree(Path(str(args.output_dir), COPY), ignore_errors=True)
 
 
@@ -185,7 +185,8 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
     card = named.pop("README.md", None)
     added = [CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items()]
     if card is not None:
-        text = with_repository(read_text(card), repo)
+        own_title = stored_results(folder).get("card", {}).get("title")
+        text = with_repository(read_text(card), repo, None if own_title else title_of(folder))
         added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), text.encode()))
     return added
 
@@ -201,13 +202,15 @@ def model_files(folder: Path) -> list[Path]:
         paths += [module / file for file in MODULE_FILES]
         left_out = sorted(path.name for path in module.iterdir() if path.name not in MODULE_FILES)
         if "pytorch_model.bin" in left_out and not (module / "model.safetensors").exists():
-            raise InputError(f"{module}: the weights are no model.safetensors; save the model anew (Encoder.save_pretrained)")
+            raise InputError(
+                f"{module}: the weights are not in model.safetensors; save the model again (Encoder.save_pretrained)"
+            )
         if left_out:
-            logger.warning(f"{module}: {', '.join(left_out)}: not of the module, not uploaded")
+            logger.warning(f"{module}: not uploaded, because they do not belong to the module: {', '.join(left_out)}")
     paths += code_files(folder)
     for path in paths:
         if path.is_symlink():
-            raise InputError(f"{path} is a link; only files that lie in the folder are uploaded: put the file itself there")
+            raise InputError(f"{path} is a link, and only real files are uploaded; replace the link with the file itself")
     return [path for path in paths if path.is_file()]
 
 
@@ -215,14 +218,16 @@ def module_folders(folder: Path) -> list[Path]:
     """Return the folders of the modules in modules.json, except the transformer, which is in the folder itself."""
     listed = read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []
     if wrong := [module for module in listed if not (isinstance(module, dict) and are_texts(module, "path", "type"))]:
-        raise InputError(f"{folder}: modules.json lists {wrong[0]!r}, which has no path and type; save the model anew")
+        raise InputError(f"{folder}: modules.json lists {wrong[0]!r}, which lacks a path or a type; save the model again")
     modules = [module for module in listed if module["path"]]
     folders = [folder / module["path"] for module in modules]
     for module, path in zip(modules, folders):
         if not MODULE.fullmatch(module["path"]) or path.is_symlink() or not path.is_dir():
-            raise InputError(f"{folder}: modules.json names '{module['path']}', which is no folder like 1_Pooling in there")
+            raise InputError(f"{folder}: modules.json names '{module['path']}', which is not a subfolder such as 1_Pooling")
         if module["type"].endswith("Transformer"):
-            raise InputError(f"{folder}: the transformer lies in '{module['path']}'; save the model anew, at the folder's top")
+            raise InputError(
+                f"{folder}: the transformer is in '{module['path']}'; save the model again, into the folder itself"
+            )
     return folders
 
 
@@ -240,7 +245,7 @@ def code_files(folder: Path) -> list[Path]:
             try:
                 found |= dict.fromkeys([path, *map(Path, get_relative_import_files(path))])
             except OSError as error:
-                raise InputError(f"{path}: imports {error.filename}, which cannot be read") from error
+                raise InputError(f"{path} imports {error.filename}, which cannot be read; add this file") from error
     return [path for path in found if path.parent == folder]
 
 
@@ -294,8 +299,8 @@ def with_retries(upload: Callable[[], Result], repo: str, command: str) -> Resul
                 raise
             mend, again = why
             if not again or attempt == TRIES:
-                raise InputError(f"push to {repo}: {mend}; the folder is whole, finish by: {command}") from error
-            logger.warning(f"push to {repo}: {mend}; again in {wait:g} s ({attempt} of {TRIES} tries)")
+                raise InputError(f"push to {repo}: {mend}; the folder is complete, finish the push with: {command}") from error
+            logger.warning(f"push to {repo}: {mend}; trying again in {wait:g} s (try {attempt} of {TRIES} failed)")
             time.sleep(wait)
             wait *= 2
     raise AssertionError
@@ -309,10 +314,10 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
         code = error.response.status_code
         said = masked(" ".join((error.server_message or str(error)).split()))[:200]
         known = {
-            400: f"the Hub refuses it ({said})",
-            401: "the Hub does not know this token (401); run `hf auth login`, or set HF_TOKEN",
-            403: "this token may not write there (403); take one with write access, or a repository of your own",
-            404: "there is no such repository or branch, or this token may not see it (404)",
+            400: f"the Hub rejected the request ({said})",
+            401: "the Hub rejected this token (401); run `hf auth login`, or set HF_TOKEN",
+            403: "this token has no write access there (403); use a token with write access, or a repository of your own",
+            404: "the repository or branch does not exist, or this token has no access to it (404)",
         }
         if code in known:
             return known[code], False

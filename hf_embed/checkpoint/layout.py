@@ -78,7 +78,7 @@ class Module:
     def read(self, files: Files) -> Self:
         """Read config.json and the weights. Raise InputError if a file is missing or a setting is not supported."""
         if self.needs_config and files.path(f"{self.path}/config.json") is None:
-            raise InputError(f"model '{files.name}': {self.path}/config.json is missing; copy the model anew")
+            raise InputError(f"model '{files.name}': {self.path}/config.json is missing; copy the model again")
         self.config = files.config(f"{self.path}/config.json", self.keys)
         if self.has_weights:
             self.tensors = files.tensors(self.path)
@@ -116,7 +116,7 @@ class TransformerModule(Module):
         self.file, self.config = next(((file, config) for file, config in found if config), nothing)
         modalities = self.config.get("modality_config")
         if isinstance(modalities, dict) and "message" in modalities:
-            raise files.refused(f"the chat template that texts go through by modality_config of {self.file}")
+            raise files.refused(f"the chat template that modality_config in {self.file} applies to texts")
         for key, value in self.config.items():  # sentence-transformers ignores trust_remote_code in this file
             if key.endswith(("_args", "_kwargs")) and isinstance(value, dict):
                 self.config[key] = {name: argument for name, argument in value.items() if name != "trust_remote_code"}
@@ -157,8 +157,9 @@ class LayerPoolingModule(Module):
         if not (fits and equal and (pairs or used == (depth,))):
             raise files.refused(f"layer weights {weights} of '{self.path}'", mend)
         if not backbone.config.output_hidden_states:
-            raise files.refused(
-                f"'{self.path}' beside a config.json without output_hidden_states, by which it has no effect,", mend
+            raise InputError(
+                f"model '{files.name}': '{self.path}' has no effect, because config.json does not set output_hidden_states; "
+                f"{mend}"
             )
         return pairs[0] if pairs else None
 
@@ -216,15 +217,17 @@ class DenseModule(Module):
         try:
             weight = self.tensors["linear.weight"]
             if not isinstance(activation, type) or weight.shape != (made, taken):  # before the layer is allocated
-                raise TypeError("an activation that is not of torch.nn, or other sizes than those of the weights")
+                raise TypeError("the activation is not from torch.nn, or the sizes differ from those of the weights")
             linear = nn.Linear(taken, made, bias=self.config.get("bias", True))
             dense = Dense(linear, activation(), residual=self.config.get("use_residual", False))
             dense.load_state_dict(self.tensors)
             if dense.eval()(weight.new_zeros(1, taken, dtype=torch.float32)).shape != (1, made):
-                raise TypeError("an activation that changes the width")
+                raise TypeError("the activation changes the width")
         except Exception as error:  # the activation can be any class of torch.nn
             sizes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
-            raise files.refused(f"the module Dense ('{self.path}'), {json.dumps(self.config)} with weights {sizes},") from error
+            raise files.refused(
+                f"the module Dense ('{self.path}') with {json.dumps(self.config)} and weights {sizes}"
+            ) from error
         return dense
 
 
@@ -362,28 +365,28 @@ def read_modules(files: Files) -> list[Module] | None:
         name = entry.get("name")
         modules.append(module)
         if sum(name == other.get("name") for other in listed if isinstance(other, dict)) > 1:
-            raise files.refused(f"the module {module.kind} ('{module.path}'), whose name '{name}' another has too,")
+            raise files.refused(f"the module {module.kind} ('{module.path}') with the name '{name}' of another module")
         if isinstance(module, DropoutModule):
             continue
         twice = module.kind == before and not isinstance(module, DenseModule | NormalizeModule)
         if before is not None and (twice or ORDER.index(module.kind) < ORDER.index(before)):
-            raise files.refused(f"the module {module.kind} ('{module.path}') behind {before}")
+            raise files.refused(f"the module {module.kind} ('{module.path}') after {before}")
         before = module.kind
     if not modules or not isinstance(modules[0], TransformerModule):
-        raise files.refused("a modules.json whose first module is no Transformer")
+        raise files.refused("a modules.json whose first module is not a Transformer")
     return modules
 
 
 def read_module(files: Files, entry: Any) -> Module:
     """Return the module of one entry of modules.json. Raise InputError if the entry is not valid or not supported."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("path", "type")):
-        raise InputError(f"model '{files.name}': modules.json lists {entry!r}, which has no path and type; copy it anew")
+        raise InputError(f"model '{files.name}': modules.json lists {entry!r}, which lacks a path or a type; copy it again")
     files.check_keys("modules.json", entry, MODULES_KEYS)
     path, (package, _, kind) = entry["path"], entry["type"].rpartition(".")
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise InputError(f"model '{files.name}': modules.json names '{path}', which is outside of the folder; correct it")
+        raise InputError(f"model '{files.name}': modules.json names '{path}', which is outside the folder; correct it")
     if not package.startswith("sentence_transformers."):
-        raise files.refused(f"the module {entry['type']} ('{path}'), which is code of the model's own,")
+        raise files.refused(f"the module {entry['type']} ('{path}'), which is the model's own code")
     if kind not in KINDS:
         raise files.refused(f"the module {kind} ('{path}')")
     return KINDS[kind](path)

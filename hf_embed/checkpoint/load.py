@@ -27,7 +27,7 @@ from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
-MEND = "take the whole folder that save_pretrained wrote"
+MEND = "use the complete folder that save_pretrained wrote"
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ def load_encoder(
             a setting of sentence-transformers is not supported here.
     """
     if "subfolder" in model_kwargs:
-        raise InputError(f"model '{name}': from_pretrained takes no subfolder; give the path of that folder as the model")
+        raise InputError(
+            f"model '{name}': from_pretrained does not support subfolder; give the path of that folder as the model"
+        )
     hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
     found = find_model(name, **hub)
     hub, model_kwargs = hub | found, model_kwargs | found
@@ -82,7 +84,7 @@ def load_encoder(
     if new_pooler:
         missing = [key for key in missing if not key.startswith("pooler.")]
     if random := influences(encoder, missing):
-        raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would be random; {MEND}")
+        raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would have random values; {MEND}")
     return encoder
 
 
@@ -90,7 +92,9 @@ def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
     """Apply the TempScale that the config states, unless it is already folded into the weights."""
     entry = getattr(backbone.config, "temp_scale", None)
     if entry and not isinstance(entry, dict):
-        raise InputError(f"model '{backbone.name_or_path}': temp_scale of config.json is {entry!r}; {COPY_ANEW}")
+        raise InputError(
+            f"model '{backbone.name_or_path}': temp_scale in config.json is {entry!r}, which is not an object; {COPY_ANEW}"
+        )
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
@@ -100,8 +104,8 @@ def warn_of_similarity(name: str, similarity: str) -> None:
     """Warn if the model's own similarity is not the cosine, by which this package trains and evaluates."""
     if similarity != "cosine":
         logger.warning(
-            f"model '{name}': similarity() and mteb compare its vectors by {similarity}, as it says; "
-            "training and the evaluations of this package do so by the cosine"
+            f"model '{name}': similarity() and mteb compare its vectors by {similarity}, the model's own similarity function; "
+            "training and evaluation in hf_embed use the cosine"
         )
 
 
@@ -125,13 +129,16 @@ def length_of(encoder: Encoder, name: str, stated: int | None) -> int:
     if stated is None or (limit is None and stated > MOST_TOKENS):
         longest = min(limit or longest, longest)
         if longest > encoder.max_length:
-            more = f"up to {longest:,}" if longest < MOST_TOKENS else "longer ones"
+            more = f"up to {longest:,}" if longest < MOST_TOKENS else "more"
             logger.warning(
-                f"model '{name}': texts are cut after {encoder.max_length} tokens; it takes {more}: give max_length="
+                f"model '{name}': texts are truncated to {encoder.max_length} tokens, but the model accepts {more}; set "
+                "max_length to use more"
             )
         return encoder.max_length
     if limit is not None and stated > limit:
-        logger.warning(f"model '{name}': texts are cut after the {limit:,} tokens that it has positions for, not {stated:,}")
+        logger.warning(
+            f"model '{name}': texts are truncated to {limit:,} tokens, not to {stated:,}, as it has only {limit:,} positions"
+        )
         return limit
     return check_max_length(stated, limit, encoder.tokenizer)
 
@@ -197,7 +204,7 @@ def refuse_adapter(files: Files) -> None:
     if (adapter := files.json("adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path") or "an unnamed model"
         raise InputError(
-            f"{files.name}: holds an adapter of {base}, not a model; load it with PEFT and merge it first "
+            f"{files.name} holds an adapter of {base}, not a model; load it with PEFT and merge it first "
             "(merge_and_unload, then save_pretrained)"
         )
 
@@ -211,10 +218,13 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     name = files.name
     if report["mismatched_keys"]:
         key, found, wanted = sorted(report["mismatched_keys"])[0]
-        raise InputError(f"model '{name}': '{key}' is {tuple(found)} in its weights file, but {tuple(wanted)} by config.json")
+        raise InputError(
+            f"model '{name}': '{key}' has the shape {tuple(found)} in the weights file, but {tuple(wanted)} according to "
+            f"config.json; {MEND}"
+        )
     known = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
     if further := [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in known]:
-        raise InputError(f"model '{name}': config.json has no place for {listed(further)} in its weights file; {MEND}")
+        raise InputError(f"model '{name}': its weights file has {listed(further)}, which does not fit config.json; {MEND}")
     if getattr(model.config, "quantization_config", None) is None:
         for file, path in files.weight_files().items():
             for key, dtype in tensor_dtypes(path, f"model '{name}': {file}").items():
@@ -225,7 +235,7 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
                     )
     for key, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise InputError(f"model '{name}': '{key}' has values that are NaN or infinite; the weights are spoilt")
+            raise InputError(f"model '{name}': '{key}' has NaN or infinite values; use undamaged weights")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -233,17 +243,19 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
-        raise unreachable(name, error, "its tokenizer cannot be loaded") from error
+        raise unreachable(name, error, "has a tokenizer that cannot be loaded") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # a damaged file causes a Rust panic, not an Exception
             raise
-        raise unreachable(name, error, "its tokenizer is damaged") from error
+        raise unreachable(name, error, "has a damaged tokenizer") from error
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
-        raise InputError(f"model '{name}': it needs a {type(tokenizer).__name__}, not a tokenizer of plain text; take another")
+        raise InputError(
+            f"model '{name}': it needs a {type(tokenizer).__name__}, not a tokenizer for plain text; use another model"
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.model if isinstance(backend, Tokenizer) else None
     if isinstance(model, BPE) and len(tokenizer) > 300 and not has_merges(model):
-        raise InputError(f"model '{name}': its tokenizer has a vocabulary, but no merges; save merges.txt beside vocab.json")
+        raise InputError(f"model '{name}': its tokenizer has a vocabulary but no merges; save merges.txt beside vocab.json")
     where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
     check_added_tokens(Files(name, **where).json("tokenizer_config.json") or {}, tokenizer, name)
     return tokenizer
@@ -259,8 +271,9 @@ def check_added_tokens(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         token = getattr(tokenizer, f"{kind}_token_id")
         if config.get(f"add_{kind}_token") is True and token is not None and tokenizer("a")["input_ids"][end] != [token]:
             raise InputError(
-                f"model '{name}': tokenizer_config.json says add_{kind}_token, but tokenizer.json does not add it, and counts; "
-                "give AutoTokenizer.from_pretrained both add_bos_token and add_eos_token, and save what it makes in the folder"
+                f"model '{name}': tokenizer_config.json asks for add_{kind}_token, but transformers follows tokenizer.json, "
+                "which does not add this token; load the tokenizer with AutoTokenizer.from_pretrained and both add_bos_token "
+                "and add_eos_token, and save it into the folder"
             )
 
 
@@ -289,8 +302,8 @@ def unreachable(name: str, error: BaseException, what: str = "cannot be loaded")
     """Return the error for a model whose loading raised `error`."""
     if "trust_remote_code=True" in str(error):
         return InputError(
-            f"model '{name}' brings Python code of its own, which is not run unless you say so: read it, then give "
-            "--trust_remote_code on the command line (in Python, trust_remote_code=True)"
+            f"model '{name}' needs its own Python code, which runs only if you allow it; read the code, then set "
+            "--trust_remote_code on the command line (in Python: trust_remote_code=True)"
         )
     reason = first_line(error).rstrip(".")
     return InputError(f"model '{name}' {what}: {reason}. {WHAT_TO_GIVE}")

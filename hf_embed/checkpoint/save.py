@@ -230,6 +230,6 @@ def needs_runtime(encoder: Encoder, allowed: bool) -> bool:
         check_foldable(encoder.backbone)
     except InputError as error:
         if not allowed:
-            raise InputError(f"{error}; save_pretrained(allow_runtime=True) saves it for loaders of hf_embed alone") from error
+            raise InputError(f"{error}; save_pretrained(allow_runtime=True) saves it for loaders of hf_embed only") from error
         return True
     return False

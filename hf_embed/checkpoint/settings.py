@@ -32,7 +32,7 @@ from hf_embed.pooling import POOLINGS, Dense, find_pooling
 logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]  # arguments of `Encoder`
-POOLING_MEND = "give pooling=, or load it with sentence-transformers"
+POOLING_MEND = "set pooling, or load it with sentence-transformers"
 
 
 def read_settings(
@@ -64,13 +64,14 @@ def read_settings(
         head, *dense = dense
         if pooling not in (None, own):
             logger.warning(
-                f"model '{name}': pooling {pooling} leaves out the layer '{head.path}', the head of its own pooling, {own}"
+                f"model '{name}': pooling {pooling} does not use the layer '{head.path}', which belongs to the model's own "
+                f"pooling {own}"
             )
     for normalize in of_kind(modules, NormalizeModule):
         normalize.read(files)
     for dropout in of_kind(modules, DropoutModule):
         logger.warning(
-            f"model '{name}': the module Dropout ('{dropout.path}') is left out; it changes no vector but in training"
+            f"model '{name}': the module Dropout ('{dropout.path}') is not used, because it changes vectors only in training"
         )
     settings: Settings = {"pooling": pooling or own, "normalize": bool(of_kind(modules, NormalizeModule))}
     settings["dense"] = read_dense_layers(files, dense, backbone)
@@ -91,21 +92,23 @@ def plain_settings(
     left = [file for file in ("1_Pooling/config.json", MODEL_CONFIG) if files.path(file)]
     if left and pooling is None:
         raise InputError(
-            f"model '{files.name}': there is {left[0]}, but no modules.json, so sentence-transformers reads none of it; give "
-            "pooling=, or copy modules.json too"
+            f"model '{files.name}': {left[0]} exists, but modules.json does not, so sentence-transformers does not read it; "
+            "set pooling, or copy modules.json too"
         )
     if left:
-        logger.warning(f"model '{files.name}': {' and '.join(left)} are not read, for there is no modules.json")
+        logger.warning(
+            f"model '{files.name}': hf_embed does not read {' and '.join(left)}, because modules.json does not exist"
+        )
     if pooling is not None:
         return {"pooling": pooling}
     if getattr(tokenizer, "chat_template", None):
         raise InputError(
-            f"model '{files.name}': sentence-transformers puts texts through its chat template, which cannot be represented "
-            "here; give pooling= (for a decoder, last): texts are then taken as they are"
+            f"model '{files.name}': sentence-transformers applies its chat template to texts, which hf_embed does not support; "
+            "set pooling (for a decoder: last) to use the texts as they are"
         )
     architectures = getattr(backbone.config, "architectures", None) or [""]
     if architectures[0].endswith("ForCausalLM") and getattr(backbone.config, "is_causal", True):
-        logger.warning(f"model '{files.name}': a causal language model, so pooling is last, as in sentence-transformers")
+        logger.warning(f"model '{files.name}': it is a causal language model, so pooling is last, as in sentence-transformers")
         return {"pooling": "last"}
     return {}
 
@@ -120,7 +123,7 @@ def own_pooling(files: Files, modules: Sequence[Module], backbone: PreTrainedMod
     except InputError as error:
         if given is None:
             raise
-        logger.warning(f"pooling {given} is taken as given, for the folder's own cannot be read: {error}")
+        logger.warning(f"using pooling {given} as given, because the folder's own pooling is not supported: {error}")
         return None
 
 
@@ -188,7 +191,7 @@ def read_dense_layers(files: Files, modules: Sequence[DenseModule], backbone: Pr
         layer = module.read(files).layer(files)
         taken = layer.linear.in_features
         if width is not None and taken != width:
-            raise files.refused(f"the module Dense ('{module.path}'), which takes {taken} numbers and not {width},")
+            raise files.refused(f"the module Dense ('{module.path}') with {taken} inputs instead of {width}")
         width = layer.linear.out_features
         layers.append(layer.to(next(backbone.parameters())))
     return layers
@@ -204,11 +207,11 @@ def read_transformer(
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float):
         raise InputError(
-            f"model '{files.name}': model_max_length {longest!r} of tokenizer_config.json is no number; correct it"
+            f"model '{files.name}': model_max_length {longest!r} in tokenizer_config.json is not a number; correct it"
         )
     if config.get("do_lower_case") and not lower_cases(tokenizer):
         raise files.refused(
-            f"do_lower_case of {module.file}", "set it in tokenizer_config.json, or load it with sentence-transformers"
+            f"do_lower_case in {module.file}", "set it in tokenizer_config.json, or load it with sentence-transformers"
         )
     if config.get("max_seq_length"):
         return {"max_length": config["max_seq_length"]}
@@ -226,10 +229,10 @@ def read_model_config(files: Files) -> Settings:
     """Return the settings that apply to the model as a whole."""
     config = files.config(MODEL_CONFIG, MODEL_KEYS)
     if config.get("requirements"):
-        logger.warning(f"model '{files.name}' asks for {json.dumps(config['requirements'])}, which is not checked here")
+        logger.warning(f"model '{files.name}' requires {json.dumps(config['requirements'])}; hf_embed does not check this")
     prompts = config.get("prompts") or {}
     if not all(isinstance(text, str | None) for text in prompts.values()):
-        raise InputError(f"model '{files.name}': prompts {prompts!r} are no texts by name; correct {MODEL_CONFIG}")
+        raise InputError(f"model '{files.name}': the prompts {prompts!r} are not all texts; correct {MODEL_CONFIG}")
     prompts = {key: text or "" for key, text in prompts.items()}
     return {
         # sentence-transformers always writes these two, even if they are empty.

@@ -30,7 +30,7 @@ def check_counts(files: Files, stated: dict[str, Any]) -> None:
         for pattern, most in MOST.items():
             if isinstance(value, int) and value > most and pattern.fullmatch(key):
                 raise InputError(
-                    f"model '{files.name}': {key} of config.json is {value:,}, more than any model has; {COPY_ANEW}"
+                    f"model '{files.name}': {key} in config.json is {value:,}, more than any model has; {COPY_ANEW}"
                 )
 
 
@@ -54,6 +54,6 @@ def check_size(files: Files, model_class: Any, config: PretrainedConfig) -> None
     stored = sum(map(os.path.getsize, paths))
     if numbers > max(stored, SMALL):
         raise InputError(
-            f"model '{files.name}': config.json describes {numbers:,} numbers, and the weights take {stored:,} bytes; they do "
-            "not belong together: take the whole folder that save_pretrained wrote"
+            f"model '{files.name}': config.json describes {numbers:,} numbers, but the weights have {stored:,} bytes, so they "
+            "do not belong together; use the complete folder that save_pretrained wrote"
         )

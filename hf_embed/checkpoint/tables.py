@@ -1,4 +1,4 @@
-"""The tables of scores that the console and a model card show, as lines of text.
+"""The tables that the console and a model card show, as lines of text.
 
 `Results` is the content of results.json. The scores in it, under `before`, `after` and for each of the `seeds`, look like this:
 
@@ -9,6 +9,8 @@ Here `set` is the name of an evaluation set. Other kinds of evaluation sets have
 """
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 # The metric that tables show for a kind of evaluation set, and its label. For other kinds it is the first metric.
@@ -72,8 +74,8 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"best: {sweep['temperature']:g}, {sweep['gain']:+.2f} against 1 on the queries that chose it, "
-        f"{sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
+        f"best temperature: {sweep['temperature']:g}; gain over temperature 1: {sweep['gain']:+.2f} on the queries that chose "
+        f"it, {sweep['cross_validated_gain']:+.2f} on queries that did not ({len(sweep['fold_temperatures'])} folds)",
         *length_table(sweep),
     ]
 
@@ -126,6 +128,84 @@ def digits_of(label: str) -> int:
 def duration(seconds: float | None) -> str:
     """Return a duration in words."""
     if seconds is None:
-        return "some time"
+        return "unknown time"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
+
+
+# ---- the card ----
+
+
+def results_section(results: Results, picture: bool) -> str:
+    """Return the scores before and after the training, and those of the seeds."""
+    lines = comparison_table(results) if results.get("after") else []
+    lines += ["", *seeds_table(results)] if results.get("seeds") else []
+    section = code_section("Results", lines, "Scores before and after the training." if results.get("before") else "")
+    if section and picture:
+        section += "\n\n![Alignment and uniformity during the training](geometry.png)"
+    return section
+
+
+def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of the training settings that the card shows. `train` is that entry of results.json."""
+    objective = dict(train["objective"])
+    name = objective.pop("name")
+    resumed = train.get("resumed_at_step")
+    since = (
+        f" (from step {resumed + 1:,} on, because the training was resumed)"
+        if resumed and train.get("seconds") is not None
+        else ""
+    )
+    rows = [
+        ("Base model", str(train["model"])),
+        ("Training data", f"{train['data']}, {train['rows']:,} rows"),
+        ("Objective", f"{name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": ")),
+        ("Training steps", f"{train['steps']:,}, with a batch size of {train['batch_size']:,}"),
+    ]
+    if train.get("loss") is not None:
+        rows.append(("Mean training loss", f"{train['loss']:.4g}{since}"))
+    rate = {"learning_rate": f"{train['learning_rate']:g}"} if train.get("learning_rate") is not None else {}
+    rows += [(key, str(value)) for key, value in (rate | train.get("settings", {})).items()]
+    rows.append(("Seed", str(train["seed"])))
+    if train.get("hardware"):
+        rows.append(("Training time", f"{duration(train['seconds'])} on {train['hardware']}{since}"))
+    return [*rows, ("Software", ", ".join(f"{package} {version}" for package, version in train["versions"].items()))]
+
+
+def inner_name(objective: dict[str, Any]) -> str:
+    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none.
+
+    Results of versions before 0.1.0 do not have the name, because the recipes had only one such objective.
+    """
+    return objective["objective"].get("name", "ImprovedContrastive") if objective.get("objective") else ""
+
+
+def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return a Markdown table. The text in its cells stays plain text."""
+    lines = [f"| {' | '.join(map(plain, cells))} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def code_section(title: str, lines: list[str], before: str = "") -> str:
+    """Return a section with literal lines, or "" if there are none.
+
+    The lines are indented as code, so that Markdown and HTML in them stay text.
+    """
+    if not lines:
+        return ""
+    code = [f"    {one_line(line)}".rstrip() for line in lines]
+    return "\n".join([f"## {title}", "", *([before, ""] if before else []), *code])
+
+
+def plain(text: str) -> str:
+    r"""Return a user's text as one line without active Markdown or HTML.
+
+    >>> print(plain("<b> my_model"))
+    \<b\> my_model
+    """
+    return re.sub(r"([\\`*{}\[\]<>#|~&!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text)).strip()
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line. Characters that are not printable become spaces."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

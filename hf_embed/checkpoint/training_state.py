@@ -71,19 +71,19 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no checkpoint there (no config.json); give a checkpoint-N folder")
+        raise InputError(f"{folder}: there is no checkpoint (config.json does not exist); give a checkpoint-N folder")
     adapted, file = has_adapters(encoder.backbone), folder / TRAINING_TENSORS
     if not adapted:
         load_backbone(folder, encoder.backbone)
     if not file.is_file():
         if adapted:
-            raise InputError(f"{folder}: no {TRAINING_TENSORS}, so no adapters; give a checkpoint of a run with adapters")
+            raise InputError(f"{folder} has no {TRAINING_TENSORS}, so no adapters; give a checkpoint of a run with adapters")
         return
     names = {name.removeprefix(ENCODER): name for name in trained.state_dict()}
     tensors = read_tensors(file)
     expected = {name for name in names if not name.startswith("backbone.")} | training_names(trained, encoder)
     if other := sorted((set(tensors) - set(names)) | (expected - set(tensors))):
-        raise InputError(f"{file}: the checkpoint is of another model ({other[:3]} ...)")
+        raise InputError(f"{file}: the checkpoint belongs to another model ({other[:3]} ...)")
     put(tensors, trained, names, file)
 
 
@@ -92,7 +92,7 @@ def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
     missing, unexpected = put(read_weights(folder), backbone, {}, folder)
     tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
-        raise InputError(f"{folder}: the checkpoint is of another model ({(list(missing) + unexpected)[:3]} ...)")
+        raise InputError(f"{folder}: the checkpoint belongs to another model ({(list(missing) + unexpected)[:3]} ...)")
 
 
 def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str], where: Path) -> tuple[list[str], list[str]]:
@@ -107,5 +107,5 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, st
     try:
         result = module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)
     except RuntimeError as error:
-        raise InputError(f"{where}: the checkpoint is of another model ({in_short(error)})") from error
+        raise InputError(f"{where}: the checkpoint belongs to another model ({in_short(error)})") from error
     return list(result.missing_keys), list(result.unexpected_keys)

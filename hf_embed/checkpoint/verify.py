@@ -56,8 +56,8 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> 
             difference = ((encode(texts) - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
             if not difference <= tolerance:  # also catches NaN
                 raise ExportError(
-                    f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from the trained "
-                    f"model's (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
+                    f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
+                    f"trained model (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
                 )
 
 
@@ -66,7 +66,7 @@ def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     loaded = model.state_dict()
     for name, tensor in weights.items():
         if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].device)):
-            raise ExportError(f"not saved: '{name}' is not the trained one in the folder ({type(model).__name__})")
+            raise ExportError(f"not saved: the saved tensor '{name}' differs from the trained one ({type(model).__name__})")
 
 
 def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel) -> Encode:
@@ -126,7 +126,7 @@ def verify_loadable(encoder: Encoder) -> None:
         except Exception as error:
             raise InputError(
                 f"{type(encoder.base).__name__} needs a processor beside its tokenizer ({type(error).__name__}); "
-                "take a text model"
+                "use a text model"
             ) from error
     verify_class(encoder.base, config)
     verify_tokenizer(encoder, tokenizer)
@@ -144,8 +144,8 @@ def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
         named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
         raise InputError(
-            f"{type(base).__name__} could not be loaded once it is saved: {loader} would make {named} of its configuration; "
-            f"take a model that {loader}.from_pretrained gives"
+            f"{type(base).__name__} could not be loaded after it is saved, because {loader} would make {named} from its "
+            f"configuration; use a model that {loader}.from_pretrained returns"
         )
 
 
@@ -154,8 +154,9 @@ def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
     for text in TEXTS:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(
-                f"the tokenizer ({type(encoder.tokenizer).__name__}) gives other tokens when it has been saved with a "
-                f"{type(encoder.base).__name__} and loaded by AutoTokenizer ({type(loaded).__name__}); take the model's own"
+                f"the tokenizer ({type(encoder.tokenizer).__name__}) returns other tokens after it is saved with a "
+                f"{type(encoder.base).__name__} and loaded by AutoTokenizer ({type(loaded).__name__}); use the model's own "
+                "tokenizer"
             )
 
 

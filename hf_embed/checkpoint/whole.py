@@ -102,11 +102,11 @@ def newest_whole(folder: Path) -> Path | None:
         reason = damage(path)
         if reason is None:
             for line in skipped:
-                logger.warning(f"{line}: skipped; going on from {path.name}")
+                logger.warning(f"{line}: skipped; resuming from {path.name}")
             return path
         skipped.append(f"{path.name}: {reason}")
     if skipped:
-        raise InputError(f"{folder}: no checkpoint is whole ({'; '.join(skipped)}); start anew in another folder")
+        raise InputError(f"{folder}: all checkpoints are damaged ({'; '.join(skipped)}); start again in another folder")
     return None
 
 
@@ -123,14 +123,14 @@ def check_whole(folder: Path) -> None:
         return
     others = (path for path in newest_first(folder.parent) if path.resolve() != folder.resolve())
     whole = next((path for path in others if damage(path) is None), None)
-    mend = "start anew in another folder" if whole is None else f"give latest, which is {whole.name}"
+    mend = "start again in another folder" if whole is None else f"resume with --resume_from_checkpoint latest ({whole.name})"
     raise InputError(f"{folder}: the checkpoint is damaged ({reason}); {mend}")
 
 
 def damage(folder: Path) -> str | None:
     """Return a short description of what is wrong with a checkpoint, or None if it is complete."""
     if not (folder / TRAINER_STATE_NAME).is_file():
-        return f"no {TRAINER_STATE_NAME}"
+        return f"{TRAINER_STATE_NAME} does not exist"
     try:
         manifest = read_manifest(folder)
         return damage_by_itself(folder) if manifest is None else damage_by_manifest(folder, manifest["files"])
@@ -153,9 +153,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except InputError as error:
         raise InputError(f"{MANIFEST} is not JSON") from error
     if manifest.get("xxh3_128") != hash_of_content(manifest):
-        raise InputError(f"{MANIFEST} is not as it was written")
+        raise InputError(f"{MANIFEST} has changed since it was written")
     if manifest.get("version") != VERSION:
-        raise InputError(f"{MANIFEST} is of another version of this package, {manifest.get('version')}")
+        raise InputError(f"{MANIFEST} has the unknown format version {manifest.get('version')}")
     return manifest
 
 
@@ -165,12 +165,12 @@ def damage_by_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str | 
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (size := (folder / name).stat().st_size) != file["bytes"]:
-            return f"{name} has {size:,} bytes in place of {file['bytes']:,}"
+            return f"{name} has {size:,} bytes instead of {file['bytes']:,}"
     if more := sorted({name for name in names_in(folder) if READ.fullmatch(name)} - set(files)):
-        return f"{more[0]} is none of its files"
+        return f"unexpected file {more[0]}"
     for name, file in files.items():
         if hash_of(folder / name) != file["xxh3_128"]:
-            return f"{name} has other content than was written"
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -186,7 +186,7 @@ def damage_by_itself(folder: Path) -> str | None:
             elif name.endswith(TORCH_FILES) and "/" not in name:
                 with zipfile.ZipFile(path) as archive:
                     if archive.testzip():
-                        return f"{name} has other content than was written"
+                        return f"{name} has changed since it was written"
         except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
             return f"{name} cannot be read: {in_short(error)}"
     if not isinstance(read_json(folder / TRAINER_STATE_NAME, with_nan=True).get("global_step"), int):

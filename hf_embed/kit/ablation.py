@@ -1,8 +1,8 @@
-"""Variants of unsupervised SimCSE side by side: the table, and the picture of the paper's figure 3.
+"""Trains variants of unsupervised SimCSE, and compares them in a table and in a picture like figure 3 of the paper.
 
-A variant is a name and the flags in which it differs from the others. Rows are tokenized once (`datasets` keeps the table), and
-runs of one seed see the same batches, so what differs is the variant alone. Every finished run is a file; what is there is not
-run again.
+A variant is a name and the flags in which it differs from the other variants. Rows are tokenized once, because `datasets`
+caches the tokenized table. Runs with the same seed see the same batches, so they differ only in the variant. Each finished run
+is stored in a file and is not trained again.
 """
 
 import dataclasses
@@ -47,55 +47,64 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "next sentence": {"positive": "next_sentence"},
 }
 METRICS = ("spearman", "alignment", "uniformity")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito's
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # palette of Okabe and Ito
 MARKERS = "os^DvPX*"
-# Of every run: no model is kept, and the path is what counts.
+# Settings of every run. No model is saved; only the scores along the training are needed.
 FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
 
 
 @dataclass
 class AblationArguments:
-    """The flag of the variants."""
+    """The flag that selects the variants."""
 
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS)[:4],
-        metadata={"help": f"Of {', '.join(VARIANTS)}; in a YAML file also a name and its flags each, as in "
-                          "recipes/configs/simcse_poolers.yaml."},
+        metadata={"help": f"Variants to train, from: {', '.join(VARIANTS)}. A YAML file may define variants by a name and "
+                          "flags, as recipes/configs/simcse_poolers.yaml does."},
     )  # fmt: skip
 
 
 def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:
-    """{name: flags}, of names that are known, or of a JSON dict in one word. Raises InputError for an unknown name."""
+    """Return the variants as {name: flags}.
+
+    Args:
+        given: names in `VARIANTS`, or a single text with a JSON dict {name: flags}.
+
+    Raises:
+        InputError: if a name is unknown, or if the dict or its flags are invalid.
+    """
     if len(given) == 1 and given[0].startswith("{"):
         try:
             variants = parse_json(given[0])
         except ValueError as error:
-            raise InputError(f"--variants is not JSON ({first_line(error)}): {given[0][:60]}") from error
+            raise InputError(f"--variants is not valid JSON ({first_line(error)}): {given[0][:60]}") from error
         if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
-            raise InputError(f"variant '{wrong[0]}': give the flags in which it differs, {{}} for none")
+            raise InputError(f"variant '{wrong[0]}' has no dict of flags; give the flags in which it differs, {{}} for none")
         if wrong := [name for name, flags in variants.items() if FROM_HAND in {key.replace("-", "_") for key in flags}]:
-            raise InputError(f"variant '{wrong[0]}': {FROM_HAND} lets a model's own code run; give it on the command line")
+            raise InputError(f"variant '{wrong[0]}': {FROM_HAND} allows a model's own code to run; give it on the command line")
         slugs = [slug(name) for name in variants]
         if twice := [name for i, name in enumerate(variants) if slugs[i] in slugs[:i]]:
-            raise InputError(f"variant '{twice[0]}': another variant's name differs in signs only; name it otherwise")
+            raise InputError(f"variant '{twice[0]}': the name of another variant differs only in punctuation; rename one")
         return variants
     if unknown := [name for name in given if name not in VARIANTS]:
-        raise InputError(f"unknown variant '{unknown[0]}'; there are {', '.join(VARIANTS)}")
+        raise InputError(f"unknown variant '{unknown[0]}'; give one of {', '.join(VARIANTS)}")
     return {name: VARIANTS[name] for name in given}
 
 
 def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, Any]:
-    """Run what is missing of the variants and seeds that the flags name; write results.json and ablation.png, print the table.
+    """Train the variants with the seeds that the flags name. Write results.json and ablation.png, and print the table.
+
+    Finished runs are not trained again.
 
     Args:
-        flags: of all runs, `AblationArguments` among them.
-        read_plan: makes the plan of a run of its flags.
+        flags: the flags of all runs, with those of `AblationArguments`.
+        read_plan: makes the plan of a run from its flags.
 
     Returns:
-        What results.json says of the variants; see `run_variants`.
+        The content of results.json about the variants; see `run_variants`.
 
     Raises:
-        InputError: one of the runs cannot be. This is said before the first step of the first run.
+        InputError: if one of the runs is not possible. This is checked before the first step of the first run.
     """
     given = flags.values["output_dir"]
     folder = Path("outputs/simcse_ablation" if given in (None, "trainer_output") else given)
@@ -105,7 +114,7 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
         return preflight_plan(base)
     changes, seeds = read_variants(flags.make(AblationArguments).variants), read_seeds(base.run.seeds or "1")
     if not any(task.kind == "sts" for task in base.tasks.values()):
-        raise InputError("an ablation is told by an STS set; give --eval_sts_file NAME=PATH")
+        raise InputError("an ablation needs an STS set to compare the variants on; give --eval_sts_file NAME=PATH")
     for of_variant in changes.values():
         read_plan(flags.override_as_given(of_variant))
     old = [path for path in sorted(folder.glob("runs/*/*")) if base.run.overwrite_output_dir]
@@ -127,16 +136,27 @@ def run_variants(
     folder: Path,
     earlier: EarlierRun,
 ) -> dict[str, Any]:
-    """Train each variant with each seed; `read_plan` makes a run's plan of its flags, `earlier` goes.
+    """Train each variant with each seed, except finished runs.
 
-    Returns what results.json holds:
+    Args:
+        flags: the flags of all runs.
+        read_plan: makes the plan of a run from its flags.
+        variants: for each variant, by name, the flags in which it differs.
+        seeds: the seeds.
+        folder: the output folder.
+        earlier: a callback that removes the files of an earlier ablation after the first step.
 
-        {"dropout": {"flags": {},
-                     "seeds": {"1": [{"step": 0, "spearman": 42.6, "alignment": 0.44, "uniformity": -1.7}, ...]},
-                     "before": 42.6, "spearman": [43.1, 43.0, 43.3],     mean, smallest and largest of the last step,
-                     "best": [44.9, 44.8, 45.0], ...}}                    and of each run's best
+    Returns:
+        The content of results.json:
 
-    Raises InputError if the folder holds runs with other flags.
+            {"dropout": {"flags": {},
+                         "seeds": {"1": [{"step": 0, "spearman": 42.6, "alignment": 0.44, "uniformity": -1.7}, ...]},
+                         "before": 42.6,
+                         "spearman": [43.1, 43.0, 43.3],            of the last steps: mean, smallest, largest
+                         "best": [44.9, 44.8, 45.0], ...}}          of the best step of each run: mean, smallest, largest
+
+    Raises:
+        InputError: if the folder holds runs with other flags.
     """
     results: dict[str, Any] = {}
     for name, changes in variants.items():
@@ -149,39 +169,42 @@ def run_variants(
             if file.is_file() and file not in earlier.paths:
                 paths[str(seed)] = finished_path(plan, file)
             else:
-                first = not results and not paths  # whose rows are shown
+                first = not results and not paths  # only the first run prints some of its rows
                 plan = dataclasses.replace(plan, earlier=earlier, shows_rows=first)
                 paths[str(seed)] = run_path(plan, f"{name}, seed {seed}", file)
-                gc.collect()  # a trainer and its model hold each other
+                gc.collect()  # frees the memory of the trainer and its model, which refer to each other
         results[name] = {"flags": changes, "seeds": paths} | summary(list(paths.values()))
     return results
 
 
 def slug(name: str) -> str:
-    """Make a folder's name of a variant's."""
+    """Make the name of a folder from the name of a variant."""
     return re.sub(r"\W+", "-", name.replace("%", "-percent")).strip("-")
 
 
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
-    """Read the path of a run that is there. Raises InputError if it had other settings."""
+    """Read the path of a finished run. Raises InputError if the file is damaged or the run had other settings."""
     done = read_json(file, with_nan=True)
     if not isinstance(done.get("settings"), dict) or not isinstance(done.get("path"), list):
-        raise InputError(f"{file}: has no settings and path of a run; remove it, and the run is made anew")
+        raise InputError(f"{file} does not hold the settings and the path of a run; remove it to train this run again")
     if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
-        raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs by --overwrite_output_dir")
+        raise InputError(f"{file.parent} holds a run with another {changed[0]}; replace all runs with --overwrite_output_dir")
     return done["path"]
 
 
 def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
-    """Train, and return the path of the run: its scores before the first step and at each evaluation."""
+    """Train one run, and return its path: the scores before the first step and at each evaluation.
+
+    The main process stores the path and the settings in `file`.
+    """
     trainer = make_trainer(plan, load_model(plan.model_args, plan.args, plan.objective.mlm_weight > 0))
     trainer.add_callback(plan.earlier)
-    trainer.watch.warned = True  # the picture says it
-    trainer.stop_requests.saves = False  # nobody goes on from the middle of a run: finished ones are not run again
+    trainer.watch.warned = True  # no warning of a bad geometry, because the picture shows it
+    trainer.stop_requests.saves = False  # a stopped run saves no checkpoint, because it is trained again from its first step
     main = trainer.is_world_process_zero()
     if main:
         print(f"{title} ...", flush=True)
-    trainer.remove_callback(PrinterCallback)  # the line below says it all
+    trainer.remove_callback(PrinterCallback)  # the line printed below is enough
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Progress(desc=title))
     before = trainer.evaluate()
@@ -200,11 +223,11 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
 
 
 def settings(plan: Plan) -> dict[str, Any]:
-    """Return what a run's path depends on, as JSON has it."""
+    """Return all settings and data that a run's path depends on, converted to JSON values and back."""
     training = plan.args.to_dict()
     for key in ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "overwrite_output_dir"):
         training.pop(key, None)
-    # Rows as they are, whatever files they come from.
+    # A hash of the rows themselves, not of the names of their files.
     sets = json.dumps({name: vars(task) for name, task in plan.tasks.items()}, default=lambda rows: rows[:])
     about = {"data": plan.source, "evaluation set": hashlib.sha256(sets.encode()).hexdigest()}
     about["number of processes"] = plan.args.world_size
@@ -218,7 +241,7 @@ def best_score(path: list[dict[str, Any]]) -> float:
 
 
 def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Sum up the runs of a variant: mean, smallest and largest of each metric."""
+    """Return the mean, the smallest and the largest value of each metric over the runs of a variant."""
 
     def mean_and_limits(values: list[Any]) -> list[float]:
         return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
@@ -229,7 +252,7 @@ def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """Make a line for each variant: the last step's scores, and the best STS on the way."""
+    """Return the lines of the table: for each variant, the scores of the last step and the best STS score of the run."""
     width = max(len(name) for name in [*results, "variant"])
     several = any(len(result["seeds"]) > 1 for result in results.values())
     span = 22 if several else 14
@@ -248,9 +271,10 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def plot_variants(results: dict[str, Any], path: str | Path) -> None:
-    """Draw alignment against uniformity, a line for each variant.
+    """Draw alignment against uniformity, with one line for each variant.
 
-    There is a point at each evaluation (means over the seeds), and arrows follow time. Lines differ in colour and in marker.
+    A line has a point for each evaluation (mean over the seeds), and its arrows follow the training. Lines differ in color and
+    in marker.
     """
     import matplotlib
 
@@ -270,7 +294,7 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
             middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
             axes.annotate("", xy=middle, xytext=start, arrowprops=arrow)
         axes.annotate(f"step {paths[0][-1]['step']}", (x[-1], y[-1]), xytext=(7, 5), textcoords="offset points", color=colour)
-        if (x[0], y[0]) not in starts:  # variants that pool alike start at the same point
+        if (x[0], y[0]) not in starts:  # variants with the same pooling start at the same point, which is labeled once
             starts.add((x[0], y[0]))
             start_label = f"before training: STS {result['before']:.1f}"
             axes.annotate(start_label, (x[0], y[0]), xytext=(-7, -14), textcoords="offset points", ha="right")
@@ -285,9 +309,9 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
 
 
 def look(line: int) -> tuple[str, str]:
-    """Return the colour and marker of a line by its number.
+    """Return the color and the marker of a line by its number.
 
-    When the colours are used up, the markers move on by one, so that 64 lines differ.
+    After each round of all colors, the markers shift by one, so that 64 lines differ.
     """
     rounds, place = divmod(line, len(COLOURS))
     return COLOURS[place], MARKERS[(place + rounds) % len(MARKERS)]

@@ -50,7 +50,7 @@ def halves(texts: Iterable[str], least: int = 20) -> Retrieval:
     words = [text.split() for text in dict.fromkeys(texts)]
     words = [text for text in words if len(text) >= least]
     if len(words) < 2:
-        raise InputError(f"{len(words)} text(s) of {least} words or more; their halves are to be told apart: give more texts")
+        raise InputError(f"only {len(words)} text(s) have {least} words or more, and at least 2 are needed; give more texts")
     return pairs_to_retrieval([(" ".join(text[: len(text) // 2]), " ".join(text[len(text) // 2 :])) for text in words])
 
 
@@ -93,17 +93,20 @@ def part_scores(task: Task, embed: Embed, parts: int) -> np.ndarray:
         def metric(chosen: np.ndarray) -> float:
             return 100 * spearman(values[chosen], scores[chosen])
     else:
-        raise InputError(f"a temperature is chosen on retrieval or STS sets, not on {task.kind}")
+        raise InputError(f"a temperature can be chosen on retrieval or STS sets only, not on {task.kind}; remove this set")
     if not has_order:
-        raise InputError(f"nothing to choose a temperature by: {NO_ORDER}")
+        raise InputError(f"a temperature cannot be chosen: {NO_ORDER}")
     if len(values) < 2 * parts:
-        raise InputError(f"{len(values)} queries are too few for {parts} folds; give more, or fewer --folds")
+        raise InputError(f"{len(values)} queries are too few for {parts} folds; give more, or a smaller --folds")
     part_of = np.random.default_rng(0).permutation(len(values)) % parts  # (Q,)
     everything = np.ones(len(values), bool)
     others, own = [part_of != part for part in range(parts)], [part_of == part for part in range(parts)]
     found = np.array([metric(chosen) for chosen in [everything, *others, *own]])
     if not np.isfinite(found).all():
-        raise InputError(f"{len(values)} pairs in {parts} folds leave one with equal scores only; give more, or fewer --folds")
+        raise InputError(
+            f"with {len(values)} pairs and {parts} folds, all pairs of one fold have the same score; give more pairs, or a "
+            "smaller --folds"
+        )
     by_length = [metric(third) for third in thirds(document_words(task))] if isinstance(task, Retrieval) else [np.nan] * 3
     return np.append(found, by_length)
 
@@ -219,12 +222,12 @@ def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: 
             model's own folder, or holds files that may not be replaced.
     """
     if temperature is not None and tasks:
-        raise InputError(f"--temperature {temperature:g} is taken as it is, and data for a search given; leave one of them out")
+        raise InputError(f"--temperature {temperature:g} needs no search, but data for a search is given; remove one of them")
     check_folder(folder, "--output_dir")
     if folder.resolve() == model.resolve():
-        raise InputError(f"--output_dir {folder} is the model's own folder; name another")
+        raise InputError(f"--output_dir {folder} is the model's own folder; give another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"--output_dir {folder} holds files; name another folder, or replace them by --overwrite_output_dir")
+        raise InputError(f"--output_dir {folder} holds files; give another folder, or replace them with --overwrite_output_dir")
 
 
 def check_foldable_at(encoder: Encoder, temperature: float) -> None:
@@ -265,10 +268,10 @@ def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
         change = np.array(scores) - scores[temperatures.index(1.0)]
         axes.plot(temperatures, change, marker="o", linestyle=style, linewidth=2.5 if name == "mean" else 1.2, label=name)
     axes.axhline(0, color="0.7", linewidth=1)
-    axes.axvline(result["temperature"], color="0.7", linewidth=1)
-    axes.set_xlabel("temperature")
+    axes.axvline(result["temperature"], color="0.7", linewidth=1, label=f"chosen: {result['temperature']:g}")
+    axes.set_xlabel("attention temperature")
     axes.set_ylabel("change in nDCG@10 or Spearman, x 100")
-    axes.set_title("TempScale")
+    axes.set_title("TempScale: change of the score against temperature 1")
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=125)

@@ -66,7 +66,7 @@ class Parser(HfArgumentParser):
             super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
         except argparse.ArgumentError as error:
             raise InputError(
-                f"two of {', '.join(kind.__name__ for kind in kinds)} have the same field, rename one: {error}"
+                f"two of {', '.join(kind.__name__ for kind in kinds)} define the same field ({error}); rename one"
             ) from error
         self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
         self.kinds = list(kinds)
@@ -196,7 +196,7 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     namespace, rest = parser.parse_known_args(argv)
     if rest:
         if not rest[0].startswith("-") and "train_file" in parser.names() and Path(rest[0]).suffix:
-            raise InputError(f"{rest[0]} stands without a flag; give --train_file {rest[0]} (--help lists the flags)")
+            raise InputError(f"{rest[0]} has no flag before it; give --train_file {rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
     return Flags(parser, vars(namespace))
 
@@ -211,7 +211,7 @@ def flag_class(kind: type) -> Any:
         {"metavar": "FOLDER"}     the name of the value in messages
     """
     if not dataclasses.is_dataclass(kind):
-        raise InputError(f"{kind.__name__} is no dataclass, so it has no flags; put @dataclass before it")
+        raise InputError(f"{kind.__name__} is not a dataclass, so it defines no flags; add @dataclass above the class")
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         annotation, read = hints[field.name], copy.copy(field)  # a copy, because the parser changes it
@@ -253,11 +253,11 @@ def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
     words, rest, known = argv[:count], argv[count:], parser.positionals
     more = words[len(known) :] if known and parser.actions[f"--{list(known)[-1]}"].nargs == "+" else []
     if known and len(words) > len(known) and not more:
-        raise InputError(f"'{words[len(known)]}' is a word too many: {parser.usage_line}")
+        raise InputError(f"unexpected argument '{words[len(known)]}'; usage: {parser.usage_line}")
     named = []
     for (flag, shown), word in zip(known.items(), words):
         if flag in given_flags(rest):
-            raise InputError(f"{shown} is given twice, as '{word}' and by --{flag}: {parser.usage_line}")
+            raise InputError(f"{shown} is given twice, as '{word}' and with --{flag}; usage: {parser.usage_line}")
         named += [f"--{flag}", word]
     return [*named, *more, *(rest if known else argv)]
 
@@ -267,7 +267,7 @@ def check_positionals(parser: Parser, argv: list[str]) -> None:
     given = given_flags(argv)
     missing = [word for name, word in parser.positionals.items() if parser.actions[f"--{name}"].required and name not in given]
     if missing:
-        raise InputError(f"{' and '.join(missing)} missing: {parser.usage_line}; --help lists the flags")
+        raise InputError(f"missing: {' and '.join(missing)}; usage: {parser.usage_line} (--help lists the flags)")
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -279,7 +279,7 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     for i, word in enumerate(argv):
         if word == option:
             if i + 1 == len(argv):
-                raise InputError(f"{option} needs a file")
+                raise InputError(f"{option} needs a file; give {option} FILE")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
         if word.startswith(option + "="):
             return word.removeprefix(option + "="), argv[:i] + argv[i + 1 :]
@@ -306,10 +306,10 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> No
     """
     settings = read_yaml(path, source) or {}
     if not isinstance(settings, dict):
-        raise InputError(f"{source}: expected 'flag: value' lines")
+        raise InputError(f"{source}: the file must hold lines of the form 'flag: value'")
     for key, value in settings.items():
         if str(key).replace("-", "_") == FROM_HAND:
-            raise InputError(f"{source}: {FROM_HAND} lets a model's own code run; give it on the command line")
+            raise InputError(f"{source}: {FROM_HAND} allows a model's own code to run; give it on the command line")
         action = parser.action_of(key)
         if action is None or key not in parser.names():
             raise InputError(f"{source}: unknown key '{key}'{parser.suggestion(str(key))}")
@@ -389,8 +389,8 @@ def check_processes() -> None:
         folder = recipes_folder()
         path = CPU_CONFIG if folder is None or folder.parent.samefile(os.getcwd()) else folder / "accelerate" / "cpu_2.yaml"
         raise InputError(
-            "accelerate was asked for several processes and started one, as it does on CPUs; start them by "
-            f"accelerate launch --config_file {path} --num_processes N, or by {CONSOLE} launch --num_processes N RECIPE"
+            "accelerate started one process although several were requested (it does this on CPUs); start them with "
+            f"accelerate launch --config_file {path} --num_processes N, or with {CONSOLE} launch --num_processes N RECIPE"
         )
 
 
@@ -443,7 +443,10 @@ def run(main: Callable[[], object]) -> None:
     sys.excepthook = show_masked
     main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main_process and "hub_token" in given_flags(sys.argv):
-        logger.warning("--hub_token is seen in the list of processes and in the launcher's errors; HF_TOKEN=... before is not")
+        logger.warning(
+            "--hub_token is visible in the process list and in the launcher's error messages; set the environment variable "
+            "HF_TOKEN instead"
+        )
     use_all_cores()
     try:
         with speaking_in_turn(main_process), disk_errors(), peers_in_one_line():

@@ -28,10 +28,10 @@ def read_code_search(path: str) -> Retrieval:
         rows = read_file(path)
         docstring, code = (next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES))
         if docstring is None or code is None:
-            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search has docstring and code")
+            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search needs docstring and code")
         columns = [docstring, code]
         texts = (row_texts(row, columns, f"{path}, row {i}") for i, row in enumerate(plain_rows(rows, columns, path), 1))
         pairs = [(query, document) for query, document in texts]
     if not pairs:
-        raise InputError(f"{path}: no function with a docstring")
+        raise InputError(f"{path}: there is no function with a docstring; give another file or package")
     return pairs_to_retrieval(pairs)

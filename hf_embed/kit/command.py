@@ -34,8 +34,8 @@ def listing() -> str:
     width = max(map(len, known), default=0)
     lines = [f"  {name:{width}}  {line}" for name, line in known.items()]
     return "\n".join([
-        f"{CONSOLE} RECIPE [FLAGS]; {CONSOLE} RECIPE --help lists the flags of one:", "", *lines, "",
-        f"{CONSOLE} {LAUNCH} [FLAGS OF accelerate launch] RECIPE [FLAGS] runs one in several processes.",
+        f"{CONSOLE} RECIPE [FLAGS] runs a recipe; {CONSOLE} RECIPE --help lists its flags. The recipes:", "", *lines, "",
+        f"{CONSOLE} {LAUNCH} [FLAGS OF accelerate launch] RECIPE [FLAGS] runs a recipe in several processes.",
     ])  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def find_recipe(word: str) -> str:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise InputError(f"there is no recipe '{word}'{hint}; {CONSOLE} lists them")
+        raise InputError(f"there is no recipe '{word}'{hint}; {CONSOLE} lists the recipes")
     return name
 
 
@@ -64,7 +64,9 @@ def start_several(words: list[str]) -> None:
     known = recipes()
     place = next((i for i, word in enumerate(words) if word.replace("_", "-") in known), None)
     if place is None:
-        raise InputError(f"name a recipe: {CONSOLE} {LAUNCH} --config_file FILE RECIPE [FLAGS]; {CONSOLE} lists them")
+        raise InputError(
+            f"no recipe is given; give {CONSOLE} {LAUNCH} --config_file FILE RECIPE [FLAGS] ({CONSOLE} lists the recipes)"
+        )
     print(f"hf_embed {hf_embed.__version__}: starting the processes ...", file=sys.stderr, flush=True)
     from hf_embed.kit.launch import launch  # imports PyTorch, which is slow
 

@@ -35,7 +35,8 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
         work: the folder for the checkpoint.
 
     Raises:
-        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary.
+        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary, if --max_length is
+            larger than the teacher's, or if --vocab_size is too small for the letters of the text.
     """
     torch.manual_seed(args.seed)
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -66,7 +67,7 @@ def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> t
     # All letters that occur are kept, so that few words are unknown.
     letters = [p for p in vocabulary if len(p.removeprefix("##")) == 1 and counts[p] > 0]
     if size < len(SPECIAL) + len(letters):
-        raise InputError(f"--vocab_size is {size}; the letters of this text alone are {len(letters)} pieces, so give more")
+        raise InputError(f"--vocab_size is {size}, but the letters of this text alone need {len(letters)} pieces; give more")
     ranked = [p for p, _ in counts.most_common() if p not in SPECIAL and p not in letters]
     pieces = SPECIAL + sorted(letters) + ranked[: size - len(SPECIAL) - len(letters)]
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -89,14 +90,14 @@ def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor
     """
     if args.max_length > teacher.config.max_position_embeddings:
         raise InputError(
-            f"--max_length is {args.max_length}, and the teacher has {teacher.config.max_position_embeddings} positions; give "
-            "less"
+            f"--max_length is {args.max_length}, but the teacher has {teacher.config.max_position_embeddings} positions; give "
+            "a smaller value"
         )
     most = min(len(teacher_ids), teacher.config.hidden_size)
     if args.hidden_size > most:
         raise InputError(
-            f"--hidden_size is {args.hidden_size}, and it can be at most {most}: the teacher's width, and the pieces that "
-            "--train_file uses of its vocabulary"
+            f"--hidden_size is {args.hidden_size}, but it can be at most {most}, the smaller of the teacher's width and the "
+            "number of pieces in the student's vocabulary; give a smaller value"
         )
     student = BertModel(
         BertConfig(
@@ -171,7 +172,7 @@ def distill(
     """Train the student on the batches. Return the mean loss of the last steps and the number of tokens read."""
     device = PartialState().device
     to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
-    teacher.to(device, torch.bfloat16)  # type: ignore[arg-type]  # the decorator of `to` hides its type
+    teacher.to(device, torch.bfloat16)
     both = nn.ModuleList([student, to_teacher]).to(device).eval()  # eval: no dropout while distilling
 
     def loss_of(step: int) -> tuple[Tensor, int]:

@@ -81,7 +81,7 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
     root = package_folder(package)
     found = list(islice(root.rglob("*.py"), MOST_FILES + 1))
     if len(found) > MOST_FILES:
-        raise InputError(f"{package}: holds more than {MOST_FILES:,} Python files; name the folder of one package")
+        raise InputError(f"{package} holds more than {MOST_FILES:,} Python files; give the folder of a single package")
     files = sorted(
         path for path in found
         if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) and path.stat().st_size < 1_000_000
@@ -108,7 +108,7 @@ def package_folder(package: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{package}: no such file, folder or installed package")
+        raise InputError(f"{package}: there is no such file, folder or installed package")
     return Path(list(spec.submodule_search_locations)[0])
 
 

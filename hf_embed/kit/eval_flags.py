@@ -20,32 +20,36 @@ class EvalArguments:
 
     eval_sts_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub; may be "
+        metadata={"help": "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. May be "
                           "repeated.", "action": "extend"},
     )  # fmt: skip
     eval_retrieval_dir: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on "
-                          "the Hub; may be repeated.", "action": "extend"},
+                          "the Hub. May be repeated.", "action": "extend"},
     )  # fmt: skip
     eval_zero_shot: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH of a file with label and text, to classify by label texts.", "action": "extend"},
+        metadata={"help": "NAME=PATH of a file with the columns label and text, for zero-shot classification.",
+                  "action": "extend"},
+    )  # fmt: skip
+    zero_shot_template: str = field(
+        default="this is an example of {label}", metadata={"help": "Template that makes a text from a label."}
     )
-    zero_shot_template: str = field(default="this is an example of {label}", metadata={"help": "How a label becomes a text."})
     zero_shot_labels: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH of a JSON file {label: text} in place of the labels' own names.", "action": "extend"},
-    )
+        metadata={"help": "NAME=PATH of a JSON file {label: text}, with texts to use instead of the labels.",
+                  "action": "extend"},
+    )  # fmt: skip
     eval_code_search: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH of a jsonl with docstring and code, or of a Python package: find the function that a "
-                          "docstring describes.", "action": "extend"},
+        metadata={"help": "NAME=PATH of a jsonl file with docstring and code, or of a Python package. A docstring is the query "
+                          "for the function that it describes.", "action": "extend"},
     )  # fmt: skip
     eval_triplet_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH of anchor, positive, negative, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub; "
-                          "may be repeated.", "action": "extend"},
+        metadata={"help": "NAME=PATH of a file with anchor, positive and negative, or NAME=OWNER/DATASET:SPLIT (or "
+                          ":CONFIG:SPLIT) on the Hub. May be repeated.", "action": "extend"},
     )  # fmt: skip
     eval_pair_file: list[str] = field(
         default_factory=list,

@@ -101,10 +101,10 @@ def check_adapter(trainer: ContrastiveTrainer) -> None:
             pooling, which adapters do not hold.
     """
     for wrong, what in (
-        (trainer.encoder.backbone is trainer.encoder.base, "without --lora_r there is no adapter"),
-        (trainer.sharded, "FSDP and ZeRO shard the adapters; the merged model is saved"),
-        (trainer.args.temp_scale is not None, "an adapter knows no TempScale; the merged model has it folded in"),
-        (len(trainer.encoder.dense) > 0, "this model has layers behind the pooling, which an adapter does not hold"),
+        (trainer.encoder.backbone is trainer.encoder.base, "there is no adapter without --lora_r; set it, for example to 16"),
+        (trainer.sharded, "FSDP and ZeRO shard the adapters; remove the flag (the merged model is saved)"),
+        (trainer.args.temp_scale is not None, "an adapter cannot hold the TempScale temperature; remove the flag"),
+        (len(trainer.encoder.dense) > 0, "an adapter cannot hold this model's layers after the pooling; remove the flag"),
     ):
         if wrong:
             raise InputError(f"--save_adapter: {what}")

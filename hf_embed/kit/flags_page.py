@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import hf_embed
 from hf_embed.entry import CONSOLE, recipes_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import HelpShown, Parser
@@ -22,9 +23,9 @@ come first and need no flag. `--config FILE` reads flags from a YAML file. A fla
 # Above the examples of a recipe: what tests/doc_blocks.py has to know of them.
 NOT_RUN = "<!-- not run: the examples of --help; the tests check their flags -->"
 OF_TRAINER = """
-Recipes that train take all settings of
+Recipes that train also accept all settings of
 [`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
-too, of the installed version: `--help all` lists them. They do what they do for a plain Trainer, or are refused by name.
+in the installed version; `--help all` lists them. Each works as in a plain Trainer, or is refused with an error that names it.
 """
 
 
@@ -50,7 +51,7 @@ def parser_of(path: Path) -> tuple[str, Parser]:
     finally:
         sys.argv = argv
         del sys.modules[spec.name]
-    raise InputError(f"{path}: a recipe reads its flags first of all")
+    raise InputError(f"{path}: the recipe ended without reading its flags; a recipe must read its flags first")
 
 
 def table(section: Section) -> list[str]:
@@ -109,5 +110,11 @@ def page(folder: Path) -> str:
     return "\n".join([*lines, "## " + TRAINER, OF_TRAINER])
 
 
+def own_recipes() -> Path:
+    """Return the folder of the recipes beside this package in a clone. Without a clone, return the installed recipes."""
+    beside = Path(hf_embed.__file__).resolve().parent.parent / "recipes"
+    return beside if (beside / "configs").is_dir() else recipes_folder() or Path("recipes")
+
+
 if __name__ == "__main__":
-    print(page(recipes_folder() or Path("recipes")), end="")
+    print(page(own_recipes()), end="")

@@ -32,8 +32,8 @@ USUAL = (
 )  # fmt: skip
 TRAINER = "Settings of transformers' Trainer"
 TRAINING = "Settings of the training that Trainer does not have"
-CONFIG = ("--config FILE", "A YAML file of flags and their values; a flag on the command line goes before it.")
-HELP = ("--help [all]", "Show this text; with all, every setting of Trainer too.")
+CONFIG = ("--config FILE", "YAML file of flags and their values. A flag on the command line overrides the file.")
+HELP = ("--help [all]", "Show this text. With all, show every setting of Trainer too.")
 
 
 class Flag(NamedTuple):
@@ -146,7 +146,7 @@ def help_text(parser_usage: str, shown: Sequence[Section]) -> str:
     about = (recipe.__doc__ or "").strip() if recipe is not None else ""
     about = re.sub(r"python recipes/(\w+)\.py", lambda found: recipe_command(found[1]), about)
     lines = [f"usage: {parser_usage}", "", *([about, ""] if about else [])]
-    for section in [*shown, Section("And", [Flag(*CONFIG), Flag(*HELP)])]:
+    for section in [*shown, Section("Flags of every recipe", [Flag(*CONFIG), Flag(*HELP)])]:
         lines += [f"{section.heading}:", *(line for flag in section.flags for line in flag_lines(flag)), ""]
     return "\n".join(lines[:-1])
 

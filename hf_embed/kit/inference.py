@@ -18,15 +18,19 @@ from hf_embed.progress import bars_shown
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.vector_files import filled, read_vectors
 
-MODEL_HELP = "A folder or a Hub name. Default: the built-in quickstart encoder."
+MODEL_HELP = "Folder or Hub name of the model. Default: the built-in quickstart encoder."
 
 
 @dataclass(kw_only=True)
 class EncodingArguments:
     """Flags for how a model encodes. The dataclass of a recipe derives from this class."""
 
-    pooling: str | None = field(default=None, metadata={"help": "Default: the folder's own, else mean."})
-    max_length: int | None = field(default=None, metadata={"help": "Default: the folder's own."})
+    pooling: str | None = field(
+        default=None, metadata={"help": "Pooling of the token states. Default: the setting of the model's folder, else mean."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Maximum length of a text, in tokens. Default: the setting of the model's folder."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
 
     def __post_init__(self) -> None:
@@ -48,7 +52,7 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if device is None and processes > 1:
-        raise InputError(f"this recipe is one process, and {processes} were started; start it without a launcher")
+        raise InputError(f"this recipe runs in a single process, but {processes} were started; start it without a launcher")
     encoder = Encoder.from_pretrained(name_or_path, flags.pooling, flags.max_length, trust_remote_code=flags.trust_remote_code)
     return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -74,9 +78,9 @@ def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
             if len(rows.column_names) < 2:
                 raise
             found = ", ".join(rows.column_names)
-            raise InputError(f"{path}: found the columns {found}; name the one that holds the texts: --column NAME") from error
+            raise InputError(f"{path}: found the columns {found}; give the column of the texts with --column NAME") from error
     if column not in rows.column_names:
-        raise InputError(f"{path}: no column '{column}'; found {', '.join(rows.column_names)}")
+        raise InputError(f"{path}: there is no column '{column}'; found {', '.join(rows.column_names)}")
     return column, rows[column]
 
 
@@ -101,6 +105,9 @@ def document_vectors(
         return cast(np.ndarray, vectors), {}, encoder.similarity_fn_name
     vectors, options = read_vectors(path, encoder, texts)
     if encoder.prompt(options.pop("prompt_name", None)) != encoder.prompt("document"):
-        raise InputError(f"{path}: the texts were encoded without the model's prompt for documents; add --prompt_name document")
+        raise InputError(
+            f"{path}: the texts were encoded without the model's prompt for documents; encode them again with --prompt_name "
+            "document"
+        )
     small = options.pop("precision", "float32") != "float32"  # only the documents: queries are encoded in float32
     return vectors, options, "cosine" if small else encoder.similarity_fn_name

@@ -105,6 +105,6 @@ def status_of(failure: ProcessFailure, rank: int) -> int:
             print(f"error: process {rank} ended with status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     ended = signal.Signals(-failure.exitcode)
-    memory = ", as the system does where memory runs out" if ended == signal.SIGKILL else ""
+    memory = "; the system does this when memory runs out" if ended == signal.SIGKILL else ""
     print(f"error: process {rank} was ended by {ended.name}{memory}", file=sys.stderr)
     return 128 + ended

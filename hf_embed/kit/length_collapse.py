@@ -30,6 +30,14 @@ from hf_embed.safe_files import writing
 Report = dict[str, list[dict[str, Any]]]
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LAYER_SAMPLE = 64  # texts whose hidden states are measured, layer by layer
+# The explanation of the columns, which is printed below the tables.
+COLUMNS = """columns:
+  mean cosine  mean cosine similarity of all pairs of texts. Higher: the embeddings are more alike
+  uniformity   log of the mean of exp(-2 squared distance) over all pairs of texts. Higher: the embeddings are more alike
+  rank         effective rank, the number of directions that the embeddings use. Lower: the embeddings are more alike
+  to mean      mean cosine similarity of the embeddings to their mean direction. Higher: the embeddings are more alike
+  high freq.   share of the energy of the last layer's token states that lies outside their mean over the text. Lower: the
+               tokens of a text are more alike"""
 
 
 def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LENGTHS) -> Report:
@@ -46,18 +54,18 @@ def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LE
     """
     lengths = sorted({min(length, encoder.max_length) for length in wanted})
     if len(texts) < 2:
-        raise InputError(f"{len(texts)} text(s): embeddings can only draw together where there are two")
+        raise InputError(f"{len(texts)} text(s) are given, and at least 2 are needed; give more texts")
     tokens = np.array([len(ids) for ids in encoder.tokenizer(texts, verbose=False)["input_ids"]])
     enough = min(100, max(2, len(texts) // 2))
     filled = [length for length in lengths if (tokens >= length).sum() >= enough]
     if not filled:
         raise InputError(
-            f"of {len(texts)} texts {(tokens >= lengths[0]).sum()} have {lengths[0]} tokens or more; give longer texts"
+            f"only {(tokens >= lengths[0]).sum()} of {len(texts)} texts have {lengths[0]} tokens or more; give longer texts"
         )
     long = [text for text, count in zip(texts, tokens) if count >= filled[-1]]
-    bar = progress_bar(filled, desc="Texts cut short", unit="length")
+    bar = progress_bar(filled, desc="Truncated texts", unit="length")
     report: Report = {"cut": [{"tokens": length} | measure(encoder, long, length) for length in bar], "natural": []}
-    for lower, upper in progress_bar(list(zip([0, *lengths], lengths)), desc="Texts as they are", unit="length"):
+    for lower, upper in progress_bar(list(zip([0, *lengths], lengths)), desc="Full texts", unit="length"):
         last = upper == lengths[-1]  # the last bin also takes longer texts, truncated
         inside = [text for text, count in zip(texts, tokens) if lower < count and (count <= upper or last)]
         if len(inside) > 1:
@@ -121,11 +129,11 @@ def collapse(report: Report) -> float:
 
 
 def report_lines(reports: dict[str, Report]) -> list[str]:
-    """Return the lines of a readable text: a table for each report, and the `collapse` of each report."""
+    """Return the lines of a readable text: a table for each report, the meaning of the columns, and each `collapse`."""
     out = []
     for name, report in reports.items():
         out += ["", name, "", *lines(report)]
-    out += ["", "mean cosine of the same texts, from the shortest cut to the longest:"]
+    out += ["", COLUMNS, "", "mean cosine of the same texts, truncated to the shortest and to the longest length:"]
     for name, report in reports.items():
         cut = report["cut"]
         out.append(f"  {name:16} {cut[0]['mean_cosine']:.3f} -> {cut[-1]['mean_cosine']:.3f}, {collapse(report):+.3f}")
@@ -135,14 +143,14 @@ def report_lines(reports: dict[str, Report]) -> list[str]:
 def lines(report: Report) -> list[str]:
     """Return the lines of a readable table of a report."""
     out = []
-    for kind, title in (("cut", "the same texts, cut to"), ("natural", "texts as they are, up to")):
+    for kind, title in (("cut", "the same texts, truncated to"), ("natural", "full texts, with up to")):
         if not report[kind]:
             continue
         columns = f"{'mean cosine':>11}  {'uniformity':>10}  {'rank':>6}  {'to mean':>7}  {'high freq.':>10}"
-        out.append(f"{title:>24}  {'texts':>6}  {columns}")
+        out.append(f"{title:>28}  {'texts':>6}  {columns}")
         for row in report[kind]:
             out.append(
-                f"{row['tokens']:>17} tokens  {row['texts']:>6,}  {row['mean_cosine']:>11.3f}  {row['uniformity']:>10.3f}  "
+                f"{row['tokens']:>21} tokens  {row['texts']:>6,}  {row['mean_cosine']:>11.3f}  {row['uniformity']:>10.3f}  "
                 f"{row['effective_rank']:>6.1f}  {row['to_mean']:>7.3f}  {row['high_frequency'][-1]:>10.3f}"
             )
         out.append("")
@@ -152,16 +160,20 @@ def lines(report: Report) -> list[str]:
 def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     """Plot the truncated texts: mean cosine and uniformity against length, and the high-frequency share against the layer.
 
-    The plots have a line for each report, labeled with its name. The third plot shows the shortest and the longest length.
+    The plots have a line for each report, labeled with its name. The third plot shows the shortest and the longest length. The
+    picture is 800 pixels wide.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    places: list[Any] = [["cosine", "uniformity"], ["layers", "layers"]]
+    figure, panels = plt.subplot_mosaic(places, figsize=(8, 7.5), layout="constrained")
+    left, middle, below = panels["cosine"], panels["uniformity"], panels["layers"]
     colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color
-    for (name, report), colour, style in zip(reports.items(), colours, styles):
+    for number, (name, report) in enumerate(reports.items()):
+        colour, style = colours[number % 4], styles[(number + number // 4) % 4]  # 16 different looks
         cut = report["cut"]
         tokens = [row["tokens"] for row in cut]
         look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "label": name}
@@ -169,16 +181,22 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
         middle.plot(tokens, [row["uniformity"] for row in cut], **look)
         for row, width in ((cut[0], 1), (cut[-1], 2.5)) if len(cut) > 1 else ((cut[0], 2.5),):
             label = f"{name}, {row['tokens']} tokens"
-            right.plot(row["high_frequency"], color=colour, linestyle=style, linewidth=width, label=label)
-    for axes, title in ((left, "mean cosine"), (middle, "uniformity")):
+            below.plot(row["high_frequency"], color=colour, linestyle=style, linewidth=width, label=label)
+    for axes, measure, title in (
+        (left, "mean cosine similarity of all pairs", "Mean cosine similarity of texts"),
+        (middle, "log mean exp(-2 squared distance)", "Uniformity of texts"),
+    ):
         axes.set_xscale("log", base=2)
         axes.set_xticks(tokens, list(map(str, tokens)))
-        axes.set_xlabel("tokens of the same texts")
-        axes.set_title(f"{title} (lower: more apart)")
+        axes.set_xlabel("length of the same texts, in tokens")
+        axes.set_ylabel(measure)
+        axes.set_title(f"{title}\n(higher: embeddings are more alike)", fontsize=11)
         axes.legend()
-    right.set_xlabel("layer")
-    right.set_title("token energy outside the mean")
-    right.legend(fontsize=8)
+    below.locator_params(axis="x", integer=True)
+    below.set_xlabel("layer (0: word embeddings)")
+    below.set_ylabel("share of energy outside the mean of the text")
+    below.set_title("Differences between the tokens of a text (lower: tokens are more alike)", fontsize=11)
+    below.legend(fontsize=9)
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
     plt.close(figure)

@@ -8,8 +8,9 @@ information of words at most `WINDOW` apart (Levy and Goldberg, 2014). The sente
     [CLS] a man plays a guitar . [SEP] it rained . [SEP] the train to     a sequence; the next one continues the sentence
     [CLS] london was late . [SEP] ...
 
-The training has two stages, as for BERT: most tokens are in short sequences, the others in sequences of `--max_length` tokens,
-so that every position is trained. Dropout is off during this training. The saved config has BERT's rate of 0.1 for fine-tuning.
+Most tokens are in short sequences, and the others are in sequences of `--max_length` tokens, so that every position is trained.
+Batches of both lengths are mixed. BERT reads the long sequences last; in a short training the learning rate is then too low for
+the positions that only they have. Dropout is off during this training. The saved config has BERT's rate of 0.1 for fine-tuning.
 
 Shapes: N tokens of the text, B sequences of T tokens, M masked tokens of a batch, V pieces of the vocabulary, D width of the
 model.
@@ -59,7 +60,7 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
     checkpoint = work / "checkpoint.pt"
     if not checkpoint.is_file():
         start_words(model, stream, tokenizer.sep_token_id)
-    model.to(device).eval()  # type: ignore[arg-type]  # eval: no dropout; the decorator of `to` hides its type
+    model.to(device).eval()  # eval: no dropout
     batches = all_batches(args, stream)
     check_shares(min(len(rows) for _, rows in batches))
     say(f"{len(sentences):,} sentences, {len(stream):,} tokens, vocabulary {len(tokenizer):,}, {len(batches)} steps")
@@ -91,7 +92,7 @@ def train_tokenizer(sentences: list[str], size: int, max_length: int) -> BertTok
     # equally frequent pairs, it merges the one with the lower numbers. As special tokens, the letters have a fixed order.
     given = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     if size < len(given):
-        raise InputError(f"--vocab_size is {size}; the letters of this text alone are {len(given)} pieces, so give more")
+        raise InputError(f"--vocab_size is {size}, but the letters of this text alone need {len(given)} pieces; give more")
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=given, limit_alphabet=len(letters), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     pieces = tokenizer.get_vocab()
@@ -162,7 +163,9 @@ def word_vectors(stream: np.ndarray, sep: int, vocab_size: int, width: int) -> T
 
 
 def all_batches(args: PretrainArguments, stream: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Return, for each step, the length of its sequences and their indices. A text that is too short is read several times.
+    """Return, for each step, the length of its sequences and their indices, in random order.
+
+    A text that is too short is read several times.
 
     Raises:
         InputError: if the text has fewer tokens than one batch.
@@ -173,13 +176,13 @@ def all_batches(args: PretrainArguments, stream: np.ndarray) -> list[tuple[int, 
         size, there = max(1, args.batch_tokens // length), len(stream) // (length - 1)
         if there < size:
             raise InputError(
-                f"--train_file has {len(stream):,} tokens, and --batch_tokens asks for {args.batch_tokens:,}; give more text, "
-                "or less to a batch"
+                f"--train_file has {len(stream):,} tokens, fewer than one batch of --batch_tokens {args.batch_tokens:,}; give "
+                "more text, or a smaller --batch_tokens"
             )
         steps = max(1, round(tokens / (size * length)))
         passes = [rng.permutation(there)[: there // size * size] for _ in range(math.ceil(steps / (there // size)))]
         batches += [(length, rows) for rows in np.concatenate(passes).reshape(-1, size)[:steps]]
-    return batches
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def sequences(stream: np.ndarray, length: int, rows: np.ndarray, cls: int) -> Tensor:

@@ -51,7 +51,10 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if model_args.dropout is not None:
         kwargs["config"] = with_dropout(name, model_args.dropout, model_args.trust_remote_code)
     if masked_lm and model_args.lora_r:
-        raise InputError("--lora_r and --mlm_weight: the auxiliary trains the whole model; leave one of them out")
+        raise InputError(
+            "--lora_r and --mlm_weight cannot be combined, because the masked-language-modeling loss trains all weights; "
+            "remove one of them"
+        )
     if masked_lm:
         return load_masked_lm(name, args, kwargs)
     encoder = load_to_train(name, args, **kwargs)
@@ -71,13 +74,13 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
     tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
     model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
     if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
-        raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random")
+        raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random; give another model")
     own = read_settings(name, cast(PreTrainedModel, model.base_model), tokenizer, args.pooling, **found)
     if own.get("max_length", 0) > MOST_TOKENS:
         del own["max_length"]
     kept = (*ENCODER_SETTINGS, "prompts")
     if lost := [key for key, value in own.items() if key not in kept and value not in (None, [], "cosine")]:
-        raise InputError(f"--mlm_weight: what '{name}' says of {', '.join(lost)} would be lost; take another model")
+        raise InputError(f"--mlm_weight: the settings {', '.join(lost)} of '{name}' would be lost; give another model")
     known = [key for key in kept if own.get(key) not in (None, {})]
     args = settled(args, **{key: own[key] for key in known if getattr(args, key) is None})  # the user's values come first
     if uses_pooler(args.pooling):  # masked language models are loaded without a pooler
@@ -92,13 +95,13 @@ def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> Pre
         InputError: if the rate is out of range, or if the configuration has no dropout rate.
     """
     if not 0 <= rate < 1:
-        raise InputError(f"--dropout {rate}: a rate is at least 0 and below 1")
+        raise InputError(f"--dropout {rate}: a rate must be at least 0 and below 1")
     found = find_model(name)
     folder: dict[str, Any] = find_transformer(name, **found) | found
     config = read_config(name, trust_remote_code, **folder)
     known = [key for key in DROPOUTS if isinstance(getattr(config, key, None), float | int)]
     if not known:
-        raise InputError(f"--dropout: {type(config).__name__} has no dropout rate to set")
+        raise InputError(f"--dropout: {type(config).__name__} has no dropout rate to set; remove the flag")
     for key in known:
         setattr(config, key, rate)
     return config
@@ -130,7 +133,7 @@ def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
         if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in modules):
             ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise InputError(
-                f"--lora_target_modules {target}: no such module in the model; its linear layers are {', '.join(ends)}"
+                f"--lora_target_modules {target}: the model has no such module; its linear layers are {', '.join(ends)}"
             )
 
 

@@ -65,7 +65,7 @@ def check_replaceable(folder: Path) -> None:
     if not can_be_replaced(folder):
         raise InputError(
             f"--overwrite_output_dir: another folder cannot take the place of {folder}, which is the current folder, a mount "
-            "point, or in a folder that cannot be written to; name another --output_dir"
+            "point, or in a folder without write permission; give another --output_dir"
         )
 
 
@@ -79,9 +79,7 @@ def begin(folder: Path) -> None:
         if (folder / UNFINISHED).is_file():  # a run removes this file last, after it has taken its place
             clear_replaced(folder)
         return
-    print(
-        f"{place_of(folder)} holds an earlier run, which stays until this one is complete; until then this one is in {folder}"
-    )
+    print(f"{place_of(folder)} holds an earlier run; the new run trains in {folder} and replaces it when it is complete")
     if folder.is_dir() and not (folder / UNFINISHED).is_file():
         release(folder)
         remove_folder(folder)

@@ -1,9 +1,8 @@
-"""From flags and files to a `Plan`: everything that can be wrong with them is said before a model is made."""
+"""Reads flags and files into a `Plan`, and reports every mistake in them before a model is loaded."""
 
 import copy
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.whole import check_whole, newest_whole
 from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source, read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
-from hf_embed.disk import ASIDE, check_folder
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, read_sts
@@ -29,17 +26,13 @@ from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.overwrite import (
     EarlierRun,
-    check_replaceable,
     earlier_files,
-    is_unfinished,
-    is_working,
-    working_folder,
 )
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
+from hf_embed.kit.run_folder import settle_output_dir
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.safe_files import restore_folder
 from hf_embed.trainer_inputs import as_task
 from hf_embed.trainer_settings import check_metric
 from hf_embed.training_record import on_the_hub
@@ -47,7 +40,8 @@ from hf_embed.training_record import on_the_hub
 logger = logging.getLogger(__name__)
 
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
-TRUST = "Run the Python code that the model brings, if it has any: read it before."
+LANGUAGE_MODEL = QUICKSTART / "language_model"  # a built-in model that has only learned to fill in masked tokens
+TRUST = "Run the model's own Python code, if it has any; read this code first."
 
 
 @dataclass
@@ -55,19 +49,25 @@ class ModelArguments:
     """Flags of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder. Default: the built-in quickstart encoder."}
+        default=None, metadata={"help": "Hub name or folder of the model. Default: a small built-in model."}
     )
-    dropout: float | None = field(default=None, metadata={"help": "All of the model's dropout rates. Default: its own."})
+    dropout: float | None = field(
+        default=None, metadata={"help": "Value for all dropout rates of the model. Default: the model's own rates."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
-    lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank, merged at export. 0: all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "With LoRA: adapters are scaled by this number over their rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "With LoRA: the dropout rate before the adapters."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2 ..."}
+    )
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of LoRA adapters to train; they are merged at export. 0: train all weights."}
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "With LoRA: the adapters are multiplied by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "With LoRA: dropout rate before the adapters."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt. Default: every linear layer."}
+        default=None, metadata={"help": "With LoRA: names of the modules to adapt. Default: every linear layer."}
     )
     save_adapter: bool = field(
-        default=False, metadata={"help": "With LoRA: keep the adapters by themselves too, in OUTPUT_DIR/adapter."}
+        default=False, metadata={"help": "With LoRA: also save the adapters by themselves, in OUTPUT_DIR/adapter."}
     )
 
     def __post_init__(self) -> None:
@@ -76,36 +76,37 @@ class ModelArguments:
         defaults = {name: field_.default for name, field_ in type(self).__dataclass_fields__.items()}
         for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
             if not self.lora_r and getattr(self, name) != defaults[name]:
-                raise InputError(f"--{name} without --lora_r: there are no adapters; give their rank, --lora_r 16 for example")
+                raise InputError(f"--{name} has no effect without --lora_r; set the rank of the adapters, such as --lora_r 16")
 
 
 @dataclass
 class DataArguments:
-    """Flags of the rows to train on."""
+    """Flags of the training rows."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."}
+        default=None,
+        metadata={"help": "Training file: txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."},
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset in place of a file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Which of the dataset's configurations."})
-    dataset_split: str = field(default="train", metadata={"help": "Which of the dataset's splits."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a Hub dataset, instead of a file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
     columns: list[str] = field(
         default_factory=list,
-        metadata={"help": "Which columns hold what: anchor=question positive=answer [negative=wrong ...], or text=body."},
+        metadata={"help": "Role of each column: anchor=question positive=answer [negative=wrong ...], or text=body."},
     )
     eval_file: str | None = field(
         default=None,
-        metadata={"help": "Held-out rows, as --train_file has them: their loss is eval_loss. The negatives of a row are the "
-                          "other rows of a batch of --per_device_eval_batch_size."},
+        metadata={"help": "Held-out rows, in the format of --train_file; their loss is eval_loss. The negatives of a row are "
+                          "the other rows of a batch of --per_device_eval_batch_size rows."},
     )  # fmt: skip
     ignore_columns: list[str] = field(
-        default_factory=list, metadata={"help": "Columns to leave out, for example a label beside pairs that are all positive."}
+        default_factory=list, metadata={"help": "Columns to ignore, for example a label beside pairs that are all positive."}
     )
     quoting: bool = field(
-        default=True, metadata={"help": "In a csv file, quotes enclose a cell; without, they are part of the texts."}
+        default=True, metadata={"help": "In a csv file, quotes enclose a cell; if off, quotes are part of the texts."}
     )
     sources: str | None = field(
-        default=None, metadata={"help": "A YAML file of many sources in place of one; docs/gte.md shows it."}
+        default=None, metadata={"help": "YAML file that lists several sources, instead of one file; docs/gte.md shows one."}
     )
 
     def __post_init__(self) -> None:
@@ -113,74 +114,80 @@ class DataArguments:
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
-HELD_OUT = "held_out"  # the name of the rows of --eval_file
-LATEST = ("latest", "true", "True")  # of --resume_from_checkpoint: the newest that is whole
-NO_DATA = "nothing to train on; give --train_file FILE or --dataset_name NAME"
+HELD_OUT = "held_out"  # the name of the evaluation set that --eval_file makes
+NO_DATA = "there is no training data; give --train_file FILE, --dataset_name NAME or --sources FILE"
 
 
 @dataclass
 class RunArguments:
-    """Flags of the run and its card."""
+    """Flags of the run and the model card."""
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     seeds: str | None = field(
-        default=None, metadata={"help": "1,2,3: train with each, keep the best by the evaluation sets, and report all."}
+        default=None,
+        metadata={"help": "Seeds, as 1,2,3: train with each, keep the run that is best on the evaluation sets, report all."},
     )
-    language: list[str] | None = field(default=None, metadata={"help": "For the card: of the texts, e.g. en de."})
-    license: str | None = field(default=None, metadata={"help": "For the card, as the Hub writes it, e.g. apache-2.0."})
-    title: str | None = field(default=None, metadata={"help": "For the card: its title. Default: Text embeddings."})
-    show_searches: int = field(default=0, metadata={"help": "At the end print so many searches of each retrieval set."})
+    language: list[str] | None = field(default=None, metadata={"help": "For the card: languages of the texts, e.g. en de."})
+    license: str | None = field(
+        default=None, metadata={"help": "For the card: the license, as the Hub writes it, e.g. apache-2.0."}
+    )
+    title: str | None = field(default=None, metadata={"help": "Title of the card. Default: the name of the output folder."})
+    show_searches: int = field(
+        default=0, metadata={"help": "Number of searches of each retrieval set that are printed at the end."}
+    )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+        default=None, metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."}
     )
     preflight: bool = field(
         default=False,
-        metadata={"help": "Look at what would be trained on (duplicates, lengths, false negatives ...), print it, and end."},
+        metadata={"help": "Check the training rows (duplicates, lengths, false negatives ...), print a report, do not train."},
     )
     preflight_sample: int | None = field(
         default=None,
-        metadata={"help": "With --preflight: rows of each source that are tokenized. 0: all. Default: 20,000, fewer if long."},
+        metadata={"help": "With --preflight: rows of each source to tokenize. 0: all. Default: 20,000, fewer for long texts."},
     )
-    preflight_file: str | None = field(default=None, metadata={"help": "With --preflight: write the report there, as JSON."})
-    strict: bool = field(
-        default=False, metadata={"help": "With --preflight: exit with status 1 if there is anything to look at."}
-    )
+    preflight_file: str | None = field(default=None, metadata={"help": "With --preflight: file for the report, as JSON."})
+    strict: bool = field(default=False, metadata={"help": "With --preflight: exit with status 1 if there are findings."})
 
     def __post_init__(self) -> None:
         whole = Range(least=0, whole=True)
         check_ranges(self, {"show_searches": whole, "early_stopping_patience": COUNT, "preflight_sample": whole})
         for name in ("preflight_sample", "preflight_file", "strict"):
             if not self.preflight and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise InputError(f"--{name} without --preflight: there is no report; add --preflight")
+                raise InputError(f"--{name} has no effect without --preflight; add --preflight")
 
 
 @dataclass
 class MatryoshkaArguments:
-    """The flag of `Matryoshka` around a recipe's own objective."""
+    """The flag of `Matryoshka`, which wraps a recipe's own objective."""
 
     matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Train these widths of the embedding too, e.g. 384 256 128 64."}
+        default=None, metadata={"help": "Also train these widths of the embedding, e.g. 384 256 128 64."}
     )
 
     def __post_init__(self) -> None:
-        self.wrap(SimCSE())  # which checks the widths
+        self.wrap(SimCSE())  # Matryoshka checks the widths
 
     def wrap(self, objective: Objective) -> Objective:
-        """Return the objective, on all the widths that are given."""
+        """Return the objective on all given widths, or the objective itself if no widths are given."""
         return objective if self.matryoshka_dims is None else Matryoshka(objective, tuple(self.matryoshka_dims))
 
 
 @dataclass
 class PositiveArguments:
-    """Flags of what single sentences are paired with."""
+    """Flags of the positives of single sentences."""
 
     positive: str = field(default="dropout", metadata={"help": f"What a sentence is paired with: {', '.join(KNOWN)}."})
-    synonyms: str | None = field(default=None, metadata={"help": "Of synonym: lines of a word, a tab, its synonyms."})
-    fill_model: str | None = field(default=None, metadata={"help": "Of mask_fill: a masked LM. Default: the model itself."})
+    synonyms: str | None = field(
+        default=None, metadata={"help": "For synonym: a file whose lines hold a word, a tab, and its synonyms."}
+    )
+    fill_model: str | None = field(
+        default=None, metadata={"help": "For mask_fill: a masked language model. Default: the model itself."}
+    )
 
 
 class Rows(NamedTuple):
-    """What to train on, its name in messages, and which data sets of the Hub it comes from."""
+    """The training rows, their name in messages, and the Hub datasets that they come from."""
 
     data: Dataset | list[Source]
     name: str
@@ -189,82 +196,91 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is of: all that flags and files say, read and checked."""
+    """The content of all flags and files of a run, read and checked."""
 
     model_args: ModelArguments
     run: RunArguments
     args: ContrastiveTrainingArguments
     objective: Objective
     rows: Dataset | list[Source]
-    source: str  # the rows' name
+    source: str  # the name of the rows
     tasks: dict[str, Task]
-    paired: bool | None = None  # whether rows are pairs; None: whatever their columns say
+    paired: bool | None = None  # whether the rows are pairs; None: their columns decide
     positive: PositiveArguments | None = None
-    datasets: list[str] = field(default_factory=list)  # on the Hub
-    shows_rows: bool = True  # whether the console shows some, as the model reads them
-    earlier: EarlierRun = field(default_factory=lambda: EarlierRun([]))  # what goes after the first step
+    datasets: list[str] = field(default_factory=list)  # names of the Hub datasets
+    shows_rows: bool = True  # whether two rows are printed as the model reads them
+    earlier: EarlierRun = field(default_factory=lambda: EarlierRun([]))  # its files are removed after the first step
 
     @property
     def folder(self) -> Path:
-        """Where the run trains; see `hf_embed.kit.overwrite`."""
+        """The folder in which the run trains; see `hf_embed.kit.overwrite`."""
         return Path(str(self.args.output_dir))
 
     @property
     def replaces(self) -> bool:
-        """Whether the run takes the place of what is in its folder."""
+        """True if the run replaces an earlier run in its folder."""
         return self.run.overwrite_output_dir and not self.args.resume_from_checkpoint
 
 
 def read_flags(
     own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = DATA_FLAGS, argv: list[str] | None = None
 ) -> cli.Flags:
-    """Read and check the flags that all fine-tuning recipes have, and those of a recipe's own dataclasses.
+    """Read and check the flags that all fine-tuning recipes have, and the flags of a recipe's own dataclasses.
 
     Args:
-        own: dataclasses, for example of the objective: every field with its help text is a flag.
-        preset: a YAML file of settings, which is taken where the user gives none by `--config`.
-        unless: flags; where one of them is given, by default data, the preset is not taken.
-        argv: the command line; default: the process's.
+        own: the recipe's own dataclasses, for example the objective. Every field is a flag.
+        preset: a YAML file of settings, which is used if the user gives no `--config`.
+        unless: names of flags. If the user gives one of them, the preset is not used. Default: the flags that name data.
+        argv: the words of the command line. Default: those of this process.
     """
     kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     for kind in kinds:
-        flags.make(kind)  # each checks itself
-    for flag in ("model_name_or_path", "fill_model"):  # before rows are read, which may take long
+        flags.make(kind)  # each dataclass checks its values
+    for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long
         if name := flags.values.get(flag):
             find_model(name)
     return flags
 
 
 def without_data(flags: cli.Flags) -> bool:
-    """Tell whether no data to train on is given."""
+    """Return True if the flags name no training data."""
     return not any(flags.values[flag] for flag in DATA_FLAGS)
 
 
 def uses_quickstart(flags: cli.Flags) -> bool:
-    """Tell whether to train the built-in encoder on the built-in texts.
+    """Return True if the run trains a built-in model on the built-in texts.
 
     Raises:
-        InputError: a model of the user's, but no data.
+        InputError: if the user gives a model but no data.
     """
-    if without_data(flags) and flags.values["model_name_or_path"]:
+    model = flags.values["model_name_or_path"]
+    if without_data(flags) and model and Path(model).parent != QUICKSTART:
         raise InputError(NO_DATA)
     return without_data(flags)
 
 
 def settle_quickstart(flags: cli.Flags, name: str) -> cli.Flags:
-    """Settle the output folder, outputs/NAME or, of the built-in texts, outputs/quickstart, which is made anew each time."""
+    """Settle the output folder. The default is outputs/NAME, or outputs/quickstart for the built-in texts.
+
+    A run in outputs/quickstart is replaced each time.
+    """
     quickstart = uses_quickstart(flags)
     return settle_output_dir(flags, "quickstart" if quickstart else name, made_anew=quickstart)
+
+
+def settle_model(flags: cli.Flags, model: Path) -> cli.Flags:
+    """Set the model to a built-in one, if the user gives no model."""
+    return flags if flags.values["model_name_or_path"] else flags.override(model_name_or_path=str(model))
 
 
 def settle_offline(
     flags: cli.Flags, name: str, make_data: Callable[[str], tuple[str, list[str]]], model: str | None = None
 ) -> cli.Flags:
-    """Settle the output folder and, without data of the user's, the data.
+    """Settle the output folder and, if the user gives no data, the model and the data.
 
-    `make_data(model)` makes it, on every rank: it returns a file of sources and the evaluation sets as `--eval_retrieval_dir`
-    takes them. The model is the user's or, without one, `model` or the built-in one.
+    Every rank calls `make_data(model)`, which makes the data. It returns a sources file, and the evaluation sets as values of
+    `--eval_retrieval_dir`. The model is the user's model, else `model`, else the built-in encoder.
     """
     offline, given = without_data(flags), flags.values["model_name_or_path"]
     flags = settle_output_dir(flags, name, made_anew=offline and not given)
@@ -272,17 +288,17 @@ def settle_offline(
         return flags
     sources, sets = make_data(given or model or str(QUICKSTART / "encoder"))
     if given and PartialState().is_main_process:
-        print(f"no --sources, --train_file or --dataset_name: {given} is trained on {sources}")
+        print(f"no --sources, --train_file or --dataset_name is given: training {given} on {sources}")
     sets = sets + flags.values["eval_retrieval_dir"]
     return flags.override(model_name_or_path=given or model, sources=sources, eval_retrieval_dir=sets)
 
 
 def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
-    """Read the rows to train on; without data, those of a file in `hf_embed/quickstart`."""
+    """Read the training rows. For a run on the built-in texts, read the file `built_in` in `hf_embed/quickstart`."""
     if built_in is not None and uses_quickstart(flags):
         given = [flag for flag in ("columns", "ignore_columns") if flags.values[flag]]
         if given and not flags.values["eval_file"]:
-            raise InputError(f"--{given[0]} without data: it is of the columns of a --train_file or --dataset_name; give one")
+            raise InputError(f"--{given[0]} has no effect without training data; give --train_file or --dataset_name")
         return Rows(read_file(str(QUICKSTART / built_in)), f"quickstart/{built_in}", [])
     if without_data(flags):
         raise InputError(NO_DATA)
@@ -292,13 +308,13 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
 
 
 def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, Task]:
-    """Read the evaluation sets; without any and without data, an STS file in `hf_embed/quickstart`."""
+    """Read the evaluation sets. A run on the built-in texts without any uses the STS file `built_in` in the same folder."""
     tasks, data = read_tasks(flags.make(EvalArguments)), flags.make(DataArguments)
     if built_in is not None and not tasks and uses_quickstart(flags):
         tasks = {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
     if data.eval_file:
         if HELD_OUT in tasks:
-            raise InputError(f"--eval_file: another evaluation set is named {HELD_OUT}; name it otherwise")
+            raise InputError(f"--eval_file: another evaluation set has the name {HELD_OUT}; give it another name")
         tasks[HELD_OUT] = read_held_out(data)
     return tasks
 
@@ -311,7 +327,7 @@ def make_plan(
     paired: bool | None = None,
     positive: PositiveArguments | None = None,
 ) -> Plan:
-    """Put together what has been read. Of single sentences, `positive` says what each is paired with."""
+    """Make a plan from the flags, the rows and the evaluation sets. `positive` gives the positives of single sentences."""
     model_args, args = flags.make(ModelArguments), flags.make(ContrastiveTrainingArguments)
     run = flags.make(RunArguments)
     check_metric(args, tasks)
@@ -329,27 +345,27 @@ def make_plan(
 
 
 def check_stopping(patience: int | None, args: ContrastiveTrainingArguments, tasks: dict[str, Task]) -> None:
-    """Raise InputError where there is nothing by which to stop early, or where the best model would not be kept."""
+    """Raise InputError if early stopping has no evaluations to depend on, or if the best model would not be kept."""
     if patience is None:
         return
     flag = f"--early_stopping_patience {patience}"
     if not tasks:
-        raise InputError(f"{flag}: there is no evaluation set to go by; give --eval_file FILE, or --eval_sts_file NAME=FILE")
+        raise InputError(f"{flag} needs an evaluation set; give --eval_file FILE or --eval_sts_file NAME=FILE")
     if args.eval_strategy == "no" or not args.load_best_model_at_end:
         raise InputError(
-            f"{flag} needs evaluations during the training, and the best model at its end; give --eval_strategy steps "
+            f"{flag} needs evaluations during the training, and the best model at the end; give --eval_strategy steps "
             "--eval_steps 100 --save_strategy steps --save_steps 100 --load_best_model_at_end"
         )
 
 
 def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments, args: ContrastiveTrainingArguments) -> Rows:
-    """Make rows of anchor and positive of rows of a single text."""
+    """Make rows of anchor and positive from rows of a single text."""
     kind, _ = parse_positive(positive.positive)
     if kind in WITHOUT_ROWS:
         return rows
     if not isinstance(rows.data, Dataset):
         raise InputError(
-            f"--positive {kind} is made for one set of sentences; give --train_file or --dataset_name, not --sources"
+            f"--positive {kind} needs a single dataset of sentences; give --train_file or --dataset_name, not --sources"
         )
     model = positive.fill_model or model_args.model_name_or_path or str(QUICKSTART / "encoder")
     with args.main_process_first(desc="positives"), hidden_bars(bool(args.disable_tqdm)):
@@ -360,88 +376,29 @@ def pair_up(rows: Rows, positive: PositiveArguments, model_args: ModelArguments,
 
 
 def settled(args: ContrastiveTrainingArguments, **values: Any) -> ContrastiveTrainingArguments:
-    """Return a copy with other values, which are not checked again: the checks would derive further values from them."""
+    """Return a copy with some other values. They are not checked again, because the checks would derive further values."""
     changed = copy.copy(args)
     vars(changed).update(values)
     return changed
 
 
 def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
-    """Return a copy that evaluates nothing, with a warning if it should have."""
+    """Return a copy of the arguments without evaluation. Print a warning if the arguments ask for evaluation."""
     if args.eval_strategy != "no" or args.load_best_model_at_end:
-        logger.warning("no --eval_... NAME=PATH: nothing is evaluated, and the last step is kept, not the best")
+        logger.warning("no --eval_... NAME=PATH is given: nothing is evaluated, and the last model is kept, not the best one")
     nothing = {"eval_strategy": IntervalStrategy.NO, "do_eval": False, "eval_steps": None, "load_best_model_at_end": False}
     return settled(args, **nothing)
 
 
-def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> cli.Flags:
-    """Choose the folder where the run trains, refuse one that holds another run, and find the checkpoint to resume from.
-
-    Where none is given it is outputs/NAME, which `made_anew` replaces without asking. A run that is to replace another trains
-    beside it; see `hf_embed.kit.overwrite`. A run that has begun there and is not complete is another run too.
-    """
-    given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
-    default = given in (None, "trainer_output")
-    folder = Path(f"outputs/{name}" if default else os.path.expanduser(given))
-    overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
-    check_folder(folder, "--output_dir")
-    if is_working(folder):
-        raise InputError(f"--output_dir {folder}: runs that replace another one have such names; name another folder")
-    restore_folder(folder)
-    unfinished = working_folder(folder) if is_unfinished(folder) else None
-    if resume and not flags.values["seeds"]:  # of several seeds each has its own
-        resume = find_checkpoint(resume, unfinished or folder)
-    filled = folder if holds_run(folder) else unfinished
-    if filled and not (overwrite or resume):
-        raise InputError(
-            f"--output_dir {filled} holds another run; go on with it by --resume_from_checkpoint, replace it by "
-            "--overwrite_output_dir, or name another folder"
-        )
-    working = folder
-    if resume and unfinished and (flags.values["seeds"] or Path(resume).resolve().parent == unfinished.resolve()):
-        working = unfinished
-    elif filled and not resume:
-        check_replaceable(folder)
-        working = working_folder(folder)
-    repository = flags.values["hub_model_id"]
-    if working != folder and flags.values["push_to_hub"]:  # whose default is the name of the folder that is trained in
-        repository = repository or folder.absolute().name
-    return flags.override(
-        output_dir=str(working), resume_from_checkpoint=resume, overwrite_output_dir=overwrite, hub_model_id=repository
-    )
-
-
-def holds_run(folder: Path) -> bool:
-    """Return whether a folder holds more than the logs of a run that ended before it saved anything."""
-    return any(path.name != "runs" and not path.name.startswith(ASIDE) for path in folder.glob("*"))
-
-
-def find_checkpoint(given: str, folder: Path) -> str:
-    """Find the checkpoint that `--resume_from_checkpoint` names, or the newest one that is whole.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    if given in LATEST:
-        last = newest_whole(folder)
-        if last is None:
-            raise InputError(f"--resume_from_checkpoint: no checkpoint-N folder in {folder}; leave the flag out to start")
-        return str(last)
-    if not Path(given, "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {given}: no trainer_state.json there")
-    check_whole(Path(given))
-    return given
-
-
 def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
-    """Read the rows to train on, of one set or of several sources, and their name in messages."""
+    """Read the training rows, from one dataset or from several sources. Return the rows and their name in messages."""
     given = [flag for flag in DATA_FLAGS if getattr(data, flag)]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} are both given; give one")
     if data.sources:
         if not data.eval_file and (data.columns or data.ignore_columns or not data.quoting):
             raise InputError(
-                "--columns, --ignore_columns and --no_quoting are of one set; a sources file says it of each source"
+                "--columns, --ignore_columns and --no_quoting do not apply to --sources; set them in the sources file"
             )
         return read_sources(data.sources), data.sources
     if data.dataset_name:
@@ -457,10 +414,11 @@ def read_train_rows(data: DataArguments) -> tuple[Dataset | list[Source], str]:
 
 
 def read_held_out(data: DataArguments) -> Task:
-    """Read the rows of `--eval_file`, as those of `--train_file` are read. A column to ignore may be in one of the two.
+    """Read the rows of `--eval_file` in the same way as those of `--train_file`.
 
-    With `--sources` or the built-in texts, the flags about columns are about these rows alone. `--columns text=COLUMN` is not:
-    single texts cannot be held out.
+    A column to ignore may be in only one of the two files. With `--sources` or the built-in texts, the flags about columns
+    apply to the rows of `--eval_file` only. `--columns text=COLUMN` never applies to them, because single texts cannot be held
+    out.
     """
     file = data.eval_file or ""
     rows, name = cast(Dataset, read_file(file, quoting=data.quoting)), masked(file)
@@ -470,11 +428,11 @@ def read_held_out(data: DataArguments) -> Task:
     rows = named_columns(leave_out(rows, ignored, name), columns, name)
     task = as_task(rows, name)
     if not isinstance(task, HeldOut):
-        raise InputError(f"--eval_file {name}: this is an STS set, by its columns; give --eval_sts_file NAME=PATH")
+        raise InputError(f"--eval_file {name}: the columns are those of an STS set; give it by --eval_sts_file NAME=PATH")
     return task
 
 
 def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:
-    """Return the names, OWNER/NAME, of what comes from the Hub."""
+    """Return the names, OWNER/NAME, of the Hub datasets among the rows."""
     names = [data.dataset_name or ""] if isinstance(rows, Dataset) else [source.origin or "" for source in rows]
     return sorted({name for name in names if on_the_hub(name)})

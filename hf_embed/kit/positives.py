@@ -113,13 +113,13 @@ def parse_positive(positive: str) -> tuple[str, float]:
     """
     kind, colon, written = positive.partition(":")
     if kind not in MAKERS or bool(colon) != MAKERS[kind].takes_share:
-        raise InputError(f"positive '{positive}'; there are {', '.join(KNOWN)}")
+        raise InputError(f"unknown positive '{positive}'; give one of {', '.join(KNOWN)}")
     try:
         share = float(written or 0)
     except ValueError:
         share = -1.0
     if colon and not 0 < share < 1:
-        raise InputError(f"positive '{positive}': the share is of a sentence's words, above 0 and below 1, e.g. {kind}:0.1")
+        raise InputError(f"positive '{positive}': the share of the words must be above 0 and below 1, for example {kind}:0.1")
     return kind, share
 
 
@@ -162,7 +162,9 @@ def add_positives(
         pairs = cached_map(texts, make, with_indices=True, batched=True, remove_columns=[column], desc=f"Positives: {positive}")
     same = sum(a == b for batch in pairs.iter(10_000) for a, b in zip(batch["anchor"], batch["positive"]))
     if same:
-        logger.warning(f"{name}: {same:,} of {len(pairs):,} rows could not be changed by {positive}; each is its own positive")
+        logger.warning(
+            f"{name}: {positive} could not change {same:,} of {len(pairs):,} rows; each of these is its own positive"
+        )
     return pairs
 
 
@@ -190,7 +192,9 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
         InputError: if no file is given, or if the file cannot be read, has a malformed line, or holds no words.
     """
     if path is None:
-        raise InputError("positive synonym needs --synonyms FILE, lines of a word, a tab, and synonyms separated by commas")
+        raise InputError(
+            "positive synonym needs --synonyms FILE; each line holds a word, a tab, and its synonyms, separated by commas"
+        )
     table = {}
     for number, line in enumerate(read_text(path, f"--synonyms {path}").splitlines(), 1):
         word, _, listed = line.partition("\t")
@@ -200,7 +204,7 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
         if others:
             table[word.strip().lower()] = others
     if not table:
-        raise InputError(f"--synonyms {path}: the file has no words")
+        raise InputError(f"--synonyms {path}: the file has no words; give another file")
     return table
 
 
@@ -209,18 +213,18 @@ class MaskFill:
 
     def __init__(self, name: str | None, trust_remote_code: bool = False):
         if name is None:
-            raise InputError("positive mask_fill needs a masked language model")
+            raise InputError("positive mask_fill needs a masked language model; give its name or folder")
         try:
             trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
             with calm_libraries():
                 model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
         except (OSError, ValueError) as error:
-            mend = "; --trust_remote_code lets its own code run" if "trust_remote_code=True" in str(error) else ""
+            mend = "; --trust_remote_code allows its own code to run" if "trust_remote_code=True" in str(error) else ""
             raise InputError(
-                f"positive mask_fill: '{name}' is no masked language model ({str(error).splitlines()[0]}){mend}"
+                f"positive mask_fill: '{name}' is not a masked language model ({str(error).splitlines()[0]}){mend}"
             ) from error
         if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
-            raise InputError(f"positive mask_fill: '{name}' has no masked-language-modelling head (no {missing[0]})")
+            raise InputError(f"positive mask_fill: '{name}' has no masked-language-modeling head ({missing[0]} is missing)")
         self.model, self.tokenizer = model.eval().to(PartialState().device), AutoTokenizer.from_pretrained(name, **trusted)
 
     @torch.inference_mode()

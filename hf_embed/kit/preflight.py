@@ -18,7 +18,7 @@ from hf_embed.data.sources import read_file
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
-from hf_embed.kit.plan import HELD_OUT, NO_DATA, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
+from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
@@ -57,9 +57,9 @@ def read_files(paths: Sequence[str], data: DataArguments, tasks: dict[str, Task]
         alone = dataclasses.replace(data, train_file=data.train_file or (paths[0] if paths else None))
         tasks[HELD_OUT] = read_held_out(alone)
     if not given and not tasks:
-        raise InputError(f"{NO_DATA}, or the files as they are: FILE ...")
+        raise InputError("there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE")
     if twice := [each[0].name for i, each in enumerate(given) if each[0].name in [other[0].name for other in given[:i]]]:
-        raise InputError(f"two sources are named '{twice[0]}'; give each file once")
+        raise InputError(f"two sources have the name '{twice[0]}'; give each file once")
     return given, tasks
 
 
@@ -110,11 +110,11 @@ def check_outputs(output_file: str | None, picture: str | None = None) -> None:
     """Raise InputError if an output file could not be written. This is checked before any data is read."""
     for path in filter(None, (output_file, picture)):
         if not Path(path).parent.is_dir():
-            raise InputError(f"{path}: there is no folder {Path(path).parent}; make it first")
+            raise InputError(f"{path}: the folder {Path(path).parent} does not exist; create it first")
         if Path(path).is_dir():
-            raise InputError(f"{path}: this is a folder; name a file")
+            raise InputError(f"{path}: this is a folder; give the name of a file")
     if picture is not None and Path(picture).suffix.lower() not in PICTURES:
-        raise InputError(f"{picture}: pictures end in {', '.join(PICTURES)}")
+        raise InputError(f"{picture}: a picture's name must end in {', '.join(PICTURES)}; change its ending")
 
 
 def finish(report: Report, output_file: str | None, picture: str | None, strict: bool) -> None:

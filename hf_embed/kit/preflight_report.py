@@ -53,14 +53,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 STYLES = ("-", ":", "-.", "--")
 SIMILAR_WARNING = 0.05
 COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
-ROW_HEADS = ("empty", "odd texts", "twice", "nearly twice", "pos = anchor", "neg = pos", "neg = anchor")
-BUT_FOR_CASE = "but for case, spaces and punctuation"
+ROW_HEADS = ("empty", "odd texts", "duplicates", "near duplicates", "pos = anchor", "neg = pos", "neg = anchor")
+BUT_FOR_CASE = "if case, spaces and punctuation are ignored"
 WORDS = {
     "duplicates": "rows that equal an earlier row",
     "near_duplicates": f"rows that equal an earlier row {BUT_FOR_CASE}",
-    "positive_is_anchor": f"rows whose positive is the anchor {BUT_FOR_CASE}",
-    "negative_is_positive": f"rows with a negative that is the positive {BUT_FOR_CASE}",
-    "negative_is_anchor": f"rows with a negative that is the anchor {BUT_FOR_CASE}",
+    "positive_is_anchor": f"rows whose positive equals the anchor {BUT_FOR_CASE}",
+    "negative_is_positive": f"rows with a negative that equals the positive {BUT_FOR_CASE}",
+    "negative_is_anchor": f"rows with a negative that equals the anchor {BUT_FOR_CASE}",
 }
 
 
@@ -177,8 +177,8 @@ def findings(report: Report, settings: Settings) -> list[Report]:
         seen = sum(part["seen"] for kind, part in task["texts"].items() if kind != DOCUMENTS)
         if seen:
             rows = [f"in {of} {listed(numbers)}" for of, numbers in task["training_rows"].items()]
-            where = "; ".join(rows) or "as negatives alone"
-            text = f"texts that are trained on, {BUT_FOR_CASE}: {seen:,} ({where})"
+            where = "; ".join(rows) or "only as negatives"
+            text = f"texts that are also in the training rows {BUT_FOR_CASE}: {seen:,} ({where})"
             found.append({"of": name, "code": "seen", "count": seen, "text": text})
     return found
 
@@ -200,13 +200,13 @@ def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
         yield (
             "odd",
             numbers["count"],
-            f"texts that hold {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
+            f"texts that contain {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
         )
     for code in COUNTED:
         if count := source.get(code, {"count": 0})["count"]:
             yield code, count, f"{WORDS[code]}: {count:,} ({listed(source[code])})"
     if count := source.get("shared", 0):
-        yield "shared", count, f"different rows that stand in another source too: {count:,}"
+        yield "shared", count, f"different rows that also occur in another source: {count:,}"
 
 
 def of_sample(sample: Report) -> Iterator[tuple[str, float, str]]:
@@ -214,16 +214,16 @@ def of_sample(sample: Report) -> Iterator[tuple[str, float, str]]:
     if (part := sample["truncated"]["all"]) > TRUNCATION_WARNING:
         yield "truncated", part, f"texts longer than {sample['max_length']} tokens, which are truncated: {part:.1%}"
     if count := sample["without_a_token"]:
-        yield "no_token", count, f"texts of the sample that are no token to the tokenizer: {count:,}"
+        yield "no_token", count, f"texts of the sample for which the tokenizer returns no token: {count:,}"
     if (part := sample["similar"] / max(1, sample["different_texts"])) > SIMILAR_WARNING:
-        yield "similar", part, f"different texts of the sample that are similar to another: {part:.1%}"
+        yield "similar", part, f"different texts of the sample that are similar to another one: {part:.1%}"
 
 
 def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float, str]]:
     """Yield the findings about the largest batch of a source: code, count and text."""
     batch = max(settings.batches)
     if source["training_rows"] < batch:
-        yield "few_rows", source["training_rows"], f"fewer rows than a batch of {batch:,}: {source['training_rows']:,}"
+        yield "few_rows", source["training_rows"], f"fewer training rows than a batch of {batch:,}: {source['training_rows']:,}"
     for each in source["batches"]:
         wrong = each["near"] + (0 if settings.masks_answers else each["answers"])
         if each["batch"] == batch and wrong >= FEW:
@@ -245,7 +245,7 @@ def lines(report: Report) -> list[str]:
         shown += ["", *columns_lines(sources), "", *rows_table(report), "", *tokens_table(sources), "", *batches_table(sources)]
     if report["evaluation"]:
         shown += ["", *evaluation_table(report["evaluation"])]
-    shown += ["", f"to look at: {len(report['findings']):,}" if report["findings"] else "nothing to look at"]
+    shown += ["", f"findings: {len(report['findings']):,}" if report["findings"] else "no findings"]
     return [*shown[1:], *(f"  {each['of']}: {each['text']} [{each['code']}]" for each in report["findings"])]
 
 
@@ -259,7 +259,7 @@ def columns_lines(sources: Mapping[str, Report]) -> list[str]:
         parts += ["with a byte-order mark"] if source["byte_order_mark"] else []
         if "labels" in source:
             labels = ", ".join(f"{label} {count:,}" for label, count in source["labels"].items())
-            parts.append(f"labelled pairs ({labels}) make {source['training_rows']:,} rows")
+            parts.append(f"labeled pairs ({labels}) make {source['training_rows']:,} rows")
         if "first_rows_of_a_stream" in source:
             parts.append(f"the first {source['first_rows_of_a_stream']:,} rows of a stream")
         shown.append("; ".join(parts))
@@ -268,7 +268,7 @@ def columns_lines(sources: Mapping[str, Report]) -> list[str]:
 
 def rows_table(report: Report) -> list[str]:
     """Return the table of the counts over all rows, with a total if there are several sources."""
-    heads = ["all rows", "rows", "trained as", "texts", *ROW_HEADS]
+    heads = ["all rows", "rows", "training rows", "texts", *ROW_HEADS]
     body = []
     for name, source in report["sources"].items():
         odd = sum(kind["count"] for kind in source["odd"].values())
@@ -283,7 +283,7 @@ def rows_table(report: Report) -> list[str]:
 def tokens_table(sources: Mapping[str, Report]) -> list[str]:
     """Return the table of the text lengths in the sample: of each role, if there are several, and of all texts."""
     levels = [f"{level:.0%}" for level in QUANTILES]
-    heads = ["tokens, of a sample", "texts", "mean", *levels, "longest", "truncated", "similar"]
+    heads = ["tokens (sample)", "texts", "mean", *levels, "longest", "truncated", "similar"]
     body = []
     for name, source in sources.items():
         sample = source["sample"]
@@ -304,8 +304,8 @@ def batches_table(sources: Mapping[str, Report]) -> list[str]:
     """Return the table of what a batch of random rows contains on average."""
     found = [(name, each) for name, source in sources.items() for each in source["batches"]]
     objectives = list(dict.fromkeys(objective for _, each in found for objective in each["guessing"]))
-    losses = [f"guessing, {objective}" for objective in objectives]
-    heads = ["right answers in a batch", "of", "equal", "same anchor", "nearly equal", *losses]
+    losses = [f"loss of guessing, {objective}" for objective in objectives]
+    heads = ["right answers per batch", "batch size", "equal", "same anchor", "nearly equal", *losses]
     body = [
         [name, each["batch"], *(f"{each[key]:.3f}" for key in ("equal", "answers", "near")),
          *(f"{each['guessing'][objective]:.3f}" for objective in objectives)]
@@ -325,7 +325,7 @@ def evaluation_table(tasks: Mapping[str, Report]) -> list[str]:
             about = f"{task['pairs']:,} pairs, {task['matches']:,} match"
         for part, counts in task["texts"].items():
             body.append([f"{name}: {part}", counts["different"], counts["seen"], share_of(counts), about])
-    return aligned(["evaluation", "different texts", "in training", "share", ""], body)
+    return aligned(["evaluation sets", "different texts", "in training rows", "share", ""], body)
 
 
 def share_of(counts: Report) -> str:
@@ -364,9 +364,9 @@ def plot_lengths(report: Report, path: str | Path) -> None:
         axes.axvline(length, color="black", linewidth=1, linestyle="--", label=f"max_length {length}")
     if all(source["sample"]["max_length"] > 2 * longest for source in report["sources"].values()):
         axes.set_xlim(0, max(1, longest))  # do not stretch the axis to a maximum length far beyond all texts
-    axes.set_xlabel("tokens of a text, its prompt among them")
-    axes.set_ylabel("% of the texts")
-    axes.set_title("Lengths of the texts to train on")
+    axes.set_xlabel("length of a text with its prompt, in tokens")
+    axes.set_ylabel("share of the texts, in %")
+    axes.set_title("Lengths of the training texts")
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)

@@ -89,8 +89,8 @@ def make_subject(
     """Prepare a source as the training does.
 
     Args:
-        source: a source with a table or a stream. Of a stream, only the first `settings.sample` rows are read, or the first
-            `SAMPLE` rows if `settings.sample` is 0 or None.
+        source: a source with a table or a stream. Of a stream, only the first `settings.sample` rows are read: the first
+            `SAMPLE` rows if `settings.sample` is None, and all rows if it is 0.
         encoder: its tokenizer, maximum length and prompts are used.
         settings: the settings of the training.
         where: what messages call the rows. Default: the source's label.
@@ -102,8 +102,10 @@ def make_subject(
     where, rows = where or source.label, source.rows
     about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
     if not isinstance(rows, Dataset):
-        rows = Dataset.from_list(list(islice(rows, settings.sample or SAMPLE)))
-        about["first_rows_of_a_stream"] = len(rows)
+        limit = SAMPLE if settings.sample is None else settings.sample or None  # None: all rows
+        rows = Dataset.from_list(list(islice(rows, limit)))
+        if limit is not None:
+            about["first_rows_of_a_stream"] = len(rows)
     pairs = None if paired is False else labelled_layout(rows.column_names, where)
     taken = cast(Dataset, as_pairs(rows, where, paired, drop_empty_rows=True))
     columns = text_columns(taken.column_names, where, paired)

@@ -33,7 +33,7 @@ from hf_embed.work_files import digest
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary that is made here
-SHORT = 64  # tokens: the minimum of `--max_length`, and the sequence length in stage 1 of masked language modeling
+SHORT = 64  # tokens: the minimum of `--max_length`, and the length of short sequences in masked language modeling
 LOG_STEPS, SAVE_STEPS = 100, 500
 Rows = TypeVar("Rows", list, Tensor)
 
@@ -42,24 +42,31 @@ Rows = TypeVar("Rows", list, Tensor)
 class PretrainArguments:
     """Flags of `pretrain_encoder.py`."""
 
-    train_file: str = field(metadata={"help": "sentences: a txt with one a line, or a table with a column text; .gz is fine"})
-    output_dir: str = field(metadata={"help": "where the encoder goes"})
-    objective: Literal["distill", "mlm"] = field(
-        default="distill", metadata={"help": "learn a teacher's hidden states, or to fill in masked tokens (needs no teacher)"}
+    train_file: str = field(
+        metadata={"help": "Sentences: a txt file with one per line, or a table with a column text, gzipped or not."}
     )
-    teacher: str | None = field(default=None, metadata={"help": "distill: a BERT to learn from, a Hub name or a folder"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the teacher's own code, if it has any"})
-    teacher_layer: int = field(default=4, metadata={"help": "distill: which of its layers' hidden states to predict"})
-    vocab_size: int = field(default=12000, metadata={"help": "pieces of its vocabulary"})
-    hidden_size: int = field(default=192, metadata={"help": "width of its layers"})
-    num_layers: int = field(default=4, metadata={"help": "how many layers it has"})
-    num_heads: int = field(default=6, metadata={"help": "attention heads of a layer"})
-    max_length: int = field(default=512, metadata={"help": "tokens that it has positions for"})
-    sentence_tokens: int = field(default=14_000_000, metadata={"help": "tokens of the first stage, of short texts"})
-    long_tokens: int = field(default=4_000_000, metadata={"help": "tokens of the second stage, of texts up to max_length"})
-    batch_tokens: int = field(default=5120, metadata={"help": "tokens of a batch"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of the schedule"})
-    seed: int = field(default=1, metadata={"help": "seed of the order of the texts and of what is masked"})
+    output_dir: str = field(metadata={"help": "Folder for the encoder."})
+    objective: Literal["distill", "mlm"] = field(
+        default="distill",
+        metadata={"help": "distill: predict a teacher's hidden states. mlm: fill in masked tokens, without a teacher."},
+    )
+    teacher: str | None = field(default=None, metadata={"help": "For distill: Hub name or folder of a BERT to learn from."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the teacher's own Python code, if it has any; read this code first."}
+    )
+    teacher_layer: int = field(
+        default=4, metadata={"help": "For distill: layer of the teacher whose hidden states are predicted."}
+    )
+    vocab_size: int = field(default=12000, metadata={"help": "Number of pieces in the encoder's vocabulary."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder's layers."})
+    num_layers: int = field(default=4, metadata={"help": "Number of the encoder's layers."})
+    num_heads: int = field(default=6, metadata={"help": "Number of attention heads in a layer."})
+    max_length: int = field(default=512, metadata={"help": "Maximum length of a text, in tokens."})
+    sentence_tokens: int = field(default=14_000_000, metadata={"help": "Number of tokens to train on in short texts."})
+    long_tokens: int = field(default=4_000_000, metadata={"help": "Number of tokens to train on in longer texts."})
+    batch_tokens: int = field(default=5120, metadata={"help": "Number of tokens in a batch."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate of the schedule."})
+    seed: int = field(default=1, metadata={"help": "Seed of the order of the texts and of the masked tokens."})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -71,11 +78,11 @@ class PretrainArguments:
         if self.learning_rate not in POSITIVE:
             raise InputError(f"--learning_rate is {self.learning_rate}; it must be {POSITIVE}")
         if self.hidden_size % self.num_heads:
-            raise InputError(f"--num_heads is {self.num_heads}, which does not divide the {self.hidden_size} of --hidden_size")
+            raise InputError(f"--num_heads is {self.num_heads}, which does not divide --hidden_size {self.hidden_size}")
         if self.objective == "distill" and self.teacher is None:
-            raise InputError("--objective distill learns from a teacher; give --teacher MODEL, or --objective mlm")
+            raise InputError("--objective distill needs a teacher; give --teacher MODEL, or --objective mlm")
         if self.objective == "mlm" and self.teacher is not None:
-            raise InputError("--objective mlm has no teacher; leave --teacher out, or give --objective distill")
+            raise InputError("--objective mlm uses no teacher; remove --teacher, or give --objective distill")
 
     def identity(self, sentences: list[str]) -> str:
         """Return what a resumed run must share: all settings and a hash of the sentences, but no input and output paths."""
@@ -87,11 +94,11 @@ def check_output(folder: Path) -> None:
     check_folder(folder, "--output_dir")
     if folder.exists() and not can_be_replaced(folder):
         raise InputError(
-            f"--output_dir {folder}: no new folder can take its place, for it is the current folder, a mount point, or in a "
-            "folder that cannot be written to; name a folder within it, or another one"
+            f"--output_dir {folder}: this folder cannot be replaced, because it is the current folder, a mount point, or in a "
+            "folder without write permission; give a folder inside it, or another folder"
         )
     if others := sorted({path.name for path in folder.glob("*")} - set(FILES)):
-        raise InputError(f"--output_dir {folder} holds {others[0]}, which is no file of an encoder; name another folder")
+        raise InputError(f"--output_dir {folder} holds {others[0]}, which is not a file of an encoder; give another folder")
 
 
 def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokenizer, loss: float, seen: int) -> None:
@@ -104,7 +111,7 @@ def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokeniz
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / "training.json", dataclasses.asdict(args) | {"loss": loss, "tokens": seen})
-    print(f"saved to {folder}: {type(model).__name__}.from_pretrained({str(folder)!r}) loads it, and so does AutoModel")
+    print(f"saved to {folder}; load it with {type(model).__name__}.from_pretrained({str(folder)!r}), or with AutoModel")
 
 
 def read_sentences(path: str, seed: int) -> list[str]:
@@ -119,14 +126,9 @@ def read_sentences(path: str, seed: int) -> list[str]:
 
 
 def train(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    steps: int,
-    loss_of: Callable[[int], tuple[Tensor, int]],
-    seed: int,
-    checkpoint: Path,
-) -> tuple[float, int]:
+    module: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler, steps: int,
+    loss_of: Callable[[int], tuple[Tensor, int]], seed: int, checkpoint: Path,
+) -> tuple[float, int]:  # fmt: skip
     """Train, and write a checkpoint every `SAVE_STEPS` steps. If there is a checkpoint already, resume from it.
 
     Args:
@@ -150,11 +152,11 @@ def train(
     losses: list[float] = []
     if checkpoint.is_file():
         first, seen, losses, mean = load(checkpoint, module, optimizer, schedule)
-        say(f"going on at step {first} of {steps}")
+        say(f"resuming at step {first} of {steps}")
     for tensor in module.state_dict().values():
         same_on_all_ranks(tensor)
     started, before = time.perf_counter(), seen
-    with progress_bar(total=steps, desc="training", unit="step") as bar:
+    with progress_bar(total=steps, desc="Training", unit="step") as bar:
         bar.update(first)
         for step in range(first, steps):
             torch.manual_seed(seed + step)
@@ -202,7 +204,8 @@ def check_shares(fewest: int) -> None:
     """Raise InputError if a batch has so few rows that a rank would have none."""
     if fewest < get_world_size():
         raise InputError(
-            f"{get_world_size()} processes share a batch of {fewest} texts; give more --batch_tokens, or start fewer processes"
+            f"{get_world_size()} processes cannot share a batch of {fewest} texts; give a larger --batch_tokens, or start "
+            "fewer processes"
         )
 
 
@@ -219,5 +222,5 @@ def load(
         return progress
     except Exception as error:
         raise InputError(
-            f"{checkpoint} cannot be read ({in_short(error)}); remove {checkpoint.parent} to start anew"
+            f"{checkpoint} cannot be read ({in_short(error)}); remove {checkpoint.parent} to start again"
         ) from error

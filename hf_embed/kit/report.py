@@ -75,7 +75,10 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
     """Return the "train" part of results.json: the model, the data and the settings. `after` has the final scores."""
     name = plan.model_args.model_name_or_path
     if plan.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
-        logger.warning(f"no evaluation gave {plan.args.metric_for_best_model} as a number: the last step is kept, not the best")
+        logger.warning(
+            f"no evaluation returned a number for {plan.args.metric_for_best_model}: the model of the last step is saved, not "
+            "the best one"
+        )
     return about_training(trainer, after) | {
         "model": shown(name or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(name), "datasets": plan.datasets,
@@ -117,7 +120,7 @@ def saved_to(folder: Path, remote_code: bool = False) -> str:
     """Return the last line that a recipe prints: where the model is, and how to load it."""
     loader = loading_class(AutoConfig.from_pretrained(folder, trust_remote_code=remote_code))
     call = f"{loader}.from_pretrained({str(folder)!r}{', trust_remote_code=True' if remote_code else ''})"
-    return f"\nsaved to {folder}: {call} loads it; README.md says how to pool"
+    return f"\nsaved to {folder}; load it with {call} (README.md shows how to pool)"
 
 
 def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:
@@ -128,7 +131,7 @@ def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:
     some = dataclasses.replace(task, qrels={query: task.qrels[query] for query in chosen})
     _, found = some.rank(embed_with(encoder), 3)
     if PartialState().is_main_process:
-        print(f"\nsearches in {name} ({len(task.corpus):,} documents; * is the one looked for):")
+        print(f"\nsearches in {name} ({len(task.corpus):,} documents; * marks relevant documents):")
         for query, documents in found.items():
             print(f"\n  {textwrap.shorten(task.queries[query], 100)}")
             for document in documents:

@@ -20,9 +20,10 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
-from hf_embed.kit.plan import LATEST, Plan
+from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.report import changed, saved_to
+from hf_embed.kit.run_folder import LATEST
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_json
@@ -36,7 +37,7 @@ def read_seeds(given: str) -> list[int]:
     words = [word.strip() for word in given.split(",") if word.strip()]
     seeds = [int(word) if word.isdecimal() else -1 for word in words]
     if not seeds or not all(seed in SEED for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds '{given}': give different whole numbers below 2^32, 1,2,3 for example")
+        raise InputError(f"--seeds '{given}' is not a list of seeds; give different whole numbers below 2^32, such as 1,2,3")
     return seeds
 
 
@@ -72,11 +73,11 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         return train(plan)
     seeds, resume = read_seeds(plan.run.seeds), plan.args.resume_from_checkpoint
     if resume and resume not in LATEST:
-        raise InputError(f"--seeds with --resume_from_checkpoint {resume}: each seed has checkpoints of its own; give no path")
+        raise InputError(f"--resume_from_checkpoint {resume} with --seeds: each seed has its own checkpoints; remove the path")
     if not plan.tasks:
-        raise InputError("--seeds keeps the best by an evaluation set; give one, --eval_sts_file NAME=PATH for example")
+        raise InputError("--seeds needs an evaluation set to choose the best run; give one, such as --eval_sts_file NAME=PATH")
     if plan.args.push_to_hub:
-        raise InputError("--seeds and --push_to_hub: leave the push away, and push the folder when it is finished")
+        raise InputError("--push_to_hub does not work with --seeds; upload the finished folder with recipes/push.py instead")
     earlier = EarlierRun([] if resume else earlier_files(plan.folder), plan.folder)
     runs = {}
     if PartialState().is_main_process:
@@ -91,7 +92,8 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
             continue
         checkpoint = interrupted_run(folder, plan) if resume else None
         earlier_run = (folder / "results.json").is_file() or bool(checkpoints_in(folder))
-        anew = ", anew: its run had other settings" if resume and earlier_run and checkpoint is None else ""
+        other = resume and earlier_run and checkpoint is None
+        anew = ": training it again, because its earlier run had other settings" if other else ""
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
         of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
