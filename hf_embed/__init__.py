@@ -24,27 +24,39 @@ if TYPE_CHECKING:
     from hf_embed.evaluation.triplets import Triplets
     from hf_embed.evaluation.zero_shot import ZeroShot
     from hf_embed.mining import mine_hard_negatives
-    from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
+    from hf_embed.objectives import (
+        CoSENT,
+        ImprovedContrastive,
+        MarginMSE,
+        Matryoshka,
+        SimCSE,
+        TeacherKL,
+        VectorDistillation,
+    )
     from hf_embed.search import semantic_search
     from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
     from hf_embed.trainer import ContrastiveTrainer
     from hf_embed.vector_files import write_vectors
 
 __all__ = [
+    "CoSENT",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
     "Encoder",
     "HeldOut",
     "ImprovedContrastive",
     "InputError",
+    "MarginMSE",
     "Matryoshka",
     "PairClassification",
     "Reranking",
     "Retrieval",
     "SimCSE",
     "Source",
+    "TeacherKL",
     "TempScaleConfig",
     "Triplets",
+    "VectorDistillation",
     "ZeroShot",
     "apply_tempscale",
     "fold_tempscale",
@@ -70,7 +82,15 @@ MODULES = {
     "evaluation.triplets": ["Triplets"],
     "evaluation.zero_shot": ["ZeroShot"],
     "mining": ["mine_hard_negatives"],
-    "objectives": ["ImprovedContrastive", "Matryoshka", "SimCSE"],
+    "objectives": [
+        "CoSENT",
+        "ImprovedContrastive",
+        "MarginMSE",
+        "Matryoshka",
+        "SimCSE",
+        "TeacherKL",
+        "VectorDistillation",
+    ],
     "search": ["semantic_search"],
     "tempscale": ["TempScaleConfig", "apply_tempscale", "fold_tempscale", "register_tempscale", "remove_tempscale"],
     "trainer": ["ContrastiveTrainer"],

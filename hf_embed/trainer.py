@@ -32,7 +32,7 @@ from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
 from hf_embed.checkpoint.whole import ASIDE
-from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
+from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows
@@ -130,18 +130,21 @@ class ContrastiveTrainer(GuardedTrainer):
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
         check_output(args, self.step, optimizers[0], trains=rows is not None)
-        tokens, views = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
+        training = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
+        tokens, self.objectives = training.tokens, training.objectives  # one for each source
         tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:
             warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
         self.scores_before: dict[str, float] = {}  # metrics from before the first step
-        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
+        # Batches of many sources cannot be compared, and pairs with scores need not be similar.
+        alike = not isinstance(tokens, Mixture) and "scores" not in self.objective.needs
+        self.watch = Watch(batches_alike=alike, skips=args.nan_steps == "skip")
         super().__init__(
             model=self.step,
             args=args,
-            data_collator=RaggedCollator(views, args.same_dropout_mask),
+            data_collator=RaggedCollator(training.views, args.same_dropout_mask, training.vectors),
             train_dataset=tokens,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
@@ -193,9 +196,9 @@ class ContrastiveTrainer(GuardedTrainer):
         rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, args.same_dropout_mask)  # (B, V, D)
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
-        if "other_ids" in inputs:
-            given["other_ids"] = used_columns(gather_rows(inputs["other_ids"]))
-        loss = self.objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
+        objective = self.objectives[inputs["source"]]
+        given |= further_arguments(inputs["further"], objective.needs)
+        loss = objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)

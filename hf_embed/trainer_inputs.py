@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder, load_tokenizer
 from hf_embed.checkpoint.settings import has_mlp_head
+from hf_embed.data.collator import VectorRows
 from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
 from hf_embed.data.labelled import labelled_layout
 from hf_embed.data.mixture import Mixture, Source
@@ -31,6 +32,7 @@ from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.pooling import uses_pooler
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, reset_dense
+from hf_embed.teacher import Teacher
 from hf_embed.trainer_settings import check_batch, check_training
 
 logger = logging.getLogger(__name__)
@@ -389,9 +391,11 @@ def make_held_out(
                 "for example, to per_device_train_batch_size"
             )
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, name, paired=True)
-        check_objective(objective, cast(Dataset, rows), max(views), name)
-        loss = made[name] = HeldOutLoss(cast(Dataset, rows), objective, batch_size, step, args.chunk_tokens)
+            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
+        table = cast(Dataset, rows)
+        check_objective(objective, table, max(views), name)
+        (table,), vectors = with_teacher([table], [objective], teacher_of(args, step))
+        loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
         if args.process_index == 0:
             warn_of_seen(loss.rows, training, name)
     return made
@@ -406,6 +410,15 @@ def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -
         )
 
 
+class TrainingRows(NamedTuple):
+    """The training rows, ready for the trainer. Lists have an entry for each source."""
+
+    tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
+    views: list[int]  # the largest number of texts in a row
+    objectives: list[Objective]
+    vectors: dict[str, VectorRows]  # a teacher's vectors; see `RaggedCollator`
+
+
 def read_training_rows(
     rows: TrainData | None,
     step: TrainingStep,
@@ -413,22 +426,67 @@ def read_training_rows(
     objective: Objective,
     name: str,
     paired: bool | None,
-) -> tuple[Dataset | Mixture | None, list[int]]:
+) -> TrainingRows:
     """Tokenize and check the training rows.
-
-    Returns:
-        The tokenized rows, and the number of texts per row of each source.
 
     Raises:
         InputError: if something is wrong with the rows, or if the run would train nothing.
     """
     if rows is None:
-        return None, [2]
+        return TrainingRows(None, [2], [objective], {})
     check_batch(args)
     with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-        tokens, views = tokenize_all(rows, step.encoder, args, name, paired)
+        tokens, views = tokenize_all(rows, step.encoder, args, objective, name, paired)
     if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
         raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
-    check_objective(objective, tokens, max(views), name)
+    tables, labels = (tokens.tables, tokens.labels) if isinstance(tokens, Mixture) else ([tokens], [name])
+    objectives = [own or objective for own in tokens.objectives] if isinstance(tokens, Mixture) else [objective]
+    for own, table, texts, label in zip(objectives, tables, views, labels):
+        check_objective(own, table, texts, label)
+        if own is not objective and (own.learn_temperature or own.mlm_weight or objective.learn_temperature):
+            raise InputError(
+                f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
+                "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
+            )
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
-    return tokens, views
+    tables, vectors = with_teacher(tables, objectives, teacher_of(args, step))
+    if isinstance(tokens, Mixture):
+        tokens.tables = tables
+    return TrainingRows(tokens if isinstance(tokens, Mixture) else tables[0], views, objectives, vectors)
+
+
+def teacher_of(args: ContrastiveTrainingArguments, step: TrainingStep) -> Teacher | None:
+    """Return the teacher that `args` names, or None."""
+    return None if args.teacher is None else Teacher(args.teacher, args.device, step.encoder.full_dimension)
+
+
+def with_teacher(
+    tables: list[Any], objectives: list[Objective], teacher: Teacher | None
+) -> tuple[list[Any], dict[str, VectorRows]]:
+    """Add to each table what its objective needs of the teacher.
+
+    Args:
+        tables: tokenized tables and streams.
+        objectives: the objective of each.
+        teacher: the teacher, or None.
+
+    Returns:
+        The tables, and the vectors for the collator.
+
+    Raises:
+        InputError: if an objective needs a teacher and there is none, or if no objective uses the teacher.
+    """
+    waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
+    if waiting and teacher is None:
+        called = type(objectives[waiting[0]]).__name__
+        raise InputError(f"the objective {called} needs the vectors of a teacher; set teacher to a model (--teacher MODEL)")
+    if teacher is None:
+        return tables, {}
+    if not waiting:
+        raise InputError(
+            f"teacher is {teacher.name}, but no objective uses it; remove it, or set an objective that does (guide_margin of "
+            "SimCSE and ImprovedContrastive, TeacherKL, MarginMSE, VectorDistillation)"
+        )
+    found, vectors = teacher.add_to([tables[i] for i in waiting], [objectives[i].needs for i in waiting])
+    made = dict(zip(waiting, found))
+    return [made.get(i, table) for i, table in enumerate(tables)], vectors

@@ -9,7 +9,7 @@ r"""Train a model as in GTE's stage 1, on pairs from many sources, with a very l
 The trained model is written to OUTPUT_DIR (default: outputs/gte_pretrain). AutoModel and sentence-transformers can load it. Its
 README.md and results.json show the scores before and after the training.
 
-hf_embed/data/mixture.py shows an example of sources.yaml. Without arguments, the built-in encoder learns to search the
+hf_embed/data/source_files.py shows an example of sources.yaml. Without arguments, the built-in encoder learns to search the
 docstrings of the Python packages that are installed on this machine; the recipe writes these to outputs/docstrings.
 """
 

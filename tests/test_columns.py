@@ -11,7 +11,7 @@ from test_data_files import datasets_cache, jsonl, listed, streamed, written  # 
 
 from hf_embed import Source
 from hf_embed.data.columns import ACCEPTED, ROLES, judging_columns, named_columns, read_columns, take_columns, text_columns
-from hf_embed.data.mixture import read_sources
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import leave_out, read_file
 from hf_embed.data.tokenization import tokenize_rows
 from hf_embed.kit import cli

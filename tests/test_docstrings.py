@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import error_of
 
-from hf_embed.data.mixture import read_sources
+from hf_embed.data.source_files import read_sources
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.docstrings import Definition, held_out, read_definitions, write_sources
 

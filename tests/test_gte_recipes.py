@@ -16,7 +16,7 @@ from test_recipes import QUIET, RECIPES, load_recipe, recipe
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, ImprovedContrastive
-from hf_embed.data import mixture
+from hf_embed.data import source_files
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit import cli, docstrings
 from hf_embed.kit.eval_flags import EvalArguments
@@ -285,8 +285,8 @@ def test_source_files_parse(path, monkeypatch):
         return Dataset.from_list([dict.fromkeys(columns.values(), "text")])
 
     entries = yaml.safe_load(path.read_text())
-    monkeypatch.setattr(mixture, "read_hub", rows)
-    sources = mixture.read_sources(str(path))
+    monkeypatch.setattr(source_files, "read_hub", rows)
+    sources = source_files.read_sources(str(path))
     assert len(sources) == len(entries) >= 6
     assert all({"anchor", "positive"} <= set(source.rows.column_names) for source in sources)
 

@@ -11,7 +11,8 @@ from test_mixture import arguments
 
 from hf_embed import Source
 from hf_embed.data.labelled import as_pairs, read_pairs
-from hf_embed.data.mixture import read_sources, tokenize_source
+from hf_embed.data.mixture import tokenize_source
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file
 from hf_embed.data.tokenization import tokenize_rows
 

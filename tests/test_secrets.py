@@ -20,7 +20,7 @@ from test_trainer import trainer
 
 from hf_embed import ContrastiveTrainingArguments, InputError
 from hf_embed.checkpoint import hub
-from hf_embed.data.mixture import read_sources
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.errors import RankError, masked, without_secrets
 from hf_embed.evaluation.pair_classification import read_pair_classification

@@ -18,7 +18,7 @@ from fixtures.make import FIXTURES, OTHER_SEED, make_trainer
 from test_recipes import load_recipe
 
 from hf_embed import Encoder
-from hf_embed.data.mixture import read_sources
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.yaml_files import UniqueKeys, read_yaml
 from hf_embed.pooling import Dense
 from hf_embed.vector_files import read_vectors

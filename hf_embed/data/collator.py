@@ -3,10 +3,22 @@
 The collator does not pad. Each chunk of the batch is padded later, when the whole batch is known.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from hf_embed.distributed import gather_rows
+
+
+class VectorRows(Protocol):
+    """Vectors (texts, E) that can be looked up by their row numbers."""
+
+    def __getitem__(self, numbers: list[int] | np.ndarray) -> np.ndarray:
+        """Return the vectors with these numbers, (len(numbers), E), as a new float32 array."""
+        ...
 
 
 class RaggedCollator:
@@ -32,11 +44,20 @@ class RaggedCollator:
     the positive of the first. With `once` the batch contains the text once and gives it two slots: one embedding, computed with
     one dropout mask, serves as both views.
 
-    If the rows have `other_ids`, the hashes of a row's other positives, the batch holds them unchanged as a tensor (B, W).
+    The batch entry "further" holds what an objective may need beside these, by the name of the objective's argument:
+
+        other_ids         (B, W) the hashes of a row's other positives, if the rows have them
+        scores            (B, V - 1) the scores of the texts after the anchor, if the rows have them
+        teacher, target   (B, V, E) the vectors of a teacher, if `vectors` has such a file
+
+    Args:
+        views: the largest number of texts in a row, for each source.
+        once: give a single text one slot pair, as described above.
+        vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 
-    def __init__(self, views: list[int], once: bool = False):
-        self.views, self.once = views, once
+    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorRows] | None = None):
+        self.views, self.once, self.vectors = views, once, vectors or {}
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         """Return a batch with the entries of the example above, and "source", the index of the source of all rows."""
@@ -66,9 +87,37 @@ class RaggedCollator:
             "text_ids": text_ids,
             "source": source,
         }
-        if "other_ids" in rows[0]:
-            batch["other_ids"] = torch.tensor([row["other_ids"] for row in rows], dtype=torch.int64)
+        batch["further"] = self.further(rows, views)
         return batch
+
+    def further(self, rows: list[dict], views: int) -> dict[str, Tensor]:
+        """Return the further arguments of the objective that the rows provide."""
+        found = {}
+        if "other_ids" in rows[0]:
+            found["other_ids"] = torch.tensor([row["other_ids"] for row in rows], dtype=torch.int64)
+        if "scores" in rows[0]:
+            filled = [row["scores"] + [0.0] * (views - 1 - len(row["scores"])) for row in rows]
+            found["scores"] = torch.tensor(filled, dtype=torch.float32)
+        if "vectors" in rows[0]:
+            numbers = [row["vectors"] * (2 if len(row["vectors"]) == 1 else 1) for row in rows]
+            there = torch.tensor([[view < len(row) for view in range(views)] for row in numbers])
+            for name, vectors in self.vectors.items():
+                own = torch.from_numpy(vectors[[number for row in numbers for number in row]])
+                found[name] = own.new_zeros(len(rows), views, own.shape[1]).masked_scatter(there.unsqueeze(2), own)
+        return found
+
+
+def further_arguments(further: Mapping[str, Tensor], needs: Sequence[str]) -> dict[str, Tensor]:
+    """Return the arguments that an objective needs, for the rows of all ranks.
+
+    Args:
+        further: the entry of this name in a batch.
+        needs: `Objective.needs`. The hashes of other positives are always returned.
+    """
+    given = {name: gather_rows(further[name]) for name in ("other_ids", *needs) if name in further}
+    if "other_ids" in given:
+        given["other_ids"] = used_columns(given["other_ids"])
+    return given
 
 
 def used_columns(ids: Tensor) -> Tensor:

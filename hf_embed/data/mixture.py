@@ -5,38 +5,15 @@ cannot tell them apart by their kind. Source i with n_i rows and weight w_i is d
 
     p_i = w_i n_i^alpha / sum_j w_j n_j^alpha
 
-A YAML file lists the sources. Paths in it are relative to the YAML file:
-
-    - name: questions
-      file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
-      columns: {query: title, positive: body}   # default: recognized by the names that hf_embed.data.sources lists
-      query_prompt: "query: "
-    - name: nli
-      dataset: sentence-transformers/all-nli    # a dataset on the Hub instead of a file
-      config: triplet
-      split: train
-      negatives: 1                     # how many negatives of each row to use; default: all
-      max_length: 128                  # default: the maximum length of the run
-      ignore_columns: [label]          # a column that judges pairs is refused, unless it is ignored
-      weight: 2.0                      # drawn twice as often as its size implies; default: 1
-    - name: web
-      file: web-*.jsonl.gz
-      streaming: true                  # read the file where it is and store nothing; rows are shuffled in a buffer
-      rows: 80000000                   # approximate; the length of a stream is unknown
-    - name: clicks
-      file: clicks.csv
-      quoting: false                   # quotes are part of the texts, as in tsv files
+A YAML file can list the sources (`hf_embed.data.source_files`).
 """
 
 import contextlib
-import difflib
-import glob
 import logging
 import math
 from collections.abc import Iterator
 from dataclasses import InitVar, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,22 +22,19 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.columns import ROLES, column_names, negative_columns, take_columns, text_columns
-from hf_embed.data.files import ANY_NEGATIVES
+from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.sampling import generator
+from hf_embed.data.scores import has_scores
 from hf_embed.data.sources import (
     DROP_ADVICE,
-    leave_out,
-    read_file,
-    read_hub,
     refuse_lists,
     rows_of_texts,
     unformatted,
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
-from hf_embed.data.yaml_files import read_yaml
-from hf_embed.errors import InputError, RankError, masked
+from hf_embed.errors import InputError, RankError
+from hf_embed.objectives.base import Objective
 from hf_embed.progress import progress_bar
 from hf_embed.read_files import first_line
 
@@ -87,6 +61,7 @@ class Source:
         max_length: the maximum number of tokens of a text; default: that of the run.
         negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
         weight: a factor on how often the source is drawn.
+        objective: the loss of this source's rows; default: the objective of the trainer. It cannot learn its temperature.
         size: the number of rows, if `rows` does not provide it.
         origin: where the rows come from, for messages.
         columns: which columns hold what, for example {"anchor": "question", "positive": "answer"}; also with "negative" (one
@@ -104,6 +79,7 @@ class Source:
     max_length: int | None = None
     negatives: int | None = None
     weight: float = 1.0
+    objective: Objective | None = None
     size: int | None = None
     origin: str | None = field(default=None, repr=False)
     columns: InitVar[dict[str, str | list[str]] | None] = None
@@ -161,38 +137,6 @@ def check_sources(sources: list[Source]) -> None:
         raise InputError(f"two sources are named '{twice[0]}'; rename one of them")
 
 
-# ---- the YAML file ----
-
-SETTINGS = ("query_prompt", "document_prompt", "max_length", "negatives", "weight")
-# The values that the other keys accept: their YAML types, and a description in words.
-TYPES = {
-    "file": (str | list, "a path, a pattern, or a list of these"),
-    "dataset": (str, "a name"),
-    "config": (str | None, "a name"),
-    "split": (str, "a name"),
-    "columns": (dict, f"a mapping from {', '.join(ROLES)} to the file's columns"),
-    "ignore_columns": (str | list, "a name, or a list of names"),
-    "streaming": (bool, "true or false"),
-    "quoting": (bool, "true or false"),
-}
-KEYS = {"name", "rows", *TYPES, *SETTINGS}
-
-
-def read_sources(path: str) -> list[Source]:
-    """Read the sources that a YAML file lists.
-
-    Raises:
-        InputError: if an entry is wrong. The message names the file, the source and the key.
-    """
-    entries = read_yaml(path, path)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{path}: expected a list of sources, each '- name: ...' with file: or dataset:")
-    with quiet_bars():
-        sources = [read_source(entry, i, path) for i, entry in enumerate(entries, 1)]
-    check_sources(sources)
-    return sources
-
-
 @contextlib.contextmanager
 def quiet_bars() -> Iterator[None]:
     """Hide the progress bars of `datasets` while many sources are loaded."""
@@ -203,79 +147,6 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
-
-
-def read_source(entry: dict, number: int, path: str) -> Source:
-    """Read the source that the `number`-th entry of a YAML file describes.
-
-    Raises:
-        InputError: if the entry is wrong. The message names the file, the source and the key.
-    """
-    name = entry.get("name")
-    if not isinstance(name, str) or not name:
-        raise InputError(
-            f"{path}: source {number} has {f'the name {name!r}' if name else 'no name'}; give it a text as its name"
-        )
-    where = f"{path}, source '{name}'"
-    check_entry(entry, where)
-    try:
-        rows, origin = read_entry(entry, Path(path).parent)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    settings = {key: entry[key] for key in SETTINGS if key in entry}
-    return Source(name, rows, **settings, size=entry.get("rows"), origin=origin)
-
-
-def check_entry(entry: dict, where: str) -> None:
-    """Check the keys of an entry, and the types of their values."""
-    for key in entry:
-        if key not in KEYS:
-            close = difflib.get_close_matches(str(key), KEYS, 1)
-            raise InputError(f"{where}: unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
-    if ("file" in entry) == ("dataset" in entry):
-        raise InputError(f"{where}: give either file: or dataset:")
-    for key, (kind, words) in TYPES.items():
-        value = entry.get(key)
-        only_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
-        if key in entry and (not isinstance(value, kind) or value in ("", []) or not only_texts):
-            raise InputError(f"{where}: {key} is {value!r}; give {words}")
-
-
-def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, str]:
-    """Return the rows of an entry, with only the columns that it uses, and a description of where the rows come from."""
-    streaming, columns = entry.get("streaming", False), entry.get("columns")
-    if "file" in entry:
-        files = expand(entry["file"], folder)
-        rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True), optional=late_negatives(entry))
-        origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
-    else:
-        if "quoting" in entry:
-            raise InputError("quoting applies only to csv files, not to a dataset; remove quoting:")
-        origin = entry["dataset"]
-        rows = read_hub(origin, entry.get("config"), entry.get("split", "train"), streaming)
-    ignored = entry.get("ignore_columns", [])
-    rows = leave_out(rows, [ignored] if isinstance(ignored, str) else ignored, "ignore_columns")
-    return rows if columns is None else take_columns(rows, columns), origin
-
-
-def late_negatives(entry: dict) -> list[str] | None:
-    """Return the columns of negatives that an entry asks for, which may begin late in a jsonl stream.
-
-    Return None if the entry does not say which negatives it uses. See `hf_embed.data.files.stream`.
-    """
-    if "columns" in entry:
-        named = [entry["columns"].get(key) for key in ("negative", "negatives")]
-        return [column for part in named for column in (part if isinstance(part, list) else [part]) if column is not None]
-    return None if entry.get("negatives") is None else ANY_NEGATIVES if entry["negatives"] else []
-
-
-def expand(files: str | list[str], folder: Path) -> list[str]:
-    """List the files that are given by path, pattern or URL. Paths are relative to `folder`."""
-    found = []
-    for file in [files] if isinstance(files, str) else files:
-        full = file if "://" in file else str(folder / file)
-        found += sorted(glob.glob(full)) or [full]
-    return found
 
 
 # ---- rows by number ----
@@ -376,7 +247,8 @@ class Mixture(torch.utils.data.Dataset):
     """Rows of several sources, read by (source, row) pairs from `SourceBatchSampler`. Each row has the index of its source."""
 
     def __init__(self, sources: list[Source], tables: list[Dataset | Stream], alpha: float):
-        self.names = [source.name for source in sources]
+        self.names, self.labels = [source.name for source in sources], [source.label for source in sources]
+        self.objectives = [source.objective for source in sources]  # None: the objective of the trainer
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
@@ -404,8 +276,12 @@ def has_several_positives(table: Dataset | Stream) -> bool:
     return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
 
 
-def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments") -> Mixture:
+def make_mixture(
+    sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments", objective: Objective
+) -> Mixture:
     """Tokenize the tables of the sources and open their streams, with the settings of `args`.
+
+    `objective` is the objective of sources that have none of their own.
 
     Raises:
         InputError: if anything is wrong with a source. The message names the source.
@@ -413,7 +289,7 @@ def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTr
     check_sources(sources)
     tables, truncated = [], {}
     for source in progress_bar(sources, desc="Tokenizing sources", unit="source"):
-        table = tokenize_source(source, encoder, args)
+        table = tokenize_source(source, encoder, args, objective)
         check_size(source, len(table), args)
         tables.append(table)
         truncated[source.name] = table.truncated_share if isinstance(table, Stream) else truncated_share(table)
@@ -421,8 +297,20 @@ def make_mixture(sources: list[Source], encoder: "Encoder", args: "ContrastiveTr
     return Mixture(sources, tables, args.source_alpha)
 
 
-def source_tokenizer(source: Source, encoder: "Encoder") -> RowTokenizer:
+def what_to_read(objective: Objective, columns: list[str], teacher: str | None) -> tuple[bool, bool]:
+    """Return whether a table keeps the scores of its rows, and whether it keeps their texts for the teacher.
+
+    If the objective needs scores, they come from the columns of the table. If it has none and there is a teacher, they come
+    from the teacher.
+    """
+    scored = "scores" in objective.needs and (teacher is None or has_scores(columns))
+    return scored, bool(objective.needs) and not scored
+
+
+def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bool] = (False, False)) -> RowTokenizer:
     """Return the tokenizer of a source's rows, with the maximum length and the prompts of the source if it sets them.
+
+    `reading` says whether tables keep the scores and the texts of their rows; see `what_to_read`.
 
     Raises:
         InputError: if a setting does not suit the model.
@@ -435,17 +323,22 @@ def source_tokenizer(source: Source, encoder: "Encoder") -> RowTokenizer:
     own = {"query": source.query_prompt, "document": source.document_prompt}
     prompts = {key: encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items()}
     check_prompts(prompts, encoder.tokenizer, max_length, source.label)
-    return RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"])
+    return RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"], *reading)
 
 
-def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments") -> "Dataset | Stream":
+def tokenize_source(
+    source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments", objective: Objective
+) -> "Dataset | Stream":
     """Tokenize the table of a source, or open its stream, with the settings of the source if it has some.
+
+    `objective` is the objective of sources that have none of their own.
 
     Raises:
         InputError: if a setting does not suit the model or the rows, the columns are not recognized, or a text is empty.
     """
-    tokenizer = source_tokenizer(source, encoder)
-    rows = as_pairs(source.rows, source.label, None, args.drop_empty_rows)
+    reading = what_to_read(source.objective or objective, column_names(source.rows), args.teacher)
+    tokenizer = source_tokenizer(source, encoder, reading)
+    rows = source.rows if tokenizer.scored else as_pairs(source.rows, source.label, None, args.drop_empty_rows)
     if source.negatives and not negative_columns(column_names(rows)):
         raise InputError(
             f"{source.label}: negatives is {source.negatives}, but there is no column of negatives; remove this setting"
@@ -453,6 +346,11 @@ def tokenize_source(source: Source, encoder: "Encoder", args: "ContrastiveTraini
     if isinstance(rows, Dataset):
         with quiet_bars():
             return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
+    if tokenizer.scored or tokenizer.keeps_texts:
+        raise InputError(
+            f"{source.label}: a streaming dataset cannot have scores or a teacher, because both belong to stored rows; remove "
+            "streaming: true"
+        )
     rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
     return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
 

@@ -4,7 +4,7 @@
     anchor, positive, negative, scores                            a list: of the positive, then of each negative
     anchor, positive, negative, positive_score, negative_score    a column for each text after the anchor
 
-Scores are read only for an objective that needs them (`Objective.needs_scores`). Otherwise a column that judges pairs is refused
+Scores are read only for an objective that needs them (`Objective.needs`). Otherwise a column that judges pairs is refused
 (`hf_embed.data.columns`).
 """
 
@@ -37,6 +37,11 @@ def score_columns(names: list[str], name: str) -> list[str]:
     raise InputError(f"{name}: the objective needs a score for each pair; {found}; name the column with --columns score=COLUMN")
 
 
+def has_scores(names: list[str]) -> bool:
+    """Return whether a table has columns that are certainly scores: score, scores, or a teacher's scores."""
+    return any(column in ("score", "scores") or TEACHER.fullmatch(column) for column in names)
+
+
 def number_of(column: str) -> int:
     """Return the number in a column name, 0 if there is none: 2 of negative_score_2."""
     digits = re.search(r"\d+", column)
@@ -64,11 +69,11 @@ def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
             except (TypeError, ValueError):
                 number = math.nan
             if not math.isfinite(number):
-                raise InputError(f"{where}, column '{column}': {value!r} is not a score; give a finite number, or delete the row")
+                raise InputError(f"{where}, column '{column}': {value!r} is not a score; give a number, or delete the row")
             scores.append(number)
     if len(scores) != texts - 1:
         raise InputError(
-            f"{where}: there are {len(scores)} scores ({', '.join(cells)}) for {texts - 1} texts after the anchor; give one score "
-            "for the positive and one for each negative"
+            f"{where}: there are {len(scores)} scores ({', '.join(cells)}) for {texts - 1} texts after the anchor; give one "
+            "score for the positive and one for each negative"
         )
     return scores

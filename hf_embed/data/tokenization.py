@@ -5,6 +5,7 @@ import logging
 from array import array
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import pyarrow.compute
 from datasets import Dataset, Value
@@ -67,6 +68,8 @@ class RowTokenizer:
     max_length: int
     query_prompt: str = ""
     document_prompt: str = ""
+    scored: bool = False  # tables get the column `scores` too: one score for each text after the anchor
+    keeps_texts: bool = False  # tables get the column `texts` too
     text_length: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,8 +140,8 @@ def tokenize_rows(
     """
     prompts = prompts or {}
     row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
-    rows = as_pairs(unformatted(rows), name, paired, drop_empty_rows)
-    return tokenize_table(rows, row_tokenizer, name, paired, drop_empty_rows)
+    pairs = cast(Dataset, as_pairs(unformatted(rows), name, paired, drop_empty_rows))
+    return tokenize_table(pairs, row_tokenizer, name, paired, drop_empty_rows)
 
 
 def tokenize_table(
@@ -148,7 +151,6 @@ def tokenize_table(
     paired: bool | None = None,
     drop_empty_rows: bool = False,
     negatives: int | None = None,
-    scored: bool = False,
 ) -> Dataset:
     """Tokenize a table of text rows into the columns of `RowTokenizer`: `input_ids`, `text_ids`, `truncated`.
 
@@ -157,55 +159,121 @@ def tokenize_table(
 
     Args:
         rows: rows with the columns that `hf_embed.data.sources` accepts, and without a format.
-        tokenizer: the tokenizer of the texts.
+        tokenizer: the tokenizer of the texts. If it is `scored`, the scores of each row are read as well.
         name: the name of the rows in messages.
         paired: see `hf_embed.data.columns.text_columns`.
         drop_empty_rows: drop and count rows with an empty text.
         negatives: how many negatives of each row to use, from the first one on; default: all.
-        scored: read the scores of each row too, into the column `scores`; see `hf_embed.data.scores`.
 
     Raises:
         InputError: if the columns are not recognized, a text is empty, a score is wrong, or there are too few rows.
     """
-    of_scores = score_columns(rows.column_names, name) if scored else []
-    columns = text_columns(rows.column_names, name, paired, of_scores)
-    rows = rows.select_columns(columns + of_scores)  # cells of other columns may hold values that Python cannot represent
+    scores = score_columns(rows.column_names, name) if tokenizer.scored else []
+    columns = text_columns(rows.column_names, name, paired, scores)
+    rows = rows.select_columns(columns + scores)  # cells of other columns may hold values that Python cannot represent
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
+    most = None if negatives is None else 2 + negatives
+    reader = RowReader(columns, scores, name, most, drop_empty_rows)
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        accepted, other_positives, origins, scores = [], [], [], []
-        for i, number in enumerate(numbers):
-            try:
-                row = {column: batch[column][i] for column in columns}
-                made = rows_of_texts(row, columns, f"{name}, row {number + 1}")
-                own = {column: batch[column][i] for column in of_scores}
-                found = [row_scores(own, len(texts), f"{name}, row {number + 1}") for texts, _ in made if scored]
-            except InputError as error:
-                if not drop_empty_rows:
-                    raise InputError(f"{error} ({DROP_ADVICE})") from error
-            else:
-                most = None if negatives is None else 2 + negatives
-                accepted += [texts[:most] for texts, _ in made]
-                scores += [values[: len(texts) - 1] for values, texts in zip(found, accepted[len(scores) :])]
-                other_positives += [others_of_row for _, others_of_row in made]
-                origins += [number] * len(made)
-        made_columns = tokenizer(accepted, other_positives, others) | {"row": origins} if others else tokenizer(accepted)
-        return made_columns | ({"scores": scores} if scored else {})
+        found = reader(batch, numbers)
+        texts = [row.texts for row in found]
+        made = tokenizer(texts, [row.others for row in found], others) if others else tokenizer(texts)
+        further = {
+            "row": [row.number for row in found] if others else None,
+            "scores": [row.scores for row in found] if scores else None,
+            "texts": texts if tokenizer.keeps_texts else None,
+        }
+        return made | {column: cells for column, cells in further.items() if cells is not None}
 
     with table_bars():
         settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "desc": f"Tokenizing {name}"}
         tokens = cached_map(rows, convert, **settings)
+    report_rows(tokens, len(rows), others, name)
+    return tokens
+
+
+class Row(NamedTuple):
+    """A row that is ready to be tokenized."""
+
+    number: int  # the number of the row in the table, from 0
+    texts: list[str]  # anchor, positive, negatives; or a single text
+    others: list[str]  # the other positives of the row
+    scores: list[float]  # one for each text after the anchor, or nothing if the rows have no scores
+
+
+@dataclass
+class RowReader:
+    """Read the texts and the scores of rows.
+
+    Args:
+        columns: the columns of the texts, in the order anchor, positive, negatives.
+        scores: the columns of the scores.
+        name: the name of the rows in messages.
+        most: the number of texts of a row to use, from the first one on; None: all.
+        drop: leave out rows with an empty text.
+    """
+
+    columns: list[str]
+    scores: list[str]
+    name: str
+    most: int | None
+    drop: bool
+
+    def __call__(self, batch: dict[str, list], numbers: list[int]) -> list[Row]:
+        """Return the rows of a batch of cells. A row with a list of positives becomes one row for each positive.
+
+        Raises:
+            InputError: if a text is empty and such rows are not left out, or if a score is wrong.
+        """
+        made = []
+        for i, number in enumerate(numbers):
+            cells = {column: values[i] for column, values in batch.items()}
+            where = f"{self.name}, row {number + 1}"
+            try:
+                texts_of_rows = rows_of_texts(cells, self.columns, where)
+            except InputError as error:
+                if not self.drop:
+                    raise InputError(f"{error} ({DROP_ADVICE})") from error
+                continue
+            scores = self.scores_of(cells, texts_of_rows, where) if self.scores else []
+            for texts, others in texts_of_rows:
+                texts = texts[: self.most]
+                made.append(Row(number, texts, others, scores[: len(texts) - 1]))
+        return made
+
+    def scores_of(self, cells: dict[str, Any], texts_of_rows: list[tuple[list[str], list[str]]], where: str) -> list[float]:
+        """Return the scores of a row. Raises InputError if one is wrong, or if the row has several positives."""
+        if len(texts_of_rows) > 1:
+            raise InputError(
+                f"{where}: there are {len(texts_of_rows)} positives, but scores need one positive per row; split the row"
+            )
+        texts, _ = texts_of_rows[0]
+        return row_scores({column: cells[column] for column in self.scores}, len(texts), where)
+
+
+def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
+    """Warn about rows that were dropped and rows with several positives.
+
+    Args:
+        tokens: the tokenized rows.
+        rows: the number of rows of the table.
+        others: the largest number of other positives of a row.
+        name: the name of the rows in messages.
+
+    Raises:
+        InputError: if fewer than two rows are left.
+    """
     kept = len(tokens.unique("row")) if others and len(tokens) else len(tokens)
-    if kept < len(rows) and get_rank() == 0:
-        logger.warning(f"{name}: {len(rows) - kept:,} of {len(rows):,} rows had an empty text and were dropped")
+    if kept < rows and get_rank() == 0:
+        logger.warning(f"{name}: {rows - kept:,} of {rows:,} rows had an empty text and were dropped")
     if others and get_rank() == 0:
         logger.warning(
             f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )
     if len(tokens) < 2:
         raise InputError(f"{name}: there are {len(tokens)} row(s), but in-batch negatives need at least 2; give more rows")
-    return tokens
 
 
 def most_positives(rows: Dataset, columns: list[str]) -> int:

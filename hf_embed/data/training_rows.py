@@ -12,9 +12,20 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.mixture import Mixture, Source, check_prompts, data_seed, has_several_positives, make_mixture
+from hf_embed.data.labelled import as_pairs
+from hf_embed.data.mixture import (
+    Mixture,
+    Source,
+    Stream,
+    check_prompts,
+    data_seed,
+    has_several_positives,
+    make_mixture,
+    what_to_read,
+)
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
-from hf_embed.data.tokenization import most_texts, tokenize_rows, truncated_share, warn_of_truncation
+from hf_embed.data.sources import unformatted
+from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Objective, check_other_positives
 
@@ -26,7 +37,12 @@ TrainData: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableD
 
 
 def tokenize_all(
-    rows: TrainData, encoder: "Encoder", args: "ContrastiveTrainingArguments", name: str, paired: bool | None = None
+    rows: TrainData,
+    encoder: "Encoder",
+    args: "ContrastiveTrainingArguments",
+    objective: Objective,
+    name: str,
+    paired: bool | None = None,
 ) -> tuple[Dataset | Mixture, list[int]]:
     """Tokenize the rows to train on.
 
@@ -34,6 +50,7 @@ def tokenize_all(
         rows: one table. Or a stream, a dict of sources by name, or a list of sources: these become a `Mixture`.
         encoder: the encoder whose tokenizer, maximum length and prompts are used.
         args: the training arguments.
+        objective: the objective of rows whose source has none of its own.
         name: the name of the rows in messages.
         paired: see `hf_embed.data.columns.text_columns`.
 
@@ -47,9 +64,15 @@ def tokenize_all(
     if not isinstance(rows, Dataset):
         if args.same_dropout_mask:
             raise not_single(name)
-        mixture = make_mixture(as_sources(rows, args, name), encoder, args)
+        mixture = make_mixture(as_sources(rows, args, name), encoder, args, objective)
         return mixture, mixture.views
-    tokens = tokenize_rows(rows, encoder.tokenizer, encoder.max_length, name, paired, encoder.prompts, args.drop_empty_rows)
+    rows = unformatted(rows)
+    prompts, reading = encoder.prompts, what_to_read(objective, rows.column_names, args.teacher)
+    query, document = prompts.get("query", ""), prompts.get("document", "")
+    tokenizer = RowTokenizer(encoder.tokenizer, encoder.max_length, query, document, *reading)
+    if not tokenizer.scored:
+        rows = as_pairs(rows, name, paired, args.drop_empty_rows)
+    tokens = tokenize_table(rows, tokenizer, name, paired, args.drop_empty_rows)
     texts = most_texts(tokens)
     if args.same_dropout_mask and texts > 1:
         raise not_single(name)
@@ -64,12 +87,12 @@ def not_single(name: str) -> InputError:
     )
 
 
-def check_objective(objective: Objective, tokens: Dataset | Mixture, texts_per_row: int, name: str) -> None:
+def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_row: int, name: str) -> None:
     """Check that an objective suits the tokenized rows.
 
     Args:
-        objective: the objective of the training.
-        tokens: the tokenized rows.
+        objective: the objective of the rows.
+        tokens: the tokenized rows of a table or a stream.
         texts_per_row: the number of texts in the largest row.
         name: the name of the rows in messages.
 
@@ -77,7 +100,7 @@ def check_objective(objective: Objective, tokens: Dataset | Mixture, texts_per_r
         InputError: if the objective does not suit the rows.
     """
     objective.check_rows(texts_per_row, name)
-    if tokens.several if isinstance(tokens, Mixture) else has_several_positives(tokens):
+    if has_several_positives(tokens):
         check_other_positives(objective, name)
 
 

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
+from hf_embed.data.collator import RaggedCollator, VectorRows, to_rows, used_columns
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.tokenization import most_texts
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
@@ -54,6 +54,7 @@ class HeldOutLoss(HeldOut):
         chunk_tokens: the number of padded tokens that go through the model at once.
         sharded: whether all ranks must run the same number of chunks (FSDP, ZeRO-3).
         temperature: a learned temperature, used if the model does not return one.
+        vectors: a teacher's vectors, for an objective that needs them; see `RaggedCollator`.
     """
 
     rows: Dataset
@@ -63,13 +64,14 @@ class HeldOutLoss(HeldOut):
     chunk_tokens: int | None = None
     sharded: bool = False
     temperature: Tensor | None = None
+    vectors: Mapping[str, VectorRows] | None = None
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the mean loss over all rows, the same on every rank.
 
         Each rank embeds a part of every batch with `model`. `embed` is not used.
         """
-        collate = RaggedCollator([most_texts(self.rows)])
+        collate = RaggedCollator([most_texts(self.rows)], vectors=self.vectors)
         total = 0.0
         with torch.inference_mode():
             for start, stop in batches(len(self.rows), self.batch_size):
@@ -86,11 +88,11 @@ class HeldOutLoss(HeldOut):
         settings = {"chunk_tokens": self.chunk_tokens, "sharded": self.sharded}
         outputs = self.model(batch["input_ids"].to(device), batch["lengths"], **settings)
         vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape)[: len(own)]
-        hashes: dict[str, Tensor] = {name: batch[name][: len(own)] for name in ("text_ids", "other_ids") if name in batch}
-        parts = gather_objects((vectors.cpu(), *hashes.values()))
-        rows, *ids = (torch.cat(part).to(device) for part in zip(*parts))  # (B, V, D), (B, V) and (B, W)
-        given: dict[str, Any] = dict(zip(hashes, ids))
-        text_ids = given.pop("text_ids")
+        needs = [name for name in ("other_ids", *self.objective.needs) if name in batch["further"]]
+        own_parts = [batch["text_ids"], *(batch["further"][name] for name in needs)]
+        parts = gather_objects((vectors.cpu(), *(part[: len(own)] for part in own_parts)))
+        rows, text_ids, *further = (torch.cat(part).to(device) for part in zip(*parts))  # (B, V, D), (B, V), (B, ...)
+        given: dict[str, Any] = dict(zip(needs, further))
         if "other_ids" in given:
             given["other_ids"] = used_columns(given["other_ids"])
         temperature = outputs.get("temperature", self.temperature)

@@ -32,7 +32,7 @@ import yaml
 from accelerate import PartialState
 from torch import Tensor
 
-from hf_embed.data.mixture import read_sources
+from hf_embed.data.source_files import read_sources
 from hf_embed.errors import InputError
 from hf_embed.mining import MiningArguments, write_hard_negatives
 from hf_embed.progress import progress_bar

@@ -15,7 +15,8 @@ from transformers.trainer_utils import IntervalStrategy
 import hf_embed
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.columns import column_names, named_columns, read_columns
-from hf_embed.data.mixture import Source, read_sources
+from hf_embed.data.mixture import Source
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut

@@ -13,12 +13,19 @@ numbers per embedding.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
 from hf_embed.errors import InputError
+
+# Further arguments that an objective may need, for the N rows of all ranks. They are 0 where a text is absent.
+NEEDS = {
+    "scores": "(N, V - 1) scores of the texts after the anchor, from columns of the data or from a teacher model",
+    "teacher": "(N, V, E) the vectors that the teacher model has for the texts, of its width E and of unit length",
+    "target": "(N, V, D) the same vectors in the width of the model that is trained; see `hf_embed.teacher`",
+}
 
 
 @runtime_checkable
@@ -56,6 +63,11 @@ class Objective(Protocol):
     @property
     def takes_other_ids(self) -> bool:
         """Whether the call accepts `other_ids`. Data whose rows have several positives requires it."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of further arguments that the call needs, each one of `NEEDS`."""
         ...
 
     def check_width(self, width: int) -> None:
@@ -99,6 +111,8 @@ class Objective(Protocol):
             temperature: the learned temperature, a scalar; default: the fixed temperature.
             other_ids: (N, W) hashes of the other positives of each row of all ranks, filled up with 0. It is passed only if
                 some rows of the data have several positives. These texts are not negatives of the row.
+
+        The arguments that the objective `needs` are passed by name, for the rows of all ranks: see `NEEDS`.
         """
         ...
 
@@ -111,6 +125,11 @@ class ContrastiveObjective:
     temperature: float = 1.0
     learn_temperature: bool = False
     mlm_weight: float = 0.0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Nothing beside embeddings and text ids."""
+        return ()
 
     @property
     def takes_other_ids(self) -> bool:
@@ -128,8 +147,8 @@ class FunctionObjective(ContrastiveObjective):
     """An objective that wraps any callable, for example a function.
 
     The callable receives the first five arguments of an objective. It also receives `temperature` if the temperature is
-    learned, and `other_ids` if rows have several positives. If the callable has an attribute `temperature`, `learn_temperature`
-    or `mlm_weight`, the objective takes its value.
+    learned, `other_ids` if rows have several positives, and those of `NEEDS` that are among its parameters. If the callable has
+    an attribute `temperature`, `learn_temperature` or `mlm_weight`, the objective takes its value.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -137,6 +156,11 @@ class FunctionObjective(ContrastiveObjective):
         for name in ("temperature", "learn_temperature", "mlm_weight"):
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the callable's parameters that are in `NEEDS`."""
+        return tuple(name for name in NEEDS if name in parameters_of(self.function))
 
     @property
     def takes_other_ids(self) -> bool:
@@ -152,20 +176,26 @@ class FunctionObjective(ContrastiveObjective):
         first_row: int = 0,
         temperature: Tensor | None = None,
         other_ids: Tensor | None = None,
+        **needed: Tensor,
     ) -> Tensor:
         """Return the loss that the callable computes."""
-        given = {"temperature": temperature, "other_ids": other_ids}
+        given = {"temperature": temperature, "other_ids": other_ids, **needed}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         return self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
 
 
 def has_parameter(function: Callable[..., Tensor], name: str) -> bool:
     """Return whether a callable has a parameter of this name or takes arbitrary keyword arguments."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # a compiled function has no signature
-        return False
+    parameters = parameters_of(function)
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def parameters_of(function: Callable[..., Tensor]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a callable by name. A compiled function has no signature, so it has none."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return {}
 
 
 def check_other_positives(objective: Objective, name: str) -> None:

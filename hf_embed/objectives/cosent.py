@@ -36,12 +36,16 @@ class CoSENT(ContrastiveObjective):
 
     equation: ClassVar[str] = "loss = log [ 1 + sum_(i, j with y_i > y_j) e^((cos_j - cos_i) / t) ]"
     paper: ClassVar[str] = "Su: CoSENT, https://kexue.fm/archives/8847"
-    needs_scores: ClassVar[bool] = True
 
     temperature: float = field(default=0.05, metadata={"help": "Temperature that the cosine similarities are divided by."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"temperature": POSITIVE})
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The score of each pair."""
+        return ("scores",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse rows with negatives, because a score belongs to a pair.
@@ -60,13 +64,12 @@ class CoSENT(ContrastiveObjective):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
         scores: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of the pairs of all ranks, a scalar.
 
-        Args:
-            embeddings, text_ids, all_embeddings, all_text_ids, first_row, temperature: as in `Objective`.
-            scores: (N, 1) scores of the pairs of all ranks.
+        The arguments are those of `hf_embed.objectives.base.Objective`, with `scores` (N, 1) of the pairs of all ranks.
         """
         assert scores is not None  # the trainer checks that the rows have scores
         pairs = F.normalize(embeddings if all_embeddings is None else all_embeddings, dim=-1)  # (N, 2, D)

@@ -58,6 +58,8 @@ class ImprovedContrastive(ContrastiveObjective):
         positive_once: leave the positive out of doc_to_query, so that the loss of a perfect model is 0.
         margin: leave out candidates that score above s(q_i, d_i) - margin, because they are probably unlabeled positives. The
             margin may be negative: -0.1 leaves out candidates that score more than 0.1 above the positive. None: keep all.
+        guide_margin: the same, but the vectors of a teacher model give all scores, in every direction. 0 is the rule of
+            GISTEmbed (https://arxiv.org/abs/2402.16829, section 3.2). None: no teacher.
         learn_temperature: train the temperature too, with `temperature` as its initial value.
         tile_rows: T; default: as many rows as keep a tile within 2^26 similarities.
 
@@ -83,6 +85,10 @@ class ImprovedContrastive(ContrastiveObjective):
     margin: float | None = field(
         default=None, metadata={"help": "Ignore candidates that score above the positive's score minus this margin."}
     )
+    guide_margin: float | None = field(
+        default=None,
+        metadata={"help": "With --teacher: ignore candidates that the teacher scores above the positive minus this margin."},
+    )
     learn_temperature: bool = field(default=False, metadata={"help": "Learn the temperature in training."})
     tile_rows: int | None = field(default=None, metadata={"flag": False})
 
@@ -90,7 +96,11 @@ class ImprovedContrastive(ContrastiveObjective):
         if not isinstance(self.directions, list | tuple | str):
             raise InputError(f"directions are {self.directions!r}; give a list of {', '.join(DIRECTIONS)}")
         self.directions = tuple(self.directions)
-        check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "tile_rows": COUNT})
+        check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "guide_margin": FINITE, "tile_rows": COUNT})
+        if self.margin is not None and self.guide_margin is not None:
+            raise InputError(
+                "margin and guide_margin are both set; choose whether the model itself or a teacher judges candidates"
+            )
         if unknown := [name for name in self.directions if not is_one_of(name, DIRECTIONS)]:
             raise InputError(f"unknown direction '{unknown[0]}'; use {', '.join(DIRECTIONS)}")
         if len(set(self.directions)) < len(self.directions):
@@ -107,6 +117,11 @@ class ImprovedContrastive(ContrastiveObjective):
                     "positive_once needs partition_mode joint, because each softmax of per_direction needs its positive"
                 )
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The vectors of the teacher, if it guides the choice of negatives."""
+        return () if self.guide_margin is None else ("teacher",)
+
     def __call__(
         self,
         embeddings: Tensor,
@@ -116,6 +131,7 @@ class ImprovedContrastive(ContrastiveObjective):
         first_row: int = 0,
         temperature: Tensor | None = None,
         other_ids: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
 
@@ -129,14 +145,21 @@ class ImprovedContrastive(ContrastiveObjective):
         queries = F.normalize(queries.flatten(0, 1), dim=-1)  # (N, D)
         documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), row by row
         own_rows = range(first_row, first_row + len(embeddings))
-        return _MeanLoss.apply(queries, documents, temperature, RowIds(all_text_ids, other_ids), own_rows, self)
+        guide = teacher if self.guide_margin is not None else None
+        return _MeanLoss.apply(queries, documents, temperature, RowIds(all_text_ids, other_ids, guide), own_rows, self)
 
 
 class RowIds(NamedTuple):
-    """The hashes of the texts of some rows: of all rows, or of the rows of one tile."""
+    """What says which candidates are negatives, for some rows: for all rows, or for the rows of one tile."""
 
-    texts: Tensor  # (N, V), or (T, V) for one tile; 0 for an absent text
-    others: Tensor | None  # (N, W) or (T, W) other positives of each row, filled up with 0; None if no row has any
+    texts: Tensor  # (N, V), or (T, V) for one tile: hashes of the texts; 0 for an absent text
+    others: Tensor | None  # (N, W) or (T, W) hashes of the other positives, filled up with 0; None if no row has any
+    guide: Tensor | None  # (N, V, E) or (T, V, E) a teacher's unit vectors of the texts; None without a guide
+
+    def of_rows(self, rows: slice) -> "RowIds":
+        """Return the same for some of the rows."""
+        others = None if self.others is None else self.others[rows]
+        return RowIds(self.texts[rows], others, None if self.guide is None else self.guide[rows])
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -190,9 +213,11 @@ def tile_loss(
     # The improved contrastive loss of arXiv 2308.03281, with log Z_i as a logsumexp over the terms of each direction.
     sides = candidates_of(queries, documents, ids, rows)
     tile = slice(rows.start, rows.stop)
-    tile_ids = RowIds(ids.texts[tile], None if ids.others is None else ids.others[tile])
+    tile_ids = ids.of_rows(tile)
     positive = (sides["query"].tile_vectors * sides["doc"].tile_vectors).sum(-1)  # s(q_i, d_i), (T,)
     limit = None if objective.margin is None else positive - objective.margin
+    if tile_ids.guide is not None and objective.guide_margin is not None:
+        limit = (tile_ids.guide[:, 0] * tile_ids.guide[:, 1]).sum(-1) - objective.guide_margin
     logits = {}
     for direction in objective.directions:
         keep_positive = direction == "query_to_doc" or (direction == "doc_to_query" and not objective.positive_once)
@@ -213,6 +238,7 @@ class Candidates(NamedTuple):
     ids: Tensor  # (C,) hash of each text, 0 for an absent text
     partner_ids: Tensor  # (C, 1 + W) hashes of the partners; see `candidates_of`. 0 for none
     tile_places: slice  # places of the tile's queries, or of their positives
+    guide: Tensor | None  # (C, E) a teacher's unit vectors; None without a guide
 
     @property
     def tile_vectors(self) -> Tensor:
@@ -230,11 +256,12 @@ def candidates_of(queries: Tensor, documents: Tensor, ids: RowIds, rows: range) 
     others = text_ids[:, :0] if ids.others is None else ids.others  # (N, W)
     answered = text_ids.new_zeros(len(text_ids), per_row, 1 + others.shape[1])
     answered[:, 0] = torch.cat([text_ids[:, :1], others], dim=1)
+    guides = (None, None) if ids.guide is None else (ids.guide[:, 0], ids.guide[:, 1:].flatten(0, 1))
     places = slice(rows.start, rows.stop)
     positive_places = slice(rows.start * per_row, rows.stop * per_row, per_row)
     return {
-        "query": Candidates(queries, text_ids[:, 0], torch.cat([text_ids[:, 1:2], others], dim=1), places),
-        "doc": Candidates(documents, text_ids[:, 1:].flatten(), answered.flatten(0, 1), positive_places),
+        "query": Candidates(queries, text_ids[:, 0], torch.cat([text_ids[:, 1:2], others], dim=1), places, guides[0]),
+        "doc": Candidates(documents, text_ids[:, 1:].flatten(), answered.flatten(0, 1), positive_places, guides[1]),
     }
 
 
@@ -254,7 +281,8 @@ def masked_logits(
     # doc_to_doc: documents of two rows are not negatives of each other if the rows share a document. query_to_doc: for a query,
     # the document of such another row remains a negative, so only the candidate's own query counts as its partner.
     partners = right.partner_ids[:, :1] if direction == "query_to_doc" else right.partner_ids
-    dropped = false_negatives(tile_ids.texts, right.ids, positives, partners, scores, limit, tile_ids.others)
+    judged = scores if left.guide is None or right.guide is None else left.guide[left.tile_places] @ right.guide.T
+    dropped = false_negatives(tile_ids.texts, right.ids, positives, partners, judged, limit, tile_ids.others)
     return scores.div_(temperature).masked_fill_(dropped, float("-inf"))
 
 

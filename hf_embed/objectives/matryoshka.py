@@ -80,6 +80,11 @@ class Matryoshka:
         """Whether the inner objective accepts `other_ids`."""
         return self.inner.takes_other_ids
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the inner objective needs."""
+        return self.inner.needs
+
     def check_width(self, width: int) -> None:
         """Check that no width in `dims` is above the width of the embedding.
 
@@ -102,11 +107,12 @@ class Matryoshka:
         first_row: int = 0,
         temperature: Tensor | None = None,
         other_ids: Tensor | None = None,
+        **needed: Tensor,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         self.check_width(embeddings.shape[-1])
         assert self.weights is not None  # __post_init__ has set them
-        given = {"temperature": temperature, "other_ids": other_ids}
+        given = {"temperature": temperature, "other_ids": other_ids, **needed}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         loss = embeddings.new_zeros(())
         for dim, weight in zip(self.dims, self.weights):  # equation 1: the sum over widths m of c_m L

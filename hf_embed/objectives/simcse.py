@@ -45,6 +45,9 @@ class SimCSE(ContrastiveObjective):
             same anchor, and of rows whose anchor is the positive of row i. False is the paper's form; then, if an anchor is in
             two rows with two positives, the loss stays above 0 even for perfect embeddings. If the data gives a row several
             positives (`other_ids`), these are left out wherever they occur, even as a hard negative of another row.
+        guide_margin: leave out candidates that a teacher model scores above its score of the positive minus this margin. 0 is
+            the rule of GISTEmbed (https://arxiv.org/abs/2402.16829, section 3.2), for the anchor and the candidates. None: no
+            teacher.
 
     Raises:
         InputError: if a number is out of range.
@@ -65,8 +68,19 @@ class SimCSE(ContrastiveObjective):
         metadata={"help": "Do not use other positives of the same anchor as negatives. False is the paper's form of the loss."},
     )
 
+    guide_margin: float | None = field(
+        default=None,
+        metadata={"help": "With --teacher: ignore candidates that the teacher scores above the positive minus this margin."},
+    )
+
     def __post_init__(self) -> None:
-        check_ranges(self, {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0)})
+        ranges = {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0), "guide_margin": FINITE}
+        check_ranges(self, ranges)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The vectors of the teacher, if it guides the choice of negatives."""
+        return () if self.guide_margin is None else ("teacher",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse a weight of hard negatives if no row has a hard negative.
@@ -86,6 +100,7 @@ class SimCSE(ContrastiveObjective):
         first_row: int = 0,
         temperature: Tensor | None = None,
         other_ids: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         if all_embeddings is None or all_text_ids is None:
@@ -109,7 +124,11 @@ class SimCSE(ContrastiveObjective):
             partners = torch.zeros_like(all_text_ids[:, 1:])  # hard negatives have no partner
             partners[:, 0] = all_text_ids[:, 0]
             partners = by_view(partners)
-        dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners, other_ids=others)
+        judged = limit = None
+        if self.guide_margin is not None and teacher is not None:
+            judged = teacher[labels, 0] @ by_view(teacher[:, 1:]).T  # (B, (V - 1) * N)
+            limit = judged[own_rows, labels] - self.guide_margin
+        dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners, judged, limit, others)
         # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate has the logit -inf.
         return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), labels)
 

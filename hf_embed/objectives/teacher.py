@@ -1,4 +1,4 @@
-"""Learn from a teacher: from its scores of the candidates of a row, or from its vectors.
+"""Learn from a teacher: from its scores of candidates, or from its vectors.
 
 Shapes: B rows of this rank ("own rows"), N rows of all ranks, V texts per row (an anchor, a positive and V - 2 negatives), D
 numbers per embedding.
@@ -20,45 +20,63 @@ def check_candidates(texts_per_row: int, loss: str, name: str) -> None:
     """Raise InputError if the rows have no negatives: a teacher's opinion on a single candidate says nothing."""
     if texts_per_row < 3:
         raise InputError(
-            f"{name}: {loss} compares the candidates of a row, and no row has a negative; add columns of negatives (for example "
-            "with mine_hard_negatives.py)"
+            f"{name}: {loss} compares the candidates of a row, and no row has a negative; add columns of negatives (for "
+            "example with recipes/mine_hard_negatives.py)"
         )
 
 
 @dataclass
 class TeacherKL(ContrastiveObjective):
-    """The Kullback-Leibler divergence between a teacher's and the student's distribution over the candidates of a row.
+    """The Kullback-Leibler divergence between a teacher's and the student's distribution over candidates.
 
         loss_i = sum_c P_ic log (P_ic / Q_ic)        P_i = softmax_c(y_ic / t'),  Q_i = softmax_c(cos(a_i, c) / t)
 
-    The candidates c of row i are its positive and its own negatives; y_ic is the teacher's score of candidate c. This is the
-    loss of RocketQAv2 (Ren et al., equation 3) and of many rerankers' students.
+    y_ic is the teacher's score of anchor i and candidate c. There are two kinds of candidates:
+
+    - "row": the positive and the negatives of row i, with the scores of a reranker from columns of the data, or with the cosine
+      similarities of a teacher model. This is the loss of RocketQAv2 (Ren et al., equation 3).
+    - "batch": the positives and negatives of all rows, with the cosine similarities of a teacher model. No text is a false
+      negative here, because the teacher says how close it is.
 
     Args:
         temperature: t, for the student's cosine similarities.
-        teacher_temperature: t', for the teacher's scores. 1 suits the logits of a reranker; for cosine similarities use t.
+        teacher_temperature: t', for the teacher's scores. Default: 1 for "row", which suits the logits of a reranker, and t for
+            "batch". For the cosine similarities of a teacher model in "row", set it to about t.
+        candidates: "row" or "batch".
 
     Raises:
-        InputError: if a temperature is not above 0.
+        InputError: if a temperature is not above 0, or the kind of candidates is unknown.
     """
 
     equation: ClassVar[str] = "loss_i = KL( softmax_c(y_ic / t') || softmax_c(cos(a_i, c) / t) )"
     paper: ClassVar[str] = "Ren et al.: RocketQAv2, https://arxiv.org/abs/2110.07367"
-    needs_scores: ClassVar[bool] = True
 
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the student's similarities."})
-    teacher_temperature: float = field(default=1.0, metadata={"help": "Temperature of the teacher's scores."})
+    teacher_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the teacher's scores. Default: 1 for row, temperature for batch."}
+    )
+    candidates: Literal["row", "batch"] = field(
+        default="row", metadata={"help": "What the teacher scores: the texts of a row, or all texts of the batch."}
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, {"temperature": POSITIVE, "teacher_temperature": POSITIVE})
+        if not is_one_of(self.candidates, ("row", "batch")):
+            raise InputError(f"unknown candidates '{self.candidates}'; use row or batch")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Scores for the candidates of a row, the teacher's vectors for those of a batch."""
+        return ("scores",) if self.candidates == "row" else ("teacher",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
-        """Refuse rows without negatives.
+        """Refuse rows without negatives, unless the candidates are those of the batch.
 
         Raises:
             InputError: if no row has a negative.
         """
-        check_candidates(texts_per_row, "TeacherKL", name)
+        if self.candidates == "row":
+            check_candidates(texts_per_row, "TeacherKL", name)
 
     def __call__(
         self,
@@ -68,22 +86,44 @@ class TeacherKL(ContrastiveObjective):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
         scores: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar.
+        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
+        own = slice(first_row, first_row + len(embeddings))
+        if self.candidates == "row":
+            assert scores is not None  # the trainer checks that the rows have scores
+            student, judged, absent = cosines(embeddings), scores[own], text_ids[:, 1:] == 0  # (B, V - 1)
+        else:
+            assert teacher is not None
+            everyone = embeddings if all_embeddings is None else all_embeddings
+            ids = text_ids if all_text_ids is None else all_text_ids
+            documents = F.normalize(everyone[:, 1:].flatten(0, 1), dim=-1)  # (N * (V - 1), D)
+            student = F.normalize(embeddings[:, 0], dim=-1) @ documents.T  # (B, N * (V - 1))
+            judged = teacher[own, 0] @ teacher[:, 1:].flatten(0, 1).T
+            absent = (ids[:, 1:] == 0).flatten().expand_as(student)
+        student = student / (self.temperature if temperature is None else temperature)
+        return divergence(judged.to(student.dtype) / self.temperature_of_teacher, student, absent)
 
-        Args:
-            embeddings, text_ids, all_embeddings, all_text_ids, first_row, temperature: as in `Objective`.
-            scores: (N, V - 1) the teacher's scores of the candidates of all rows; values of absent texts are not used.
-        """
-        assert scores is not None  # the trainer checks that the rows have scores
-        absent = text_ids[:, 1:] == 0  # (B, V - 1)
-        student = cosines(embeddings) / (self.temperature if temperature is None else temperature)
-        student = student.masked_fill(absent, float("-inf")).log_softmax(1)
-        own = scores[first_row : first_row + len(embeddings)].to(student.dtype)
-        teacher = (own / self.teacher_temperature).masked_fill(absent, float("-inf")).log_softmax(1)
-        terms = teacher.exp() * (teacher - student)
-        return terms.masked_fill(absent, 0).sum(1).mean()
+    @property
+    def temperature_of_teacher(self) -> float:
+        """t', with its default filled in."""
+        return self.teacher_temperature or (1.0 if self.candidates == "row" else self.temperature)
+
+
+def divergence(teacher: Tensor, student: Tensor, absent: Tensor) -> Tensor:
+    """Return the mean over the rows of KL(softmax(teacher) || softmax(student)), a scalar.
+
+    Args:
+        teacher: logits (B, C).
+        student: logits (B, C).
+        absent: (B, C) True for candidates that do not exist.
+    """
+    expected = teacher.masked_fill(absent, float("-inf")).log_softmax(1)
+    found = student.masked_fill(absent, float("-inf")).log_softmax(1)
+    terms = expected.exp() * (expected - found)
+    return terms.masked_fill(absent, 0).sum(1).mean()
 
 
 @dataclass
@@ -105,13 +145,17 @@ class MarginMSE(ContrastiveObjective):
         "Hofstätter et al.: Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation, "
         "https://arxiv.org/abs/2010.02666"
     )
-    needs_scores: ClassVar[bool] = True
 
     similarity: Literal["dot", "cosine"] = field(default="dot", metadata={"help": "Similarity of the student: dot or cosine."})
 
     def __post_init__(self) -> None:
         if not is_one_of(self.similarity, ("dot", "cosine")):
             raise InputError(f"unknown similarity '{self.similarity}'; there are dot and cosine")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The scores of the positive and the negatives of each row."""
+        return ("scores",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse rows without negatives.
@@ -129,9 +173,13 @@ class MarginMSE(ContrastiveObjective):
         all_text_ids: Tensor | None = None,
         first_row: int = 0,
         temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
         scores: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar. Rows without a negative do not count. For `scores` see `TeacherKL`."""
+        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
+
+        The loss of a row without negatives is 0.
+        """
         assert scores is not None  # the trainer checks that the rows have scores
         there = text_ids[:, 2:] != 0  # (B, V - 2)
         student = cosines(embeddings) if self.similarity == "cosine" else dots(embeddings)
@@ -139,6 +187,63 @@ class MarginMSE(ContrastiveObjective):
         errors = (student[:, :1] - student[:, 1:]) - (own[:, :1] - own[:, 1:])
         squares = errors.masked_fill(~there, 0).square().sum(1) / there.sum(1).clamp(min=1)
         return squares.mean()
+
+
+@dataclass
+class VectorDistillation(ContrastiveObjective):
+    """Learn the vectors of a teacher model (Reimers and Gurevych, https://arxiv.org/abs/2004.09813, equation 1).
+
+        loss_i = mean_v ( 1 - cos(f(x_iv), y_iv) )        v: the texts of row i, y: the teacher's vector
+
+    If the teacher's vectors are wider than the student's, y is their projection on the leading principal directions; if they
+    are narrower, y is filled up with zeros. Rows may have one text or several. No text is a negative of another, so batches can
+    be small. For rows of a single text, `same_dropout_mask` saves encoding the text a second time.
+
+    Args:
+        loss: "cosine", as above, or "mse": the mean squared difference of the D numbers, as in the paper. The teacher's vectors
+            have unit length, so "mse" suits a student whose vectors are used without normalization.
+
+    Raises:
+        InputError: if the loss is unknown.
+    """
+
+    equation: ClassVar[str] = "loss_i = 1 - cos(f(x_i), y_i), y_i: the vector of the teacher"
+    paper: ClassVar[str] = (
+        "Reimers, Gurevych: Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation, "
+        "https://arxiv.org/abs/2004.09813"
+    )
+
+    loss: Literal["cosine", "mse"] = field(default="cosine", metadata={"help": "Distance to the teacher's vectors."})
+
+    def __post_init__(self) -> None:
+        if not is_one_of(self.loss, ("cosine", "mse")):
+            raise InputError(f"unknown loss '{self.loss}'; use cosine or mse")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The teacher's vectors in the width of the model that is trained."""
+        return ("target",)
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        text_ids: Tensor,
+        all_embeddings: Tensor | None = None,
+        all_text_ids: Tensor | None = None,
+        first_row: int = 0,
+        temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
+        assert target is not None  # the trainer requires a teacher
+        own = target[first_row : first_row + len(embeddings)].to(embeddings.dtype)
+        there = text_ids != 0  # (B, V)
+        if self.loss == "cosine":
+            distances = 1 - F.cosine_similarity(embeddings, own, dim=-1)  # (B, V)
+        else:
+            distances = (embeddings - own).square().mean(-1)
+        return (distances.masked_fill(~there, 0).sum(1) / there.sum(1)).mean()
 
 
 def dots(rows: Tensor) -> Tensor:

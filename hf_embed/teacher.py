@@ -1,0 +1,197 @@
+"""The vectors that a teacher model has for the training texts. An objective learns from them, or is guided by them.
+
+    ContrastiveTrainingArguments("out", teacher="intfloat/e5-large-v2")        or --teacher intfloat/e5-large-v2
+
+1. The tokenized tables keep their texts. The teacher encodes each different text once, with its own prompts: "query" before
+   anchors, and "document" before the other texts. The ranks share the work.
+2. The vectors are written to a file in the cache of `datasets`, which later runs with the same teacher and the same texts use
+   again. A stopped run resumes the file (`hf_embed.vector_files`). With several machines, the cache must be on a shared disk.
+3. The tables get a column `vectors` with the row numbers of their texts in the file, and the collator looks the vectors up. If
+   the objective needs only scores, the tables get a column `scores` instead: the cosine similarity of the teacher's vectors.
+
+Shapes: M different texts, E width of the teacher, D width of the model that is trained.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import torch
+from datasets import Dataset
+
+from hf_embed.checkpoint.load import load_encoder
+from hf_embed.data.cache import cache_folder
+from hf_embed.data.collator import VectorRows
+from hf_embed.distributed import gather_objects, get_rank
+from hf_embed.encoder import Encoder
+from hf_embed.read_files import read_array
+from hf_embed.vector_files import identity_of, read_vectors, write_vectors
+
+logger = logging.getLogger(__name__)
+
+OPTIONS: dict[str, Any] = {"normalize": True, "precision": "float32"}  # of `Encoder.encode`
+SAMPLE = 20_000  # the principal directions are those of about this many evenly spaced vectors
+ROWS_AT_ONCE = 10_000  # vectors that are compared at a time
+
+
+class Teacher:
+    """A teacher model, which is loaded when its vectors are first needed.
+
+    Args:
+        name: a folder, or the name of a model on the Hub.
+        device: where the teacher runs.
+        width: D.
+
+    Raises:
+        InputError: if the model cannot be loaded.
+    """
+
+    def __init__(self, name: str, device: torch.device, width: int):
+        self.name, self.device, self.width = name, device, width
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The model, in float32. Its default prompt is off, because the texts get the prompts for queries and documents."""
+        encoder = load_encoder(Encoder, self.name, dtype=torch.float32).to(self.device)
+        encoder.default_prompt_name = None
+        return encoder
+
+    def add_to(self, tables: Sequence[Dataset], needs: Sequence[Sequence[str]]) -> tuple[list[Dataset], dict[str, VectorRows]]:
+        """Replace the column `texts` of tables by what their objectives need. Every rank calls this.
+
+        Args:
+            tables: tokenized tables. Those without a column `texts` do not need the teacher and stay as they are.
+            needs: `Objective.needs` of the objective of each table.
+
+        Returns:
+            The tables, and the vectors for the collator by the name of the objective's argument.
+
+        Raises:
+            InputError: if a text is empty, or if a vector is not finite.
+        """
+        own = [number for number, table in enumerate(tables) if "texts" in table.column_names]
+        prompts = self.encoder.prompt("query"), self.encoder.prompt("document")
+        texts, numbers = number_texts([tables[number] for number in own], *prompts)
+        file = self.vectors_of(texts)
+        vectors, made = VectorFile(file), list(tables)
+        for number, of_table in zip(own, numbers):
+            column, cells = ("scores", cosines(vectors, of_table)) if "scores" in needs[number] else ("vectors", of_table)
+            made[number] = tables[number].remove_columns("texts").add_column(column, cells)
+        wanted = {name for number in own for name in needs[number]}
+        found: dict[str, VectorRows] = {"teacher": vectors} if "teacher" in wanted else {}
+        if "target" in wanted:
+            found["target"] = VectorFile(file, self.width)
+        return made, found
+
+    def vectors_of(self, texts: list[str]) -> Path:
+        """Return the file with the vectors of the texts, (M, E). Encode the texts if there is no such file yet."""
+        file = cache_folder() / "teachers" / f"{identity_of(self.encoder, texts, OPTIONS, 'the texts')}.npy"
+        if file.is_file():
+            read_vectors(file, self.encoder, texts)  # raises an error if the file is damaged
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_vectors(self.encoder, texts, file, **OPTIONS)
+        if get_rank() == 0:
+            logger.info(f"teacher {self.name}: the vectors of {len(texts):,} texts are in {file}")
+        return file
+
+
+class VectorFile:
+    """The vectors of a file, looked up by row number. With a width D, they are turned into vectors of D numbers.
+
+    If E is larger than D, the vectors are projected on their D leading principal directions. The directions are not centered,
+    so the projection keeps dot products as well as D numbers can. If E is smaller than D, the vectors are filled up with zeros,
+    which keeps all dot products.
+    """
+
+    def __init__(self, path: Path, width: int | None = None):
+        self.path, self.width = path, width
+        self.directions = None if width is None else directions_of(self.rows, width)  # (E, D)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The memory map, (M, E)."""
+        return read_array(self.path)
+
+    def __getstate__(self) -> dict:
+        """Leave the memory map out. The workers of a data loader open the file themselves."""
+        return {key: value for key, value in vars(self).items() if key != "rows"}
+
+    def __getitem__(self, numbers: list[int] | np.ndarray) -> np.ndarray:
+        """Return the vectors with these numbers, (len(numbers), E or D)."""
+        found = np.array(self.rows[numbers])
+        return found if self.directions is None else found @ self.directions
+
+
+def directions_of(rows: np.ndarray, width: int) -> np.ndarray:
+    """Return the matrix (E, D) that turns vectors (M, E) into vectors of D = `width` numbers; see `VectorFile`."""
+    own = rows.shape[1]
+    if own <= width:
+        return np.eye(own, width, dtype=rows.dtype)
+    sample = np.asarray(rows[:: max(1, len(rows) // SAMPLE)], dtype=np.float64)
+    _, vectors = np.linalg.eigh(sample.T @ sample)  # the eigenvalues rise
+    directions = vectors[:, ::-1][:, :width]
+    kept = np.square(sample @ directions).sum() / np.square(sample).sum()
+    if get_rank() == 0:
+        logger.info(f"{width} directions keep {kept:.1%} of the squared length of the teacher's vectors of {own} numbers")
+    # Ranks on different hardware may find other signs, so all of them use the directions of the main process.
+    return gather_objects(directions.astype(rows.dtype))[0]
+
+
+def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[list[str], list[pyarrow.ListArray]]:
+    """Give numbers to the different texts of tables.
+
+    Args:
+        tables: tables with a column `texts` of lists: the texts of each row, the anchor first.
+        query: the prompt before anchors.
+        document: the prompt before other texts.
+
+    Returns:
+        The M texts with their prompts, and for each table the lists of the numbers of its texts, from 0 to M - 1.
+    """
+    pieces, lengths = [], []
+    for table in tables:
+        column = table.with_format("arrow")[:]["texts"]
+        lengths.append(pyarrow.compute.list_value_length(column).to_numpy())
+        texts = pyarrow.compute.list_flatten(column).cast(pyarrow.large_string())  # may be more than 2 GB
+        prompts = np.where(is_first(lengths[-1]), query, document)
+        pieces.append(pyarrow.compute.binary_join_element_wise(pyarrow.array(prompts, pyarrow.large_string()), texts, ""))
+    chunks = [chunk for piece in pieces for chunk in piece.chunks]
+    encoded = pyarrow.chunked_array(chunks, pyarrow.large_string()).combine_chunks().dictionary_encode()
+    numbers = np.split(encoded.indices.to_numpy(), np.cumsum([of_table.sum() for of_table in lengths])[:-1])
+    return encoded.dictionary.to_pylist(), [as_lists(*pair) for pair in zip(numbers, lengths)]
+
+
+def cosines(vectors: VectorFile, numbers: pyarrow.ListArray) -> pyarrow.ListArray:
+    """Return the cosine similarity of the first text of each list with each further text.
+
+    Args:
+        vectors: unit vectors.
+        numbers: the numbers of the texts of each row.
+    """
+    lengths, flat = np.diff(numbers.offsets.to_numpy()), numbers.values.to_numpy()
+    first = is_first(lengths)
+    anchors, others = np.repeat(flat[first], lengths - 1), flat[~first]
+    scores = np.empty(len(others), dtype=np.float32)
+    for start in range(0, len(others), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        scores[part] = np.einsum("nd,nd->n", vectors[anchors[part]], vectors[others[part]])
+    return as_lists(scores, lengths - 1)
+
+
+def is_first(lengths: np.ndarray) -> np.ndarray:
+    """Return for each item of lists of these lengths, one list after the other, whether it is the first of its list."""
+    first = np.zeros(lengths.sum(), dtype=bool)
+    first[np.cumsum(lengths) - lengths] = True
+    return first
+
+
+def as_lists(values: np.ndarray, lengths: np.ndarray) -> pyarrow.ListArray:
+    """Split values into lists of these lengths, one after the other."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
