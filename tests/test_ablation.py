@@ -81,11 +81,11 @@ def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
     run(sentences, folder, "--variants", "dropout", "crop 10%")
     assert len(made) == 2
     message = error_of(run, sentences, folder, "--variants", "dropout", "--temperature", "0.1")
-    assert "dropout-seed-1 holds a run with another temperature" in message and len(made) == 2
+    assert "dropout-seed-1 holds a run with a different setting (temperature)" in message and len(made) == 2
     other = tmp_path / "other.tsv"
     other.write_text("".join(sentences["sts"].read_text().splitlines(keepends=True)[:6]))
     message = error_of(run, sentences | {"sts": other}, folder, "--variants", "dropout")
-    assert "dropout-seed-1 holds a run with another evaluation set" in message and len(made) == 2
+    assert "dropout-seed-1 holds a run with a different setting (evaluation set)" in message and len(made) == 2
     run(sentences, folder, "--variants", "dropout", "--temperature", "0.1", "--overwrite_output_dir")
     assert len(made) == 3 and not (folder / "runs" / "same-mask-seed-1").exists()
 
