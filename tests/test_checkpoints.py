@@ -1,4 +1,7 @@
-"""A checkpoint is whole or not there: kills at every write of a save, damage to every file, and which ones are kept."""
+"""Tests that a training checkpoint is either complete or absent.
+
+They kill a process before each write of its saves, damage every file of a checkpoint, and check which checkpoints are kept.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.l
 
 
 def in_a_child(act) -> int:
-    """Return the exit code of a process that does `act`; it is forked from this one, so that everything is loaded."""
+    """Call `act` in a child process and return its exit code. The child is a fork, so all modules are already imported."""
     child = os.fork()
     if not child:
         code = 1
@@ -43,7 +46,13 @@ def in_a_child(act) -> int:
 
 
 def kill_before_write(number: int, folder: Path) -> list[int]:
-    """End this process, as SIGKILL does, before its `number`-th write below `folder`. Returns the count so far."""
+    """End this process, as SIGKILL does, just before it makes write `number` below `folder`.
+
+    The start and the end of each torch.save, and each fsync, count as writes too. The number 0 kills nothing.
+
+    Returns:
+        A list of one number, the count of the writes so far.
+    """
     count = [0]
 
     def write() -> None:
@@ -64,7 +73,7 @@ def kill_before_write(number: int, folder: Path) -> list[int]:
 
 
 class Runs:
-    """A trainer that is made once; every run of it is one of a child process."""
+    """A trainer that is made once. Each of its runs takes place in a child process."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -73,7 +82,15 @@ class Runs:
         self.writes = json.loads((folder / "writes.json").read_text())
 
     def train(self, name: str, killed_at: int = 0) -> dict | None:
-        """Train in a folder, from its newest checkpoint if there is one; return the weights, or None after the kill."""
+        """Train in a folder, from its newest checkpoint if there is one.
+
+        Args:
+            name: the name of the folder.
+            killed_at: the write before which the process is killed. With 0, it is not killed.
+
+        Returns:
+            The weights at the end, or None if the process was killed.
+        """
         folder = self.folder / name
 
         def act():
@@ -97,11 +114,12 @@ def runs(tmp_path_factory):
 def goes_on_after_a_kill(runs: Runs, number: int) -> None:
     name = f"killed-{number}"
     runs.train(name, killed_at=number)
-    assert all(whole.damage(path) is None for path in whole.checkpoints_in(runs.folder / name))  # none is ever half there
+    assert all(whole.damage(path) is None for path in whole.checkpoints_in(runs.folder / name))  # all are complete
     assert same(runs.train(name), runs.end), number
-    assert not list((runs.folder / name).glob(".*"))  # and nothing is left behind
+    assert not list((runs.folder / name).glob(".*"))  # no temporary files are left
     left = {path.name for path in (runs.folder / name).iterdir()}
-    late = number > runs.writes - 5  # killed behind the last save, before the oldest one went: no later save removes it
+    # A kill between writing the last checkpoint and removing the oldest one leaves the oldest, and no later save removes it.
+    late = number > runs.writes - 5
     assert left == {"checkpoint-3", "checkpoint-4"} | (left & {"checkpoint-2"} if late else set())
     shutil.rmtree(runs.folder / name)
 
@@ -148,7 +166,10 @@ def test_an_error_in_a_save_leaves_nothing_half(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 4 steps with checkpoints of the steps 2 and 4, and a training head, so that every kind of file is there."""
+    """Return the folder of a run of 4 steps that has checkpoints of steps 2 and 4.
+
+    The model has a training head, so that the checkpoints hold every kind of file.
+    """
     folder = tmp_path_factory.mktemp("run")
     trainer(folder, pooling="cls_mlp_train").train()
     return folder
@@ -180,7 +201,7 @@ DAMAGE = {
 
 
 def with_damage(folder: Path, name: str, kind: str):
-    """Damage a file of a checkpoint, yield, and mend it again."""
+    """Damage a file of a checkpoint, yield, and restore the file."""
     path = folder / name
     content = path.read_bytes()
     DAMAGE[kind](path)
@@ -190,7 +211,10 @@ def with_damage(folder: Path, name: str, kind: str):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_to_any_file_is_found(run, kind, caplog):
-    """Explicitly given it is refused by name with the mend; `latest` falls back, and says why."""
+    """A damaged checkpoint is found, whichever file is damaged.
+
+    If the user gives its path, the message names the file and says what to do. `latest` skips the checkpoint with a warning.
+    """
     checkpoint = run / "checkpoint-4"
     names = [*whole.names_in(checkpoint), whole.MANIFEST]
     assert {"model.safetensors", "training.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json",
@@ -200,7 +224,7 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
         damaged = with_damage(checkpoint, name, kind)
         next(damaged)
         if name == whole.MANIFEST and kind == "gone":
-            assert whole.damage(checkpoint) is None  # as an earlier version has written it
+            assert whole.damage(checkpoint) is None  # like a checkpoint of an earlier version, which wrote no manifest
         else:
             assert whole.newest_whole(run) == run / "checkpoint-2", name
             assert f"checkpoint-4: {name}" in caplog.text
@@ -208,7 +232,7 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
             message = error_of(whole.check_whole, checkpoint)
             assert name in message and message.endswith("resume with --resume_from_checkpoint latest (checkpoint-2)")
         next(damaged, None)
-        assert whole.damage(checkpoint) is None  # control
+        assert whole.damage(checkpoint) is None  # control: the restored checkpoint is complete
 
 
 def test_sizes_are_told(run):
@@ -231,7 +255,7 @@ def test_what_people_edit_or_add_is_no_damage(run, tmp_path):
     checkpoint = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "README.md").write_text("mine")
     (checkpoint / "notes.txt").write_text("mine")
-    (checkpoint / "training_args.bin").unlink()  # pushes leave it out
+    (checkpoint / "training_args.bin").unlink()  # a push to the Hub leaves it out
     assert whole.damage(checkpoint) is None
 
 
@@ -255,7 +279,7 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
         made.train(resume_from_checkpoint=resume)
         ends.append(weights(made))
     assert same(*ends) and "checkpoint-4: optimizer.pt has changed since it was written: skipped" in caplog.text
-    assert whole.damage(tmp_path / "run" / "checkpoint-4") is None  # written anew
+    assert whole.damage(tmp_path / "run" / "checkpoint-4") is None  # the resumed run has written it again
     flip(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
     message = error_of(trainer(tmp_path, **settings).train, str(tmp_path / "run" / "checkpoint-4"))
     assert "resume with --resume_from_checkpoint latest (checkpoint-5)" in message
@@ -270,7 +294,7 @@ def test_true_without_a_checkpoint(tmp_path):
 
 
 def unsealed(run: Path, folder: Path) -> Path:
-    """Copy a run of which an earlier version wrote the checkpoints."""
+    """Copy a run and remove its manifests, so that its checkpoints are like those of an earlier version."""
     shutil.copytree(run, folder)
     for path in folder.glob(f"*/{whole.MANIFEST}"):
         path.unlink()
@@ -286,7 +310,7 @@ def test_without_a_manifest_half_files_are_found(run, tmp_path, kind):
         next(damaged)
         assert name in str(whole.damage(folder / "checkpoint-4")), name
         next(damaged, None)
-    assert whole.damage(folder / "checkpoint-4") is None  # control
+    assert whole.damage(folder / "checkpoint-4") is None  # control: the restored checkpoint is complete
 
 
 def test_without_a_manifest_a_flipped_bit_of_torch_is_found(run, tmp_path):
@@ -354,7 +378,7 @@ def folder_with(folder: Path, steps: list[int]) -> Path:
         path = folder / f"checkpoint-{step}"
         path.mkdir(parents=True)
         (path / "trainer_state.json").write_text("{}")
-        os.utime(path, (1e9 - 100 * number, 1e9 - 100 * number))  # the newest by its step is the oldest by the clock
+        os.utime(path, (1e9 - 100 * number, 1e9 - 100 * number))  # a later step gets an older date
     return folder
 
 
@@ -367,7 +391,7 @@ def folder_with(folder: Path, steps: list[int]) -> Path:
         (1, {100, 9}, 100, [9, 100]),
         (2, {100, 9}, 100, [9, 100]),
         (3, {100, 9}, 100, [9, 20, 100]),
-        (2, {20}, 20, [10, 20]),  # resumed before the step 100, which goes first
+        (2, {20}, 20, [10, 20]),  # resumed before step 100, so checkpoint-100 is removed first
     ],
 )
 def test_rotation_goes_by_the_step(tmp_path, limit, keep, step, left):
@@ -388,7 +412,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": Tru
 
 
 class Scores:
-    """An evaluation that gives the scores it is told to."""
+    """Replaces the `evaluate` of a trainer. Each call returns the next of the given scores."""
 
     def __init__(self, run, scores: list[float]):
         self.run, self.scores = run, iter(scores)
