@@ -1,4 +1,4 @@
-"""Columns as they come: layouts that are known by name, what is refused as ambiguous, and columns that the user names."""
+"""Tests of the choice of columns: layouts known by their names, ambiguous tables, and columns that the user names."""
 
 import shlex
 
@@ -21,7 +21,7 @@ from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_r
 # ---- known by name ----
 
 LAYOUTS = [
-    # found, paired, taken
+    # the columns of a table, whether a pair is required (None: optional), and the columns that are used
     (["question", "answer"], None, ["question", "answer"]),
     (["Answer", "QUESTION", "id"], True, ["QUESTION", "Answer"]),
     (["query", "answer"], None, ["query", "answer"]),
@@ -31,7 +31,7 @@ LAYOUTS = [
     (["title", "body"], None, ["title", "body"]),
     (["title", "abstract"], None, ["title", "abstract"]),
     (["title", "text"], True, ["title", "text"]),
-    (["title", "text"], None, ["text"]),  # as a corpus has them; pairs have to be asked for
+    (["title", "text"], None, ["text"]),  # a corpus of single texts, unless a pair is required
     (["anchor", "entailment"], None, ["anchor", "entailment"]),
     (["premise", "contradiction", "entailment"], None, ["premise", "entailment", "contradiction"]),
     (["summary", "article"], None, ["summary", "article"]),
@@ -45,7 +45,7 @@ LAYOUTS = [
     (["query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "id"], None, ["query", "pos", "neg"]),
     (["question", "positive", "hard_neg"], None, ["question", "positive", "hard_neg"]),
     (["anchor", "pos"], None, ["anchor", "pos"]),
-    (["query", "positive", "answer"], None, ["query", "positive"]),  # one names its positives
+    (["query", "positive", "answer"], None, ["query", "positive"]),  # the layout that names its positives
     (["sent0", "sent1", "question", "answer"], None, ["sent0", "sent1"]),
     (["text", "title", "body"], False, ["text"]),
 ]
@@ -64,7 +64,8 @@ AMBIGUOUS = [
     (["question", "query", "answer"], None, "question and answer or query and answer", "anchor=question positive=answer"),
     (["title", "body", "text"], True, "title and body or title and text", "anchor=title positive=body"),
     (["text", "question", "answer"], None, "question and answer or text", "anchor=question positive=answer"),
-    (["text", "positive", "negative"], None, "text and positive or text", "anchor=text positive=positive"),  # BUG: text
+    # BUG: this table was read as single texts.
+    (["text", "positive", "negative"], None, "text and positive or text", "anchor=text positive=positive"),
     (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
      "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip
@@ -83,7 +84,8 @@ def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
 def test_two_columns_of_one_name_are_refused(twin):
     message = error_of(text_columns, [twin, "query", "positive"], "a.csv")
     assert "differ only in case, spaces, hyphens or underscores" in message and "--ignore_columns" in message
-    assert text_columns(["query", "positive", "ID", "id"], "a.csv") == ["query", "positive"]  # of those nobody reads
+    # Columns that are not used may have such names.
+    assert text_columns(["query", "positive", "ID", "id"], "a.csv") == ["query", "positive"]
 
 
 UNKNOWN = [
@@ -91,7 +93,7 @@ UNKNOWN = [
     (["Unnamed: 0", "my question", "the answer", "url"], True, ["anchor=my question", "positive=the answer"]),
     (["frage", "antwort", "negative_1", "negative_2"], None,
      ["anchor=frage", "positive=antwort", "negative=negative_1", "negative=negative_2"]),
-    (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # what are they to each other?
+    (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # without a label, their relation is unknown
     (["body", "id"], False, ["text=body"]),
 ]  # fmt: skip
 
@@ -142,7 +144,7 @@ def test_a_label_beside_unknown_columns_is_spoken_of():
 
 
 def test_graded_pairs_are_for_evaluation():
-    """sentence1, sentence2, score: the columns of sentence-transformers' STS benchmark."""
+    """The STS benchmark of sentence-transformers has the columns sentence1, sentence2 and score."""
     message = error_of(text_columns, ["sentence1", "sentence2", "score"], "stsb")
     assert "the column 'score' judges the pairs" in message
     assert "evaluate a model on graded pairs with --eval_sts_file" in message
@@ -243,7 +245,7 @@ def test_a_label_beside_named_columns(tmp_path):
     assert read_train_rows(given)[0].column_names == ["anchor", "positive"]
     message = error_of(Source, "s", read_file(path), columns={"anchor": "frage", "positive": "antwort"})
     assert message.startswith("source 's': columns: the column 'label' judges the pairs")
-    named = take_columns(read_file(path), {"text": "frage"})  # a single text claims nothing
+    named = take_columns(read_file(path), {"text": "frage"})  # a label is no judgment of a single text
     assert named.to_dict() == {"text": ["f", "g"]}
 
 
@@ -254,7 +256,7 @@ def test_lists_of_positives_under_another_name(tmp_path, tokenizer):
 
 
 def test_named_columns_of_a_dataset_folder(tmp_path):
-    """As a Hub dataset."""
+    """A dataset folder is read like a dataset on the Hub."""
     written(tmp_path / "data" / "train.csv", "frage,antwort,id\nf,a,1\ng,b,2\n")
     given = DataArguments(dataset_name=str(tmp_path / "data"), columns=["anchor=frage", "positive=antwort"])
     assert read_train_rows(given)[0][0] == {"anchor": "f", "positive": "a"}
@@ -273,7 +275,7 @@ def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
 
 @pytest.mark.parametrize("flag", ["columns", "ignore_columns"])
 def test_a_flag_of_columns_without_data_is_refused(flag):
-    """BUG: --ignore_columns without data was ignored."""
+    """BUG: without training data, --ignore_columns had no effect and no message."""
     flags = read_flags([], argv=[f"--{flag}", "text=a"])
     assert error_of(read_rows, flags, "sentences.txt").startswith(f"--{flag} has no effect without training data")
 

@@ -1,7 +1,7 @@
-"""Files as users bring them: each is read right, or refused in one line that says where and how to mend it.
+"""Tests that a file of a user is read correctly, or is refused in one line that says where the mistake is and how to mend it.
 
-Separators, quotes, lists and labels in tables; encodings and odd lines; jsonl whose columns begin late or change; BEIR folders;
-YAML settings; texts of many megabytes.
+The files have unusual separators, quotes, lists and labels in tables; other encodings and odd lines; jsonl columns that begin
+late or change their type; BEIR folders; YAML settings; and texts of many megabytes.
 """
 
 import csv
@@ -54,7 +54,7 @@ def streamed(source, tokenizer):
 
 
 def both_ways(path, **settings):
-    """The rows in memory and streamed, which must be the same."""
+    """Return the rows of a file, after checking that they are the same in memory and as a stream."""
     table = read_file(path, **settings).to_list()
     assert list(read_file(path, streaming=True, **settings)) == table
     return table
@@ -97,7 +97,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
 
 
 def test_a_datasets_only_column_with_a_separator_in_its_name():
-    """As a Hub dataset of ;-separated csv arrives."""
+    """A csv file on the Hub whose separator is a semicolon arrives as a dataset with such a column."""
     message = error_of(text_columns, ["anchor;positive"], "org/pairs")
     assert "org/pairs: there is only one column, 'anchor;positive', and its name contains ';'" in message
     assert text_columns(["whatever it is"], "rows") == ["whatever it is"]
@@ -112,7 +112,10 @@ def test_separators_within_texts_are_texts(tmp_path):
 
 
 def forty_rows(folder):
-    """Two quotes that open and are not closed, in lines 11 and 25 (header included): pandas reads 26 rows."""
+    """Write 40 rows with one stray quote in line 11 and one in line 25, counting the header.
+
+    Everything between the two quotes becomes one cell, so pandas reads only 26 rows.
+    """
     rows = [[f"anchor {i}", f"positive {i}"] for i in range(1, 41)]
     rows[9][1] = '"positive 10'
     rows[23][1] = 'positive 24"'
@@ -155,7 +158,8 @@ def test_a_quote_that_is_never_closed(tmp_path):
 
 
 def test_columns_of_a_table(tmp_path):
-    assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]  # pandas' index
+    # pandas writes the index of a DataFrame as a column without a name.
+    assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]
     assert "two columns are named 'b'" in error_of(read_file, written(tmp_path / "b.csv", "a,b,b\nx,y,z\n"))
     path = written(tmp_path / "c.csv", "anchor,positive\na,b\n\nc,d,e\n")
     for streaming in (False, True):
@@ -200,7 +204,7 @@ def test_columns_of_lists_are_no_anchors_and_no_positives(column, tmp_path, toke
     assert expected in error_of(tokenize_rows, read_file(str(tmp_path / "a.csv")), tokenizer, 16)
     entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 3}
     assert expected in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
-    table.loc[1, column] = "a text"  # then they are texts, say of code
+    table.loc[1, column] = "a text"  # one plain text in the column: all cells count as texts
     table.to_csv(tmp_path / "b.csv", index=False)
     assert len(tokenize_rows(read_file(str(tmp_path / "b.csv")), tokenizer, 16)) == 3
 
@@ -217,7 +221,7 @@ def test_lists_of_jsonl_and_parquet_are_several_negatives(tmp_path, tokenizer):
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     for path in (jsonl(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet")):
         tokens = tokenize_rows(read_file(path), tokenizer, 16)
-        assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # a text in a list is a text, brackets or not
+        assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # an item of a list is a text, whatever it looks like
 
 
 # ---- labels beside pairs ----
@@ -244,7 +248,7 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
 def test_what_is_no_judgement_is_left_unused(caplog):
     unused = ["id", "genre", "title", "underscore", "labelled_by", "yes", "language", "simple"]
     assert text_columns(["anchor", "positive", *unused], "rows") == ["anchor", "positive"]
-    assert text_columns(["text", "label"], "rows") == ["text"]  # of a single text nothing is claimed
+    assert text_columns(["text", "label"], "rows") == ["text"]  # a label is no judgment of a single text
     assert caplog.messages == [f"rows: columns {', '.join(unused)} are not used", "rows: columns label are not used"]
 
 
@@ -266,7 +270,10 @@ FILLER = "word " * 600
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory):
-    """A file for each way in which a column may begin late: behind 10.5 MB, which `datasets` takes for the whole."""
+    """Write a file for each way in which a column may begin, or change its type, only after 10.5 MB. Return their folder.
+
+    `datasets` alone would guess the columns from the first 10 MB.
+    """
     folder = tmp_path_factory.mktemp("late")
     early = {"null": {"negatives": None}, "empty": {"negatives": []}, "absent": {}}
     for name, part in early.items():
@@ -321,7 +328,7 @@ def test_negatives_that_are_there_from_the_start(name, tmp_path, caplog, tokeniz
     (source,) = read_sources(listed(tmp_path, {"name": "s", "file": name, "streaming": True, "rows": 1100, "negatives": 2}))
     stream = streamed(source, tokenizer)
     assert stream.columns == ["query", "positive", "hard_neg"] and not caplog.messages
-    if name == "a.jsonl":  # no place for the second column
+    if name == "a.jsonl":  # the stream has no column for a second negative
         assert "the column hard_neg_2 begins after" in error_of(stream.__getitems__, list(range(1100)))
     else:
         assert {len(row["text_ids"]) for row in stream.__getitems__(list(range(1100)))} == {3}
@@ -348,7 +355,7 @@ def test_late_negatives_add_to_those_of_the_row(tmp_path):
     assert list(source.rows)[1001]["negatives"] == ["own", "m"]
     jsonl(tmp_path / "b.jsonl", [row | {"negatives": ["own"]} for row in early] + [late])
     named = read_file(str(tmp_path / "b.jsonl"), streaming=True, optional=["negatives", "neg_1"])
-    assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not asked for
+    assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not requested
 
 
 def test_an_unused_column_may_change_its_type(late, tokenizer):
@@ -402,7 +409,7 @@ def test_numbers_are_no_texts(ending, cells, row, shown, tmp_path, tokenizer):
 
 def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
     rows = [{"anchor": "a", "positive": "b", "negative": float("nan")}, {"anchor": "c", "positive": "d", "negative": "e"}]
-    path = jsonl(tmp_path / "a.jsonl", rows)  # json.dumps writes NaN
+    path = jsonl(tmp_path / "a.jsonl", rows)  # json.dumps writes the missing value as NaN
     assert [len(ids) for ids in tokenize_rows(read_file(path), tokenizer, 16)["text_ids"]] == [2, 3]
 
 
@@ -439,7 +446,7 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
     jsonl(tmp_path / "a.jsonl", [{"text": "newer"}])
     assert read_file(path)["text"][:] == ["newer"]
     first = read_file(path)
-    assert first._fingerprint == read_file(path)._fingerprint  # so that tokens are cached
+    assert first._fingerprint == read_file(path)._fingerprint  # the same fingerprint, so cached tokens are found
 
 
 # ---- encodings and odd bytes ----
@@ -597,7 +604,7 @@ def test_keys_that_stand_twice(tmp_path):
     message = error_of(cli.parse, [DataArguments], argv=["--config", path])
     assert message == f"--config {path}, line 3: the key 'train_file' occurs twice; keep one of them"
     shared = "- &a\n  name: a\n  file: a.csv\n  weight: 2\n- <<: *a\n  name: b\n  weight: 3\n"
-    first, second = read_sources(written(tmp_path / "m.yaml", shared))  # a merge may be overridden
+    first, second = read_sources(written(tmp_path / "m.yaml", shared))  # merged keys may be overridden
     assert (first.weight, second.weight, second.name) == (2, 3, "b")
 
 
@@ -680,7 +687,7 @@ def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl"])
 def test_long_lines_take_linear_time(kind, tmp_path, tokenizer):
-    """Four times the line, no more than eight times the time, and less than a second for each megabyte."""
+    """A line of four times the length takes at most eight times as long, and less than a second per megabyte."""
 
     def seconds(megabytes):
         text = "the quick brown fox jumps over it " * (megabytes * 10**6 // 34)
