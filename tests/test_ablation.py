@@ -156,6 +156,7 @@ def test_picture_of_many_variants(tmp_path):
 
 
 def test_one_seed_has_no_span():
+    """With one seed, the table shows the score only. With several seeds, it also shows the lowest and the highest."""
     path = [{"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}]
     path.append(path[0] | {"step": 1, "spearman": 40.67})
     one = table({"dropout": {"seeds": {"1": path}} | summary([path])})

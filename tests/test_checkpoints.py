@@ -112,6 +112,7 @@ def runs(tmp_path_factory):
 
 
 def goes_on_after_a_kill(runs: Runs, number: int) -> None:
+    """Kill a run before one write, resume it, and check its weights and its folder."""
     name = f"killed-{number}"
     runs.train(name, killed_at=number)
     assert all(whole.damage(path) is None for path in whole.checkpoints_in(runs.folder / name))  # all are complete
@@ -370,7 +371,7 @@ def test_without_a_manifest_a_missing_part_is_told(run, tmp_path, name, caplog):
     assert said[name] in caplog.text and "an earlier version wrote this checkpoint" in caplog.text
 
 
-# ---- which are kept ----
+# ---- which checkpoints are kept ----
 
 
 def folder_with(folder: Path, steps: list[int]) -> Path:
@@ -378,7 +379,7 @@ def folder_with(folder: Path, steps: list[int]) -> Path:
         path = folder / f"checkpoint-{step}"
         path.mkdir(parents=True)
         (path / "trainer_state.json").write_text("{}")
-        os.utime(path, (1e9 - 100 * number, 1e9 - 100 * number))  # a later step gets an older date
+        os.utime(path, (1e9 - 100 * number, 1e9 - 100 * number))  # a later step has an older modification time
     return folder
 
 

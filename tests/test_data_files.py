@@ -674,6 +674,7 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
+    """With truncation on the right, only the beginning of a long text is tokenized. The token ids stay the same."""
     monkeypatch.setattr(tokenizer, "truncation_side", side)
     words = [f"word{i % 997}," * (1 + i % 3) + "\n" * (i % 2) for i in range(5000)]
     texts = [" ".join(words), "   " + "\t".join(words), "x" * 30_000 + " " + " ".join(words), "我们" * 20_000, "x" * 50_000]

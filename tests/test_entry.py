@@ -182,9 +182,8 @@ def test_an_error_of_several_processes_is_one_line(words):
     call = [script, "launch", *words, "sup-simcse", "--learning_rte", "1"]
     done = subprocess.run(call, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    errors = [
-        line for line in done.stderr.splitlines() if not line.startswith("hf_embed ")
-    ]  # not the line about loading PyTorch
+    # Lines that start with hf_embed only report progress, for example that PyTorch is loaded.
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("hf_embed ")]
     assert errors == ["error: unknown flag --learning_rte (did you mean 'learning_rate'?); --help lists the flags"]
 
 

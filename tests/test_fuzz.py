@@ -1,8 +1,8 @@
 """Tests that any file, rows, YAML or command line gives a result or an InputError, and does so within seconds.
 
 Each area has a strategy that makes hostile cases, and a function that reads one case. By default, a few cases of each area run.
-With `-m slow`, 20,000 cases run in total. The cases are the same every time. The cases in FOUND
-once ended in another way. They are tried first.
+With `-m slow`, 20,000 cases run in total. The cases are the same every time. FOUND holds cases that once ended in another way.
+They are tried first.
 """
 
 import contextlib
@@ -153,7 +153,7 @@ def check_table(case: tuple, folder: Path) -> None:
 
 
 def named(name: str, call: Callable, *args: Any) -> None:
-    """Call a reader, and check that the message of its InputError names the file. A message about all texts may omit it."""
+    """Call a reader, and check that the message of its InputError names the file. A message about all texts may omit the name."""
     try:
         call(*args)
     except InputError as error:
