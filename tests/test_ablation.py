@@ -59,7 +59,7 @@ def test_variants_and_seeds(sentences, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
+def test_a_variant_scores_like_the_recipe_with_the_same_flags(sentences, tmp_path):
     """The scores of a variant equal those of a run of unsup_simcse.py with the same flags."""
     path = run(sentences, tmp_path / "out", "--variants", "delete one word")["delete one word"]["seeds"]["1"]
     argv = [*QUIET, *flags(sentences), *SMALL, "--positive", "delete_one_word", "--seed", 1, "--output_dir", tmp_path / "one"]
@@ -69,7 +69,7 @@ def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
+def test_only_missing_runs_are_trained(sentences, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     first = run(sentences, folder, "--variants", "dropout", "same mask")
     made = []
@@ -155,7 +155,7 @@ def test_picture_of_many_variants(tmp_path):
     assert Image.open(tmp_path / "p.png").size == (800, 600)
 
 
-def test_one_seed_has_no_span():
+def test_the_table_of_one_seed_has_no_range():
     """With one seed, the table shows the score only. With several seeds, it also shows the lowest and the highest."""
     path = [{"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}]
     path.append(path[0] | {"step": 1, "spearman": 40.67})
@@ -190,7 +190,7 @@ def test_seeds_of_a_recipe(files, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_seeds_go_on_with_what_is_missing(files, tmp_path):  # noqa: F811
+def test_resumed_seeds_train_only_what_is_missing(files, tmp_path):  # noqa: F811
     folder = tmp_path / "out"
     argv = [*flags(files), "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--output_dir", folder]
     whole = sup(*argv, "--seeds", "1,2")
@@ -223,14 +223,14 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
     assert "anew" not in capsys.readouterr().out  # control: with unchanged settings, no run is trained again
 
 
-def test_seeds_need_something_to_choose_by(files, tmp_path):  # noqa: F811
+def test_seeds_need_an_evaluation_set(files, tmp_path):  # noqa: F811
     argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], "--output_dir", tmp_path / "o"]
     assert "--seeds needs an evaluation set to choose the best run" in error_of(sup, *argv, "--seeds", "1,2")
     argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
     assert "upload the finished folder with recipes/push.py instead" in error_of(sup, *argv)
 
 
-def test_a_positive_needs_one_set_of_sentences(files, tmp_path):  # noqa: F811
+def test_positive_is_refused_with_sources(files, tmp_path):  # noqa: F811
     sources = tmp_path / "sources.yaml"
     sources.write_text(f"- name: a\n  file: {files['nli']}\n  columns: {{text: sent0}}\n")
     argv = [

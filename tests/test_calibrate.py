@@ -157,7 +157,7 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
     assert "holds files" in error_of(run, "model", "--texts", "texts.txt")
 
 
-def test_recipe_with_a_temperature_of_the_users(run, encoder):
+def test_recipe_with_a_given_temperature(run, encoder):
     run("model", "--temperature", "0.5", "--output_dir", "out")
     assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
     assert "Temperature search" not in Path("out", "README.md").read_text()
@@ -184,7 +184,7 @@ def test_recipe_searches_on_pairs(run, capsys):
     assert [row["temperature"] for row in curve] == [0.5, 1.0] and 0 < curve[0]["pairs"] <= 100
 
 
-def test_a_model_that_cannot_be_folded_is_not_searched_for(run):
+def test_a_model_that_cannot_be_folded_is_refused_before_the_search(run):
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     config = AutoConfig.for_model("ernie", **SMALL | {"vocab_size": 12000})

@@ -111,7 +111,7 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def goes_on_after_a_kill(runs: Runs, number: int) -> None:
+def check_resuming_after_a_kill(runs: Runs, number: int) -> None:
     """Kill a run before one write, resume it, and check its weights and its folder."""
     name = f"killed-{number}"
     runs.train(name, killed_at=number)
@@ -129,13 +129,13 @@ def test_killed_inside_saves(runs):
     assert runs.writes > 150
     draw = random.Random(0)
     for number in draw.sample(range(1, runs.writes + 1), 3):
-        goes_on_after_a_kill(runs, number)
+        check_resuming_after_a_kill(runs, number)
 
 
 @pytest.mark.slow
 def test_killed_at_every_write(runs):
     for number in range(1, runs.writes + 1):
-        goes_on_after_a_kill(runs, number)
+        check_resuming_after_a_kill(runs, number)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_killed_twice(runs):
         shutil.rmtree(runs.folder / "twice")
 
 
-def test_an_error_in_a_save_leaves_nothing_half(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_incomplete_checkpoint(tmp_path, monkeypatch):
     made = trainer(tmp_path)
 
     def full(*args, **kwargs):
@@ -236,7 +236,7 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
         assert whole.damage(checkpoint) is None  # control: the restored checkpoint is complete
 
 
-def test_sizes_are_told(run):
+def test_the_message_names_both_sizes(run):
     damaged = with_damage(run / "checkpoint-4", "scheduler.pt", "half")
     size = (run / "checkpoint-4" / "scheduler.pt").stat().st_size
     next(damaged)
@@ -245,14 +245,14 @@ def test_sizes_are_told(run):
 
 
 @pytest.mark.parametrize("name", ["model-2.safetensors", "model.safetensors.index.json", "optimizer.bin", "rng_state_1.pth"])
-def test_what_a_run_would_read_beside_its_files_is_damage(run, name):
+def test_an_unexpected_file_that_a_run_would_read_is_damage(run, name):
     extra = run / "checkpoint-4" / name
     extra.write_bytes((run / "checkpoint-4" / "model.safetensors").read_bytes())
     assert whole.damage(run / "checkpoint-4") == f"unexpected file {name}"
     extra.unlink()
 
 
-def test_what_people_edit_or_add_is_no_damage(run, tmp_path):
+def test_files_that_users_edit_or_add_are_not_damage(run, tmp_path):
     checkpoint = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "README.md").write_text("mine")
     (checkpoint / "notes.txt").write_text("mine")
@@ -286,7 +286,7 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
     assert "resume with --resume_from_checkpoint latest (checkpoint-5)" in message
 
 
-def test_true_without_a_checkpoint(tmp_path):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     assert "No valid checkpoint found in output directory" in error_of(trainer(tmp_path / "new").train, True)
     assert "there is no checkpoint" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
 
@@ -362,7 +362,7 @@ def test_without_a_manifest_every_error_names_the_file(run, tmp_path, case, capl
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
-def test_without_a_manifest_a_missing_part_is_told(run, tmp_path, name, caplog):
+def test_without_a_manifest_a_missing_part_is_reported(run, tmp_path, name, caplog):
     folder = unsealed(run, tmp_path / "run")
     (folder / "checkpoint-2" / name).unlink()
     made = trainer(tmp_path / "new", pooling="cls_mlp_train", max_steps=3)
@@ -472,7 +472,7 @@ def test_transformers_sees_no_checkpoint_that_is_being_written(tmp_path):
     assert get_last_checkpoint(str(tmp_path)) is None and not whole.checkpoints_in(tmp_path)
 
 
-def test_the_manifest_says_what_run_it_is_of(run):
+def test_the_manifest_describes_its_run(run):
     facts = whole.read_manifest(run / "checkpoint-4")["run"]
     assert facts["settings"]["seed"] == SAVING["seed"] and facts["encoder"]["pooling"] == "cls_mlp_train"
     assert facts["parameters"]["train_head.0.bias"] == [32] and facts["data"]["the rows"]["number of rows"] == 12

@@ -225,7 +225,7 @@ def test_flags_from_any_dataclass(tmp_path):
     assert error_of(cli.parse, [Needy], argv=["--model", "m", "--widths", "0"]) == "a width is 0"
 
 
-def test_a_file_without_its_flag_is_asked_about():
+def test_a_file_name_without_a_flag_gets_a_suggestion():
     from hf_embed.kit.plan import read_flags
 
     assert error_of(read_flags, [], argv=["nli.csv"]) == (

@@ -52,7 +52,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("found", "paired", "taken"), LAYOUTS)
-def test_columns_as_they_come(found, paired, taken, caplog):
+def test_known_layouts_are_recognized(found, paired, taken, caplog):
     assert text_columns(found, "rows", paired) == taken
     unused = [column for column in found if column not in taken]
     assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
@@ -72,7 +72,7 @@ AMBIGUOUS = [
 
 
 @pytest.mark.parametrize(("found", "paired", "meant", "flag"), AMBIGUOUS)
-def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
+def test_ambiguous_columns_are_refused(found, paired, meant, flag):
     message = error_of(text_columns, found, "a.csv", paired)
     assert message.startswith(
         f"a.csv: found the columns {', '.join(found)}, and more than one choice is possible: {meant}; "
@@ -81,7 +81,7 @@ def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
 
 
 @pytest.mark.parametrize("twin", ["Query", "que ry", "QUERY"])
-def test_two_columns_of_one_name_are_refused(twin):
+def test_column_names_that_differ_only_in_spelling_are_refused(twin):
     message = error_of(text_columns, [twin, "query", "positive"], "a.csv")
     assert "differ only in case, spaces, hyphens or underscores" in message and "--ignore_columns" in message
     # Columns that are not used may have such names.
@@ -114,7 +114,7 @@ def test_the_flag_of_recipes_that_read_one_column(tmp_path):
     assert read_column(path, "pos")[1][:] == ["b"]
 
 
-def test_a_recipe_of_pairs_names_the_one_of_single_texts():
+def test_a_pair_recipe_names_the_recipe_for_single_texts():
     assert "train on single texts with unsup-simcse" in error_of(text_columns, ["text"], "a.txt", True)
 
 
@@ -138,7 +138,7 @@ def test_a_lone_column_is_no_pair():
     assert "a pair needs two columns of texts" in error_of(text_columns, ["text", "id"], "a.csv", True)
 
 
-def test_a_label_beside_unknown_columns_is_spoken_of():
+def test_a_label_beside_unknown_columns_is_mentioned():
     message = error_of(text_columns, ["frage", "antwort", "label"], "a.csv")
     assert "keep only the pairs that 'label' marks as a match; the others are not positives" in message
 
@@ -150,7 +150,7 @@ def test_graded_pairs_are_for_evaluation():
     assert "evaluate a model on graded pairs with --eval_sts_file" in message
 
 
-def test_a_teachers_scores_judge_no_pair():
+def test_teacher_scores_do_not_judge_pairs():
     teacher = ["pos_scores", "neg_scores", "positive_score", "negative_scores"]
     assert judging_columns([*teacher, "score", "pos_label", "scores"]) == ["score", "pos_label", "scores"]
 
@@ -201,7 +201,7 @@ def test_wrong_flags(given, expected):
         (["text=frage", "positive=antwort"], "give anchor and positive"),
     ],
 )
-def test_columns_that_make_no_row(given, expected, tmp_path):
+def test_invalid_roles_of_columns_are_refused(given, expected, tmp_path):
     path = written(tmp_path / "a.csv", "frage,antwort,falsch,id\nf,a,n,1\ng,b,m,2\n")
     message = error_of(read_train_rows, DataArguments(train_file=path, columns=given))
     assert message.startswith(f"{path}: ") and expected in message
@@ -267,7 +267,7 @@ def test_named_columns_of_a_dataset_folder(tmp_path):
     assert with_id.column_names == ["frage", "antwort"]
 
 
-def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
+def test_flags_of_columns_are_refused_with_sources(tmp_path):
     path = written(tmp_path / "s.yaml", yaml.safe_dump([{"name": "a", "file": "a.csv"}]))
     message = error_of(read_train_rows, DataArguments(sources=path, columns=["text=a"]))
     assert "--columns" in message and "do not apply to --sources; set them in the sources file" in message

@@ -122,7 +122,7 @@ def forty_rows(folder):
     return written(folder / "a.csv", "anchor,positive\n" + "".join(",".join(row) + "\n" for row in rows))
 
 
-def test_swallowed_rows_are_said_and_the_switch_brings_them_back(tmp_path, caplog):
+def test_rows_inside_a_quote_are_reported_and_no_quoting_restores_them(tmp_path, caplog):
     path = forty_rows(tmp_path)
     rows = read_file(path)
     assert len(rows) == 26 and rows[9]["positive"].count("\n") == 14
@@ -245,7 +245,7 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
     assert text_columns(rows.column_names, path) == ["anchor", "positive"]
 
 
-def test_what_is_no_judgement_is_left_unused(caplog):
+def test_columns_that_judge_no_pair_are_left_unused(caplog):
     unused = ["id", "genre", "title", "underscore", "labelled_by", "yes", "language", "simple"]
     assert text_columns(["anchor", "positive", *unused], "rows") == ["anchor", "positive"]
     assert text_columns(["text", "label"], "rows") == ["text"]  # a label is no judgment of a single text
@@ -308,7 +308,7 @@ def test_negatives_that_begin_late_are_streamed(late, case, mapped, tmp_path, to
     assert sorted(texts) == [2] * 3500 + [3] * 2
 
 
-def test_negatives_of_a_stream_that_nobody_spoke_of(late, tmp_path, tokenizer):
+def test_late_negatives_of_a_stream_need_a_setting(late, tmp_path, tokenizer):
     entry = {"name": "s", "file": str(late / "absent.jsonl"), "streaming": True, "rows": 3502}
     (source,) = read_sources(listed(tmp_path, entry))
     stream = streamed(source, tokenizer)
@@ -378,7 +378,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_values_are_what_they_are(case, tmp_path):
+def test_json_values_keep_their_types(case, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "t", "value": value} for value in VALUES[case]])
     assert [row["value"] for row in both_ways(path)] == VALUES[case]
     assert read_file(path)["value"][:] == VALUES[case]
@@ -492,7 +492,7 @@ def test_half_a_character_is_refused_with_its_line(half, tmp_path):
     assert [row["text"] for row in both_ways(whole)] == ["😀 é", "\\ud800"]
 
 
-def test_a_stream_that_breaks_off_says_where(tmp_path, tokenizer):
+def test_an_error_late_in_a_stream_names_the_file(tmp_path, tokenizer):
     rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1500))
     entry = {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 1500}
     path = written(tmp_path / "a.jsonl", rows.encode() + b'{"text": "\xe9"}\n')
@@ -594,7 +594,7 @@ def test_beir_is_refused(case, tmp_path):
 # ---- YAML ----
 
 
-def test_keys_that_stand_twice(tmp_path):
+def test_duplicate_keys_are_refused(tmp_path):
     written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
     path = written(tmp_path / "s.yaml", "- name: a\n  file: a.csv\n  weight: 2\n  weight: 3\n")
     assert error_of(read_sources, path) == f"{path}, line 4: the key 'weight' occurs twice; keep one of them"
@@ -673,7 +673,7 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
+def test_a_long_text_gets_the_same_tokens_from_its_beginning(side, tokenizer, monkeypatch):
     """With truncation on the right, only the beginning of a long text is tokenized. The token ids stay the same."""
     monkeypatch.setattr(tokenizer, "truncation_side", side)
     words = [f"word{i % 997}," * (1 + i % 3) + "\n" * (i % 2) for i in range(5000)]

@@ -241,7 +241,7 @@ def test_every_form_speaks_first_and_once(words, tmp_path):
     [(["hf-embed"], 0), (["hf-embed", "--help"], 0), (["hf-embed", "--version"], 0), (["hf-embed", "absent"], 2),
      (["-c", "import hf_embed; hf_embed.__version__; dir(hf_embed)"], 0)],
 )  # fmt: skip
-def test_what_needs_no_torch_imports_none(words, code, tmp_path):
+def test_commands_that_need_no_torch_do_not_import_it(words, code, tmp_path):
     done = start(words, tmp_path)
     assert done.returncode == code and FIRST not in done.stderr and "torch is imported" not in done.stderr, done.stderr
 

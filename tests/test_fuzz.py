@@ -153,7 +153,7 @@ def check_table(case: tuple, folder: Path) -> None:
 
 
 def named(name: str, call: Callable, *args: Any) -> None:
-    """Call a reader, and check that the message of its InputError names the file. A message about all texts may omit the name."""
+    """Call a reader, and check that the message of its InputError names the file. Messages about all texts are excepted."""
     try:
         call(*args)
     except InputError as error:

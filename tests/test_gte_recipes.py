@@ -188,7 +188,7 @@ def test_two_processes(files):
 
 
 @pytest.mark.slow
-def test_a_bad_row_that_one_rank_meets_is_said(files):
+def test_a_bad_row_of_another_rank_is_reported(files):
     """BUG: only errors of rank 0 were printed. Each rank checks only its own rows of a stream, and rank 1 has the bad row."""
     rows = [{"query": f"q {i}", "positive": "" if i == 151 else f"p {i}"} for i in range(160)]  # rank 1 of 2 reads the odd rows
     write_jsonl(files / "web.jsonl", rows)

@@ -61,7 +61,7 @@ def test_held_out_rows_alone_choose_the_model(tmp_path, files, held_out):  # noq
     assert losses["1"] != losses["2"]
 
 
-def test_the_lowest_loss_is_kept_of_seeds_where_no_metric_is_named(tmp_path, files, held_out):  # noqa: F811
+def test_seeds_keep_the_lowest_loss_if_no_metric_is_named(tmp_path, files, held_out):  # noqa: F811
     given = flags(files, "--eval_file", held_out, "--max_steps", 2, "--output_dir", tmp_path / "out")
     del given[given.index("--eval_sts_file") : given.index("--eval_sts_file") + 2]
     seeds = sup(*given, "--seeds", "1,2")
@@ -69,7 +69,7 @@ def test_the_lowest_loss_is_kept_of_seeds_where_no_metric_is_named(tmp_path, fil
     assert seeds["seed"] == int(min(losses, key=losses.get))
 
 
-def test_a_learned_temperature_is_that_of_the_loss_after_too(tmp_path, files, held_out):  # noqa: F811
+def test_the_loss_after_training_uses_the_learned_temperature(tmp_path, files, held_out):  # noqa: F811
     """A saved model holds no temperature. Its loss after the training is computed with the learned temperature."""
     results = load_recipe("gte_finetune").main([*map(str, [
         *QUIET, *flags(files, "--eval_file", held_out, "--max_steps", 4, "--output_dir", tmp_path / "out",
@@ -134,7 +134,7 @@ def test_columns_of_held_out_rows_alone(tmp_path):
         (["--eval_file", "{named}"], ["the columns are those of an STS set", "--eval_sts_file NAME=PATH"]),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(tmp_path, files, held_out, more, parts):  # noqa: F811
+def test_impossible_flags_are_refused_by_name(tmp_path, files, held_out, more, parts):  # noqa: F811
     single, named = tmp_path / "single.txt", tmp_path / "named.csv"
     single.write_text("a cat\na dog\n")
     named.write_text("sentence1,sentence2,score\na cat,a dog,1\na house,a home,4\n")
@@ -192,7 +192,7 @@ COUNTS = [
 
 
 @pytest.mark.parametrize("losses, greater, count", COUNTS)
-def test_the_count_of_a_log(losses, greater, count):
+def test_the_patience_count_is_restored_from_the_log(losses, greater, count):
     args = ContrastiveTrainingArguments("x", use_cpu=True, report_to=[], eval_strategy="steps", eval_steps=1, save_steps=1,
                                         load_best_model_at_end=True, metric_for_best_model="eval_loss",
                                         greater_is_better=greater)  # fmt: skip
@@ -212,7 +212,7 @@ def make(folder, rows, encoder=None, **settings) -> ContrastiveTrainer:
 PAIRS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[::-1])]
 
 
-def test_two_rows_with_prompts_cut_as_they_are_read(tmp_path):
+def test_the_preview_shows_prompts_and_truncated_texts(tmp_path):
     encoder = tiny_encoder(prompts={"query": "look for: ", "document": "text: "}, max_length=8)
     rows = [row | {"negatives": ["no bread", "no rain and no snow and nothing at all", "x"]} for row in PAIRS]
     run = make(tmp_path, rows, encoder)
@@ -234,14 +234,14 @@ def test_a_single_text_is_its_own_positive(tmp_path, same, words):
     assert not any("dropout" in line for line in make(tmp_path, PAIRS).preview())
 
 
-def test_of_several_sources_the_first_is_shown(tmp_path):
+def test_the_preview_shows_the_first_of_several_sources(tmp_path):
     sources = dict.fromkeys(("faq", "forum", "nli", "d", "e", "f", "g", "h"), PAIRS)
     lines = make(tmp_path, sources).preview()
     assert lines[0].startswith("as the model reads faq, the first of 8 sources (faq, forum, nli, d, e, f and 2 more): 12 rows")
     assert len(lines) == 5
 
 
-def test_a_stream_goes_on_as_if_no_row_had_been_read(tmp_path):
+def test_the_preview_skips_no_rows_of_a_stream(tmp_path):
     def steps(look: bool) -> list:
         rows = IterableDataset.from_generator(lambda: iter(PAIRS))
         run = make(tmp_path, [Source("web", rows, size=12)], per_device_train_batch_size=4)
@@ -259,7 +259,7 @@ def test_long_and_odd_texts_are_a_short_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  # noqa: F811
+def test_scripts_log_the_preview_and_recipes_print_it(tmp_path, files, caplog, capsys):  # noqa: F811
     with caplog.at_level(logging.INFO, "hf_embed.trainer"):
         make(tmp_path / "x", PAIRS)
     assert "as the model reads pairs.jsonl" in caplog.text
@@ -276,7 +276,7 @@ def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  
 
 
 @pytest.mark.slow
-def test_two_processes_show_it_once(tmp_path, files, held_out):  # noqa: F811
+def test_two_processes_print_the_preview_once(tmp_path, files, held_out):  # noqa: F811
     """The loss of the held-out rows is the same as with one process."""
     given = flags(files, "--eval_file", held_out, "--max_steps", 2, "--learning_rate", 0, "--per_device_train_batch_size", 2)
     losses = {}

@@ -51,12 +51,12 @@ def words(*argv: str) -> Words:
     [("a", "b"), ("a", "--repo", "b"), ("--folder", "a", "--repo", "b"), ("--repo=b", "--folder=a"),
      ("a", "b", "--count", "3"), ("a", "b", "main")],
 )  # fmt: skip
-def test_words_that_stand_first(argv):
+def test_positional_arguments(argv):
     made = words(*argv)
     assert (made.folder, made.repo, made.branch, made.count) == ("a", "b", "main", 3)
 
 
-def test_words_and_a_file(tmp_path):
+def test_positional_arguments_and_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("repo: b\ncount: 7")
     made = words("a", "--config", str(path))
@@ -75,7 +75,7 @@ def test_words_and_a_file(tmp_path):
         (("a", "b", "--cuont", "3"), "unknown flag --cuont (did you mean 'count'?); --help lists the flags"),
     ],
 )
-def test_what_is_wrong_with_words(argv, message):
+def test_wrong_positional_arguments(argv, message):
     assert error_of(words, *argv) == message
 
 
@@ -109,7 +109,7 @@ Flags of every recipe:
     )
 
 
-def test_trainers_own_come_last_the_usual_ones_or_all(capsys):
+def test_the_flags_of_trainer_come_last(capsys):
     short = shown(capsys, [SimCSE, ContrastiveTrainingArguments], "--help")
     for asked in (["--help", "all"], ["--help=all"], ["--help-all"], ["--seed", "1", "--help", "all"]):
         full = shown(capsys, [SimCSE, ContrastiveTrainingArguments], *asked)
@@ -130,7 +130,7 @@ def test_every_flag_has_a_text(path):
     assert seen == parser.names()  # no flag is missing
 
 
-def test_a_recipe_says_what_it_is(capsys, monkeypatch):
+def test_help_shows_the_docstring_of_the_recipe(capsys, monkeypatch):
     """--help shows the docstring of the recipe, with commands in the form in which the user started it."""
     import hf_embed.entry
 

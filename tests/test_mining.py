@@ -80,7 +80,7 @@ def test_rules(tmp_path, case):
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl"]
 
 
-def test_random_choice_is_of_the_allowed_and_the_same_again(tmp_path):
+def test_random_choice_follows_the_rules_and_is_reproducible(tmp_path):
     args = MiningArguments(num_negatives=3, range_max=12, relative_margin=None, sampling_strategy="random")
     _, rows = mined(tmp_path / "a.jsonl", args)
     assert mined(tmp_path / "b.jsonl", args)[1] == rows
@@ -98,13 +98,13 @@ def test_faiss_finds_the_same(tmp_path):
     assert plain == faiss
 
 
-def test_faiss_missing_is_said(tmp_path, monkeypatch):
+def test_missing_faiss_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     message = error_of(mined, tmp_path / "a.jsonl", MiningArguments(use_faiss=True))
     assert "requires the package faiss-cpu" in message and not os.listdir(tmp_path)
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(tmp_path, monkeypatch):
     """Stop runs after each shard and each block in turn. No run encodes a text again."""
     monkeypatch.setattr(mining, "SHARD", 16)
     monkeypatch.setattr(mining, "BLOCK", 8)
@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert rows == expected and set(texts_seen.values()) == {1}
 
 
-def test_work_of_another_model_or_other_texts_is_not_taken(tmp_path, monkeypatch):
+def test_work_of_another_model_or_other_texts_is_not_reused(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
@@ -220,7 +220,7 @@ def run(words):
 SMALL_FILES = "import runpy, sys; from hf_embed import mining; mining.SHARD, mining.BLOCK = 32, 8; del sys.argv[0]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"  # noqa: E501
 
 
-def test_recipe_does_not_take_vectors_of_a_model_that_has_changed(files, monkeypatch):
+def test_recipe_does_not_reuse_vectors_of_a_model_that_has_changed(files, monkeypatch):
     """BUG: the identity of the model was only the name of its folder."""
     monkeypatch.syspath_prepend(RECIPE.parent)
     recipe = __import__("mine_hard_negatives")
@@ -258,7 +258,7 @@ def test_recipe_on_one_and_two_ranks_and_after_a_kill(files):
 
 
 @pytest.mark.slow
-def test_retrieval_folder_in(files):
+def test_recipe_reads_a_retrieval_folder(files):
     folder = files / "beir"
     (folder / "qrels").mkdir(parents=True)
     texts = {"corpus": ["the cat", "a dog", "much rain", "one house"], "queries": ["cat", "dog"]}

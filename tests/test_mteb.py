@@ -138,14 +138,14 @@ def test_names_that_mteb_does_not_know():
     assert [task.metadata.name for task in find_tasks(["STSBenchmark"], [])] == ["STSBenchmark"]
 
 
-def test_data_that_cannot_be_fetched_are_one_line(folder, tmp_path):
+def test_data_that_cannot_be_downloaded_is_one_line(folder, tmp_path):
     """The data of STSBenchmark is on the Hub, and no test uses the network."""
     message = error_of(run_mteb, Encoder.from_pretrained(folder), find_tasks(["STSBenchmark"], []), tmp_path / "mteb")
     assert message.startswith("the data of a task cannot be downloaded (") and "mteb/stsbenchmark-sts" in message
 
 
 @pytest.mark.parametrize("file", ["LocalSTS.json", "model_meta.json", "run_settings.jsonl"])
-def test_a_result_that_a_killed_run_left_half_written_is_measured_anew(folder, tmp_path, caplog, file):
+def test_an_incomplete_result_of_a_killed_run_is_measured_again(folder, tmp_path, caplog, file):
     encoder = Encoder.from_pretrained(folder)
     first = run_mteb(encoder, [LocalSTS()], tmp_path)
     (path,) = tmp_path.rglob(file)
