@@ -220,7 +220,7 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
     assert again["seeds"] == sup(*argv, "--output_dir", fresh, *other)["seeds"]
     capsys.readouterr()
     sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
-    assert "anew" not in capsys.readouterr().out  # control: with unchanged settings, no run is trained again
+    assert "training it again" not in capsys.readouterr().out  # control: with unchanged settings, no run is trained again
 
 
 def test_seeds_need_an_evaluation_set(files, tmp_path):  # noqa: F811
