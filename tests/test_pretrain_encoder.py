@@ -191,7 +191,7 @@ def test_two_processes(train, objective, tmp_path):
 
 
 def test_sequences_are_packed_and_begin_with_cls(monkeypatch):
-    stream = np.array([5, 6, 3, 7, 3, 8, 9, 10, 3, 11], dtype=np.int32)  # 3 ends of sentences ([SEP] is 3)
+    stream = np.array([5, 6, 3, 7, 3, 8, 9, 10, 3, 11], dtype=np.int32)  # 3 is [SEP]; the last sentence is cut off
     monkeypatch.setattr(masked_lm, "SHORT", 4)
     monkeypatch.setattr(pretraining, "SHORT", 4)
     assert masked_lm.sequences(stream, 4, np.array([2, 0]), cls=2).tolist() == [[2, 9, 10, 3], [2, 5, 6, 3]]
