@@ -12,7 +12,8 @@ demo: venv
 	$(BIN)/python recipes/sup_simcse.py
 	$(BIN)/python -c "from transformers import AutoModel; print('AutoModel loads it:', type(AutoModel.from_pretrained('outputs/quickstart')).__name__)"
 
-# Two processes run the tests. The tests of one file run in the same process, because they share fixtures.
+# Two processes run the tests, because many tests wait for processes that they start. The tests of one file share fixtures, so
+# they run in the same process.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: venv
@@ -54,7 +55,7 @@ audit:
 	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"
 	@.venv-audit/bin/python benchmarks/audit.py
 
-# Train for half an hour on two processes that are killed, stopped, and given a full disk. This needs root: it mounts small disks.
+# Train for half an hour on two processes that are killed, stopped, and given a full disk. It mounts small disks as root.
 soak: venv
 	$(BIN)/python benchmarks/reliability.py soak --minutes 30
 
