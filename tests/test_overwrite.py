@@ -86,7 +86,7 @@ def test_nothing_is_lost_by_a_run_that_fails(old, monkeypatch, failure, target):
 
 
 @pytest.mark.parametrize("more", [["--per_device_train_batch_size", 1], ["--max_length", 2000], ["--pooling", "max"]])
-def test_impossible_values_cost_nothing(old, more):
+def test_invalid_values_change_no_file(old, more):
     out, argv = old
     before = digest(out)
     error_of(sup, *argv, "--overwrite_output_dir", *more)
@@ -184,7 +184,7 @@ def kill(*args, **kwargs):
     raise Killed
 
 
-def test_a_kill_behind_the_exchange_leaves_nothing_for_good(old, monkeypatch):
+def test_leftovers_of_a_kill_after_the_exchange_are_removed(old, monkeypatch):
     """The process is killed just after it exchanged the names of the two folders. The next start cleans up.
 
     BUG: The folder .out.new, which then holds the earlier run, and the file .unfinished stayed for good.
@@ -204,7 +204,7 @@ def test_a_kill_behind_the_exchange_leaves_nothing_for_good(old, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["link", "slash", "dots"])
-def test_an_output_folder_by_another_name(old, monkeypatch, kind):
+def test_an_output_folder_given_as_a_link_or_with_dots(old, monkeypatch, kind):
     """BUG: If the output folder was a link, the link itself was replaced, and its target stayed as it was."""
     out, argv = old
     (out.parent / "link").symlink_to("out")
@@ -250,7 +250,7 @@ def test_an_unfinished_run_is_never_mistaken_for_a_later_one(old, monkeypatch):
     assert ".out.new holds another run" in error_of(sup, *argv, "--max_steps", 2)
 
 
-def test_a_push_is_to_the_name_of_the_place(old, monkeypatch):
+def test_a_push_uses_the_name_of_the_final_folder(old, monkeypatch):
     """The default name of the repository comes from the final folder. BUG: The repository was named .out.new."""
     out, argv = old
     seen = []
@@ -282,7 +282,7 @@ def test_a_kill_while_the_best_seed_is_copied(old, monkeypatch):
 
 
 @pytest.mark.slow
-def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
+def test_seeds_keep_the_old_run_until_they_are_complete(old, monkeypatch):
     out, argv = old
     argv = [*argv, "--max_steps", 2, "--save_steps", 1, "--overwrite_output_dir"]
     sup(*argv, "--seeds", "1,2,3")
@@ -329,7 +329,7 @@ def test_links_of_the_users_are_not_followed(tmp_path):
     assert earlier.paths == []
 
 
-def test_scores_and_extras_go_with_their_model(tmp_path):
+def test_scores_and_extras_are_removed_with_their_model(tmp_path):
     folder = tmp_path / "out"
     for name in ("1_Pooling", "2_Dense", "3_Normalize", "4_Things", "mteb"):
         (folder / name).mkdir(parents=True)
@@ -343,7 +343,7 @@ def test_scores_and_extras_go_with_their_model(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_scores_go_where_the_folder_cannot_be_replaced(tmp_path, monkeypatch):
+def test_scores_are_removed_even_if_the_folder_cannot_be_replaced(tmp_path, monkeypatch):
     for name in ("1_Pooling", "mteb"):
         (tmp_path / name).mkdir()
     for name in ("results.json", "README.md", "model.safetensors"):

@@ -73,7 +73,7 @@ def test_synonyms(tmp_path):
     assert found == {"one", "two", "deux"}
 
 
-def test_the_same_whatever_the_workers_and_another_with_another_seed():
+def test_results_depend_only_on_the_row_and_the_seed():
     rows = Dataset.from_dict({"text": TEXTS * 30})  # more rows than one batch of `Dataset.map`
     for kind in ("delete_one_word", "crop:0.3", "repeat:0.3"):
         whole = add_positives(rows, kind, seed=1)["positive"][:]

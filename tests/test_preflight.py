@@ -288,7 +288,7 @@ def test_lengths_are_those_of_the_tokenizer():
     assert sum(histogram["counts"]) == 50
 
 
-def test_a_sample_is_of_some_rows_and_the_rest_of_all(encoder):
+def test_only_the_sample_is_tokenized_and_all_rows_are_counted(encoder):
     rows = [{"text": f"the number {i}" if i else " ".join(["long"] * 5000)} for i in range(500)]
     for size, texts in ((50, 50), (0, 500), (1000, 500)):
         source = report_of(rows, encoder, sample=size)["sources"]["mine"]
@@ -590,7 +590,7 @@ def test_preflight_takes_the_positives_that_are_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_answer_once(tmp_path):
+def test_two_processes_print_one_report(tmp_path):
     write(tmp_path / "train.csv", [["anchor", "positive"], *([f"q {i}", f"a {i}"] for i in range(12)), ["q 1", "a 1"]])
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", RECIPES / "sup_simcse.py", *QUIET]
     more = ["--train_file", tmp_path / "train.csv", "--model_name_or_path", QUICKSTART / "encoder", "--preflight", "--strict"]

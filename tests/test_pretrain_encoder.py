@@ -125,7 +125,7 @@ def test_flags_that_do_not_fit(train, tmp_path, words, message):
     assert message in error_of(train, tmp_path / "out", *words)
 
 
-def test_a_language_model_gets_past_word_frequencies(train, tmp_path):
+def test_a_language_model_is_better_than_word_frequencies(train, tmp_path):
     """The loss falls below the loss of a model that knows only the frequencies of the word pieces and ignores the context."""
     folder = tmp_path / "out"
     train(folder, "--objective", "mlm", "--sentence_tokens", 120_000, "--hidden_size", 48, "--learning_rate", 0.01)

@@ -104,7 +104,7 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     assert "spearman" in done.stdout and "x 100" in done.stdout
 
 
-def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypatch):
+def test_scores_keep_the_record_of_the_training(tmp_path, files, monkeypatch):
     folder, train = tmp_path / "model", {"train": {"rows": 3}}
     tiny_encoder().save_pretrained(folder)
     store_results(folder, train)
@@ -130,9 +130,9 @@ def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypa
         (["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "no"], False),
         (["--save_strategy", "no"], False),
     ],
-    ids=["of several steps", "of one step", "looks on", "no evaluation"],
+    ids=["of several steps", "of one step", "evaluates only", "no evaluation"],
 )  # fmt: skip
-def test_what_chose_the_model_is_said(tmp_path, files, more, chose):
+def test_results_and_card_tell_which_score_chose_the_model(tmp_path, files, more, chose):
     out = tmp_path / "out"
     train = sup(*flags(files, "--output_dir", out, "--max_steps", 2, *more))["train"]
     assert (train["score"]["metric"], train["score"]["greater_is_better"]) == ("spearman", True)

@@ -198,7 +198,7 @@ def test_no_variant_gives_permission(key):
     assert "variant 'a': trust_remote_code" in error_of(read_variants, [json.dumps({"a": {key: True}})])
 
 
-def test_permission_is_said_at_every_load():
+def test_every_load_gives_trust_remote_code():
     """Every load through transformers or sentence-transformers gives trust_remote_code. Without it, they ask on stdin."""
     asking, loads = [], 0
     for path in [*ROOT.glob("hf_embed/**/*.py"), *ROOT.glob("recipes/*.py")]:
@@ -243,7 +243,7 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     assert saved is None or (tmp_path / saved).is_file()
 
 
-def test_code_of_the_models_own_is_copied_to_several_devices(toy):
+def test_a_model_with_its_own_code_is_copied_to_several_devices(toy):
     encoder = Encoder.from_pretrained(str(toy), trust_remote_code=True)
     expected = encoder.encode(TEXTS * 5, batch_size=4)
     assert (encoder.encode(TEXTS * 5, batch_size=4, device=["cpu", "cpu"]) == expected).all()

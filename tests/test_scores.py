@@ -111,7 +111,7 @@ def test_a_collapsed_model_has_no_score(case, kind, caplog):
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("make", [lambda: embed, lambda: jitter(0.01), lambda: embed_with(tiny_encoder())])
-def test_control_others_have_one(kind, make, caplog):
+def test_control_other_models_have_a_score(kind, make, caplog):
     """Control: other models have a score.
 
     A nearly collapsed model has one too: the differences between its vectors are small, but larger than rounding errors.
@@ -121,7 +121,7 @@ def test_control_others_have_one(kind, make, caplog):
     assert all(math.isfinite(value) for value in scores.values()) and not caplog.messages
 
 
-def test_one_bad_vector_spoils_what_it_is_in(caplog):
+def test_one_vector_of_nan_makes_the_score_nan(caplog):
     def one_bad(bad):
         def vectors(texts, prompt_name=None):
             found = embed(texts)
@@ -187,7 +187,7 @@ def test_a_temperature_is_not_chosen_by_a_collapsed_model():
         assert "a temperature cannot be chosen" in error_of(part_scores, TASKS[kind], jitter(1e-6), 2)
 
 
-def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
+def test_mining_refuses_vectors_that_are_not_finite(tmp_path):
     def vectors(texts, prompt_name=None):
         return embed(texts) * torch.tensor([[math.nan if text == "b1" else 1.0] for text in texts])
 
@@ -304,7 +304,7 @@ class Plain:
         return {"words": 1.0, "letters": 2.0}
 
 
-class Frank(Plain):
+class WithLogged(Plain):
     """A task that names the other metrics it logs, but is not derived from EvaluationTask."""
 
     logged = ("letters",)
@@ -315,9 +315,9 @@ class Derived(EvaluationTask):
 
 
 def test_tasks_of_users_own():
-    assert all(isinstance(task, Task) for task in (Plain(), Frank(), Derived()))
+    assert all(isinstance(task, Task) for task in (Plain(), WithLogged(), Derived()))
     assert metric_names({"p": Plain()}) == {"words", "p_words"}
-    assert metric_names({"f": Frank()}) == {"words", "letters", "f_words", "f_letters"}
+    assert metric_names({"f": WithLogged()}) == {"words", "letters", "f_words", "f_letters"}
     assert metric_names({"d": Derived()}) == {"words", "d_words"} and Derived().logged == ("words",)
     with pytest.raises(NotImplementedError, match="Derived.score"):
         Derived().score(None)

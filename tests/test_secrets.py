@@ -93,7 +93,7 @@ def test_a_recipe_writes_no_token_and_resumes(tmp_path, files):  # noqa: F811
     assert holds(tmp_path) == []
 
 
-def test_what_is_named_as_a_secret_is_not_saved():
+def test_fields_named_like_secrets_are_not_saved():
     @dataclasses.dataclass
     class Arguments(ContrastiveTrainingArguments):
         wandb_api_key: str = "secret"
@@ -198,7 +198,7 @@ def address(request, host, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "columns"), [("x.csv", 2), ("x.csv.gz", 2), ("x.jsonl", 1), ("x.txt", 1)])
-def test_addresses_with_secrets_are_read_by_the_kind_that_their_path_says(address, name, columns):
+def test_the_kind_of_a_file_comes_from_the_path_in_its_address(address, name, columns):
     assert len(read_file(address(name))[0]) == columns
     if name != "x.txt":  # `datasets` cannot stream a text file from a URL
         assert len(next(iter(read_file(address(name), streaming=True)))) == columns
@@ -240,7 +240,7 @@ def test_a_recipe_shows_no_secret(tmp_path, host):
 
 
 @pytest.mark.slow
-def test_errors_that_nobody_foresaw_and_logs_show_no_secret(tmp_path):
+def test_unexpected_errors_and_logs_show_no_secret(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import logging\nfrom hf_embed.kit import cli\n\n\ndef main():\n"
@@ -295,7 +295,7 @@ def test_one_process_quietly_launched_ends_in_our_line(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "error", "slept"), [("0", InputError, 0), ("1", InputError, 1), ("1", RankError, 0)])
-def test_other_processes_leave_the_word_to_the_main_one(monkeypatch, capsys, rank, error, slept):
+def test_other_processes_let_the_main_one_print_the_error(monkeypatch, capsys, rank, error, slept):
     naps = []
     monkeypatch.setattr("time.sleep", naps.append)
     monkeypatch.setenv("LOCAL_RANK", rank)
@@ -308,7 +308,7 @@ def test_other_processes_leave_the_word_to_the_main_one(monkeypatch, capsys, ran
     assert len(naps) == slept and capsys.readouterr().err == "error: wrong\n"
 
 
-def test_one_process_is_started_by_python_in_all_that_we_print():
+def test_no_shown_command_launches_a_single_process():
     """No command that we show starts a single process with `accelerate launch`.
 
     After an error, `accelerate launch` prints the whole command line, including tokens.

@@ -310,7 +310,7 @@ def test_honoured_as_by_a_plain_trainer(tmp_path, field):
 
 
 @pytest.mark.parametrize("field", INHERITED)
-def test_nothing_here_overrides(field):
+def test_inherited_methods_are_not_overridden(field):
     assert getattr(ContrastiveTrainingArguments, INHERITED[field]) is getattr(TrainingArguments, INHERITED[field])
 
 

@@ -180,7 +180,7 @@ SKIPPED = {"name": "other", "skip_reason": "Dependency not found on PyPI and cou
                     "not checked: 7; the reason for the first one: no network"]),
     ],
 )  # fmt: skip
-def test_an_audit_that_could_not_ask_finds_nothing_out(found, pinned, status, lines):
+def test_an_audit_that_could_not_check_all_versions_is_no_success(found, pinned, status, lines):
     """The audit ends with exit status 3 if it found no vulnerability, but could not check all versions.
 
     pip-audit itself ends with 0 and prints 'No known vulnerabilities found' even if it could not check any version.

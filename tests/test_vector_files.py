@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(encoder, small_shards, tmp_p
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), encode(encoder, TEXTS), atol=1e-6)
 
 
-def test_work_on_something_else_is_not_gone_on_with(encoder, small_shards, tmp_path, monkeypatch):
+def test_work_of_another_run_is_not_resumed(encoder, small_shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(vector_files, "make_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
