@@ -97,7 +97,7 @@ def test_a_finished_run_takes_the_place_of_the_old_one(old):
     out, argv = old
     sup(*argv, "--max_steps", 1, "--save_steps", 1, "--normalize", "true", "--overwrite_output_dir")
     assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 1
-    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]  # saved in the step that removes old ones
+    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]  # saved in the step that removes the others
     assert not [n for n in ("runs/old", "mteb", "adapter", ".saving-killed", ".removing-checkpoint-2") if (out / n).exists()]
     for name in ("notes/mine.txt", "2024_Data/rows.csv", "checkpoint-best/mine", "seed-list/mine"):
         assert (out / name).exists()  # these files belong to the user
@@ -120,7 +120,7 @@ def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):
         with pytest.raises(KeyboardInterrupt):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert digest(out) == before
-    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")  # in the new run
+    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")  # the new run has none
     sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 3
     assert not working_folder(out).exists() and not (out / ".unfinished").exists()

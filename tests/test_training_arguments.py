@@ -31,7 +31,7 @@ from hf_embed.kit.plan import ModelArguments, Plan, RunArguments, without_evalua
 from hf_embed.kit.report import changed
 from hf_embed.trainer_settings import IGNORED, REFUSED, warn_of_ignored
 
-ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12
+ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12 rows
 SCORES = [50.0, 70.0, 60.0, 65.0, 40.0, 30.0, 20.0]
 
 
