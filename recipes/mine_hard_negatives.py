@@ -4,8 +4,8 @@ r"""Find hard negatives for pairs of queries and documents with any encoder, and
     python recipes/mine_hard_negatives.py BAAI/bge-base-en-v1.5 --retrieval_dir beir/scifact:train \
         --output_file mined.jsonl --num_negatives 7 --range_min 10 --sampling_strategy random
 
-Pairs come from columns of a training file, for example anchor and positive (README.md lists the others), or from the judged
-pairs of a BEIR folder, whose corpus is searched too. OUTPUT_FILE has query, positive and negatives, and can be the
+Pairs come from columns of a training file, for example anchor and positive (docs/guides/own_data.md lists the others), or from
+the judged pairs of a BEIR folder, whose corpus is searched too. OUTPUT_FILE has query, positive and negatives, and can be the
 --train_file of all recipes that train on pairs. If a run is interrupted, its finished part stays in OUTPUT_FILE.work, and the
 same command resumes it. `accelerate launch` shares the work among processes.
 """

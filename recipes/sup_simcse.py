@@ -7,9 +7,9 @@
 The trained model is written to OUTPUT_DIR (default: outputs/sup_simcse). AutoModel and sentence-transformers can load it. Its
 README.md and results.json show the scores before and after the training.
 
-Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or others that README.md lists.
-`--columns anchor=question positive=answer` selects columns with other names. Each flag of `transformers.TrainingArguments`
-works as in a plain Trainer, or is refused with an error. `--help all` lists them.
+Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or others that
+docs/guides/own_data.md lists. `--columns anchor=question positive=answer` selects columns with other names. Each flag of
+`transformers.TrainingArguments` works as in a plain Trainer, or is refused with an error. `--help all` lists them.
 """
 
 from pathlib import Path

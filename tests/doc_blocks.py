@@ -26,7 +26,6 @@ WITHOUT_MARKS = {
     "docs/results": "the commands of the figures: they need data sets, and some take hours",
     "CONTRIBUTING.md": "tests/test_contributing.py applies the diffs and runs the commands below them",
 }
-README_COMMANDS = "README shows commands in short; the guides have them with files, and the recipes' own tests run them"
 RUN, SLOW, FILE, NOT_RUN, ELSEWHERE = "run", "slow", "file", "not run", "tested by"
 FENCE = re.compile(
     r"(?:<!-- (?P<mark>(?:[^-]|-(?!->))+?) -->\n)?"
@@ -75,8 +74,6 @@ def kind_of(page: str, language: str, mark: str | None) -> tuple[str, str]:
     for folder, reason in WITHOUT_MARKS.items():
         if page.startswith(folder):
             return NOT_RUN, reason
-    if page == "README.md" and language == "bash":
-        return NOT_RUN, README_COMMANDS
     return (SLOW if language == "bash" else RUN), ""
 
 

@@ -1,4 +1,4 @@
-"""Variants side by side, and one run with several seeds."""
+"""Tests of the SimCSE ablation, which compares variants, and of `--seeds`, which runs a recipe with several seeds."""
 
 import json
 import shutil
@@ -49,18 +49,18 @@ def test_variants_and_seeds(sentences, tmp_path, capsys):
         best = [max(point["spearman"] for point in path[1:]) for path in result["seeds"].values()]
         assert result["best"][0] == pytest.approx(np.mean(best), abs=1e-3)
     starts = {json.dumps(path[0]) for result in results.values() for path in result["seeds"].values()}
-    assert len(starts) == 1  # of one model
+    assert len(starts) == 1  # all runs start from the same model
     ends = {json.dumps(path[-1]) for result in results.values() for path in result["seeds"].values()}
-    assert len(ends) == 8  # and all ended elsewhere
+    assert len(ends) == 8  # four variants times two seeds, and each run ends with other scores
     out = capsys.readouterr().out
     assert all(line in out for line in table(results)) and "ablation.png" in out
     assert (folder / "ablation.png").read_bytes()[:4] == b"\x89PNG"
-    assert not list(folder.rglob("*.safetensors"))  # no models are kept
+    assert not list(folder.rglob("*.safetensors"))  # an ablation saves no models
 
 
 @pytest.mark.slow
-def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
-    """What the ablation says of a variant is what unsup_simcse.py with the same flags comes to."""
+def test_a_variant_scores_like_the_recipe_with_the_same_flags(sentences, tmp_path):
+    """The scores of a variant equal those of a run of unsup_simcse.py with the same flags."""
     path = run(sentences, tmp_path / "out", "--variants", "delete one word")["delete one word"]["seeds"]["1"]
     argv = [*QUIET, *flags(sentences), *SMALL, "--positive", "delete_one_word", "--seed", 1, "--output_dir", tmp_path / "one"]
     alone = UNSUP.main([str(word) for word in argv])
@@ -69,7 +69,7 @@ def test_one_variant_is_that_run_of_the_recipe(sentences, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
+def test_only_missing_runs_are_trained(sentences, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     first = run(sentences, folder, "--variants", "dropout", "same mask")
     made = []
@@ -81,18 +81,18 @@ def test_only_what_is_missing_runs_again(sentences, tmp_path, monkeypatch):
     run(sentences, folder, "--variants", "dropout", "crop 10%")
     assert len(made) == 2
     message = error_of(run, sentences, folder, "--variants", "dropout", "--temperature", "0.1")
-    assert "dropout-seed-1 holds a run with another temperature" in message and len(made) == 2
+    assert "dropout-seed-1 holds a run with a different setting (temperature)" in message and len(made) == 2
     other = tmp_path / "other.tsv"
     other.write_text("".join(sentences["sts"].read_text().splitlines(keepends=True)[:6]))
     message = error_of(run, sentences | {"sts": other}, folder, "--variants", "dropout")
-    assert "dropout-seed-1 holds a run with another evaluation set" in message and len(made) == 2
+    assert "dropout-seed-1 holds a run with a different setting (evaluation set)" in message and len(made) == 2
     run(sentences, folder, "--variants", "dropout", "--temperature", "0.1", "--overwrite_output_dir")
     assert len(made) == 3 and not (folder / "runs" / "same-mask-seed-1").exists()
 
 
 @pytest.mark.slow
 def test_killed_and_started_again(sentences, tmp_path):
-    """A real process, killed after its first run; the same command goes on."""
+    """Kill the ablation after its first run. The same command keeps that run and trains only the missing one."""
     folder = tmp_path / "out"
     argv = [*QUIET, *flags(sentences), *SMALL, "--output_dir", folder, "--variants", "dropout", "no dropout"]
     command = [sys.executable, *map(str, [RECIPES / "simcse_ablation.py", *argv])]
@@ -155,14 +155,15 @@ def test_picture_of_many_variants(tmp_path):
     assert Image.open(tmp_path / "p.png").size == (800, 600)
 
 
-def test_one_seed_has_no_span():
+def test_the_table_of_one_seed_has_no_range():
+    """With one seed, the table shows the score only. With several seeds, it also shows the lowest and the highest."""
     path = [{"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}]
     path.append(path[0] | {"step": 1, "spearman": 40.67})
     one = table({"dropout": {"seeds": {"1": path}} | summary([path])})
     assert one[1].split() == ["dropout", "42.60", "40.67", "40.67", "0.400", "-1.700"]
     two = table({"dropout": {"seeds": {"1": path, "2": path}} | summary([path, path])})
     assert "40.67 (40.67 to 40.67)" in two[1]
-    assert len({len(line) for line in one}) == len({len(line) for line in two}) == 1  # columns stand below their heads
+    assert len({len(line) for line in one}) == len({len(line) for line in two}) == 1  # each table is aligned
 
 
 # ---- --seeds of a recipe ----
@@ -189,7 +190,7 @@ def test_seeds_of_a_recipe(files, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_seeds_go_on_with_what_is_missing(files, tmp_path):  # noqa: F811
+def test_resumed_seeds_train_only_what_is_missing(files, tmp_path):  # noqa: F811
     folder = tmp_path / "out"
     argv = [*flags(files), "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--output_dir", folder]
     whole = sup(*argv, "--seeds", "1,2")
@@ -208,7 +209,7 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
     folder, fresh = tmp_path / "out", tmp_path / "fresh"
     argv = [*flags(files), "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
     sup(*argv, "--output_dir", folder, "--seeds", "1,2")
-    (folder / "seed-2" / "results.json").unlink()  # as if it was interrupted
+    (folder / "seed-2" / "results.json").unlink()  # as if the run with seed 2 had been interrupted
     shutil.rmtree(folder / "seed-2" / "checkpoint-4")
     capsys.readouterr()
     other = ["--seeds", "1,2", "--learning_rate", "0.01"]
@@ -219,17 +220,17 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
     assert again["seeds"] == sup(*argv, "--output_dir", fresh, *other)["seeds"]
     capsys.readouterr()
     sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
-    assert "anew" not in capsys.readouterr().out  # control
+    assert "training it again" not in capsys.readouterr().out  # control: with unchanged settings, no run is trained again
 
 
-def test_seeds_need_something_to_choose_by(files, tmp_path):  # noqa: F811
+def test_seeds_need_an_evaluation_set(files, tmp_path):  # noqa: F811
     argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], "--output_dir", tmp_path / "o"]
     assert "--seeds needs an evaluation set to choose the best run" in error_of(sup, *argv, "--seeds", "1,2")
     argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
     assert "upload the finished folder with recipes/push.py instead" in error_of(sup, *argv)
 
 
-def test_a_positive_needs_one_set_of_sentences(files, tmp_path):  # noqa: F811
+def test_positive_is_refused_with_sources(files, tmp_path):  # noqa: F811
     sources = tmp_path / "sources.yaml"
     sources.write_text(f"- name: a\n  file: {files['nli']}\n  columns: {{text: sent0}}\n")
     argv = [

@@ -1,4 +1,4 @@
-"""The sweep of temperatures against scores taken one by one, and the recipe."""
+"""Tests of the temperature search, compared with scores of one temperature at a time, and of the recipe tempscale.py."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "win
 
 @pytest.fixture
 def encoder():
-    """Attention far from uniform, so that a temperature shows."""
+    """Return an encoder whose attention is far from uniform, so that a temperature changes its scores."""
     encoder = tiny_encoder()
     torch.manual_seed(1)
     for layer in encoder.base.encoder.layer:
@@ -87,7 +87,7 @@ def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path)
     before = encoder.encode(TEXTS)
     grid, expected = [0.3, 0.6, 1.0, 1.5], {}
     result = sweep(encoder.backbone, embed, tasks, grid, parts=3)
-    assert np.array_equal(encoder.encode(TEXTS), before)  # and the model is as it was
+    assert np.array_equal(encoder.encode(TEXTS), before)  # the search leaves the model unchanged
     curve = {row["temperature"]: row["mean"] for row in result["curve"]}
     for t in curve:
         with tempscale(encoder.backbone, t):
@@ -103,9 +103,9 @@ def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path)
         assert result["fold_temperatures"][f] == chosen
         held_out.append(expected[chosen][4 + f] - expected[1.0][4 + f])
     assert result["cross_validated_gain"] == pytest.approx(np.mean(held_out))
-    assert result["gain"] != pytest.approx(result["cross_validated_gain"])  # else the test could not tell them apart
+    assert result["gain"] != pytest.approx(result["cross_validated_gain"])  # otherwise the test could not tell them apart
     assert sum("*" in line for line in sweep_table(result)) == 1
-    assert [row["words"] for row in result["by_length"]] == [[5, 6], [6, 8], [8, 8]]  # of the retrieval set alone
+    assert [row["words"] for row in result["by_length"]] == [[5, 6], [6, 8], [8, 8]]  # only the retrieval set has these rows
     for key, t in (("before", 1.0), ("after", best)):
         with tempscale(encoder.backbone, t):
             assert [row[key] for row in result["by_length"]] == pytest.approx(part_scores(search, embed, 3)[-3:])
@@ -157,7 +157,7 @@ def test_recipe_searches_and_folds(run, capsys, encoder):
     assert "holds files" in error_of(run, "model", "--texts", "texts.txt")
 
 
-def test_recipe_with_a_temperature_of_the_users(run, encoder):
+def test_recipe_with_a_given_temperature(run, encoder):
     run("model", "--temperature", "0.5", "--output_dir", "out")
     assert AutoModel.from_pretrained("out").config.temp_scale["temperature"] == 0.5
     assert "Temperature search" not in Path("out", "README.md").read_text()
@@ -168,7 +168,8 @@ def test_recipe_with_a_temperature_of_the_users(run, encoder):
     Path("model", "results.json").write_text(json.dumps(results))
     Path("out", "results.json").write_text(json.dumps(results))
     run("model", "--temperature", "0.5", "--output_dir", "out", "--overwrite_output_dir")
-    assert json.loads(Path("out", "results.json").read_text()) == {"train": train}  # the scores are of another model
+    # Only the record of the training is kept, because the scores belong to the model without the temperature.
+    assert json.loads(Path("out", "results.json").read_text()) == {"train": train}
     assert "77.77" not in Path("out", "README.md").read_text() and "## Training" in Path("out", "README.md").read_text()
     assert "the model's own folder" in error_of(run, "model", "--temperature", "0.5", "--output_dir", "model")
     assert "already" in error_of(run, "out", "--temperature", "0.9", "--output_dir", "twice")
@@ -183,7 +184,7 @@ def test_recipe_searches_on_pairs(run, capsys):
     assert [row["temperature"] for row in curve] == [0.5, 1.0] and 0 < curve[0]["pairs"] <= 100
 
 
-def test_a_model_that_cannot_be_folded_is_not_searched_for(run):
+def test_a_model_that_cannot_be_folded_is_refused_before_the_search(run):
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     config = AutoConfig.for_model("ernie", **SMALL | {"vocab_size": 12000})

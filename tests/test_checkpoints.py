@@ -1,4 +1,7 @@
-"""A checkpoint is whole or not there: kills at every write of a save, damage to every file, and which ones are kept."""
+"""Tests that a training checkpoint is either complete or absent.
+
+They kill a process before each write of its saves, damage every file of a checkpoint, and check which checkpoints are kept.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.l
 
 
 def in_a_child(act) -> int:
-    """Return the exit code of a process that does `act`; it is forked from this one, so that everything is loaded."""
+    """Call `act` in a child process and return its exit code. The child is a fork, so all modules are already imported."""
     child = os.fork()
     if not child:
         code = 1
@@ -43,7 +46,13 @@ def in_a_child(act) -> int:
 
 
 def kill_before_write(number: int, folder: Path) -> list[int]:
-    """End this process, as SIGKILL does, before its `number`-th write below `folder`. Returns the count so far."""
+    """End this process, as SIGKILL does, just before it makes write `number` below `folder`.
+
+    The start and the end of each torch.save, and each fsync, count as writes too. The number 0 kills nothing.
+
+    Returns:
+        A list of one number, the count of the writes so far.
+    """
     count = [0]
 
     def write() -> None:
@@ -64,7 +73,7 @@ def kill_before_write(number: int, folder: Path) -> list[int]:
 
 
 class Runs:
-    """A trainer that is made once; every run of it is one of a child process."""
+    """A trainer that is made once. Each of its runs takes place in a child process."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -73,7 +82,15 @@ class Runs:
         self.writes = json.loads((folder / "writes.json").read_text())
 
     def train(self, name: str, killed_at: int = 0) -> dict | None:
-        """Train in a folder, from its newest checkpoint if there is one; return the weights, or None after the kill."""
+        """Train in a folder, from its newest checkpoint if there is one.
+
+        Args:
+            name: the name of the folder.
+            killed_at: the write before which the process is killed. With 0, it is not killed.
+
+        Returns:
+            The weights at the end, or None if the process was killed.
+        """
         folder = self.folder / name
 
         def act():
@@ -94,14 +111,16 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def goes_on_after_a_kill(runs: Runs, number: int) -> None:
+def check_resuming_after_a_kill(runs: Runs, number: int) -> None:
+    """Kill a run before one write, resume it, and check its weights and its folder."""
     name = f"killed-{number}"
     runs.train(name, killed_at=number)
-    assert all(whole.damage(path) is None for path in whole.checkpoints_in(runs.folder / name))  # none is ever half there
+    assert all(whole.damage(path) is None for path in whole.checkpoints_in(runs.folder / name))  # all are complete
     assert same(runs.train(name), runs.end), number
-    assert not list((runs.folder / name).glob(".*"))  # and nothing is left behind
+    assert not list((runs.folder / name).glob(".*"))  # no temporary files are left
     left = {path.name for path in (runs.folder / name).iterdir()}
-    late = number > runs.writes - 5  # killed behind the last save, before the oldest one went: no later save removes it
+    # A kill between writing the last checkpoint and removing the oldest one leaves the oldest, and no later save removes it.
+    late = number > runs.writes - 5
     assert left == {"checkpoint-3", "checkpoint-4"} | (left & {"checkpoint-2"} if late else set())
     shutil.rmtree(runs.folder / name)
 
@@ -110,13 +129,13 @@ def test_killed_inside_saves(runs):
     assert runs.writes > 150
     draw = random.Random(0)
     for number in draw.sample(range(1, runs.writes + 1), 3):
-        goes_on_after_a_kill(runs, number)
+        check_resuming_after_a_kill(runs, number)
 
 
 @pytest.mark.slow
 def test_killed_at_every_write(runs):
     for number in range(1, runs.writes + 1):
-        goes_on_after_a_kill(runs, number)
+        check_resuming_after_a_kill(runs, number)
 
 
 @pytest.mark.slow
@@ -130,7 +149,7 @@ def test_killed_twice(runs):
         shutil.rmtree(runs.folder / "twice")
 
 
-def test_an_error_in_a_save_leaves_nothing_half(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_incomplete_checkpoint(tmp_path, monkeypatch):
     made = trainer(tmp_path)
 
     def full(*args, **kwargs):
@@ -148,7 +167,10 @@ def test_an_error_in_a_save_leaves_nothing_half(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 4 steps with checkpoints of the steps 2 and 4, and a training head, so that every kind of file is there."""
+    """Return the folder of a run of 4 steps that has checkpoints of steps 2 and 4.
+
+    The model has a training head, so that the checkpoints hold every kind of file.
+    """
     folder = tmp_path_factory.mktemp("run")
     trainer(folder, pooling="cls_mlp_train").train()
     return folder
@@ -180,7 +202,7 @@ DAMAGE = {
 
 
 def with_damage(folder: Path, name: str, kind: str):
-    """Damage a file of a checkpoint, yield, and mend it again."""
+    """Damage a file of a checkpoint, yield, and restore the file."""
     path = folder / name
     content = path.read_bytes()
     DAMAGE[kind](path)
@@ -190,7 +212,10 @@ def with_damage(folder: Path, name: str, kind: str):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_to_any_file_is_found(run, kind, caplog):
-    """Explicitly given it is refused by name with the mend; `latest` falls back, and says why."""
+    """A damaged checkpoint is found, whichever file is damaged.
+
+    If the user gives its path, the message names the file and says what to do. `latest` skips the checkpoint with a warning.
+    """
     checkpoint = run / "checkpoint-4"
     names = [*whole.names_in(checkpoint), whole.MANIFEST]
     assert {"model.safetensors", "training.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json",
@@ -200,7 +225,7 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
         damaged = with_damage(checkpoint, name, kind)
         next(damaged)
         if name == whole.MANIFEST and kind == "gone":
-            assert whole.damage(checkpoint) is None  # as an earlier version has written it
+            assert whole.damage(checkpoint) is None  # like a checkpoint of an earlier version, which wrote no manifest
         else:
             assert whole.newest_whole(run) == run / "checkpoint-2", name
             assert f"checkpoint-4: {name}" in caplog.text
@@ -208,10 +233,10 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
             message = error_of(whole.check_whole, checkpoint)
             assert name in message and message.endswith("resume with --resume_from_checkpoint latest (checkpoint-2)")
         next(damaged, None)
-        assert whole.damage(checkpoint) is None  # control
+        assert whole.damage(checkpoint) is None  # control: the restored checkpoint is complete
 
 
-def test_sizes_are_told(run):
+def test_the_message_names_both_sizes(run):
     damaged = with_damage(run / "checkpoint-4", "scheduler.pt", "half")
     size = (run / "checkpoint-4" / "scheduler.pt").stat().st_size
     next(damaged)
@@ -220,18 +245,18 @@ def test_sizes_are_told(run):
 
 
 @pytest.mark.parametrize("name", ["model-2.safetensors", "model.safetensors.index.json", "optimizer.bin", "rng_state_1.pth"])
-def test_what_a_run_would_read_beside_its_files_is_damage(run, name):
+def test_an_unexpected_file_that_a_run_would_read_is_damage(run, name):
     extra = run / "checkpoint-4" / name
     extra.write_bytes((run / "checkpoint-4" / "model.safetensors").read_bytes())
     assert whole.damage(run / "checkpoint-4") == f"unexpected file {name}"
     extra.unlink()
 
 
-def test_what_people_edit_or_add_is_no_damage(run, tmp_path):
+def test_files_that_users_edit_or_add_are_not_damage(run, tmp_path):
     checkpoint = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "README.md").write_text("mine")
     (checkpoint / "notes.txt").write_text("mine")
-    (checkpoint / "training_args.bin").unlink()  # pushes leave it out
+    (checkpoint / "training_args.bin").unlink()  # a push to the Hub leaves it out
     assert whole.damage(checkpoint) is None
 
 
@@ -255,13 +280,13 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
         made.train(resume_from_checkpoint=resume)
         ends.append(weights(made))
     assert same(*ends) and "checkpoint-4: optimizer.pt has changed since it was written: skipped" in caplog.text
-    assert whole.damage(tmp_path / "run" / "checkpoint-4") is None  # written anew
+    assert whole.damage(tmp_path / "run" / "checkpoint-4") is None  # the resumed run has written it again
     flip(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
     message = error_of(trainer(tmp_path, **settings).train, str(tmp_path / "run" / "checkpoint-4"))
     assert "resume with --resume_from_checkpoint latest (checkpoint-5)" in message
 
 
-def test_true_without_a_checkpoint(tmp_path):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     assert "No valid checkpoint found in output directory" in error_of(trainer(tmp_path / "new").train, True)
     assert "there is no checkpoint" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
 
@@ -270,7 +295,7 @@ def test_true_without_a_checkpoint(tmp_path):
 
 
 def unsealed(run: Path, folder: Path) -> Path:
-    """Copy a run of which an earlier version wrote the checkpoints."""
+    """Copy a run and remove its manifests, so that its checkpoints are like those of an earlier version."""
     shutil.copytree(run, folder)
     for path in folder.glob(f"*/{whole.MANIFEST}"):
         path.unlink()
@@ -286,7 +311,7 @@ def test_without_a_manifest_half_files_are_found(run, tmp_path, kind):
         next(damaged)
         assert name in str(whole.damage(folder / "checkpoint-4")), name
         next(damaged, None)
-    assert whole.damage(folder / "checkpoint-4") is None  # control
+    assert whole.damage(folder / "checkpoint-4") is None  # control: the restored checkpoint is complete
 
 
 def test_without_a_manifest_a_flipped_bit_of_torch_is_found(run, tmp_path):
@@ -337,7 +362,7 @@ def test_without_a_manifest_every_error_names_the_file(run, tmp_path, case, capl
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
-def test_without_a_manifest_a_missing_part_is_told(run, tmp_path, name, caplog):
+def test_without_a_manifest_a_missing_part_is_reported(run, tmp_path, name, caplog):
     folder = unsealed(run, tmp_path / "run")
     (folder / "checkpoint-2" / name).unlink()
     made = trainer(tmp_path / "new", pooling="cls_mlp_train", max_steps=3)
@@ -346,7 +371,7 @@ def test_without_a_manifest_a_missing_part_is_told(run, tmp_path, name, caplog):
     assert said[name] in caplog.text and "an earlier version wrote this checkpoint" in caplog.text
 
 
-# ---- which are kept ----
+# ---- which checkpoints are kept ----
 
 
 def folder_with(folder: Path, steps: list[int]) -> Path:
@@ -354,7 +379,7 @@ def folder_with(folder: Path, steps: list[int]) -> Path:
         path = folder / f"checkpoint-{step}"
         path.mkdir(parents=True)
         (path / "trainer_state.json").write_text("{}")
-        os.utime(path, (1e9 - 100 * number, 1e9 - 100 * number))  # the newest by its step is the oldest by the clock
+        os.utime(path, (1e9 - 100 * number, 1e9 - 100 * number))  # a later step has an older modification time
     return folder
 
 
@@ -367,7 +392,7 @@ def folder_with(folder: Path, steps: list[int]) -> Path:
         (1, {100, 9}, 100, [9, 100]),
         (2, {100, 9}, 100, [9, 100]),
         (3, {100, 9}, 100, [9, 20, 100]),
-        (2, {20}, 20, [10, 20]),  # resumed before the step 100, which goes first
+        (2, {20}, 20, [10, 20]),  # resumed before step 100, so checkpoint-100 is removed first
     ],
 )
 def test_rotation_goes_by_the_step(tmp_path, limit, keep, step, left):
@@ -388,7 +413,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": Tru
 
 
 class Scores:
-    """An evaluation that gives the scores it is told to."""
+    """Replaces the `evaluate` of a trainer. Each call returns the next of the given scores."""
 
     def __init__(self, run, scores: list[float]):
         self.run, self.scores = run, iter(scores)
@@ -447,7 +472,7 @@ def test_transformers_sees_no_checkpoint_that_is_being_written(tmp_path):
     assert get_last_checkpoint(str(tmp_path)) is None and not whole.checkpoints_in(tmp_path)
 
 
-def test_the_manifest_says_what_run_it_is_of(run):
+def test_the_manifest_describes_its_run(run):
     facts = whole.read_manifest(run / "checkpoint-4")["run"]
     assert facts["settings"]["seed"] == SAVING["seed"] and facts["encoder"]["pooling"] == "cls_mlp_train"
     assert facts["parameters"]["train_head.0.bias"] == [32] and facts["data"]["the rows"]["number of rows"] == 12

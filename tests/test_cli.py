@@ -1,4 +1,4 @@
-"""Flags and YAML: who wins, what values mean, and what is refused in one line."""
+"""Tests of flags and YAML files: which of the two wins, how values are read, and what is refused in one line."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from hf_embed.kit.plan import DataArguments
 
 @pytest.fixture
 def parse(tmp_path):
-    """All settings in one dict, from a YAML text and flags."""
+    """Return a function that parses a YAML text and flags, and returns all settings in one dict."""
 
     def function(yaml, *flags):
         path = tmp_path / "run.yaml"
@@ -28,14 +28,14 @@ def parse(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "key", "value"),
     [
-        ("learning_rate: 3e-5", "learning_rate", 3e-5),  # text to YAML 1.1
+        ("learning_rate: 3e-5", "learning_rate", 3e-5),  # YAML 1.1 reads this as a text
         ("learning_rate: 0.00003", "learning_rate", 3e-5),
         ("max_length: 32", "max_length", 32),
         ("gradient_caching: true", "gradient_caching", True),
         ("gradient_caching: false", "gradient_caching", False),
         ("normalize: false", "normalize", False),
         ("train_file: a file.txt", "train_file", "a file.txt"),
-        ("train_file:", "train_file", None),  # no value: the default
+        ("train_file:", "train_file", None),  # a key without a value means the default
         ("temperature:", "temperature", 0.05),
         ("hard_negative_weight: -1", "hard_negative_weight", -1.0),
         ("eval_sts_file: [a=1.tsv, b=2.tsv]", "eval_sts_file", ["a=1.tsv", "b=2.tsv"]),
@@ -43,19 +43,19 @@ def parse(tmp_path):
         ("""prompts: '{"query": "find: "}'""", "prompts", {"query": "find: "}),
         ("report_to: none", "report_to", []),
         ("", "temperature", 0.05),
-        # BUG: a mapping becomes Python's repr, which no JSON parser reads.
+        # BUG: a mapping became Python's repr, which is not JSON.
         ("prompts:\n  query: 'find: '", "prompts", {"query": "find: "}),
         ("lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
-        # BUG: YAML 1.1 reads `no` as False, and "False" is no choice.
+        # BUG: YAML 1.1 reads `no` as False, and "False" was refused, because it is not one of the choices.
         ("eval_strategy: no", "eval_strategy", "no"),
-        # BUG: False becomes the text "False", taken for a folder.
+        # BUG: False became the text "False", which was taken for a folder.
         ("resume_from_checkpoint: false", "resume_from_checkpoint", None),
-        # BUG: an empty list becomes a flag without a value, refused.
+        # BUG: an empty list became a flag without a value, which was refused.
         ("eval_sts_file: []", "eval_sts_file", []),
-        # BUG: words that begin with "-" are taken for flags; also -1.0e-5, which argparse thinks no number.
+        # BUG: values that begin with "-" were taken for flags, even -1e-5, which argparse does not recognize as a number.
         ("train_file: -a.txt", "train_file", "-a.txt"),
         ("hard_negative_weight: -1e-5", "hard_negative_weight", -1e-5),
-        # BUG: a switch that is on by default could not be turned off.
+        # BUG: a flag that is true by default could not be turned off.
         ("mask_other_positives: false", "mask_other_positives", False),
         ("quoting: no", "quoting", False),
         ("ignore_columns: [-1, label]", "ignore_columns", ["-1", "label"]),
@@ -114,7 +114,7 @@ def test_resume_from_checkpoint(flags, value, parse):
         ("1: 2", "unknown key '1'"),
         ("a: [", "not YAML"),
         ("- a\n- b", "the file must hold lines of the form 'flag: value'"),
-        # BUG: UnicodeDecodeError passes as a traceback.
+        # BUG: the user saw the traceback of a UnicodeDecodeError.
         ("train_file: café".encode("latin-1"), "not UTF-8"),
     ],
 )
@@ -139,7 +139,7 @@ def test_bad_yaml(yaml, expected, parse, tmp_path):
 def test_bad_value_in_yaml_is_said_as_on_the_command_line(yaml, expected, parse):
     assert expected in error_of(parse, yaml)
     key, value = yaml.split(": ")
-    assert parse(yaml, f"--{key}=1" if "eval" not in key else "--eval_strategy=no")  # which the flag overrides
+    assert parse(yaml, f"--{key}=1" if "eval" not in key else "--eval_strategy=no")  # the command line overrides the file
     if "[" not in value:
         assert expected in error_of(parse, "", f"--{key}", value)
 
@@ -148,7 +148,7 @@ def test_bad_value_in_yaml_is_said_as_on_the_command_line(yaml, expected, parse)
     ("flags", "expected"),
     [
         (["--learnin_rate", "1"], "--learnin_rate"),
-        (["--temp", "1"], "--temp"),  # no abbreviations
+        (["--temp", "1"], "--temp"),  # flags cannot be abbreviated
         (["stray"], "stray"),
         (["--temperature", "warm"], "'warm'"),
         (["--temperature"], "expected one argument"),
@@ -163,7 +163,7 @@ def test_bad_flag(flags, expected, parse):
 
 @pytest.mark.parametrize("value", ["find: ", "[1]", '"query"'])
 def test_bad_prompts_say_what_is_wanted(value, parse):
-    # BUG: the JSON parser's message names neither the flag nor the form; a list passes as a TypeError.
+    # BUG: the message of the JSON parser named neither the flag nor the expected form, and a list raised a TypeError.
     message = error_of(parse, "", "--prompts", value)
     assert "prompts" in message and '{"query"' in message
 
@@ -214,7 +214,7 @@ class Needy:
 
 
 def test_flags_from_any_dataclass(tmp_path):
-    """A tuple is a list on the command line; a field may be no flag; what is required may come from the file."""
+    """A tuple becomes a list, a field need not be a flag, and a required value may come from the file."""
     path = tmp_path / "run.yaml"
     path.write_text("model: mine\nwidths: [8, 4]")
     (made,) = cli.parse([Needy], argv=["--config", str(path)])
@@ -225,7 +225,7 @@ def test_flags_from_any_dataclass(tmp_path):
     assert error_of(cli.parse, [Needy], argv=["--model", "m", "--widths", "0"]) == "a width is 0"
 
 
-def test_a_file_without_its_flag_is_asked_about():
+def test_a_file_name_without_a_flag_gets_a_suggestion():
     from hf_embed.kit.plan import read_flags
 
     assert error_of(read_flags, [], argv=["nli.csv"]) == (
@@ -242,7 +242,7 @@ def test_flags_are_overridden_and_not_changed(tmp_path):
     other = flags.override(seed=4, load_best_model_at_end=False).override_as_given({"temperature": 1, "eval-strategy": "no"})
     assert (flags.make(SimCSE).temperature, other.make(SimCSE).temperature) == (0.1, 1.0)
     assert flags.make(ContrastiveTrainingArguments) == args and args.metric_for_best_model == "auto"
-    changed = other.make(ContrastiveTrainingArguments)  # as if it were given so: nothing is left that was derived before
+    changed = other.make(ContrastiveTrainingArguments)  # values derived from the old flags are derived again
     assert (changed.seed, changed.metric_for_best_model, changed.do_eval) == (4, None, False)
     assert "unknown flag --temprature=1 (did you mean 'temperature'?)" in error_of(flags.override_as_given, {"temprature": 1})
     assert "argument --seed: invalid int value: 'x'" in error_of(flags.override_as_given, {"seed": "x"})
@@ -270,7 +270,7 @@ def test_a_class_without_fields_is_refused():
 
 
 def test_a_preset_is_named_as_one(tmp_path):
-    """A user who has given no --config should not be told about it."""
+    """The message names the preset, because the user may not have given a --config."""
     path = tmp_path / "preset.yaml"
     path.write_text("temperture: 0.1")
     expected = f"the recipe's preset {path}: unknown key 'temperture' (did you mean 'temperature'?)"

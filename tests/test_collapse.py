@@ -1,4 +1,4 @@
-"""The measures of length collapse against plain ones, and the recipe."""
+"""Tests of the measures of length collapse, compared with simple loops, and of the recipe length_collapse.py."""
 
 import json
 import sys
@@ -50,12 +50,12 @@ def test_report(tmp_path):
     encoder = tiny_encoder(max_length=48)
     report = length_report(encoder, TEXTS, (8, 16, 32, 512))
     tokens = [len(encoder.tokenizer(text)["input_ids"]) for text in TEXTS]
-    assert [row["tokens"] for row in report["cut"]] == [8, 16, 32]  # five of ten texts fill 32, not 48
+    assert [row["tokens"] for row in report["cut"]] == [8, 16, 32]  # five of the ten texts have 32 tokens; too few have 48
     assert {row["texts"] for row in report["cut"]} == {sum(n >= 32 for n in tokens)}
     inside = {row["tokens"]: row["texts"] for row in report["natural"]}
-    assert inside == {32: sum(16 < n <= 32 for n in tokens), 48: sum(n > 32 for n in tokens)}  # one text is no bin
+    assert inside == {32: sum(16 < n <= 32 for n in tokens), 48: sum(n > 32 for n in tokens)}  # a bin needs two texts
     cut = [encoder.tokenizer.decode(encoder.tokenizer(t)["input_ids"][1:7]) for t, n in zip(TEXTS, tokens) if n >= 32]
-    vectors = encoder.encode(cut)  # 6 tokens and two special ones
+    vectors = encoder.encode(cut)  # 6 tokens of the text and two special tokens: the length 8
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert report["cut"][0]["mean_cosine"] == pytest.approx(geometry(vectors)["mean_cosine"], abs=1e-5)
     assert encoder.max_length == 48
@@ -86,7 +86,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     recipe.main()
     out = capsys.readouterr().out
-    assert "TempScale 0.5" in out and out.count("the same texts, truncated to") == 3 + 1  # three tables, and the last lines
+    assert "TempScale 0.5" in out and out.count("the same texts, truncated to") == 3 + 1  # three tables and the summary
     assert all(f"\n  {head}  " in out for head in ("mean cosine", "uniformity", "rank", "to mean", "high freq."))
     reports = json.loads(Path("outputs/length_collapse/collapse.json").read_text())["reports"]
     assert set(reports) == {"as it is", "TempScale 0.9", "TempScale 0.5"}
@@ -99,7 +99,7 @@ def test_recipe_without_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
     monkeypatch.chdir(tmp_path)
     recipe = __import__("length_collapse")
-    monkeypatch.setattr(recipe, "read_pages", partial(read_pages, ("accelerate",), 40))  # all packages take a while
+    monkeypatch.setattr(recipe, "read_pages", partial(read_pages, ("accelerate",), 40))  # reading all packages is slow
     monkeypatch.setattr(sys, "argv", ["length_collapse.py", "--max_texts", "12", "--lengths", "16", "32"])
     recipe.main()
     assert "as it is" in capsys.readouterr().out

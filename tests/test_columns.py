@@ -1,4 +1,4 @@
-"""Columns as they come: layouts that are known by name, what is refused as ambiguous, and columns that the user names."""
+"""Tests of the choice of columns: layouts known by their names, ambiguous tables, and columns that the user names."""
 
 import shlex
 
@@ -21,7 +21,7 @@ from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_r
 # ---- known by name ----
 
 LAYOUTS = [
-    # found, paired, taken
+    # the columns of a table, whether a pair is required (None: optional), and the columns that are used
     (["question", "answer"], None, ["question", "answer"]),
     (["Answer", "QUESTION", "id"], True, ["QUESTION", "Answer"]),
     (["query", "answer"], None, ["query", "answer"]),
@@ -31,7 +31,7 @@ LAYOUTS = [
     (["title", "body"], None, ["title", "body"]),
     (["title", "abstract"], None, ["title", "abstract"]),
     (["title", "text"], True, ["title", "text"]),
-    (["title", "text"], None, ["text"]),  # as a corpus has them; pairs have to be asked for
+    (["title", "text"], None, ["text"]),  # a corpus of single texts, unless a pair is required
     (["anchor", "entailment"], None, ["anchor", "entailment"]),
     (["premise", "contradiction", "entailment"], None, ["premise", "entailment", "contradiction"]),
     (["summary", "article"], None, ["summary", "article"]),
@@ -45,14 +45,14 @@ LAYOUTS = [
     (["query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "id"], None, ["query", "pos", "neg"]),
     (["question", "positive", "hard_neg"], None, ["question", "positive", "hard_neg"]),
     (["anchor", "pos"], None, ["anchor", "pos"]),
-    (["query", "positive", "answer"], None, ["query", "positive"]),  # one names its positives
+    (["query", "positive", "answer"], None, ["query", "positive"]),  # the layout that names its positives
     (["sent0", "sent1", "question", "answer"], None, ["sent0", "sent1"]),
     (["text", "title", "body"], False, ["text"]),
 ]
 
 
 @pytest.mark.parametrize(("found", "paired", "taken"), LAYOUTS)
-def test_columns_as_they_come(found, paired, taken, caplog):
+def test_known_layouts_are_recognized(found, paired, taken, caplog):
     assert text_columns(found, "rows", paired) == taken
     unused = [column for column in found if column not in taken]
     assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
@@ -64,14 +64,15 @@ AMBIGUOUS = [
     (["question", "query", "answer"], None, "question and answer or query and answer", "anchor=question positive=answer"),
     (["title", "body", "text"], True, "title and body or title and text", "anchor=title positive=body"),
     (["text", "question", "answer"], None, "question and answer or text", "anchor=question positive=answer"),
-    (["text", "positive", "negative"], None, "text and positive or text", "anchor=text positive=positive"),  # BUG: text
+    # BUG: this table was read as single texts.
+    (["text", "positive", "negative"], None, "text and positive or text", "anchor=text positive=positive"),
     (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
      "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("found", "paired", "meant", "flag"), AMBIGUOUS)
-def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
+def test_ambiguous_columns_are_refused(found, paired, meant, flag):
     message = error_of(text_columns, found, "a.csv", paired)
     assert message.startswith(
         f"a.csv: found the columns {', '.join(found)}, and more than one choice is possible: {meant}; "
@@ -80,10 +81,11 @@ def test_what_could_be_several_pairs_is_refused(found, paired, meant, flag):
 
 
 @pytest.mark.parametrize("twin", ["Query", "que ry", "QUERY"])
-def test_two_columns_of_one_name_are_refused(twin):
+def test_column_names_that_differ_only_in_spelling_are_refused(twin):
     message = error_of(text_columns, [twin, "query", "positive"], "a.csv")
     assert "differ only in case, spaces, hyphens or underscores" in message and "--ignore_columns" in message
-    assert text_columns(["query", "positive", "ID", "id"], "a.csv") == ["query", "positive"]  # of those nobody reads
+    # Columns that are not used may have such names.
+    assert text_columns(["query", "positive", "ID", "id"], "a.csv") == ["query", "positive"]
 
 
 UNKNOWN = [
@@ -91,7 +93,7 @@ UNKNOWN = [
     (["Unnamed: 0", "my question", "the answer", "url"], True, ["anchor=my question", "positive=the answer"]),
     (["frage", "antwort", "negative_1", "negative_2"], None,
      ["anchor=frage", "positive=antwort", "negative=negative_1", "negative=negative_2"]),
-    (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # what are they to each other?
+    (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # without a label, their relation is unknown
     (["body", "id"], False, ["text=body"]),
 ]  # fmt: skip
 
@@ -112,7 +114,7 @@ def test_the_flag_of_recipes_that_read_one_column(tmp_path):
     assert read_column(path, "pos")[1][:] == ["b"]
 
 
-def test_a_recipe_of_pairs_names_the_one_of_single_texts():
+def test_a_pair_recipe_names_the_recipe_for_single_texts():
     assert "train on single texts with unsup-simcse" in error_of(text_columns, ["text"], "a.txt", True)
 
 
@@ -136,19 +138,19 @@ def test_a_lone_column_is_no_pair():
     assert "a pair needs two columns of texts" in error_of(text_columns, ["text", "id"], "a.csv", True)
 
 
-def test_a_label_beside_unknown_columns_is_spoken_of():
+def test_a_label_beside_unknown_columns_is_mentioned():
     message = error_of(text_columns, ["frage", "antwort", "label"], "a.csv")
     assert "keep only the pairs that 'label' marks as a match; the others are not positives" in message
 
 
 def test_graded_pairs_are_for_evaluation():
-    """sentence1, sentence2, score: the columns of sentence-transformers' STS benchmark."""
+    """The STS benchmark of sentence-transformers has the columns sentence1, sentence2 and score."""
     message = error_of(text_columns, ["sentence1", "sentence2", "score"], "stsb")
     assert "the column 'score' judges the pairs" in message
     assert "evaluate a model on graded pairs with --eval_sts_file" in message
 
 
-def test_a_teachers_scores_judge_no_pair():
+def test_teacher_scores_do_not_judge_pairs():
     teacher = ["pos_scores", "neg_scores", "positive_score", "negative_scores"]
     assert judging_columns([*teacher, "score", "pos_label", "scores"]) == ["score", "pos_label", "scores"]
 
@@ -199,7 +201,7 @@ def test_wrong_flags(given, expected):
         (["text=frage", "positive=antwort"], "give anchor and positive"),
     ],
 )
-def test_columns_that_make_no_row(given, expected, tmp_path):
+def test_invalid_roles_of_columns_are_refused(given, expected, tmp_path):
     path = written(tmp_path / "a.csv", "frage,antwort,falsch,id\nf,a,n,1\ng,b,m,2\n")
     message = error_of(read_train_rows, DataArguments(train_file=path, columns=given))
     assert message.startswith(f"{path}: ") and expected in message
@@ -243,7 +245,7 @@ def test_a_label_beside_named_columns(tmp_path):
     assert read_train_rows(given)[0].column_names == ["anchor", "positive"]
     message = error_of(Source, "s", read_file(path), columns={"anchor": "frage", "positive": "antwort"})
     assert message.startswith("source 's': columns: the column 'label' judges the pairs")
-    named = take_columns(read_file(path), {"text": "frage"})  # a single text claims nothing
+    named = take_columns(read_file(path), {"text": "frage"})  # a label is no judgment of a single text
     assert named.to_dict() == {"text": ["f", "g"]}
 
 
@@ -254,7 +256,7 @@ def test_lists_of_positives_under_another_name(tmp_path, tokenizer):
 
 
 def test_named_columns_of_a_dataset_folder(tmp_path):
-    """As a Hub dataset."""
+    """A dataset folder is read like a dataset on the Hub."""
     written(tmp_path / "data" / "train.csv", "frage,antwort,id\nf,a,1\ng,b,2\n")
     given = DataArguments(dataset_name=str(tmp_path / "data"), columns=["anchor=frage", "positive=antwort"])
     assert read_train_rows(given)[0][0] == {"anchor": "f", "positive": "a"}
@@ -265,7 +267,7 @@ def test_named_columns_of_a_dataset_folder(tmp_path):
     assert with_id.column_names == ["frage", "antwort"]
 
 
-def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
+def test_flags_of_columns_are_refused_with_sources(tmp_path):
     path = written(tmp_path / "s.yaml", yaml.safe_dump([{"name": "a", "file": "a.csv"}]))
     message = error_of(read_train_rows, DataArguments(sources=path, columns=["text=a"]))
     assert "--columns" in message and "do not apply to --sources; set them in the sources file" in message
@@ -273,7 +275,7 @@ def test_flags_of_one_set_beside_a_list_of_sources(tmp_path):
 
 @pytest.mark.parametrize("flag", ["columns", "ignore_columns"])
 def test_a_flag_of_columns_without_data_is_refused(flag):
-    """BUG: --ignore_columns without data was ignored."""
+    """BUG: without training data, --ignore_columns had no effect and no message."""
     flags = read_flags([], argv=[f"--{flag}", "text=a"])
     assert error_of(read_rows, flags, "sentences.txt").startswith(f"--{flag} has no effect without training data")
 

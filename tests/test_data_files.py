@@ -1,7 +1,7 @@
-"""Files as users bring them: each is read right, or refused in one line that says where and how to mend it.
+"""Tests that a file of a user is read correctly, or is refused in one line that says where the mistake is and how to mend it.
 
-Separators, quotes, lists and labels in tables; encodings and odd lines; jsonl whose columns begin late or change; BEIR folders;
-YAML settings; texts of many megabytes.
+The files have unusual separators, quotes, lists and labels in tables; other encodings and odd lines; jsonl columns that begin
+late or change their type; BEIR folders; YAML settings; and texts of many megabytes.
 """
 
 import csv
@@ -55,7 +55,7 @@ def streamed(source, tokenizer):
 
 
 def both_ways(path, **settings):
-    """The rows in memory and streamed, which must be the same."""
+    """Return the rows of a file, after checking that they are the same in memory and as a stream."""
     table = read_file(path, **settings).to_list()
     assert list(read_file(path, streaming=True, **settings)) == table
     return table
@@ -98,7 +98,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
 
 
 def test_a_datasets_only_column_with_a_separator_in_its_name():
-    """As a Hub dataset of ;-separated csv arrives."""
+    """A csv file on the Hub whose separator is a semicolon arrives as a dataset with such a column."""
     message = error_of(text_columns, ["anchor;positive"], "org/pairs")
     assert "org/pairs: there is only one column, 'anchor;positive', and its name contains ';'" in message
     assert text_columns(["whatever it is"], "rows") == ["whatever it is"]
@@ -113,14 +113,17 @@ def test_separators_within_texts_are_texts(tmp_path):
 
 
 def forty_rows(folder):
-    """Two quotes that open and are not closed, in lines 11 and 25 (header included): pandas reads 26 rows."""
+    """Write 40 rows with one stray quote in line 11 and one in line 25, counting the header.
+
+    Everything between the two quotes becomes one cell, so pandas reads only 26 rows.
+    """
     rows = [[f"anchor {i}", f"positive {i}"] for i in range(1, 41)]
     rows[9][1] = '"positive 10'
     rows[23][1] = 'positive 24"'
     return written(folder / "a.csv", "anchor,positive\n" + "".join(",".join(row) + "\n" for row in rows))
 
 
-def test_swallowed_rows_are_said_and_the_switch_brings_them_back(tmp_path, caplog):
+def test_rows_inside_a_quote_are_reported_and_no_quoting_restores_them(tmp_path, caplog):
     path = forty_rows(tmp_path)
     rows = read_file(path)
     assert len(rows) == 26 and rows[9]["positive"].count("\n") == 14
@@ -156,7 +159,8 @@ def test_a_quote_that_is_never_closed(tmp_path):
 
 
 def test_columns_of_a_table(tmp_path):
-    assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]  # pandas' index
+    # pandas writes the index of a DataFrame as a column without a name.
+    assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]
     assert "two columns are named 'b'" in error_of(read_file, written(tmp_path / "b.csv", "a,b,b\nx,y,z\n"))
     path = written(tmp_path / "c.csv", "anchor,positive\na,b\n\nc,d,e\n")
     for streaming in (False, True):
@@ -201,7 +205,7 @@ def test_columns_of_lists_are_no_anchors_and_no_positives(column, tmp_path, toke
     assert expected in error_of(tokenize_rows, read_file(str(tmp_path / "a.csv")), tokenizer, 16)
     entry = {"name": "s", "file": "a.csv", "streaming": True, "rows": 3}
     assert expected in error_of(streamed, *read_sources(listed(tmp_path, entry)), tokenizer)
-    table.loc[1, column] = "a text"  # then they are texts, say of code
+    table.loc[1, column] = "a text"  # one plain text in the column: all cells count as texts
     table.to_csv(tmp_path / "b.csv", index=False)
     assert len(tokenize_rows(read_file(str(tmp_path / "b.csv")), tokenizer, 16)) == 3
 
@@ -218,7 +222,7 @@ def test_lists_of_jsonl_and_parquet_are_several_negatives(tmp_path, tokenizer):
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     for path in (jsonl(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet")):
         tokens = tokenize_rows(read_file(path), tokenizer, 16)
-        assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # a text in a list is a text, brackets or not
+        assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # an item of a list is a text, whatever it looks like
 
 
 # ---- labels beside pairs ----
@@ -242,10 +246,10 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
     assert text_columns(rows.column_names, path) == ["anchor", "positive"]
 
 
-def test_what_is_no_judgement_is_left_unused(caplog):
+def test_columns_that_judge_no_pair_are_left_unused(caplog):
     unused = ["id", "genre", "title", "underscore", "labelled_by", "yes", "language", "simple"]
     assert text_columns(["anchor", "positive", *unused], "rows") == ["anchor", "positive"]
-    assert text_columns(["text", "label"], "rows") == ["text"]  # of a single text nothing is claimed
+    assert text_columns(["text", "label"], "rows") == ["text"]  # a label is no judgment of a single text
     assert caplog.messages == [f"rows: columns {', '.join(unused)} are not used", "rows: columns label are not used"]
 
 
@@ -267,7 +271,10 @@ FILLER = "word " * 600
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory):
-    """A file for each way in which a column may begin late: behind 10.5 MB, which `datasets` takes for the whole."""
+    """Write a file for each way in which a column may begin, or change its type, only after 10.5 MB. Return their folder.
+
+    `datasets` alone would guess the columns from the first 10 MB.
+    """
     folder = tmp_path_factory.mktemp("late")
     early = {"null": {"negatives": None}, "empty": {"negatives": []}, "absent": {}}
     for name, part in early.items():
@@ -302,7 +309,7 @@ def test_negatives_that_begin_late_are_streamed(late, case, mapped, tmp_path, to
     assert sorted(texts) == [2] * 3500 + [3] * 2
 
 
-def test_negatives_of_a_stream_that_nobody_spoke_of(late, tmp_path, tokenizer):
+def test_late_negatives_of_a_stream_need_a_setting(late, tmp_path, tokenizer):
     entry = {"name": "s", "file": str(late / "absent.jsonl"), "streaming": True, "rows": 3502}
     (source,) = read_sources(listed(tmp_path, entry))
     stream = streamed(source, tokenizer)
@@ -322,7 +329,7 @@ def test_negatives_that_are_there_from_the_start(name, tmp_path, caplog, tokeniz
     (source,) = read_sources(listed(tmp_path, {"name": "s", "file": name, "streaming": True, "rows": 1100, "negatives": 2}))
     stream = streamed(source, tokenizer)
     assert stream.columns == ["query", "positive", "hard_neg"] and not caplog.messages
-    if name == "a.jsonl":  # no place for the second column
+    if name == "a.jsonl":  # the stream has no column for a second negative
         assert "the column hard_neg_2 begins after" in error_of(stream.__getitems__, list(range(1100)))
     else:
         assert {len(row["text_ids"]) for row in stream.__getitems__(list(range(1100)))} == {3}
@@ -349,7 +356,7 @@ def test_late_negatives_add_to_those_of_the_row(tmp_path):
     assert list(source.rows)[1001]["negatives"] == ["own", "m"]
     jsonl(tmp_path / "b.jsonl", [row | {"negatives": ["own"]} for row in early] + [late])
     named = read_file(str(tmp_path / "b.jsonl"), streaming=True, optional=["negatives", "neg_1"])
-    assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not asked for
+    assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not requested
 
 
 def test_an_unused_column_may_change_its_type(late, tokenizer):
@@ -372,7 +379,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_values_are_what_they_are(case, tmp_path):
+def test_json_values_keep_their_types(case, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "t", "value": value} for value in VALUES[case]])
     assert [row["value"] for row in both_ways(path)] == VALUES[case]
     assert read_file(path)["value"][:] == VALUES[case]
@@ -403,7 +410,7 @@ def test_numbers_are_no_texts(ending, cells, row, shown, tmp_path, tokenizer):
 
 def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
     rows = [{"anchor": "a", "positive": "b", "negative": float("nan")}, {"anchor": "c", "positive": "d", "negative": "e"}]
-    path = jsonl(tmp_path / "a.jsonl", rows)  # json.dumps writes NaN
+    path = jsonl(tmp_path / "a.jsonl", rows)  # json.dumps writes the missing value as NaN
     assert [len(ids) for ids in tokenize_rows(read_file(path), tokenizer, 16)["text_ids"]] == [2, 3]
 
 
@@ -440,7 +447,7 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
     jsonl(tmp_path / "a.jsonl", [{"text": "newer"}])
     assert read_file(path)["text"][:] == ["newer"]
     first = read_file(path)
-    assert first._fingerprint == read_file(path)._fingerprint  # so that tokens are cached
+    assert first._fingerprint == read_file(path)._fingerprint  # the same fingerprint, so cached tokens are found
 
 
 # ---- encodings and odd bytes ----
@@ -486,7 +493,7 @@ def test_half_a_character_is_refused_with_its_line(half, tmp_path):
     assert [row["text"] for row in both_ways(whole)] == ["😀 é", "\\ud800"]
 
 
-def test_a_stream_that_breaks_off_says_where(tmp_path, tokenizer):
+def test_an_error_late_in_a_stream_names_the_file(tmp_path, tokenizer):
     rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1500))
     entry = {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 1500}
     path = written(tmp_path / "a.jsonl", rows.encode() + b'{"text": "\xe9"}\n')
@@ -588,7 +595,7 @@ def test_beir_is_refused(case, tmp_path):
 # ---- YAML ----
 
 
-def test_keys_that_stand_twice(tmp_path):
+def test_duplicate_keys_are_refused(tmp_path):
     written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
     path = written(tmp_path / "s.yaml", "- name: a\n  file: a.csv\n  weight: 2\n  weight: 3\n")
     assert error_of(read_sources, path) == f"{path}, line 4: the key 'weight' occurs twice; keep one of them"
@@ -598,7 +605,7 @@ def test_keys_that_stand_twice(tmp_path):
     message = error_of(cli.parse, [DataArguments], argv=["--config", path])
     assert message == f"--config {path}, line 3: the key 'train_file' occurs twice; keep one of them"
     shared = "- &a\n  name: a\n  file: a.csv\n  weight: 2\n- <<: *a\n  name: b\n  weight: 3\n"
-    first, second = read_sources(written(tmp_path / "m.yaml", shared))  # a merge may be overridden
+    first, second = read_sources(written(tmp_path / "m.yaml", shared))  # merged keys may be overridden
     assert (first.weight, second.weight, second.name) == (2, 3, "b")
 
 
@@ -667,7 +674,8 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
+def test_a_long_text_gets_the_same_tokens_from_its_beginning(side, tokenizer, monkeypatch):
+    """With truncation on the right, only the beginning of a long text is tokenized. The token ids stay the same."""
     monkeypatch.setattr(tokenizer, "truncation_side", side)
     words = [f"word{i % 997}," * (1 + i % 3) + "\n" * (i % 2) for i in range(5000)]
     texts = [" ".join(words), "   " + "\t".join(words), "x" * 30_000 + " " + " ".join(words), "我们" * 20_000, "x" * 50_000]
@@ -681,7 +689,7 @@ def test_a_long_text_has_the_tokens_of_the_whole(side, tokenizer, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl"])
 def test_long_lines_take_linear_time(kind, tmp_path, tokenizer):
-    """Four times the line, no more than eight times the time, and less than a second for each megabyte."""
+    """A line of four times the length takes at most eight times as long, and less than a second per megabyte."""
 
     def seconds(megabytes):
         text = "the quick brown fox jumps over it " * (megabytes * 10**6 // 34)

@@ -266,9 +266,7 @@ def headings(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub forms them. Links to headings use these anchors."""
     lines = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines()
     titles = [line.lstrip("#").strip().lower() for line in lines if re.match(r"#+ ", line)]
-    # Pages keep the anchors of headings that were renamed.
-    earlier = {name for line in lines for name in re.findall(r'<a id="([\w-]+)"></a>', line)}
-    return earlier | {re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title)).replace(" ", "-") for title in titles}
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title)).replace(" ", "-") for title in titles}
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""The ways to start a recipe: a script of a clone, `python -m`, and the command `hf-embed` of an installed package."""
+"""Tests of the ways to start a recipe: as a script of a clone, by `python -m`, and by the command `hf-embed`."""
 
 import ast
 import configparser
@@ -27,7 +27,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHON
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 
 
-# ---- messages name the form that the user has used ----
+# ---- messages name recipes in the form that the user used ----
 
 
 def test_the_form_of_a_script(monkeypatch):
@@ -52,7 +52,7 @@ def test_without_a_name_of_the_process(monkeypatch):
     assert entry.recipe_command("push") == "python recipes/push.py"
 
 
-# ---- files that ship ----
+# ---- files that ship with the recipes ----
 
 
 def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
     assert entry.shipped("configs/sup_simcse_bert_base.yaml") == "configs/sup_simcse_bert_base.yaml"
     Path("recipes/configs").mkdir(parents=True)
     Path(name).write_text("learning_rate: 1")
-    assert entry.shipped(name) == name  # the user's own file comes first
+    assert entry.shipped(name) == name  # the user's own file has priority
 
 
 def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_ctrl_c_is_one_line_of_the_first_process(show, capsys, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Return a function that gives the arguments with which `launch` calls accelerate."""
+    """Return a function that runs `hf-embed launch` and returns the arguments that accelerate would get."""
 
     def arguments(*words):
         def stop(args):
@@ -161,7 +161,10 @@ CHECK = "from hf_embed.kit.cli import check_processes; check_processes()"
 
 @pytest.mark.parametrize("set_by", ["launcher", "environment"])
 def test_one_process_in_place_of_several_is_noticed(set_by):
-    """The launcher sets MASTER_ADDR where it was asked for several; a cluster's environment has it in any case."""
+    """The launcher sets MASTER_ADDR for its child if several processes were requested.
+
+    On a cluster, MASTER_ADDR may also be in the environment of the launcher itself. Then it proves nothing.
+    """
     as_launched = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("WORLD_SIZE", "MASTER_ADDR")}
     start = f"env={{**os.environ, **{as_launched}}}"
@@ -179,7 +182,8 @@ def test_an_error_of_several_processes_is_one_line(words):
     call = [script, "launch", *words, "sup-simcse", "--learning_rte", "1"]
     done = subprocess.run(call, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("hf_embed ")]  # that it loads PyTorch
+    # Lines that start with hf_embed only report progress, for example that PyTorch is loaded.
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("hf_embed ")]
     assert errors == ["error: unknown flag --learning_rte (did you mean 'learning_rate'?); --help lists the flags"]
 
 
@@ -206,7 +210,7 @@ SLOW_TORCH = "import sys\nprint('torch is imported', file=sys.stderr)\nsys.exit(
 
 
 def start(words: list, tmp_path: Path, **environment) -> subprocess.CompletedProcess:
-    """Start Python with a torch that ends the process, in place of the real one."""
+    """Start Python with a module torch, in place of the real one, that ends the process when it is imported."""
     (tmp_path / "stubs").mkdir(exist_ok=True)
     (tmp_path / "stubs" / "torch.py").write_text(SLOW_TORCH)
     (tmp_path / "hf-embed").write_text("from hf_embed.kit.command import main\nmain()\n")
@@ -229,7 +233,7 @@ def test_a_recipe_speaks_before_torch_is_imported(name, tmp_path):
 )
 def test_every_form_speaks_first_and_once(words, tmp_path):
     assert start(words, tmp_path).stderr == FIRST + "torch is imported\n"
-    assert start(words, tmp_path, RANK="1").stderr == "torch is imported\n"  # the main process speaks for all
+    assert start(words, tmp_path, RANK="1").stderr == "torch is imported\n"  # only the main process prints it
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,7 @@ def test_every_form_speaks_first_and_once(words, tmp_path):
     [(["hf-embed"], 0), (["hf-embed", "--help"], 0), (["hf-embed", "--version"], 0), (["hf-embed", "absent"], 2),
      (["-c", "import hf_embed; hf_embed.__version__; dir(hf_embed)"], 0)],
 )  # fmt: skip
-def test_what_needs_no_torch_imports_none(words, code, tmp_path):
+def test_commands_that_need_no_torch_do_not_import_it(words, code, tmp_path):
     done = start(words, tmp_path)
     assert done.returncode == code and FIRST not in done.stderr and "torch is imported" not in done.stderr, done.stderr
 
@@ -256,7 +260,7 @@ def test_names_are_imported_when_they_are_used():
             assert getattr(hf_embed, name) is getattr(importlib.import_module(f"hf_embed.{module}"), name)
     checked = next(node for node in ast.parse(Path(hf_embed.__file__).read_text()).body if isinstance(node, ast.If))
     seen = {node.module.removeprefix("hf_embed."): [alias.name for alias in node.names] for node in checked.body}
-    assert seen == hf_embed.MODULES  # what type checkers see is what is imported
+    assert seen == hf_embed.MODULES  # type checkers see the names that are imported
     assert hf_embed.mining.__name__ == "hf_embed.mining"
     with pytest.raises(AttributeError, match="module 'hf_embed' has no attribute 'Encodr'"):
         hf_embed.Encodr  # noqa: B018
@@ -275,7 +279,10 @@ def test_setup_lists_every_package():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder of programs of an environment with the wheel, and with the dependencies of this environment."""
+    """Install the wheel in a new virtual environment, and return that environment's folder of programs.
+
+    The new environment uses the dependencies of the present one.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT], check=True, env=ENVIRONMENT)
@@ -318,7 +325,7 @@ def test_the_six_commands_of_the_quickstart_page(installed, tmp_path):
         re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("csv", "bash", "python")
     )
     install, *commands = commands.splitlines()
-    assert install == "pip install hf_embed" and len(commands) == 5  # the first is the fixture
+    assert install == "pip install hf_embed" and len(commands) == 5  # the fixture has done the installation
     (tmp_path / "faq.csv").write_text(faq, encoding="utf-8")
     environment = ENVIRONMENT | {"PATH": f"{installed}{os.pathsep}{ENVIRONMENT['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     settings = {"cwd": tmp_path, "env": environment, "text": True, "capture_output": True, "timeout": 900}

@@ -1,7 +1,8 @@
-"""Whatever is in a file, in rows, in YAML or on a command line: the outcome is a result or an InputError, and never late.
+"""Tests that any file, rows, YAML or command line gives a result or an InputError, and does so within seconds.
 
-Each area has a strategy of hostile cases and a function that reads one. A few cases of each run by default, and 20,000 in all
-with `-m slow`; they are the same in every run. What ended otherwise once stands in FOUND, and is tried first.
+Each area has a strategy that makes hostile cases, and a function that reads one case. By default, a few cases of each area run.
+With `-m slow`, 20,000 cases run in total. The cases are the same every time. FOUND holds cases that once ended in another way.
+They are tried first.
 """
 
 import contextlib
@@ -61,16 +62,16 @@ from hf_embed.read_files import read_array, read_tensors
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.vector_files import read_vectors, write_vectors
 
-SECONDS = 10  # that a case may take
+SECONDS = 10  # the longest time for a case
 
 
 class Hangs(BaseException):
-    """A case takes too long. It is no Exception, which the code might catch."""
+    """Raised when a case takes too long. It is not an Exception, because the tested code might catch an Exception."""
 
 
 @contextlib.contextmanager
 def soon():
-    """Raise Hangs in what takes longer than SECONDS."""
+    """Raise Hangs if the block takes longer than SECONDS."""
 
     def stop(*_):
         raise Hangs(f"no outcome in {SECONDS} seconds")
@@ -91,7 +92,7 @@ def embed(texts: list[str], prompt_name: str | None = None) -> torch.Tensor:
     )
 
 
-# ---- reading one case: each function writes it into a folder, and reads it ----
+# ---- reading one case: each function writes the case into a folder and reads it ----
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
@@ -153,7 +154,7 @@ def check_table(case: tuple, folder: Path) -> None:
 
 
 def named(name: str, call: Callable, *args: Any) -> None:
-    """Call a reader; the message of its InputError has to name the file."""
+    """Call a reader, and check that the message of its InputError names the file. Messages about all texts are excepted."""
     try:
         call(*args)
     except InputError as error:
@@ -268,7 +269,7 @@ def check_config(case: bytes, folder: Path) -> None:
 
 
 def check_command_line(case: list[str], folder: Path) -> None:
-    with contextlib.suppress(SystemExit):  # --help
+    with contextlib.suppress(SystemExit):  # --help ends the process
         make_all(case, folder)
 
 
@@ -297,7 +298,7 @@ def check_evaluation(case: tuple, folder: Path) -> None:
     for flag, item in given_flags:
         item = item.replace("{folder}", str(folder))
         elsewhere = os.path.isdir(item.partition("=")[2]) and str(folder) not in item
-        if flag != "eval_code_search" or not elsewhere:  # what is there depends on the machine
+        if flag != "eval_code_search" or not elsewhere:  # other folders differ between machines
             getattr(args, flag).append(item)
     read_tasks(args)
 
@@ -308,7 +309,7 @@ def check_synonyms(case: bytes, folder: Path) -> None:
 
 
 def check_arguments(case: tuple, folder: Path) -> None:
-    """Call what a script may call, with arguments of any kind."""
+    """Call a public function or class, as a user's script may, with arguments of any type."""
     what, given = case
     CALLS[what](*given)
 
@@ -374,7 +375,7 @@ calls = st.tuples(
 
 @cache
 def model_files() -> dict[str, bytes]:
-    """Return the files of a tiny model with every module, by name; made once."""
+    """Return the files of a tiny model that has every module, as {name: content}. The model is made once."""
     with tempfile.TemporaryDirectory() as folder:
         dense = hf_dense()
         tiny_encoder(pooling="mean", dense=[dense], normalize=True, prompts={"query": "q: "}).save_pretrained(folder)
@@ -444,7 +445,7 @@ def check_settings(case: tuple, folder: Path) -> None:
 
 def check_model(case: tuple, folder: Path) -> None:
     name, content = case
-    if isinstance(content, dict):  # other values of its keys
+    if isinstance(content, dict):  # new values for some keys of the file
         content = json.dumps(json.loads(model_files()[name]) | content).encode()
     model = Encoder.from_pretrained(model_folder(folder, {name: content}))
     model.encode(["a cat"])
@@ -616,10 +617,10 @@ class Area:
     """Hostile cases of one kind.
 
     Args:
-        cases: what to try.
-        check: reads one case, in a folder of its own.
-        few: how many cases run by default.
-        many: how many run with `-m slow`.
+        cases: the strategy that makes the cases.
+        check: a function that reads one case, in a folder of its own.
+        few: the number of cases that run by default.
+        many: the number of cases that run with `-m slow`.
     """
 
     cases: SearchStrategy
@@ -690,7 +691,8 @@ def strange_parquet(name: str, cells: pyarrow.Array) -> bytes:
     return out.getvalue()
 
 
-NO_DATE = pyarrow.array([-(10**7), 0], pyarrow.int32()).cast(pyarrow.date32())  # before the year 1
+# The first date is before the year 1, so Python cannot represent it.
+NO_DATE = pyarrow.array([-(10**7), 0], pyarrow.int32()).cast(pyarrow.date32())
 YAML_FOUND = [
     b"!!float abc",
     b"!!int abc",
@@ -759,7 +761,7 @@ FOUND: dict[str, list[Any]] = {
 
 
 def run(area: Area, cases: int, examples: list[Any]) -> int:
-    """Try the examples and so many cases of an area; return how many cases have run."""
+    """Try the examples and the given number of new cases of an area. Return how many cases ran."""
     count = 0
 
     @settings(
@@ -785,7 +787,7 @@ def run(area: Area, cases: int, examples: list[Any]) -> int:
 
 @pytest.fixture(autouse=True, scope="module")
 def _models():
-    """Make the models before any case is drawn: initialising one takes random numbers."""
+    """Make the models before any case is drawn, because initializing a model draws random numbers."""
     model_files(), vector_files(), tokenizer()
 
 

@@ -1,4 +1,7 @@
-"""The GTE recipes as a user runs them: offline, on sources, stage after stage, with LoRA, on two ranks; what they refuse."""
+"""Tests of the GTE recipes as a user runs them.
+
+They run without data, on sources, in two stages, with LoRA and on two ranks. Other tests check what the recipes refuse.
+"""
 
 import contextlib
 import json
@@ -34,7 +37,7 @@ def write_jsonl(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two sources, one with negatives; a BEIR folder; labelled texts; a tiny model."""
+    """Write two sources, one with negatives; a BEIR folder; labeled texts; and a tiny model. Return their folder."""
     pairs = list(zip(WORDS, WORDS[1:] + WORDS[:1]))
     write_jsonl(tmp_path / "a.jsonl", [{"query": f"the {a}", "positive": f"a {a} and a {b}"} for a, b in pairs])
     rows = [
@@ -72,7 +75,7 @@ def only_for_tokenizing(args, local=True, desc=""):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """Runs a recipe's main() in an empty folder, on the docstrings of two packages."""
+    """Return a function that runs a recipe's main() in an empty folder, on the docstrings of two packages."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *argv):
@@ -89,7 +92,7 @@ def offline(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
-    # BUG: the ranks took turns in making the data, while that has barriers of its own.
+    # BUG: the ranks made the data one after another, but this work has barriers, at which each rank waits for all others.
     monkeypatch.setattr(ContrastiveTrainingArguments, "main_process_first", only_for_tokenizing)
     assert "run python recipes/gte_pretrain.py first" in error_of(offline, "gte_finetune")
     offline("gte_pretrain", "--max_steps", 3, "--learning_rate", 1e-3)
@@ -100,13 +103,13 @@ def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
     assert first["train"]["objective"]["name"] == "ImprovedContrastive" and first["train"]["steps"] == 3
     offline("gte_finetune", "--max_steps", 2)
     second = json.loads((tmp_path / "outputs/gte_finetune/results.json").read_text())
-    assert second["before"] == first["after"]  # it goes on from there, and both are scored alike
+    assert second["before"] == first["after"]  # stage 2 starts from the model of stage 1
     assert second["train"]["data"] == "outputs/docstrings/mined/sources.yaml"
     out = capsys.readouterr().out
     assert out.count("searches in") == 2 and out.count("\n  * ") > 0
     mined = [json.loads(line) for path in (tmp_path / "outputs/docstrings/mined").glob("*.jsonl") for line in path.open()]
     assert mined and all(row["positive"] not in row["negatives"] for row in mined)
-    offline("gte_pretrain", "--max_steps", 1)  # made anew
+    offline("gte_pretrain", "--max_steps", 1)  # replaces the earlier run
     offline("gte_finetune", "--max_steps", 1)
 
 
@@ -133,7 +136,7 @@ def test_run_on_sources(files):
 
 
 def test_stages_chain_with_lora_in_either(files):
-    """Stage 2 starts from stage 1's folder and keeps its settings; adapters are merged in between."""
+    """Stage 2 starts from the folder of stage 1 and keeps its settings. Each stage merges its adapter before it saves."""
     gte(*flags(files, "one", "--lora_r", 4, "--pooling", "weighted_mean", "--max_length", 40, "--learning_rate", 1e-2))
     stage_2 = [str(word) for word in flags(files, "two", "--lora_r", 4, "--learning_rate", 1e-2)]
     stage_2[stage_2.index("--model_name_or_path") + 1] = str(files / "one")
@@ -185,9 +188,9 @@ def test_two_processes(files):
 
 
 @pytest.mark.slow
-def test_a_bad_row_that_one_rank_meets_is_said(files):
-    """BUG: only the first rank's errors were printed. Rows of a stream are checked as they come."""
-    rows = [{"query": f"q {i}", "positive": "" if i == 151 else f"p {i}"} for i in range(160)]  # rank 1 of 2 has the odd ones
+def test_a_bad_row_of_another_rank_is_reported(files):
+    """BUG: only errors of rank 0 were printed. Each rank checks only its own rows of a stream, and rank 1 has the bad row."""
+    rows = [{"query": f"q {i}", "positive": "" if i == 151 else f"p {i}"} for i in range(160)]  # rank 1 of 2 reads the odd rows
     write_jsonl(files / "web.jsonl", rows)
     (files / "sources.yaml").write_text(yaml.safe_dump([{"name": "web", "file": "web.jsonl", "streaming": True, "rows": 160}]))
     launch = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "cpu_2.yaml"]
@@ -211,7 +214,7 @@ def test_offline_data_is_made_once_for_all_seeds(files, monkeypatch):
     argv = [*QUIET, "--model_name_or_path", model, "--max_length", 32, "--max_steps", 1, "--per_device_train_batch_size", 4]
     results = GTE.main([*map(str, [*argv, "--output_dir", files / "out", "--seeds", "1,2"])])
     assert made == [model] and set(results["seeds"]) == {"1", "2"}
-    assert results["train"]["data"] == "sources.yaml" and results["train"]["settings"]["dropout"] == 0  # of the preset
+    assert results["train"]["data"] == "sources.yaml" and results["train"]["settings"]["dropout"] == 0  # from the preset
     for seed in results["seeds"]:
         assert json.loads((files / "out" / f"seed-{seed}" / "results.json").read_text())["train"]["seed"] == int(seed)
 
@@ -253,12 +256,12 @@ def test_a_model_without_data_takes_the_offline_data(tmp_path, offline, capsys):
     assert (results["train"]["model"], results["train"]["data"]) == ("mine", "outputs/docstrings/mined/sources.yaml")
     assert "training mine on outputs/docstrings/mined/sources.yaml" in capsys.readouterr().out
     assert load_file("outputs/gte_finetune/model.safetensors").keys() == load_file("mine/model.safetensors").keys()
-    assert "holds another run" in error_of(offline, "gte_finetune", *argv)  # only runs without arguments are made anew
+    assert "holds another run" in error_of(offline, "gte_finetune", *argv)  # only a run without model and data is replaced
     assert "absent" in error_of(offline, "gte_finetune", "--model_name_or_path", "absent", "--output_dir", "other")
     assert not Path("other").exists()
 
 
-# ---- the files that ship ----
+# ---- files that ship with the recipes ----
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("gte_*.yaml")), ids=lambda p: p.stem)
@@ -267,7 +270,7 @@ def test_presets_parse(path):
     stored = yaml.safe_load(path.read_text())
     assert (gte_args.temperature, args.learning_rate) == (stored["temperature"], stored["learning_rate"])
     if "quickstart" not in path.stem:
-        assert gte_args.temperature == 0.01 and args.source_alpha == 0.5  # the paper's
+        assert gte_args.temperature == 0.01 and args.source_alpha == 0.5  # the values of the paper
         assert Path(RECIPES.parent, stored["sources"]).is_file()
         assert args.per_device_train_batch_size * 8 == (16384 if "pretrain" in path.stem else 128)
         assert args.max_length == (128 if "pretrain" in path.stem else 512)
@@ -275,7 +278,7 @@ def test_presets_parse(path):
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "sources").glob("*.yaml")), ids=lambda p: p.stem)
 def test_source_files_parse(path, monkeypatch):
-    """All but the Hub."""
+    """Each file is read completely, except that a table of one row replaces each dataset on the Hub."""
     from datasets import Dataset
 
     def rows(name, config, split, streaming):

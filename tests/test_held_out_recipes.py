@@ -1,4 +1,7 @@
-"""Recipes with held-out rows, early stopping and a title; and the rows that every run shows as the model reads them."""
+"""Tests of recipes with held-out rows, early stopping and a title.
+
+They also check the preview of training rows, which every run shows as the model reads them.
+"""
 
 import json
 import logging
@@ -54,11 +57,11 @@ def test_held_out_rows_alone_choose_the_model(tmp_path, files, held_out):  # noq
     assert results["train"]["score"]["metric"] == "loss" and results["train"]["score"]["greater_is_better"] is False
     seeds = sup(*given, "--seeds", "1,2", "--overwrite_output_dir")
     losses = {seed: scores["held_out"]["held_out"]["loss"] for seed, scores in seeds["seeds"].items()}
-    assert seeds["seed"] == int(min(losses, key=losses.get))  # the lowest loss, not the highest
+    assert seeds["seed"] == int(min(losses, key=losses.get))  # the seed with the lowest loss
     assert losses["1"] != losses["2"]
 
 
-def test_the_lowest_loss_is_kept_of_seeds_where_no_metric_is_named(tmp_path, files, held_out):  # noqa: F811
+def test_seeds_keep_the_lowest_loss_if_no_metric_is_named(tmp_path, files, held_out):  # noqa: F811
     given = flags(files, "--eval_file", held_out, "--max_steps", 2, "--output_dir", tmp_path / "out")
     del given[given.index("--eval_sts_file") : given.index("--eval_sts_file") + 2]
     seeds = sup(*given, "--seeds", "1,2")
@@ -66,8 +69,8 @@ def test_the_lowest_loss_is_kept_of_seeds_where_no_metric_is_named(tmp_path, fil
     assert seeds["seed"] == int(min(losses, key=losses.get))
 
 
-def test_a_learned_temperature_is_that_of_the_loss_after_too(tmp_path, files, held_out):  # noqa: F811
-    """The saved folder has no temperature; its loss is with the one that was learned."""
+def test_the_loss_after_training_uses_the_learned_temperature(tmp_path, files, held_out):  # noqa: F811
+    """A saved model holds no temperature. Its loss after the training is computed with the learned temperature."""
     results = load_recipe("gte_finetune").main([*map(str, [
         *QUIET, *flags(files, "--eval_file", held_out, "--max_steps", 4, "--output_dir", tmp_path / "out",
         "--learn_temperature", "--learning_rate", 3e-2, "--eval_strategy", "steps", "--eval_steps", 4, "--max_length", 32)
@@ -83,13 +86,17 @@ def jsonl(path, rows: list[dict]) -> str:
 
 
 def plan_rows(*words) -> tuple[Dataset, Dataset]:
-    """The rows to train on and the held-out ones that flags name."""
+    """Return the training rows and the held-out rows that the flags name."""
     (data,) = cli.parse([DataArguments], argv=list(map(str, words)))
     return read_train_rows(data)[0], read_held_out(data).rows
 
 
 def test_columns_of_both_files(tmp_path):
-    """BUG: a label to ignore was refused in the held-out rows with --columns, and where the training rows have none."""
+    """A column to ignore may be in only one of the two files.
+
+    BUG: with --columns, a label in the held-out rows was refused although it was to be ignored. If the training rows had no
+    label, --ignore_columns was refused.
+    """
     names = ("premise", "hypothesis", "label")
     labelled = jsonl(tmp_path / "a.jsonl", [dict(zip(names, (f"a {word}", word, 1))) for word in WORDS])
     named = jsonl(tmp_path / "b.jsonl", [dict(zip(names, (f"a {word}", word))) for word in WORDS])
@@ -103,7 +110,7 @@ def test_columns_of_both_files(tmp_path):
 
 
 def test_columns_of_held_out_rows_alone(tmp_path):
-    """BUG: beside --sources, the column that held-out rows were refused for could not be left out."""
+    """BUG: with --sources, held-out rows were refused for a column that the user had no way to ignore."""
     labelled = jsonl(tmp_path / "a.jsonl", [{"frage": f"a {word}", "antwort": word, "label": 1} for word in WORDS])
     singles = jsonl(tmp_path / "b.jsonl", [{"body": word} for word in WORDS])
     pairs = jsonl(tmp_path / "c.jsonl", [{"anchor": f"a {word}", "positive": word} for word in WORDS])
@@ -127,7 +134,7 @@ def test_columns_of_held_out_rows_alone(tmp_path):
         (["--eval_file", "{named}"], ["the columns are those of an STS set", "--eval_sts_file NAME=PATH"]),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(tmp_path, files, held_out, more, parts):  # noqa: F811
+def test_impossible_flags_are_refused_by_name(tmp_path, files, held_out, more, parts):  # noqa: F811
     single, named = tmp_path / "single.txt", tmp_path / "named.csv"
     single.write_text("a cat\na dog\n")
     named.write_text("sentence1,sentence2,score\na cat,a dog,1\na house,a home,4\n")
@@ -139,7 +146,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, files, held_out, more, part
 
 
 def test_one_warning_without_an_evaluation_set(tmp_path, files, caplog):  # noqa: F811
-    """BUG: do_eval and eval_steps, which the preset has, were said to have no effect."""
+    """BUG: further warnings said that do_eval and eval_steps, which the preset sets, have no effect."""
     given = flags(files, *EACH_STEP, "--output_dir", tmp_path / "out")
     del given[given.index("--eval_sts_file") : given.index("--eval_sts_file") + 2]
     with caplog.at_level(logging.WARNING):
@@ -157,17 +164,17 @@ def test_patience_without_an_evaluation_set(tmp_path, files):  # noqa: F811
 
 
 def worsening(files, held_out, out, *more) -> list:  # noqa: F811
-    """A learning rate of 0: no evaluation is better than the first."""
+    """Return the flags of a run with a learning rate of 0, so that no evaluation is better than the first."""
     return flags(files, "--eval_file", held_out, "--metric_for_best_model", "eval_loss", "--learning_rate", 0,
                  "--num_train_epochs", 20, "--output_dir", out, *EACH_STEP, *more)  # fmt: skip
 
 
 def test_a_run_stops_after_so_many_evaluations_without_a_better_one(tmp_path, files, held_out):  # noqa: F811
     results = sup(*worsening(files, held_out, tmp_path / "out", "--early_stopping_patience", 3))
-    assert results["train"]["steps"] == 4  # the first is the best, and three are no better
+    assert results["train"]["steps"] == 4  # the first evaluation is the best; the next three are no better
     seeds = sup(*worsening(files, held_out, tmp_path / "s", "--early_stopping_patience", 2, "--seeds", "1,2"))
     steps = [json.loads((tmp_path / "s" / f"seed-{seed}" / "results.json").read_text())["train"]["steps"] for seed in (1, 2)]
-    assert steps == [3, 3] and seeds["seed"] in (1, 2)  # each seed counts for itself
+    assert steps == [3, 3] and seeds["seed"] in (1, 2)  # each seed has a count of its own
 
 
 @pytest.mark.slow
@@ -185,7 +192,7 @@ COUNTS = [
 
 
 @pytest.mark.parametrize("losses, greater, count", COUNTS)
-def test_the_count_of_a_log(losses, greater, count):
+def test_the_patience_count_is_restored_from_the_log(losses, greater, count):
     args = ContrastiveTrainingArguments("x", use_cpu=True, report_to=[], eval_strategy="steps", eval_steps=1, save_steps=1,
                                         load_best_model_at_end=True, metric_for_best_model="eval_loss",
                                         greater_is_better=greater)  # fmt: skip
@@ -205,7 +212,7 @@ def make(folder, rows, encoder=None, **settings) -> ContrastiveTrainer:
 PAIRS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[::-1])]
 
 
-def test_two_rows_with_prompts_cut_as_they_are_read(tmp_path):
+def test_the_preview_shows_prompts_and_truncated_texts(tmp_path):
     encoder = tiny_encoder(prompts={"query": "look for: ", "document": "text: "}, max_length=8)
     rows = [row | {"negatives": ["no bread", "no rain and no snow and nothing at all", "x"]} for row in PAIRS]
     run = make(tmp_path, rows, encoder)
@@ -214,7 +221,7 @@ def test_two_rows_with_prompts_cut_as_they_are_read(tmp_path):
     assert cut >= 12 and lines[0] == f"as the model reads pairs.jsonl: 12 rows, {cut} of 60 texts truncated to 8 tokens"
     assert len(lines) == 7
     assert lines[1].split() == ["row", "1", "anchor", "7", "tokens", "look", "for", ":", "the", "cat"]
-    assert lines[2].split()[:3] == ["positive", "8", "tokens"] and lines[2].endswith("a cat by the")  # "letter" is cut off
+    assert lines[2].split()[:3] == ["positive", "8", "tokens"] and lines[2].endswith("a cat by the")  # "letter" is truncated
     assert lines[3].split()[:3] == ["negative", "6", "tokens"] and lines[3].endswith("text : no bread  (and 2 more)")
     ids = run.train_dataset[0]["input_ids"][1]
     assert encoder.tokenizer.decode(ids, skip_special_tokens=True) in lines[2]
@@ -227,14 +234,14 @@ def test_a_single_text_is_its_own_positive(tmp_path, same, words):
     assert not any("dropout" in line for line in make(tmp_path, PAIRS).preview())
 
 
-def test_of_several_sources_the_first_is_shown(tmp_path):
+def test_the_preview_shows_the_first_of_several_sources(tmp_path):
     sources = dict.fromkeys(("faq", "forum", "nli", "d", "e", "f", "g", "h"), PAIRS)
     lines = make(tmp_path, sources).preview()
     assert lines[0].startswith("as the model reads faq, the first of 8 sources (faq, forum, nli, d, e, f and 2 more): 12 rows")
     assert len(lines) == 5
 
 
-def test_a_stream_goes_on_as_if_no_row_had_been_read(tmp_path):
+def test_the_preview_skips_no_rows_of_a_stream(tmp_path):
     def steps(look: bool) -> list:
         rows = IterableDataset.from_generator(lambda: iter(PAIRS))
         run = make(tmp_path, [Source("web", rows, size=12)], per_device_train_batch_size=4)
@@ -252,7 +259,7 @@ def test_long_and_odd_texts_are_a_short_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  # noqa: F811
+def test_scripts_log_the_preview_and_recipes_print_it(tmp_path, files, caplog, capsys):  # noqa: F811
     with caplog.at_level(logging.INFO, "hf_embed.trainer"):
         make(tmp_path / "x", PAIRS)
     assert "as the model reads pairs.jsonl" in caplog.text
@@ -261,7 +268,7 @@ def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  
     assert "as the model reads" not in caplog.text
     sup(*flags(files, "--max_steps", 1, "--output_dir", tmp_path / "out", "--seeds", "1,2"))
     shown = capsys.readouterr().out
-    assert shown.count("as the model reads") == 1 and "anchor" in shown  # once, of the first seed
+    assert shown.count("as the model reads") == 1 and "anchor" in shown  # only for the first seed
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(row["anchor"] for row in PAIRS))
     UNSUP.main([*QUIET, *map(str, flags(files, "--train_file", texts, "--max_steps", 1, "--output_dir", tmp_path / "unsup"))])
@@ -269,8 +276,8 @@ def test_scripts_log_it_and_recipes_print_it(tmp_path, files, caplog, capsys):  
 
 
 @pytest.mark.slow
-def test_two_processes_show_it_once(tmp_path, files, held_out):  # noqa: F811
-    """And give the loss of the held-out rows that one process gives."""
+def test_two_processes_print_the_preview_once(tmp_path, files, held_out):  # noqa: F811
+    """The loss of the held-out rows is the same as with one process."""
     given = flags(files, "--eval_file", held_out, "--max_steps", 2, "--learning_rate", 0, "--per_device_train_batch_size", 2)
     losses = {}
     for ranks in (1, 2):

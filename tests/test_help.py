@@ -1,4 +1,4 @@
-"""--help of every recipe, words that stand first without a flag, and docs/flags.md."""
+"""Tests of --help of every recipe, of positional arguments, and of docs/flags.md."""
 
 import re
 import sys
@@ -51,17 +51,17 @@ def words(*argv: str) -> Words:
     [("a", "b"), ("a", "--repo", "b"), ("--folder", "a", "--repo", "b"), ("--repo=b", "--folder=a"),
      ("a", "b", "--count", "3"), ("a", "b", "main")],
 )  # fmt: skip
-def test_words_that_stand_first(argv):
+def test_positional_arguments(argv):
     made = words(*argv)
     assert (made.folder, made.repo, made.branch, made.count) == ("a", "b", "main", 3)
 
 
-def test_words_and_a_file(tmp_path):
+def test_positional_arguments_and_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("repo: b\ncount: 7")
     made = words("a", "--config", str(path))
     assert (made.folder, made.repo, made.count) == ("a", "b", 7)
-    assert words("--config", str(path), "a", "c").repo == "c"  # the command line goes before the file
+    assert words("--config", str(path), "a", "c").repo == "c"  # the command line overrides the file
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_words_and_a_file(tmp_path):
         (("a", "b", "--cuont", "3"), "unknown flag --cuont (did you mean 'count'?); --help lists the flags"),
     ],
 )
-def test_what_is_wrong_with_words(argv, message):
+def test_wrong_positional_arguments(argv, message):
     assert error_of(words, *argv) == message
 
 
@@ -109,7 +109,7 @@ Flags of every recipe:
     )
 
 
-def test_trainers_own_come_last_the_usual_ones_or_all(capsys):
+def test_the_flags_of_trainer_come_last(capsys):
     short = shown(capsys, [SimCSE, ContrastiveTrainingArguments], "--help")
     for asked in (["--help", "all"], ["--help=all"], ["--help-all"], ["--seed", "1", "--help", "all"]):
         full = shown(capsys, [SimCSE, ContrastiveTrainingArguments], *asked)
@@ -127,11 +127,11 @@ def test_every_flag_has_a_text(path):
     flags = [flag for section in sections(parser.kinds, parser.actions, full=True) for flag in section.flags]
     assert [flag.call for flag in flags if not re.sub(r"^\(.*\)$", "", flag.text.strip())] == []
     seen = {call.removeprefix("--") for flag in flags for call in re.findall(r"--\w+", flag.call)}
-    assert seen == parser.names()  # none is left out
+    assert seen == parser.names()  # no flag is missing
 
 
-def test_a_recipe_says_what_it_is(capsys, monkeypatch):
-    """In the form in which it was started."""
+def test_help_shows_the_docstring_of_the_recipe(capsys, monkeypatch):
+    """--help shows the docstring of the recipe, with commands in the form in which the user started it."""
     import hf_embed.entry
 
     class Recipe:
@@ -143,7 +143,7 @@ def test_a_recipe_says_what_it_is(capsys, monkeypatch):
 
 
 def test_the_page_is_of_the_recipes_beside_the_package(tmp_path, monkeypatch):
-    """BUG: in a clone, the page showed the flags of recipes that are installed elsewhere."""
+    """BUG: in a clone, the page showed the flags of the installed recipes instead of those in the clone."""
     monkeypatch.setattr("hf_embed.kit.flags_page.recipes_folder", lambda: tmp_path / "installed")
     monkeypatch.setattr("hf_embed.__file__", str(ROOT / "hf_embed" / "__init__.py"))
     assert own_recipes() == ROOT.resolve() / "recipes"
@@ -152,7 +152,7 @@ def test_the_page_is_of_the_recipes_beside_the_package(tmp_path, monkeypatch):
 
 
 def test_the_page_is_up_to_date():
-    """`python -m hf_embed.kit.flags_page > docs/flags.md` makes it."""
+    """The command `python -m hf_embed.kit.flags_page > docs/flags.md` writes the page."""
     made = page(ROOT / "recipes")
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == made
     assert all(f"## {path.stem.replace('_', '-')}" in made for path in RECIPES)

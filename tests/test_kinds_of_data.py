@@ -1,4 +1,4 @@
-"""Each kind of data that people have trains the built-in encoder and is scored, through a recipe's `main`."""
+"""Tests that a recipe's `main` trains the built-in encoder on each common kind of data, and scores it."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from worker import WORDS
 from hf_embed.kit.docstrings import write_beir
 from hf_embed.kit.plan import QUICKSTART
 
-# Which answer belongs to which question cannot be guessed, it has to be learned.
+# The words of a question do not show which answer belongs to it, so the model has to learn the pairs.
 PAIRS = [
     (f"who has the {thing}?", f"the one with a {WORDS[5 * i % 11 + 1]} and a {WORDS[i]}") for i, thing in enumerate(WORDS[::-1])
 ]
@@ -75,7 +75,7 @@ def named_in_yaml(folder: Path) -> list:
 
 
 def beir(folder: Path) -> list:
-    """Negatives are mined for the judged pairs of a BEIR folder."""
+    """Mine negatives for the judged pairs of a BEIR folder. Return the flag that trains on the result."""
     command = ["--model_name_or_path", QUICKSTART / "encoder", "--retrieval_dir", folder / "beir", "--num_negatives", 1]
     mine = load_recipe("mine_hard_negatives")
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ KINDS = {
 
 
 def run(recipe: str, folder: Path, data: list, *more) -> dict:
-    """Train a few steps; return what results.json holds."""
+    """Train for a few steps, and return the content of results.json."""
     sts = "".join(f"{i % 6}\tthe {a}\tsome {a} and {b}\n" for i, (a, b) in enumerate(zip(WORDS, WORDS[::-1])))
     (folder / "sts.tsv").write_text(sts)
     scores = ["--eval_sts_file", f"s={folder / 'sts.tsv'}", "--eval_retrieval_dir", f"r={folder / 'beir'}"]
@@ -108,7 +108,7 @@ def run(recipe: str, folder: Path, data: list, *more) -> dict:
 
 
 def gain(results: dict) -> float:
-    """What the training has added to nDCG@10, in points."""
+    """Return by how many points the training has raised nDCG@10 x 100."""
     before, after = (results[part]["retrieval"]["r"]["ndcg@10"] for part in ("before", "after"))
     return after - before
 
@@ -135,7 +135,7 @@ def test_a_kind_of_data_trains_and_scores(kind, folder, caplog):
 
 @pytest.mark.slow
 def test_kinds_of_data_in_one_list_of_sources(folder):
-    """By the improved contrastive loss on two widths."""
+    """The training uses the improved contrastive loss with two Matryoshka dimensions."""
     results = run("gte_finetune", folder, named_in_yaml(folder), "--matryoshka_dims", 64, 32, "--temperature", 0.05)
     assert results["train"]["rows"] == 12 + 18 + 12 and gain(results) > 8
 

@@ -1,4 +1,8 @@
-"""Hard negatives: the rules against plain loops, files that are made once, a kill in the middle, two ranks."""
+"""Tests of the mining of hard negatives.
+
+The rules are compared with simple loops. Other tests check that files are made only once, even after a kill,
+and that two ranks give the same rows.
+"""
 
 import json
 import os
@@ -41,7 +45,7 @@ def cosine(a, b):
 
 
 def candidates(query):
-    """All texts but the query's answers and itself, nearest first."""
+    """Return all texts except the query and its answers, nearest first."""
     texts = set(CORPUS) | {document for _, document in PAIRS}
     texts -= {document for q, document in PAIRS if q == query} | {query}
     return sorted(texts, key=lambda text: -cosine(query, text))
@@ -76,7 +80,7 @@ def test_rules(tmp_path, case):
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl"]
 
 
-def test_random_choice_is_of_the_allowed_and_the_same_again(tmp_path):
+def test_random_choice_follows_the_rules_and_is_reproducible(tmp_path):
     args = MiningArguments(num_negatives=3, range_max=12, relative_margin=None, sampling_strategy="random")
     _, rows = mined(tmp_path / "a.jsonl", args)
     assert mined(tmp_path / "b.jsonl", args)[1] == rows
@@ -94,14 +98,14 @@ def test_faiss_finds_the_same(tmp_path):
     assert plain == faiss
 
 
-def test_faiss_missing_is_said(tmp_path, monkeypatch):
+def test_missing_faiss_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     message = error_of(mined, tmp_path / "a.jsonl", MiningArguments(use_faiss=True))
     assert "requires the package faiss-cpu" in message and not os.listdir(tmp_path)
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
-    """Stopped in each of its shards and blocks in turn; what is there is not made again."""
+def test_a_stopped_run_resumes(tmp_path, monkeypatch):
+    """Stop runs after each shard and each block in turn. No run encodes a text again."""
     monkeypatch.setattr(mining, "SHARD", 16)
     monkeypatch.setattr(mining, "BLOCK", 8)
     _, expected = mined(tmp_path / "whole.jsonl")
@@ -129,20 +133,20 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(mining.json, "dumps", writing)
     path, stops = tmp_path / "out.jsonl", 0
     while True:
-        allowed_left = [1]  # one shard or block a run
+        allowed_left = [1]  # each run makes one shard or block
         try:
             _, rows = mined(path, embed=counting)
             break
         except Stop:
             stops += 1
             assert not path.exists()
-    shards = 2 + 7  # of 30 queries, of 100 texts
+    shards = 2 + 7  # of the queries and of the documents
     blocks = 5
     assert stops == shards + blocks - 1
     assert rows == expected and set(texts_seen.values()) == {1}
 
 
-def test_work_of_another_model_or_other_texts_is_not_taken(tmp_path, monkeypatch):
+def test_work_of_another_model_or_other_texts_is_not_reused(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
@@ -152,13 +156,13 @@ def test_work_of_another_model_or_other_texts_is_not_taken(tmp_path, monkeypatch
         mined(path)
     for change in ({"identity": "another"}, {"pairs": PAIRS[:-1]}, {"corpus": CORPUS[1:]}):
         assert "belongs to a run with another model or other texts" in error_of(mined, path, **change)
-    # Other rules take the vectors and no rows.
+    # A run with other rules reuses the vectors, but not the rows.
     _, rows = mined(path, MiningArguments(range_min=5, relative_margin=None))
     assert rows[0]["negatives"] == candidates("query 0")[5:8]
 
 
 def test_an_empty_text_is_no_negative(tmp_path):
-    """BUG: it was mined, and the recipes refused the file."""
+    """BUG: an empty text was mined, and then the recipes refused the file."""
     _, plain = mined(tmp_path / "plain.jsonl")
     _, rows = mined(tmp_path / "out.jsonl", corpus=[*CORPUS, "", " ", None])
     assert rows == plain
@@ -166,7 +170,7 @@ def test_an_empty_text_is_no_negative(tmp_path):
 
 def test_output_is_read_by_the_recipes(tmp_path, tokenizer):
     _, rows = mined(tmp_path / "out.jsonl", MiningArguments(max_score=0.45, range_max=6, relative_margin=None))
-    assert len({len(row["negatives"]) for row in rows}) > 1  # rows with few negatives are no hindrance
+    assert len({len(row["negatives"]) for row in rows}) > 1  # rows may have fewer negatives than others
     tokens = tokenize_rows(read_file(str(tmp_path / "out.jsonl")), tokenizer, 16)
     assert [len(ids) for ids in tokens["text_ids"]] == [2 + len(row["negatives"]) for row in rows]
 
@@ -216,8 +220,8 @@ def run(words):
 SMALL_FILES = "import runpy, sys; from hf_embed import mining; mining.SHARD, mining.BLOCK = 32, 8; del sys.argv[0]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"  # noqa: E501
 
 
-def test_recipe_does_not_take_vectors_of_a_model_that_has_changed(files, monkeypatch):
-    """BUG: the identity was the folder's name."""
+def test_recipe_does_not_reuse_vectors_of_a_model_that_has_changed(files, monkeypatch):
+    """BUG: the identity of the model was only the name of its folder."""
     monkeypatch.syspath_prepend(RECIPE.parent)
     recipe = __import__("mine_hard_negatives")
     monkeypatch.setattr(sys, "argv", command(files, "out.jsonl")[1:])
@@ -254,7 +258,7 @@ def test_recipe_on_one_and_two_ranks_and_after_a_kill(files):
 
 
 @pytest.mark.slow
-def test_retrieval_folder_in(files):
+def test_recipe_reads_a_retrieval_folder(files):
     folder = files / "beir"
     (folder / "qrels").mkdir(parents=True)
     texts = {"corpus": ["the cat", "a dog", "much rain", "one house"], "queries": ["cat", "dog"]}
@@ -298,7 +302,7 @@ def test_a_dataset_gets_negatives_and_trains(tmp_path):
     queries, documents = encoder.encode_query(table["query"]), encoder.encode_document(table["positive"])
     cosines = encoder.similarity(queries, documents).numpy()
     for number, row in enumerate(table):
-        others = [i for i in np.argsort(-cosines[number]) if rows[i]["query"] != row["query"]]  # one query stands twice
+        others = [i for i in np.argsort(-cosines[number]) if rows[i]["query"] != row["query"]]  # one query occurs twice
         nearest = [rows[i]["positive"] for i in others]
         assert row["negatives"] == nearest[:5] and row["query"] == rows[number]["query"]
     settings = ContrastiveTrainingArguments(
@@ -320,7 +324,7 @@ def test_rules_columns_corpus_and_file_of_the_public_function(tmp_path):
     frame = pandas.DataFrame(named, index=range(9, 49))
     assert mine_hard_negatives(frame, encoder, ["a text of its own"], **columns, **rules)[:] == table[:]
     few = mine_hard_negatives(Dataset.from_list(rows[:2]), encoder, ["line\u2028separator"], relative_margin=None)
-    assert sorted(few[0]["negatives"]) == sorted([rows[1]["positive"], "line\u2028separator"])  # and fewer than three
+    assert sorted(few[0]["negatives"]) == sorted([rows[1]["positive"], "line\u2028separator"])  # two, not three
 
 
 def test_what_the_public_function_refuses(tmp_path):

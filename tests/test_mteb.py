@@ -1,4 +1,4 @@
-"""An `Encoder` in mteb's own hands: the same scores as sentence-transformers there, and as our own evaluation."""
+"""Tests that mteb gives an `Encoder` the same scores as sentence-transformers, and the same scores as our own evaluation."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_scores_are_those_of_sentence_transformers_and_our_own(folder, tmp_path)
     assert sts | {"score": 0} == {"task": "LocalSTS", "type": "STS", "split": "test", "metric": "cosine_spearman", "score": 0}
     assert sts["score"] == pytest.approx(OurSTS(Dataset.from_list(STS)).score(embed_with(encoder))["spearman"], abs=0.006)
     assert search["score"] == pytest.approx(SEARCH.score(embed_with(encoder))["ndcg@10"], abs=0.006)
-    bare = Encoder(encoder.backbone, encoder.tokenizer)  # control: the prompts count, in the search alone
+    bare = Encoder(encoder.backbone, encoder.tokenizer)  # control: without prompts, only the search changes
     without = run_mteb(bare, [LocalSTS(), LocalSearch()], tmp_path / "bare")
     assert without[0] == sts and without[1]["score"] != search["score"]
 
@@ -122,7 +122,8 @@ def test_recipe(folder, tmp_path, monkeypatch, capsys):
     (row,) = json.loads((folder / "results.json").read_text())["mteb"]
     assert all(line in capsys.readouterr().out for line in lines([row])[:1])
     card = (folder / "README.md").read_text()
-    assert f"{row['score']:.2f}  cosine_spearman" in card and f"value: {row['score']}" in card  # the table and the metadata
+    # The score is in the table and in the metadata of the card.
+    assert f"{row['score']:.2f}  cosine_spearman" in card and f"value: {row['score']}" in card
     run(folder, "--tasks", "LocalSTS", "--output_dir", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "results.json").read_text())["mteb"] == [row]
     assert "give a folder for the results with --output_dir FOLDER" in error_of(run, "owner/name", "--tasks", "LocalSTS")
@@ -137,14 +138,14 @@ def test_names_that_mteb_does_not_know():
     assert [task.metadata.name for task in find_tasks(["STSBenchmark"], [])] == ["STSBenchmark"]
 
 
-def test_data_that_cannot_be_fetched_are_one_line(folder, tmp_path):
-    """STSBenchmark's data are on the Hub, and tests are offline."""
+def test_data_that_cannot_be_downloaded_is_one_line(folder, tmp_path):
+    """The data of STSBenchmark is on the Hub, and no test uses the network."""
     message = error_of(run_mteb, Encoder.from_pretrained(folder), find_tasks(["STSBenchmark"], []), tmp_path / "mteb")
     assert message.startswith("the data of a task cannot be downloaded (") and "mteb/stsbenchmark-sts" in message
 
 
 @pytest.mark.parametrize("file", ["LocalSTS.json", "model_meta.json", "run_settings.jsonl"])
-def test_a_result_that_a_killed_run_left_half_written_is_measured_anew(folder, tmp_path, caplog, file):
+def test_an_incomplete_result_of_a_killed_run_is_measured_again(folder, tmp_path, caplog, file):
     encoder = Encoder.from_pretrained(folder)
     first = run_mteb(encoder, [LocalSTS()], tmp_path)
     (path,) = tmp_path.rglob(file)

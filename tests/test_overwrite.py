@@ -1,4 +1,4 @@
-"""`--overwrite_output_dir`: whatever fails, the earlier run is whole until the new one is complete."""
+"""`--overwrite_output_dir` keeps the earlier run complete until the new run is complete, whatever fails in between."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def matches(folder: Path) -> bool:
-    """Whether weights, scores and card are of one run."""
+    """Return True if results.json and the model card have the same number of training steps, so that both are of one run."""
     results = json.loads((folder / "results.json").read_text())
     steps = results["train"]["steps"]
     return f"| Training steps | {steps:,}, with" in (folder / "README.md").read_text()
@@ -37,7 +37,7 @@ def matches(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with data, and a finished run in `out`."""
+    """Return a folder with the data files and a finished run in `out`."""
     folder = tmp_path_factory.mktemp("finished")
     sup(
         *flags(make_files(folder)), "--output_dir", folder / "out", "--save_steps", 2, "--learning_rate", 1e-3, "--max_steps", 4
@@ -47,7 +47,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def old(tmp_path, finished) -> tuple[Path, list]:
-    """A finished run with checkpoints, logs and extras, and flags to run it again."""
+    """Return a copy of the finished run, to which logs, leftovers and the user's own files are added, and its flags."""
     out = tmp_path / "out"
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for name in ("runs/old/events", "mteb/results.json", "adapter/adapter_config.json", "notes/mine.txt", "2024_Data/rows.csv",
@@ -81,12 +81,12 @@ def test_nothing_is_lost_by_a_run_that_fails(old, monkeypatch, failure, target):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert digest(out) == before
     if failure == "evaluation":
-        assert sup(*argv, "--max_steps", 6, "--resume_from_checkpoint")["train"]["steps"] == 6  # still the old run
+        assert sup(*argv, "--max_steps", 6, "--resume_from_checkpoint")["train"]["steps"] == 6  # this resumes the old run
     assert not working_folder(out).exists() or not list(working_folder(out).iterdir())
 
 
 @pytest.mark.parametrize("more", [["--per_device_train_batch_size", 1], ["--max_length", 2000], ["--pooling", "max"]])
-def test_impossible_values_cost_nothing(old, more):
+def test_invalid_values_change_no_file(old, more):
     out, argv = old
     before = digest(out)
     error_of(sup, *argv, "--overwrite_output_dir", *more)
@@ -97,10 +97,10 @@ def test_a_finished_run_takes_the_place_of_the_old_one(old):
     out, argv = old
     sup(*argv, "--max_steps", 1, "--save_steps", 1, "--normalize", "true", "--overwrite_output_dir")
     assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 1
-    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]  # saved at the very step that clears
+    assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]  # saved in the step that removes the others
     assert not [n for n in ("runs/old", "mteb", "adapter", ".saving-killed", ".removing-checkpoint-2") if (out / n).exists()]
     for name in ("notes/mine.txt", "2024_Data/rows.csv", "checkpoint-best/mine", "seed-list/mine"):
-        assert (out / name).exists()  # nobody's but the user's
+        assert (out / name).exists()  # these files belong to the user
     sup(*argv, "--max_steps", 1, "--overwrite_output_dir")
     assert not (out / "2_Normalize").exists()
 
@@ -120,7 +120,7 @@ def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):
         with pytest.raises(KeyboardInterrupt):
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert digest(out) == before
-    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")  # of the new run
+    assert "no checkpoint-N" in error_of(sup, *argv, "--max_steps", 3, "--resume_from_checkpoint")  # the new run has none
     sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 3
     assert not working_folder(out).exists() and not (out / ".unfinished").exists()
@@ -154,14 +154,17 @@ def test_a_full_disk_at_the_end_leaves_the_old_model_with_its_scores(old, monkey
             sup(*argv, "--max_steps", 3, "--overwrite_output_dir")
     assert digest(out) == before and matches(out)
     assert Encoder.from_pretrained(out).encode(["a"]).shape == (1, 32)
-    assert sup(*argv, "--max_steps", 3, "--resume_from_checkpoint")["train"]["steps"] == 3  # the new run goes on
+    assert sup(*argv, "--max_steps", 3, "--resume_from_checkpoint")["train"]["steps"] == 3  # the new run is resumed
     assert matches(out) and json.loads((out / "results.json").read_text())["train"]["steps"] == 3
     assert not working_folder(out).exists() and not list(out.glob(".saving-*"))
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, old, small_disk):
-    """Of evaluate.py and evaluate_mteb.py, which write into a finished folder."""
+    """evaluate.py writes its scores and the card into a finished folder. If the disk is full, the old files stay.
+
+    evaluate_mteb.py writes into a finished folder in the same way.
+    """
     out = shutil.copytree(old[0], small_disk("size=64m") / "out")
     before = digest(out)
     with contextlib.suppress(OSError):
@@ -174,15 +177,18 @@ def test_a_disk_that_is_full_for_scores_and_card_keeps_the_old_ones(tmp_path, ol
 
 
 class Killed(BaseException):
-    """A kill, of which nothing is told to whoever writes."""
+    """An exception that simulates a kill: no `except Exception` in the code can catch it."""
 
 
 def kill(*args, **kwargs):
     raise Killed
 
 
-def test_a_kill_behind_the_exchange_leaves_nothing_for_good(old, monkeypatch):
-    """BUG: .out.new, the earlier run by then, and .unfinished stayed."""
+def test_leftovers_of_a_kill_after_the_exchange_are_removed(old, monkeypatch):
+    """The process is killed just after it exchanged the names of the two folders. The next start cleans up.
+
+    BUG: The folder .out.new, which then holds the earlier run, and the file .unfinished stayed for good.
+    """
     out, argv = old
     exchange = safe_files.exchange
     with monkeypatch.context() as patch:
@@ -198,8 +204,8 @@ def test_a_kill_behind_the_exchange_leaves_nothing_for_good(old, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["link", "slash", "dots"])
-def test_an_output_folder_by_another_name(old, monkeypatch, kind):
-    """BUG: the link itself was exchanged, and what it led to stayed as it was."""
+def test_an_output_folder_given_as_a_link_or_with_dots(old, monkeypatch, kind):
+    """BUG: If the output folder was a link, the link itself was replaced, and its target stayed as it was."""
     out, argv = old
     (out.parent / "link").symlink_to("out")
     name = {"link": out.parent / "link", "slash": f"{out}/", "dots": out / "notes" / ".."}[kind]
@@ -209,7 +215,7 @@ def test_an_output_folder_by_another_name(old, monkeypatch, kind):
 
 
 def test_the_current_folder_and_a_home_as_output(finished, tmp_path, monkeypatch):
-    """BUG: ValueError of a path without a name; the lock was one on a folder named ~."""
+    """BUG: The path "." has no name and ended in a ValueError. For "~/out", a folder named ~ was locked."""
     files = {name: finished / file for name, file in (("nli", "nli.csv"), ("sts", "sts.tsv"), ("model", "model"))}
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here").mkdir()
@@ -224,7 +230,10 @@ def test_the_current_folder_and_a_home_as_output(finished, tmp_path, monkeypatch
 
 
 def test_an_unfinished_run_is_never_mistaken_for_a_later_one(old, monkeypatch):
-    """BUG: where the earlier run's folder had gone, a new run began there, and its resumption took up the unfinished one."""
+    """An unfinished run is resumed in its working folder. If the earlier run's folder is gone, a new run is refused.
+
+    BUG: The new run started in the missing folder, and when it was resumed, the unfinished run was resumed instead.
+    """
     out, argv = old
     with monkeypatch.context() as patch:
         patch.setattr("hf_embed.kit.finetune.save_without_push", kill)
@@ -235,14 +244,14 @@ def test_an_unfinished_run_is_never_mistaken_for_a_later_one(old, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(SUP, "train_each_seed", lambda flags, *rest: seen.append(flags.values["output_dir"]))
-        sup(*argv, *relative)  # BUG: it went on in the folder of the earlier run
+        sup(*argv, *relative)  # BUG: it was resumed in the folder of the earlier run
     assert seen == [str(working_folder(out))]
     shutil.rmtree(out)
     assert ".out.new holds another run" in error_of(sup, *argv, "--max_steps", 2)
 
 
-def test_a_push_is_to_the_name_of_the_place(old, monkeypatch):
-    """BUG: the repository was named .out.new."""
+def test_a_push_uses_the_name_of_the_final_folder(old, monkeypatch):
+    """The default name of the repository comes from the final folder. BUG: The repository was named .out.new."""
     out, argv = old
     seen = []
     monkeypatch.setattr(SUP, "train_each_seed", lambda flags, *rest: seen.append(flags.values["hub_model_id"]))
@@ -253,7 +262,11 @@ def test_a_push_is_to_the_name_of_the_place(old, monkeypatch):
 
 
 def test_a_kill_while_the_best_seed_is_copied(old, monkeypatch):
-    """BUG: its weights stood beside the results.json of the seed alone; .saving-* of a finished seed stayed."""
+    """The process is killed while the best seed's files are copied. The next start repairs the folder.
+
+    BUG: The weights of the best seed lay beside a results.json of that seed only, and .saving-* folders of a finished seed
+    stayed.
+    """
     out, argv = old
     shutil.rmtree(out)
     argv = [*argv, "--max_steps", 1, "--save_steps", 1, "--seeds", "1,2"]
@@ -269,7 +282,7 @@ def test_a_kill_while_the_best_seed_is_copied(old, monkeypatch):
 
 
 @pytest.mark.slow
-def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
+def test_seeds_keep_the_old_run_until_they_are_complete(old, monkeypatch):
     out, argv = old
     argv = [*argv, "--max_steps", 2, "--save_steps", 1, "--overwrite_output_dir"]
     sup(*argv, "--seeds", "1,2,3")
@@ -283,7 +296,7 @@ def test_seeds_keep_the_old_ones_until_they_are_complete(old, monkeypatch):
     assert digest(out) == before
     step = torch.optim.AdamW.step
     count = iter(range(100))
-    with monkeypatch.context() as patch:  # in the second step of seed 1
+    with monkeypatch.context() as patch:  # this run fails in the second step of seed 1
         patch.setattr(
             torch.optim.AdamW, "step", lambda self, *a, **k: FAILURES["first forward"]() if next(count) else step(self)
         )
@@ -316,7 +329,7 @@ def test_links_of_the_users_are_not_followed(tmp_path):
     assert earlier.paths == []
 
 
-def test_scores_and_extras_go_with_their_model(tmp_path):
+def test_scores_and_extras_are_removed_with_their_model(tmp_path):
     folder = tmp_path / "out"
     for name in ("1_Pooling", "2_Dense", "3_Normalize", "4_Things", "mteb"):
         (folder / name).mkdir(parents=True)
@@ -330,12 +343,12 @@ def test_scores_and_extras_go_with_their_model(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_scores_go_where_the_folder_cannot_be_replaced(tmp_path, monkeypatch):
+def test_scores_are_removed_even_if_the_folder_cannot_be_replaced(tmp_path, monkeypatch):
     for name in ("1_Pooling", "mteb"):
         (tmp_path / name).mkdir()
     for name in ("results.json", "README.md", "model.safetensors"):
         (tmp_path / name).write_text(name)
-    monkeypatch.chdir(tmp_path)  # the current folder keeps its place
+    monkeypatch.chdir(tmp_path)  # the current folder cannot be replaced
     with renewed(tmp_path, clear=True) as place:
         assert place == tmp_path and {path.name for path in place.iterdir()} == {"README.md", "model.safetensors"}
 
@@ -377,7 +390,7 @@ def test_an_ablation_keeps_its_runs_until_the_first_step(old, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_on_two_processes_the_first_checkpoint_is_the_new_one(old, tmp_path):
-    """Both save into checkpoint-1 at the step that clears the old one of this name."""
+    """Both processes save into checkpoint-1 in the step that removes the old checkpoint-1."""
     out, argv = old
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-1")
     (out / "checkpoint-1" / "old").touch()

@@ -1,4 +1,4 @@
-"""The scripts of the papers' full runs, with a tiny model and a few rows; folders stand for the Hub's data sets."""
+"""The scripts of the papers' full runs, with a tiny model and a few rows. Local folders replace the datasets of the Hub."""
 
 import datetime
 import importlib.util
@@ -43,7 +43,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """A folder with a tiny model, the data sets that the scripts name, and a table."""
+    """Return a folder with a tiny model, folders named like the datasets in the scripts, and a table."""
     for hub in SEVEN_TASKS.values():
         write_jsonl(tmp_path / hub / "test.jsonl", STS)
     write_jsonl(tmp_path / "sentence-transformers" / "stsb" / "validation.jsonl", STS)
@@ -71,7 +71,7 @@ def fails(done: subprocess.CompletedProcess, message: str) -> None:
 
 
 def measured(place: Path) -> list[list[str]]:
-    """The rows of the table that were measured; all else in the file has to be as it was."""
+    """Return the measured rows of the table, and check that all other lines of the file are unchanged."""
     lines = (place / "table.md").read_text().splitlines()
     new = [line for line in lines if "| measured |" in line]
     assert [line for line in lines if line not in new] == PAGE.read_text().splitlines()
@@ -85,7 +85,7 @@ def test_simcse(place):
     fails(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)), "sentences.txt: this file does not exist")
     assert measured(place) == []
     texts.write_text("".join(f"the {a} and the {b}\n" for a, b in PAIRS))
-    (place / "mteb" / "sts16-sts").rename(place / "gone")  # so the evaluation fails
+    (place / "mteb" / "sts16-sts").rename(place / "gone")  # makes the evaluation fail
     fails(script(place, "paper_simcse.sh", *flags, TRAIN_FILE=str(texts)), "mteb/sts16-sts")
     assert measured(place) == [] and (place / "out" / "results.json").is_file()
     weights = (place / "out" / "model.safetensors").stat().st_mtime_ns
@@ -118,7 +118,7 @@ def test_a_stopped_training_goes_on_in_several_processes(place):
     whole = (folder / "model.safetensors").read_bytes()
     for path in (folder / "results.json", folder / "model.safetensors"):
         path.unlink()
-    (folder / "checkpoint-2").rename(place / "gone")  # as if it had been stopped behind the first step
+    (folder / "checkpoint-2").rename(place / "gone")  # as if the training had been stopped after the first step
     succeeds(script(place, "paper_simcse.sh", *words, **setting))
     train = read_json(folder / "results.json")["train"]
     assert train["resumed_at_step"] == 1 and train["processes"] == 2 and train["batch_size"] == 4
@@ -137,7 +137,7 @@ def test_gte(place):
     (place / "sources.yaml").write_text("- name: pairs\n  file: pairs.jsonl\n")
     setting = {"SOURCES": "sources.yaml", "PAIRS": "pairs.jsonl", "MTEB_TASKS": "STSBenchmark"}
     out = place / "out"
-    (out / "mined.jsonl").mkdir(parents=True)  # so mining fails
+    (out / "mined.jsonl").mkdir(parents=True)  # makes the mining fail
     fails(script(place, "paper_gte.sh", "small", *flags, **setting), "mined.jsonl")
     assert measured(place) == [] and not (out / "finetune").exists()
     (out / "mined.jsonl").rmdir()
@@ -165,7 +165,7 @@ RESULTS = {
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch) -> Path:
-    """A folder with results.json and a table, as the scripts leave them; the current folder."""
+    """Return the current folder, which holds results.json and a table, as the scripts leave them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     store_results("out", RESULTS)

@@ -1,4 +1,4 @@
-"""What a sentence is paired with: by properties of each kind, and reproducible whatever the workers."""
+"""The positives that are made for single sentences: the properties of each kind, and reproducible results."""
 
 import logging
 
@@ -43,7 +43,8 @@ def test_shares_of_words(share):
             assert len(positive) == len(anchor) + (changed if kind == "repeat" else -changed)
             if kind == "repeat":
                 assert is_subsequence(anchor, positive) and set(positive) == set(anchor)
-                assert [w for i, w in enumerate(positive) if i == 0 or w != positive[i - 1]] == anchor  # each beside its own
+                # Each copy stands beside its word.
+                assert [w for i, w in enumerate(positive) if i == 0 or w != positive[i - 1]] == anchor
             else:
                 assert is_subsequence(positive, anchor)
             if kind == "crop":
@@ -72,14 +73,14 @@ def test_synonyms(tmp_path):
     assert found == {"one", "two", "deux"}
 
 
-def test_the_same_whatever_the_workers_and_another_with_another_seed():
-    rows = Dataset.from_dict({"text": TEXTS * 30})  # more than a batch of `map`
+def test_results_depend_only_on_the_row_and_the_seed():
+    rows = Dataset.from_dict({"text": TEXTS * 30})  # more rows than one batch of `Dataset.map`
     for kind in ("delete_one_word", "crop:0.3", "repeat:0.3"):
         whole = add_positives(rows, kind, seed=1)["positive"][:]
         assert whole == add_positives(rows, kind, seed=1)["positive"][:]
         assert whole[:40] == add_positives(rows.select(range(40)), kind, seed=1)["positive"][:]
         assert whole != add_positives(rows, kind, seed=2)["positive"][:]
-        assert whole[:40] != whole[40:80]  # equal texts in other rows are changed elsewhere
+        assert whole[:40] != whole[40:80]  # the same text in another row is changed in another way
 
 
 def test_short_sentences_are_kept_and_counted(caplog):
@@ -106,7 +107,7 @@ def test_masked_words_are_filled_by_the_model(masked_lm):
         masked = " ".join(tokenizer.mask_token if i in places else word for i, word in enumerate(anchor))
         ids = tokenizer(masked, return_tensors="pt")
         best = model(**ids).logits[0].argmax(-1)[ids["input_ids"][0] == tokenizer.mask_token_id]
-        if len(places) == round(0.3 * len(anchor)):  # else a guess was the word itself
+        if len(places) == round(0.3 * len(anchor)):  # otherwise the model filled in the original word at a masked position
             assert [positive[i] for i in places] == [tokenizer.decode([i]).replace("##", "").strip() for i in best.tolist()]
 
 

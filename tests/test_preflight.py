@@ -1,4 +1,4 @@
-"""A preflight's numbers, each against a plain loop; the recipe, and --preflight of the recipes that train."""
+"""The preflight: each number is compared with a plain loop. Also the recipe, and `--preflight` of the training recipes."""
 
 import csv
 import itertools
@@ -45,23 +45,27 @@ def encoder():
 
 
 def report_of(rows: list[dict] | Dataset, encoder: Encoder, tasks: dict | None = None, paired=None, **settings) -> dict:
-    """The report of rows that are one source, 'mine'."""
+    """Return the report of a single source named 'mine'."""
     table = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     return preflight([(Source("mine", table), "mine", paired)], encoder, Settings(**settings), tasks or {})
 
 
-# ---- the plain loop ----
+# ---- the plain loops that the preflight is compared with ----
 
 
 def plain(text: str) -> str:
-    """The words of a text; of one without words, itself in lower case."""
+    """Return the words of a text in lower case. If the text has no words, return it stripped and in lower case."""
     lower = unicodedata.normalize("NFKC", text).lower()
     words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in lower)
     return " ".join(words.split()) or lower.strip()
 
 
 def flattened(rows: list[dict], columns: list[str]) -> tuple[list[tuple[int, list[str]]], list[int]]:
-    """The texts of each training row with its row of the table, and the rows with an empty text."""
+    """Make the training rows of a table.
+
+    Returns:
+        (number of the table row, texts) for each training row, and the numbers of the table rows that have an empty text.
+    """
     made, empty = [], []
     for number, row in enumerate(rows):
         try:
@@ -72,7 +76,11 @@ def flattened(rows: list[dict], columns: list[str]) -> tuple[list[tuple[int, lis
 
 
 def counted(rows: list[tuple[int, list[str]]]) -> dict[str, list[int]]:
-    """The rows of the table of what is looked for, from 1, a number for each training row."""
+    """Find the rows with each kind of problem. A table row is listed once for each of its training rows that has the problem.
+
+    Returns:
+        the numbers of the table rows, from 1, for each kind of problem.
+    """
     found: dict[str, list[int]] = {name: [] for name in (
         "duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor"
     )}  # fmt: skip
@@ -97,7 +105,16 @@ def counted(rows: list[tuple[int, list[str]]]) -> dict[str, list[int]]:
 
 
 def pairs_in_all_rows(rows: list[list[str]], same) -> tuple[int, int]:
-    """How many candidates of other rows are the row's anchor or positive by `same`; how many are another positive of these."""
+    """Count the pairs of a row and a candidate of another row that is a false negative of the row.
+
+    Args:
+        rows: the texts of each training row.
+        same: a function that returns True if two texts are equal.
+
+    Returns:
+        Two counts. In the first, the candidate equals the row's anchor or positive. In the second, the candidate is another
+        text, and its anchor equals the row's anchor or positive.
+    """
     equal = answers = 0
     for i, j in itertools.permutations(range(len(rows)), 2):
         own = rows[i][:2]
@@ -125,7 +142,7 @@ WORDS = [
 
 
 def table_of(shape: str, seed: int) -> list[dict]:
-    """Rows of random texts, some of them alike and some empty."""
+    """Return rows of random texts. Some of the texts are similar or equal, and some are empty."""
     draw = random.Random(seed)
 
     def text(empty: float = 0.03):
@@ -168,8 +185,8 @@ def test_counts_are_those_of_a_loop(encoder, shape, seed):
             assert total[name] == len(numbers)
             assert numbers or (shape != "triplets" and "negative" in name) or name == "duplicates", (
                 name
-            )  # each is in some table
-    # In a batch, by the tokens and by the words.
+            )  # the table has this problem
+    # The false negatives in a batch: texts with equal tokens and words (`equal`), and with equal words only (`near`).
     tokenizer = encoder.tokenizer
     ids = {text: tuple(tokenizer(text, truncation=True, max_length=8)["input_ids"]) for text in WORDS}
     texts = [own for _, own in made]
@@ -186,7 +203,7 @@ def test_counts_are_those_of_a_loop(encoder, shape, seed):
 
 
 def test_the_mean_over_all_batches(encoder):
-    """What is expected of a random batch is the mean over every batch that there is."""
+    """The expected numbers of a random batch are the means over all possible batches."""
     rows = [{"anchor": a, "positive": p} for a, p in [("a", "b"), ("a", "c"), ("d", "b"), ("e", "f"), ("b", "g")]]
     found = report_of(rows, encoder, batches=(3,))["sources"]["mine"]["batches"][0]
     texts = [list(row.values()) for row in rows]
@@ -196,7 +213,10 @@ def test_the_mean_over_all_batches(encoder):
 
 
 def test_what_the_model_takes_for_equal(encoder):
-    """An uncased tokenizer takes case and spaces for equal, and the loss leaves such texts out; punctuation it does not."""
+    """An uncased tokenizer gives the same tokens to texts that differ in case and spaces, and the loss masks such texts.
+
+    Texts that differ in punctuation have different tokens, so they stay false negatives.
+    """
     rows = [
         {"anchor": "q one", "positive": "A Cat"},
         {"anchor": "q two", "positive": "a  cat"},
@@ -222,7 +242,7 @@ def test_other_answers_count_where_the_loss_keeps_them(encoder):
 
 @pytest.mark.parametrize("batch", [2, 64, 1000])
 def test_the_loss_of_guessing(batch):
-    """The logarithm of the number of candidates."""
+    """The loss of guessing is the logarithm of the number of candidates."""
     improved, query_to_doc = ImprovedContrastive(), ImprovedContrastive(directions=("query_to_doc",))
     both = ImprovedContrastive(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
     for objective, negatives, candidates in (
@@ -268,21 +288,21 @@ def test_lengths_are_those_of_the_tokenizer():
     assert sum(histogram["counts"]) == 50
 
 
-def test_a_sample_is_of_some_rows_and_the_rest_of_all(encoder):
+def test_only_the_sample_is_tokenized_and_all_rows_are_counted(encoder):
     rows = [{"text": f"the number {i}" if i else " ".join(["long"] * 5000)} for i in range(500)]
     for size, texts in ((50, 50), (0, 500), (1000, 500)):
         source = report_of(rows, encoder, sample=size)["sources"]["mine"]
         assert source["sample"]["texts"] == source["sample"]["rows"] == texts
         assert source["texts"] == 500
-    assert source["sample"]["tokens"]["all"]["longest"] == source["sample"]["told_apart_up_to"] + 1  # not told apart above
+    assert source["sample"]["tokens"]["all"]["longest"] == source["sample"]["told_apart_up_to"] + 1  # lengths are capped here
 
 
 def test_a_sample_of_long_texts_is_smaller(encoder, monkeypatch):
-    rows = [{"anchor": "a cat " * 10, "positive": f"number {i:03}"} for i in range(100)]  # 70 characters a row
+    rows = [{"anchor": "a cat " * 10, "positive": f"number {i:03}"} for i in range(100)]  # 70 characters in each row
     for characters, size in ((10**6, 100), (1400, 21), (0, 1)):
         monkeypatch.setattr("hf_embed.kit.preflight_source.CHARACTERS", characters)
         assert report_of(rows, encoder)["sources"]["mine"]["sample"]["rows"] == size
-        assert report_of(rows, encoder, sample=50)["sources"]["mine"]["sample"]["rows"] == 50  # as it is asked for
+        assert report_of(rows, encoder, sample=50)["sources"]["mine"]["sample"]["rows"] == 50  # a given size is kept
 
 
 def test_similar_texts_are_those_of_a_loop():
@@ -315,7 +335,7 @@ def test_jaccard():
 
 def test_texts_that_were_decoded_wrongly(encoder):
     rows = [
-        {"anchor": "caf\u00c3\u00a9", "positive": "S\u00c3O PAULO, \u00c2ngela"},  # cafe read as Latin-1; plain Portuguese
+        {"anchor": "caf\u00c3\u00a9", "positive": "S\u00c3O PAULO, \u00c2ngela"},  # café read as Latin-1; ordinary Portuguese
         {"anchor": "fine", "positive": "don\u00e2\u20ac\u2122t"},
         {"anchor": "a\ufffdb", "positive": "\ufffd\ufffd"},
         {"anchor": "bell\x07", "positive": "tab\tand\nline are none"},
@@ -403,14 +423,14 @@ def test_sources_of_different_shapes(tmp_path, encoder, caplog):
     argv = ["--sources", tmp_path / "sources.yaml", "--max_length", 10, "--sample", 20, "--batch_size", 4]
     report = run(*argv)
     lists, pairs, stream = (report["sources"][name] for name in ("lists", "pairs", "stream"))
-    assert (lists["rows"], lists["training_rows"], lists["texts"]) == (6, 12, 36)  # one negative of the two
+    assert (lists["rows"], lists["training_rows"], lists["texts"]) == (6, 12, 36)  # one of the two negatives is used
     assert lists["sample"]["max_length"] == 6 and pairs["sample"]["max_length"] == 10
     find = len(encoder.tokenizer("find: q 1")["input_ids"])
     assert lists["sample"]["tokens"]["anchor"]["50%"] == find
     assert (pairs["duplicates"]["count"], pairs["duplicates"]["rows"]) == (1, [3])
     assert stream["first_rows_of_a_stream"] == stream["rows"] == 20 and stream["columns"] == {"text": "text"}
     assert report["total"]["rows"] == 6 + 4 + 20 and report["total"]["texts"] == 36 + 8 + 20
-    # Whole rows in two sources: none, for the negatives differ.
+    # No row is in two sources: rows with the same anchor and positive differ in their negatives.
     assert (lists["shared"], pairs["shared"], report["total"]["duplicates"]) == (0, 0, 1)
     assert [each["code"] for each in report["findings"] if each["of"] == "pairs"] == ["duplicates"]
     assert f"{'total':21}" not in lines(report)[0] and any(line.startswith("total ") for line in lines(report))
@@ -418,7 +438,7 @@ def test_sources_of_different_shapes(tmp_path, encoder, caplog):
 
 @pytest.mark.parametrize("sample, rows", [(5, 5), (0, 30), (None, 20)])
 def test_how_many_rows_of_a_stream_are_read(sample, rows, encoder, monkeypatch):
-    """BUG: a sample of 0 read only the first rows of a stream, although 0 means all."""
+    """BUG: With a sample of 0, only the first rows of a stream were read, although 0 means all rows."""
     monkeypatch.setattr("hf_embed.kit.preflight_source.SAMPLE", 20)
     stream = Dataset.from_list([{"text": f"line {i}"} for i in range(30)]).to_iterable_dataset()
     source = Source("mine", stream, size=30)
@@ -485,7 +505,7 @@ def test_texts_of_evaluation_sets_that_are_trained_on(encoder):
 
 
 def test_files_of_evaluation_sets(tmp_path):
-    """A FILE with the columns of an STS set, held-out rows, and flags of sets."""
+    """A FILE with the columns of an STS dataset is an evaluation set. Flags also name evaluation sets and held-out rows."""
     train = write(tmp_path / "train.csv", [["anchor", "positive"], ["a", "b"], ["c", "d"]])
     held = write(tmp_path / "held.csv", [["anchor", "positive"], ["A", "new"], ["e", "f"]])
     sts = write(tmp_path / "sts.csv", [["sentence1", "sentence2", "score"], ["x", "b", 0.2], ["y", "z", 0.9]])
@@ -559,7 +579,7 @@ def test_flags_without_preflight_are_refused(tmp_path, monkeypatch):
 
 
 def test_preflight_takes_the_positives_that_are_made(tmp_path, monkeypatch):
-    """Rows as they are trained on: a sentence and its copy with words deleted, or itself."""
+    """The preflight reads the training rows: single sentences or, with --positive, sentences and their changed copies."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lines.txt").write_text("".join(f"this is the line of number {i}\n" for i in range(20)))
     argv = [*QUIET, "--train_file", "lines.txt", "--model_name_or_path", str(QUICKSTART / "encoder"), "--preflight"]
@@ -570,12 +590,13 @@ def test_preflight_takes_the_positives_that_are_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_answer_once(tmp_path):
+def test_two_processes_print_one_report(tmp_path):
     write(tmp_path / "train.csv", [["anchor", "positive"], *([f"q {i}", f"a {i}"] for i in range(12)), ["q 1", "a 1"]])
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", RECIPES / "sup_simcse.py", *QUIET]
     more = ["--train_file", tmp_path / "train.csv", "--model_name_or_path", QUICKSTART / "encoder", "--preflight", "--strict"]
     more += ["--per_device_train_batch_size", "3"]
     done = subprocess.run(list(map(str, [*start, *more])), capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout.count("rows that equal an earlier row: 1 (row 13) [duplicates]") == 1
-    assert any(line.split()[:2] == [str(tmp_path / "train.csv"), "6"] for line in done.stdout.splitlines())  # a batch of both
+    # A batch has 3 rows on each of the two processes.
+    assert any(line.split()[:2] == [str(tmp_path / "train.csv"), "6"] for line in done.stdout.splitlines())
     assert not (tmp_path / "outputs").exists()

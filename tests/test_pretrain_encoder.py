@@ -1,4 +1,4 @@
-"""recipes/pretrain_encoder.py on a few sentences: both objectives, what is saved, and a run that was stopped."""
+"""recipes/pretrain_encoder.py on a few sentences: both objectives, the saved files, and a stopped run that is resumed."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def test_an_encoder_is_saved_as_a_whole(train, objective, tmp_path):
     about = json.loads((folder / "training.json").read_text())
     assert about["hidden_size"] == 24 and about["loss"] > 0 and about["tokens"] > 0
     assert Encoder.from_pretrained(str(folder)).encode(["a cat"]).shape == (1, 24)
-    train(folder, *objective, "--hidden_size", 12)  # in the place of an earlier one
+    train(folder, *objective, "--hidden_size", 12)  # replaces the earlier encoder
     assert Encoder.from_pretrained(str(folder)).encode(["a cat"]).shape == (1, 12)
     (folder / "notes.txt").touch()
     assert "holds notes.txt" in error_of(train, folder, *objective)
@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_exactly(train, objective, tmp_path, monkeypatch, 
 
 
 def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(masked_lm, "save", lambda *args: 1 / 0)  # when all steps are done
+    monkeypatch.setattr(masked_lm, "save", lambda *args: 1 / 0)  # fails after the last step
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "out", "--objective", "mlm")
     checkpoint = tmp_path / "out.work" / "checkpoint.pt"
@@ -125,8 +125,8 @@ def test_flags_that_do_not_fit(train, tmp_path, words, message):
     assert message in error_of(train, tmp_path / "out", *words)
 
 
-def test_a_language_model_gets_past_word_frequencies(train, tmp_path):
-    """Its loss falls below that of a model that knows how frequent each piece is, and nothing of the other words."""
+def test_a_language_model_is_better_than_word_frequencies(train, tmp_path):
+    """The loss falls below the loss of a model that knows only the frequencies of the word pieces and ignores the context."""
     folder = tmp_path / "out"
     train(folder, "--objective", "mlm", "--sentence_tokens", 120_000, "--hidden_size", 48, "--learning_rate", 0.01)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -138,7 +138,10 @@ def test_a_language_model_gets_past_word_frequencies(train, tmp_path):
 
 
 def test_ranks_share_a_batch(monkeypatch):
-    """The mean over the ranks of their parts is the loss and the gradient of the whole batch, whatever is masked in each."""
+    """The mean of the ranks' parts is the loss of the whole batch, even if the parts have different numbers of masked tokens.
+
+    The same holds for the gradients.
+    """
     monkeypatch.setattr(torch, "autocast", lambda *args: contextlib.nullcontext())  # bfloat16 would round each part by itself
     texts = [f"{word} is a word that someone may know" for word in WORDS]
     tokenizer = masked_lm.train_tokenizer(texts, 200, 64)
@@ -161,14 +164,14 @@ def test_ranks_share_a_batch(monkeypatch):
         losses, gradients = zip(*(loss_and_gradient(rank, ranks) for rank in range(ranks)))
         assert np.mean(losses) == pytest.approx(whole, rel=1e-6)  # the loss is in float32
         assert (sum(gradients) / ranks - gradient).norm() < 1e-6 * gradient.norm()
-    monkeypatch.setattr(masked_lm, "own_rows", lambda rows: rows[1:])  # negative control: a row that nobody has
+    monkeypatch.setattr(masked_lm, "own_rows", lambda rows: rows[1:])  # negative control: one row is on no rank
     assert abs(loss_and_gradient(0, 1)[0] - whole) > 1e-3 * whole
 
 
 @pytest.mark.slow
 @BOTH
 def test_two_processes(train, objective, tmp_path):
-    """A real run on two processes ends with the loss of one process, and leaves one finished encoder."""
+    """A real run on two processes ends with the same loss as a run on one process, and saves one complete encoder."""
     words = ["--train_file", tmp_path / "sentences.txt", *SMALL, *objective, "--output_dir"]
     train(tmp_path / "alone", *objective)
     recipe = Path(__file__).parents[1] / "recipes" / "pretrain_encoder.py"
@@ -178,7 +181,7 @@ def test_two_processes(train, objective, tmp_path):
     alone, both = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("alone", "both"))
     assert alone["tokens"] == both["tokens"] and both["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     assert Encoder.from_pretrained(str(tmp_path / "both")).encode(["a cat"]).shape == (1, 24)
-    if objective == TEACHER:  # a last batch of one text is allowed: the second process has no text of it
+    if objective == TEACHER:  # the last batch may have one text, so that the second process has none
         few = launch(2, recipe, *words, tmp_path / "few", "--batch_tokens", 20)
         assert subprocess.run(few, capture_output=True, timeout=300).returncode == 0
         return
@@ -188,21 +191,24 @@ def test_two_processes(train, objective, tmp_path):
 
 
 def test_sequences_are_packed_and_begin_with_cls(monkeypatch):
-    stream = np.array([5, 6, 3, 7, 3, 8, 9, 10, 3, 11], dtype=np.int32)  # three sentences, each with [SEP], and one cut off
+    stream = np.array([5, 6, 3, 7, 3, 8, 9, 10, 3, 11], dtype=np.int32)  # 3 is [SEP]; the last sentence is cut off
     monkeypatch.setattr(masked_lm, "SHORT", 4)
     monkeypatch.setattr(pretraining, "SHORT", 4)
     assert masked_lm.sequences(stream, 4, np.array([2, 0]), cls=2).tolist() == [[2, 9, 10, 3], [2, 5, 6, 3]]
     args = pretraining.PretrainArguments("f", "o", "mlm", max_length=4, batch_tokens=8, sentence_tokens=40, long_tokens=8)
     batches = masked_lm.all_batches(args, stream)
-    assert [(length, len(rows)) for length, rows in batches] == [(4, 2)] * 6  # 5 of short sequences: the text is read again
+    assert [(length, len(rows)) for length, rows in batches] == [(4, 2)] * 6  # 5 of these are short: the text is read again
     assert all(0 <= row < 3 for _, rows in batches for row in rows) and len({tuple(rows) for _, rows in batches}) > 1
     args.max_length = 8
     mixed = [length for length, _ in masked_lm.all_batches(args, np.tile(stream, 50))]
-    assert sorted(mixed) == [4] * 5 + [8] and mixed[-1] == 4  # long sequences are not the last ones
+    assert sorted(mixed) == [4] * 5 + [8] and mixed[-1] == 4  # the last one is not a long one
 
 
 def test_the_word_table_starts_from_mutual_information():
-    """On a text small enough to count by hand, the whole rank gives back the shifted positive mutual information."""
+    """With as many dimensions as pieces, the vectors reproduce the shifted positive mutual information.
+
+    The text is so small that plain loops can count the neighbors.
+    """
     sep, words = 0, [[1, 1, 2], [3, 4], [3, 4, 3], [2, 1]] * 5 + [[1, 4]]
     stream = np.array([token for sentence in words for token in (*sentence, sep)], dtype=np.int32)
     counts = np.zeros((5, 5))
@@ -223,7 +229,7 @@ def test_the_word_table_starts_from_mutual_information():
 
 
 def test_the_loss_is_that_of_bert(train, tmp_path):
-    """Logits of the masked tokens alone give the loss that `BertForMaskedLM` gives for all of them."""
+    """Computing the logits of the masked tokens only gives the same loss as `BertForMaskedLM`, which computes all logits."""
     train(tmp_path / "out", "--objective", "mlm")
     model = BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -242,7 +248,10 @@ def test_the_loss_is_that_of_bert(train, tmp_path):
 
 
 def test_the_built_in_language_model_fills_in_masked_words(caplog):
-    """It predicts masked words of everyday sentences far better than their frequencies do, and loads without its head too."""
+    """The model predicts masked words of everyday sentences far better than word frequencies do.
+
+    It also loads as an encoder without its head, and without a warning.
+    """
     tokenizer, model = AutoTokenizer.from_pretrained(LANGUAGE_MODEL), AutoModelForMaskedLM.from_pretrained(LANGUAGE_MODEL)
     texts = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:64]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
@@ -255,7 +264,7 @@ def test_the_built_in_language_model_fills_in_masked_words(caplog):
     assert model.config.hidden_dropout_prob == 0.1  # for the fine-tuning that follows
     caplog.clear()
     assert Encoder.from_pretrained(str(LANGUAGE_MODEL)).encode(["a cat"]).shape == (1, 192)
-    assert not caplog.messages  # no table of the head's weights, which an encoder does not use
+    assert not caplog.messages  # transformers does not warn of the head's weights, which an encoder does not use
 
 
 def test_the_package_stays_small():

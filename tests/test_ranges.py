@@ -1,5 +1,7 @@
-"""Numbers out of range, names that there are not, and runs that would train nothing are refused in one line, before anything
-of the user's is touched."""
+"""Numbers out of range, unknown names, and runs that would train nothing are refused in one line.
+
+They are refused before any file of the user is changed.
+"""
 
 import dataclasses
 import importlib.util
@@ -277,7 +279,7 @@ def test_everything_frozen(tmp_path):
     for settings in ({}, {"pooling": "cls_mlp_train"}):
         model = tiny_model().requires_grad_(False)
         assert "nothing would be trained" in error_of(trainer, tmp_path / "out", model, **settings)
-    learned = ImprovedContrastive(learn_temperature=True)  # not saved: the model would stay as it is
+    learned = ImprovedContrastive(learn_temperature=True)  # a learned temperature is not saved: the model would not change
     assert "nothing would be trained" in error_of(
         trainer, tmp_path / "out", tiny_model().requires_grad_(False), None or ROWS, learned
     )
@@ -288,7 +290,10 @@ def test_everything_frozen(tmp_path):
 
 
 def test_a_stream_makes_whole_updates(tmp_path):
-    """Each of 9 updates accumulates 4 batches; where an epoch had `max_steps` batches, they were 4, 4, 1, 4, 4, 1 ..."""
+    """Each of 9 updates accumulates 4 batches of a streaming dataset.
+
+    BUG: The epoch of a stream had `max_steps` batches, so the updates had 4, 4, 1, 4, 4, 1, ... batches.
+    """
     rows = IterableDataset.from_generator(lambda: ({"anchor": r["anchor"], "positive": r["positive"]} for r in ROWS))
 
     class Count(TrainerCallback):
@@ -308,7 +313,7 @@ def test_a_stream_makes_whole_updates(tmp_path):
     assert count.updates == [4] * 9
 
 
-# ---- on the command line: nothing of the user's is touched ----
+# ---- flags on the command line: no file of the user is changed ----
 
 FLAGS = {
     "learning rate": (["--learning_rate", "-1"], "learning_rate is -1.0"),

@@ -1,4 +1,4 @@
-"""The recipes as a user runs them: files, tables, refusals, a kill and a resume; and every YAML file that ships."""
+"""The recipes as a user runs them: files, tables, error messages, a killed run that is resumed, and every shipped YAML file."""
 
 import csv
 import importlib.util
@@ -33,10 +33,10 @@ QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
 
 
 def load_recipe(name: str) -> ModuleType:
-    """A recipe as a module, without its folder on the path."""
+    """Load a recipe as a module without adding its folder to `sys.path`."""
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their types
+    sys.modules[spec.name] = module  # dataclasses look up their types there
     spec.loader.exec_module(module)
     return module
 
@@ -54,7 +54,7 @@ def recipe(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
 
 
 def make_files(tmp_path: Path) -> dict[str, Path]:
-    """A training file, an STS file and a tiny model's folder."""
+    """Write a training file, an STS file and the folder of a tiny model, and return their paths."""
     with open(tmp_path / "nli.csv", "w", newline="") as file:
         rows = [[f"the {a}", f"a {a}, here", f"no {b}"] for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
         csv.writer(file).writerows([["sent0", "sent1", "hard_neg"], *rows])
@@ -89,7 +89,7 @@ def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     out = capsys.readouterr().out
     assert "before" in out and "STS quickstart" in out
     assert "## Results" in (folder / "README.md").read_text()
-    setup.main([*argv, "1"])  # made anew
+    setup.main([*argv, "1"])  # the quickstart's own folder is overwritten
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
     assert "spearman" in done.stdout and "x 100" in done.stdout
 
 
-def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypatch):
+def test_scores_keep_the_record_of_the_training(tmp_path, files, monkeypatch):
     folder, train = tmp_path / "model", {"train": {"rows": 3}}
     tiny_encoder().save_pretrained(folder)
     store_results(folder, train)
@@ -116,7 +116,7 @@ def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypa
         results = stored_results(folder)
         assert set(results) == {"train", "evaluated"} and results["train"] == train["train"]
         assert set(results["evaluated"]["sts"]) == {"a"}
-    store_results(folder, {"sts": {"old": 1.0}})  # of an earlier evaluation, which the new one replaces
+    store_results(folder, {"sts": {"old": 1.0}})  # an earlier evaluation, which the new one replaces
     load_recipe("evaluate").main()
     results = json.loads((folder / "results.json").read_text())
     assert set(results["sts"]) == {"a"} and "evaluated" not in results
@@ -126,13 +126,13 @@ def test_scores_leave_what_results_say_of_the_training(tmp_path, files, monkeypa
     ("more", "chose"),
     [
         (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1], True),
-        (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 5], False),  # once, last
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 5], False),  # one score
         (["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "no"], False),
         (["--save_strategy", "no"], False),
     ],
-    ids=["of several steps", "of one step", "looks on", "no evaluation"],
+    ids=["of several steps", "of one step", "evaluates only", "no evaluation"],
 )  # fmt: skip
-def test_what_chose_the_model_is_said(tmp_path, files, more, chose):
+def test_results_and_card_tell_which_score_chose_the_model(tmp_path, files, more, chose):
     out = tmp_path / "out"
     train = sup(*flags(files, "--output_dir", out, "--max_steps", 2, *more))["train"]
     assert (train["score"]["metric"], train["score"]["greater_is_better"]) == ("spearman", True)
@@ -163,7 +163,7 @@ def test_lora_and_mlp_head_export(tmp_path, files):
     base = Encoder.from_pretrained(files["model"])
     adapted = Encoder(PeftModel.from_pretrained(base.backbone, out / "adapter"), base.tokenizer, "cls_mlp")
     for file in (out / "adapter").glob("*.*"):
-        assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text()  # where the base lies
+        assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text()  # the local path of the base model
     for wrong in (["--temp_scale", "0.9"], ["--lora_r", 0]):
         argv = flags(files, "--output_dir", tmp_path / "no", "--max_steps", 1, "--lora_r", 4, "--save_adapter", *wrong)
         assert "--save_adapter: " in error_of(sup, *argv)
@@ -181,7 +181,7 @@ def test_mlm_auxiliary_from_the_command_line(tmp_path, files, pooling):
 
 
 def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
-    """Killed in the middle of an epoch by a signal no process can catch."""
+    """The run is killed in the middle of an epoch by a signal that no process can catch."""
     settings = [*QUIET, *flags(files), "--num_train_epochs", "5", "--save_steps", "4", "--logging_steps", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, str(RECIPES / "sup_simcse.py"), *map(str, settings), "--output_dir"]
@@ -193,7 +193,7 @@ def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    for later in killed.glob("checkpoint-*"):  # what the process still wrote before the signal came
+    for later in killed.glob("checkpoint-*"):  # remove what the process wrote after step 4, before the signal arrived
         if later.name != "checkpoint-4":
             for file in sorted(later.rglob("*"), reverse=True):
                 file.unlink() if file.is_file() else file.rmdir()
@@ -204,7 +204,7 @@ def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
     a, b = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
     assert all(np.array_equal(a[name], b[name]) for name in a)
     start = load_file(files["model"] / "model.safetensors")
-    assert not all(np.array_equal(a[name], start[name]) for name in a)  # it did train
+    assert not all(np.array_equal(a[name], start[name]) for name in a)  # the training changed the weights
 
 
 BAD = {
@@ -290,5 +290,5 @@ def test_quickstart_texts_do_not_overlap():
     scored = {text.lower() for _, *texts in pairs for text in texts}
     assert len(triplets) >= 1000 and len(pairs) >= 300
     assert not trained & scored
-    assert len(trained) == 3 * len(triplets)  # none twice
+    assert len(trained) == 3 * len(triplets)  # no text occurs twice
     assert {round(float(score)) for score, *_ in pairs} == {0, 1, 2, 3, 4, 5}

@@ -1,4 +1,7 @@
-"""Models that bring their own code: it runs where the user says so by hand, and is then saved, checked and told of."""
+"""Models with their own code: the code runs only if the user allows it on the command line or in the call.
+
+It is then saved with the model, and the model card mentions it.
+"""
 
 import ast
 import importlib.util
@@ -72,7 +75,7 @@ CODE = {"configuration_toy.py", "modeling_toy.py", "parts_toy.py"}
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    """A folder whose architecture transformers does not know. Its code leaves a file, `ran`, beside the folder."""
+    """Return a model folder with an architecture that transformers does not know. Its code writes `ran` beside the folder."""
     folder = tmp_path_factory.mktemp("remote") / "toy"
     tiny_encoder("bert").save_pretrained(folder, verify=False)
     for name, code in {"configuration": CONFIGURATION.format(ran=str(folder.parent / "ran")), "modeling": MODELING}.items():
@@ -121,7 +124,7 @@ def test_a_y_on_standard_input_is_no_permission(toy, ran, tmp_path, recipe):
 
 
 def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
-    """The code of the model is saved with it; every loader gives the vectors of the trained model."""
+    """The code of the model is saved with the model, and every loader gives the embeddings of the trained model."""
     results = sup(*argv(toy, tmp_path, "--trust_remote_code", "--eval_strategy", "steps", "--eval_steps", 1,
                         "--load_best_model_at_end", "true"))  # fmt: skip
     out = tmp_path / "out"
@@ -137,7 +140,7 @@ def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
     with torch.no_grad():
         states = model(**batch).last_hidden_state.mean(1)
     np.testing.assert_allclose(states.numpy(), vectors[:1], atol=1e-5)
-    assert type(model).__module__.startswith("transformers_modules") and states.mean() > 0.5  # the model's own forward
+    assert type(model).__module__.startswith("transformers_modules") and states.mean() > 0.5  # the code of the model
     assert "needs its own Python code" in error_of(Encoder.from_pretrained, out)
     card = (out / "README.md").read_text()
     assert card.count("trust_remote_code=True)") == 4 and "Read the code before you run it" in card
@@ -163,7 +166,7 @@ def test_a_model_that_is_loaded_already_has_its_permission(toy, tmp_path):
 
 
 def test_an_architecture_that_transformers_knows_is_taken_from_there(tmp_path, ran):
-    """Code that is not run is not claimed by what is saved."""
+    """If transformers knows the architecture, the code of the model does not run, and the saved folder does not mention it."""
     folder = tmp_path / "bert"
     tiny_encoder("bert").save_pretrained(folder, verify=False)
     config = json.loads((folder / "config.json").read_text())
@@ -195,8 +198,8 @@ def test_no_variant_gives_permission(key):
     assert "variant 'a': trust_remote_code" in error_of(read_variants, [json.dumps({"a": {key: True}})])
 
 
-def test_permission_is_said_at_every_load():
-    """No load of transformers or sentence-transformers is left to ask on standard input."""
+def test_every_load_gives_trust_remote_code():
+    """Every load through transformers or sentence-transformers gives trust_remote_code. Without it, they ask on stdin."""
     asking, loads = [], 0
     for path in [*ROOT.glob("hf_embed/**/*.py"), *ROOT.glob("recipes/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -214,7 +217,7 @@ def test_permission_is_said_at_every_load():
     "name", ["encode", "evaluate", "push", "search", "tempscale", "length_collapse", "mine_hard_negatives"]
 )
 def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
-    """Each loads the model with the flag, and refuses it without."""
+    """Each recipe loads the model if the flag is given, and refuses it without the flag."""
     files, spec = make_files(tmp_path), importlib.util.spec_from_file_location(name, ROOT / f"recipes/{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
@@ -240,7 +243,7 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     assert saved is None or (tmp_path / saved).is_file()
 
 
-def test_code_of_the_models_own_is_copied_to_several_devices(toy):
+def test_a_model_with_its_own_code_is_copied_to_several_devices(toy):
     encoder = Encoder.from_pretrained(str(toy), trust_remote_code=True)
     expected = encoder.encode(TEXTS * 5, batch_size=4)
     assert (encoder.encode(TEXTS * 5, batch_size=4, device=["cpu", "cpu"]) == expected).all()

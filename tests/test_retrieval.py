@@ -1,4 +1,7 @@
-"""Retrieval against pytrec_eval, zero-shot classification against scikit-learn; exact search; files, and what is refused."""
+"""Retrieval is compared with pytrec_eval, and zero-shot classification with scikit-learn.
+
+Also exact search, the files of evaluation sets, and the error messages for wrong files and flags.
+"""
 
 import gzip
 import inspect
@@ -29,7 +32,10 @@ def vector(text):
 
 
 def embed(texts, prompt_name=None):
-    """Random, but always the same for a text; scaled, so that only cosines can give the right answer."""
+    """Return a random vector for each text, always the same for the same text.
+
+    The vectors have different lengths, so only cosine similarities give the right answer.
+    """
     return torch.tensor(np.stack([vector(text) * (1 + len(text)) for text in texts]), dtype=torch.float32)
 
 
@@ -97,7 +103,7 @@ def test_queries_without_an_answer_do_not_count():
 
 
 def test_a_query_does_not_find_itself():
-    """Where queries are documents, as in ArguAna, the query's own id is not counted."""
+    """If queries are also documents, as in ArguAna, the document with the query's own id does not count."""
     corpus = {"a": "a text", "b": "something", "c": "else"}
     scores = Retrieval({"a": "a text"}, corpus, {"a": {"b": 1, "c": 1}}).score(embed)
     assert scores["ndcg@10"] == 100.0
@@ -163,7 +169,7 @@ def test_beir_folder(beir, caplog):
 
 
 def test_hub_layout(beir, tmp_path, monkeypatch):
-    """A dataset as mteb keeps them on the Hub, three configurations; here read from a folder in its place."""
+    """Datasets of mteb on the Hub have three configurations. Here, tables in memory replace the Hub."""
     from datasets import Dataset
 
     from hf_embed.evaluation import retrieval
@@ -304,7 +310,7 @@ def test_bad_zero_shot(tmp_path, content, template, names, expected):
     assert expected in error_of(read_zero_shot, *args)
 
 
-# ---- together ----
+# ---- all kinds of tasks together ----
 
 
 def test_flags_to_scores(beir, tmp_path):

@@ -1,7 +1,7 @@
-"""Scores of models that have no order to offer, and of queries that are documents: the right number, or none.
+"""Scores of collapsed models, and of queries that are also documents: they are right, or they are NaN.
 
-A collapsed model gives every text the same vector but for rounding; no metric may take the rounding, or the order of a file,
-for an answer.
+A collapsed model gives all texts the same vector, except for rounding errors. Then no metric may depend on the rounding errors
+or on the order of a file.
 """
 
 import json
@@ -45,7 +45,7 @@ ROWS = Dataset.from_dict(
 
 
 def found(count=60, queries=20):
-    """A set whose queries are all answered by the first document: the order of the file would score 100."""
+    """Return a retrieval task in which the first document answers every query, so the order of the file would score 100."""
     texts = {f"d{i}": f"{WORDS[i % 13]} {i}" for i in range(count)}
     return Retrieval(
         {f"q{i}": f"query {WORDS[i % 11]} {i}" for i in range(queries)}, texts, {f"q{i}": {"d0": 1} for i in range(queries)}
@@ -66,7 +66,10 @@ METRICS = {"sts": ["spearman"]} | {kind: list(task.reported) for kind, task in T
 
 
 def collapsed_encoder(dtype=torch.float32):
-    """All texts get one vector: every token state is the last norm's bias, and a breath of what it was."""
+    """Return an encoder that gives all texts almost the same vector.
+
+    The last layer norm has tiny weights, so every hidden state is its bias plus a very small part of the normalized state.
+    """
     encoder = tiny_encoder()
     norm = encoder.backbone.encoder.layer[-1].output.LayerNorm
     with torch.no_grad():
@@ -76,7 +79,7 @@ def collapsed_encoder(dtype=torch.float32):
 
 
 def jitter(scale):
-    """One vector for all texts, but for noise of relative size `scale`, another for each text."""
+    """Return a function that gives all texts one vector plus noise of relative size `scale`, different for each text."""
     one = torch.randn(48, generator=torch.Generator().manual_seed(3))
 
     def noisy(texts, prompt_name=None):
@@ -108,14 +111,17 @@ def test_a_collapsed_model_has_no_score(case, kind, caplog):
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("make", [lambda: embed, lambda: jitter(0.01), lambda: embed_with(tiny_encoder())])
-def test_control_others_have_one(kind, make, caplog):
-    """A nearly collapsed model too: its order is small, and is its own."""
+def test_control_other_models_have_a_score(kind, make, caplog):
+    """Control: other models have a score.
+
+    A nearly collapsed model has one too: the differences between its vectors are small, but larger than rounding errors.
+    """
     with caplog.at_level(logging.WARNING):
         scores = score_tasks({"x": TASKS[kind]}, make())
     assert all(math.isfinite(value) for value in scores.values()) and not caplog.messages
 
 
-def test_one_bad_vector_spoils_what_it_is_in(caplog):
+def test_one_vector_of_nan_makes_the_score_nan(caplog):
     def one_bad(bad):
         def vectors(texts, prompt_name=None):
             found = embed(texts)
@@ -125,7 +131,7 @@ def test_one_bad_vector_spoils_what_it_is_in(caplog):
         return vectors
 
     assert math.isnan(STS(ROWS).score(one_bad([ROWS[7]["sentence1"]]))["spearman"])
-    assert math.isnan(found().score(one_bad(["river 0"]))["ndcg@10"])  # topk takes NaN for the largest
+    assert math.isnan(found().score(one_bad(["river 0"]))["ndcg@10"])  # torch.topk treats NaN as the largest value
     assert math.isnan(found().score(one_bad(["query river 0"]))["ndcg@10"])
     assert math.isnan(TASKS["zero_shot"].score(one_bad(["text 3"]))["accuracy"])
     assert math.isnan(TASKS["triplet"].score(one_bad(["negative 7"]))["triplet_accuracy"])
@@ -140,12 +146,12 @@ def test_an_empty_document_may_be_zero():
     whole = found()
     texts = whole.corpus | {"empty": ""}
     scores = Retrieval(whole.queries, texts, whole.qrels).score(vectors)
-    assert scores["ndcg@10"] == pytest.approx(whole.score(embed)["ndcg@10"], abs=8)  # one document more, at cosine 0
+    assert scores["ndcg@10"] == pytest.approx(whole.score(embed)["ndcg@10"], abs=8)  # one more document, with cosine 0
     assert math.isfinite(scores["ndcg@10"])
 
 
 def test_geometry_of_vectors_without_a_direction():
-    """A zero vector had the best uniformity there is, and the best alignment."""
+    """BUG: A zero vector had the best possible uniformity and the best possible alignment."""
     x = np.random.default_rng(0).normal(size=(4, 3))
     bad = x.copy()
     bad[2] = 0
@@ -153,7 +159,7 @@ def test_geometry_of_vectors_without_a_direction():
     bad[2] = math.inf
     assert math.isnan(alignment(x, bad)) and math.isnan(uniformity(bad))
     assert np.isnan(unit(np.zeros((1, 3)))).all() and np.linalg.norm(unit(x * 1e-30), axis=1) == pytest.approx(np.ones(4))
-    assert (alignment(x, x), uniformity(np.ones((5, 3)))) == (0, pytest.approx(0, abs=1e-12))  # a collapse, and its measure
+    assert (alignment(x, x), uniformity(np.ones((5, 3)))) == (0, pytest.approx(0, abs=1e-12))  # collapsed: uniformity 0
     assert (
         not ordered(np.ones((2, 3))) and ordered(np.array([[1.0, 1, 1], [1, 1, 0.9]])) and not ordered(np.array([[1, np.nan]]))
     )
@@ -181,7 +187,7 @@ def test_a_temperature_is_not_chosen_by_a_collapsed_model():
         assert "a temperature cannot be chosen" in error_of(part_scores, TASKS[kind], jitter(1e-6), 2)
 
 
-def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
+def test_mining_refuses_vectors_that_are_not_finite(tmp_path):
     def vectors(texts, prompt_name=None):
         return embed(texts) * torch.tensor([[math.nan if text == "b1" else 1.0] for text in texts])
 
@@ -191,7 +197,11 @@ def test_vectors_that_are_no_numbers_mine_nothing(tmp_path):
 
 
 def test_no_score_is_never_the_best(tmp_path, monkeypatch):
-    """NaN at the first and the last evaluation: the one between is taken. NaN at all of them: the last step is kept."""
+    """A score of NaN is never the best one.
+
+    If the first and the last evaluation score NaN, the best checkpoint is the one between. If all evaluations score NaN, there
+    is no best checkpoint, and the model of the last step is kept.
+    """
     scores = iter([math.nan, 40.0, math.nan])
 
     def run(folder):
@@ -222,7 +232,7 @@ def judged(queries, corpus, qrels):
 
 
 def test_a_judged_document_of_the_querys_id_counts(tmp_path):
-    """Queries and documents are numbered alike, and each query is answered by the document of its number."""
+    """Queries and documents have the same ids, and each query is answered by the document with its id."""
     texts = {str(i): f"{word} {i}" for i, word in enumerate(WORDS)}
     scores = judged(texts, texts, {i: {i: 1} for i in texts})
     assert scores["ndcg@10"] == scores["mrr@10"] == 100
@@ -240,7 +250,10 @@ def test_a_judged_document_of_the_querys_id_counts(tmp_path):
 
 
 def test_another_document_of_the_querys_id_stays(caplog):
-    """Not judged and of another text: it is found like any other. Here it is nearest, so the answer is second."""
+    """A document with the query's id that is not judged and has another text is found like any other document.
+
+    Here it is the nearest document, so the relevant document has rank 2.
+    """
     task = Retrieval({"1": "river"}, {"1": "stone", "2": "cloud", "3": "lamp"}, {"1": {"2": 1}})
 
     def vectors(texts, prompt_name=None):
@@ -254,7 +267,7 @@ def test_another_document_of_the_querys_id_stays(caplog):
 
 @pytest.mark.parametrize("title", ["", "on rivers ", "a  title\n"])
 def test_a_query_that_is_a_document_is_not_found_for_itself(title, caplog):
-    """As in ArguAna: of the same id and text, a title aside."""
+    """As in ArguAna, a document with the query's id and text is left out, even if a title stands before the text."""
     texts = {"a": "the river", "b": "the stone", "c": "the cloud"}
     corpus = texts | {"a": f"{title}the river ", "d": "the river"}
     task = Retrieval({"a": "the river", "x": "the stone"}, corpus, {"a": {"b": 1}, "x": {"b": 1}})
@@ -268,7 +281,7 @@ def test_a_query_that_is_a_document_is_not_found_for_itself(title, caplog):
 
 def test_a_judged_query_that_is_a_document_counts(caplog):
     texts = {"a": "the river", "b": "the stone"}
-    for grade in (1, 0):  # judged is judged
+    for grade in (1, 0):  # a grade of 0 is also a judgment
         task = Retrieval({"a": "the river"}, texts, {"a": {"a": grade, "b": 1}})
         assert task.rank(embed, 2)[1]["a"] == ["a", "b"]
     assert not caplog.messages
@@ -279,11 +292,11 @@ def test_a_text_that_only_ends_like_the_query_is_another():
     assert task.rank(embed, 2)[1]["a"] and set(task.rank(embed, 2)[1]["a"]) == {"a", "b"}
 
 
-# ---- what a task is ----
+# ---- the interface of a task ----
 
 
 class Plain:
-    """The least that a user's own task has."""
+    """The minimum that a user's own task must have."""
 
     kind, main, reported = "plain", "words", ("words",)
 
@@ -291,8 +304,8 @@ class Plain:
         return {"words": 1.0, "letters": 2.0}
 
 
-class Frank(Plain):
-    """It says what it logs besides, without deriving from the base."""
+class WithLogged(Plain):
+    """A task that names the other metrics it logs, but is not derived from EvaluationTask."""
 
     logged = ("letters",)
 
@@ -302,9 +315,9 @@ class Derived(EvaluationTask):
 
 
 def test_tasks_of_users_own():
-    assert all(isinstance(task, Task) for task in (Plain(), Frank(), Derived()))
+    assert all(isinstance(task, Task) for task in (Plain(), WithLogged(), Derived()))
     assert metric_names({"p": Plain()}) == {"words", "p_words"}
-    assert metric_names({"f": Frank()}) == {"words", "letters", "f_words", "f_letters"}
+    assert metric_names({"f": WithLogged()}) == {"words", "letters", "f_words", "f_letters"}
     assert metric_names({"d": Derived()}) == {"words", "d_words"} and Derived().logged == ("words",)
     with pytest.raises(NotImplementedError, match="Derived.score"):
         Derived().score(None)

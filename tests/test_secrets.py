@@ -1,4 +1,4 @@
-"""No file that is written holds a token, and no message the secrets of an address."""
+"""No written file contains a token, and no message shows the secrets in a URL."""
 
 import dataclasses
 import gzip
@@ -38,7 +38,7 @@ SECRET = "hf_s3cr3ts3cr3ts3cr3ts3cr3t"
 
 
 def holds(folder: Path, secret: str = SECRET) -> list[str]:
-    """The files below `folder` in which the secret stands, in any of the encodings that pickles and logs use."""
+    """Return the files in `folder` that contain the secret in one of the encodings that pickles and logs use."""
     forms = [secret.encode(code) for code in ("utf-8", "utf-16-le")]
     return [str(p) for p in folder.rglob("*") if p.is_file() and any(form in p.read_bytes() for form in forms)]
 
@@ -71,7 +71,7 @@ def test_a_token_is_in_no_file_and_not_on_the_hub(server, tmp_path, strategy, ca
     hub.push_folder(tmp_path / "model", "user/whole", token=SECRET, everything=True)
     assert {"checkpoint-1/optimizer.pt", "checkpoint-2/trainer_state.json"} < set(server.files("user/whole"))
     assert not [name for name in server.files("user/whole") if name.endswith("training_args.bin")]
-    assert run.args.hub_token == SECRET  # the run itself goes on with it
+    assert run.args.hub_token == SECRET  # the run itself still has the token
 
 
 def test_a_recipe_writes_no_token_and_resumes(tmp_path, files):  # noqa: F811
@@ -93,7 +93,7 @@ def test_a_recipe_writes_no_token_and_resumes(tmp_path, files):  # noqa: F811
     assert holds(tmp_path) == []
 
 
-def test_what_is_named_as_a_secret_is_not_saved():
+def test_fields_named_like_secrets_are_not_saved():
     @dataclasses.dataclass
     class Arguments(ContrastiveTrainingArguments):
         wandb_api_key: str = "secret"
@@ -106,7 +106,7 @@ def test_what_is_named_as_a_secret_is_not_saved():
     args = Arguments("out", hub_token="secret", chunk_tokens=64, use_cpu=True)
     clean = without_secrets(args)
     assert not [name for name, value in vars(clean).items() if "secret" in str(value)]
-    for logged in (args.to_dict(), args.to_json_string(), args.to_sanitized_dict()):  # what TensorBoard and others are given
+    for logged in (args.to_dict(), args.to_json_string(), args.to_sanitized_dict()):  # TensorBoard and others log these
         assert ": 'secret" not in str(logged) and ': "secret' not in str(logged) and "max_token" in logged
     assert (clean.max_token, clean.tokenizer_name, clean.chunk_tokens, clean.output_dir) == (7, "mine", 64, "out")
     assert (args.hub_token, args.wandb_api_key) == ("secret", "secret") and type(clean) is Arguments
@@ -119,7 +119,7 @@ def test_a_token_that_no_header_can_hold_is_not_shown(server, tmp_path, monkeypa
     assert "push to mine" in message and SECRET not in message
 
 
-# ---- addresses ----
+# ---- URLs ----
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_shown_hides_where_a_folder_lies():
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """Gives a few files to whoever has the password or the token."""
+    """A server that sends a few files to clients that give the password or the token."""
 
     contents = {
         "/x.csv": b"sent0,sent1\na cat,the cat\na dog,the dog\n",
@@ -190,7 +190,7 @@ def host():
 
 @pytest.fixture(params=["query", "user"])
 def address(request, host, monkeypatch):
-    """A function from a file's name to its address, with a secret."""
+    """Return a function that makes a URL with a secret from the name of a file."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     form = {"query": "http://{}/{}?token=SECRET123", "user": "http://someone:SECRET123@{}/{}"}[request.param]
@@ -198,9 +198,9 @@ def address(request, host, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "columns"), [("x.csv", 2), ("x.csv.gz", 2), ("x.jsonl", 1), ("x.txt", 1)])
-def test_addresses_with_secrets_are_read_by_the_kind_that_their_path_says(address, name, columns):
+def test_the_kind_of_a_file_comes_from_the_path_in_its_address(address, name, columns):
     assert len(read_file(address(name))[0]) == columns
-    if name != "x.txt":  # datasets does not stream one from an address
+    if name != "x.txt":  # `datasets` cannot stream a text file from a URL
         assert len(next(iter(read_file(address(name), streaming=True)))) == columns
 
 
@@ -240,7 +240,7 @@ def test_a_recipe_shows_no_secret(tmp_path, host):
 
 
 @pytest.mark.slow
-def test_errors_that_nobody_foresaw_and_logs_show_no_secret(tmp_path):
+def test_unexpected_errors_and_logs_show_no_secret(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import logging\nfrom hf_embed.kit import cli\n\n\ndef main():\n"
@@ -277,7 +277,7 @@ def launched(*words, **env) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.parametrize("waits", ["[3, 0]", "[0, 3]"])
 def test_our_line_stands_above_the_launchers_report(tmp_path, waits):
-    """Once, whichever of two processes is first; and no token in the report."""
+    """The error line is printed once, whichever of the two processes fails first. The launcher's report shows no token."""
     (tmp_path / "script.py").write_text(SCRIPT.format(waits=waits))
     two = ("--config_file", RECIPES / "accelerate/cpu_2.yaml")
     done = launched(*two, tmp_path / "script.py", "--hub_token", SECRET)
@@ -295,7 +295,7 @@ def test_one_process_quietly_launched_ends_in_our_line(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "error", "slept"), [("0", InputError, 0), ("1", InputError, 1), ("1", RankError, 0)])
-def test_other_processes_leave_the_word_to_the_main_one(monkeypatch, capsys, rank, error, slept):
+def test_other_processes_let_the_main_one_print_the_error(monkeypatch, capsys, rank, error, slept):
     naps = []
     monkeypatch.setattr("time.sleep", naps.append)
     monkeypatch.setenv("LOCAL_RANK", rank)
@@ -308,8 +308,11 @@ def test_other_processes_leave_the_word_to_the_main_one(monkeypatch, capsys, ran
     assert len(naps) == slept and capsys.readouterr().err == "error: wrong\n"
 
 
-def test_one_process_is_started_by_python_in_all_that_we_print():
-    """`accelerate launch` alone repeats the command line, tokens and all, below an error."""
+def test_no_shown_command_launches_a_single_process():
+    """No command that we show starts a single process with `accelerate launch`.
+
+    After an error, `accelerate launch` prints the whole command line, including tokens.
+    """
     for path in [
         *RECIPES.glob("*.py"),
         *RECIPES.parent.glob("docs/*.md"),

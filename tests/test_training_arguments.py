@@ -1,4 +1,7 @@
-"""Every field of `transformers.TrainingArguments` does what it does for a plain Trainer, or is refused or warned of by name."""
+"""Every field of `transformers.TrainingArguments` has the same effect as in a plain Trainer.
+
+Fields that cannot have this effect are refused by name, or a warning names them.
+"""
 
 import ast
 import copy
@@ -28,12 +31,12 @@ from hf_embed.kit.plan import ModelArguments, Plan, RunArguments, without_evalua
 from hf_embed.kit.report import changed
 from hf_embed.trainer_settings import IGNORED, REFUSED, warn_of_ignored
 
-ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12
+ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12 rows
 SCORES = [50.0, 70.0, 60.0, 65.0, 40.0, 30.0, 20.0]
 
 
 class Scripted:
-    """An evaluation set whose scores are known beforehand."""
+    """An evaluation set with fixed scores."""
 
     kind, main, reported = "scripted", "spearman", ("spearman", "falling")
 
@@ -46,7 +49,7 @@ class Scripted:
 
 
 class Recorder(TrainerCallback):
-    """What a run shows of itself: its substeps, the norms of its gradients, and the arguments that callbacks see."""
+    """Record the substeps of a run, the norms of its gradients, and the arguments that callbacks receive."""
 
     def __init__(self):
         self.substeps, self.norms, self.args = 0, [], None
@@ -87,7 +90,7 @@ def plain(folder, callbacks=(), evaluate=True, **settings) -> Trainer:
     )  # fmt: skip
 
 
-# ---- what a run shows; each function takes a trainer, of either kind, before its training ----
+# ---- what the tests observe; each function takes a trainer of either kind before its training ----
 
 
 def trained(run):
@@ -96,7 +99,7 @@ def trained(run):
 
 
 def logged(run):
-    """The steps of training's and evaluation's logs."""
+    """Return the steps and kinds of the logs of the training and of the evaluation."""
     history = trained(run).state.log_history
     return [(entry["step"], kind) for entry in history for kind in ("loss", "eval_spearman", "train_runtime") if kind in entry]
 
@@ -171,7 +174,8 @@ def checkpointed_layers(run):
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 SAVE = EVERY_STEP | {"save_strategy": "steps", "save_steps": 1}
 WORKER = {"dataloader_num_workers": 1}
-# field: (its value, with what else, what it changes). Compared are ours with it, a plain Trainer with it, and ours without.
+# field: (value, other settings, the observation that the field changes). The tests compare our trainer with the field, a plain
+# Trainer with the field, and our trainer without the field.
 HONOURED = {
     "per_device_train_batch_size": (6, {"max_steps": -1, "num_train_epochs": 1}, logged),
     "num_train_epochs": (2, {"max_steps": -1}, logged),
@@ -231,13 +235,13 @@ HONOURED = {
     "ddp_static_graph": (True, {}, of_ddp("static_graph")),
     "skip_memory_metrics": (False, {}, lambda run: "train_mem_cpu_alloc_delta" in trained(run).state.log_history[-1]),
 }
-# Fields that TrainingArguments itself makes something of, in methods that are not overridden here.
+# Fields that methods of TrainingArguments use. Our class does not override these methods.
 INHERITED = {
     "use_cpu": "_setup_devices", "ddp_backend": "_setup_devices", "local_rank": "_setup_devices",
     "ddp_timeout": "ddp_timeout_delta", "log_level_replica": "get_process_log_level", "log_on_each_node": "should_log",
     "save_on_each_node": "should_save", "fsdp_config": "_process_fsdp_args",
 }  # fmt: skip
-# Fields with a test of their own, here or elsewhere.
+# Fields with their own test, in this file or in another one.
 ELSEWHERE = {
     "output_dir": "test_training_arguments.py::test_output_dir",
     "dataloader_multiprocessing_context": "test_training_arguments.py::test_start_method_of_workers",
@@ -267,7 +271,7 @@ ELSEWHERE = {
 
 
 def test_every_field_is_decided_on():
-    """A field that a later transformers brings fails here, until somebody says what becomes of it."""
+    """A new field of a later transformers makes this test fail until the field is in one of the lists."""
     decided = [*HONOURED, *INHERITED, *ELSEWHERE, *REFUSED, *IGNORED]
     assert len(set(decided)) == len(decided), "a field is in two lists"
     assert set(decided) == {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -280,8 +284,8 @@ def test_tests_named_here_exist(field):
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-WITHOUT = {}  # what is seen without the field; many fields share it
-# In these fields code of ours takes part; what Trainer does by itself is left to the slow tests.
+WITHOUT = {}  # observations without the field; many fields share them
+# Fields in which our own code takes part. Fields that only Trainer uses are tested in the slow suite.
 FAST = {"per_device_train_batch_size", "max_steps", "gradient_accumulation_steps", "dataloader_drop_last", "seed", "data_seed",
         "load_best_model_at_end", "metric_for_best_model", "eval_steps", "eval_strategy", "max_grad_norm", "eval_on_start",
         "dataloader_num_workers", "neftune_noise_alpha", "lr_scheduler_type"}  # fmt: skip
@@ -292,7 +296,8 @@ def test_honoured_as_by_a_plain_trainer(tmp_path, field):
     value, more, observe = HONOURED[field]
     before = get_verbosity()
     try:
-        got = observe(ours(tmp_path / "ours", **copy.deepcopy(more | {field: value})))  # Trainer writes into some
+        # The settings are copied because Trainer changes some values.
+        got = observe(ours(tmp_path / "ours", **copy.deepcopy(more | {field: value})))
         expected = observe(plain(tmp_path / "plain", **copy.deepcopy(more | {field: value})))
         set_verbosity(before)
         key = (repr(more), observe)
@@ -305,11 +310,11 @@ def test_honoured_as_by_a_plain_trainer(tmp_path, field):
 
 
 @pytest.mark.parametrize("field", INHERITED)
-def test_nothing_here_overrides(field):
+def test_inherited_methods_are_not_overridden(field):
     assert getattr(ContrastiveTrainingArguments, INHERITED[field]) is getattr(TrainingArguments, INHERITED[field])
 
 
-# ---- refused, and warned of ----
+# ---- refused fields, and fields with a warning ----
 
 OTHER_VALUES = {
     "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "train_sampling_strategy": "sequential",
@@ -349,7 +354,7 @@ def test_no_warning_without_a_reason(tmp_path, caplog):
 
 
 def test_settings_of_an_evaluation_without_sets_are_named_once(tmp_path, caplog):
-    """A recipe's preset evaluates; rows of the user's own come without sets."""
+    """The preset of a recipe evaluates, but the user gives training rows and no evaluation set. A single warning says so."""
     args = ContrastiveTrainingArguments(tmp_path, eval_strategy="steps", eval_steps=1, use_cpu=True)
     with caplog.at_level(logging.WARNING, "hf_embed"):
         warn_of_ignored(without_evaluation(args), {})
@@ -384,7 +389,7 @@ def test_refused_where_it_means_nothing(tmp_path, settings, message):
     assert not (tmp_path / "out").exists()
 
 
-# ---- fields with a test of their own ----
+# ---- fields with their own test ----
 
 
 def test_output_dir(tmp_path):
@@ -395,7 +400,7 @@ def test_output_dir(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_start_method_of_workers(tmp_path, method):
-    """Workers that are started anew get the rows too, and the batches are the same."""
+    """Workers that start as new processes, not as forks, also get the rows, and the batches are the same."""
     settings = WORKER | {"dataloader_multiprocessing_context": method}
     loader = ours(tmp_path, **settings).get_train_dataloader()
     assert loader.multiprocessing_context.get_start_method() == method
@@ -420,7 +425,7 @@ def test_data_seed_orders_the_rows(tmp_path):
 
 
 def test_full_determinism(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # which it sets, and monkeypatch sets back
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # full_determinism sets it; monkeypatch restores it
     try:
         assert not torch.are_deterministic_algorithms_enabled()
         ours(tmp_path, full_determinism=True)
@@ -434,7 +439,7 @@ def test_cache_is_emptied(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.clear_device_cache", lambda: calls.append(1))
     for make in (ours, plain):
         make(tmp_path, torch_empty_cache_steps=2).train()
-    assert len(calls) == 2 * 2  # each in its first and its third step
+    assert len(calls) == 2 * 2  # each of the two runs in its first and third step
 
 
 def test_deprecated_names(tmp_path):
@@ -454,7 +459,7 @@ def test_report_to(tmp_path):
 
 
 def test_resuming_without_skipping(tmp_path):
-    """The batches of the resumed epoch start from its first again, as a plain Trainer's do."""
+    """With ignore_data_skip, the resumed epoch starts again with its first batch, as in a plain Trainer."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     ours(tmp_path, **settings).train()
 
@@ -490,18 +495,18 @@ def test_hub_fields_reach_the_hub(tmp_path, monkeypatch):
     assert pushed == {"repo": "a/b", "private": True, "revision": "v2"}
 
 
-# ---- the learning rate that follows a metric ----
+# ---- a learning rate that depends on a metric ----
 
 
 @pytest.mark.parametrize(
     ("metric", "falls"), [(None, True), ("spearman", True), ("falling", True)], ids=["default", "spearman", "falling"]
 )
 def test_plateau_lowers_the_rate_when_the_metric_stops_rising(tmp_path, metric, falls):
-    """Scores are 50, 70, 60, 65, 40: the rate falls after the third, not when the score rises."""
+    """The scores are 50, 70, 60, 65, 40. The learning rate falls first after the third score, and not when the score rises."""
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5},
                 "max_steps": 5, "learning_rate": 1e-3, "metric_for_best_model": metric}  # fmt: skip
     if metric == "falling":
-        settings["greater_is_better"] = False  # minus the score, so that the best is where the score is lowest
+        settings["greater_is_better"] = False  # this metric is minus the score
     run = ours(tmp_path, **EVERY_STEP | settings)
     assert run.args.lr_scheduler_kwargs["mode"] == ("min" if metric == "falling" else "max")
     assert rates(run) == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4])

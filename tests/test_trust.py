@@ -1,4 +1,4 @@
-"""What is read is data: no pickle, YAML, array or cell of a file runs anything. SECURITY.md names these tests."""
+"""Files are read as data only: no pickle, YAML file, array or cell can run code. SECURITY.md names these tests."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ SOURCES = [*sorted((ROOT / "hf_embed").rglob("*.py")), *sorted((ROOT / "recipes"
 
 
 class Evil:
-    """A pickle that leaves a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,12 +38,12 @@ class Evil:
 
 
 def plant(path: Path, ran: Path) -> None:
-    """Put such a pickle in the place of a file, as torch.save writes it."""
+    """Replace a file by such a pickle, in the format of torch.save."""
     torch.save({"state": Evil(ran)}, path)
 
 
 def test_the_planted_pickle_runs_where_pickles_are_loaded(tmp_path):
-    """Control: without this, the tests below could not fail."""
+    """Control: the planted pickle can run code. Otherwise the tests below could not fail."""
     plant(tmp_path / "file.pt", tmp_path / "ran")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "file.pt", weights_only=False)
@@ -56,7 +56,7 @@ def trees() -> list[ast.Module]:
 
 
 def calls(name: str) -> list[ast.Call]:
-    """Every call of a function of that name, 'torch.load' for example, in the package and the recipes."""
+    """Return all calls of a function, for example 'torch.load', in the package and the recipes."""
     module, _, function = name.rpartition(".")
     return [
         node for tree in trees() for node in ast.walk(tree)
@@ -95,7 +95,7 @@ def test_weights_that_are_pickles_run_nothing(tmp_path, place):
 
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_checkpoint_that_holds_pickles_runs_nothing(tmp_path, part):
-    """Its own files are tensors and numbers, and nothing else is read of them; training_args.bin is written and never read."""
+    """Files of a checkpoint are loaded as tensors and numbers only. training_args.bin is written but never read."""
     name, ran = "unsup_simcse_mlm", tmp_path / "ran"
     checkpoint = shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / "checkpoint-2")
     assert (checkpoint / part).is_file()
@@ -133,7 +133,7 @@ def test_vectors_hold_numbers_alone(tmp_path):
 
 
 def test_cells_are_texts(tmp_path):
-    """A cell that is Python, a pickle or a formula is a text to train on like any other."""
+    """A cell that holds Python code, a pickle or a formula is an ordinary training text."""
     evil = pickle.dumps(Evil(tmp_path / "ran"), protocol=0).decode("latin-1")
     rows = [
         {"anchor": "__import__('os').system('touch ran')", "positive": "=HYPERLINK(1)"},
@@ -145,7 +145,7 @@ def test_cells_are_texts(tmp_path):
 
 
 def test_no_metric_is_downloaded():
-    """`evaluate.load` runs a script from the Hub; a metric of ours is a class of ours."""
+    """`evaluate.load` runs a script from the Hub. Our metrics are classes in this package."""
     assert calls("evaluate.load") == [] and calls("load_metric") == []
     assert not any(isinstance(node, ast.ImportFrom) and node.module == "evaluate" for tree in trees() for node in ast.walk(tree)
                    for name in getattr(node, "names", []) if name.name == "load")  # fmt: skip
@@ -180,7 +180,10 @@ SKIPPED = {"name": "other", "skip_reason": "Dependency not found on PyPI and cou
                     "not checked: 7; the reason for the first one: no network"]),
     ],
 )  # fmt: skip
-def test_an_audit_that_could_not_ask_finds_nothing_out(found, pinned, status, lines):
-    """pip-audit itself ends with 0 and 'No known vulnerabilities found' where it could ask about nothing."""
+def test_an_audit_that_could_not_check_all_versions_is_no_success(found, pinned, status, lines):
+    """The audit ends with exit status 3 if it found no vulnerability, but could not check all versions.
+
+    pip-audit itself ends with 0 and prints 'No known vulnerabilities found' even if it could not check any version.
+    """
     judge = runpy.run_path(str(ROOT / "benchmarks" / "audit.py"))["judge"]
     assert judge(found, pinned, "no network") == (status, lines)

@@ -1,4 +1,4 @@
-"""Vectors in files: made by one rank or two, stopped and gone on with, and refused where they belong to something else."""
+"""Vector files: one or two ranks write them, a stopped run is resumed, and files of another model or text are refused."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_rows_are_those_of_encode(encoder, small_shards, tmp_path, options):
 
 @pytest.mark.parametrize("kind", [iter, "".join, np.array, tuple])
 def test_texts_of_other_kinds_are_those_of_encode(encoder, tmp_path, kind):
-    """BUG: a single text was written letter by letter, and a generator was a TypeError."""
+    """BUG: A single text was written letter by letter, and a generator ended in a TypeError."""
     about = write_vectors(encoder, kind(["cat", "dog"]), tmp_path / "out.npy")
     expected = np.atleast_2d(encoder.encode(kind(["cat", "dog"])))
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
@@ -78,12 +78,12 @@ def test_a_stopped_run_goes_on_with_what_is_missing(encoder, small_shards, tmp_p
             write_vectors(encoder, TEXTS, tmp_path / "out.npy")
         except KeyboardInterrupt:
             stops += 1
-            assert os.listdir(tmp_path) == ["out.npy.work"]  # nothing looks finished
-    assert stops == 3 and sorted(text for part in encoded for text in part) == sorted(TEXTS)  # each once
+            assert os.listdir(tmp_path) == ["out.npy.work"]  # no file looks complete
+    assert stops == 3 and sorted(text for part in encoded for text in part) == sorted(TEXTS)  # each text once
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), encode(encoder, TEXTS), atol=1e-6)
 
 
-def test_work_on_something_else_is_not_gone_on_with(encoder, small_shards, tmp_path, monkeypatch):
+def test_work_of_another_run_is_not_resumed(encoder, small_shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(vector_files, "make_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
@@ -95,7 +95,7 @@ def test_work_on_something_else_is_not_gone_on_with(encoder, small_shards, tmp_p
         (encoder, TEXTS, {"truncate_dim": 8, "normalize": True}), (encoder, TEXTS[:-1], {"truncate_dim": 8}),
     ]:  # fmt: skip
         assert "belongs to a run with another model" in error_of(write_vectors, model, texts, tmp_path / "out.npy", **options)
-    write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8, batch_size=3)  # which changes no vector
+    write_vectors(encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8, batch_size=3)  # another batch size changes no vector
     assert "out.npy already exists" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=8)
     for model, texts, message in [
         (other, TEXTS, "come from another model"), (encoder, changed, "or other texts"),
@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_before_anything_is_computed(encoder, tmp_path, monk
     monkeypatch.setattr(vector_files.os, "posix_fallocate", full)
     assert error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy").startswith("the disk is full (at ")
     monkeypatch.undo()
-    write_vectors(encoder, TEXTS, tmp_path / "out.npy")  # what the first run left is no hindrance
+    write_vectors(encoder, TEXTS, tmp_path / "out.npy")  # the first run's leftovers do not matter
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), encoder.encode(TEXTS), atol=1e-6)
 
 
@@ -187,7 +187,7 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
 
 
 def hits_of(output):
-    """{query: rows} of what the recipe prints."""
+    """Return {query: row indices} from the output of the recipe."""
     found = {}
     for block in output.strip().split("\n\n"):
         query, *lines = block.splitlines()
@@ -209,7 +209,7 @@ def test_search_answers_queries(files, encoder, tmp_path, monkeypatch, capsys, o
     for query, row in zip(queries, cosines):
         np.testing.assert_allclose(row[found[query]], np.sort(row)[::-1][:7], atol=1e-6)
     if not options:
-        main_of("search", monkeypatch, model, texts, "--top_k", "7", "--query", *queries)  # encoded on the spot
+        main_of("search", monkeypatch, model, texts, "--top_k", "7", "--query", *queries)  # without a vector file
         output = capsys.readouterr()
         again = hits_of(output.out)
         for query, row in zip(queries, cosines):

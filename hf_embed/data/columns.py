@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ACCEPTED = (
     "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]; question, answer and "
-    "others that README.md lists"
+    "others that docs/guides/own_data.md lists"
 )
 SINGLE = ("text", "sentence")
 ANCHORS, POSITIVES = ("anchor", "query", "question"), ("positive", "positives", "pos")
