@@ -24,7 +24,7 @@ TIERS = [
      "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
     ["arguments", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining", "mlm", "output",
-     "preview", "resume", "step", "stop", "trainer_inputs", "trainer_settings", "training_record", "unused", "vector_files",
+     "preview", "resume", "step", "stop", "teacher", "trainer_inputs", "trainer_settings", "training_record", "unused", "vector_files",
      "watch"],
     ["trainer"],
     ["kit"],

@@ -24,11 +24,14 @@ import pyarrow.compute
 import torch
 from datasets import Dataset
 
+from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.data.cache import cache_folder
 from hf_embed.data.collator import VectorRows
 from hf_embed.distributed import gather_objects, get_rank
 from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
+from hf_embed.objectives import Objective
 from hf_embed.read_files import read_array
 from hf_embed.vector_files import identity_of, read_vectors, write_vectors
 
@@ -99,6 +102,43 @@ class Teacher:
         if get_rank() == 0:
             logger.info(f"teacher {self.name}: the vectors of {len(texts):,} texts are in {file}")
         return file
+
+
+def teacher_of(args: ContrastiveTrainingArguments, encoder: Encoder) -> Teacher | None:
+    """Return the teacher that `args` names for training `encoder`, or None."""
+    return None if args.teacher is None else Teacher(args.teacher, args.device, encoder.full_dimension)
+
+
+def with_teacher(
+    tables: list[Any], objectives: list[Objective], teacher: Teacher | None
+) -> tuple[list[Any], dict[str, VectorRows]]:
+    """Add to each table what its objective needs of the teacher.
+
+    Args:
+        tables: tokenized tables and streams.
+        objectives: the objective of each.
+        teacher: the teacher, or None.
+
+    Returns:
+        The tables, and the vectors for the collator.
+
+    Raises:
+        InputError: if an objective needs a teacher and there is none, or if no objective uses the teacher.
+    """
+    waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
+    if waiting and teacher is None:
+        called = type(objectives[waiting[0]]).__name__
+        raise InputError(f"the objective {called} needs the vectors of a teacher; set teacher to a model (--teacher MODEL)")
+    if teacher is None:
+        return tables, {}
+    if not waiting:
+        raise InputError(
+            f"teacher is {teacher.name}, but no objective uses it; remove it, or set an objective that does (guide_margin of "
+            "SimCSE and ImprovedContrastive, TeacherKL, MarginMSE, VectorDistillation)"
+        )
+    found, vectors = teacher.add_to([tables[i] for i in waiting], [objectives[i].needs for i in waiting])
+    made = dict(zip(waiting, found))
+    return [made.get(i, table) for i, table in enumerate(tables)], vectors
 
 
 class VectorFile:

@@ -19,7 +19,7 @@ from hf_embed.checkpoint.settings import has_mlp_head
 from hf_embed.data.collator import VectorRows
 from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
 from hf_embed.data.labelled import labelled_layout
-from hf_embed.data.mixture import Mixture, Source
+from hf_embed.data.mixture import Mixture, Source, Stream
 from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.encoder import Encoder
@@ -32,7 +32,7 @@ from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.pooling import uses_pooler
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, reset_dense
-from hf_embed.teacher import Teacher
+from hf_embed.teacher import teacher_of, with_teacher
 from hf_embed.trainer_settings import check_batch, check_training
 
 logger = logging.getLogger(__name__)
@@ -394,7 +394,7 @@ def make_held_out(
             rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
         table = cast(Dataset, rows)
         check_objective(objective, table, max(views), name)
-        (table,), vectors = with_teacher([table], [objective], teacher_of(args, step))
+        (table,), vectors = with_teacher([table], [objective], teacher_of(args, step.encoder))
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
         if args.process_index == 0:
             warn_of_seen(loss.rows, training, name)
@@ -441,52 +441,35 @@ def read_training_rows(
         raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
     tables, labels = (tokens.tables, tokens.labels) if isinstance(tokens, Mixture) else ([tokens], [name])
     objectives = [own or objective for own in tokens.objectives] if isinstance(tokens, Mixture) else [objective]
-    for own, table, texts, label in zip(objectives, tables, views, labels):
-        check_objective(own, table, texts, label)
-        if own is not objective and (own.learn_temperature or own.mlm_weight or objective.learn_temperature):
-            raise InputError(
-                f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
-                "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
-            )
+    check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
-    tables, vectors = with_teacher(tables, objectives, teacher_of(args, step))
+    tables, vectors = with_teacher(tables, objectives, teacher_of(args, step.encoder))
     if isinstance(tokens, Mixture):
         tokens.tables = tables
     return TrainingRows(tokens if isinstance(tokens, Mixture) else tables[0], views, objectives, vectors)
 
 
-def teacher_of(args: ContrastiveTrainingArguments, step: TrainingStep) -> Teacher | None:
-    """Return the teacher that `args` names, or None."""
-    return None if args.teacher is None else Teacher(args.teacher, args.device, step.encoder.full_dimension)
-
-
-def with_teacher(
-    tables: list[Any], objectives: list[Objective], teacher: Teacher | None
-) -> tuple[list[Any], dict[str, VectorRows]]:
-    """Add to each table what its objective needs of the teacher.
+def check_objectives(
+    main: Objective, objectives: list[Objective], sources: list[tuple[Dataset | Stream, int, str]], width: int
+) -> None:
+    """Check that the objective of each source suits its rows and the model.
 
     Args:
-        tables: tokenized tables and streams.
-        objectives: the objective of each.
-        teacher: the teacher, or None.
-
-    Returns:
-        The tables, and the vectors for the collator.
+        main: the objective of the trainer.
+        objectives: the objective of each source.
+        sources: the tokenized rows of each source, the number of texts in its largest row, and its name in messages.
+        width: the width of the embedding.
 
     Raises:
-        InputError: if an objective needs a teacher and there is none, or if no objective uses the teacher.
+        InputError: if one does not suit.
     """
-    waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
-    if waiting and teacher is None:
-        called = type(objectives[waiting[0]]).__name__
-        raise InputError(f"the objective {called} needs the vectors of a teacher; set teacher to a model (--teacher MODEL)")
-    if teacher is None:
-        return tables, {}
-    if not waiting:
-        raise InputError(
-            f"teacher is {teacher.name}, but no objective uses it; remove it, or set an objective that does (guide_margin of "
-            "SimCSE and ImprovedContrastive, TeacherKL, MarginMSE, VectorDistillation)"
-        )
-    found, vectors = teacher.add_to([tables[i] for i in waiting], [objectives[i].needs for i in waiting])
-    made = dict(zip(waiting, found))
-    return [made.get(i, table) for i, table in enumerate(tables)], vectors
+    for own, (table, texts, label) in zip(objectives, sources):
+        if "scores" not in own.needs:  # then it is enough if one of the sources with this objective has negatives, say
+            texts = max(views for other, (_, views, _) in zip(objectives, sources) if other is own)
+        check_objective(own, table, texts, label)
+        own.check_width(width)
+        if own is not main and (own.learn_temperature or own.mlm_weight or main.learn_temperature):
+            raise InputError(
+                f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
+                "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
+            )

@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from test_data_files import datasets_cache, listed, written  # noqa: F401  (a fixture)
 from test_mixture import arguments
 
-from hf_embed import Source
+from hf_embed import SimCSE, Source
 from hf_embed.data.labelled import as_pairs, read_pairs
 from hf_embed.data.mixture import tokenize_source
 from hf_embed.data.source_files import read_sources
@@ -211,7 +211,7 @@ def test_a_source_takes_as_many_negatives_as_it_says(tmp_path):
     rows = Dataset.from_list([{"sentence1": a, "sentence2": b, "label": c} for a, b, c in BINARY])
     for negatives, most in ((None, 4), (1, 3), (0, 2)):
         source = Source("qqp", rows, negatives=negatives)
-        tokens = tokenize_source(source, tiny_encoder(), arguments(tmp_path))
+        tokens = tokenize_source(source, tiny_encoder(), arguments(tmp_path), SimCSE())
         assert max(map(len, tokens["text_ids"])) == most
 
 

@@ -12,7 +12,7 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, DatasetDict, load_dataset
 from torch.utils.data import DataLoader
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, Source
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, Stream, make_mixture
 from hf_embed.data.sampling import SourceBatchSampler
@@ -282,7 +282,7 @@ def test_passes_do_not_depend_on_the_number_of_workers(tmp_path):
 
     def batches(workers):
         rows = load_dataset("json", data_files=path, split="train", streaming=True)
-        mixture = make_mixture([Source("web", rows, size=3)], tiny_encoder(), arguments(tmp_path))
+        mixture = make_mixture([Source("web", rows, size=3)], tiny_encoder(), arguments(tmp_path), SimCSE())
         sampler = SourceBatchSampler([3], [1.0], 4, 0, 1, 0, streams=mixture.streams)
         sampler.steps = 150
         loader = DataLoader(mixture, batch_sampler=sampler, collate_fn=RaggedCollator(mixture.views), num_workers=workers)
@@ -430,7 +430,7 @@ def test_missing_yaml(tmp_path):
 
 
 def mixture_of(tmp_path, sources, **settings):
-    return make_mixture(sources, tiny_encoder(prompts=settings.pop("prompts", None)), arguments(tmp_path, **settings))
+    return make_mixture(sources, tiny_encoder(prompts=settings.pop("prompts", None)), arguments(tmp_path, **settings), SimCSE())
 
 
 BAD_SOURCES = {

@@ -169,9 +169,9 @@ def trainer(folder, objective, rows, **settings):
 )
 def test_an_objective_that_is_not_told_is_refused_by_name(objective, called, tmp_path):
     rows = Dataset.from_list(SEVERAL)
-    for data in (rows, [Source("several", rows)]):
+    for data, name in ((rows, "train_dataset"), ([Source("several", rows)], "source 'several'")):
         message = error_of(trainer, tmp_path, objective, data)
-        assert message.startswith(f"train_dataset: rows have several positives, but the objective {called} has no parameter")
+        assert message.startswith(f"{name}: rows have several positives, but the objective {called} has no parameter")
     assert trainer(tmp_path, objective, Dataset.from_list([row | {"pos": row["pos"][:1]} for row in SEVERAL])).train()
 
 
@@ -205,8 +205,8 @@ def test_a_row_for_each_positive(tokenizer, caplog):
     assert tokens["other_ids"][:] == [(ids(tokenizer, *row) if row else []) + [0] * (2 - len(row)) for row in others]
     assert caplog.messages == ["a.jsonl: 3 rows became 6, one per positive; a row's other positives are not its negatives"]
     batch = RaggedCollator([4])(tokens.select([2, 3]).to_list())
-    assert batch["other_ids"].tolist() == tokens["other_ids"][2:4]
-    assert used_columns(batch["other_ids"][:1]).shape == (1, 0)
+    assert batch["further"]["other_ids"].tolist() == tokens["other_ids"][2:4]
+    assert used_columns(batch["further"]["other_ids"][:1]).shape == (1, 0)
 
 
 @pytest.mark.parametrize("cells", [["a", "b"], [["a"], ["b"]]])
@@ -294,4 +294,4 @@ def test_sources_with_and_without_train_together_and_resume(tmp_path):
 def test_a_mixture_without_has_none(tmp_path):
     plain = Dataset.from_list([{"query": f"q {i}", "pos": f"p {i}"} for i in range(8)])
     args = ContrastiveTrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[])
-    assert not make_mixture([Source("plain", plain)], tiny_encoder(), args).several
+    assert not make_mixture([Source("plain", plain)], tiny_encoder(), args, SimCSE()).several

@@ -11,7 +11,7 @@ A YAML file can list the sources (`hf_embed.data.source_files`).
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns
@@ -34,7 +35,7 @@ from hf_embed.data.sources import (
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError, RankError
-from hf_embed.objectives.base import Objective
+from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import progress_bar
 from hf_embed.read_files import first_line
 
@@ -79,7 +80,7 @@ class Source:
     max_length: int | None = None
     negatives: int | None = None
     weight: float = 1.0
-    objective: Objective | None = None
+    objective: Objective | Callable[..., Tensor] | None = None
     size: int | None = None
     origin: str | None = field(default=None, repr=False)
     columns: InitVar[dict[str, str | list[str]] | None] = None
@@ -103,6 +104,8 @@ class Source:
                 f"{self.label}: a {type(self.rows).__name__} cannot be used as rows; give a datasets.Dataset, for example "
                 "from Dataset.from_list or Dataset.from_pandas"
             )
+        if self.objective is not None and (isinstance(self.objective, type) or not callable(self.objective)):
+            raise InputError(f"{self.label}: objective is {self.objective!r}; give an instance, for example CoSENT()")
         self.rows = unformatted(self.rows)
         if columns is not None:
             try:
@@ -121,6 +124,11 @@ class Source:
                 )
         if self.size == 0:
             raise InputError(f"{self.label}: there are no rows")
+
+    @property
+    def own_objective(self) -> Objective | None:
+        """The objective of this source's rows, or None for the objective of the trainer."""
+        return None if self.objective is None else as_objective(self.objective)
 
     @property
     def label(self) -> str:
@@ -248,7 +256,7 @@ class Mixture(torch.utils.data.Dataset):
 
     def __init__(self, sources: list[Source], tables: list[Dataset | Stream], alpha: float):
         self.names, self.labels = [source.name for source in sources], [source.label for source in sources]
-        self.objectives = [source.objective for source in sources]  # None: the objective of the trainer
+        self.objectives = [source.own_objective for source in sources]  # None: the objective of the trainer
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
@@ -336,7 +344,7 @@ def tokenize_source(
     Raises:
         InputError: if a setting does not suit the model or the rows, the columns are not recognized, or a text is empty.
     """
-    reading = what_to_read(source.objective or objective, column_names(source.rows), args.teacher)
+    reading = what_to_read(source.own_objective or objective, column_names(source.rows), args.teacher)
     tokenizer = source_tokenizer(source, encoder, reading)
     rows = source.rows if tokenizer.scored else as_pairs(source.rows, source.label, None, args.drop_empty_rows)
     if source.negatives and not negative_columns(column_names(rows)):

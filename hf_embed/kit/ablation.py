@@ -188,7 +188,9 @@ def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
     if not isinstance(done.get("settings"), dict) or not isinstance(done.get("path"), list):
         raise InputError(f"{file} does not hold the settings and the path of a run; remove it to train this run again")
     if changed := [key for key, value in settings(plan).items() if done["settings"].get(key) != value]:
-        raise InputError(f"{file.parent} holds a run with a different setting ({changed[0]}); replace all runs with --overwrite_output_dir")
+        raise InputError(
+            f"{file.parent} holds a run with a different setting ({changed[0]}); replace all runs with --overwrite_output_dir"
+        )
     return done["path"]
 
 
