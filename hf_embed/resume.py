@@ -76,7 +76,7 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
         "data": data_facts(trainer.train_dataset, args),
         "order": order_of(trainer.train_dataset, args),
         "seed_of_rows": data_seed(args),
-        "objective": objective_facts(trainer.objective),
+        "objective": objective_facts(trainer.objective) | teacher_facts(trainer),
         "encoder": {
             "pooling": encoder.pooling, "max_length": encoder.max_length, "prompts": encoder.prompts,
             "temp_scale": None if scaling is None else scaling.to_dict(), "same_dropout_mask": args.same_dropout_mask,
@@ -114,6 +114,9 @@ def data_facts(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> F
     for name, table, probability in zip(rows.names, rows.tables, rows.probabilities):
         found = stream_facts(table) if isinstance(table, Stream) else table_facts(table)
         facts[name] = found | {"share of the batches": round(probability, 9)}
+    for name, objective in zip(rows.names, rows.objectives):
+        if objective is not None:
+            facts[name]["objective"] = objective_facts(objective)
     return facts
 
 
@@ -133,8 +136,8 @@ def stream_facts(stream: Stream) -> Facts:
 
 
 def rows_hash(table: Dataset) -> str:
-    """Return a hash of the token ids in a table, and of the other positives of its rows, as `facts_of` describes."""
-    columns = [name for name in ("input_ids", "other_ids") if name in table.column_names]
+    """Return a hash of the token ids, the other positives and the scores in a table, as `facts_of` describes."""
+    columns = [name for name in ("input_ids", "other_ids", "scores") if name in table.column_names]
     if len(table) > ALL_ROWS:
         table = table.select([number * (len(table) - 1) // (SAMPLED_ROWS - 1) for number in range(SAMPLED_ROWS)])
     digest = xxhash.xxh3_128()
@@ -144,7 +147,8 @@ def rows_hash(table: Dataset) -> str:
             while pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
                 digest.update(pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False).tobytes())
                 column = pyarrow.compute.list_flatten(column)
-            digest.update(column.cast(pyarrow.int64()).to_numpy(zero_copy_only=False).tobytes())
+            numbers = column if pyarrow.types.is_floating(column.type) else column.cast(pyarrow.int64())
+            digest.update(numbers.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
 
 
@@ -171,6 +175,11 @@ def rows_of_epoch(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -
     batch = args.per_device_train_batch_size
     sampler = GlobalBatchSampler(len(rows), batch, 0, args.world_size, 0, args.dataloader_drop_last)
     return len(rows) - sampler.left_out
+
+
+def teacher_facts(trainer: "ContrastiveTrainer") -> Facts:
+    """Return what the vectors of a teacher depend on, or {} without such vectors. Scores of a teacher are part of the rows."""
+    return {"teacher": vectors_hash} if (vectors_hash := trainer.teacher_identity) else {}
 
 
 def objective_facts(objective: Objective) -> Facts:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
 import torch
 from datasets import Dataset
 
@@ -39,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"normalize": True, "precision": "float32"}  # of `Encoder.encode`
 SAMPLE = 20_000  # the principal directions are those of about this many evenly spaced vectors
-ROWS_AT_ONCE = 10_000  # vectors that are compared at a time
+ROWS_AT_ONCE = 10_000  # rows of a table that are read at a time
 
 
 class Teacher:
@@ -153,6 +151,11 @@ class VectorFile:
         self.path, self.width = path, width
         self.directions = None if width is None else directions_of(self.rows, width)  # (E, D)
 
+    @property
+    def identity(self) -> str:
+        """A hash of the teacher and the texts."""
+        return self.path.stem
+
     @cached_property
     def rows(self) -> np.ndarray:
         """The memory map, (M, E)."""
@@ -162,7 +165,7 @@ class VectorFile:
         """Leave the memory map out. The workers of a data loader open the file themselves."""
         return {key: value for key, value in vars(self).items() if key != "rows"}
 
-    def __getitem__(self, numbers: list[int] | np.ndarray) -> np.ndarray:
+    def __getitem__(self, numbers: list[int]) -> np.ndarray:
         """Return the vectors with these numbers, (len(numbers), E or D)."""
         found = np.array(self.rows[numbers])
         return found if self.directions is None else found @ self.directions
@@ -183,7 +186,7 @@ def directions_of(rows: np.ndarray, width: int) -> np.ndarray:
     return gather_objects(directions.astype(rows.dtype))[0]
 
 
-def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[list[str], list[pyarrow.ListArray]]:
+def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[list[str], list[list[list[int]]]]:
     """Give numbers to the different texts of tables.
 
     Args:
@@ -192,46 +195,26 @@ def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[
         document: the prompt before other texts.
 
     Returns:
-        The M texts with their prompts, and for each table the lists of the numbers of its texts, from 0 to M - 1.
+        The M texts with their prompts, and for each table the numbers of the texts of each row, from 0 to M - 1.
     """
-    pieces, lengths = [], []
-    for table in tables:
-        column = table.with_format("arrow")[:]["texts"]
-        lengths.append(pyarrow.compute.list_value_length(column).to_numpy())
-        texts = pyarrow.compute.list_flatten(column).cast(pyarrow.large_string())  # may be more than 2 GB
-        prompts = np.where(is_first(lengths[-1]), query, document)
-        pieces.append(pyarrow.compute.binary_join_element_wise(pyarrow.array(prompts, pyarrow.large_string()), texts, ""))
-    chunks = [chunk for piece in pieces for chunk in piece.chunks]
-    encoded = pyarrow.chunked_array(chunks, pyarrow.large_string()).combine_chunks().dictionary_encode()
-    numbers = np.split(encoded.indices.to_numpy(), np.cumsum([of_table.sum() for of_table in lengths])[:-1])
-    return encoded.dictionary.to_pylist(), [as_lists(*pair) for pair in zip(numbers, lengths)]
+    known: dict[str, int] = {}
+
+    def number(row: list[str]) -> list[int]:
+        prompted = [(document if i else query) + text for i, text in enumerate(row)]
+        return [known.setdefault(text, len(known)) for text in prompted]
+
+    numbers = [
+        [number(row) for batch in table.select_columns("texts").iter(ROWS_AT_ONCE) for row in batch["texts"]]
+        for table in tables
+    ]
+    return list(known), numbers
 
 
-def cosines(vectors: VectorFile, numbers: pyarrow.ListArray) -> pyarrow.ListArray:
-    """Return the cosine similarity of the first text of each list with each further text.
+def cosines(vectors: VectorFile, rows: list[list[int]]) -> list[list[float]]:
+    """Return the cosine similarity of the first text of each row with each further text of the row.
 
     Args:
         vectors: unit vectors.
-        numbers: the numbers of the texts of each row.
+        rows: the numbers of the texts of each row.
     """
-    lengths, flat = np.diff(numbers.offsets.to_numpy()), numbers.values.to_numpy()
-    first = is_first(lengths)
-    anchors, others = np.repeat(flat[first], lengths - 1), flat[~first]
-    scores = np.empty(len(others), dtype=np.float32)
-    for start in range(0, len(others), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        scores[part] = np.einsum("nd,nd->n", vectors[anchors[part]], vectors[others[part]])
-    return as_lists(scores, lengths - 1)
-
-
-def is_first(lengths: np.ndarray) -> np.ndarray:
-    """Return for each item of lists of these lengths, one list after the other, whether it is the first of its list."""
-    first = np.zeros(lengths.sum(), dtype=bool)
-    first[np.cumsum(lengths) - lengths] = True
-    return first
-
-
-def as_lists(values: np.ndarray, lengths: np.ndarray) -> pyarrow.ListArray:
-    """Split values into lists of these lengths, one after the other."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
+    return [(vectors[row[1:]] @ vectors[row[:1]][0]).tolist() for row in rows]

@@ -132,6 +132,7 @@ class ContrastiveTrainer(GuardedTrainer):
         check_output(args, self.step, optimizers[0], trains=rows is not None)
         training = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
         tokens, self.objectives = training.tokens, training.objectives  # one for each source
+        self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # "" without vectors
         tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
         if args.process_index == 0:
             warn_of_ignored(args, tasks)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RESULT_SETTINGS = frozenset({
     # the model
     "dropout", "trust_remote_code", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "pooling", "max_length", "normalize", "prompts", "temp_scale",
+    "pooling", "max_length", "normalize", "prompts", "temp_scale", "teacher",
     # the rows
     "positive", "synonyms", "fill_model", "same_dropout_mask", "drop_empty_rows", "source_alpha", "small_sources",
     "shuffle_buffer_size", "data_seed", "ignore_data_skip",
@@ -118,7 +118,7 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
         "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,
         "rows": len(cast(Any, trainer.train_dataset)), "language": None, "license": None,
         "pooling": encoder.pooling, "max_length": encoder.max_length,
-        "objective": settings_of(trainer.objective),
+        "objective": settings_of(trainer.objective), **source_objectives(trainer.train_dataset),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": state.global_step,
         "score": score, "chosen_by": score if chosen else None, **loss_and_time(end, state.global_step),
@@ -127,6 +127,14 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
         "versions": {"hf_embed": __version__, "transformers": transformers.__version__,
                      "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
+
+
+def source_objectives(rows: Any) -> dict[str, dict[str, Any]]:
+    """Return the entry of the sources that have an objective of their own, by name, or {} if there are none."""
+    if not isinstance(rows, Mixture):
+        return {}
+    own = {name: settings_of(objective) for name, objective in zip(rows.names, rows.objectives) if objective is not None}
+    return {"source_objectives": own} if own else {}
 
 
 def loss_and_time(end: Mapping[str, Any], steps: int) -> dict[str, Any]:

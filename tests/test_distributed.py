@@ -29,7 +29,9 @@ GTE = [
     ("gte", negatives, tile_rows, caching) for negatives in (0, 1, 3) for tile_rows in (None, 2) for caching in (False, True)
 ]
 SEVERAL = ["several positives", "several positives, gte"]
-KINDS = ["plain", "cached", "mlm", "learned temperature", "temp_scale", *SEVERAL, *GTE]
+SCORED = ["CoSENT", "CoSENT, cached", "TeacherKL", "MarginMSE", "TeacherKL, batch", "SimCSE, guided", "GTE, guided",
+          "VectorDistillation"]  # fmt: skip
+KINDS = ["plain", "cached", "mlm", "learned temperature", "temp_scale", *SEVERAL, *GTE, *SCORED]
 
 
 def launch(ranks: int, *words) -> list[str]:
@@ -127,7 +129,11 @@ def test_gte_gradients_equal_the_formula(runs, ranks, negatives):
 
 @pytest.mark.parametrize("ranks", [2, THREE])
 def test_control_wrong_gathers_are_found(runs, ranks):
-    for broken, right in (("no_gradient_through_gather", "plain"), ("own_gradient_only", ("gte", 1, None, False))):
+    for broken, right in (
+        ("no_gradient_through_gather", "plain"),
+        ("own_gradient_only", ("gte", 1, None, False)),
+        ("scores of own rows", "CoSENT"),
+    ):
         assert relative_error(runs[ranks][broken]["gradients"], runs[1][right]["gradients"]) > 1e-2
     assert relative_error(runs[1]["own_gradient_only"]["gradients"], runs[1]["gte", 1, None, False]["gradients"]) == 0
 

@@ -10,13 +10,24 @@ sys.path.insert(0, os.path.dirname(__file__))
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import BertForMaskedLM, TrainerCallback
 
+import hf_embed.data.collator
 import hf_embed.trainer
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Retrieval, SimCSE
+from hf_embed import (
+    ContrastiveTrainer,
+    ContrastiveTrainingArguments,
+    CoSENT,
+    ImprovedContrastive,
+    MarginMSE,
+    Retrieval,
+    SimCSE,
+    TeacherKL,
+    VectorDistillation,
+)
 from hf_embed.distributed import gather_objects, gather_rows, get_rank, get_world_size
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
@@ -57,6 +68,34 @@ def rows_of_several_positives() -> list[dict]:
         {"query": row["anchor"], "pos": texts[i : i + 1 + i % 3], "neg": [texts[i + 2], row["negative"]]}
         for i, row in enumerate(ROWS[:12])
     ]
+
+
+def rows_with_scores(negatives: int) -> list[dict]:
+    """Return the rows with a score for each text after the anchor."""
+    rows = rows_with(negatives)
+    return [
+        row | {"scores": [(3 * i + 5 * k) % 7 / 7 for k in range(1 + len(row.get("negatives", [])))]}
+        for i, row in enumerate(rows)
+    ]
+
+
+def train_with_scores(folder: str) -> dict[str, dict]:
+    """Train with objectives that need scores or the vectors of a teacher."""
+    teacher = os.path.join(folder, f"teacher-{get_world_size()}")
+    if get_rank() == 0:
+        tiny_encoder(seed=5).save_pretrained(teacher)
+    PartialState().wait_for_everyone()
+    runs = {
+        "CoSENT": (CoSENT(), rows_with_scores(0), {}),
+        "CoSENT, cached": (CoSENT(), rows_with_scores(0), {"gradient_caching": True}),
+        "TeacherKL": (TeacherKL(), rows_with_scores(3), {}),
+        "MarginMSE": (MarginMSE(), rows_with_scores(3), {}),
+        "TeacherKL, batch": (TeacherKL(candidates="batch"), rows_with(1), {"teacher": teacher}),
+        "SimCSE, guided": (SimCSE(guide_margin=0.0), rows_with(3), {"teacher": teacher}),
+        "GTE, guided": (ImprovedContrastive(0.2, guide_margin=0.0), rows_with(3), {"teacher": teacher}),
+        "VectorDistillation": (VectorDistillation(), rows_with(1), {"teacher": teacher}),
+    }
+    return {name: train(folder, objective, rows, **settings) for name, (objective, rows, settings) in runs.items()}
 
 
 class Watch(TrainerCallback):
@@ -197,13 +236,18 @@ def main(folder: str) -> None:
                 objective = ImprovedContrastive(0.2, tile_rows=tile_rows)
                 key = "gte", negatives, tile_rows, caching
                 result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
+    result |= train_with_scores(folder)
+    further = hf_embed.data.collator.gather_rows
+    hf_embed.data.collator.gather_rows = lambda rows: torch.cat([rows] * get_world_size())  # a mistake: own rows only
+    result["scores of own rows"] = train(folder, CoSENT(), rows_with_scores(0))
+    hf_embed.data.collator.gather_rows = further
     gather = hf_embed.trainer.gather_rows
     hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # a common mistake: no gradient flows through it
     result["no_gradient_through_gather"] = train(folder)
     hf_embed.trainer.gather_rows = own_gradient_only
     result["own_gradient_only"] = train(folder, ImprovedContrastive(0.2), rows_with(1))
     hf_embed.trainer.gather_rows = gather
-    hf_embed.trainer.used_columns = torch.zeros_like
+    hf_embed.data.collator.used_columns = torch.zeros_like
     result["other positives not masked"] = train(folder, rows=several)
     result["other positives not masked, gte"] = train(folder, ImprovedContrastive(0.2), several)
     if get_rank() == 0:

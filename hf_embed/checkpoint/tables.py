@@ -148,8 +148,6 @@ def results_section(results: Results, picture: bool) -> str:
 
 def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of the training settings that the card shows. `train` is that entry of results.json."""
-    objective = dict(train["objective"])
-    name = objective.pop("name")
     resumed = train.get("resumed_at_step")
     since = (
         f" (from step {resumed + 1:,} on, because the training was resumed)"
@@ -159,7 +157,8 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("Base model", str(train["model"])),
         ("Training data", f"{train['data']}, {train['rows']:,} rows"),
-        ("Objective", f"{name}: {', '.join(f'{key} {value}' for key, value in objective.items())}".removesuffix(": ")),
+        ("Objective", shown_objective(train["objective"])),
+        *((f"Objective of {name}", shown_objective(own)) for name, own in train.get("source_objectives", {}).items()),
         ("Training steps", f"{train['steps']:,}, with a batch size of {train['batch_size']:,}"),
     ]
     if train.get("loss") is not None:
@@ -170,6 +169,12 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
     if train.get("hardware"):
         rows.append(("Training time", f"{duration(train['seconds'])} on {train['hardware']}{since}"))
     return [*rows, ("Software", ", ".join(f"{package} {version}" for package, version in train["versions"].items()))]
+
+
+def shown_objective(objective: dict[str, Any]) -> str:
+    """Return the name and the settings of an objective for the card."""
+    settings = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "name")
+    return f"{objective['name']}: {settings}" if settings else objective["name"]
 
 
 def inner_name(objective: dict[str, Any]) -> str:

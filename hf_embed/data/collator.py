@@ -16,7 +16,12 @@ from hf_embed.distributed import gather_rows
 class VectorRows(Protocol):
     """Vectors (texts, E) that can be looked up by their row numbers."""
 
-    def __getitem__(self, numbers: list[int] | np.ndarray) -> np.ndarray:
+    @property
+    def identity(self) -> str:
+        """A hash of everything that the vectors depend on."""
+        ...
+
+    def __getitem__(self, numbers: list[int]) -> np.ndarray:
         """Return the vectors with these numbers, (len(numbers), E), as a new float32 array."""
         ...
 

@@ -62,7 +62,7 @@ JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "d
            "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
 GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating"}
 # Columns of teacher scores do not judge a pair: it is already known whether the scored texts are positives or negatives.
-TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?_scores?", re.IGNORECASE)
+TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?(_?\d+)?_scores?(_?\d+)?", re.IGNORECASE)
 # A column whose name contains one of these words does not hold texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip

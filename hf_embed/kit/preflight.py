@@ -21,7 +21,7 @@ from hf_embed.evaluation.tasks import Task
 from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
-from hf_embed.objectives import Matryoshka, Objective, SimCSE
+from hf_embed.objectives import ImprovedContrastive, Matryoshka, Objective, SimCSE
 from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
@@ -84,6 +84,11 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     check_outputs(plan.run.preflight_file)
+    if plan.objective.needs and not isinstance(plan.objective, SimCSE | ImprovedContrastive | Matryoshka):
+        raise InputError(
+            f"--preflight looks for false negatives among the texts of a batch, which {type(plan.objective).__name__} does not "
+            "use as negatives; remove the flag"
+        )
     name = plan.model_args.model_name_or_path or str(QUICKSTART / "encoder")
     trusted = plan.model_args.trust_remote_code
     model = load_to_train(name, plan.args, dtype=torch.float32, trust_remote_code=trusted)

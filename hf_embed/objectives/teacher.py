@@ -150,7 +150,7 @@ class MarginMSE(ContrastiveObjective):
 
     def __post_init__(self) -> None:
         if not is_one_of(self.similarity, ("dot", "cosine")):
-            raise InputError(f"unknown similarity '{self.similarity}'; there are dot and cosine")
+            raise InputError(f"unknown similarity '{self.similarity}'; use dot or cosine")
 
     @property
     def needs(self) -> tuple[str, ...]:
