@@ -61,7 +61,7 @@ def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, 
 
 
 def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
-    """Return one line for each text of a row: its role, its number of tokens and its beginning.
+    """Return one line for each text of a row: its role, its number of tokens, its beginning, and its score if it has one.
 
     Only the first of several negatives is shown.
     """
@@ -71,6 +71,8 @@ def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
     for role, ids in zip(roles, texts):
         text = shortened(str(encoder.tokenizer.decode(ids, skip_special_tokens=True)))
         lines.append(f"{role:8}  {len(ids):4} tokens  {text}")
+    for place, score in enumerate(row.get("scores", [])[: len(lines) - 1], 1):
+        lines[place] += f"  (score {score:.4g})"
     if len(texts) > len(roles):
         lines[-1] += f"  (and {len(texts) - len(roles)} more)"
     return lines

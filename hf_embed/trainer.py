@@ -139,9 +139,9 @@ class ContrastiveTrainer(GuardedTrainer):
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
         self.scores_before: dict[str, float] = {}  # metrics from before the first step
-        # Batches of many sources cannot be compared, and pairs with scores need not be similar.
-        alike = not isinstance(tokens, Mixture) and "scores" not in self.objective.needs
-        self.watch = Watch(batches_alike=alike, skips=args.nan_steps == "skip")
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
+        # No warning of a bad geometry where the scores or the vectors of the data decide it, and not the loss.
+        self.watch.warned = not {"scores", "target"}.isdisjoint(self.objective.needs)
         super().__init__(
             model=self.step,
             args=args,

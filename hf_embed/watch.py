@@ -62,13 +62,12 @@ def batch_geometry(rows: Tensor, text_ids: Tensor) -> dict[str, float]:
 def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     """Return a warning if the embeddings of a run get worse, else None.
 
-    There are two signs, and they count only if the loss falls:
+    There are two signs. They count only if the loss falls and the STS score, if there is one, has not risen:
 
     - uniformity loses more than a quarter of its earlier improvement, and more than 0.1. If it never improved by more than 0.1,
       the limit is half of its initial value;
-    - alignment on the evaluation sets is more than 1.5 times its value at the start, and the STS score is not better than at
-      the start. The vectors of a language model all point in nearly the same direction, so its alignment starts near 0 and has
-      to rise.
+    - alignment on the evaluation sets is more than 1.5 times its value at the start. The vectors of a language model all point
+      in nearly the same direction, so its alignment starts near 0 and has to rise.
 
     Args:
         history: all log entries of the run, including those from before the first step.
@@ -89,7 +88,7 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     if now[2] > min(start[2], best[2]):
         return None  # the loss does not fall, so the loss already shows that something is wrong
     gained = start[1] - best[1]
-    if now[1] - best[1] > (max(0.1, RISE * gained) if gained > 0.1 else -start[1] / 2):
+    if not now[4] > best[4] and now[1] - best[1] > (max(0.1, RISE * gained) if gained > 0.1 else -start[1] / 2):
         return (
             f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: the embeddings move closer "
             "together"

@@ -17,10 +17,10 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source
 from hf_embed.data.source_files import read_sources
-from hf_embed.data.sources import leave_out, read_file, read_hub
+from hf_embed.data.sources import first_cells, leave_out, read_file, read_hub
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
-from hf_embed.evaluation.sts import STS, read_sts
+from hf_embed.evaluation.sts import STS, is_number, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
@@ -306,6 +306,20 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
     data = flags.make(DataArguments)
     rows, name = read_train_rows(data)
     return Rows(rows, name, hub_datasets(data, rows))
+
+
+def read_scored_rows(flags: cli.Flags, built_in: str) -> Rows:
+    """Read training rows with scores.
+
+    A file without a header has the columns score, sentence1, sentence2 in this order, as for `--eval_sts_file`.
+    """
+    data = flags.make(DataArguments)
+    file = data.train_file
+    if file and not (data.columns or data.ignore_columns or data.dataset_name or data.sources):
+        cells = first_cells(file)
+        if cells is not None and is_number(cells[0]):
+            return Rows(read_sts(file), masked(file), [])
+    return read_rows(flags, built_in)
 
 
 def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, Task]:

@@ -1,0 +1,85 @@
+"""Train a model on what a teacher says: on its vectors of the texts, or on its scores of candidates.
+
+    python recipes/distill.py                         # offline, on a laptop CPU, in a few minutes
+    python recipes/distill.py --train_file sentences.txt.gz --teacher intfloat/e5-large-v2 --model_name_or_path small-model
+    python recipes/distill.py --objective TeacherKL --train_file mined.jsonl     # with scores of a reranker in columns
+    python recipes/distill.py --objective TeacherKL --candidates batch --train_file pairs.jsonl --teacher intfloat/e5-large-v2
+
+The trained model is written to OUTPUT_DIR (default: outputs/distill). AutoModel and sentence-transformers can load it. Its
+README.md and results.json show the scores before and after the training.
+
+The vectors of the teacher are computed once and kept in the cache of datasets. docs/guides/scores_and_teachers.md explains the
+objectives, the columns of scores, and how a teacher guides the choice of negatives in other recipes.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from hf_embed import InputError
+from hf_embed.kit.cli import Flags, run
+from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
+from hf_embed.kit.models import load_model
+from hf_embed.kit.plan import (
+    LANGUAGE_MODEL,
+    QUICKSTART,
+    Plan,
+    make_plan,
+    read_evaluation,
+    read_flags,
+    read_rows,
+    settle_model,
+    settle_quickstart,
+    uses_quickstart,
+)
+from hf_embed.kit.report import report
+from hf_embed.kit.seeds import train_each_seed
+from hf_embed.objectives import MarginMSE, Objective, TeacherKL, VectorDistillation
+
+CONFIG = Path(__file__).with_name("configs") / "distill_quickstart.yaml"  # settings for the built-in models
+OBJECTIVES: dict[str, type] = {"VectorDistillation": VectorDistillation, "TeacherKL": TeacherKL, "MarginMSE": MarginMSE}
+
+
+@dataclass
+class DistillArguments:
+    """The choice of the objective."""
+
+    objective: Literal["VectorDistillation", "TeacherKL", "MarginMSE"] = field(
+        default="VectorDistillation", metadata={"help": "Learn the teacher's vectors, or its scores of candidates."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train once, or once with each of `--seeds`, and return the content of results.json."""
+    flags = read_flags([DistillArguments, *OBJECTIVES.values()], CONFIG, argv=argv)
+    if uses_quickstart(flags) and not flags.values["teacher"]:
+        flags = flags.override(teacher=str(QUICKSTART / "encoder"))
+    flags = settle_quickstart(settle_model(flags, LANGUAGE_MODEL), "distill")
+    return train_each_seed(flags, read_plan, train)
+
+
+def read_objective(flags: Flags) -> Objective:
+    """Make the chosen objective. Refuse flags of the others, which would have no effect."""
+    chosen = flags.values["objective"]
+    for name, kind in OBJECTIVES.items():
+        for own in fields(kind):
+            if name != chosen and flags.values[own.name] != own.default:
+                raise InputError(f"--{own.name} is a setting of {name}, but --objective is {chosen}; remove the flag")
+    return cast(Objective, flags.make(OBJECTIVES[chosen]))
+
+
+def read_plan(flags: Flags) -> Plan:
+    """Read the training rows and the evaluation sets."""
+    rows = read_rows(flags, built_in="sentences.txt")
+    return make_plan(flags, read_objective(flags), rows, read_evaluation(flags, built_in="sts.tsv"))
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Load the model, train and save it, and score it before and after the training."""
+    trainer = make_trainer(plan, load_model(plan.model_args, plan.args, masked_lm=False))
+    before = score_model(trainer)
+    return report(plan, trainer, before, fine_tune(plan, trainer))
+
+
+if __name__ == "__main__":
+    run(main)
