@@ -8,7 +8,6 @@ other. The time is that of the training alone, without start-up and evaluation. 
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -18,36 +17,28 @@ from pathlib import Path
 
 from recipe import QUIETLY, run_recipe
 
-
-def read_pairs(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+from hf_embed.evaluation.sts import read_sts
 
 
 def train_peer(args: argparse.Namespace, seed: int, output: Path) -> None:
     """Train with sentence-transformers, and write its score and its time to OUTPUT/results.json."""
-    from datasets import Dataset
     from scipy.stats import spearmanr
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.losses import CoSENTLoss
 
     model = SentenceTransformer(str(args.model), device="cpu")
     model.max_seq_length = args.max_length
-    pairs = [
-        {"sentence1": row["sentence1"], "sentence2": row["sentence2"], "score": float(row["score"])}
-        for row in read_pairs(args.train)
-    ]
     settings = SentenceTransformerTrainingArguments(
         str(output), per_device_train_batch_size=args.batch, num_train_epochs=args.epochs, learning_rate=args.rate, seed=seed,
         warmup_steps=0.1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, dataloader_drop_last=True,
     )  # fmt: skip
-    trainer = SentenceTransformerTrainer(model, settings, train_dataset=Dataset.from_list(pairs), loss=CoSENTLoss(model))
+    trainer = SentenceTransformerTrainer(model, settings, train_dataset=read_sts(str(args.train)), loss=CoSENTLoss(model))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    dev = read_pairs(args.dev)
-    first, second = (model.encode([row[side] for row in dev], normalize_embeddings=True) for side in ("sentence1", "sentence2"))
-    score = 100 * spearmanr((first * second).sum(1), [float(row["score"]) for row in dev]).statistic
+    dev = read_sts(str(args.dev))
+    first, second = (model.encode(dev[side][:], normalize_embeddings=True) for side in ("sentence1", "sentence2"))
+    score = 100 * spearmanr((first * second).sum(1), dev["score"][:]).statistic
     (output / "results.json").write_text(json.dumps({"score": score, "seconds": seconds}))
 
 

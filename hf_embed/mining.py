@@ -102,6 +102,10 @@ class MiningArguments:
     )
     use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); requires faiss-cpu."})
     seed: int = field(default=42, metadata={"help": "Seed of the random sample."})
+    write_scores: bool = field(
+        default=False,
+        metadata={"help": "Also write the scores of the positive and the negatives: the columns pos_scores and neg_scores."},
+    )
 
     def __post_init__(self) -> None:
         cosine, whole = Range(least=-1, most=1), Range(whole=True)
@@ -144,7 +148,7 @@ def mine_hard_negatives(
 
     Returns:
         The two columns under their own names, and `negatives`: for each row a list of at most `num_negatives` texts, nearest
-        first. `ContrastiveTrainer` can train on this dataset directly.
+        first. `ContrastiveTrainer` can train on this dataset directly. With `write_scores`, also `pos_scores` and `neg_scores`.
 
     Raises:
         InputError: if the columns are not found or a text is empty, or for a reason that `write_hard_negatives` names.
@@ -165,11 +169,14 @@ def mine_hard_negatives(
         output = Path(output_file or Path(folder, "mined.jsonl"))
         counts = write_hard_negatives(pairs, corpus, embed, output, args, fingerprint(encoder))
         with output.open(encoding="utf-8") as file:
-            negatives = [json.loads(line)["negatives"] for line in file]
+            rows = [json.loads(line) for line in file]
     if get_rank() == 0:
         logger.log(logging.WARNING if counts["fewer"] else logging.INFO, "; ".join(describe(counts)))
     mined = Dataset.from_dict(dict(zip(columns, map(list, zip(*pairs)))))
-    return mined.add_column("negatives", pyarrow.array(negatives, pyarrow.list_(pyarrow.string())))
+    mined = mined.add_column("negatives", pyarrow.array([row["negatives"] for row in rows], pyarrow.list_(pyarrow.string())))
+    for name in ("pos_scores", "neg_scores") if args.write_scores else ():
+        mined = mined.add_column(name, pyarrow.array([row[name] for row in rows], pyarrow.list_(pyarrow.float64())))
+    return mined
 
 
 def read_dataset(
@@ -206,6 +213,8 @@ def write_hard_negatives(
     identity: str = "",
 ) -> Counter[str]:
     """Write a jsonl file with a row {"query", "positive", "negatives": [...]} for each pair, in order. Every rank calls this.
+
+    With `write_scores`, a row also has the cosines "pos_scores" (of the positive) and "neg_scores" (of each negative).
 
     Args:
         pairs: queries and documents that answer them. A query may be in several pairs; none of its documents is its negative.
@@ -395,7 +404,10 @@ class Rows:
             negatives = choose(nearest[: self.args.range_max], positive, self.args, counts, f"{self.args.seed} {numbers[i]}")
             counts.update(rows=1, negatives=len(negatives), fewer=len(negatives) < self.args.num_negatives)
             texts = [self.documents[number] for _, number in negatives]
-            rows.append({"query": query, "positive": document, "negatives": texts})
+            row = {"query": query, "positive": document, "negatives": texts}
+            if self.args.write_scores:
+                row |= {"pos_scores": [round(positive, 6)], "neg_scores": [round(score, 6) for score, _ in negatives]}
+            rows.append(row)
         path.write_text(json.dumps({"counts": counts, "rows": rows}), encoding="utf-8")
 
 

@@ -8,8 +8,9 @@ The trained model is written to OUTPUT_DIR (default: outputs/scored_pairs). Auto
 README.md and results.json show the scores before and after the training.
 
 Training rows have the columns sentence1, sentence2, score, or others that docs/guides/own_data.md lists. A tsv or csv file
-without a header has score, sentence1, sentence2. Scores are compared with each other only, so any scale will do. To train on scored pairs and on other data in one run, list both in a file of
-sources, with `objective: CoSENT` for the pairs: see docs/guides/scores_and_teachers.md.
+without a header has score, sentence1, sentence2. Scores are compared with each other only, so any scale will do. To train on
+scored pairs and on other data in one run, list both in a file of sources, with `objective: CoSENT` for the pairs
+(docs/guides/scores_and_teachers.md).
 """
 
 from pathlib import Path

@@ -64,6 +64,14 @@ def test_warning_of_uniformity_that_rises_back(prefix):
     assert warning_of([]) is None and warning_of(history((0.3, math.nan, 1.0))) is None
 
 
+def test_no_warning_of_uniformity_while_the_score_rises():
+    points = history((0.3, -1.0, 3.0), (0.3, -2.0, 2.0), (0.2, -1.2, 1.0))
+    for score, warned in ((48.0, True), (65.0, False)):
+        scored = [entry | ({"eval_spearman": 49.0} if "eval_uniformity" in entry else {}) for entry in points]
+        scored[-1]["eval_spearman"] = score
+        assert (warning_of(scored) is not None) == warned
+
+
 def test_warning_of_positives_that_drift_apart():
     start = {"step": 0, "eval_alignment": 0.2, "eval_uniformity": -1.0}  # before the first step there is no loss
     assert "alignment has risen from 0.20 to 0.31" in warning_of([start, *history((0.31, -2.5, 0.1))])
