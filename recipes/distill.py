@@ -3,13 +3,9 @@
     python recipes/distill.py                         # offline, on a laptop CPU, in a few minutes
     python recipes/distill.py --train_file sentences.txt.gz --teacher intfloat/e5-large-v2 --model_name_or_path small-model
     python recipes/distill.py --objective TeacherKL --train_file mined.jsonl     # with scores of a reranker in columns
-    python recipes/distill.py --objective TeacherKL --candidates batch --train_file pairs.jsonl --teacher intfloat/e5-large-v2
 
-The trained model is written to OUTPUT_DIR (default: outputs/distill). AutoModel and sentence-transformers can load it. Its
-README.md and results.json show the scores before and after the training.
-
-The vectors of the teacher are computed once and kept in the cache of datasets. docs/guides/scores_and_teachers.md explains the
-objectives, the columns of scores, and how a teacher guides the choice of negatives in other recipes.
+The trained model is written to OUTPUT_DIR (default: outputs/distill). AutoModel and sentence-transformers can load it.
+docs/guides/scores_and_teachers.md explains the objectives and the columns of scores.
 """
 
 from dataclasses import dataclass, field, fields
@@ -61,17 +57,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def read_objective(flags: Flags) -> Objective:
     """Make the chosen objective. Refuse flags of the others, which would have no effect."""
     chosen = flags.values["objective"]
-    for name, kind in OBJECTIVES.items():
-        for own in fields(kind):
-            if name != chosen and flags.values[own.name] != own.default:
-                raise InputError(f"--{own.name} is a setting of {name}, but --objective is {chosen}; remove the flag")
+    for name, own in [(name, own) for name, kind in OBJECTIVES.items() if name != chosen for own in fields(kind)]:
+        if flags.values[own.name] != own.default:
+            raise InputError(f"--{own.name} is a setting of {name}, but --objective is {chosen}; remove the flag")
     return cast(Objective, flags.make(OBJECTIVES[chosen]))
 
 
 def read_plan(flags: Flags) -> Plan:
     """Read the training rows and the evaluation sets."""
-    rows = read_rows(flags, built_in="sentences.txt")
-    return make_plan(flags, read_objective(flags), rows, read_evaluation(flags, built_in="sts.tsv"))
+    objective, rows = read_objective(flags), read_rows(flags, built_in="sentences.txt")
+    return make_plan(flags, objective, rows, read_evaluation(flags, built_in="sts.tsv"))
 
 
 def train(plan: Plan) -> dict[str, Any]:

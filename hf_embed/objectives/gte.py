@@ -59,7 +59,7 @@ class ImprovedContrastive(ContrastiveObjective):
         margin: leave out candidates that score above s(q_i, d_i) - margin, because they are probably unlabeled positives. The
             margin may be negative: -0.1 leaves out candidates that score more than 0.1 above the positive. None: keep all.
         guide_margin: the same, but the vectors of a teacher model give all scores, in every direction. 0 is the rule of
-            GISTEmbed (https://arxiv.org/abs/2402.16829, section 3.2). None: no teacher.
+            GISTEmbed (https://arxiv.org/abs/2402.16829). None: no teacher.
         learn_temperature: train the temperature too, with `temperature` as its initial value.
         tile_rows: T; default: as many rows as keep a tile within 2^26 similarities.
 

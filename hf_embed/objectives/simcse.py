@@ -46,7 +46,7 @@ class SimCSE(ContrastiveObjective):
             two rows with two positives, the loss stays above 0 even for perfect embeddings. If the data gives a row several
             positives (`other_ids`), these are left out wherever they occur, even as a hard negative of another row.
         guide_margin: leave out candidates that a teacher model scores above its score of the positive minus this margin. 0 is
-            the rule of GISTEmbed (https://arxiv.org/abs/2402.16829, section 3.2), for the anchor and the candidates. None: no
+            the rule of GISTEmbed (https://arxiv.org/abs/2402.16829), for the anchor and the candidates. None: no
             teacher.
 
     Raises:

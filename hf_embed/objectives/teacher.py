@@ -34,7 +34,7 @@ class TeacherKL(ContrastiveObjective):
     y_ic is the teacher's score of anchor i and candidate c. There are two kinds of candidates:
 
     - "row": the positive and the negatives of row i, with the scores of a reranker from columns of the data, or with the cosine
-      similarities of a teacher model. This is the loss of RocketQAv2 (Ren et al., equation 3).
+      similarities of a teacher model. This is the listwise loss of RocketQAv2 (Ren et al.).
     - "batch": the positives and negatives of all rows, with the cosine similarities of a teacher model. No text is a false
       negative here, because the teacher says how close it is.
 
@@ -128,7 +128,7 @@ def divergence(teacher: Tensor, student: Tensor, absent: Tensor) -> Tensor:
 
 @dataclass
 class MarginMSE(ContrastiveObjective):
-    """The squared error of the margins between the positive and each negative (Hofstätter et al., equation 5).
+    """The squared error of the margins between the positive and each negative (Hofstätter et al.).
 
         loss_i = mean_k ( (s(a_i, p_i) - s(a_i, n_ik)) - (y_ip - y_ik) )^2        y: the teacher's scores
 
@@ -191,7 +191,7 @@ class MarginMSE(ContrastiveObjective):
 
 @dataclass
 class VectorDistillation(ContrastiveObjective):
-    """Learn the vectors of a teacher model (Reimers and Gurevych, https://arxiv.org/abs/2004.09813, equation 1).
+    """Learn the vectors of a teacher model (Reimers and Gurevych, https://arxiv.org/abs/2004.09813).
 
         loss_i = mean_v ( 1 - cos(f(x_iv), y_iv) )        v: the texts of row i, y: the teacher's vector
 
