@@ -82,11 +82,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
     shuffle_buffer_size: int = field(
         default=10_000, metadata={"help": "Number of rows of a streaming dataset that are shuffled at a time."}
     )
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "A model (Hub name or folder) that the objective learns from or is guided by. Its vectors of the "
-                          "training texts are kept in the cache of datasets."},
-    )  # fmt: skip
+    teacher: str | None = field(default=None, metadata={"help": "Model to learn from, or to be guided by."})
     allow_changed: bool = field(
         default=False,
         metadata={"help": "Resume even if the rows, the objective, the pooling or the like differ from the checkpoint's."},

@@ -404,7 +404,7 @@ class Rows:
             negatives = choose(nearest[: self.args.range_max], positive, self.args, counts, f"{self.args.seed} {numbers[i]}")
             counts.update(rows=1, negatives=len(negatives), fewer=len(negatives) < self.args.num_negatives)
             texts = [self.documents[number] for _, number in negatives]
-            row = {"query": query, "positive": document, "negatives": texts}
+            row: dict[str, Any] = {"query": query, "positive": document, "negatives": texts}
             if self.args.write_scores:
                 row |= {"pos_scores": [round(positive, 6)], "neg_scores": [round(score, 6) for score, _ in negatives]}
             rows.append(row)

@@ -29,6 +29,7 @@ from hf_embed.evaluation.sts import COLUMNS, named_tasks
 from hf_embed.evaluation.tasks import Task
 from hf_embed.library_internals import uncompiled
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
+from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, reset_dense
@@ -116,7 +117,8 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
     if not isinstance(objective, Objective):
         called = objective.forward if isinstance(objective, nn.Module) else objective
         try:
-            inspect.signature(called).bind(*CALLED_WITH)
+            needed = dict.fromkeys(name for name in NEEDS if name in parameters_of(called))
+            inspect.signature(called).bind(*CALLED_WITH, **needed)
         except ValueError:  # some functions written in C have no signature
             pass
         except TypeError as error:

@@ -49,7 +49,7 @@ def write_csv(path: str, rows: list[list]) -> None:
 
 def prepare(page: str) -> None:
     """Create the files that a page expects in the current working folder."""
-    if page in ("README.md", "docs/guides/own_script.md", "docs/tempscale.md"):
+    if page in ("README.md", "docs/guides/own_script.md", "docs/guides/scores_and_teachers.md", "docs/tempscale.md"):
         tiny_encoder().save_pretrained("model", verify=False)
         pairs = list(zip(WORDS, WORDS[1:] + WORDS[:1]))
         write_csv("nli.csv", [["anchor", "positive", "negative"], *([f"the {a}", f"a {a}", f"no {b}"] for a, b in pairs)])

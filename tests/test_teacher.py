@@ -233,6 +233,19 @@ def test_held_out_rows_use_scores_and_the_teacher(tmp_path, teacher):
         assert loss == pytest.approx(made.compute_loss(made.step, batch).item(), rel=1e-4)
 
 
+def test_a_function_that_names_scores_gets_them(tmp_path):
+    def loss(embeddings, text_ids, all_embeddings, all_text_ids, first_row, scores):
+        return CoSENT()(embeddings, text_ids, all_embeddings, all_text_ids, first_row, scores=scores)
+
+    losses = [trainer(tmp_path, objective, GRADED).train().training_loss for objective in (loss, CoSENT())]
+    assert losses[0] == losses[1]
+
+    def other(embeddings, text_ids, all_embeddings, all_text_ids, first_row, marks):
+        return embeddings.sum()
+
+    assert "missing a required argument: 'marks'" in error_of(trainer, tmp_path, other, GRADED)
+
+
 # ---- sources with their own objective ----
 
 

@@ -59,9 +59,7 @@ class SimCSE(ContrastiveObjective):
     )
 
     temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
-    hard_negative_weight: float = field(
-        default=0.0, metadata={"help": "Number that is added to the logits of a row's own hard negatives."}
-    )
+    hard_negative_weight: float = field(default=0.0, metadata={"help": "Number added to the logits of own hard negatives."})
     mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the auxiliary masked-language-modeling loss."})
     mask_other_positives: bool = field(
         default=True,
@@ -70,7 +68,7 @@ class SimCSE(ContrastiveObjective):
 
     guide_margin: float | None = field(
         default=None,
-        metadata={"help": "With --teacher: ignore candidates that the teacher scores above the positive minus this margin."},
+        metadata={"help": "Ignore candidates that --teacher scores above the positive minus this margin."},
     )
 
     def __post_init__(self) -> None:
