@@ -76,7 +76,7 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
         "data": data_facts(trainer.train_dataset, args),
         "order": order_of(trainer.train_dataset, args),
         "seed_of_rows": data_seed(args),
-        "objective": objective_facts(trainer.objective) | teacher_facts(trainer),
+        "objective": objective_facts(trainer.main_objective) | teacher_facts(trainer),
         "encoder": {
             "pooling": encoder.pooling, "max_length": encoder.max_length, "prompts": encoder.prompts,
             "temp_scale": None if scaling is None else scaling.to_dict(), "same_dropout_mask": args.same_dropout_mask,

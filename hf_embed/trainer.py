@@ -12,7 +12,7 @@ Shapes: B rows of this rank, N rows of all ranks, V texts per row, D width of an
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
+    EvalPrediction,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed import trainer_inputs as inputs
+from hf_embed import trainer_rows
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
@@ -48,7 +50,7 @@ from hf_embed.objectives import Objective
 from hf_embed.output import check_output
 from hf_embed.preview import preview
 from hf_embed.progress import hidden_bars
-from hf_embed.step import add_own_parameters, make_step
+from hf_embed.step import TrainingStep, add_own_parameters, make_step
 from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
 from hf_embed.trainer_settings import check_settings, warn_of_ignored
 from hf_embed.training_record import origin_of, training_results
@@ -86,6 +88,10 @@ class ContrastiveTrainer(GuardedTrainer):
             - a dict from names to these.
         processing_class: the tokenizer, or its name. An `Encoder` and a model that is given by name have their own.
         callbacks, optimizers: as for `Trainer`.
+        model_init: a function that returns the model, in place of `model`. Each training starts from a new model, as
+            `hyperparameter_search` needs it.
+        compute_metrics: a function of an `EvalPrediction` with the cosines (`predictions`) and the scores (`label_ids`) of the
+            pairs of an STS set. The metrics that it returns are logged as `eval_NAME_METRIC`.
 
     Evaluation logs `eval_NAME_spearman`, `eval_NAME_alignment` and `eval_NAME_uniformity` for each STS set, and
     `eval_NAME_ndcg@10` and further metrics for retrieval. It also logs the mean of each metric over the sets that have it, for
@@ -100,7 +106,7 @@ class ContrastiveTrainer(GuardedTrainer):
     args: ContrastiveTrainingArguments
     model: nn.Module  # the module that Trainer has placed on the device. Under FSDP only this module gathers its weights.
     eval_dataset: dict[str, Task] | None
-    objective: Objective
+    main_objective: Objective  # `objective` is a number of hyperparameter_search in transformers' Trainer
     drops_results = False  # True: `save_model` removes the scores that an earlier model left in the folder
     describes_itself = True  # True: `save_model` writes the training record. Recipes set False and write a longer report.
     loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch, so Trainer divides it by the accumulation steps
@@ -117,23 +123,27 @@ class ContrastiveTrainer(GuardedTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         train_name: str = "train_dataset",
         paired: bool | None = None,
+        model_init: Callable[..., Model] | None = None,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         **unknown: Any,
     ):
         inputs.refuse_unknown(unknown, list(ContrastiveTrainer.__init__.__annotations__))
-        tasks = inputs.as_tasks(eval_dataset)
+        tasks = inputs.with_metrics(inputs.as_tasks(eval_dataset), compute_metrics)
         args = inputs.as_arguments(args, tasks)
         check_settings(args, tasks)
-        self.objective = inputs.checked_objective(objective)
+        self.main_objective = inputs.checked_objective(objective)
         optimizers = inputs.checked_optimizers(optimizers)
+        model = inputs.first_model(model, model_init, optimizers)
+        self.tokenizer_of_models = processing_class
         rows = inputs.as_train_data(train_dataset, train_name)
-        self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.objective)
+        self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.main_objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
         check_output(args, self.step, optimizers[0], trains=rows is not None)
-        training = inputs.read_training_rows(rows, self.step, args, self.objective, train_name, paired)
+        training = trainer_rows.read_training_rows(rows, self.step, args, self.main_objective, train_name, paired)
         tokens, self.objectives = training.tokens, training.objectives  # one for each source
         self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # "" without vectors
-        tasks = inputs.make_held_out(tasks, self.step, args, self.objective, tokens)
+        tasks = trainer_rows.make_held_out(tasks, self.step, args, self.main_objective, tokens)
         if args.process_index == 0:
             warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
@@ -141,9 +151,10 @@ class ContrastiveTrainer(GuardedTrainer):
         self.scores_before: dict[str, float] = {}  # metrics from before the first step
         self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
         # No warning of a bad geometry where the scores or the vectors of the data decide it, and not the loss.
-        self.watch.warned = not {"scores", "target"}.isdisjoint(self.objective.needs)
+        self.watch.warned = not {"scores", "target"}.isdisjoint(self.main_objective.needs)
         super().__init__(
-            model=self.step,
+            model=self.step if model_init is None else None,
+            model_init=model_init,
             args=args,
             data_collator=RaggedCollator(training.views, args.same_dropout_mask, training.vectors),
             train_dataset=tokens,
@@ -158,6 +169,13 @@ class ContrastiveTrainer(GuardedTrainer):
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
             logger.info("\n".join(self.preview()))
         self.lines = show_lines(self, tasks)
+
+    def call_model_init(self, trial: Any = None) -> TrainingStep:
+        """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
+        model = super().call_model_init(trial)
+        self.step = make_step(*inputs.as_model(model, self.tokenizer_of_models, self.args), self.args, self.main_objective)
+        self.encoder = self.step.encoder
+        return self.step
 
     # ---- the step ----
 
@@ -203,7 +221,7 @@ class ContrastiveTrainer(GuardedTrainer):
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
-            loss = loss + self.objective.mlm_weight * outputs["mlm"] * args.world_size / masked
+            loss = loss + self.main_objective.mlm_weight * outputs["mlm"] * args.world_size / masked
         if model.training:
             self._note(loss, rows, inputs, outputs)
         return (loss, {"embeddings": rows}) if return_outputs else loss
@@ -260,7 +278,7 @@ class ContrastiveTrainer(GuardedTrainer):
         Raises:
             InputError: if there is no evaluation set, or none with the given name.
         """
-        tasks = inputs.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.objective)
+        tasks = trainer_rows.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.main_objective)
         memory = memory_tracker(self)
         memory.start()
         self.model.eval()

@@ -5,36 +5,33 @@ import difflib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder, load_tokenizer
 from hf_embed.checkpoint.settings import has_mlp_head
-from hf_embed.data.collator import VectorRows
 from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
 from hf_embed.data.labelled import labelled_layout
-from hf_embed.data.mixture import Mixture, Source, Stream
+from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
-from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
+from hf_embed.data.training_rows import TrainData
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
-from hf_embed.evaluation.sts import COLUMNS, named_tasks
+from hf_embed.evaluation.held_out import HeldOut
+from hf_embed.evaluation.sts import COLUMNS, STS, named_tasks
 from hf_embed.evaluation.tasks import Task
 from hf_embed.library_internals import uncompiled
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
-from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, reset_dense
-from hf_embed.teacher import teacher_of, with_teacher
-from hf_embed.trainer_settings import check_batch, check_training
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +49,52 @@ ELSEWHERE = {
     "loss": "pass the loss as objective=, for example SimCSE(temperature=0.05)",
     "compute_loss_func": "pass the loss as objective=",
     "evaluator": "pass the evaluation sets as eval_dataset=",
-    "compute_metrics": "each evaluation set in eval_dataset= computes its own metrics",
     "preprocess_logits_for_metrics": "each evaluation set in eval_dataset= computes its own metrics",
     "data_collator": "the trainer tokenizes and collates the rows itself",
-    "model_init": "create the model and pass it as model=",
     "peft_config": "pass the model with its adapters, as peft.get_peft_model returns it",
     "optimizer_cls_and_kwargs": "pass the optimizer and the schedule as optimizers=, or set optim and optim_args in args",
 }
+
+
+def with_metrics(
+    tasks: dict[str, Task], compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None
+) -> dict[str, Task]:
+    """Let the STS sets call `compute_metrics` too.
+
+    Raises:
+        InputError: if it is not a function, or if there is no STS set.
+    """
+    if compute_metrics is None:
+        return tasks
+    if not callable(compute_metrics):
+        raise InputError(f"compute_metrics is {described(compute_metrics)}; give a function")
+    if not any(isinstance(task, STS) for task in tasks.values()):
+        raise InputError(
+            "compute_metrics gets the cosines and the scores of the pairs of an STS set, and eval_dataset has none; other "
+            "evaluation sets compute their own metrics"
+        )
+    return {
+        name: replace(task, compute_metrics=compute_metrics) if isinstance(task, STS) else task for name, task in tasks.items()
+    }
+
+
+def first_model(model: Model | None, model_init: Callable[..., Model] | None, optimizers: tuple[Any, Any]) -> Model | None:
+    """Return `model`, or the one that `model_init` makes.
+
+    Raises:
+        InputError: if both are given, if `model_init` does not have 0 or 1 parameters, or if an optimizer is given as well,
+            because it would belong to the first model only.
+    """
+    if model_init is None:
+        return model
+    if model is not None:
+        raise InputError("model and model_init are both given; give one")
+    if any(optimizers):
+        raise InputError("model_init makes a new model for each training, so optimizers= cannot be given; set optim in args")
+    parameters = len(inspect.signature(model_init).parameters)
+    if parameters > 1:
+        raise InputError(f"model_init has {parameters} parameters; it may have one, the trial of a search, or none")
+    return model_init(None) if parameters else model_init()
 
 
 def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
@@ -269,37 +305,6 @@ def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
     return named_tasks({key: task for key, task in sets.items() if key not in last}) | last
 
 
-def choose_tasks(
-    own: Mapping[str, Task] | None,
-    sets: EvalSets | str | None,
-    step: TrainingStep,
-    args: ContrastiveTrainingArguments,
-    objective: Objective,
-) -> dict[str, Task]:
-    """Return the tasks to evaluate.
-
-    Args:
-        own: the trainer's own tasks.
-        sets: None for all of the trainer's own tasks, the name of one of them, or other evaluation sets to use instead.
-        step: the module that is trained.
-        args: the settings of the training.
-        objective: computes the loss of held-out rows.
-
-    Raises:
-        InputError: if there is no task, or none with that name.
-    """
-    if isinstance(sets, str):
-        if sets not in (own or {}):
-            raise InputError(f"evaluate: there is no evaluation set '{sets}'; available: {', '.join(own or ['none'])}")
-        return {sets: cast(Mapping, own)[sets]}
-    tasks = dict(own or {}) if sets is None else make_held_out(as_tasks(sets), step, args, objective)
-    if not tasks:
-        raise InputError(
-            "evaluation needs an eval_dataset, with the columns sentence1, sentence2 and score, or with anchor and positive"
-        )
-    return tasks
-
-
 def as_task(given: Any, name: str) -> Task | Dataset:
     """Convert one evaluation set.
 
@@ -364,114 +369,3 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
             f"held-out rows have {ACCEPTED.removeprefix('text; ')}"
         ) from error
     return HeldOut(rows)
-
-
-def make_held_out(
-    tasks: Mapping[str, Task],
-    step: TrainingStep,
-    args: ContrastiveTrainingArguments,
-    objective: Objective,
-    training: Dataset | Mixture | None = None,
-) -> dict[str, Task]:
-    """Return the tasks, after tokenizing and checking the held-out rows among them in the same way as training rows.
-
-    A warning counts the held-out rows that are also training rows (`training`).
-
-    Raises:
-        InputError: if a batch would have one row, and so no negatives, or if something is wrong with the rows.
-    """
-    made = dict(tasks)
-    batch_size = args.per_device_eval_batch_size * args.world_size
-    encoding = copy.copy(args)
-    encoding.same_dropout_mask = False  # this setting is for rows of a single text, and held-out rows are pairs
-    for name, task in tasks.items():
-        if not isinstance(task, HeldOut) or isinstance(task, HeldOutLoss):
-            continue
-        if batch_size < 2:
-            raise InputError(
-                f"{name}: per_device_eval_batch_size is 1, but a held-out row has no negatives in a batch of its own; set it, "
-                "for example, to per_device_train_batch_size"
-            )
-        with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
-        table = cast(Dataset, rows)
-        check_objective(objective, table, max(views), name)
-        (table,), vectors = with_teacher([table], [objective], teacher_of(args, step.encoder))
-        loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
-        if args.process_index == 0:
-            warn_of_seen(loss.rows, training, name)
-    return made
-
-
-def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -> None:
-    """Warn about held-out rows that are also training rows: on them, the loss measures memorization, not generalization."""
-    tables = training.tables if isinstance(training, Mixture) else [training]
-    if seen := seen_in_training(rows, [table for table in tables if isinstance(table, Dataset)]):
-        logger.warning(
-            f"{name}: {seen:,} of {len(rows):,} held-out rows are also training rows; remove them from one of the two"
-        )
-
-
-class TrainingRows(NamedTuple):
-    """The training rows, ready for the trainer. Lists have an entry for each source."""
-
-    tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
-    views: list[int]  # the largest number of texts in a row
-    objectives: list[Objective]
-    vectors: dict[str, VectorRows]  # a teacher's vectors; see `RaggedCollator`
-
-
-def read_training_rows(
-    rows: TrainData | None,
-    step: TrainingStep,
-    args: ContrastiveTrainingArguments,
-    objective: Objective,
-    name: str,
-    paired: bool | None,
-) -> TrainingRows:
-    """Tokenize and check the training rows.
-
-    Raises:
-        InputError: if something is wrong with the rows, or if the run would train nothing.
-    """
-    if rows is None:
-        return TrainingRows(None, [2], [objective], {})
-    check_batch(args)
-    with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-        tokens, views = tokenize_all(rows, step.encoder, args, objective, name, paired)
-    if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
-        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
-    tables, labels = (tokens.tables, tokens.labels) if isinstance(tokens, Mixture) else ([tokens], [name])
-    objectives = [own or objective for own in tokens.objectives] if isinstance(tokens, Mixture) else [objective]
-    check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
-    check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
-    tables, vectors = with_teacher(tables, objectives, teacher_of(args, step.encoder))
-    if isinstance(tokens, Mixture):
-        tokens.tables = tables
-    return TrainingRows(tokens if isinstance(tokens, Mixture) else tables[0], views, objectives, vectors)
-
-
-def check_objectives(
-    main: Objective, objectives: list[Objective], sources: list[tuple[Dataset | Stream, int, str]], width: int
-) -> None:
-    """Check that the objective of each source suits its rows and the model.
-
-    Args:
-        main: the objective of the trainer.
-        objectives: the objective of each source.
-        sources: the tokenized rows of each source, the number of texts in its largest row, and its name in messages.
-        width: the width of the embedding.
-
-    Raises:
-        InputError: if one does not suit.
-    """
-    for own, (table, texts, label) in zip(objectives, sources):
-        if "scores" not in own.needs:  # then it is enough if one of the sources with this objective has negatives, say
-            texts = max(views for other, (_, views, _) in zip(objectives, sources) if other is own)
-        check_objective(own, table, texts, label)
-        own.check_width(width)
-        if own is not main and (own.learn_temperature or own.mlm_weight or main.learn_temperature):
-            raise InputError(
-                f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
-                "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
-            )

@@ -118,7 +118,7 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
         "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,
         "rows": len(cast(Any, trainer.train_dataset)), "language": None, "license": None,
         "pooling": encoder.pooling, "max_length": encoder.max_length,
-        "objective": settings_of(trainer.objective), **source_objectives(trainer.train_dataset),
+        "objective": settings_of(trainer.main_objective), **source_objectives(trainer.train_dataset),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate, "steps": state.global_step,
         "score": score, "chosen_by": score if chosen else None, **loss_and_time(end, state.global_step),

@@ -118,7 +118,7 @@ def test_the_same_trainer_goes_on_from_the_last_good_checkpoint(tmp_path):
     run = trainer(tmp_path, objective=Spoil(), max_steps=8, save_strategy="steps", save_steps=2, logging_steps=1)
     with pytest.raises(InputError, match="is NaN or infinite"):
         run.train()
-    run.objective.calls = -100  # the loss is finite again
+    run.main_objective.calls = -100  # the loss is finite again
     assert run.train(resume_from_checkpoint=True).global_step == 8
 
 

@@ -9,13 +9,14 @@ Shapes: N different sentences, P pairs, embeddings of dimension D.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
+from transformers import EvalPrediction
 
 from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
@@ -144,23 +145,51 @@ def named_tasks(sets: EvalData | None) -> dict[str, Task]:
 
 @dataclass
 class STS(EvaluationTask):
-    """Sentence pairs with scores. `rows` are in the form that `check_sts` returns."""
+    """Sentence pairs with scores.
+
+    Args:
+        rows: rows in the form that `check_sts` returns.
+        compute_metrics: a function that returns further metrics by name. It gets an `EvalPrediction` with the cosines of the
+            pairs as `predictions` and their scores as `label_ids`, (P,) each.
+    """
 
     rows: Dataset
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None
 
     kind = "sts"
     main = "spearman"
     reported = ("spearman", "alignment", "uniformity")
 
+    @property
+    def logged(self) -> Sequence[str]:
+        """The reported metrics, and those of `compute_metrics`, which is called once with the scores in place of cosines."""
+        scores = np.array(self.rows["score"][:])
+        return (*self.reported, *self.further(scores, scores))
+
+    def further(self, cosines: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+        """Return the metrics of `compute_metrics`.
+
+        Raises:
+            InputError: if one of them has the name of a reported metric.
+        """
+        if self.compute_metrics is None:
+            return {}
+        found = {str(name): float(value) for name, value in self.compute_metrics(EvalPrediction(cosines, scores)).items()}
+        if taken := set(found) & set(self.reported):
+            raise InputError(f"compute_metrics returns '{min(taken)}', which is already a metric; give it another name")
+        return found
+
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return Spearman x 100, alignment and uniformity."""
+        """Return Spearman x 100, alignment and uniformity, and the metrics of `compute_metrics`."""
         vectors, first, second = self.vectors(embed)
         scores = np.array(self.rows["score"][:])
+        cosines = (first * second).sum(-1)
         positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
         return {
-            "spearman": 100 * spearman((first * second).sum(-1), scores),
+            "spearman": 100 * spearman(cosines, scores),
             "alignment": alignment(first[positive], second[positive]),
             "uniformity": uniformity(vectors),
+            **self.further(cosines, scores),
         }
 
     def cosines(self, embed: Embed) -> np.ndarray:
