@@ -25,7 +25,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed import trainer_rows
@@ -36,6 +36,7 @@ from hf_embed.checkpoint.training_state import load_training_state, save_trainin
 from hf_embed.checkpoint.whole import ASIDE
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.mixture import Mixture
+from hf_embed.data.python_rows import RowData
 from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows
 from hf_embed.encoder import embed_texts
@@ -294,6 +295,14 @@ class ContrastiveTrainer(GuardedTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         memory.stop_and_update_metrics(metrics)
         return metrics
+
+    def predict(
+        self, test_dataset: RowData, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Embed the texts of a dataset; see `hf_embed.trainer_rows.predict`. `ignore_keys` is not used here."""
+        self.model.eval()
+        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
+            return trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""

@@ -1,19 +1,25 @@
-"""The training rows and the held-out rows of a trainer: tokenized, checked, and with what a teacher adds."""
+"""The rows of a trainer, for training, for the loss on held-out rows, and for `predict`: checked, and with what a teacher adds."""
 
 import copy
 import logging
+import time
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
+import numpy as np
 from datasets import Dataset
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import VectorRows
+from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Mixture, Stream
+from hf_embed.data.python_rows import RowData
+from hf_embed.data.sources import plain_rows, rows_of_texts
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
-from hf_embed.evaluation.tasks import Task
+from hf_embed.evaluation.tasks import Embed, Task, embed_on_all_ranks
 from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep
@@ -164,3 +170,42 @@ def check_objectives(
                 f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
                 "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
             )
+
+
+def predict(given: RowData, embed: Embed, prefix: str) -> PredictionOutput:
+    """Embed the texts of a dataset, in the same way on every rank.
+
+    Args:
+        given: rows of the kinds that `ContrastiveTrainer` trains on, each with the same number of texts.
+        embed: the function that embeds texts.
+        prefix: the prefix of the metric names.
+
+    Returns:
+        `predictions` (N, D) for N rows of a single text; (N, V, D) for rows of V texts, with the prompt for queries before the
+        first text and the prompt for documents before the others. `label_ids` is None, and `metrics` has the time.
+
+    Raises:
+        InputError: if the columns are not recognized, a text is empty, or the rows have different numbers of texts.
+    """
+    start, columns = time.time(), columns_of_texts(given, "test_dataset")
+    prompts = [None] if len(columns) == 1 else ["query", *["document"] * (len(columns) - 1)]
+    parts = [embed_on_all_ranks(texts, embed, prompt) for texts, prompt in zip(columns, prompts)]
+    embeddings = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
+    metrics = speed_metrics(prefix, start, len(embeddings)) | {f"{prefix}_samples": len(embeddings)}
+    return PredictionOutput(embeddings, None, metrics)
+
+
+def columns_of_texts(given: RowData, name: str) -> list[list[str]]:
+    """Return the texts of rows, column by column: V lists of N texts.
+
+    Raises:
+        InputError: if the columns are not recognized, a text is empty, or the rows have different numbers of texts.
+    """
+    rows = stored_rows(given, name)
+    columns = text_columns(rows.column_names, name)
+    texts: list[list[str]] = []
+    for number, row in enumerate(plain_rows(rows, columns, name), 1):
+        texts += [own for own, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
+    if len(set(map(len, texts))) > 1:
+        raise InputError(f"{name}: the rows have different numbers of texts; give one column of texts, or rows of equal length")
+    return list(map(list, zip(*texts)))

@@ -217,7 +217,7 @@ def saved(folder) -> SentenceTransformer:
         ({"loss": SimCSE()}, ["no argument loss", "objective="]),
         ({"evaluator": None}, ["no argument evaluator", "eval_dataset="]),
         ({"data_collator": None}, ["no argument data_collator"]),
-        ({"compute_metrics": None}, ["no argument compute_metrics"]),
+        ({"compute_metrics": 3}, ["compute_metrics is a int; give a function"]),
         ({"args": {}}, ["args is a dict", "ContrastiveTrainingArguments"]),
         ({"args": "out"}, ["args is a str", 'ContrastiveTrainingArguments("out")']),
         ({"args": TrainingArguments}, ["args is the class TrainingArguments"]),

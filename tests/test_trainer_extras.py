@@ -1,0 +1,153 @@
+"""Test what a user of Trainer expects beside training: model_init, a hyperparameter search, compute_metrics, predict."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
+from scipy.stats import pearsonr
+from transformers import AutoModel
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+
+WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
+PAIRS = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} there"} for word in WORDS])
+GRADED = Dataset.from_list(
+    [{"sentence1": f"the {a}", "sentence2": f"a {b}", "score": i % 6} for i, (a, b) in enumerate(zip(WORDS, WORDS[::-1]))]
+)
+
+
+def trainer(tmp_path, **given) -> ContrastiveTrainer:
+    own = {"save_strategy": "no", "max_steps": 2, "per_device_train_batch_size": 4, **given.pop("settings", {})}
+    args = ContrastiveTrainingArguments(tmp_path / "out", report_to=[], disable_tqdm=True, use_cpu=True, **own)
+    if "model_init" not in given:
+        given.setdefault("model", tiny_model())
+    given = {"train_dataset": PAIRS, "eval_dataset": {"dev": GRADED}, "processing_class": quickstart_tokenizer()} | given
+    return ContrastiveTrainer(args=args, **given)
+
+
+# ---- model_init ----
+
+
+def test_each_training_starts_from_a_new_model(tmp_path):
+    made = trainer(tmp_path, model_init=lambda: tiny_model(), settings={"learning_rate": 1e-2})
+    start = made.encoder.encode(WORDS)
+    made.train()
+    first = made.encoder.encode(WORDS)
+    made.train()
+    assert np.abs(first - start).max() > 1e-2
+    assert np.array_equal(made.encoder.encode(WORDS), first)  # the same start, the same rows, the same seed
+    assert made.model is made.step and made.step.encoder is made.encoder
+    made.save_model(str(tmp_path / "saved"))
+    assert np.abs(Encoder.from_pretrained(str(tmp_path / "saved")).encode(WORDS) - first).max() < 1e-5
+
+
+def test_model_init_equals_the_model_itself(tmp_path):
+    """Control: a trainer with `model` trains to the same weights."""
+    runs = []
+    for given in ({"model": tiny_model()}, {"model_init": lambda: tiny_model()}):
+        made = trainer(tmp_path, **given, settings={"pooling": "cls_mlp_train", "learning_rate": 1e-2})
+        made.train()
+        runs.append(made.encoder.encode(WORDS))
+    assert np.abs(runs[0] - runs[1]).max() < 1e-6
+
+
+def test_model_init_may_return_what_model_may_be(tmp_path):
+    tiny_encoder().save_pretrained(tmp_path / "model")
+    for init in (
+        lambda: str(tmp_path / "model"),
+        lambda: tiny_encoder(),
+        lambda trial: AutoModel.from_pretrained(tmp_path / "model"),
+    ):
+        assert trainer(tmp_path, model_init=init).train().global_step == 2
+
+
+def test_model_init_that_cannot_be(tmp_path):
+    assert "model and model_init are both given" in error_of(
+        trainer, tmp_path, model=tiny_model(), model_init=lambda: tiny_model()
+    )
+    assert "it may have one, the trial of a search" in error_of(trainer, tmp_path, model_init=lambda a, b: tiny_model())
+    optimizer = torch.optim.SGD(tiny_model().parameters(), 0.1)
+    assert "optimizers= cannot be given" in error_of(
+        trainer, tmp_path, model_init=lambda: tiny_model(), optimizers=(optimizer, None)
+    )
+
+
+def test_hyperparameter_search(tmp_path):
+    """Each trial trains with its own settings, and the best one is that of the highest metric."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rates = [1e-6, 3e-2]
+    made = trainer(tmp_path, model_init=lambda: tiny_model(), objective=SimCSE(0.1), settings={"max_steps": 6})
+    best = made.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        n_trials=2, direction="maximize", compute_objective=lambda metrics: metrics["eval_spearman"], backend="optuna",
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}),
+    )  # fmt: skip
+    scores = {}
+    for rate in rates:
+        single = trainer(
+            tmp_path, model_init=lambda: tiny_model(), objective=SimCSE(0.1), settings={"max_steps": 6, "learning_rate": rate}
+        )
+        single.train()
+        scores[rate] = single.evaluate()["eval_spearman"]
+    assert scores[rates[0]] != scores[rates[1]]
+    assert best.hyperparameters["learning_rate"] == max(scores, key=scores.get)
+    assert best.objective == pytest.approx(max(scores.values()), abs=1e-6)
+    made.train()  # the trainer still has its objective
+
+
+# ---- compute_metrics ----
+
+
+def pearson(prediction) -> dict[str, float]:
+    return {"pearson": 100 * pearsonr(prediction.predictions, prediction.label_ids).statistic}
+
+
+def test_compute_metrics_gets_cosines_and_scores(tmp_path):
+    made = trainer(tmp_path, compute_metrics=pearson)
+    metrics = made.evaluate()
+    first, second = (made.encoder.encode(GRADED[side][:], normalize=True) for side in ("sentence1", "sentence2"))
+    expected = 100 * pearsonr((first * second).sum(1), GRADED["score"][:]).statistic
+    assert metrics["eval_dev_pearson"] == metrics["eval_pearson"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_metric_of_compute_metrics_chooses_the_model(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+                "load_best_model_at_end": True, "metric_for_best_model": "pearson"}  # fmt: skip
+    made = trainer(tmp_path, compute_metrics=pearson, settings=settings)
+    made.train()
+    best = max(entry["eval_pearson"] for entry in made.state.log_history if "eval_pearson" in entry and entry["step"])
+    assert made.state.best_metric == best
+
+
+def test_compute_metrics_that_cannot_be(tmp_path):
+    message = error_of(trainer, tmp_path, compute_metrics=lambda _: {"spearman": 1.0}, settings={"metric_for_best_model": "x"})
+    assert "compute_metrics returns 'spearman', which is already a metric" in message
+    assert "compute_metrics is a str; give a function" in error_of(trainer, tmp_path, compute_metrics="pearson")
+    assert "eval_dataset has none" in error_of(trainer, tmp_path, compute_metrics=pearson, eval_dataset=None)
+
+
+# ---- predict ----
+
+
+def test_predict_embeds(tmp_path):
+    made = trainer(tmp_path)
+    texts = Dataset.from_dict({"text": WORDS})
+    found = made.predict(texts)
+    assert np.abs(found.predictions - made.encoder.encode(WORDS)).max() < 1e-5 and found.label_ids is None
+    pairs = made.predict(PAIRS).predictions
+    assert pairs.shape == (len(WORDS), 2, 32)
+    assert np.abs(pairs[:, 1] - made.encoder.encode(PAIRS["positive"][:])).max() < 1e-5
+    assert found.metrics["test_samples"] == len(WORDS) and found.metrics["test_runtime"] > 0
+
+
+def test_predict_uses_prompts_and_refuses_bad_rows(tmp_path):
+    prompts = {"query": "find: ", "document": "text: "}
+    made = trainer(tmp_path, settings={"prompts": prompts})
+    pairs = made.predict(PAIRS).predictions
+    assert np.abs(pairs[:, 0] - made.encoder.encode_query(PAIRS["anchor"][:])).max() < 1e-5
+    assert np.abs(pairs[:, 1] - made.encoder.encode_document(PAIRS["positive"][:])).max() < 1e-5
+    assert "the text is empty" in error_of(made.predict, Dataset.from_dict({"text": ["a", " "]}))
+    ragged = Dataset.from_list([{"query": "a", "positive": "b", "negatives": ["c"]}, {"query": "a", "positive": "b"}])
+    assert "rows have different numbers of texts" in error_of(made.predict, ragged)
