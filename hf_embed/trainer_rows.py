@@ -1,4 +1,4 @@
-"""The rows of a trainer, for training, for the loss on held-out rows, and for `predict`: checked, and with what a teacher adds."""
+"""The rows of a trainer: for training, for the loss on held-out rows, and for `predict`."""
 
 import copy
 import logging

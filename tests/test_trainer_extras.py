@@ -7,6 +7,7 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from scipy.stats import pearsonr
 from transformers import AutoModel
+from worker import NO_DROPOUT
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
 
@@ -15,6 +16,10 @@ PAIRS = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} ther
 GRADED = Dataset.from_list(
     [{"sentence1": f"the {a}", "sentence2": f"a {b}", "score": i % 6} for i, (a, b) in enumerate(zip(WORDS, WORDS[::-1]))]
 )
+
+
+def new_model():
+    return tiny_model(**NO_DROPOUT)
 
 
 def trainer(tmp_path, **given) -> ContrastiveTrainer:
@@ -30,7 +35,7 @@ def trainer(tmp_path, **given) -> ContrastiveTrainer:
 
 
 def test_each_training_starts_from_a_new_model(tmp_path):
-    made = trainer(tmp_path, model_init=lambda: tiny_model(), settings={"learning_rate": 1e-2})
+    made = trainer(tmp_path, model_init=new_model, settings={"learning_rate": 1e-2})
     start = made.encoder.encode(WORDS)
     made.train()
     first = made.encoder.encode(WORDS)
@@ -43,9 +48,9 @@ def test_each_training_starts_from_a_new_model(tmp_path):
 
 
 def test_model_init_equals_the_model_itself(tmp_path):
-    """Control: a trainer with `model` trains to the same weights."""
+    """Without dropout, whose draws differ, both ways end in the same weights."""
     runs = []
-    for given in ({"model": tiny_model()}, {"model_init": lambda: tiny_model()}):
+    for given in ({"model": new_model()}, {"model_init": new_model}):
         made = trainer(tmp_path, **given, settings={"pooling": "cls_mlp_train", "learning_rate": 1e-2})
         made.train()
         runs.append(made.encoder.encode(WORDS))
@@ -54,23 +59,16 @@ def test_model_init_equals_the_model_itself(tmp_path):
 
 def test_model_init_may_return_what_model_may_be(tmp_path):
     tiny_encoder().save_pretrained(tmp_path / "model")
-    for init in (
-        lambda: str(tmp_path / "model"),
-        lambda: tiny_encoder(),
-        lambda trial: AutoModel.from_pretrained(tmp_path / "model"),
-    ):
+    kinds = [lambda: str(tmp_path / "model"), lambda: tiny_encoder(), lambda _: AutoModel.from_pretrained(tmp_path / "model")]
+    for init in kinds:
         assert trainer(tmp_path, model_init=init).train().global_step == 2
 
 
 def test_model_init_that_cannot_be(tmp_path):
-    assert "model and model_init are both given" in error_of(
-        trainer, tmp_path, model=tiny_model(), model_init=lambda: tiny_model()
-    )
+    assert "model and model_init are both given" in error_of(trainer, tmp_path, model=tiny_model(), model_init=new_model)
     assert "it may have one, the trial of a search" in error_of(trainer, tmp_path, model_init=lambda a, b: tiny_model())
     optimizer = torch.optim.SGD(tiny_model().parameters(), 0.1)
-    assert "optimizers= cannot be given" in error_of(
-        trainer, tmp_path, model_init=lambda: tiny_model(), optimizers=(optimizer, None)
-    )
+    assert "optimizers= cannot be given" in error_of(trainer, tmp_path, model_init=new_model, optimizers=(optimizer, None))
 
 
 def test_hyperparameter_search(tmp_path):
@@ -78,7 +76,7 @@ def test_hyperparameter_search(tmp_path):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rates = [1e-6, 3e-2]
-    made = trainer(tmp_path, model_init=lambda: tiny_model(), objective=SimCSE(0.1), settings={"max_steps": 6})
+    made = trainer(tmp_path, model_init=new_model, objective=SimCSE(0.1), settings={"max_steps": 6})
     best = made.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
         n_trials=2, direction="maximize", compute_objective=lambda metrics: metrics["eval_spearman"], backend="optuna",
@@ -87,7 +85,7 @@ def test_hyperparameter_search(tmp_path):
     scores = {}
     for rate in rates:
         single = trainer(
-            tmp_path, model_init=lambda: tiny_model(), objective=SimCSE(0.1), settings={"max_steps": 6, "learning_rate": rate}
+            tmp_path, model_init=new_model, objective=SimCSE(0.1), settings={"max_steps": 6, "learning_rate": rate}
         )
         single.train()
         scores[rate] = single.evaluate()["eval_spearman"]
