@@ -187,7 +187,8 @@ def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str,
         for field in dataclasses.fields(kind):
             value = getattr(settings, field.name)
             if field.name in names and value != getattr(defaults, field.name):
-                found[field.name] = value if isinstance(value, int | float | str | bool | list | dict) else str(value)
+                plain = value if isinstance(value, int | float | bool | list | dict) else str(value)
+                found[field.name] = shown(plain) if isinstance(plain, str) else plain  # it may be a path, such as `teacher`
     return found
 
 
