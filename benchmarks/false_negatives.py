@@ -27,12 +27,9 @@ def methods(teacher: str) -> dict[str, tuple[str, str, list]]:
     return {
         "no mask": ("sup_simcse.py", "pairs", ["--no_mask_other_positives"]),
         "identity (default)": ("sup_simcse.py", "pairs", []),
-        "margin 0": ("gte_finetune.py", "pairs", [*GTE, "--margin", 0]),
         "margin -0.1": ("gte_finetune.py", "pairs", [*GTE, "--margin", -0.1]),
         "guide": ("sup_simcse.py", "pairs", ["--guide_margin", 0, *known]),
-        "guide, margin 0.1": ("sup_simcse.py", "pairs", ["--guide_margin", 0.1, *known]),
         "KL over the batch": ("distill.py", "pairs", ["--objective", "TeacherKL", "--candidates", "batch", *known]),
-        "vectors of the teacher": ("distill.py", "pairs", known),
         "all captions of an image are known": ("sup_simcse.py", "lists", []),
     }
 
