@@ -198,6 +198,8 @@ def write_graph(encoder: Encoder, path: Path) -> None:
                 dynamo=True, verbose=False,
             )  # fmt: skip
         except Exception as error:  # the tracer and the converter raise many kinds of errors
+            while error.__cause__ is not None:  # the converter wraps the reason in advice for its own developers
+                error = error.__cause__
             raise not_exported(encoder, f"{type(error).__name__}: {in_short(error)}") from error
         assert program is not None
         if size < MOST_BYTES:
