@@ -198,9 +198,8 @@ def write_graph(encoder: Encoder, path: Path) -> None:
                 dynamo=True, verbose=False,
             )  # fmt: skip
         except Exception as error:  # the tracer and the converter raise many kinds of errors
-            while error.__cause__ is not None:  # the converter wraps the reason in advice for its own developers
-                error = error.__cause__
-            raise not_exported(encoder, f"{type(error).__name__}: {in_short(error)}") from error
+            reason = reason_of(error)
+            raise not_exported(encoder, f"{type(reason).__name__}: {in_short(reason)}") from error
         assert program is not None
         if size < MOST_BYTES:
             program.save(path, external_data=False)
@@ -215,6 +214,11 @@ def write_external(program: torch.onnx.ONNXProgram, path: Path) -> None:
     onnx.save_model(
         program.model_proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}_data"
     )
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """Return the first error of a chain. The converter wraps it in advice for its own developers."""
+    return error if error.__cause__ is None else reason_of(error.__cause__)
 
 
 def not_exported(encoder: Encoder, reason: str) -> InputError:
