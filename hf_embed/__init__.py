@@ -14,6 +14,7 @@ from hf_embed.version import __version__
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
     from hf_embed.checkpoint.card import write_card
+    from hf_embed.checkpoint.onnx import export_onnx
     from hf_embed.data.mixture import Source
     from hf_embed.encoder import Encoder
     from hf_embed.errors import InputError
@@ -59,6 +60,7 @@ __all__ = [
     "VectorDistillation",
     "ZeroShot",
     "apply_tempscale",
+    "export_onnx",
     "fold_tempscale",
     "mine_hard_negatives",
     "register_tempscale",
@@ -72,6 +74,7 @@ __all__ = [
 MODULES = {
     "arguments": ["ContrastiveTrainingArguments"],
     "checkpoint.card": ["write_card"],
+    "checkpoint.onnx": ["export_onnx"],
     "data.mixture": ["Source"],
     "encoder": ["Encoder"],
     "errors": ["InputError"],

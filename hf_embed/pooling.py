@@ -53,7 +53,7 @@ def first_token(states: Tensor, mask: Tensor) -> Tensor:
 
 def last_token(states: Tensor, mask: Tensor) -> Tensor:
     """Return the hidden state of each text's last token before the padding."""
-    return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    return states[torch.arange(states.shape[0], device=states.device), mask.sum(1) - 1]
 
 
 def mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ FILES = frozenset({
 })  # fmt: skip
 MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
 MODULE_FILES = ("config.json", "model.safetensors")
+ONNX = ("model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data")  # in the folder onnx
 # Trainer's own settings, as a pickle. They are useful only here, and loading a pickle from elsewhere is not safe.
 TRAINING_ARGS = "training_args.bin"
 TRIES = 5
@@ -192,7 +193,7 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files of a model: files with known names, its modules' folders, and the code that its configs name.
+    """Return the files of a model: those with known names, its modules, the code that its configs name, its ONNX graphs.
 
     Raises:
         InputError: if one of them is a link, which may lead anywhere, or if a module has no folder of its own.
@@ -208,6 +209,7 @@ def model_files(folder: Path) -> list[Path]:
         if left_out:
             logger.warning(f"{module}: not uploaded, because they do not belong to the module: {', '.join(left_out)}")
     paths += code_files(folder)
+    paths += [folder / "onnx", *(folder / "onnx" / name for name in ONNX)]
     for path in paths:
         if path.is_symlink():
             raise InputError(f"{path} is a link, and only real files are uploaded; replace the link with the file itself")

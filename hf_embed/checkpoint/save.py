@@ -38,8 +38,9 @@ from hf_embed.text_models import is_remote
 
 logger = logging.getLogger(__name__)
 
-# Files of an earlier save that loaders would prefer to the new weights, or apply on top of them.
-WEIGHTS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model(-.*)?\.bin.*|adapter_.*")
+# Files of an earlier save that loaders would prefer to the new weights, or apply on top of them. The folder onnx holds the
+# earlier weights as a graph.
+WEIGHTS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model(-.*)?\.bin.*|adapter_.*|onnx")
 # Files that belong to the weights in a folder: scores, pictures, extras and the modules after the transformer.
 RESULTS = re.compile(
     r"results\.json|(geometry|tempscale)\.png|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
@@ -58,7 +59,8 @@ def save_encoder(
 
     Args:
         encoder: the model, which is not changed.
-        folder: created if it does not exist. An earlier model in it is replaced. Other files stay.
+        folder: created if it does not exist. An earlier model in it is replaced, and its ONNX files are removed. Other files
+            stay.
         verify: check the new files before they are put in place.
         state_dict: replaces the encoder's own tensors (FSDP gathers them).
         allow_runtime: keep TempScale out of the weights if it cannot be folded. The loader of this package then applies it,
@@ -72,6 +74,7 @@ def save_encoder(
         InputError: if TempScale cannot be folded.
     """
     runtime = needs_runtime(encoder, allow_runtime)
+    outdated = Path(folder, "onnx").is_dir()
     if verify:
         verify_loadable(encoder)
         warn_of_servers(served_otherwise(encoder))
@@ -83,6 +86,8 @@ def save_encoder(
                 verify_folder(encoder, new, weights)
             put_in_place(Path(new), place)
         write_card(encoder, place, keep_results(place, results) if results else None)
+    if outdated:
+        logger.warning(f"{folder}: its ONNX files were of the earlier weights and have been removed; export the model again")
 
 
 @functools.cache
@@ -136,7 +141,7 @@ def put_in_place(new: Path, folder: Path) -> None:
     flush(new)
     for path in list(folder.iterdir()):
         if WEIGHTS.fullmatch(path.name):
-            path.unlink()
+            remove(path)
     for name in sorted(os.listdir(new), key=lambda name: WEIGHTS.fullmatch(name) is not None):
         target = folder / name
         if target.is_dir():
