@@ -186,6 +186,15 @@ def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> li
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
+def averaged_section(averaged: list[dict[str, Any]]) -> str:
+    """Return the section of a card on the models whose weights were averaged, or "" for a model that is not an average."""
+    if not averaged:
+        return ""
+    rows = [(str(entry["model"]), f"{entry['share']:.4g}") for entry in averaged]
+    text = "The weights of this model are the weighted mean of the weights of these models, computed in float32."
+    return "\n".join(["## Averaged models", "", text, "", *markdown_table(("Model", "Share"), rows)])
+
+
 def code_section(title: str, lines: list[str], before: str = "") -> str:
     """Return a section with literal lines, or "" if there are none.
 

@@ -1,0 +1,214 @@
+"""Tiny random decoders (Qwen3, Llama, Gemma 3): trained with LoRA, merged, averaged, and loaded by every loader.
+
+Pooling the last token reads the end-of-text token, also of a truncated text. A tokenizer that adds none can be told to do so.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, quickstart_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
+from test_export import by_transformers
+from tokenizers import processors
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
+from worker import WORDS
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
+from hf_embed.averaging import average_models
+from hf_embed.kit.plan import QUICKSTART
+
+SIZE = {"vocab_size": 700, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 64, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 0}  # fmt: skip
+MODELS = {
+    "qwen3": (Qwen3Model, Qwen3Config, {}),
+    "llama": (LlamaModel, LlamaConfig, {}),
+    "gemma3": (
+        Gemma3TextModel,
+        Gemma3TextConfig,
+        {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    ),
+}
+ROWS = [
+    {"anchor": f"the {a} " * (1 + i), "positive": f"a {a} by the {b} " * (1 + i)}
+    for i, (a, b) in enumerate(zip(WORDS, WORDS[1:]))
+]
+PROMPTS = {"query": "Instruct: find the passage\nQuery: ", "document": ""}
+LONG = "the cat sat on the mat and the dog ran to the river in the rain " * 4
+TEXTS = ["a cat", "rain on the river", LONG]
+ENDS = {"qwen3": "<|endoftext|>", "llama": "<|end_of_text|>", "gemma3": "<|endoftext|>"}
+
+
+def decoder(name, seed=0):
+    """Return a random model whose weights are large enough that texts get different vectors."""
+    kind, config, settings = MODELS[name]
+    torch.manual_seed(seed)
+    model = kind(config(**SIZE | settings))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def trained_tokenizer(**settings):
+    lines = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:2000]
+    return Qwen2Tokenizer(**settings).train_new_from_iterator(lines, 600)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Return a tokenizer for each decoder: without any special token, with a first one, and with a last one."""
+    qwen = trained_tokenizer()
+    assert "endoftext" not in str(qwen.tokenize("a")) and qwen.num_special_tokens_to_add() == 0  # as that of Qwen3
+    llama = PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer().backend_tokenizer, eos_token="<|end_of_text|>",
+                                    bos_token="<|begin_of_text|>")  # fmt: skip
+    first = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", llama.bos_token_id)]
+    )
+    llama.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])
+    gemma = trained_tokenizer()
+    gemma.add_eos_token = True  # as the tokenizers of published embedding models
+    assert gemma("a")["input_ids"][-1] == gemma.eos_token_id
+    return {"qwen3": qwen, "llama": llama, "gemma3": gemma}
+
+
+def trainer(folder, model, tokenizer, **settings):
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 3, "report_to": [], "disable_tqdm": True, "use_cpu": True,
+                "save_strategy": "no", "learning_rate": 3e-2, "seed": 3, "pooling": "last", "max_length": 30,
+                "add_eos_token": True, "chunk_tokens": 64, "prompts": PROMPTS}  # fmt: skip
+    return ContrastiveTrainer(
+        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(ROWS),
+        args=ContrastiveTrainingArguments(str(folder), **(defaults | settings)),
+    )  # fmt: skip
+
+
+def adapted(name, seed=0, **settings):
+    torch.manual_seed(seed)
+    return get_peft_model(decoder(name), LoraConfig(**{"target_modules": "all-linear", "r": 4} | settings))
+
+
+def assert_loaders_agree(folder, expected):
+    """Check that AutoModel (pooled as the card says), Encoder and SentenceTransformer give these vectors of TEXTS."""
+    for vectors in (
+        by_transformers(folder, "last", normalize=True),
+        Encoder.from_pretrained(folder).encode(TEXTS),
+        SentenceTransformer(str(folder), device="cpu").encode(TEXTS),
+    ):
+        np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def own_texts(monkeypatch):
+    monkeypatch.setattr("test_export.TEXTS", TEXTS)
+
+
+# ---- the end-of-text token ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_end_of_text_token_stays_when_a_text_is_truncated(tmp_path, tokenizers, name):
+    """In training, in `encode`, and in the tokenizer that every loader of the saved folder reads."""
+    own = tokenizers[name]
+    run = trainer(tmp_path, decoder(name), own)
+    end = own.convert_tokens_to_ids(ENDS[name])
+    batch = next(iter(run.get_train_dataloader()))
+    texts = batch["input_ids"].split(batch["lengths"])
+    assert max(batch["lengths"]) == 30 and all(ids[-1] == end for ids in texts)
+    assert all((ids == end).sum() == 1 for ids in texts)
+    if name == "llama":
+        assert all(ids[0] == own.bos_token_id for ids in texts)
+    run.encoder.save_pretrained(tmp_path / "saved")
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path / "saved"), SentenceTransformer(str(tmp_path / "saved")).tokenizer):
+        for text in TEXTS:
+            ids = loaded(text, truncation=True)["input_ids"]
+            assert ids[-1] == end and len(ids) <= 30
+            assert ids == run.encoder.tokenizer(text, truncation=True, max_length=30)["input_ids"]
+    before = own("a cat")["input_ids"]
+    assert (before[-1] == end) == (name == "gemma3")  # control; and the user's tokenizer is not changed
+
+
+def test_without_the_token_there_is_a_warning(tmp_path, tokenizers, caplog):
+    for name, warned in (("qwen3", True), ("gemma3", False)):
+        caplog.clear()
+        run = trainer(tmp_path, decoder(name), tokenizers[name], add_eos_token=False)
+        assert ("set add_eos_token=True to end each text with '<|endoftext|>'" in caplog.text) == warned
+        assert (run.encoder.tokenizer is tokenizers[name]) or warned
+    trainer(tmp_path, decoder("qwen3"), tokenizers["qwen3"], pooling="mean", add_eos_token=False)
+    assert "add_eos_token" not in caplog.text
+
+
+def test_add_eos_token_is_refused_where_it_cannot_be_right(tmp_path, tokenizers):
+    assert "already ends each text with '[SEP]'" in error_of(
+        trainer, tmp_path, decoder("qwen3"), with_eos(quickstart_tokenizer())
+    )
+    nameless = trained_tokenizer()
+    nameless.eos_token = None
+    assert "has no end-of-text token" in error_of(trainer, tmp_path, decoder("qwen3"), nameless)
+
+
+def with_eos(tokenizer):
+    tokenizer.eos_token = "[unused1]" if "[unused1]" in tokenizer.get_vocab() else "the"
+    return tokenizer
+
+
+# ---- LoRA: trained, merged, saved ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_is_trained_merged_and_loaded_by_every_loader(tmp_path, tokenizers, name):
+    run = trainer(tmp_path, adapted(name), tokenizers[name], normalize=True)
+    before = run.encoder.encode(TEXTS)
+    run.train()
+    run.save_model()
+    trained = run.encoder.encode(TEXTS)
+    assert np.abs(trained - before).max() > 1e-3  # control: the training changed the model
+    assert_loaders_agree(tmp_path, trained)
+    assert AutoModel.from_pretrained(tmp_path).state_dict().keys() == decoder(name).state_dict().keys()
+    queries = Encoder.from_pretrained(tmp_path).encode(TEXTS, "query")
+    np.testing.assert_allclose(queries, SentenceTransformer(str(tmp_path), device="cpu").encode_query(TEXTS), rtol=0, atol=1e-5)
+    assert np.abs(queries - trained).max() > 1e-3  # control: the prompt is used
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_and_caching_together_change_no_adapter(tmp_path, tokenizers, name):
+    found = []
+    for on in (False, True):
+        run = trainer(
+            tmp_path, adapted(name, lora_dropout=0.0), tokenizers[name], gradient_caching=on, activation_checkpointing=on
+        )
+        run.train()
+        assert run.encoder.base.is_activation_checkpointing is on
+        found.append({key: p.detach().clone() for key, p in run.encoder.named_parameters() if "lora_" in key})
+    assert found[0] and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    assert all(tensor.abs().max() > 0 for key, tensor in found[0].items() if "lora_B" in key)  # control: they were trained
+
+
+# ---- averages ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_average_of_two_trainings(tmp_path, tokenizers, name):
+    for seed in (1, 2):
+        run = trainer(tmp_path / str(seed), adapted(name, seed), tokenizers[name], normalize=True, seed=seed)
+        run.train()
+        run.save_model()
+    parts = [AutoModel.from_pretrained(tmp_path / seed).state_dict() for seed in "12"]
+    encoder = average_models([str(tmp_path / seed) for seed in "12"], [3, 1])
+    for key, tensor in encoder.backbone.state_dict().items():
+        np.testing.assert_allclose(tensor, 0.75 * parts[0][key] + 0.25 * parts[1][key], rtol=0, atol=1e-6)
+    encoder.save_pretrained(tmp_path / "average")
+    assert_loaders_agree(tmp_path / "average", encoder.encode(TEXTS))
+    assert np.abs(Encoder.from_pretrained(tmp_path / "1").encode(TEXTS) - encoder.encode(TEXTS)).max() > 1e-3  # control
