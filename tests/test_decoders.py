@@ -3,14 +3,18 @@
 Pooling the last token reads the end-of-text token, also of a truncated text. A tokenizer that adds none can be told to do so.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import error_of, quickstart_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from test_export import by_transformers
+from test_recipes import QUIET, RECIPES, load_recipe
 from tokenizers import processors
 from transformers import (
     AutoModel,
@@ -52,11 +56,11 @@ TEXTS = ["a cat", "rain on the river", LONG]
 ENDS = {"qwen3": "<|endoftext|>", "llama": "<|end_of_text|>", "gemma3": "<|endoftext|>"}
 
 
-def decoder(name, seed=0):
+def decoder(name, seed=0, **config):
     """Return a random model whose weights are large enough that texts get different vectors."""
-    kind, config, settings = MODELS[name]
+    kind, config_kind, settings = MODELS[name]
     torch.manual_seed(seed)
-    model = kind(config(**SIZE | settings))
+    model = kind(config_kind(**SIZE | settings | config))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -194,6 +198,37 @@ def test_checkpointing_and_caching_together_change_no_adapter(tmp_path, tokenize
         found.append({key: p.detach().clone() for key, p in run.encoder.named_parameters() if "lora_" in key})
     assert found[0] and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     assert all(tensor.abs().max() > 0 for key, tensor in found[0].items() if "lora_B" in key)  # control: they were trained
+
+
+# ---- the presets ----
+
+
+@pytest.mark.parametrize("recipe", ["sup_simcse", "gte_finetune"])
+def test_the_preset_of_a_decoder_trains_as_it_says(tmp_path, tokenizers, recipe):
+    """Both recipes train with LoRA in bf16, with caching and checkpointing, and save instruction and end-of-text token."""
+    preset = RECIPES / "configs" / f"{recipe}_qwen3_0.6b.yaml"
+    stated = yaml.safe_load(preset.read_text())
+    Encoder(decoder("qwen3", max_position_embeddings=512), tokenizers["qwen3"], "last").save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "sources.yaml").write_text(f"- {{name: rows, file: {tmp_path / 'rows.jsonl'}}}")
+    data = ["--train_file", tmp_path / "rows.jsonl"] if recipe == "sup_simcse" else ["--sources", tmp_path / "sources.yaml"]
+    words = ["--config", preset, "--model_name_or_path", tmp_path / "base", *data, "--output_dir", tmp_path / "out",
+             "--max_steps", 2, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--save_strategy", "no",
+             "--chunk_tokens", 512]  # fmt: skip
+    results = load_recipe(recipe).main([*QUIET, *map(str, words)])
+    settings = {"pooling", "add_eos_token", "normalize", "prompts", "max_length", "lora_r", "gradient_caching",
+                "activation_checkpointing", "bf16"}  # fmt: skip
+    assert {key: results["train"]["settings"][key] for key in settings} == {key: stated[key] for key in settings}
+    loaded, base = Encoder.from_pretrained(tmp_path / "out"), Encoder.from_pretrained(tmp_path / "base")
+    assert loaded.prompts == {"query": stated["prompts"]["query"]} and loaded.pooling == "last" and loaded.normalize
+    assert loaded.tokenizer("a")["input_ids"][-1] == loaded.tokenizer.eos_token_id
+    assert loaded.dtype == torch.float32
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "out"), device="cpu").encode_query(TEXTS),
+                               loaded.encode(TEXTS, "query"), rtol=0, atol=1e-5)  # fmt: skip
+    changed = [
+        key for key, tensor in base.backbone.state_dict().items() if not torch.equal(tensor, loaded.backbone.state_dict()[key])
+    ]
+    assert len(changed) == 7 * 3  # the linear layers, of which a layer has seven
 
 
 # ---- averages ----
