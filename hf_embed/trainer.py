@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed import trainer_inputs as inputs
+from hf_embed.adapters import in_4_bits
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
@@ -148,6 +149,8 @@ class ContrastiveTrainer(GuardedTrainer):
             callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
             optimizers=optimizers,
         )
+        if self.sharded and in_4_bits(self.encoder.backbone):
+            raise InputError("weights in 4 bits cannot be sharded (FSDP, DeepSpeed); train on one GPU or with DDP")
         self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
         self.temperature: Tensor | None = None  # the learned temperature at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log

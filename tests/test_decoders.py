@@ -3,7 +3,9 @@
 Pooling the last token reads the end-of-text token, also of a truncated text. A tokenizer that adds none can be told to do so.
 """
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ import torch
 import yaml
 from conftest import error_of, quickstart_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from test_export import by_transformers
-from test_recipes import QUIET, RECIPES, load_recipe
+from test_recipes import QUIET, RECIPES, SUP, load_recipe
 from tokenizers import processors
 from transformers import (
     AutoModel,
@@ -31,7 +34,10 @@ from transformers import (
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
+from hf_embed.adapters import full_copy
 from hf_embed.averaging import average_models
+from hf_embed.kit.finetune import make_trainer
+from hf_embed.kit.models import four_bits
 from hf_embed.kit.plan import QUICKSTART
 
 SIZE = {"vocab_size": 700, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -247,3 +253,114 @@ def test_the_average_of_two_trainings(tmp_path, tokenizers, name):
     encoder.save_pretrained(tmp_path / "average")
     assert_loaders_agree(tmp_path / "average", encoder.encode(TEXTS))
     assert np.abs(Encoder.from_pretrained(tmp_path / "1").encode(TEXTS) - encoder.encode(TEXTS)).max() > 1e-3  # control
+
+
+# ---- base weights in 4 bits ----
+
+BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizers) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    Encoder(decoder("qwen3", hidden_size=64, head_dim=16), tokenizers["qwen3"], "last").save_pretrained(folder)
+    return folder
+
+
+def sup_of(base, folder, *words):
+    """Run the recipe sup_simcse with LoRA on the model in `base`."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    data = ["--model_name_or_path", base, "--train_file", rows, "--output_dir", folder / "out", "--add_eos_token"]
+    settings = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--max_length", 30]
+    return SUP.main([*QUIET, *map(str, [*data, *settings, *words])])
+
+
+@BNB
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_in_4_bits_are_trained_and_saved_in_float32(tmp_path, base, bf16, monkeypatch):
+    """The saved weights are the 4-bit weights in float32 plus the adapters, so all loaders give the trained model's vectors."""
+    made = []
+    monkeypatch.setattr(SUP, "make_trainer", lambda *args: made.append(make_trainer(*args)) or made[0])
+    four = ["--lora_r", 4, "--load_in_4bit", "--bf16", bf16, "--gradient_caching", "--activation_checkpointing"]
+    more = ["--normalize", True, "--save_steps", 2, "--eval_file", tmp_path / "rows.jsonl", "--eval_strategy", "steps"]
+    results = sup_of(base, tmp_path, *four, *more)
+    assert results["train"]["settings"]["load_in_4bit"] is True
+    encoder = made[0].encoder
+    kinds = {type(p).__name__ for name, p in encoder.named_parameters() if "base_layer.weight" in name}
+    assert kinds == {"Params4bit"} and {p.dtype for p in encoder.parameters() if p.requires_grad} == {torch.float32}
+    assert all(p.abs().max() > 0 for name, p in encoder.named_parameters() if "lora_B" in name)  # control: all were trained
+    assert_loaders_agree(tmp_path / "out", encoder.encode(TEXTS))
+    start, saved = Encoder.from_pretrained(base).backbone, Encoder.from_pretrained(tmp_path / "out").backbone
+    apart = [(start.get_parameter(name) - tensor).abs().max() for name, tensor in saved.named_parameters() if "proj" in name]
+    assert all(1e-3 < difference < 0.5 for difference in apart)  # control: not the original weights plus the adapters
+    assert f"| Parameters | {sum(p.numel() for p in saved.parameters()):,} |" in (tmp_path / "out/README.md").read_text()
+    assert not hasattr(saved.config, "quantization_config")
+
+
+@BNB
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_tempscale_on_weights_in_4_bits(tmp_path, tokenizers, name):
+    """The temperature is folded into a norm (Qwen3) or into the query weights (Llama), which are then in float32."""
+    Encoder(decoder(name), tokenizers[name], "last").save_pretrained(tmp_path / "base")
+    sup_of(tmp_path / "base", tmp_path, "--lora_r", 4, "--load_in_4bit", "--temp_scale", 0.6)  # saving compares the vectors
+    stated = Encoder.from_pretrained(tmp_path / "out").config.temp_scale
+    assert stated["temperature"] == 0.6 and stated["folded"] is True
+
+
+@BNB
+@pytest.mark.slow
+def test_gradients_of_adapters_on_4_bits_are_those_on_the_same_weights_in_float32(tmp_path, base, tokenizers):
+    """On some CPUs bitsandbytes packs its weights during inference, after which no gradient flows through them."""
+    found = []
+    settings = {"dtype": torch.float32, "quantization_config": four_bits()}
+    for four in (True, False):
+        model = AutoModel.from_pretrained(base, **settings)
+        model(torch.arange(9).unsqueeze(0))  # packs the weights
+        torch.manual_seed(0)
+        adapted_model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.0))
+        if not four:
+            plain = full_copy(adapted_model)  # the adapters are zero at the start
+            torch.manual_seed(0)
+            adapted_model = get_peft_model(plain, LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.0))
+        run = trainer(tmp_path, adapted_model, tokenizers["qwen3"], optim="sgd", learning_rate=0.1)
+        run.train()
+        found.append({key: p.detach().clone() for key, p in run.encoder.named_parameters() if "lora_" in key})
+    assert len(found[0]) == 2 * 7 * 3
+    for key in found[0]:
+        torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-4, atol=1e-6)
+
+
+@BNB
+@pytest.mark.slow
+def test_resumed_in_4_bits_bit_for_bit(tmp_path, base):
+    words = ["--lora_r", 4, "--load_in_4bit", "--save_steps", 2, "--lr_scheduler_type", "constant"]
+    for folder, more in (("whole", []), ("stopped", ["--max_steps", 2]), ("stopped", ["--resume_from_checkpoint"])):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        sup_of(base, tmp_path / folder, *words, *more)
+    whole, resumed = (load_file(tmp_path / folder / "out" / "model.safetensors") for folder in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@BNB
+@pytest.mark.slow
+def test_what_cannot_be_merged_into_4_bits_is_refused(tmp_path, base, tokenizers):
+    def load():
+        return AutoModel.from_pretrained(base, dtype=torch.float32, quantization_config=four_bits())
+
+    assert "quantized weights cannot be trained; add LoRA adapters" in error_of(trainer, tmp_path, load(), tokenizers["qwen3"])
+    for config in (LoraConfig(target_modules=["q_proj"], use_dora=True), LoraConfig(target_modules=["q_proj"], lora_bias=True),
+                   IA3Config(target_modules=["q_proj"], feedforward_modules=[])):  # fmt: skip
+        message = error_of(trainer, tmp_path, get_peft_model(load(), config), tokenizers["qwen3"])
+        assert "on weights in 4 bits, only plain LoRA can be merged" in message
+
+
+def test_4_bits_are_refused_without_lora_or_bitsandbytes(tmp_path, base, monkeypatch):
+    assert error_of(sup_of, base, tmp_path, "--load_in_4bit").startswith("--load_in_4bit has no effect without --lora_r; ")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "bitsandbytes" else find(name, *args))
+    message = error_of(sup_of, base, tmp_path, "--load_in_4bit", "--lora_r", 4)
+    assert message == "--load_in_4bit: the package bitsandbytes is not installed; run pip install bitsandbytes"
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_embed.adapters import count_parameters
 from hf_embed.checkpoint.layout import (
     DenseModule,
     NormalizeModule,
@@ -35,6 +36,7 @@ from hf_embed.checkpoint.tables import (
     mteb_table,
     plain,
     results_section,
+    slug,
     sweep_table,
     training_rows,
 )
@@ -254,7 +256,7 @@ def model_card(
         "metadata": metadata(results),
         "title": plain(facts(results)["title"]),
         "architecture": type(encoder.base).__name__,
-        "parameters": f"{sum(parameter.numel() for parameter in encoder.base.parameters()):,}",
+        "parameters": f"{count_parameters(encoder.backbone):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",
@@ -399,11 +401,6 @@ def eval_result(kind: str, task: str, dataset: str, metric: str, value: float | 
         metric_name=metric,
         metric_value=value,
     )
-
-
-def slug(name: str) -> str:
-    """Return a name with only letters, digits and _-./ in it."""
-    return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
 
 
 # ---- vectors on servers ----

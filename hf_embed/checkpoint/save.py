@@ -21,18 +21,18 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_embed.adapters import has_adapters, merge_adapters
+from hf_embed.adapters import full_copy, has_adapters, in_4_bits, merge_adapters
 from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import verify_folder, verify_loadable
+from hf_embed.checkpoint.verify import verify_alike, verify_folder, verify_loadable
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import calm_libraries
 from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
-from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale import applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
 
@@ -56,6 +56,8 @@ def save_encoder(
 ) -> None:
     """Write `encoder` to `folder` as a plain checkpoint. Adapters are merged into a copy first, and TempScale is folded.
 
+    Adapters on weights in 4 bits are merged in float32, on the CPU; `hf_embed.adapters` says why.
+
     Args:
         encoder: the model, which is not changed.
         folder: created if it does not exist. An earlier model in it is replaced. Other files stay.
@@ -72,6 +74,8 @@ def save_encoder(
         InputError: if TempScale cannot be folded.
     """
     runtime = needs_runtime(encoder, allow_runtime)
+    if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
+        encoder = full_encoder(encoder, verify)
     if verify:
         verify_loadable(encoder)
         warn_of_servers(served_otherwise(encoder))
@@ -83,6 +87,23 @@ def save_encoder(
                 verify_folder(encoder, new, weights)
             put_in_place(Path(new), place)
         write_card(encoder, place, keep_results(place, results) if results else None)
+
+
+def full_encoder(encoder: Encoder, verify: bool = True) -> Encoder:
+    """Return a copy of an encoder in 4 bits, on the CPU and in float32, with its adapters merged.
+
+    Raises:
+        ExportError: if `verify` is set and the copy gives other vectors.
+    """
+    backbone, scaling = full_copy(encoder.backbone), applied_tempscale(encoder.backbone)
+    if scaling:  # the hooks of the layers that were replaced are lost
+        remove_tempscale(backbone)
+        apply_tempscale(backbone, scaling)
+    settings = encoder.settings | {"dense": copy.deepcopy(encoder.dense).to("cpu")}
+    full = Encoder(backbone, encoder.tokenizer, **settings).eval()
+    if verify:
+        verify_alike(full, encoder)
+    return full
 
 
 @functools.cache

@@ -218,3 +218,8 @@ def plain(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `text` as one line. Characters that are not printable become spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def slug(name: str) -> str:
+    """Return a name with only letters, digits and _-./ in it."""
+    return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
