@@ -107,6 +107,18 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model whose parameters are on the meta device, so that they need no memory. Buffers are copied.
+
+    A model that FSDP has sharded cannot be copied, so the copy into which its adapters are merged is made from this one.
+    """
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
 # ---- base weights in 4 bits ----
 
 

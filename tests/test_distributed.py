@@ -182,6 +182,20 @@ def test_sharded_ranks_end_where_one_process_ends(tmp_path, caching):
         assert all(mine[key] == pytest.approx(theirs[key], abs=1e-5) for key in mine if key.startswith("eval"))
 
 
+@pytest.mark.slow
+def test_adapters_of_sharded_ranks_are_saved_merged(tmp_path):
+    """LoRA on a decoder with FSDP 2: the saved folder is the whole merged model, as one process saves it."""
+    for ranks in (1, 2):
+        run(launch(ranks, HERE / "worker_fsdp.py", tmp_path / str(ranks), "lora"))
+    one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+    assert relative_error(two, one) < 1e-9
+    start = tiny_model("qwen3").double().state_dict()
+    assert relative_error({name: start[name] for name in one}, one) > 1e-4  # control: the training changed the weights
+    loaded = Encoder.from_pretrained(tmp_path / "2")
+    assert type(loaded.backbone).__name__ == "Qwen3Model" and loaded.pooling == "last"
+    assert len(load_file(tmp_path / "2" / "checkpoint-2" / "training.safetensors")) == 2 * 7 * 3 + 1  # and the temperature
+
+
 def test_a_killed_rank_ends_the_run(tmp_path):
     """The run ends with an error and in bounded time. The other rank does not wait for the killed one."""
     rows = [json.dumps(row) for row in rows_with(1)]

@@ -53,6 +53,7 @@ def save_encoder(
     state_dict: dict[str, Tensor] | None = None,
     allow_runtime: bool = False,
     results: Results | None = None,
+    unsharded: PreTrainedModel | None = None,
 ) -> None:
     """Write `encoder` to `folder` as a plain checkpoint. Adapters are merged into a copy first, and TempScale is folded.
 
@@ -67,6 +68,7 @@ def save_encoder(
             other loaders do not, and the card says so.
         results: facts about the training, for the card and for results.json in the folder. {} removes the scores and extras of
             an earlier model. Default: the card shows what results.json already holds.
+        unsharded: with adapters and `state_dict`, a copy of the backbone from before it was sharded (`without_weights`).
 
     Raises:
         ExportError: if AutoModel or sentence-transformers (when installed) gives other weights, or vectors that differ by more
@@ -81,7 +83,7 @@ def save_encoder(
         warn_of_servers(served_otherwise(encoder))
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
-            weights = write_checkpoint(encoder, new, state_dict, fold=not runtime)
+            weights = write_checkpoint(encoder, new, state_dict, not runtime, unsharded)
             write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not apply TempScale at runtime
                 verify_folder(encoder, new, weights)
@@ -167,13 +169,17 @@ def put_in_place(new: Path, folder: Path) -> None:
 
 
 def write_checkpoint(
-    encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True
+    encoder: Encoder,
+    folder: str,
+    state_dict: dict[str, Tensor] | None = None,
+    fold: bool = True,
+    unsharded: PreTrainedModel | None = None,
 ) -> dict[str, Tensor]:
-    """Write the weights, the config and the tokenizer. Return the written tensors by name."""
+    """Write the weights, the config and the tokenizer. Return the written tensors by name. Arguments as for `save_encoder`."""
     backbone = encoder.backbone
     settings: dict[str, Any] = {}
     if has_adapters(backbone):
-        backbone, state_dict = merged_copy(backbone, state_dict, fold), None
+        backbone, state_dict = merged_copy(backbone if unsharded is None else unsharded, state_dict, fold), None
     else:
         state_dict, settings = tensors_to_save(backbone, state_dict, fold)
     if type(backbone).__module__.startswith("transformers_modules."):
@@ -192,7 +198,7 @@ def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None,
     scaling = applied_tempscale(backbone)
     backbone = copy.deepcopy(backbone)
     if state_dict is not None:
-        backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
+        backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False, assign=True)
     if scaling:
         remove_tempscale(backbone)
     backbone = merge_adapters(backbone)
