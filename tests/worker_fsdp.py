@@ -1,6 +1,7 @@
 """Train, evaluate and save in FOLDER a tiny model that is sharded over the ranks (FSDP 2). See worker.py.
 
-The second argument is plain, cached (gradient caching), or lora (a decoder with adapters, with gradient caching).
+The second argument is plain, cached (gradient caching), or lora (a decoder with adapters, with gradient caching). The third, if
+there is one, is the checkpoint from which the training resumes.
 """
 
 import os
@@ -35,7 +36,7 @@ def make_model(lora: bool):
     return get_peft_model(tiny_model("qwen3"), LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.0)).double()
 
 
-def main(folder: str, kind: str) -> None:
+def main(folder: str, kind: str, checkpoint: str | None = None) -> None:
     PartialState(cpu=True)
     ranks = get_world_size()
     args = ContrastiveTrainingArguments(
@@ -55,10 +56,10 @@ def main(folder: str, kind: str) -> None:
         eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH, "h": rows_with(1)[:11]},
     )  # fmt: skip
     assert trainer.is_fsdp_enabled == (ranks > 1)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.end()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])
