@@ -38,12 +38,14 @@ def make_model(lora: bool):
 
 def main(folder: str, kind: str, checkpoint: str | None = None) -> None:
     PartialState(cpu=True)
+    # torch cannot resume a sharded optimizer without state, such as SGD.
+    optimizer = {"optim": "adamw_torch", "learning_rate": 0.01} if kind == "lora" else {}
     ranks = get_world_size()
     args = ContrastiveTrainingArguments(
         folder, per_device_train_batch_size=BATCH // ranks, max_steps=2, gradient_caching=kind != "plain",
         pooling="last" if kind == "lora" else "mean",
         per_device_eval_batch_size=6 // ranks,
-        **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}),
+        **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1} | optimizer),
     )  # fmt: skip
     if ranks > 1:
         # accelerate shards only on accelerators. With this one switch set by hand, everything works with gloo too.
