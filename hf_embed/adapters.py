@@ -2,11 +2,21 @@
 
 A saved folder is an ordinary checkpoint, so adapters are merged into a copy of the weights. Adapters that cannot be merged are
 refused before the training: prompts and prefixes are not weights, and quantized weights would lose the adapters by rounding.
+
+LoRA adapters on weights that bitsandbytes holds in 4 bits (QLoRA) are merged in float32: the saved weights are the values of
+the 4-bit weights, which the adapters were trained on, plus the adapters. So the saved model computes what the trained one does.
+Merging into the original weights would give other vectors, and rounding the sum to 4 bits again would too.
 """
 
 import copy
 from typing import Any
 
+import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
@@ -19,14 +29,25 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 
 def check_adapters(model: PreTrainedModel) -> None:
-    """Raise InputError, with the kind of the adapters, if they cannot be merged into the weights of `model`."""
+    """Raise InputError, with the kind of the adapters, if they cannot be merged into the weights of `model`.
+
+    Weights that are quantized cannot be trained themselves, so without adapters they are refused too.
+    """
+    quantized = getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None)
+    if quantized and not has_adapters(model):
+        raise InputError(
+            "quantized weights cannot be trained; add LoRA adapters, or load the model without quantization_config"
+        )
     if not has_adapters(model):
         return
     check_kinds(model)
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+    if in_4_bits(model):
+        check_4_bits(model)
+        return
+    if quantized:
         raise InputError(
-            "adapters cannot be merged into quantized weights without loss; load the base model in floating point "
-            "(without quantization_config)"
+            "adapters cannot be merged into quantized weights without loss; load the base model in floating point (without "
+            "quantization_config), or in 4 bits with bitsandbytes"
         )
     try:
         merge_adapters(copy.deepcopy(model))
@@ -64,8 +85,6 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
     Adapters that are switched off (`disable_adapters`) are dropped too, because the model computes without them.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
     if hasattr(model, "get_base_model"):
         wrapper: Any = model  # a PeftModel
@@ -86,3 +105,103 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     del model.peft_config
     forget_adapters(model)
     return model
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model whose parameters are on the meta device, so that they need no memory. Buffers are copied.
+
+    A model that FSDP has sharded cannot be copied, so the copy into which its adapters are merged is made from this one.
+    """
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+# ---- base weights in 4 bits ----
+
+
+def in_4_bits(model: nn.Module) -> bool:
+    """Return whether bitsandbytes holds the weights of `model` in 4 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def check_4_bits(model: PreTrainedModel) -> None:
+    """Check that adapters on weights in 4 bits can be merged, and prepare the weights for training on a CPU.
+
+    Raises:
+        InputError: if the adapters are not plain LoRA.
+    """
+    for layer in model.modules():
+        plain = isinstance(layer, LoraLayer) and not layer.lora_variant and not any(layer.lora_bias.values())
+        if isinstance(layer, BaseTunerLayer) and not plain:
+            raise unmergeable(
+                model, ": on weights in 4 bits, only plain LoRA can be merged, without DoRA and without lora_bias"
+            )
+    unpack(model)
+
+
+def unpack(model: nn.Module) -> None:
+    """Undo the packing of 4-bit weights that bitsandbytes uses for inference on some CPUs, and turn it off.
+
+    No gradient flows through a packed layer, and its numbers are in another order than `dequantize_bnb_weight` expects.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.state_dict()  # unpacks the weight
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def full_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model in 4 bits, on the CPU and in float32, with the active adapters merged.
+
+    The weights of `model` stay as they are.
+    """
+    unpack(model)
+    adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    inside = {id(layer.get_base_layer()) for layer in adapted}
+    layers = adapted + [layer for layer in model.modules() if is_4_bit(layer) and id(layer) not in inside]
+    merged: dict[int, Any] = {id(layer): full_linear(layer) for layer in layers if is_4_bit(base_layer(layer))}
+    copied: Any = merge_adapters(copy.deepcopy(model, merged))  # deepcopy puts the merged layers in the places of the others
+    copied.hf_quantizer.remove_quantization_config(copied)
+    del copied.is_loaded_in_4bit
+    return copied.to("cpu", torch.float32)
+
+
+def base_layer(layer: nn.Module) -> nn.Module:
+    """Return the layer below the adapters of a layer, or a layer without adapters itself."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def is_4_bit(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is one of bitsandbytes in 4 bits."""
+    kinds = {type(parameter).__name__ for parameter in layer.parameters(recurse=False)}
+    return "Params4bit" in kinds
+
+
+def full_linear(layer: nn.Module) -> nn.Linear:
+    """Return a linear layer on the CPU, in float32, that computes what a 4-bit layer with its active LoRA adapters does."""
+    base: Any = base_layer(layer)
+    weight: Tensor = dequantize_bnb_weight(base.weight).float()
+    if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                weight = weight + layer.get_delta_weight(name).float()  # type: ignore[operator]
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().cpu(), requires_grad=False)
+    if base.bias is not None:
+        made.bias = nn.Parameter(base.bias.detach().float().cpu(), requires_grad=False)
+    return made
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that `model` has when it is saved: without adapters, and with 4-bit weights unpacked."""
+    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    added = [PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds if kind in PEFT_TYPE_TO_PREFIX_MAPPING]
+    count = 0
+    for name, parameter in model.named_parameters():
+        if not any(prefix in name for prefix in (*added, "modules_to_save.")):
+            state = getattr(parameter, "quant_state", None)
+            count += parameter.numel() if state is None else state.shape.numel()
+    return count

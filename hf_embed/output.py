@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from hf_embed.adapters import count_parameters, in_4_bits
 from hf_embed.disk import another_place, check_folder, disk_errors, lack_of_room
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
@@ -95,6 +96,8 @@ def saves(args: TrainingArguments) -> bool:
 
 def model_bytes(step: TrainingStep) -> int:
     """Return the approximate size in bytes of the finished model's file."""
+    if in_4_bits(step.encoder.backbone):  # the saved weights are in float32
+        return 4 * count_parameters(step.encoder)
     return size_of(step.encoder.state_dict())
 
 

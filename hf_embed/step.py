@@ -33,6 +33,7 @@ from hf_embed.mlm import split_masked_lm
 from hf_embed.objectives.base import Objective
 from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
+from hf_embed.text_models import ends_with, with_end_of_text
 from hf_embed.unused import settle_unused
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ def make_step(
     settle_unused(encoder, args)
     objective.check_width(encoder.full_dimension)
     warn_of_settings_for_encode(encoder)
+    warn_of_last_token(encoder)
     if not POOLINGS[encoder.pooling].training_head:
         train_head = None
     elif train_head is None:
@@ -219,17 +221,20 @@ def make_encoder(
         "prompts": args.prompts,
     }
     given = {key: value for key, value in settings.items() if value is not None}
+    if tokenizer is None and isinstance(model, Encoder):
+        tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
+    if args.add_eos_token:
+        tokenizer = with_end_of_text(tokenizer)
     if isinstance(model, Encoder):
         own = model.settings
         if "prompts" in given:  # these are only the query and document prompts, so keep the model's other prompts
             others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
             given["prompts"] = others | given["prompts"]
-        tokenizer = tokenizer or model.tokenizer
         if tokenizer is model.tokenizer and all(own[key] == value for key, value in given.items()):
             return model
         return Encoder(model.backbone, tokenizer, **(own | given))
-    if tokenizer is None:
-        raise InputError("ContrastiveTrainer needs processing_class=, the model's tokenizer")
     encoder = Encoder(model, tokenizer, **given)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
         logger.warning(
@@ -237,6 +242,15 @@ def make_encoder(
             "dtype=torch.float32 and set bf16=True for speed"
         )
     return encoder
+
+
+def warn_of_last_token(encoder: Encoder) -> None:
+    """Warn if the pooling takes the last token of a text, and the tokenizer puts no end-of-text token there."""
+    if encoder.pooling == "last" and ends_with(encoder.tokenizer) is None and encoder.tokenizer.eos_token is not None:
+        logger.warning(
+            "pooling last takes the last token of a text, which is a token of its last word, because the tokenizer adds no "
+            f"end-of-text token; set add_eos_token=True to end each text with {encoder.tokenizer.eos_token!r}"
+        )
 
 
 def warn_of_settings_for_encode(encoder: Encoder) -> None:

@@ -5,7 +5,7 @@ T5 and similar models are encoder-decoders with a separate class for their encod
 
 import copy
 import logging
-from typing import cast
+from typing import Any, cast
 
 import transformers
 from transformers import (
@@ -121,6 +121,43 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
             raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def ends_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the special token that the tokenizer puts after each text, or None if it puts none there."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
+
+
+def with_end_of_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that puts the end-of-text token (`eos_token`) after each text, also after a truncated text.
+
+    The argument is returned if it does so already. It is never changed, because it may belong to the user. The files of the
+    returned tokenizer add the token in every loader.
+
+    Raises:
+        InputError: if the tokenizer has no end-of-text token, ends each text with another token, or cannot be changed.
+    """
+    end, wanted = ends_with(tokenizer), tokenizer.eos_token_id
+    if wanted is None:
+        raise InputError("add_eos_token: the tokenizer has no end-of-text token; set tokenizer.eos_token")
+    if end == wanted:
+        return tokenizer
+    if end is not None:
+        raise InputError(
+            f"add_eos_token: the tokenizer already ends each text with {tokenizer.convert_ids_to_tokens(end)!r}; remove "
+            "add_eos_token"
+        )
+    changed: Any = copy.deepcopy(tokenizer)
+    before = [tokenizer(text)["input_ids"] for text in ("a", "a b")]
+    changed.add_bos_token = bool(before[0]) and before[0][0] == tokenizer.bos_token_id
+    changed.add_eos_token = True  # transformers makes a new template of the special tokens from these two settings
+    if [changed(text)["input_ids"] for text in ("a", "a b")] != [[*ids, wanted] for ids in before]:
+        raise InputError(
+            f"add_eos_token: the tokenizer ({type(tokenizer).__name__}) cannot be changed to end each text with "
+            f"{tokenizer.eos_token!r}; use a tokenizer that adds this token by itself"
+        )
+    return changed
 
 
 def attend_fully(base: PreTrainedModel) -> None:

@@ -19,16 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed import trainer_rows
+from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.save import save_encoder
@@ -164,6 +160,10 @@ class ContrastiveTrainer(GuardedTrainer):
             callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
             optimizers=optimizers,
         )
+        if self.sharded and in_4_bits(self.encoder.backbone):
+            raise InputError("weights in 4 bits cannot be sharded (FSDP, DeepSpeed); train on one GPU or with DDP")
+        adapted = self.sharded and has_adapters(self.encoder.backbone)
+        self.unsharded = without_weights(self.encoder.backbone) if adapted else None  # adapters are merged into a copy of it
         self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
         self.temperature: Tensor | None = None  # the learned temperature at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
@@ -325,7 +325,8 @@ class ContrastiveTrainer(GuardedTrainer):
         final = not Path(folder).name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", ASIDE))
         results = (final and training_results(self)) or ({} if self.drops_results else None)
         of_encoder = None if state_dict is None else with_file_names(state_dict)
-        save_encoder(self.encoder, folder, verify=final and state_dict is None, state_dict=of_encoder, results=results)
+        verify = final and state_dict is None
+        save_encoder(self.encoder, folder, verify, of_encoder, results=results, unsharded=self.unsharded)
         if not final:
             save_training_tensors(folder, self.step, self.encoder, state_dict or self.step.state_dict())
         torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))

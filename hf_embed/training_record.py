@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RESULT_SETTINGS = frozenset({
     # the model
     "dropout", "trust_remote_code", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "pooling", "max_length", "normalize", "prompts", "temp_scale", "teacher",
+    "load_in_4bit", "pooling", "max_length", "normalize", "prompts", "add_eos_token", "temp_scale", "teacher",
     # the rows
     "positive", "synonyms", "fill_model", "same_dropout_mask", "drop_empty_rows", "source_alpha", "small_sources",
     "shuffle_buffer_size", "data_seed", "ignore_data_skip",

@@ -527,6 +527,7 @@ OUTPUTS = {
     "evaluate": lambda files, out: [files["model"], "--eval_sts_file", f"a={files['sts']}", "--output_dir", out / "a"],
     "evaluate_mteb": lambda files, out: [files["model"], "--tasks", "STSBenchmark", "--output_dir", out / "a"],
     "length_collapse": lambda files, out: [files["model"], "--output_dir", out / "a"],
+    "merge": lambda files, out: [files["model"], files["model"], "--output_dir", out / "a"],
     "tempscale": lambda files, out: [files["model"], "--temperature", 0.9, "--output_dir", out / "a"],
     "pretrain_encoder": lambda files, out: [
         "--teacher",

@@ -3,6 +3,7 @@
 Two sharded ranks also end with the weights and scores of one process. If one rank is killed, the other ranks end too.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file
 from test_gte import formula
@@ -186,6 +188,47 @@ def test_sharded_ranks_end_where_one_process_ends(tmp_path, caching):
     logs = [json.loads((tmp_path / ranks / "checkpoint-2" / "trainer_state.json").read_text())["log_history"] for ranks in "12"]
     for mine, theirs in zip(*logs, strict=True):
         assert all(mine[key] == pytest.approx(theirs[key], abs=1e-5) for key in mine if key.startswith("eval"))
+
+
+@pytest.mark.slow
+def test_adapters_of_sharded_ranks_are_saved_merged(tmp_path):
+    """LoRA on a decoder with FSDP 2: the saved folder is the whole merged model, as one process saves it, also resumed."""
+    for ranks in (1, 2):
+        run(launch(ranks, HERE / "worker_fsdp.py", tmp_path / str(ranks), "lora"))
+    run(launch(2, HERE / "worker_fsdp.py", tmp_path / "3", "lora", tmp_path / "2" / "checkpoint-1"))
+    one, two, resumed = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "123")
+    assert relative_error(two, one) < 1e-9
+    assert relative_error(resumed, one) < 1e-9
+    start = tiny_model("qwen3").double().state_dict()
+    assert relative_error({name: start[name] for name in one}, one) > 1e-4  # control: the training changed the weights
+    loaded = Encoder.from_pretrained(tmp_path / "2")
+    assert type(loaded.backbone).__name__ == "Qwen3Model" and loaded.pooling == "last"
+    assert len(load_file(tmp_path / "2" / "checkpoint-2" / "training.safetensors")) == 2 * 7 * 3 + 1  # and the temperature
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("kind", ["cached", "lora"])
+def test_zero_2_on_two_ranks_ends_where_one_process_ends(tmp_path, monkeypatch, kind):
+    """The shipped file of DeepSpeed ZeRO-2, on two CPU ranks: weights and scores are those of one process, also resumed."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    shipped = yaml.safe_load((HERE.parent / "recipes/accelerate/zero2_8gpu.yaml").read_text())
+    here = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(shipped | here))
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero.yaml")]
+    worker = str(HERE / "worker_zero.py")
+    run([sys.executable, worker, str(tmp_path / "1"), kind])
+    run([*accelerate, worker, str(tmp_path / "2"), kind])
+    run([*accelerate, worker, str(tmp_path / "3"), kind, str(tmp_path / "2" / "checkpoint-1")])
+    one, two, resumed = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "123")
+    assert relative_error(two, one) < 1e-6
+    assert relative_error(resumed, one) < 1e-6
+    start = (tiny_model("qwen3") if kind == "lora" else tiny_model()).state_dict()
+    assert relative_error({name: start[name] for name in one}, one) > 1e-4  # control: the training changed the weights
+    assert len(Encoder.from_pretrained(tmp_path / "2").encode(["a cat"])) == 1
+    logs = [json.loads((tmp_path / ranks / "checkpoint-2" / "trainer_state.json").read_text())["log_history"] for ranks in "12"]
+    for mine, theirs in zip(*logs, strict=True):
+        assert all(mine[key] == pytest.approx(theirs[key], abs=1e-3) for key in mine if key.startswith("eval"))
 
 
 def test_a_killed_rank_ends_the_run(tmp_path):

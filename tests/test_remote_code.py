@@ -214,7 +214,7 @@ def test_every_load_gives_trust_remote_code():
 
 
 @pytest.mark.parametrize(
-    "name", ["encode", "evaluate", "push", "search", "tempscale", "length_collapse", "mine_hard_negatives"]
+    "name", ["encode", "evaluate", "push", "search", "tempscale", "length_collapse", "merge", "mine_hard_negatives"]
 )
 def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     """Each recipe loads the model if the flag is given, and refuses it without the flag."""
@@ -231,6 +231,7 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
         "push": [shutil.copytree(toy, tmp_path / "toy"), "mine", "--new_card"],
         "tempscale": [*model, "--temperature", 0.9, *out],
         "length_collapse": [*model, "--texts", tmp_path / "texts.txt", "--lengths", 4, 8, *out],
+        "merge": [toy, toy, *out],
         "mine_hard_negatives": [*model, "--train_file", files["nli"], "--output_file", tmp_path / "mined.jsonl"],
     }[name]
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
@@ -239,7 +240,7 @@ def test_recipes_hand_the_permission_on(toy, tmp_path, monkeypatch, name):
     if name == "push":
         monkeypatch.setattr(module, "push_folder", lambda folder, repo, **settings: sorted(settings))
     module.main()
-    saved = {"push": "toy/README.md", "tempscale": "out/modeling_toy.py"}.get(name)
+    saved = {"push": "toy/README.md", "tempscale": "out/modeling_toy.py", "merge": "out/modeling_toy.py"}.get(name)
     assert saved is None or (tmp_path / saved).is_file()
 
 

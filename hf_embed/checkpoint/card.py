@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_embed.adapters import count_parameters
 from hf_embed.checkpoint.layout import (
     DenseModule,
     NormalizeModule,
@@ -28,12 +29,14 @@ from hf_embed.checkpoint.layout import (
 )
 from hf_embed.checkpoint.tables import (
     Results,
+    averaged_section,
     code_section,
     inner_name,
     markdown_table,
     mteb_table,
     plain,
     results_section,
+    slug,
     sweep_table,
     training_rows,
 )
@@ -70,7 +73,8 @@ AS_SENTENCE_TRANSFORMERS = {
         "reranking", "Reranking", {"rerank_map": "map", "rerank_mrr@10": "mrr_at_10", "rerank_ndcg@10": "ndcg_at_10"},
     ),
 }  # fmt: skip
-RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card", "evaluated"}  # keys of results.json
+# The keys of results.json.
+RESULT_KEYS = {"before", "after", "train", "mteb", "tempscale", "seed", "seeds", "card", "evaluated", "averaged"}
 # Facts of a card: their names in Trainer, and in results.json.
 FACTS = {"model_name": "title", "language": "language", "license": "license", "tags": "tags", "finetuned_from": "base_model",
          "dataset": "data", "dataset_tags": "datasets"}  # fmt: skip
@@ -193,6 +197,7 @@ def own_results(path: Path) -> Results | None:
         if not found.keys() <= RESULT_KEYS:
             return None
         metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
+        averaged_section(found.get("averaged", []))
     except Exception as error:  # a user may have edited it, and any value may have another type
         logger.warning(f"{path} is damaged ({first_line(error)}); it is left unchanged, and the card does not show its content")
         return None
@@ -241,6 +246,7 @@ def model_card(
         results_section(results, picture),
         sweep_section(encoder, results.get("tempscale")),
         code_section("MTEB", mteb_table(results.get("mteb", []))),
+        averaged_section(results.get("averaged", [])),
         training_section(facts(results) if results.get("train") else None),
         prompts_section(encoder),
         limits_section(encoder, results),
@@ -250,7 +256,7 @@ def model_card(
         "metadata": metadata(results),
         "title": plain(facts(results)["title"]),
         "architecture": type(encoder.base).__name__,
-        "parameters": f"{sum(parameter.numel() for parameter in encoder.base.parameters()):,}",
+        "parameters": f"{count_parameters(encoder.backbone):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",
@@ -395,11 +401,6 @@ def eval_result(kind: str, task: str, dataset: str, metric: str, value: float | 
         metric_name=metric,
         metric_value=value,
     )
-
-
-def slug(name: str) -> str:
-    """Return a name with only letters, digits and _-./ in it."""
-    return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"
 
 
 # ---- vectors on servers ----

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_embed.adapters import unpack
 from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import transformer_folder
 from hf_embed.checkpoint.settings import read_settings
@@ -72,6 +73,7 @@ def load_encoder(
     hub, model_kwargs = hub | found, model_kwargs | found
     folder = find_transformer(name, **hub)
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
+    unpack(backbone)
     tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
     apply_stated_tempscale(backbone)
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)

@@ -21,18 +21,18 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_embed.adapters import has_adapters, merge_adapters
+from hf_embed.adapters import full_copy, has_adapters, in_4_bits, merge_adapters
 from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import verify_folder, verify_loadable
+from hf_embed.checkpoint.verify import verify_alike, verify_folder, verify_loadable
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import calm_libraries
 from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
-from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale import applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
 
@@ -54,8 +54,11 @@ def save_encoder(
     state_dict: dict[str, Tensor] | None = None,
     allow_runtime: bool = False,
     results: Results | None = None,
+    unsharded: PreTrainedModel | None = None,
 ) -> None:
     """Write `encoder` to `folder` as a plain checkpoint. Adapters are merged into a copy first, and TempScale is folded.
+
+    Adapters on weights in 4 bits are merged in float32, on the CPU; `hf_embed.adapters` says why.
 
     Args:
         encoder: the model, which is not changed.
@@ -67,6 +70,7 @@ def save_encoder(
             other loaders do not, and the card says so.
         results: facts about the training, for the card and for results.json in the folder. {} removes the scores and extras of
             an earlier model. Default: the card shows what results.json already holds.
+        unsharded: with adapters and `state_dict`, a copy of the backbone from before it was sharded (`without_weights`).
 
     Raises:
         ExportError: if AutoModel or sentence-transformers (when installed) gives other weights, or vectors that differ by more
@@ -75,12 +79,14 @@ def save_encoder(
     """
     runtime = needs_runtime(encoder, allow_runtime)
     outdated = Path(folder, "onnx").is_dir()
+    if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
+        encoder = full_encoder(encoder, verify)
     if verify:
         verify_loadable(encoder)
         warn_of_servers(served_otherwise(encoder))
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
-            weights = write_checkpoint(encoder, new, state_dict, fold=not runtime)
+            weights = write_checkpoint(encoder, new, state_dict, not runtime, unsharded)
             write_sentence_transformers_files(encoder, new, state_dict)
             if verify and not runtime:  # other loaders do not apply TempScale at runtime
                 verify_folder(encoder, new, weights)
@@ -88,6 +94,23 @@ def save_encoder(
         write_card(encoder, place, keep_results(place, results) if results else None)
     if outdated:
         logger.warning(f"{folder}: its ONNX files were of the earlier weights and have been removed; export the model again")
+
+
+def full_encoder(encoder: Encoder, verify: bool = True) -> Encoder:
+    """Return a copy of an encoder in 4 bits, on the CPU and in float32, with its adapters merged.
+
+    Raises:
+        ExportError: if `verify` is set and the copy gives other vectors.
+    """
+    backbone, scaling = full_copy(encoder.backbone), applied_tempscale(encoder.backbone)
+    if scaling:  # the hooks of the layers that were replaced are lost
+        remove_tempscale(backbone)
+        apply_tempscale(backbone, scaling)
+    settings = encoder.settings | {"dense": copy.deepcopy(encoder.dense).to("cpu")}
+    full = Encoder(backbone, encoder.tokenizer, **settings).eval()
+    if verify:
+        verify_alike(full, encoder)
+    return full
 
 
 @functools.cache
@@ -151,13 +174,17 @@ def put_in_place(new: Path, folder: Path) -> None:
 
 
 def write_checkpoint(
-    encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None, fold: bool = True
+    encoder: Encoder,
+    folder: str,
+    state_dict: dict[str, Tensor] | None = None,
+    fold: bool = True,
+    unsharded: PreTrainedModel | None = None,
 ) -> dict[str, Tensor]:
-    """Write the weights, the config and the tokenizer. Return the written tensors by name."""
+    """Write the weights, the config and the tokenizer. Return the written tensors by name. Arguments as for `save_encoder`."""
     backbone = encoder.backbone
     settings: dict[str, Any] = {}
     if has_adapters(backbone):
-        backbone, state_dict = merged_copy(backbone, state_dict, fold), None
+        backbone, state_dict = merged_copy(backbone if unsharded is None else unsharded, state_dict, fold), None
     else:
         state_dict, settings = tensors_to_save(backbone, state_dict, fold)
     if type(backbone).__module__.startswith("transformers_modules."):
@@ -176,7 +203,7 @@ def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None,
     scaling = applied_tempscale(backbone)
     backbone = copy.deepcopy(backbone)
     if state_dict is not None:
-        backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False)
+        backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False, assign=True)
     if scaling:
         remove_tempscale(backbone)
     backbone = merge_adapters(backbone)

@@ -191,6 +191,15 @@ def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> li
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
+def averaged_section(averaged: list[dict[str, Any]]) -> str:
+    """Return the section of a card on the models whose weights were averaged, or "" for a model that is not an average."""
+    if not averaged:
+        return ""
+    rows = [(str(entry["model"]), f"{entry['share']:.4g}") for entry in averaged]
+    text = "The weights of this model are the weighted mean of the weights of these models, computed in float32."
+    return "\n".join(["## Averaged models", "", text, "", *markdown_table(("Model", "Share"), rows)])
+
+
 def code_section(title: str, lines: list[str], before: str = "") -> str:
     """Return a section with literal lines, or "" if there are none.
 
@@ -214,3 +223,8 @@ def plain(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `text` as one line. Characters that are not printable become spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def slug(name: str) -> str:
+    """Return a name with only letters, digits and _-./ in it."""
+    return re.sub(r"[^\w./-]+", "-", name).strip("-") or "unnamed"

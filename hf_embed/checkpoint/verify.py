@@ -61,6 +61,22 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> 
                 )
 
 
+def verify_alike(full: Encoder, encoder: Encoder) -> None:
+    """Check that a copy in float32 of an encoder in 4 bits gives its vectors, as closely as their devices compute.
+
+    Raises:
+        ExportError: if a vector differs by more than 1e-2 of its norm.
+    """
+    for text in TEXTS:
+        found, expected = (torch.as_tensor(each.encode([text], convert_to_tensor=True)).cpu() for each in (full, encoder))
+        difference = ((found - expected).norm() / expected.norm()).item()
+        if not difference <= HALF_TOLERANCE:  # also catches NaN
+            raise ExportError(
+                f"not saved: the adapters, merged in float32, give vectors that differ by {difference:.1e} of their norm from "
+                f"those of the trained model in 4 bits ({type(encoder.base).__name__})"
+            )
+
+
 def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Raise ExportError unless `model` has exactly the tensors `weights`, bit for bit."""
     loaded = model.state_dict()

@@ -223,8 +223,23 @@ def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: 
     """
     if temperature is not None and tasks:
         raise InputError(f"--temperature {temperature:g} needs no search, but data for a search is given; remove one of them")
+    check_folder_to_fill(folder, [str(model)], overwrite)
+
+
+def check_folder_to_fill(folder: Path, models: Iterable[str], overwrite: bool) -> None:
+    """Check the output folder of a recipe that makes a model from other models.
+
+    Args:
+        folder: the output folder.
+        models: the folders or names of the models.
+        overwrite: files in the output folder may be replaced.
+
+    Raises:
+        InputError: if the folder cannot be written, is the folder of one of the models, or holds files that may not be
+            replaced.
+    """
     check_folder(folder, "--output_dir")
-    if folder.resolve() == model.resolve():
+    if any(folder.resolve() == Path(model).resolve() for model in models):
         raise InputError(f"--output_dir {folder} is the model's own folder; give another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"--output_dir {folder} holds files; give another folder, or replace them with --overwrite_output_dir")

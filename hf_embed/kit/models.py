@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_tokenizer, read_config
@@ -48,6 +48,8 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     kwargs: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
+    if model_args.load_in_4bit:
+        kwargs["quantization_config"] = four_bits()
     if model_args.dropout is not None:
         kwargs["config"] = with_dropout(name, model_args.dropout, model_args.trust_remote_code)
     if masked_lm and model_args.lora_r:
@@ -61,6 +63,18 @@ def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, m
     if model_args.lora_r:
         add_adapters(encoder, model_args)
     return LoadedModel(encoder, encoder.tokenizer, args)
+
+
+def four_bits() -> BitsAndBytesConfig:
+    """Return the quantization of QLoRA (https://arxiv.org/abs/2305.14314): NF4, with quantized scales.
+
+    Products are computed in float32, or under autocast in bfloat16 (--bf16), so that the saved float32 weights give the same
+    vectors. The pooler is not quantized, because it may be trained as a whole.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["pooler"],
+    )  # fmt: skip
 
 
 def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[str, Any]) -> LoadedModel:

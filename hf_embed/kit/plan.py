@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,12 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "With LoRA: names of the modules to adapt. Default: every linear layer."}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "With LoRA: hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes). They are saved in float32."
+        },
+    )
     save_adapter: bool = field(
         default=False, metadata={"help": "With LoRA: also save the adapters by themselves, in OUTPUT_DIR/adapter."}
     )
@@ -75,9 +82,11 @@ class ModelArguments:
         rate, whole = Range(least=0, below=1), Range(least=0, whole=True)
         check_ranges(self, {"dropout": rate, "lora_r": whole, "lora_alpha": COUNT, "lora_dropout": rate})
         defaults = {name: field_.default for name, field_ in type(self).__dataclass_fields__.items()}
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"):
             if not self.lora_r and getattr(self, name) != defaults[name]:
                 raise InputError(f"--{name} has no effect without --lora_r; set the rank of the adapters, such as --lora_r 16")
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_4bit: the package bitsandbytes is not installed; run pip install bitsandbytes")
 
 
 @dataclass

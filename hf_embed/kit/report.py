@@ -40,7 +40,8 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
     plan = dataclasses.replace(plan, args=trainer.args)  # with the settings that the trainer read from the model's folder
     saved, after = None, {}
     if plan.tasks:
-        saved = load_saved(plan)
+        # Weights in 4 bits may be the only ones that the GPU holds, and saving has checked that the saved ones are alike.
+        saved = trainer.encoder if plan.model_args.load_in_4bit else load_saved(plan)
         tasks = with_model(trainer.eval_dataset or {}, saved, temperature=learned_temperature(trainer))
         with hidden_bars(bool(plan.args.disable_tqdm)):
             after = score_encoder(saved, tasks)
