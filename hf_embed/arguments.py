@@ -46,10 +46,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": 'Texts that are put before queries and documents: {"query": "...", "document": "..."}.'},
     )
-    add_eos_token: bool = field(
-        default=False,
-        metadata={"help": "End each text with the tokenizer's end-of-text token, also a truncated one; for pooling last."},
-    )
+    add_eos_token: bool = field(default=False, metadata={"help": "End each text with the end-of-text token."})
     chunk_tokens: int | None = field(
         default=None,
         metadata={"help": "Maximum tokens (with padding) that are encoded at once. Default: 16384 on a GPU, 2048 on a CPU."},
