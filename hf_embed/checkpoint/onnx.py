@@ -14,6 +14,7 @@ Shapes: B texts of T tokens, padded on the right; `width` numbers per hidden sta
 import contextlib
 import importlib.util
 import inspect
+import io
 import logging
 import tempfile
 import warnings
@@ -231,11 +232,11 @@ def not_exported(encoder: Encoder, reason: str) -> InputError:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Hide the remarks of the exporter and of the quantization, which ask nothing of the user."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Hide what the tracer, the converter and the quantization print. Their errors are raised, and the result is checked."""
+    disabled, printed = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
             yield
     finally:
