@@ -13,6 +13,7 @@ from hf_embed.version import __version__
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
+    from hf_embed.averaging import average_models
     from hf_embed.checkpoint.card import write_card
     from hf_embed.checkpoint.onnx import export_onnx
     from hf_embed.data.mixture import Source
@@ -60,6 +61,7 @@ __all__ = [
     "VectorDistillation",
     "ZeroShot",
     "apply_tempscale",
+    "average_models",
     "export_onnx",
     "fold_tempscale",
     "mine_hard_negatives",
@@ -73,6 +75,7 @@ __all__ = [
 # The module of each name in `__all__`. The imports above tell type checkers the same.
 MODULES = {
     "arguments": ["ContrastiveTrainingArguments"],
+    "averaging": ["average_models"],
     "checkpoint.card": ["write_card"],
     "checkpoint.onnx": ["export_onnx"],
     "data.mixture": ["Source"],

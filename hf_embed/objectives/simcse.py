@@ -68,7 +68,7 @@ class SimCSE(ContrastiveObjective):
 
     guide_margin: float | None = field(
         default=None,
-        metadata={"help": "Ignore candidates that --teacher scores above the positive minus this margin."},
+        metadata={"help": "With --teacher: margin against false negatives."},
     )
 
     def __post_init__(self) -> None:
