@@ -31,6 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+BUSY = "another process is writing to this folder"  # part of an error message
 SAVING = ASIDE  # prefix of files and folders that are incomplete or about to be removed
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2 on Linux
 numbers = itertools.count()
@@ -304,7 +305,7 @@ def lock_folder(folder: Path) -> None:
         InputError: if another process holds the lock.
     """
     if not take_lock(folder):
-        raise InputError(f"{folder}: another process is writing to this folder; wait until it ends, or give another folder")
+        raise InputError(f"{folder}: {BUSY}; wait until it ends, or give another folder")
 
 
 def take_lock(folder: Path) -> bool:

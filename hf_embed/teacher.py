@@ -5,7 +5,8 @@
 1. The tokenized tables keep their texts. The teacher encodes each different text once, with its own prompts: "query" before
    anchors, and "document" before the other texts. The ranks share the work.
 2. The vectors are written to a file in the cache of `datasets`, which later runs with the same teacher and the same texts use
-   again. A stopped run resumes the file (`hf_embed.vector_files`). With several machines, the cache must be on a shared disk.
+   again. A stopped run resumes the file (`hf_embed.vector_files`), and a run beside another waits for its file. With several
+   machines, the cache must be on a shared disk.
 3. The tables get a column `vectors` with the row numbers of their texts in the file, and the collator looks the vectors up. If
    the objective needs only scores, the tables get a column `scores` instead: the cosine similarity of the teacher's vectors.
 
@@ -13,6 +14,7 @@ Shapes: M different texts, E width of the teacher, D width of the model that is 
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +33,13 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
 from hf_embed.read_files import read_array
+from hf_embed.safe_files import BUSY
 from hf_embed.vector_files import identity_of, read_vectors, write_vectors
 
 logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"normalize": True, "precision": "float32"}  # of `Encoder.encode`
+WAIT = 2  # seconds between two looks at a file that another run writes
 SAMPLE = 20_000  # the principal directions are those of about this many evenly spaced vectors
 ROWS_AT_ONCE = 10_000  # rows of a table that are read at a time
 
@@ -92,11 +96,15 @@ class Teacher:
     def vectors_of(self, texts: list[str]) -> Path:
         """Return the file with the vectors of the texts, (M, E). Encode the texts if there is no such file yet."""
         file = cache_folder() / "teachers" / f"{identity_of(self.encoder, texts, OPTIONS, 'the texts')}.npy"
-        if file.is_file():
-            read_vectors(file, self.encoder, texts)  # raises an error if the file is damaged
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_vectors(self.encoder, texts, file, **OPTIONS)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while not gather_objects(file.is_file())[0]:  # all ranks go by the main process
+            try:
+                write_vectors(self.encoder, texts, file, **OPTIONS)
+            except InputError as error:
+                if BUSY not in str(error):
+                    raise
+                time.sleep(WAIT)  # another run writes the same vectors
+        read_vectors(file, self.encoder, texts)  # raises an error if the file is damaged
         if get_rank() == 0:
             logger.info(f"teacher {self.name}: the vectors of {len(texts):,} texts are in {file}")
         return file

@@ -1,6 +1,9 @@
 """Test the way of scores and of a teacher's vectors from the data to the objective, and sources with their own objective."""
 
 import logging
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
 
+import hf_embed.teacher
 from hf_embed import (
     ContrastiveTrainer,
     ContrastiveTrainingArguments,
@@ -26,7 +30,9 @@ from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.resume import facts_of
-from hf_embed.teacher import Teacher, VectorFile, number_texts
+from hf_embed.teacher import OPTIONS, Teacher, VectorFile, number_texts
+from hf_embed.vector_files import identity_of
+from hf_embed.work_files import work_folder
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = [{"anchor": f"the {word}", "positive": f"a {word} there"} for word in WORDS]
@@ -350,6 +356,26 @@ def test_the_vectors_of_a_file_are_those_of_the_teacher(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         _, once_more = again.add_to(tables, [("teacher",)])
     assert np.array_equal(once_more["teacher"][[0, 1]], found["teacher"][[0, 1]])
+
+
+def test_two_runs_beside_each_other_share_the_vectors(tmp_path, monkeypatch):
+    """A run waits while another process holds the lock of the same vectors, as when several seeds are started at once."""
+    tiny_encoder(seed=5).save_pretrained(tmp_path / "model")
+    made = Teacher(str(tmp_path / "model"), torch.device("cpu"), 8)
+    monkeypatch.setattr(hf_embed.teacher, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(hf_embed.teacher, "WAIT", 0.1)
+    texts = ["a cat", "a dog"]
+    work = work_folder(tmp_path / "teachers" / f"{identity_of(made.encoder, texts, OPTIONS, '')}.npy")
+    hold = (
+        "import sys, time; from pathlib import Path; from hf_embed.safe_files import lock_folder; folder = Path(sys.argv[1]); "
+    )
+    hold += "folder.mkdir(parents=True); lock_folder(folder); print('held', flush=True); time.sleep(float(sys.argv[2]))"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(work), "2"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    start = time.perf_counter()
+    file = made.vectors_of(texts)
+    assert time.perf_counter() - start > 1 and other.wait() == 0
+    assert np.load(file).shape == (2, 32)
 
 
 def test_directions_keep_dot_products(tmp_path):
