@@ -10,7 +10,6 @@ tells the start of a training, so this is not checked: evaluate the average.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from hf_embed.disk import disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import Dense
+from hf_embed.read_files import parse_json
 from hf_embed.tempscale import applied_tempscale
 from hf_embed.training_record import on_the_hub, shown
 
@@ -129,7 +129,7 @@ def facts(encoder: Encoder) -> dict[str, Any]:
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what decides which token ids a text gets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    state = {"vocab": tokenizer.get_vocab()} if backend is None else parse_json(backend.to_str())
     loose = {"padding", "truncation", "version"}  # settings of the last call
     return {key: value for key, value in state.items() if key not in loose} | {"truncation_side": tokenizer.truncation_side}
 
