@@ -220,3 +220,21 @@ def test_rows_and_settings_that_do_not_fit():
     assert "unknown loss 'l1'; use cosine or mse" in error_of(VectorDistillation, "l1")
     assert "margin and guide_margin are both set" in error_of(ImprovedContrastive, margin=0.1, guide_margin=0.1)
     assert math.isfinite(TeacherKL()(ROWS, IDS, scores=SCORES).item())
+
+
+def with_cosines(*cosines: float) -> torch.Tensor:
+    """Return one row: an anchor and texts with these cosines to it."""
+    texts = [torch.tensor([c, math.sqrt(1 - c**2)], dtype=torch.float64) for c in cosines]
+    return torch.stack([torch.tensor([1.0, 0.0], dtype=torch.float64), *texts]).unsqueeze(0)
+
+
+def test_the_worked_examples_of_the_docstrings():
+    pairs = torch.cat([with_cosines(c) for c in (0.8, 0.9, 0.2)])
+    ids = torch.arange(1, 7).view(3, 2)
+    assert CoSENT()(pairs, ids, scores=torch.tensor([[5.0], [1.0], [1.0]])).item() == pytest.approx(2.127, abs=1e-3)
+    row, ids = with_cosines(0.6, 0.5), torch.tensor([[1, 2, 3]])
+    assert TeacherKL()(row, ids, scores=torch.tensor([[4.0, 1.0]])).item() == pytest.approx(0.031, abs=1e-3)
+    dots = torch.tensor([[[1.0, 0.0], [7.0, 2.0], [6.0, 3.0]]])
+    assert MarginMSE()(dots, ids, scores=torch.tensor([[9.0, 5.0]])).item() == 9
+    student, target = torch.tensor([[[3.0, 4.0]] * 2]), torch.tensor([[[1.0, 0.0]] * 2])
+    assert VectorDistillation()(student, torch.tensor([[1, 1]]), target=target).item() == pytest.approx(0.4)

@@ -24,8 +24,10 @@ class CoSENT(ContrastiveObjective):
     The scores are only compared with each other, so their scale does not matter: 0 to 1, or 0 to 5. Pairs with equal scores
     are not compared. If all scores of a batch are equal, the loss and its gradient are 0.
 
-    The loss compares the pairs of all ranks, so it is the same number on every rank. Example: three pairs with the scores 5, 1
-    and 1. The sum has the terms (i, j) = (1, 2) and (1, 3).
+    The loss compares the pairs of all ranks, so it is the same number on every rank. Example: three pairs with the
+    scores 5, 1 and 1 and the cosines 0.8, 0.9 and 0.2. The sum has the terms (i, j) = (1, 2) and (1, 3), so with t = 0.05
+
+        loss = log [ 1 + e^{(0.9 - 0.8) / 0.05} + e^{(0.2 - 0.8) / 0.05} ] = log [ 1 + 7.389 + 0.000 ] = 2.127
 
     Args:
         temperature: t. The default 0.05 is a scale of 20, as in the author's code and in sentence-transformers.

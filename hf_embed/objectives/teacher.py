@@ -38,6 +38,11 @@ class TeacherKL(ContrastiveObjective):
     - "batch": the positives and negatives of all rows, with the cosine similarities of a teacher model. No text is a false
       negative here, because the teacher says how close it is.
 
+    Example: a row with a positive and one negative, which a reranker scores 4 and 1. The student's cosines are 0.6 and 0.5.
+
+        P = softmax(4, 1) = (0.953, 0.047)        Q = softmax(0.6 / 0.05, 0.5 / 0.05) = (0.881, 0.119)
+        loss = 0.953 log (0.953 / 0.881) + 0.047 log (0.047 / 0.119) = 0.031
+
     Args:
         temperature: t, for the student's cosine similarities.
         teacher_temperature: t', for the teacher's scores. Default: 1 for "row", which suits the logits of a reranker, and t for
@@ -132,6 +137,9 @@ class MarginMSE(ContrastiveObjective):
 
         loss_i = mean_k ( (s(a_i, p_i) - s(a_i, n_ik)) - (y_ip - y_ik) )^2        y: the teacher's scores
 
+    Example: a reranker scores the positive 9 and the negative 5, so its margin is 4. The student's dot products are 7 and 6, so
+    its margin is 1, and the loss is (1 - 4)^2 = 9.
+
     Args:
         similarity: s. "dot" is the dot product, as in the paper, for the scores of a reranker, which may be of any size.
             "cosine" is for a teacher whose scores are cosine similarities.
@@ -194,6 +202,9 @@ class VectorDistillation(ContrastiveObjective):
     """Learn the vectors of a teacher model (Reimers and Gurevych, https://arxiv.org/abs/2004.09813).
 
         loss_i = mean_v ( 1 - cos(f(x_iv), y_iv) )        v: the texts of row i, y: the teacher's vector
+
+    Example: a row of one text, for which the student has the vector (3, 4) and the teacher (1, 0). The cosine is 0.6, and the
+    loss is 0.4.
 
     If the teacher's vectors are wider than the student's, y is their projection on the leading principal directions; if they
     are narrower, y is filled up with zeros. Rows may have one text or several. No text is a negative of another, so batches can
