@@ -31,6 +31,9 @@ from transformers import (
 )
 
 from hf_embed import Encoder, InputError
+from hf_embed.data.labelled import as_pairs
+from hf_embed.data.sources import unformatted
+from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.kit.plan import QUICKSTART
 
 torch.set_num_threads(1)  # with more threads, tiny models would wait longer than they compute
@@ -82,6 +85,14 @@ def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, **set
 @pytest.fixture(scope="session")
 def tokenizer():
     return quickstart_tokenizer()
+
+
+def tokenize_rows(rows, tokenizer, max_length, name="train_dataset", paired=None, prompts=None, drop_empty_rows=False):
+    """Tokenize a table as a training without scores and without a teacher does."""
+    prompts = prompts or {}
+    row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
+    pairs = as_pairs(unformatted(rows), name, paired, drop_empty_rows)
+    return tokenize_table(pairs, row_tokenizer, name, paired, drop_empty_rows)
 
 
 def error_of(function, *args, **kwargs):

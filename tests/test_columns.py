@@ -5,7 +5,7 @@ import shlex
 import pandas
 import pytest
 import yaml
-from conftest import error_of
+from conftest import error_of, tokenize_rows
 from datasets import Dataset, load_dataset
 from test_data_files import datasets_cache, jsonl, listed, streamed, written  # noqa: F401  (a fixture)
 
@@ -13,7 +13,6 @@ from hf_embed import Source
 from hf_embed.data.columns import ACCEPTED, ROLES, judging_columns, named_columns, read_columns, take_columns, text_columns
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import leave_out, read_file
-from hf_embed.data.tokenization import tokenize_rows
 from hf_embed.kit import cli
 from hf_embed.kit.inference import read_column
 from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_rows
@@ -147,7 +146,7 @@ def test_graded_pairs_are_for_evaluation():
     """The STS benchmark of sentence-transformers has the columns sentence1, sentence2 and score."""
     message = error_of(text_columns, ["sentence1", "sentence2", "score"], "stsb")
     assert "the column 'score' judges the pairs" in message
-    assert "evaluate a model on graded pairs with --eval_sts_file" in message
+    assert "to learn from graded pairs, use scored-pairs or the objective CoSENT" in message
 
 
 def test_teacher_scores_do_not_judge_pairs():

@@ -12,7 +12,7 @@ import datasets
 import pandas
 import pytest
 import torch
-from conftest import error_of
+from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
 from hf_embed.chunking import move_back, move_tokens, plan_chunks
@@ -21,7 +21,7 @@ from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import ACCEPTED, text_columns
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.sources import read_file, row_texts
-from hf_embed.data.tokenization import text_id, tokenize_rows, truncated_share, warn_of_truncation
+from hf_embed.data.tokenization import text_id, truncated_share, warn_of_truncation
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,14 @@ import datasets
 import pandas
 import pytest
 import yaml
-from conftest import error_of
+from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
 from hf_embed.data import files
 from hf_embed.data.mixture import Stream
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import is_list, read_file, read_texts, row_texts, text_columns
-from hf_embed.data.tokenization import RowTokenizer, beginning, tokenize_rows
+from hf_embed.data.tokenization import RowTokenizer, beginning
 from hf_embed.evaluation.retrieval import read_pairs, read_retrieval
 from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot

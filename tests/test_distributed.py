@@ -66,7 +66,7 @@ class Runs(dict[int, dict]):
 
     def __missing__(self, ranks: int) -> dict:
         run(launch(ranks, HERE / "worker.py", self.folder))
-        self[ranks] = torch.load(self.folder / f"{ranks}.pt")
+        self[ranks] = torch.load(self.folder / f"{ranks}.pt", weights_only=False)
         return self[ranks]
 
 
@@ -127,6 +127,14 @@ def test_gte_gradients_equal_the_formula(runs, ranks, negatives):
     for tile_rows in (None, 2):
         for caching in (False, True):
             assert relative_error(runs[ranks]["gte", negatives, tile_rows, caching]["gradients"], expected) < 1e-9
+
+
+@pytest.mark.parametrize("ranks", [2, THREE])
+def test_ranks_share_the_work_of_a_teacher(runs, ranks):
+    (expected,), found = runs[1]["vectors of each rank"], runs[ranks]["vectors of each rank"]
+    assert len(found) == ranks and expected.shape == (12, 32)
+    for vectors in found:
+        assert abs(vectors - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("ranks", [2, THREE])

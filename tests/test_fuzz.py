@@ -26,7 +26,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_encoder
+from conftest import quickstart_tokenizer, tiny_encoder, tokenize_rows
 from fuzz_strategies import st
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.strategies import SearchStrategy
@@ -41,7 +41,6 @@ from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.source_files import KEYS, read_sources
 from hf_embed.data.sources import read_file, read_texts
-from hf_embed.data.tokenization import tokenize_rows
 from hf_embed.evaluation.pair_classification import PairClassification, read_pair_classification
 from hf_embed.evaluation.reranking import Reranking, read_reranking
 from hf_embed.evaluation.retrieval import Retrieval, read_retrieval

@@ -9,14 +9,14 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import tiny_encoder, tiny_model
+from conftest import tiny_encoder, tiny_model, tokenize_rows
 from datasets import Dataset, load_dataset
 from torch.testing import assert_close
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, SimCSE
 from hf_embed.data.mixture import Source, Stream
-from hf_embed.data.tokenization import RowTokenizer, tokenize_rows
+from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.kit.plan import QUICKSTART
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"  # at least 16 tokens

@@ -4,7 +4,7 @@ import json
 
 import pandas
 import pytest
-from conftest import error_of, tiny_encoder
+from conftest import error_of, tiny_encoder, tokenize_rows
 from datasets import ClassLabel, Dataset, Features, Value
 from test_data_files import datasets_cache, listed, written  # noqa: F401  (a fixture)
 from test_mixture import arguments
@@ -14,7 +14,6 @@ from hf_embed.data.labelled import as_pairs, read_pairs
 from hf_embed.data.mixture import tokenize_source
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file
-from hf_embed.data.tokenization import tokenize_rows
 
 WORDS = ["entailment", "neutral", "contradiction"]
 # (premise, hypothesis, label); p0 has two different positives and two negatives, p1 has no negative, p2 has no positive

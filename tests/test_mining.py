@@ -18,14 +18,13 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import error_of, tiny_encoder
+from conftest import error_of, tiny_encoder, tokenize_rows
 from datasets import Dataset, DatasetDict
 from test_retrieval import embed, vector
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE, mining
 from hf_embed.data.sources import read_file
-from hf_embed.data.tokenization import tokenize_rows
 from hf_embed.mining import MiningArguments, mine_hard_negatives, write_hard_negatives
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model, tokenize_rows
 from datasets import Dataset, IterableDataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaTokenizer, PreTrainedTok
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, ImprovedContrastive, Retrieval, SimCSE, Source
 from hf_embed.data.sources import read_file
-from hf_embed.data.tokenization import RowTokenizer, tokenize_rows
+from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.evaluation.sts import STS
 from hf_embed.mining import MiningArguments, write_hard_negatives
 

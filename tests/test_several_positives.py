@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model, tokenize_rows
 from datasets import Dataset
 from test_gte import BOTH, DIRECTIONS, VANILLA, assert_same, formula
 
@@ -18,7 +18,7 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedC
 from hf_embed.data.collator import RaggedCollator, used_columns
 from hf_embed.data.mixture import MOST_POSITIVES, Mixture, Source, Stream, make_mixture
 from hf_embed.data.sources import read_file, rows_of_texts
-from hf_embed.data.tokenization import RowTokenizer, text_id, tokenize_rows
+from hf_embed.data.tokenization import RowTokenizer, text_id
 from hf_embed.objectives import ContrastiveObjective, as_objective
 
 # ---- the losses ----

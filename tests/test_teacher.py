@@ -113,6 +113,23 @@ def test_scores_go_with_the_texts_of_their_row(tokenizer):
     assert batch["further"]["scores"].tolist() == torch.tensor([[0.9, 0.0, 0.2], [0.9, 0.7, 0.0]]).tolist()
 
 
+def test_scores_stay_with_their_rows_when_rows_are_dropped(tokenizer):
+    rows = [{"sentence1": f"the {word}", "sentence2": " " if i == 1 else "a b", "score": i} for i, word in enumerate(WORDS)]
+    read = RowTokenizer(tokenizer, 16, scored=True)
+    assert "row 2, column 'sentence2'" in error_of(tokenize_table, Dataset.from_list(rows), read, "rows")
+    tokens = tokenize_table(Dataset.from_list(rows), read, "rows", drop_empty_rows=True)
+    assert tokens["scores"][:] == [[i] for i in range(len(rows)) if i != 1]
+
+
+def test_equal_scores_are_refused(tmp_path):
+    rows = [row | {"score": 3} for row in GRADED]
+    assert error_of(trainer, tmp_path, CoSENT(), rows).startswith(
+        "train_dataset: all scores are 3, so there is nothing to learn"
+    )
+    rows = [row | {"scores": [0.5, 0.5, 0.5]} for row in TRIPLETS]
+    assert "all scores are 0.5" in error_of(trainer, tmp_path, TeacherKL(), rows)
+
+
 def test_a_label_is_a_score_and_no_conversion_takes_place(tokenizer):
     """With an objective that needs scores, sentence1, sentence2 and label are not grouped into positives and negatives."""
     rows = [{"sentence1": row["sentence1"], "sentence2": row["sentence2"], "label": i % 2} for i, row in enumerate(GRADED)]

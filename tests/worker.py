@@ -5,8 +5,10 @@ accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker.py FO
 
 import os
 import sys
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -16,6 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import BertForMaskedLM, TrainerCallback
 
 import hf_embed.data.collator
+import hf_embed.teacher
 import hf_embed.trainer
 from hf_embed import (
     ContrastiveTrainer,
@@ -29,6 +32,7 @@ from hf_embed import (
     VectorDistillation,
 )
 from hf_embed.distributed import gather_objects, gather_rows, get_rank, get_world_size
+from hf_embed.teacher import Teacher
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 ROWS = [
@@ -96,6 +100,16 @@ def train_with_scores(folder: str) -> dict[str, dict]:
         "VectorDistillation": (VectorDistillation(), rows_with(1), {"teacher": teacher}),
     }
     return {name: train(folder, objective, rows, **settings) for name, (objective, rows, settings) in runs.items()}
+
+
+def vectors_of_a_teacher(folder: str) -> np.ndarray:
+    """Let the ranks encode texts with a teacher into an empty cache, and return the vectors that this rank reads."""
+    cache = Path(folder, f"cache-{get_world_size()}")
+    hf_embed.teacher.cache_folder = lambda: cache
+    teacher = Teacher(os.path.join(folder, f"teacher-{get_world_size()}"), torch.device("cpu"), 8)
+    file = teacher.vectors_of([row["positive"] for row in ROWS[:12]])
+    assert len(list(cache.rglob("*.npy"))) == 1
+    return np.load(file)
 
 
 class Watch(TrainerCallback):
@@ -237,6 +251,7 @@ def main(folder: str) -> None:
                 key = "gte", negatives, tile_rows, caching
                 result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
     result |= train_with_scores(folder)
+    result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
     further = hf_embed.data.collator.gather_rows
     hf_embed.data.collator.gather_rows = lambda rows: torch.cat([rows] * get_world_size())  # a mistake: own rows only
     result["scores of own rows"] = train(folder, CoSENT(), rows_with_scores(0))

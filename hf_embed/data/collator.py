@@ -57,7 +57,7 @@ class RaggedCollator:
 
     Args:
         views: the largest number of texts in a row, for each source.
-        once: give a single text one slot pair, as described above.
+        once: encode a single text once, for both slots, as described above.
         vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 

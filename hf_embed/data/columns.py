@@ -213,11 +213,12 @@ def refuse_judgements(unused: list[str], name: str) -> None:
     A pair with label 0 is not a positive pair, but the training would treat it as one.
     """
     if judging := judging_columns(unused):
-        scores = "; evaluate a model on graded pairs with --eval_sts_file" if GRADES.intersection(words_of(judging[0])) else ""
+        graded = GRADES.intersection(words_of(judging[0]))
+        scores = "; to learn from graded pairs, use scored-pairs or the objective CoSENT" if graded else ""
         raise InputError(
             f"{name}: the column '{judging[0]}' judges the pairs, but training does not use it and would treat every pair "
             f"as a positive; keep only the matching pairs, and remove the column with --ignore_columns {' '.join(judging)} (or "
-            f"ignore_columns: in a sources file, or remove_columns of a Dataset){scores}"
+            f"leave it out of --columns, or ignore_columns: in a sources file, or remove_columns of a Dataset){scores}"
         )
 
 

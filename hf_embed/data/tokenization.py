@@ -5,7 +5,7 @@ import logging
 from array import array
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyarrow.compute
 from datasets import Dataset, Value
@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
-from hf_embed.data.labelled import as_pairs
 from hf_embed.data.scores import row_scores, score_columns
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 from hf_embed.progress import table_bars
@@ -123,25 +122,6 @@ class RowTokenizer:
             for i, tokens in zip(long, truncated):
                 ids[i] = tokens
         return ids, set(long)
-
-
-def tokenize_rows(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    name: str = "train_dataset",
-    paired: bool | None = None,
-    prompts: dict[str, str] | None = None,
-    drop_empty_rows: bool = False,
-) -> Dataset:
-    """Tokenize a table of text rows. Put the prompt "query" before anchors and the prompt "document" before other texts.
-
-    The other arguments are those of `tokenize_table`.
-    """
-    prompts = prompts or {}
-    row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
-    pairs = cast(Dataset, as_pairs(unformatted(rows), name, paired, drop_empty_rows))
-    return tokenize_table(pairs, row_tokenizer, name, paired, drop_empty_rows)
 
 
 def tokenize_table(

@@ -6,6 +6,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
@@ -100,8 +101,17 @@ def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_ro
         InputError: if the objective does not suit the rows.
     """
     objective.check_rows(texts_per_row, name)
+    if "scores" in objective.needs and isinstance(tokens, Dataset) and "scores" in tokens.column_names:
+        refuse_equal_scores(tokens, name)
     if has_several_positives(tokens):
         check_other_positives(objective, name)
+
+
+def refuse_equal_scores(tokens: Dataset, name: str) -> None:
+    """Raise InputError if all scores of a table are equal, because no order can be learned from them."""
+    limits = pyarrow.compute.min_max(pyarrow.compute.list_flatten(tokens.with_format("arrow")[:]["scores"])).as_py()
+    if limits["min"] == limits["max"]:
+        raise InputError(f"{name}: all scores are {limits['min']:g}, so there is nothing to learn; give rows with other scores")
 
 
 def as_sources(

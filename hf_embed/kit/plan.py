@@ -324,7 +324,8 @@ def read_scored_rows(flags: cli.Flags, built_in: str) -> Rows:
     """
     data = flags.make(DataArguments)
     file = data.train_file
-    if file and not (data.columns or data.ignore_columns or data.dataset_name or data.sources):
+    other_flags = data.columns or data.ignore_columns or data.dataset_name or data.sources or not data.quoting
+    if file and not other_flags:
         cells = first_cells(file)
         if cells is not None and is_number(cells[0]):
             return Rows(read_sts(file), masked(file), [])
