@@ -70,7 +70,7 @@ class Teacher:
         """Replace the column `texts` of tables by what their objectives need. Every rank calls this.
 
         Args:
-            tables: tokenized tables. Those without a column `texts` do not need the teacher and stay as they are.
+            tables: tokenized tables with a column `texts`.
             needs: `Objective.needs` of the objective of each table.
 
         Returns:
@@ -79,15 +79,17 @@ class Teacher:
         Raises:
             InputError: if a text is empty, or if a vector is not finite.
         """
-        own = [number for number, table in enumerate(tables) if "texts" in table.column_names]
-        prompts = self.encoder.prompt("query"), self.encoder.prompt("document")
-        texts, numbers = number_texts([tables[number] for number in own], *prompts)
+        texts, numbers = number_texts(tables, self.encoder.prompt("query"), self.encoder.prompt("document"))
         file = self.vectors_of(texts)
-        vectors, made = VectorFile(file), list(tables)
-        for number, of_table in zip(own, numbers):
-            column, cells = ("scores", cosines(vectors, of_table)) if "scores" in needs[number] else ("vectors", of_table)
-            made[number] = tables[number].remove_columns("texts").add_column(column, cells)
-        wanted = {name for number in own for name in needs[number]}
+        vectors, made = VectorFile(file), []
+        for table, of_table, needed in zip(tables, numbers, needs):
+            table = table.remove_columns("texts")
+            if "scores" in needed and "scores" not in table.column_names:
+                table = table.add_column("scores", cosines(vectors, of_table))
+            if not {"teacher", "target"}.isdisjoint(needed):
+                table = table.add_column("vectors", of_table)
+            made.append(table)
+        wanted = {name for needed in needs for name in needed}
         found: dict[str, VectorRows] = {"teacher": vectors} if "teacher" in wanted else {}
         if "target" in wanted:
             found["target"] = VectorFile(file, self.width)

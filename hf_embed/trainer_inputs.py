@@ -70,8 +70,8 @@ def with_metrics(
         raise InputError(f"compute_metrics is {described(compute_metrics)}; give a function")
     if not any(isinstance(task, STS) for task in tasks.values()):
         raise InputError(
-            "compute_metrics gets the cosines and the scores of the pairs of an STS set, and eval_dataset has none; other "
-            "evaluation sets compute their own metrics"
+            "compute_metrics gets the cosines and the scores of the pairs of an STS set, and eval_dataset has none; add an STS "
+            "set, or remove compute_metrics"
         )
     return {
         name: replace(task, compute_metrics=compute_metrics) if isinstance(task, STS) else task for name, task in tasks.items()

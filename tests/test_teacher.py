@@ -213,6 +213,24 @@ def test_columns_of_scores_come_before_the_teacher(tmp_path, teacher):
     made.train()
 
 
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_a_function_may_need_scores_and_vectors(tmp_path, teacher, with_columns):
+    """The scores come from the columns, or else from the teacher. The vectors come from the teacher in both cases."""
+    rows = [row | ({"scores": [0.9, 0.1 * i, 0.2]} if with_columns else {}) for i, row in enumerate(TRIPLETS)]
+    seen = []
+
+    def loss(embeddings, text_ids, all_embeddings, all_text_ids, first_row, scores, teacher):
+        seen.append((scores, teacher))
+        return embeddings.square().mean()
+
+    trainer(tmp_path, loss, rows, teacher=teacher).train()
+    for scores, vectors in seen:
+        assert vectors.shape == (4, 4, 32)
+        cosines = torch.einsum("nd,nvd->nv", vectors[:, 0], vectors[:, 1:])
+        assert (scores - cosines).abs().max() < 1e-5 or with_columns
+        assert torch.equal(scores[:, 0], torch.full((4,), 0.9)) == with_columns
+
+
 def test_a_teacher_that_nothing_uses_is_refused(tmp_path, teacher):
     message = error_of(trainer, tmp_path, SimCSE(), PAIRS, teacher=teacher)
     assert f"teacher is {teacher}, but no objective uses it; remove it" in message

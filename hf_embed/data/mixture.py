@@ -312,7 +312,7 @@ def what_to_read(objective: Objective, columns: list[str], teacher: str | None) 
     from the teacher.
     """
     scored = "scores" in objective.needs and (teacher is None or has_scores(columns))
-    return scored, bool(objective.needs) and not scored
+    return scored, any(need != "scores" or not scored for need in objective.needs)
 
 
 def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bool] = (False, False)) -> RowTokenizer:
