@@ -3,6 +3,7 @@
 1. A batch arrives flat: the tokens of all texts in one row, and the length of each text. Nothing is padded yet.
 2. The texts are sorted by length and divided into chunks of at most `chunk_tokens` tokens, padding included. A chunk also ends
    where more padding would cost more time than a further small chunk. Each chunk is padded to its own longest text.
+   If the model can be packed (`hf_embed.packing`), a chunk is one row without padding instead.
 3. The embeddings of the chunks are put back into the order of the batch, so the objective does not need to know the chunks.
 
 With `gradient_caching`, each chunk uses activation checkpointing. Its activations are freed after the forward pass and
@@ -13,14 +14,17 @@ backward pass, so it reduces gradients once.
 Shapes: N texts with S tokens in total. A chunk has b texts, padded to T tokens. D is the width of an embedding.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_embed.distributed import gather_objects
+from hf_embed.packing import Numbering, Packing, copy_to, pack
 
 # A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.
 MAX_PADDING = 0.15
@@ -52,6 +56,23 @@ def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[
     return chunks
 
 
+def plan_packed(lengths: list[int], chunk_tokens: int) -> list[list[int]]:
+    """Divide texts into chunks that will not be padded: at most `chunk_tokens` tokens. Otherwise as `plan_chunks`.
+
+    >>> plan_packed([3, 9, 3, 8], chunk_tokens=18)
+    [[1, 3], [0, 2]]
+    """
+    chunks: list[list[int]] = []
+    tokens = chunk_tokens
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if tokens + lengths[i] > chunk_tokens:
+            chunks.append([])
+            tokens = 0
+        chunks[-1].append(i)
+        tokens += lengths[i]
+    return chunks
+
+
 def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
     """Increase the number of chunks to `count`: halve the largest, or duplicate the first if all are single texts."""
     chunks = list(chunks)
@@ -60,6 +81,18 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
         half = len(chunks[i]) // 2
         chunks[i : i + 1] = [chunks[i][:half], chunks[i][half:]] if half else [chunks[i], chunks[i]]
     return chunks
+
+
+def pack_chunk(
+    ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int, numbering: Numbering
+) -> tuple[Tensor, Tensor, Tensor | None, Packing]:
+    """Pack the texts of one chunk. Arguments as for `pad_chunk`; `numbering` gives each token its position.
+
+    Returns:
+        Token ids (1, S), attention mask (b, T) of the padded texts, token embeddings (1, S, width) or None, and the packing.
+    """
+    packing = pack(ids, lengths, pad_id, numbering)
+    return ids.unsqueeze(0), packing.mask, None if words is None else words[:-1].unsqueeze(0), packing
 
 
 def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -75,13 +108,13 @@ def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -
         Token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None.
     """
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-    places = (mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, len(ids)).to(ids.device)
-    padded = torch.cat([ids, ids.new_tensor([pad_id])])[places]
-    return padded, mask.long().to(ids.device), None if words is None else F.embedding(places, words)
+    places = copy_to((mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, len(ids)), ids.device)
+    padded = torch.cat([ids, ids.new_full((1,), pad_id)])[places]
+    return padded, copy_to(mask.long(), ids.device), None if words is None else F.embedding(places, words)
 
 
 def encode_in_chunks(
-    encode: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    encode: Callable[..., Tensor],
     input_ids: Tensor,
     lengths: list[int],
     pad_id: int,
@@ -89,11 +122,13 @@ def encode_in_chunks(
     gradient_caching: bool = False,
     equal_chunks: bool = False,
     embed_tokens: Callable[[Tensor], Tensor] | None = None,
+    numbering: Numbering | None = None,
 ) -> Tensor:
     """Encode the texts of a flat batch, chunk by chunk.
 
     Args:
-        encode: maps token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None, to (b, D).
+        encode: maps token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None, to (b, D). With
+            `numbering`, the token ids are (1, S), their embeddings (1, S, width), and the fourth argument is the `Packing`.
         input_ids: (S,) the tokens of all texts, one text after the other.
         lengths: the number of tokens of each text: N numbers that sum to S.
         pad_id: the id of the padding token.
@@ -104,26 +139,33 @@ def encode_in_chunks(
         embed_tokens: the table of token embeddings, (S,) -> (S, width), which is then read once for all chunks. Its gradient is
             as large as the table, so one gradient for each chunk would cost more time than the chunk itself. None: each chunk
             reads the table inside the model.
+        numbering: pack each chunk into one row, and number its tokens in this way. None: pad the chunks.
 
     Returns:
         Embeddings (N, D), in the order of the batch.
     """
+    lay_out: Callable[..., tuple]
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
-    chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
+    if numbering is None:
+        lay_out = pad_chunk
+        chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
+    else:
+        lay_out = partial(pack_chunk, numbering=numbering)
+        chunks = plan_packed(lengths, chunk_tokens)
     if equal_chunks:
         chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])
-    input_ids = input_ids[move_tokens(sizes, order).to(input_ids.device)]  # now each chunk is a slice
+    input_ids = input_ids[copy_to(move_tokens(sizes, order), input_ids.device)]  # now each chunk is a slice
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
     encoded = []
     for chunk, ids, words in zip(chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id)):
-        padded = pad_chunk(ids, words, sizes[chunk], pad_id)
+        inputs = lay_out(ids, words, sizes[chunk], pad_id)
         if gradient_caching and torch.is_grad_enabled():
-            encoded.append(checkpoint(encode, *padded, use_reentrant=False, preserve_rng_state=True))
+            encoded.append(checkpoint(encode, *inputs, use_reentrant=False, preserve_rng_state=True))
         else:
-            encoded.append(encode(*padded))
+            encoded.append(encode(*inputs))
     embeddings = torch.cat(encoded)
-    restored = embeddings[move_back(order, len(lengths)).to(input_ids.device)]
+    restored = embeddings[copy_to(move_back(order, len(lengths)), input_ids.device)]
     # Keep duplicate chunks in the autograd graph with zero gradient, so every rank runs the same number of collectives.
     return restored if len(order) == len(lengths) else restored + 0 * embeddings.sum()
 
@@ -170,5 +212,28 @@ def words_of_chunks(
     """
     if embed_tokens is None:
         return [None] * len(counts)
-    *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_tensor([pad_id])])).split([*counts, 1])
+    *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_full((1,), pad_id)])).split([*counts, 1])
     return [torch.cat([rows, padding]) for rows in words]
+
+
+@contextlib.contextmanager
+def serve_words(table: nn.Embedding | None, input_ids: Tensor, words: Tensor | None) -> Iterator[None]:
+    """Make lookups of `input_ids` (b, T) in `table` return `words` (b, T, width), the rows that have been read before.
+
+    Without `words` the model does its own lookup. The model receives the token ids in any case, so everything else that it
+    derives from them (positions, masks) is as in inference. A lookup of other ids, for example of ids that the model has padded
+    further, still reads the table.
+    """
+    if table is None or words is None:
+        yield
+        return
+
+    def served(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        ids = args[0] if args else kwargs["input"]
+        return words if ids.shape == input_ids.shape and ids.data_ptr() == input_ids.data_ptr() else output
+
+    handle = table.register_forward_hook(served, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

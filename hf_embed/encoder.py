@@ -4,9 +4,8 @@ Shapes: N texts with S tokens in all; a chunk has b texts padded to T tokens; D 
 width of a hidden state.
 """
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.chunking import encode_in_chunks
+from hf_embed.chunking import encode_in_chunks, serve_words
 from hf_embed.data.tokenization import beginning
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
@@ -31,7 +30,8 @@ from hf_embed.encoding import (
 )
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
-from hf_embed.pooling import POOLINGS, Dense, check_pooling, pool
+from hf_embed.packing import Numbering, Packable, Packing, precision, ways_to_pack
+from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
@@ -72,6 +72,7 @@ class Encoder(nn.Module):
 
     backbone: PreTrainedModel  # or a PEFT model around one
     dense: nn.Sequential
+    packable: Packable | None  # how the texts of a chunk can share a row; None: they are padded
 
     def __init__(
         self,
@@ -110,13 +111,14 @@ class Encoder(nn.Module):
             )
         self.dense = nn.Sequential(*dense)
         attend_fully(self.base)
+        self.packable = None
         self.check_forward()
         self.max_length = check_max_length(max_length, self.positions, tokenizer)
 
     def check_forward(self) -> None:
         """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
         measured = measure(self)
-        self.width, self.positions = measured.width, measured.positions
+        self.width, self.positions, self.packable = measured.width, measured.positions, measured.packable
 
     @property
     def base(self) -> PreTrainedModel:
@@ -173,13 +175,22 @@ class Encoder(nn.Module):
         last = self.dense[-1] if len(self.dense) else None
         return last.linear.out_features if isinstance(last, Dense) else self.width
 
-    def pool(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
+    def pool(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        words: Tensor | None = None,
+        packing: Packing | None = None,
+        **further: Tensor,
+    ) -> Tensor:
         """Pool the hidden states of a chunk.
 
         Args:
-            input_ids: (b, T) padded token ids.
+            input_ids: (b, T) padded token ids; (1, S) with a packing.
             mask: (b, T) 1 on tokens and 0 on padding.
-            words: (b, T, width) the rows of the word table for these tokens, if they have been read already.
+            words: (b, T, width) the rows of the word table for these tokens, if they have been read already; (1, S, width) with
+                a packing.
+            packing: where the texts lie if the chunk is one row without padding.
             further: other outputs of the tokenizer, by name.
 
         Returns:
@@ -190,21 +201,30 @@ class Encoder(nn.Module):
         """
         entry = POOLINGS[self.pooling]
         everything = entry.layers is not None
-        with serve_words(self.word_table, input_ids, words):
-            output = self.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=everything, **further)
-        if entry.model_pooler:
+        layout = {"attention_mask": mask} if packing is None else packing.arguments()
+        with precision(self.base), serve_words(self.word_table, input_ids, words):
+            output = self.backbone(input_ids=input_ids, output_hidden_states=everything, **layout, **further)
+        if entry.model_pooler and packing is None:
             return output.pooler_output
-        states = output.hidden_states if everything else (output[0],)
-        if states[-1].shape[:2] != input_ids.shape:
+        states = states_to_pool(self.pooling, output.hidden_states if everything else (output[0],))
+        if states.shape[:2] != input_ids.shape:
             raise InputError(
-                f"{type(self.base).__name__}: its first output has the shape {tuple(states[-1].shape)} for "
+                f"{type(self.base).__name__}: its first output has the shape {tuple(states.shape)} for "
                 f"{tuple(input_ids.shape)} token ids, so there are no hidden states of tokens to pool; use a text encoder"
             )
-        return pool(self.pooling, states, mask)
+        states = states if packing is None else packing.unpack(states)
+        return self.base.pooler(states) if entry.model_pooler else entry.function(states, mask)
 
-    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, **further: Tensor) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        words: Tensor | None = None,
+        packing: Packing | None = None,
+        **further: Tensor,
+    ) -> Tensor:
         """Return embeddings (b, D): pool the hidden states and apply the layers after the pooling. Arguments as for `pool`."""
-        return self.dense(self.pool(input_ids, mask, words, **further))
+        return self.dense(self.pool(input_ids, mask, words, packing, **further))
 
     def forward(
         self,
@@ -214,6 +234,7 @@ class Encoder(nn.Module):
         gradient_caching: bool = False,
         sharded: bool = False,
         embed: Callable[..., Tensor] | None = None,
+        packed: bool = True,
     ) -> dict[str, Tensor]:
         """Embed a flat batch, chunk by chunk.
 
@@ -225,6 +246,7 @@ class Encoder(nn.Module):
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and each chunk reads the word table inside the model.
             embed: the function that embeds a chunk; default: `self.embed`. Training passes one that includes its head.
+            packed: pack the chunks if the model can be packed; False: pad them.
 
         Returns:
             {"embeddings": (N, D)}, not normalized.
@@ -239,8 +261,15 @@ class Encoder(nn.Module):
             gradient_caching=gradient_caching,
             equal_chunks=sharded,
             embed_tokens=words,
+            numbering=self.numbering if packed else None,
         )
         return {"embeddings": embeddings}
+
+    @property
+    def numbering(self) -> Numbering | None:
+        """The positions in a packed row; None if the model is not packed with its present attention, or on its device."""
+        known = self.packable is not None and self.packable in ways_to_pack(self.base)
+        return self.packable.numbering if known else None
 
     @property
     def word_table(self) -> nn.Embedding | None:
@@ -455,26 +484,3 @@ def embed_texts(
 def default_chunk_tokens(device: torch.device) -> int:
     """Return the largest number of padded tokens in a chunk if the user sets none."""
     return DEFAULT_CHUNK_TOKENS.get(device.type, DEFAULT_CHUNK_TOKENS["default"])
-
-
-@contextlib.contextmanager
-def serve_words(table: nn.Embedding | None, input_ids: Tensor, words: Tensor | None) -> Iterator[None]:
-    """Make lookups of `input_ids` (b, T) in `table` return `words` (b, T, width), the rows that have been read before.
-
-    Without `words` the model does its own lookup. The model receives the token ids in any case, so everything else that it
-    derives from them (positions, masks) is as in inference. A lookup of other ids, for example of ids that the model has padded
-    further, still reads the table.
-    """
-    if table is None or words is None:
-        yield
-        return
-
-    def served(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        ids = args[0] if args else kwargs["input"]
-        return words if ids.shape == input_ids.shape and ids.data_ptr() == input_ids.data_ptr() else output
-
-    handle = table.register_forward_hook(served, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

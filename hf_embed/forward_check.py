@@ -3,11 +3,12 @@
 The contract: the vector of a text depends only on this text, and every code path computes the same vector. Some architectures
 break the contract: FNet, Nystromformer, Funnel and others read padding; Reformer and YOSO draw random hashes. The loss does not
 show it, because it falls all the same. Therefore an encoder computes three texts of different lengths, without dropout, in
-three ways:
+four ways:
 
 1. each text alone, with every output of the tokenizer: the reference;
-2. all texts in one padded batch, as in `encode`;
-3. as in training: a flat batch, with gradients, and with the word table read once for all chunks.
+2. all texts in one padded batch;
+3. all texts in one row without padding (`hf_embed.packing`). If these vectors differ, the model is padded everywhere;
+4. as in training: a flat batch, with gradients, and with the word table read once for all chunks.
 
 The same passes measure two numbers that configurations state under many names, or wrongly: the width of the vectors, and the
 number of tokens that the model has positions for.
@@ -33,7 +34,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
 from hf_embed.library_internals import attention_backend
+from hf_embed.packing import Packable, precision, rounds_to_half, ways_to_pack
 from hf_embed.pooling import Dense
+from hf_embed.tempscale.attention import base_of
 
 if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
@@ -43,6 +46,7 @@ TEXTS = [
     "A cat sleeps on the warm windowsill.",
     "Rain.",
 ]
+MOST_POSITIONS = 1024  # a row of texts longer than this is not tried
 MOST_TOKENS = 16  # largest number of tokens of a text; it keeps the check quick on large models
 # Largest allowed distance from the reference, relative to its norm. Half precision rounds differently in each batch shape.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -51,10 +55,17 @@ Row = dict[str, list[int]]  # the outputs of a tokenizer for one text, by name
 
 @dataclass
 class Measured:
-    """What the passes measure: the width of the vectors, and the number of tokens that have positions (None: no limit)."""
+    """What the passes measure.
+
+    Attributes:
+        width: the width of the vectors.
+        positions: the number of tokens that have positions; None: no limit.
+        packable: how the model can be packed; None: it cannot.
+    """
 
     width: int
     positions: int | None
+    packable: Packable | None = None
 
 
 @dataclass
@@ -67,6 +78,7 @@ class Passes:
     plain: Tensor  # each text alone, from its token ids
     batch: Tensor  # all texts in one padded batch
     training: Tensor  # as in training
+    packable: Packable | None  # how the model can be packed, so that its vectors equal the reference
     attends: bool  # whether tokens see each other
     lookups: "LookupRecorder"  # the lookups of the reference pass
 
@@ -86,7 +98,7 @@ def measure(encoder: "Encoder") -> Measured:
     first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
     width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
     positions = passes.lookups.positions(passes.rows, word_table(encoder.base)) or stated_positions(encoder.config)
-    return Measured(width, positions)
+    return Measured(width, positions, passes.packable)
 
 
 def run_passes(encoder: "Encoder") -> Passes:
@@ -118,14 +130,36 @@ def compute_passes(encoder: "Encoder") -> Passes:
         with LookupRecorder() as lookups:
             reference = torch.cat([alone(encoder, row, row.keys()) for row in rows])
         plain = torch.cat([alone(encoder, row, ()) for row in rows]) if further else reference
-        batch = encoder(flat, lengths)["embeddings"]
+        batch = encoder(flat, lengths, packed=False)["embeddings"]
+        encoder.packable = find_packable(encoder, flat, lengths, reference)
         attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
         encoder.train()  # Reformer in training mode raises an error for most lengths
         encoder(flat, lengths)
         encoder.eval()
     with torch.enable_grad():
         training = encoder(flat, lengths)["embeddings"].detach()
-    return Passes(rows, further, reference, plain, batch, training, attends, lookups)
+    return Passes(rows, further, reference, plain, batch, training, encoder.packable, attends, lookups)
+
+
+def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], reference: Tensor) -> Packable | None:
+    """Return how the model can be packed so that its vectors equal `reference`, (N, D); None if it cannot.
+
+    A model that takes other arguments, or that adds something to the scores, may raise any error. It is padded then. In the
+    first check of a model with few positions, the texts are repeated, so that the row has more tokens than there are positions.
+    """
+    positions = 0 if encoder.packable else stated_positions(encoder.config) or 0
+    times = 1 + (positions // len(flat) if positions <= MOST_POSITIONS else 0)
+    for way in ways_to_pack(encoder.base):
+        encoder.packable = way
+        try:
+            packed = encoder(flat.repeat(times), lengths * times, chunk_tokens=times * len(flat))["embeddings"]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
+        if not differ(packed, reference.repeat(times, 1), tolerance_of(encoder.backbone)):
+            return way
+    return None
 
 
 def check_passes(passes: Passes, encoder: "Encoder") -> None:
@@ -240,7 +274,8 @@ def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) ->
     if len(ids) < 2 or not another:
         return True
     pair = torch.tensor([ids, [*another, *ids[1:]]], device=encoder.device)
-    states = encoder.backbone(input_ids=pair, attention_mask=torch.ones_like(pair))[0]
+    with precision(encoder.base):
+        states = encoder.backbone(input_ids=pair, attention_mask=torch.ones_like(pair))[0]
     return not torch.equal(states[0, -1], states[1, -1])
 
 
@@ -256,9 +291,10 @@ def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
     return not bool(((distance <= tolerance) | both_nan).all())
 
 
-def tolerance_of(backbone: nn.Module) -> float:
-    """Return the largest relative difference that the precision of the weights explains."""
+def tolerance_of(backbone: PreTrainedModel) -> float:
+    """Return the largest relative difference that the precision of the weights and of the attention explains."""
     dtypes = {parameter.dtype for parameter in backbone.parameters()}
+    dtypes |= {torch.bfloat16} if rounds_to_half(base_of(backbone)) else set()
     return max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
 
 

@@ -181,16 +181,18 @@ def check_pooling(pooling: str) -> None:
 
 
 def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """Pool the hidden states of the layers, each (B, T, D), to vectors (B, D).
+    """Pool the hidden states of the layers, each (B, T, D), to vectors (B, D); see `states_to_pool`."""
+    return POOLINGS[pooling].function(states_to_pool(pooling, hidden_states), mask)
+
+
+def states_to_pool(pooling: str, hidden_states: tuple[Tensor, ...]) -> Tensor:
+    """Return the hidden states, (B, T, D), that a pooling reads.
 
     `hidden_states[0]` is the embedding layer and `hidden_states[-1]` the last layer. A pooling of only the last layer reads
     only the last entry.
     """
-    entry, states = POOLINGS[pooling], hidden_states[-1]
-    if entry.layers is not None:
-        one, other = entry.layers
-        states = (hidden_states[one] + hidden_states[other]) / 2
-    return entry.function(states, mask)
+    layers = POOLINGS[pooling].layers
+    return hidden_states[-1] if layers is None else (hidden_states[layers[0]] + hidden_states[layers[1]]) / 2
 
 
 def find_pooling(mode: str, layers: tuple[int, int] | None = None, model_pooler: bool = False) -> str | None:

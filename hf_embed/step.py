@@ -26,11 +26,13 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime
 from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.chunking import encode_in_chunks
+from hf_embed.dropout import use_fast_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError
 from hf_embed.library_internals import layers_to_wrap
 from hf_embed.mlm import split_masked_lm
 from hf_embed.objectives.base import Objective
+from hf_embed.packing import Packing, precision
 from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.text_models import ends_with, with_end_of_text
@@ -116,9 +118,9 @@ class TrainingStep(nn.Module):
             outputs["mlm"] = losses.sum()
         return outputs
 
-    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """Embed a chunk as `Encoder.embed` does, but apply the training head in training mode."""
-        pooled = self.encoder.pool(input_ids, mask, words)
+        pooled = self.encoder.pool(input_ids, mask, words, packing)
         if self.train_head is not None and self.training:
             pooled = self.train_head(pooled)
         return self.encoder.dense(pooled)
@@ -134,7 +136,9 @@ class TrainingStep(nn.Module):
         """
         assert self.mlm_head is not None
         ids = masked_ids[places].masked_fill(mask == 0, self.encoder.tokenizer.pad_token_id)
-        logits = self.mlm_head(self.encoder.backbone(input_ids=ids, attention_mask=mask)[0])
+        with precision(self.encoder.base):
+            states = self.encoder.backbone(input_ids=ids, attention_mask=mask)[0]
+        logits = self.mlm_head(states)
         wanted = labels[places].masked_fill(mask == 0, -100)
         return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
 
@@ -185,6 +189,7 @@ def make_step(
     if objective.mlm_weight and mlm_head is None:
         model, mlm_head = split_masked_lm(model)
     encoder = make_encoder(model, tokenizer, args)
+    use_fast_dropout(encoder.backbone)
     if args.temp_scale is not None:
         apply_tempscale(encoder.backbone, args.temp_scale)
     needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training

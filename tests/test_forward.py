@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_model
 from numpy.testing import assert_allclose
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -163,18 +163,19 @@ def test_the_check_sees_a_single_leak():
     assert "depends on the other texts of its batch" in error_of(encoder_of, model)
 
 
-def test_the_check_sees_training_that_differs(monkeypatch):
+@pytest.mark.parametrize(("lay_out", "architecture"), [("pad_chunk", "qwen3"), ("pack_chunk", "bert")])
+def test_the_check_sees_training_that_differs(lay_out, architecture, monkeypatch):
     """Negative control: the check finds word embeddings that training puts in the wrong place."""
     from hf_embed import chunking
 
-    right = chunking.pad_chunk
+    right = getattr(chunking, lay_out)
 
-    def wrong(ids, words, lengths, pad_id):
-        ids, mask, words = right(ids, words, lengths, pad_id)
-        return ids, mask, None if words is None else words.flip(1)
+    def wrong(*args, **options):
+        ids, mask, words, *packing = right(*args, **options)
+        return ids, mask, None if words is None else words.flip(1), *packing
 
-    monkeypatch.setattr(chunking, "pad_chunk", wrong)
-    assert "the forward pass of training differs" in error_of(tiny_encoder)
+    monkeypatch.setattr(chunking, lay_out, wrong)
+    assert "the forward pass of training differs" in error_of(encoder_of, tiny_model(architecture))
 
 
 @pytest.mark.parametrize(("by", "tolerance", "found"), [(1e-3, 1e-4, True), (1e-5, 1e-4, False), (float("nan"), 1e-4, True)])

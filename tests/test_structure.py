@@ -18,7 +18,7 @@ LONG = {
     "encoder.encode": "the arguments of sentence-transformers' encode",
     "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
     "guarded_trainer._maybe_log_save_evaluate": "the parameters of transformers' method",
-    "chunking.encode_in_chunks": "a batch (four), and how it is cut (four)",
+    "chunking.encode_in_chunks": "a batch (four), and how it is cut (five)",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
     "objectives.cosent.__call__": "the arguments of an objective (seven), and the scores",
     "objectives.gte.__call__": "the arguments of an objective (seven), and the teacher's vectors",

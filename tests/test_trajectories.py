@@ -12,6 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -99,10 +100,14 @@ def small_tokenizer():
 def make_trainer(case: Case, model: nn.Module, folder: str) -> ContrastiveTrainer:
     settings = SETTINGS | {"per_device_train_batch_size": BATCH, "pooling": case.pooling} | case.settings
     args = ContrastiveTrainingArguments(folder, **settings)
-    return ContrastiveTrainer(
-        model=model, args=args, objective=case.objective, train_dataset=Dataset.from_list(case.rows), callbacks=[Seeds()],
-        processing_class=small_tokenizer(),
-    )  # fmt: skip
+    with patch("hf_embed.step.use_fast_dropout"):  # the loop draws the masks of PyTorch's dropout
+        trainer = ContrastiveTrainer(
+            model=model, args=args, objective=case.objective, train_dataset=Dataset.from_list(case.rows), callbacks=[Seeds()],
+            processing_class=small_tokenizer(),
+        )  # fmt: skip
+    if case.dropout:
+        trainer.encoder.packable = None  # the loop pads, and a packed row would draw other masks
+    return trainer
 
 
 def numbers_of_batches(trainer: ContrastiveTrainer) -> list[list[int]]:

@@ -289,10 +289,10 @@ class Lengths:
 
     def __init__(self, config: TempScaleConfig):
         self.config = config
-        self.tokens = torch.zeros(0)  # (B,)
+        self.tokens = torch.zeros(0, 1)  # (B, 1); for a packed row of S tokens (1, S): the length of the text of each token
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Count the tokens of each text.
+        """Count the tokens of each text, padded or packed (`hf_embed.packing`).
 
         Raises:
             InputError: if the attention mask does not have the two dimensions (texts, tokens).
@@ -301,6 +301,10 @@ class Lengths:
         """
         if getattr(model, "is_activation_checkpointing", False) and model.training:
             raise RuntimeError("TempScale with growth cannot be trained with activation checkpointing; use gradient_caching")
+        if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
+            lengths = bounds.diff()
+            self.tokens = lengths.repeat_interleave(lengths).unsqueeze(0)
+            return
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         mask = given.get("attention_mask")
         if mask is not None and mask.dim() != 2:
@@ -308,16 +312,19 @@ class Lengths:
         if mask is None:
             inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
             mask = torch.ones(inputs.shape[:2], device=inputs.device)
-        self.tokens = mask.sum(1)
+        self.tokens = mask.sum(1, keepdim=True)
 
     def factor(self, output: Tensor) -> Tensor:
-        """Return the factor for the temperature of each text, (B, 1, ...), for an output (B, ...); see `TempScaleConfig`."""
+        """Return the factor for the temperature of each text, (B, 1, ...), for an output (B, T, ...); see `TempScaleConfig`.
+
+        For the output (1, S, ...) of a packed row, it is (1, S, 1, ...).
+        """
         reference = self.config.reference_length
         tokens = self.tokens.clamp(min=reference).float()
         if self.config.growth == "log":
             factor = math.log(reference) / tokens.log()
         else:
             factor = (reference / tokens) ** self.config.exponent
-        if len(factor) != output.shape[0]:
+        if len(factor) != output.shape[0] or factor.shape[1] not in (1, output.shape[1]):
             raise RuntimeError(f"TempScale with growth: {len(factor)} texts, but queries of shape {tuple(output.shape)}")
-        return factor.view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+        return factor.view(*factor.shape, *[1] * (output.dim() - 2)).to(output.dtype)

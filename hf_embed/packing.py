@@ -1,0 +1,196 @@
+"""Pack the texts of a chunk into one row without padding, and let the tokens of a text attend to that text only.
+
+Three texts of 3, 2 and 1 tokens, padded and packed:
+
+    padded, (3, 3)     packed, (1, 6)        positions      cu_seq_lens
+    a b c              a b c d e f           0 1 2 0 1 0    0 3 5 6
+    d e .
+    f . .
+
+In the packed row, every layer except attention computes no padding. Attention gets the bounds of the texts, `cu_seq_lens`:
+flash attention reads them, and `attend_by_text` does the same for PyTorch's attention on a CPU. transformers passes them from
+the arguments of the model to the attention function.
+
+Not every model can be packed: position biases, sliding windows or positions of another kind give other vectors, or an error.
+Therefore `packs` computes a few texts both ways, and a model whose vectors differ is padded.
+
+Shapes: a chunk has b texts of at most T tokens, S tokens in all. H heads of d numbers. D is the width of a hidden state.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from hf_embed.library_internals import attention_backend
+
+# The attentions that can be packed, with the kinds of devices on which they can.
+PACKED_ATTENTION = [("sdpa", "cpu"), ("flash_attention_2", "cuda")]
+# What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
+HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_k", "max_length_q",
+            "max_length_k", "is_causal"}  # fmt: skip
+
+Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device. The host does not wait for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def from_zero(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
+    """Return the position of each token in its text, counted from 0, as most models count.
+
+    >>> from_zero(torch.tensor([7, 8, 9, 7, 8]), torch.tensor([3, 2]), pad_id=1)
+    tensor([0, 1, 2, 0, 1])
+    """
+    starts = lengths.cumsum(0) - lengths
+    return copy_to(torch.arange(len(ids)) - starts.repeat_interleave(lengths), ids.device)
+
+
+def after_padding(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
+    """Return the position of each token in its text, counted from `pad_id` + 1, as RoBERTa counts.
+
+    The padding token, if it occurs in a text, is not counted.
+
+    >>> after_padding(torch.tensor([7, 1, 9, 7, 8]), torch.tensor([3, 2]), pad_id=1)
+    tensor([2, 1, 3, 2, 3])
+    """
+    real = ids != pad_id
+    counts = real.cumsum(0)
+    starts = (
+        (lengths.cumsum(0) - lengths).repeat_interleave(lengths).to(ids.device)
+    )  # (S,) the first token of each token's text
+    return (counts - F.pad(counts, (1, 0))[starts]) * real + pad_id
+
+
+class Packable(NamedTuple):
+    """How a model can be packed: with this attention, on this kind of device, with tokens numbered in this way."""
+
+    attention: str
+    device: str
+    numbering: Numbering
+
+
+def ways_to_pack(model: PreTrainedModel) -> list[Packable]:
+    """Return the ways that could pack a model: none if there is no packed attention for its attention and its device."""
+    place = attention_backend(model.config), next(model.parameters()).device.type
+    return [Packable(*place, numbering) for numbering in (from_zero, after_padding)] if place in PACKED_ATTENTION else []
+
+
+def rounds_to_half(model: PreTrainedModel) -> bool:
+    """Return whether the model has float32 weights and flash attention, which knows only half precision."""
+    return "flash" in str(attention_backend(model.config)) and model.dtype == torch.float32
+
+
+def precision(model: PreTrainedModel) -> AbstractContextManager:
+    """Return the context in which the model runs: autocast to bfloat16 if it needs it and the caller has not chosen one."""
+    device = next(model.parameters()).device.type
+    needed = rounds_to_half(model) and not torch.is_autocast_enabled(device)
+    return torch.autocast(device, torch.bfloat16) if needed else nullcontext()
+
+
+class Packing(NamedTuple):
+    """Where the texts of a packed row lie.
+
+    Attributes:
+        position_ids: (1, S) the position of each token in its text.
+        cu_seq_lens: (b + 1,) the first token of each text, and S.
+        longest: T.
+        places: (b, T) the place of each token in the row. Padding has the place 0.
+        mask: (b, T) 1 on tokens and 0 on padding.
+    """
+
+    position_ids: Tensor
+    cu_seq_lens: Tensor
+    longest: int
+    places: Tensor
+    mask: Tensor
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that make a model of transformers attend within texts, with flash attention or here."""
+        bounds, longest = self.cu_seq_lens, self.longest
+        return {"position_ids": self.position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
+                "max_length_k": longest}  # fmt: skip
+
+    def unpack(self, states: Tensor) -> Tensor:
+        """Return the hidden states (1, S, D) of the row as those of padded texts, (b, T, D). Padding has finite numbers."""
+        return F.embedding(self.places, states[0])
+
+
+def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> Packing:
+    """Return the packing of a chunk.
+
+    Args:
+        ids: (S,) the tokens of all texts, one text after the other.
+        lengths: (b,) the number of tokens of each text. It is a CPU tensor, so that reading it does not wait for the GPU.
+        pad_id: the id of the padding token.
+        numbering: what gives each token its position.
+    """
+    ends = lengths.cumsum(0)
+    columns = torch.arange(int(lengths.max()))
+    mask = columns < lengths.unsqueeze(1)
+    places = ((ends - lengths).unsqueeze(1) + columns).masked_fill(~mask, 0)
+    return Packing(
+        position_ids=numbering(ids, lengths, pad_id).unsqueeze(0),
+        cu_seq_lens=copy_to(F.pad(ends, (1, 0)).int(), ids.device),
+        longest=len(columns),
+        places=copy_to(places, ids.device),
+        mask=copy_to(mask.long(), ids.device),
+    )
+
+
+def attend_by_text(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' "sdpa" does. In a packed row, the tokens of a text attend to that text only.
+
+    Consecutive texts of the same length are computed together. A chunk is sorted by length, so these are few groups.
+
+    Args:
+        module: the attention module.
+        query: (1, H, S, d) for a packed row, otherwise (b, H, T, d).
+        key: as `query`; it may have fewer heads.
+        value: as `key`.
+        attention_mask: None in a packed row.
+        cu_seq_lens_q: (b + 1,) the bounds of the texts in a packed row; None: the texts are padded.
+        others: further arguments of "sdpa": dropout, the probability of dropping a weight; scaling, the factor of the scores.
+
+    Returns:
+        (1, S, H, d) and None.
+
+    Raises:
+        NotImplementedError: if the model needs more than scores within texts.
+    """
+    if cu_seq_lens_q is None:
+        return PADDED(module, query, key, value, attention_mask, **others)
+    dropout, scale = others.pop("dropout", 0.0), others.pop("scaling", None)
+    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    if attention_mask is not None or unknown or others.get("is_causal", getattr(module, "is_causal", False)):
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
+    lengths = cu_seq_lens_q.diff().tolist()
+    groups = [(length, len(list(texts))) for length, texts in groupby(lengths)]
+    tokens = [length * texts for length, texts in groups]
+    outputs = []
+    # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
+    for (length, texts), *parts in zip(groups, *(x[0].transpose(0, 1).split(tokens) for x in (query, key, value))):
+        q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=len(q[0]) != len(k[0]))
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+PADDED: Callable[..., Any] = AttentionInterface()["sdpa"]
+# With padded texts this is still `PADDED`, so other models in this process compute what they did.
+AttentionInterface.register("sdpa", attend_by_text)

@@ -1,0 +1,272 @@
+"""Packed chunks: the same vectors and gradients as padded ones, for every model that is packed, and no others."""
+
+import copy
+
+import pytest
+import torch
+from conftest import SMALL, TINY, quickstart_tokenizer, tiny_model
+from torch.testing import assert_close
+from transformers import AttentionInterface, BertConfig, BertModel, XLMRobertaModel
+
+from hf_embed import Encoder, TempScaleConfig, apply_tempscale
+from hf_embed.chunking import plan_packed
+from hf_embed.packing import after_padding, attend_by_text, from_zero, pack
+from hf_embed.pooling import POOLINGS
+from hf_embed.step import use_fast_dropout
+
+LENGTHS = [3, 17, 9, 5, 40, 2, 9, 9, 30, 6, 1, 25]
+PACKED = {"bert": from_zero, "roberta": after_padding, "xlm-roberta": after_padding, "distilbert": from_zero}
+
+
+def flat_batch(seed=0):
+    """Return a flat batch of random tokens, some of which are the padding token, as in users' texts."""
+    ids = torch.randint(5, 200, (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed))
+    ids[::17] = 0
+    return ids
+
+
+def encoder_of(name="bert", pooling="mean", **config):
+    return Encoder(tiny_model(name, **config), quickstart_tokenizer(), pooling).double()
+
+
+def both_ways(encoder, **options):
+    """Return the embeddings and the gradients of the weights, packed and padded."""
+    found = []
+    for packed in (True, False):
+        encoder.zero_grad()
+        embeddings = encoder(flat_batch(), LENGTHS, packed=packed, **options)["embeddings"]
+        weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1), dtype=embeddings.dtype)
+        (embeddings.sin() * weights).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+        found.append((embeddings.detach(), gradients))
+    return found
+
+
+# ---- which models are packed ----
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_which_models_are_packed(name):
+    encoder = Encoder(tiny_model(name, pad_token_id=0), quickstart_tokenizer())
+    assert encoder.numbering is PACKED.get(name)  # MPNet adds position biases, ModernBERT has windows, decoders a causal mask
+
+
+def test_another_attention_is_padded():
+    encoder = encoder_of("bert")
+    assert encoder.numbering is from_zero
+    encoder.backbone.set_attn_implementation("eager")
+    assert encoder.numbering is None
+
+
+class WindowedBert(BertModel):
+    """A BERT whose attention is told of a sliding window, which packed attention does not know."""
+
+    def forward(self, *args, **kwargs):
+        """Add the window."""
+        return super().forward(*args, **kwargs, sliding_window=4)
+
+
+class StaggeredBert(BertModel):
+    """A BERT that numbers tokens in its own way."""
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        """Count from 1."""
+        count = kwargs["input_ids"].shape[1]
+        return super().forward(*args, position_ids=torch.arange(count).unsqueeze(0) % 60 + 1, **kwargs)
+
+
+class ShortBert(BertModel):
+    """A BERT that cannot read a row with more tokens than it has positions."""
+
+    def forward(self, *args, **kwargs):
+        """Refuse long rows."""
+        assert kwargs["input_ids"].shape[1] <= self.config.max_position_embeddings
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [WindowedBert, StaggeredBert, ShortBert])
+def test_a_model_with_other_vectors_or_an_error_is_padded(kind):
+    model = kind(BertConfig(**SMALL, max_position_embeddings=66)).eval()
+    encoder = Encoder(model, quickstart_tokenizer())
+    assert encoder.numbering is None
+    assert encoder(flat_batch(), LENGTHS)["embeddings"].shape == (len(LENGTHS), 32)
+
+
+# ---- the same vectors and gradients ----
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_equals_padded(name, pooling):
+    if pooling == "cls_mlp" and name == "distilbert":
+        pytest.skip("DistilBERT has no pooler")
+    encoder = encoder_of(name, pooling, pad_token_id=0).eval()
+    (packed, gradients), (padded, expected) = both_ways(encoder, chunk_tokens=64)
+    assert_close(packed, padded, rtol=1e-9, atol=1e-12)
+    assert gradients.keys() == expected.keys()
+    for key in gradients:
+        assert_close(gradients[key], expected[key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("growth", [None, "log"])
+def test_packed_equals_padded_with_tempscale(growth):
+    encoder = encoder_of().eval()
+    before = encoder(flat_batch(), LENGTHS)["embeddings"]
+    apply_tempscale(encoder.backbone, TempScaleConfig(0.7, growth=growth, reference_length=4))
+    (packed, _), (padded, _) = both_ways(encoder)
+    assert_close(packed, padded, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(packed, before, rtol=1e-3)
+
+
+def test_packed_equals_padded_in_bfloat16():
+    encoder = Encoder(tiny_model(), quickstart_tokenizer()).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        (packed, _), (padded, _) = both_ways(encoder)
+    assert torch.nn.functional.cosine_similarity(packed.float(), padded.float()).min() > 0.9995
+
+
+@pytest.mark.parametrize("layers_recomputed", [False, True])
+def test_caching_gives_the_same_gradients_bit_for_bit(layers_recomputed):
+    """Also with dropout, and with transformers' own recomputation of each layer."""
+    found = []
+    for caching in (False, True):
+        encoder = Encoder(tiny_model(), quickstart_tokenizer()).train()
+        use_fast_dropout(encoder.backbone)
+        if layers_recomputed:
+            encoder.backbone.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        encoder(flat_batch(), LENGTHS, chunk_tokens=64, gradient_caching=caching)["embeddings"].square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+    assert torch.equal(*found)
+
+
+def test_the_vectors_of_a_text_do_not_depend_on_its_neighbours():
+    """Negative control: attention over the whole row gives other vectors."""
+    encoder = encoder_of().eval()
+    batch, count = flat_batch(), sum(LENGTHS[:3])
+    together = encoder(batch, LENGTHS)["embeddings"][:3]
+    assert_close(together, encoder(batch[:count], LENGTHS[:3])["embeddings"], rtol=1e-9, atol=1e-12)
+    padded = AttentionInterface()["sdpa"]
+    AttentionInterface.register("sdpa", lambda *args, cu_seq_lens_q=None, **kwargs: padded(*args, **kwargs))
+    try:
+        whole_row = encoder(batch, LENGTHS)["embeddings"][:3]
+    finally:
+        AttentionInterface.register("sdpa", padded)
+    assert not torch.allclose(whole_row, together, rtol=1e-2)
+
+
+def test_models_outside_of_this_package_compute_what_they_did():
+    """The registered attention changes nothing for padded texts."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    assert AttentionInterface()["sdpa"] is attend_by_text
+    model = tiny_model("xlm-roberta").eval()
+    ids = torch.randint(5, 200, (3, 12))
+    mask = torch.arange(12) < torch.tensor([12, 5, 3]).unsqueeze(1)
+    result = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+    try:
+        expected = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    finally:
+        AttentionInterface.register("sdpa", attend_by_text)
+    assert torch.equal(result, expected)
+
+
+def test_a_copy_and_a_saved_encoder_are_packed(tmp_path):
+    encoder = Encoder(tiny_model("xlm-roberta", pad_token_id=0), quickstart_tokenizer()).eval()
+    expected = encoder(flat_batch(), LENGTHS)["embeddings"]
+    assert copy.deepcopy(encoder).numbering is after_padding
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    loaded = Encoder.from_pretrained(str(tmp_path / "saved")).eval()
+    assert isinstance(loaded.base, XLMRobertaModel) and loaded.numbering is after_padding
+    assert_close(loaded(flat_batch(), LENGTHS)["embeddings"], expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- the parts ----
+
+
+def test_pack():
+    packing = pack(torch.tensor([4, 5, 6, 7, 8, 9]), torch.tensor([3, 2, 1]), pad_id=0, numbering=from_zero)
+    assert packing.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert packing.cu_seq_lens.tolist() == [0, 3, 5, 6] and packing.cu_seq_lens.dtype == torch.int32
+    assert packing.longest == 3
+    assert packing.mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    states = torch.arange(6.0).view(1, 6, 1)
+    assert packing.unpack(states).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 0], [5, 0, 0]]
+
+
+def test_plan_packed():
+    chunks = plan_packed(LENGTHS, 50)
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(LENGTHS)))
+    sizes = [sum(LENGTHS[i] for i in chunk) for chunk in chunks]
+    assert all(size <= 50 for size in sizes)
+    assert all(size + LENGTHS[following[0]] > 50 for size, following in zip(sizes, chunks[1:]))
+    order = [LENGTHS[i] for chunk in chunks for i in chunk]
+    assert order == sorted(order, reverse=True)
+    assert plan_packed([], 10) == [] and plan_packed([30, 4], 10) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    "given", [{"sliding_window": 4}, {"softcap": 5.0}, {"is_causal": True}, {"position_bias": torch.ones(1)}]
+)
+def test_attention_that_needs_more_is_refused(given):
+    rows = torch.randn(1, 2, 6, 4)
+    module = torch.nn.Module()
+    bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=next(iter(given.keys() - {"is_causal"}), "a mask")):
+        attend_by_text(module, rows, rows, rows, None, cu_seq_lens_q=bounds, **given)
+    with pytest.raises(NotImplementedError, match="a mask"):
+        attend_by_text(module, rows, rows, rows, torch.ones(1, 1, 6, 6), cu_seq_lens_q=bounds)
+
+
+def test_attention_equals_a_loop_over_texts():
+    """Keys and values may have fewer heads than queries."""
+    query, key, value = (torch.randn(1, heads, 9, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 3, 6, 8, 9], dtype=torch.int32)
+    out, _ = attend_by_text(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, scaling=0.3)
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        for head in range(4):
+            q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2, start:end]
+            assert_close(out[0, start:end, head], (0.3 * q @ k.T).softmax(-1) @ v)
+
+
+# ---- flash attention: the same path, with a twin on the CPU ----
+
+
+def flash_on_the_cpu(module, query, key, value, attention_mask, **options):
+    """Attend as flash attention does: only in half precision, and only to the texts whose bounds it is given."""
+    assert query.dtype in (torch.float16, torch.bfloat16)
+    if "cu_seq_lens_q" in options:
+        assert attention_mask is None
+        assert options["cu_seq_lens_q"].dtype == options["cu_seq_lens_k"].dtype == torch.int32
+        assert options["max_length_q"] == options["max_length_k"] == max(options["cu_seq_lens_q"].diff().tolist())
+        return attend_by_text(module, query, key, value, None, **options)
+    mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+    return attend_by_text(module, query, key, value, mask, **options)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Let models with "flash_attention_2" run on the CPU."""
+    right = AttentionInterface()["flash_attention_2"]
+    AttentionInterface.register("flash_attention_2", flash_on_the_cpu)
+    monkeypatch.setattr("hf_embed.packing.PACKED_ATTENTION", [("flash_attention_2", "cpu")])
+    monkeypatch.setattr("hf_embed.forward_check.is_measurable", lambda backbone: True)
+    yield
+    AttentionInterface.register("flash_attention_2", right)
+
+
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_attention_is_packed_and_computes_in_half_precision(name, dtype, flash):
+    """Weights in float32 need autocast, which training with bf16 turns on, and which the encoder turns on elsewhere."""
+    model = tiny_model(name, pad_token_id=0)
+    expected = Encoder(copy.deepcopy(model), quickstart_tokenizer()).eval()(flat_batch(), LENGTHS)["embeddings"]
+    model.config._attn_implementation = "flash_attention_2"
+    encoder = Encoder(model.to(dtype), quickstart_tokenizer()).eval()
+    assert encoder.numbering is PACKED[name]
+    vectors = encoder(flat_batch(), LENGTHS)["embeddings"]
+    assert torch.nn.functional.cosine_similarity(vectors.float(), expected).min() > 0.999
+    texts = ["A short one.", "Here is a text that has a few more words.", "Rain"]
+    alone = torch.stack([encoder.encode(text, convert_to_tensor=True) for text in texts])
+    assert torch.nn.functional.cosine_similarity(encoder.encode(texts, convert_to_tensor=True), alone).min() > 0.999
