@@ -242,9 +242,8 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
 
     names = [f"{entry['name']}, {entry['precision']}" for entry in entries]
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(entries)), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 2, sharey=True), ("seconds", "peak"), ("speed (more is better)", "peak memory (less is better)")
-    ):
+    panels = (("seconds", "speed (more is better)"), ("peak", "peak memory (less is better)"))
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels):
         for place, entry in enumerate(entries):
             sides = entry["sides"][::-1] if key == "seconds" else entry["sides"]
             values = ratios(entry["pairs"], key, tuple(sides))
@@ -279,8 +278,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     numbers = {field.name for field in dataclasses.fields(Case) if "int" in str(field.type)}
     changes = dict(change.partition("=")[::2] for change in args.set)
-    if unknown := changes.keys() - numbers:
-        parser.error(f"--set: there is no number {', '.join(unknown)}; the numbers are {', '.join(sorted(numbers))}")
+    for name, value in changes.items():
+        if name not in numbers or not value.isdigit():
+            parser.error(f"--set {name}={value}: give a whole number for one of {', '.join(sorted(numbers))}")
     if args.against and not Path(args.against, "hf_embed").is_dir():
         parser.error(f"--against {args.against}: there is no folder hf_embed in it")
     args.changes = {name: int(value) for name, value in changes.items()}
@@ -316,7 +316,9 @@ def main(argv: list[str] | None = None) -> int:
                 failed = 1
                 continue
             stored = [old for old in stored if not entry.items() <= old.items()] + [entry | {"pairs": pairs}]
-            store.write_text(json.dumps(stored, indent=1))
+            aside = store.with_suffix(".tmp")  # so that an interruption never leaves half of the file
+            aside.write_text(json.dumps(stored, indent=1))
+            aside.replace(store)
         comparable = [old for old in stored if old["fixed"] == fixed]
         print(" | ".join(row_of(next(old for old in comparable if entry.items() <= old.items()))), flush=True)
         (args.output_dir / "bench.md").write_text(report(comparable, fixed, command), encoding="utf-8")

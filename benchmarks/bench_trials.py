@@ -119,7 +119,8 @@ def read_rows(s: Settings, count: int) -> list[dict[str, str]]:
     """Return `count` training rows in an order that depends only on `count`. Rows are repeated if there are too few."""
     if s.rows == "sts":  # for unsupervised training: single sentences
         with open(s.files["sts"], encoding="utf-8") as file:
-            rows = [[text] for line in file for text in line.rstrip("\n").split("\t")[1:3]]
+            lines = [line.rstrip("\n").split("\t") for line in file]
+        rows = [[text] for score, *texts in lines if score != "score" for text in texts[:2]]
     elif s.rows == "nli":
         with open(s.files["nli"], encoding="utf-8", newline="") as file:
             rows = [row[:3] for row in csv.reader(file)][1:]
@@ -217,8 +218,9 @@ def train(s: Settings) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(s, rows, folder, clock).train()
     seconds = clock.times[-1] - (imported["at"] if s.kind == "startup" else clock.times[s.warm_up])
-    flops = 3 * forward_flops_of_rows(s, rows) * s.steps / (s.warm_up + s.steps)  # the backward pass costs twice the forward
-    return {"seconds": seconds, "amount": s.batch * s.steps, "flops": flops, **memory()}
+    result = {"seconds": seconds, "amount": s.batch * s.steps, **memory()}
+    # The backward pass has twice as many operations as the forward pass. The measured steps have the average length.
+    return result | {"flops": 3 * forward_flops_of_rows(s, rows) * s.steps / (s.warm_up + s.steps)}
 
 
 def forward_flops_of_rows(s: Settings, rows: list[dict[str, str]]) -> int:
@@ -363,7 +365,8 @@ def evaluate(s: Settings) -> Result:
     further = {}
     with timed() as seconds:
         if s.side == "encoding alone":
-            encoder.encode(list(documents.values())), encoder.encode(list(queries.values()))
+            for texts in (documents, queries):
+                encoder.encode(list(texts.values()))
         else:
             further = {
                 "nDCG@10": task.score(lambda texts, name=None: encoder.encode(texts, name, convert_to_tensor=True))["ndcg@10"]

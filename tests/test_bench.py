@@ -125,8 +125,9 @@ def test_floating_point_operations_are_those_of_a_forward_and_a_backward_pass(be
 
 
 def test_medians_and_ratios(fake):
-    pairs = [{"hf_embed": {"seconds": a}, "earlier version": {"seconds": b}} for a, b in [(1, 2), (2, 2), (4, 20)]]
-    pairs.append({"hf_embed": {"seconds": 3}, "earlier version": {}})  # not enough memory
+    pairs = [{"hf_embed": {"seconds": a, "amount": 1}, "earlier version": {"seconds": b, "amount": 1}}
+             for a, b in [(1, 2), (2, 2), (4, 20)]]  # fmt: skip
+    pairs.append({"hf_embed": {"seconds": 3, "amount": 1}, "earlier version": {}})  # not enough memory
     assert fake.median(pairs, "hf_embed", "seconds") == 2.5 and fake.median(pairs, "earlier version", "seconds") == 2
     assert fake.ratios(pairs, "seconds", ("earlier version", "hf_embed")) == [2, 1, 5]  # not the ratio of the medians
     assert fake.median(pairs[3:], "earlier version", "seconds") is None
@@ -178,7 +179,8 @@ def test_a_case_that_fails(fake, monkeypatch, tmp_path, capsys):
     assert "different results: [1.0] and [1.01]" in errors and "startup, float32 failed: a traceback" in errors
 
 
-def test_names_of_numbers_are_checked(fake, capsys):
+@pytest.mark.parametrize("change", ["batches=3", "batch=many", "batch"])
+def test_changes_of_numbers_are_checked(fake, capsys, change):
     with pytest.raises(SystemExit):
-        fake.main(["--set", "batches=3"])
-    assert "there is no number batches; the numbers are batch, caching, chunk_tokens" in capsys.readouterr().err
+        fake.main(["--set", change])
+    assert "give a whole number for one of batch, caching, chunk_tokens" in capsys.readouterr().err
