@@ -267,8 +267,6 @@ def collate(s: Settings) -> Result:
 
 def loss(s: Settings) -> Result:
     """Measure the improved contrastive loss of `count` pairs and its gradient. `above` is the growth beyond the inputs."""
-    from hf_embed import ImprovedContrastive
-
     if not CUDA:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT * 2**30, resource.RLIM_INFINITY))
 
@@ -278,6 +276,8 @@ def loss(s: Settings) -> Result:
 
             peer = MultipleNegativesRankingLoss(None, scale=100, directions=ALL_DIRECTIONS, partition_mode="joint")
             return peer.compute_loss_from_embeddings(list(embeddings.unbind(1)), None)
+        from hf_embed import ImprovedContrastive
+
         ids = torch.arange(1, 2 * len(embeddings) + 1, device=DEVICE).view(-1, 2)
         return ImprovedContrastive(0.01)(embeddings, ids)
 
