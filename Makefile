@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The packages that build the documentation site. constraints.txt has their versions. ruff formats the signatures of functions.
 DOCS := mkdocs mkdocs-material "mkdocstrings[python]" ruff
 
-.PHONY: demo docs test test-slow test-docs test-lowest test-newest audit soak lint venv
+.PHONY: bench demo docs test test-slow test-docs test-lowest test-newest audit soak lint venv
 
 # Fine-tune the built-in encoder on the built-in texts, print the scores before and after, and load the result with AutoModel.
 demo: venv
@@ -54,6 +54,11 @@ audit:
 	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
 	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"
 	@.venv-audit/bin/python benchmarks/audit.py
+
+# Measure speed and memory beside sentence-transformers; the results go to outputs/bench. Stop other programs first. QUICK=1 takes
+# about five minutes. ARGS="--model ... --nli ..." gives a model and texts; without them the built-in ones are used.
+bench: venv
+	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(ARGS)
 
 # Train for half an hour on two processes that are killed, stopped, and given a full disk. It mounts small disks as root.
 soak: venv
