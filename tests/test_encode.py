@@ -166,7 +166,7 @@ def test_texts_are_sorted_over_all_of_them():
     """Texts of similar length share a batch, and the vectors are in the order of the texts."""
     encoder, widths = tiny_encoder(), []
     forward = encoder.backbone.forward
-    encoder.backbone.forward = lambda **inputs: widths.append(inputs["input_ids"].shape[1]) or forward(**inputs)
+    encoder.backbone.forward = lambda **inputs: widths.append(inputs["max_length_q"]) or forward(**inputs)
     vectors = encoder.encode(MANY, batch_size=50)
     assert widths == sorted(widths, reverse=True) and len(set(widths)) > 4
     same(vectors, np.stack([encoder.encode(text) for text in MANY]), 1e-5)
