@@ -1,6 +1,9 @@
 """Many rows: nothing in the path of the training makes Python objects for all rows, and benchmarks/scale.py runs."""
 
+import argparse
+import os
 import re
+import runpy
 import subprocess
 import sys
 import tracemalloc
@@ -11,6 +14,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, concatenate_datasets
 
 from hf_embed.data import cache
@@ -20,6 +25,7 @@ from hf_embed.data.tokenization import different_rows
 from hf_embed.evaluation import held_out
 from hf_embed.evaluation.held_out import seen_in_training
 
+ROOT = Path(__file__).parents[1]
 ROWS = 300_000
 
 
@@ -119,9 +125,89 @@ def test_the_tokens_of_many_rows_in_memory_are_on_disk(rows, cached, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, sources", [("jsonl", 1), ("parquet", 3)])
 def test_the_benchmark_runs(kind, sources):
-    script = Path(__file__).parents[1] / "benchmarks" / "scale.py"
+    script = ROOT / "benchmarks" / "scale.py"
     command = [sys.executable, script, "--rows", "1500", "--kind", kind, "--sources", str(sources), "--batch_sizes", "8", "16"]
     done = subprocess.run([*command, "--batches", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"MB private at the peak", done.stdout)) == 2
     assert len(re.findall(r"(?m)^ +(?:8|16) .* ms .* s +\d+x$", done.stdout)) == 2
+
+
+# ---- docs/scaling.md, and the files for clusters ----
+
+
+def test_the_table_is_the_one_of_the_script():
+    """The tables of docs/scaling.md are what benchmarks/scaling.py prints, and the page's commands run."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    commands = [
+        line.partition("#")[0].split()[1:] for line in page.splitlines() if line.startswith("python benchmarks/scaling")
+    ]
+    printed = [
+        subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        for words in commands
+    ]
+    fast, slow, second = printed
+    assert "\n".join(fast) in page
+    assert "\n".join([*slow[:2], *slow[-3:]]) in page
+    assert any(line.split("|")[1:3] == [" time of a step                       ", " 104 ms     "] for line in second)
+
+
+@pytest.mark.parametrize("pairs, texts, ranks", [(16_384, 2, 8), (128, 9, 64)])
+def test_bytes_of_a_ring(pairs, texts, ranks):
+    """Count what a rank sends, round by round, in a ring that gathers and one that sums."""
+    step_of = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["Step"]
+    found = step_of(ranks, argparse.Namespace(pairs=pairs, texts=texts)).sent()
+    block = pairs * texts * 768 * 4 // ranks  # bytes of the embeddings of a rank
+    rounds = ranks - 1
+    assert found["gather of the embeddings"] == pytest.approx(rounds * block)
+    assert found["sum of their gradients"] == pytest.approx(2 * rounds * block)
+    assert found["gradients of the weights (DDP)"] == pytest.approx(2 * rounds * 440e6 / ranks)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_keys_of_accelerate_files_are_known(path):
+    """accelerate refuses unknown keys of the file itself, but not those of fsdp_config and deepspeed_config."""
+    config = load_config_from_file(str(path))
+    flags = {action.dest for action in launch_command_parser()._actions}
+    for own in (config.fsdp_config, config.deepspeed_config):
+        assert set(own or {}) <= flags
+
+
+STUBS = {
+    "scontrol": 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >>"$LOG.scontrol"; fi',
+    "srun": 'for node in 0 1; do SLURM_NODEID=$node "$@"; status=$?; done; exit $status',
+    "hf-embed": 'printf "%s\\n" "$*" >>"$LOG"; exit "$STATUS"',
+}
+
+
+@pytest.mark.parametrize("status, checkpoint", [(0, False), (138, True), (1, False)])
+def test_slurm_script(tmp_path, status, checkpoint):
+    """Each node starts a launcher that knows its rank and the first node. A stopped job is queued again, and resumes."""
+    for name, code in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "an out"
+    (out / "checkpoint-5").mkdir(parents=True) if checkpoint else None
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "STATUS": str(status), "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]",
+    }  # fmt: skip
+    script = ["bash", ROOT / "recipes" / "accelerate" / "slurm_nodes.sbatch"]
+    done = subprocess.run([*script, "gte-pretrain", "--output_dir", out], env=environment, cwd=ROOT)
+    assert done.returncode == status
+    lines = (tmp_path / "log").read_text().splitlines()
+    resume = " --resume_from_checkpoint" if checkpoint else ""
+    for node, line in enumerate(lines):
+        assert line == (
+            "launch --config_file recipes/accelerate/ddp_2nodes.yaml --num_machines 2 --num_processes 8 --machine_rank "
+            f"{node} --main_process_ip node1 --main_process_port 29500 gte-pretrain --output_dir {out}{resume}"
+        )
+    queued = tmp_path / "log.scontrol"
+    assert len(lines) == 2 and (queued.read_text() == "requeue 77\n" if status == 138 else not queued.exists())
+    assert subprocess.run([*script, "gte-pretrain"], env=environment, cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_slurm_directives_come_before_the_first_command():
+    lines = (ROOT / "recipes" / "accelerate" / "slurm_nodes.sbatch").read_text().splitlines()
+    directives = [i for i, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert len(directives) == 8 and all(line.startswith("#") for line in lines[: directives[-1]])
