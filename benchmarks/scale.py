@@ -10,6 +10,7 @@ the built-in encoder, on one thread. Memory is given in two kinds, both of this 
               when memory is needed.
 
 Both are differences to the same process after it has trained on 1,000 rows, so the libraries and the model do not count.
+Seconds are those of the CPU in this process, so other work on the machine does not change them.
 """
 
 import argparse
@@ -95,34 +96,40 @@ def make_trainer(folder: Path, files: list[str], batch_size: int):
     return ContrastiveTrainer(model=Encoder.from_pretrained(QUICKSTART / "encoder"), args=args, train_dataset=rows)
 
 
-def step_time(trainer, batch: dict) -> float:
-    """Return the seconds of one forward and backward pass."""
+def measure_step(trainer, batch: dict) -> tuple[float, float]:
+    """Return the seconds of one forward and backward pass, and its private memory in MB."""
     trainer.model.train()
-    start = time.perf_counter()
-    trainer.compute_loss(trainer.model, batch).backward()
+    before, start = resident()["private"], time.process_time()
+    with Peak() as peak:
+        trainer.compute_loss(trainer.model, batch).backward()
+    seconds = time.process_time() - start
     trainer.model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+    return seconds, peak.value - before
 
 
 def measure_batches(trainer, size: int, args: argparse.Namespace, steps: int) -> dict[str, float]:
-    """Return the seconds of the first batch of an epoch, of a further batch, and of a step on it (best of `steps`)."""
+    """Return the seconds of the first batch of an epoch, of a further batch, and of a step on it (the best of `steps`)."""
     from hf_embed.data.training_rows import batch_sampler, make_loader
 
-    start, rows = time.perf_counter(), trainer.train_dataset
+    start, rows = time.process_time(), trainer.train_dataset
     batches = iter(make_loader(rows, batch_sampler(rows, trainer.args, size), trainer.data_collator, trainer.args))
     batch = next(batches)
-    first, times = time.perf_counter() - start, []
+    first, times = time.process_time() - start, []
     for _ in range(args.batches):
-        start = time.perf_counter()
+        start = time.process_time()
         batch = next(batches)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     found = {"first": first, "batch": statistics.median(times)}
-    return found | ({"step": min(step_time(trainer, batch) for _ in range(steps))} if steps else {})
+    if steps:
+        seconds, memory = zip(*(measure_step(trainer, batch) for _ in range(steps)))
+        found |= {"step": min(seconds), "memory": max(memory)}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--repeat", type=int, default=1, help="use the tokenized rows so many times, for even more rows")
     parser.add_argument("--sources", type=int, default=1, help="share the rows among so many sources")
     parser.add_argument("--words", type=int, nargs=2, default=[5, 8], help="fewest and most words of a text")
     parser.add_argument("--kind", choices=["jsonl", "parquet"], default="jsonl")
@@ -130,6 +137,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10, help="batches whose median time is reported")
     parser.add_argument("--largest_step", type=int, default=4096, help="train no step on a larger batch")
     args = parser.parse_args()
+    if args.repeat > 1 and args.sources > 1:
+        parser.error("--repeat needs a single source")
     with tempfile.TemporaryDirectory() as name:
         os.environ["HF_DATASETS_CACHE"] = name
         measure(Path(name), args)
@@ -138,34 +147,50 @@ def main() -> None:
 def measure(folder: Path, args: argparse.Namespace) -> None:
     """Measure everything with the caches in `folder`, and print it."""
     import torch
+    from datasets import concatenate_datasets
+
+    from hf_embed.data.tokenization import most_texts, truncated_share
 
     torch.set_num_threads(1)
     logging.getLogger("hf_embed").setLevel(logging.ERROR)
     few = make_trainer(folder, [write_rows(folder / f"few.{args.kind}", 1000, args, 1)], 64)
     measure_batches(few, 64, argparse.Namespace(batches=3), steps=1)
-    start, share = time.perf_counter(), args.rows // args.sources
+    start, share = time.process_time(), args.rows // args.sources
     files = [write_rows(folder / f"rows{i}.{args.kind}", share, args, 2 + i) for i in range(args.sources)]
     size, before = sum(Path(file).stat().st_size for file in files) / 2**20, resident()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     print(f"{args.rows:,} rows in {args.sources} {args.kind} file(s), {size:,.0f} MB, generated in {seconds:.0f} s", flush=True)
-    start = time.perf_counter()
+    start = time.process_time()
     with Peak() as peak:
         trainer = make_trainer(folder, files, args.batch_sizes[0])
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     print(f"read and tokenized in {seconds:.1f} s, {seconds / args.rows * 1e6:.0f} s for a million rows", flush=True)
     show_memory("while reading and tokenizing", peak.value, before)
-    start = time.perf_counter()
+    start = time.process_time()
     make_trainer(folder, files, args.batch_sizes[0])
-    print(f"again, from the cache: {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"again, from the cache: {time.process_time() - start:.1f} s", flush=True)
     with Peak() as peak:
+        if args.repeat > 1:
+            rows = trainer.train_dataset = concatenate_datasets([trainer.train_dataset] * args.repeat)
+            print(f"{len(rows):,} rows, up to {most_texts(rows)} texts in a row, {truncated_share(rows):.0%} of them truncated")
         found = {size: measure_batches(trainer, size, args, steps=0) for size in args.batch_sizes}
     show_memory("while drawing batches", peak.value, before)
-    print(f"{'rows of a batch':>16} {'first batch':>12} {'a batch':>10} {'rows/s':>9} {'a step':>9} {'step : batch':>13}")
+    columns = {
+        "rows of a batch": 16,
+        "first batch": 12,
+        "a batch": 10,
+        "rows/s": 9,
+        "a step": 9,
+        "step : batch": 13,
+        "memory": 9,
+    }
+    print(" ".join(name.rjust(width) for name, width in columns.items()))
+    times = {size: own["batch"] for size, own in found.items()}
     for size, own in found.items():
         line = f"{size:16,} {own['first']:10.2f} s {own['batch'] * 1000:7.1f} ms {size / own['batch']:9,.0f}"
         if size <= args.largest_step:
-            step = measure_batches(trainer, size, args, steps=3 if size <= 512 else 1)["step"]
-            line += f" {step:7.2f} s {step / own['batch']:12.0f}x"
+            own |= measure_batches(trainer, size, argparse.Namespace(batches=1), steps=3 if size <= 512 else 1)
+            line += f" {own['step']:7.2f} s {own['step'] / times[size]:12.0f}x {own['memory']:6,.0f} MB"
         print(line, flush=True)
 
 

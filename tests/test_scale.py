@@ -130,7 +130,7 @@ def test_the_benchmark_runs(kind, sources):
     done = subprocess.run([*command, "--batches", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"MB private at the peak", done.stdout)) == 2
-    assert len(re.findall(r"(?m)^ +(?:8|16) .* ms .* s +\d+x$", done.stdout)) == 2
+    assert len(re.findall(r"(?m)^ +(?:8|16) .* ms .* s +\d+x +[\d,]+ MB$", done.stdout)) == 2
 
 
 # ---- docs/scaling.md, and the files for clusters ----
