@@ -67,8 +67,9 @@ def test_datasets_on_each_rank(corpus, tmp_path):
 def test_ray_data(corpus, tmp_path):
     """Two workers of a local Ray."""
     pytest.importorskip("ray", reason="ray is not installed")
-    (tmp_path / "ray_example.py").write_text(example("test_ray_data"))
-    run([sys.executable, "ray_example.py"], RAY_USAGE_STATS_ENABLED="0")
+    start = "import ray\nray.init(num_cpus=4, include_dashboard=False)\n"  # the workers must leave CPUs for reading and writing
+    (tmp_path / "ray_example.py").write_text(start + example("test_ray_data"))
+    run([sys.executable, "ray_example.py"], RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
     check_vectors(corpus, files=len(list((tmp_path / "vectors").glob("*.parquet"))))
 
 

@@ -19,11 +19,12 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, concatenate_datasets
 
 from hf_embed.data import cache
-from hf_embed.data.labelled import Layout, meanings_of
+from hf_embed.data.labelled import Layout, grouped, meanings_of
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.tokenization import different_rows
 from hf_embed.evaluation import held_out
 from hf_embed.evaluation.held_out import seen_in_training
+from hf_embed.teacher import number_texts
 
 ROOT = Path(__file__).parents[1]
 ROWS = 300_000
@@ -104,6 +105,17 @@ def test_labels_are_read_in_batches():
     layout = Layout("premise", "hypothesis", "label")
     assert len(meanings_of(rows, layout, "rows").of) == 3
     assert memory_of(lambda: meanings_of(rows, layout, "rows")) < 10
+
+
+def test_the_two_exceptions_need_what_the_page_says():
+    """docs/scaling.md: bytes for each labeled pair, and for each different text of a teacher, with texts of 60 characters."""
+    texts, count = [f"{i:060}" for i in range(40_000)], 20_000
+    rows = Dataset.from_dict({"sentence1": texts[:count], "sentence2": texts[count:], "label": [1] * count})
+    layout = Layout("sentence1", "sentence2", "label")
+    meanings = meanings_of(rows, layout, "rows")
+    assert 450 < memory_of(lambda: grouped(rows, layout, meanings, "rows", False).rows()) * ROWS / count < 650
+    table = Dataset.from_dict({"texts": [list(pair) for pair in zip(texts[:count], texts[count:])]})
+    assert 200 < memory_of(lambda: number_texts([table], "", "")) * ROWS / (2 * count) < 300
 
 
 @pytest.mark.parametrize("rows, cached", [(9, False), (10, True)])
