@@ -113,7 +113,7 @@ def test_the_two_exceptions_need_what_the_page_says():
     rows = Dataset.from_dict({"sentence1": texts[:count], "sentence2": texts[count:], "label": [1] * count})
     layout = Layout("sentence1", "sentence2", "label")
     meanings = meanings_of(rows, layout, "rows")
-    assert 450 < memory_of(lambda: grouped(rows, layout, meanings, "rows", False).rows()) * ROWS / count < 650
+    assert 650 < memory_of(lambda: grouped(rows, layout, meanings, "rows", False).rows()) * ROWS / count < 850
     table = Dataset.from_dict({"texts": [list(pair) for pair in zip(texts[:count], texts[count:])]})
     assert 200 < memory_of(lambda: number_texts([table], "", "")) * ROWS / (2 * count) < 300
 
