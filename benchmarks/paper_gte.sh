@@ -12,7 +12,7 @@
 # number of processes. Install mteb first: `pip install mteb`. The models, the sources and the data of MTEB come from the Hub
 # (docs/papers.md explains how the sources differ from the paper's). If the script is stopped, the same command resumes it:
 # finished stages and finished MTEB tasks are not run again. On GPUs, the training uses bfloat16. Time and memory were not
-# measured; docs/gte.md estimates them.
+# measured; docs/scaling.md computes them.
 #
 # Environment variables, in addition to those of paper_stages.sh:
 #

@@ -28,6 +28,7 @@ from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, wr
 logger = logging.getLogger(__name__)
 
 TRUNCATED = "Expected to be able to read"  # part of the error message about a truncated table
+FEW_ROWS = 100_000  # the results for fewer rows in memory stay in memory too; each process computes them again
 OLD = 24 * 3600  # seconds without a write, after which a temporary file counts as abandoned
 
 
@@ -67,13 +68,14 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
 def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> Dataset:
     """Return `rows.map(function, **settings)`, and check the cached result before it is used again.
 
-    The result is stored beside the file that holds the rows, as `datasets` does it. If that folder is not writable, the result
-    goes into the cache of `datasets`. Nothing is cached for rows in memory, or in a process that has disabled caching.
+    The result is stored beside the file that holds the rows, as `datasets` does it. If that folder is not writable, or if the
+    rows are in memory, the result goes into the cache of `datasets`. Nothing is cached for fewer than `FEW_ROWS` rows in
+    memory, or in a process that has disabled caching.
     """
-    if not rows.cache_files or not len(rows) or not is_caching_enabled():
+    if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
         with disk_errors():
             return rows.map(function, **settings)
-    beside = Path(rows.cache_files[0]["filename"]).parent
+    beside = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else cache_folder()
     folder = beside if os.access(beside, os.W_OK) else cache_folder()
     identity = identity_of(rows, function, settings)
     path = folder / f"cache-{identity}.arrow"

@@ -242,18 +242,18 @@ def survey_tables(paths: list[str], table: Table) -> Features:
     """Return the columns of csv or tsv files, all as texts. Warn about quoted cells with line breaks."""
     names, rows = common_columns(paths, table), 0
     for path in paths:
-        broken: list[tuple[int, int]] = []  # the first and last line of each row with line breaks
-        count = last = 0
+        broken = inside = count = last = 0  # `broken` rows have line breaks, which begin `inside` lines
+        place = ""
         for first, last, _ in body_rows(path, table):
             count += 1
             if last > first:
-                broken.append((first, last))
+                place = place or f"{first} to {last}"
+                broken, inside = broken + 1, inside + last - first
         rows += count
         if broken:
-            inside = sum(end - start for start, end in broken)
             logger.warning(
-                f"{masked(path)}: {len(broken):,} of {count:,} rows have line breaks in a quoted cell, the first in lines "
-                f"{broken[0][0]} to {broken[0][1]}; {inside:,} of the file's {last:,} lines continue such a cell;{NO_QUOTING}"
+                f"{masked(path)}: {broken:,} of {count:,} rows have line breaks in a quoted cell, the first in lines {place}; "
+                f"{inside:,} of the file's {last:,} lines continue such a cell;{NO_QUOTING}"
             )
     return Features({name: Value("string") for name in names}) if rows else Features()
 

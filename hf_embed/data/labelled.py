@@ -152,7 +152,8 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     Raises:
         InputError: if the meaning of a label is unknown.
     """
-    labels = list(dict.fromkeys(map(hashable, rows[layout.label][:])))
+    batches = rows.select_columns(layout.label).iter(BATCH)
+    labels = list(dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label]))
     texts = {label: text_of(label, rows.features[layout.label]) for label in labels}
     words = {text for text in texts.values() if text not in ABSENT}
     where = f"{name}, column '{layout.label}'"

@@ -52,11 +52,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self.rows - self.ranks * sum(self.sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.rows, generator=generator(self.seed, self.epoch)).tolist()
+        # A tensor, because a list of as many Python numbers would need five times the memory.
+        order = torch.randperm(self.rows, generator=generator(self.seed, self.epoch))
         first = 0
         for size in self.sizes:
             start = first + self.rank * size
-            yield order[start : start + size]
+            yield order[start : start + size].tolist()
             first += self.ranks * size
 
 
@@ -114,13 +115,16 @@ class SourceBatchSampler(Sampler[list[tuple[int, int]]]):
                 numbers = list(range(first, first + self.batch_size))
             else:
                 first = first * self.ranks + self.rank * self.batch_size
-                numbers = [self.row(source, place, orders) for place in range(first, first + self.batch_size)]
+                numbers = self.rows_from(first, source, orders)
             yield [(source, number) for number in numbers]
 
-    def row(self, source: int, place: int, orders: dict[int, tuple[int, Tensor]]) -> int:
-        """Return the row at a position of a source's endless sequence. Keep the current permutation in `orders`."""
-        turn, place = divmod(place, self.sizes[source])
-        if source not in orders or orders[source][0] != turn:
-            seeded = generator(self.seed, source + 1, turn)
-            orders[source] = turn, torch.randperm(self.sizes[source], generator=seeded)
-        return int(orders[source][1][place])
+    def rows_from(self, first: int, source: int, orders: dict[int, tuple[int, Tensor]]) -> list[int]:
+        """Return a batch from a position of a source's endless sequence on. Keep the current permutation in `orders`."""
+        found: list[int] = []
+        while len(found) < self.batch_size:
+            turn, place = divmod(first + len(found), self.sizes[source])
+            if source not in orders or orders[source][0] != turn:
+                seeded = generator(self.seed, source + 1, turn)
+                orders[source] = turn, torch.randperm(self.sizes[source], generator=seeded)
+            found += orders[source][1][place : place + self.batch_size - len(found)].tolist()
+        return found

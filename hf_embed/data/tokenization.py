@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
@@ -245,7 +246,7 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
     Raises:
         InputError: if fewer than two rows are left.
     """
-    kept = len(tokens.unique("row")) if others and len(tokens) else len(tokens)
+    kept = different_rows(tokens) if others else len(tokens)
     if kept < rows and get_rank() == 0:
         logger.warning(f"{name}: {rows - kept:,} of {rows:,} rows had an empty text and were dropped")
     if others and get_rank() == 0:
@@ -254,6 +255,16 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
         )
     if len(tokens) < 2:
         raise InputError(f"{name}: there are {len(tokens)} row(s), but in-batch negatives need at least 2; give more rows")
+
+
+def different_rows(tokens: Dataset) -> int:
+    """Return how many rows of the original table are left. The numbers in the column `row` are in ascending order."""
+    found, last = 0, -1
+    for chunk in tokens.data["row"].chunks:
+        numbers = chunk.to_numpy()
+        if len(numbers):
+            found, last = found + int(np.count_nonzero(np.diff(numbers, prepend=last))), numbers[-1]
+    return found
 
 
 def most_positives(rows: Dataset, columns: list[str]) -> int:

@@ -9,7 +9,7 @@ rows. Each row counts once, whatever the number of ranks.
 Shapes: B rows of a batch, V texts per row, W hashes of other positives per row, embeddings of dimension D.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from hf_embed.data.tokenization import most_texts
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
 from hf_embed.objectives.base import Objective
+
+ROWS_AT_ONCE = 100_000  # rows whose hashes are in memory at once
 
 
 @dataclass
@@ -130,18 +132,21 @@ def batches(rows: int, size: int) -> list[tuple[int, int]]:
 
 def seen_in_training(held_out: Dataset, training: Sequence[Dataset]) -> int:
     """Return how many held-out rows have the same anchor and positive as a training row, after tokenization."""
-    own = pair_hashes(held_out)
+    own, places = np.unique(np.concatenate(list(pair_hashes(held_out))), return_inverse=True)
     found = np.zeros(len(own), dtype=bool)
     for table in training:
-        found |= np.isin(own, pair_hashes(table))
-    return int(found.sum())
+        for hashes in pair_hashes(table):
+            nearest = np.minimum(np.searchsorted(own, hashes), len(own) - 1)
+            found[nearest[own[nearest] == hashes]] = True
+    return int(found[places].sum())
 
 
-def pair_hashes(rows: Dataset) -> np.ndarray:
-    """Return one hash (rows,) of anchor and positive per row. A single text counts as a pair of the text with itself."""
-    table = rows.with_format("arrow")[:]["text_ids"].combine_chunks()
-    offsets = table.offsets.to_numpy()
-    ids = table.values.to_numpy()
-    with np.errstate(over="ignore"):
-        last = np.minimum(offsets[:-1] + 1, offsets[1:] - 1)
-        return ids[offsets[:-1]] * np.int64(1_000_003) + ids[last]
+def pair_hashes(rows: Dataset) -> Iterator[np.ndarray]:
+    """Yield a hash of anchor and positive for each row, (b,) in batches of b rows. A single text is a pair with itself."""
+    for batch in rows.select_columns("text_ids").with_format("arrow").iter(ROWS_AT_ONCE):
+        column = batch["text_ids"].combine_chunks()
+        offsets = column.offsets.to_numpy()
+        ids = column.values.to_numpy()
+        with np.errstate(over="ignore"):
+            last = np.minimum(offsets[:-1] + 1, offsets[1:] - 1)
+            yield ids[offsets[:-1]] * np.int64(1_000_003) + ids[last]
