@@ -26,7 +26,7 @@ class _Mask(torch.autograd.Function):
         return values * mask.to(values.dtype).mul_(factor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         return gradient * mask.to(gradient.dtype).mul_(ctx.factor), None, None
 

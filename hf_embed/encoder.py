@@ -6,7 +6,7 @@ width of a hidden state.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -213,7 +213,7 @@ class Encoder(nn.Module):
                 f"{tuple(input_ids.shape)} token ids, so there are no hidden states of tokens to pool; use a text encoder"
             )
         states = states if packing is None else packing.unpack(states)
-        return self.base.pooler(states) if entry.model_pooler else entry.function(states, mask)
+        return cast(nn.Module, self.base.pooler)(states) if entry.model_pooler else entry.function(states, mask)
 
     def embed(
         self,
@@ -268,8 +268,9 @@ class Encoder(nn.Module):
     @property
     def numbering(self) -> Numbering | None:
         """The positions in a packed row; None if the model is not packed with its present attention, or on its device."""
-        known = self.packable is not None and self.packable in ways_to_pack(self.base)
-        return self.packable.numbering if known else None
+        if self.packable is None or self.packable not in ways_to_pack(self.base):
+            return None
+        return self.packable.numbering
 
     @property
     def word_table(self) -> nn.Embedding | None:
