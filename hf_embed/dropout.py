@@ -23,12 +23,12 @@ class _Mask(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, mask: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.factor = factor
-        return values * mask.to(values.dtype).mul_(factor)
+        return (values * mask.to(values.dtype)).mul_(factor)  # bfloat16 would round a mask of 0 and `factor`
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return gradient * mask.to(gradient.dtype).mul_(ctx.factor), None, None
+        return (gradient * mask.to(gradient.dtype)).mul_(ctx.factor), None, None
 
 
 def dropout(values: Tensor, p: float) -> Tensor:
