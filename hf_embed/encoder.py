@@ -40,10 +40,9 @@ from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matri
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
-# Largest number of padded tokens in a chunk. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit its cache.
+# Largest number of tokens in a chunk, padding included. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit
+# its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
-# The same for `encode`, which has no backward pass. There smaller chunks are fastest on a CPU.
-ENCODE_CHUNK_TOKENS = {"cpu": 1024, "default": 16384}
 
 
 class Encoder(nn.Module):
@@ -303,7 +302,7 @@ class Encoder(nn.Module):
             batch_size: texts that are tokenized at a time. Memory depends on `chunk_tokens`, not on this number.
             convert_to_tensor: return a tensor on the model's device instead of an array.
             show_progress_bar: show a progress bar that counts texts.
-            chunk_tokens: padded tokens that go through the model at once. Default: 1024 on a CPU, 16384 on other devices.
+            chunk_tokens: padded tokens that go through the model at once. Default: 2048 on a CPU, 16384 on other devices.
             prompt_type: mteb's name for `prompt_name`; used only if `texts` are mteb's batches.
             prompt: a text to put before each text instead of one of the model's prompts.
             truncate_dim: return only this many leading numbers of a vector; default: the model's own `truncate_dim`.
@@ -338,8 +337,7 @@ class Encoder(nn.Module):
 
         def embed(encoder: Encoder, part: list[str], numbers: Sequence[int]) -> Tensor:
             part = [before + text for text in part] if before else part
-            tokens = chunk_tokens or ENCODE_CHUNK_TOKENS.get(encoder.device.type, ENCODE_CHUNK_TOKENS["default"])
-            embeddings = embed_texts(encoder, encoder, part, tokens, numbers=numbers)
+            embeddings = embed_texts(encoder, encoder, part, chunk_tokens, numbers=numbers)
             return quantize(self.finish(embeddings.float(), truncate_dim, normalize), precision)
 
         with evaluating(self):

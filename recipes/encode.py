@@ -50,7 +50,7 @@ class Arguments(EncodingArguments):
     )
     batch_size: int = field(default=512, metadata={"help": "Number of texts to tokenize at a time."})
     chunk_tokens: int | None = field(
-        default=None, metadata={"help": "Padded tokens that go through the model at once. Default: 16384, on a CPU 1024."}
+        default=None, metadata={"help": "Padded tokens that go through the model at once. Default: 16384, on a CPU 2048."}
     )
 
     def __post_init__(self) -> None:
