@@ -12,11 +12,10 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import quickstart_tokenizer, tiny_model, with_plain_dropout
 from datasets import Dataset
 from reference_loops import POOLERS, Row, Settings, Words, embed, gte, mask_words, masked_word_loss, matryoshka, simcse, train
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -100,14 +99,11 @@ def small_tokenizer():
 def make_trainer(case: Case, model: nn.Module, folder: str) -> ContrastiveTrainer:
     settings = SETTINGS | {"per_device_train_batch_size": BATCH, "pooling": case.pooling} | case.settings
     args = ContrastiveTrainingArguments(folder, **settings)
-    with patch("hf_embed.step.use_fast_dropout"):  # the loop draws the masks of PyTorch's dropout
-        trainer = ContrastiveTrainer(
-            model=model, args=args, objective=case.objective, train_dataset=Dataset.from_list(case.rows), callbacks=[Seeds()],
-            processing_class=small_tokenizer(),
-        )  # fmt: skip
-    if case.dropout:
-        trainer.encoder.packable = None  # the loop pads, and a packed row would draw other masks
-    return trainer
+    trainer = ContrastiveTrainer(
+        model=model, args=args, objective=case.objective, train_dataset=Dataset.from_list(case.rows), callbacks=[Seeds()],
+        processing_class=small_tokenizer(),
+    )  # fmt: skip
+    return with_plain_dropout(trainer) if case.dropout else trainer
 
 
 def numbers_of_batches(trainer: ContrastiveTrainer) -> list[list[int]]:
