@@ -12,7 +12,7 @@ flash attention reads them, and `attend_by_text` does the same for PyTorch's att
 the arguments of the model to the attention function.
 
 Not every model can be packed: position biases, sliding windows or positions of another kind give other vectors, or an error.
-Therefore `packs` computes a few texts both ways, and a model whose vectors differ is padded.
+Therefore `hf_embed.forward_check` computes a few texts both ways, and a model whose vectors differ is padded.
 
 Shapes: a chunk has b texts of at most T tokens, S tokens in all. H heads of d numbers. D is the width of a hidden state.
 """
