@@ -1,7 +1,7 @@
 """Draw the masks of dropout faster on a CPU.
 
-PyTorch draws one random number of 64 bits for each mask element, in one thread. Here one such number gives four elements, of 16
-bits each, so drawing takes a fifth of the time. On two cores this is a tenth of a training step.
+PyTorch draws one random number for each element of a mask, in one thread. Here a random number of 64 bits gives four elements,
+of 16 bits each, so drawing takes a fifth of the time.
 
 The numbers still come from PyTorch's generator of the CPU, so a seed, the states in a checkpoint and the states that gradient
 caching restores determine the masks. An element is kept with a probability k / 65536, where k is the integer nearest to
@@ -23,7 +23,8 @@ class _Mask(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, mask: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.factor = factor
-        return (values * mask.to(values.dtype)).mul_(factor)  # bfloat16 would round a mask of 0 and `factor`
+        # The factor is not part of the mask, because a mask in bfloat16 would round it.
+        return (values * mask.to(values.dtype)).mul_(factor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

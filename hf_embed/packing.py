@@ -63,9 +63,7 @@ def after_padding(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
     """
     real = ids != pad_id
     counts = real.cumsum(0)
-    starts = (
-        (lengths.cumsum(0) - lengths).repeat_interleave(lengths).to(ids.device)
-    )  # (S,) the first token of each token's text
+    starts = copy_to((lengths.cumsum(0) - lengths).repeat_interleave(lengths), ids.device)  # (S,) where each text begins
     return (counts - F.pad(counts, (1, 0))[starts]) * real + pad_id
 
 
@@ -177,7 +175,9 @@ def attend_by_text(
         return PADDED(module, query, key, value, attention_mask, **others)
     dropout, scale = others.pop("dropout", 0.0), others.pop("scaling", None)
     unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
-    if attention_mask is not None or unknown or others.get("is_causal", getattr(module, "is_causal", False)):
+    causal = others.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal  # as "sdpa" reads None
+    if attention_mask is not None or unknown or causal:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
     lengths = cu_seq_lens_q.diff().tolist()
     groups = [(length, len(list(texts))) for length, texts in groupby(lengths)]

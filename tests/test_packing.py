@@ -219,6 +219,16 @@ def test_attention_that_needs_more_is_refused(given):
         attend_by_text(module, rows, rows, rows, torch.ones(1, 1, 6, 6), cu_seq_lens_q=bounds)
 
 
+def test_causal_attention_of_the_module_is_refused():
+    """`is_causal=None` means what the module says, as in transformers' "sdpa"."""
+    rows, module = torch.randn(1, 2, 6, 4), torch.nn.Module()
+    module.is_causal = True
+    bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
+    for given in ({}, {"is_causal": None}):
+        with pytest.raises(NotImplementedError, match="a mask"):
+            attend_by_text(module, rows, rows, rows, None, cu_seq_lens_q=bounds, **given)
+
+
 def test_attention_equals_a_loop_over_texts():
     """Keys and values may have fewer heads than queries."""
     query, key, value = (torch.randn(1, heads, 9, 4, dtype=torch.float64) for heads in (4, 2, 2))
