@@ -241,7 +241,8 @@ def is_measurable(backbone: PreTrainedModel) -> bool:
 def probe_rows(encoder: "Encoder") -> list[Row]:
     """Tokenize the texts, truncated to few tokens. Keep the outputs of the tokenizer that the model's forward accepts by name.
 
-    The first text contains the padding token itself, because users' texts may contain it too: RoBERTa gives it no position.
+    The first text contains the padding token, and the second the mask token, because users' texts may contain them too: RoBERTa
+    gives padding no position, and ESM scales all tokens of a row by its share of mask tokens.
     """
     taken = inspect.signature(encoder.base.forward).parameters
 
@@ -255,6 +256,8 @@ def probe_rows(encoder: "Encoder") -> list[Row]:
         rows.append({key: list(value) for key, value in found.items() if takes(key) and key != "attention_mask"})
     ids = rows[0]["input_ids"]
     ids[len(ids) // 2] = encoder.tokenizer.pad_token_id
+    if encoder.tokenizer.mask_token_id is not None and (ids := rows[1]["input_ids"]):
+        ids[len(ids) // 2] = encoder.tokenizer.mask_token_id
     return [row for row in rows if row["input_ids"]]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMALL, TINY, quickstart_tokenizer, tiny_model
 from torch.testing import assert_close
-from transformers import AttentionInterface, BertConfig, BertModel, XLMRobertaModel
+from transformers import AttentionInterface, BertConfig, BertModel, EsmConfig, EsmModel, XLMRobertaModel
 
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale
 from hf_embed.chunking import plan_packed
@@ -90,6 +90,18 @@ def test_a_model_with_other_vectors_or_an_error_is_padded(kind):
     encoder = Encoder(model, quickstart_tokenizer())
     assert encoder.numbering is None
     assert encoder(flat_batch(), LENGTHS)["embeddings"].shape == (len(LENGTHS), 32)
+
+
+def test_a_model_that_counts_the_mask_tokens_of_a_row_is_padded():
+    """BUG: ESM scales word embeddings by the share of mask tokens in the row, so texts in a packed row changed each other."""
+    mask = quickstart_tokenizer().mask_token_id
+    sizes = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0, "mask_token_id": mask}
+    for counts in (True, False):
+        encoder = Encoder(EsmModel(EsmConfig(**sizes, token_dropout=counts)).eval(), quickstart_tokenizer()).eval()
+        ids, text = torch.randint(5, 200, (30,)), torch.tensor([7, mask, mask, mask, 9])
+        together = encoder(torch.cat([text, ids]), [5, 30])["embeddings"][0]
+        assert_close(together, encoder(text, [5])["embeddings"][0], rtol=1e-4, atol=1e-5)
+        assert (encoder.numbering is None) == counts
 
 
 # ---- the same vectors and gradients ----
