@@ -235,10 +235,35 @@ def resume_check(bench: Bench) -> list[Result]:
     return [judged("exact", "resumed = uninterrupted", passed, figures, limit)]
 
 
+def as_needed_check(bench: Bench) -> list[Result]:
+    """Check that three steps that recompute as few chunks as necessary end in the weights of steps that recompute all."""
+    name = "gradient caching as needed = of all chunks"
+    if not bench.cuda:
+        return [Result("exact", name, "skipped", note="it needs the memory of a GPU")]
+    rows, ends = make_rows(bench.sizes.batch, LENGTHS["NLI-like"]), []
+    settings = {"per_device_train_batch_size": len(rows), "chunk_tokens": 8 * len(rows), "max_steps": 3, "bf16": True}
+    for caching in (True, "as_needed"):
+        with deterministic():
+            trainer = make_trainer(bench, make_model(bench.sizes.checked), rows, gradient_caching=caching, **settings)
+            before = {key: value.cpu().clone() for key, value in trainer.step.state_dict().items()}
+            trainer.train()
+        ends.append({key: value.cpu() for key, value in trainer.step.state_dict().items()})
+    figures = {
+        "tensors": len(ends[0]),
+        "different": different(*ends),
+        "different before training": different(before, ends[0]),
+        "limit, GiB": trainer.activations.limit / 2**30,
+        "bytes per token": trainer.activations.per_token,
+    }
+    passed = not figures["different"] and figures["different before training"] > 0 and figures["bytes per token"] > 0
+    return [judged("exact", name, passed and figures["limit, GiB"] > 0, figures, "every weight is bit for bit the same")]
+
+
 def exact_checks(bench: Bench) -> Tasks:
     """Check everything that has to be equal bit for bit."""
     tasks: Tasks = {f"gradient caching, {backend}": partial(caching_check, bench, backend, True) for backend in bench.backends}
     tasks["gradient caching, default kernels"] = partial(caching_check, bench, bench.backends[-1], False)
+    tasks["gradient caching as needed"] = partial(as_needed_check, bench)
     return tasks | {"resumed = uninterrupted": partial(resume_check, bench)}
 
 

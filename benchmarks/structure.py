@@ -18,10 +18,9 @@ MOST_PARAMETERS = 7
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
     ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "read_files",
-     "safe_files",
-     "version"],
-    ["adapters", "chunking", "data", "dropout", "encoding", "evaluation", "forward_check", "objectives", "packing", "pooling",
-     "search", "tempscale", "text_models", "vectors", "work_files"],
+     "safe_files", "version"],
+    ["activations", "adapters", "chunking", "data", "dropout", "encoding", "evaluation", "forward_check", "objectives",
+     "packing", "pooling", "search", "tempscale", "text_models", "vectors", "work_files"],
     ["encoder"],
     ["arguments", "averaging", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining",
      "mlm", "output", "preview", "resume", "step", "stop", "teacher", "trainer_inputs", "trainer_rows", "trainer_settings",

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from hf_embed.activations import check_caching
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranks import limit_waiting
@@ -51,10 +52,11 @@ class ContrastiveTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Maximum tokens (with padding) that are encoded at once. Default: 16384 on a GPU, 2048 on a CPU."},
     )
-    gradient_caching: bool = field(
+    gradient_caching: bool | str = field(
         default=False,
-        metadata={"help": "Recompute each chunk in the backward pass, so that any batch needs the memory of one chunk."},
-    )
+        metadata={"help": "Recompute each chunk in the backward pass, so that any batch needs the memory of one chunk. "
+                          "as_needed, on a GPU: only the chunks whose activations do not fit into its memory."},
+    )  # fmt: skip
     same_dropout_mask: bool = field(
         default=False,
         metadata={"help": "For rows of a single text: use one dropout mask for both views (an ablation; SimCSE needs two)."},
@@ -113,6 +115,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
     def _check_own(self) -> None:
         """Parse the prompts, and raise InputError if a field that TrainingArguments does not have is wrong."""
+        check_caching(self.gradient_caching, self.device)
         if self.pooling is not None:
             check_pooling(self.pooling)
         if isinstance(self.prompts, str):

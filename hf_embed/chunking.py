@@ -9,7 +9,7 @@
 With `gradient_caching`, each chunk uses activation checkpointing. Its activations are freed after the forward pass and
 recomputed in the backward pass, with the same random states. The memory for activations is then that of one chunk, whatever the
 batch size. The gradients are bit for bit the same as with the same chunks and no caching. DDP still sees one forward and one
-backward pass, so it reduces gradients once.
+backward pass, so it reduces gradients once. `hf_embed.activations` recomputes only the chunks whose activations do not fit.
 
 Shapes: N texts with S tokens in total. A chunk has b texts, padded to T tokens. D is the width of an embedding.
 """
@@ -21,8 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from hf_embed.activations import Activations, with_caching
 from hf_embed.distributed import gather_objects
 from hf_embed.packing import Numbering, Packing, copy_to, pack
 
@@ -119,7 +119,7 @@ def encode_in_chunks(
     lengths: list[int],
     pad_id: int,
     chunk_tokens: int,
-    gradient_caching: bool = False,
+    gradient_caching: bool | Activations = False,
     equal_chunks: bool = False,
     embed_tokens: Callable[[Tensor], Tensor] | None = None,
     numbering: Numbering | None = None,
@@ -133,7 +133,8 @@ def encode_in_chunks(
         lengths: the number of tokens of each text: N numbers that sum to S.
         pad_id: the id of the padding token.
         chunk_tokens: the maximum number of tokens in a chunk, padding included.
-        gradient_caching: recompute each chunk in the backward pass instead of keeping its activations.
+        gradient_caching: recompute each chunk in the backward pass instead of keeping its activations. `Activations` decides
+            for which chunks.
         equal_chunks: encode the same number of chunks on every rank. Sharded models need this, because each layer of each chunk
             is a collective.
         embed_tokens: the table of token embeddings, (S,) -> (S, width), which is then read once for all chunks. Its gradient is
@@ -157,13 +158,10 @@ def encode_in_chunks(
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])
     input_ids = input_ids[copy_to(move_tokens(sizes, order), input_ids.device)]  # now each chunk is a slice
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
-    encoded = []
-    for chunk, ids, words in zip(chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id)):
-        inputs = lay_out(ids, words, sizes[chunk], pad_id)
-        if gradient_caching and torch.is_grad_enabled():
-            encoded.append(checkpoint(encode, *inputs, use_reentrant=False, preserve_rng_state=True))
-        else:
-            encoded.append(encode(*inputs))
+    padded = counts if numbering is not None else [len(chunk) * lengths[chunk[0]] for chunk in chunks]
+    encoders = with_caching(encode, gradient_caching, padded)
+    parts = zip(encoders, chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id))
+    encoded = [encode(*lay_out(ids, words, sizes[chunk], pad_id)) for encode, chunk, ids, words in parts]
     embeddings = torch.cat(encoded)
     restored = embeddings[copy_to(move_back(order, len(lengths)), input_ids.device)]
     # Keep duplicate chunks in the autograd graph with zero gradient, so every rank runs the same number of collectives.

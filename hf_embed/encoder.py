@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_embed.activations import Activations
 from hf_embed.chunking import encode_in_chunks, serve_words
 from hf_embed.data.tokenization import beginning
 from hf_embed.disk import disk_errors
@@ -230,7 +231,7 @@ class Encoder(nn.Module):
         input_ids: Tensor,
         lengths: list[int],
         chunk_tokens: int | None = None,
-        gradient_caching: bool = False,
+        gradient_caching: bool | Activations = False,
         sharded: bool = False,
         embed: Callable[..., Tensor] | None = None,
         packed: bool = True,
@@ -241,7 +242,7 @@ class Encoder(nn.Module):
             input_ids: (S,) the tokens of all texts, one text after the other.
             lengths: the number of tokens of each text: N numbers that sum to S.
             chunk_tokens: largest number of padded tokens in a chunk; see `hf_embed.chunking`.
-            gradient_caching: recompute each chunk in the backward pass instead of keeping its activations.
+            gradient_caching: recompute each chunk in the backward pass; see `hf_embed.activations`.
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and each chunk reads the word table inside the model.
             embed: the function that embeds a chunk; default: `self.embed`. Training passes one that includes its head.

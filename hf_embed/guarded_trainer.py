@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
 from hf_embed.encoder import default_chunk_tokens
@@ -33,8 +34,10 @@ class GuardedTrainer(CheckpointTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([])
+        self.activations = Activations()
         super().__init__(*args, **kwargs)
         self.check_skipping()
+        self.check_caching()
         self.add_callback(self.stop_requests)
         # `enable_jit_checkpoint` adds this callback. It would end the run with exit status 0, so it is removed.
         if jit := self.pop_callback(JITCheckpointCallback):
@@ -55,7 +58,7 @@ class GuardedTrainer(CheckpointTrainer):
             InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a loss, a
                 gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
         """
-        folder, self.stopping = Path(str(self.args.output_dir)), False
+        folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
         with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -100,14 +103,31 @@ class GuardedTrainer(CheckpointTrainer):
             logger.warning(how_to_go_on(number, step, checkpoint))
         raise Stopped(number)
 
-    # ---- full memory ----
+    # ---- memory ----
+
+    def check_caching(self) -> None:
+        """Raise InputError if `gradient_caching` is not supported on this device, or with sharded weights."""
+        check_caching(self.args.gradient_caching, self.args.device)  # again: a script may have changed the arguments
+        if self.args.gradient_caching == AS_NEEDED and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise InputError(
+                "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "
+                "recompute the same layers; set it to true or false"
+            )
+
+    @property
+    def caching(self) -> bool | Activations:
+        """How the step that begins uses gradient caching, as `encode_in_chunks` expects it."""
+        if self.args.gradient_caching != AS_NEEDED:
+            return bool(self.args.gradient_caching)
+        self.activations.begin(self.state.global_step, self.args.device)
+        return self.activations
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss of a micro-batch, and accumulate its gradient.
 
         If a run of one process runs out of GPU memory, the step is repeated with half of `chunk_tokens` and with gradient
         caching. All later steps use the same settings. The gradient is the same except for dropout, which draws other random
-        numbers in other chunks.
+        numbers in other chunks. If `gradient_caching` is "as_needed", it becomes True first, with the same chunks.
 
         Raises:
             InputError: if the memory is full even with a single text at a time.
@@ -129,22 +149,24 @@ class GuardedTrainer(CheckpointTrainer):
                 self._use_less_memory(error)
 
     def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
-        """Halve `chunk_tokens` and warn, or raise the error about full memory if a smaller value cannot help."""
+        """Recompute all chunks, halve `chunk_tokens`, and warn. Raise the error about full memory if this cannot help."""
         args, step = self.args, self.state.global_step + 1
         budget = args.chunk_tokens or default_chunk_tokens(args.device)
-        mend = "set a smaller chunk_tokens, gradient_caching, or a smaller per_device_train_batch_size"
+        mend = "set a smaller chunk_tokens, gradient_caching to true, or a smaller per_device_train_batch_size"
         if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RankError(f"GPU memory of process {args.process_index} is full at step {step}; {mend}") from error
         shortest = min(length for batch in self.step_memory.batches for length in batch["lengths"])
-        if budget < 2 * shortest and args.gradient_caching:
+        if budget < 2 * shortest and args.gradient_caching is True:
             raise InputError(
                 f"GPU memory is full at step {step}, even with a single text at a time; set a smaller max_length or "
                 "per_device_train_batch_size"
             ) from error
-        args.chunk_tokens, args.gradient_caching = max(1, budget // 2), True
+        if args.gradient_caching != AS_NEEDED:  # otherwise, recomputing all chunks may already be enough
+            args.chunk_tokens = max(1, budget // 2)
+        args.gradient_caching = True
         logger.warning(
             f"GPU memory is full at step {step}; this step is repeated, and it and all later steps use chunk_tokens "
-            f"{args.chunk_tokens} and gradient_caching; set both to use them from the first step"
+            f"{args.chunk_tokens or budget} and gradient_caching; set both to use them from the first step"
         )
 
     # ---- gradients that are NaN or infinite ----

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_embed.activations import Activations
 from hf_embed.adapters import check_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime
@@ -82,7 +83,7 @@ class TrainingStep(nn.Module):
         input_ids: Tensor,
         lengths: list[int],
         chunk_tokens: int | None = None,
-        gradient_caching: bool = False,
+        gradient_caching: bool | Activations = False,
         mlm: tuple[Tensor, Tensor] | None = None,
         sharded: bool = False,
     ) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ class TrainingStep(nn.Module):
                 as for `Encoder.forward`.
             lengths: the number of tokens of each text: N numbers that sum to S.
             chunk_tokens: the maximum number of tokens in a chunk, padding included.
-            gradient_caching: recompute each chunk in the backward pass.
+            gradient_caching: recompute each chunk in the backward pass; with `Activations`, only some of the chunks.
             mlm: masked token ids and labels, both (S,), for the auxiliary masked-language-modeling loss.
             sharded: every rank must encode the same number of chunks.
 
@@ -112,7 +113,7 @@ class TrainingStep(nn.Module):
                 lengths,
                 pad_id=0,
                 chunk_tokens=chunk_tokens,
-                gradient_caching=gradient_caching,
+                gradient_caching=bool(gradient_caching),
                 equal_chunks=sharded,
             )
             outputs["mlm"] = losses.sum()

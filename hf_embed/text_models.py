@@ -77,7 +77,7 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
             by itself (as for DPR).
     """
     if (plain := uncompiled(model)) is not None:
-        logger.warning("the model is compiled: the uncompiled model is used; set torch_compile=True to compile the training")
+        logger.warning("the model is compiled; the uncompiled model is used")
         model = cast(PreTrainedModel, plain)
     if not hasattr(model, "config"):
         raise InputError(

@@ -309,7 +309,7 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
 
 
 def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
-    """Warn about settings that have no effect."""
+    """Warn about settings that have no effect, and about torch_compile, which makes training slower."""
     kinds = {task.kind for task in tasks.values()}
     read = set()
     if HeldOut.kind in kinds:
@@ -321,3 +321,8 @@ def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             logger.warning(f"{name} has no effect: {reason}")
     if args.eval_steps and args.eval_strategy == "no":
         logger.warning("eval_steps has no effect: eval_strategy is no; set eval_strategy to steps")
+    if args.torch_compile:  # docs/results/speed.md has the measurement
+        logger.warning(
+            "torch_compile: the chunks of each step have other sizes, and each size is compiled anew; on a CPU the first steps "
+            "took over a minute each instead of 0.3 s; remove it, unless you have measured that it is faster on your machine"
+        )

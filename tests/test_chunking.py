@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_embed import Encoder
-from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
+from hf_embed.activations import Activations
+from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, plan_packed, split_chunks
 
 # ---- splitting texts into chunks ----
 
@@ -227,6 +228,95 @@ def peak_of_a_step(caching):
 def test_caching_lowers_the_peak_of_the_whole_step():
     """This includes the activations that the backward pass computes again."""
     assert 2 * peak_of_a_step(caching=True) < peak_of_a_step(caching=False)
+
+
+# ---- activations as needed ----
+
+
+@pytest.mark.parametrize(
+    ("limit", "per_token", "recomputed"),
+    [
+        (0, 0, 3),
+        (0, 10, 3),
+        (10_000, 0, 3),
+        (299, 10, 3),
+        (699, 10, 3),
+        (700, 10, 2),
+        (1199, 10, 2),
+        (1200, 10, 1),
+        (1699, 10, 1),
+        (1700, 10, 0),
+        (9e9, 10, 0),
+    ],
+)
+def test_the_last_chunks_that_fit_are_kept(limit, per_token, recomputed):
+    """The last chunk is kept even without a limit, because the backward pass begins with it."""
+    activations = Activations(limit)
+    activations.per_token = per_token
+    assert activations.recomputed([50, 50, 40, 30]) == recomputed
+
+
+def test_the_limit_is_set_once_after_the_first_update(monkeypatch):
+    unused = iter([1000, 500])
+    monkeypatch.setattr("hf_embed.activations.unused", lambda device: next(unused))
+    activations, limits = Activations(), []
+    for step in (7, 7, 8, 8, 9):  # two micro-batches in each step; the run goes on from step 7
+        activations.begin(step, torch.device("cpu"))
+        limits.append(activations.limit)
+    assert limits == [0, 0, 800, 800, 800]
+
+
+def step_as_needed(name, monkeypatch, limit, per_token=1.0):
+    """Return the gradient of a step with dropout, and how often the model ran in the forward and in the backward pass."""
+    monkeypatch.setattr("hf_embed.activations.allocated", lambda device: 0)
+    encoder, runs = make_encoder(name), []
+    encoder.backbone.register_forward_hook(lambda *_: runs.append(1))
+    activations = Activations(limit)
+    activations.per_token = per_token
+    torch.manual_seed(0)
+    embeddings = chunked(encoder.train(), 40, activations)
+    forward = len(runs)
+    return gradient(encoder, embeddings), forward, len(runs) - forward
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_needed_is_bit_identical_under_dropout(name, monkeypatch):
+    """With a token of one byte, the limit is a number of tokens. It grows until no chunk is recomputed."""
+    encoder = make_encoder(name)
+    torch.manual_seed(0)
+    expected = gradient(encoder.train(), chunked(encoder, 40))
+    seen = set()
+    for limit in (0, 80, 120, 1000):
+        grads, forward, backward = step_as_needed(name, monkeypatch, limit)
+        assert torch.equal(grads, expected)
+        seen.add(backward)
+        assert backward < forward
+    assert len(seen) == 4 and 0 in seen
+
+
+def test_measured_activations_are_those_that_stay():
+    """A limit for kept activations holds: `Activations` measures at least the memory that they take, and at most 30% more."""
+    peaks, measured = [], []
+    for limit in (0, 1e9):
+        encoder = make_encoder("bert").train()
+        activations = Activations(limit)
+        with LivePeak() as live, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_embed.activations.allocated", lambda device, live=live: live.now)
+            for _ in range(2):  # the second pass knows the bytes for each token
+                embeddings = chunked(encoder, 100, activations)
+                before = live.now
+                del embeddings
+            peaks.append(before - live.now)
+        measured.append(activations.per_token)
+    kept = sum(LENGTHS) - sum(LENGTHS[i] for i in plan_packed(LENGTHS, 100)[-1])
+    assert 1 <= measured[1] * kept / (peaks[1] - peaks[0]) < 1.3
+
+
+def test_as_needed_evaluates_without_gradients(monkeypatch):
+    monkeypatch.setattr("hf_embed.activations.allocated", None)  # nothing is measured
+    encoder = make_encoder("bert").eval()
+    with torch.no_grad():
+        assert_close(chunked(encoder, 100, Activations(1e9)), chunked(encoder, 100))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 7])

@@ -102,6 +102,31 @@ def test_synchronizations_are_counted_by_place(gpu):
     assert place.startswith("tests/test_gpu_benchmark.py:") and found[place] == 2
 
 
+def test_activations_as_needed(gpu, monkeypatch, tmp_path):
+    """The check runs on a CPU that counts as a GPU. It fails if the chunks that are kept get another dropout mask."""
+
+    class OnGPU(gpu.Bench):
+        cuda = True
+
+    for module in ("arguments", "guarded_trainer"):
+        monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
+    monkeypatch.setattr("hf_embed.activations.unused", lambda device: 2**30)
+    size = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr("hf_embed.activations.allocated", lambda device: next(size))
+    bench = OnGPU("cpu", gpu.gpu_bench.TINY, tmp_path, 0)
+    (result,) = gpu.as_needed_check(bench)
+    assert (result.status, result.figures["different"]) == ("PASS", 0)
+    assert result.figures["limit, GiB"] == 0.8 and 0 < result.figures["bytes per token"] < 1000
+
+    def spoiled(device):
+        torch.rand(1)
+        return next(size)
+
+    monkeypatch.setattr("hf_embed.activations.allocated", spoiled)
+    (result,) = gpu.as_needed_check(bench)
+    assert result.status == "FAIL" and result.figures["different"] > 0
+
+
 def test_useful_flops(gpu):
     """A model with one layer, of a single matrix product each for queries, keys, values, outputs and the inner layer."""
     form = {"num_hidden_layers": 1, "hidden_size": 4, "intermediate_size": 8}

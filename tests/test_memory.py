@@ -5,10 +5,13 @@ import re
 
 import pytest
 import torch
-from conftest import error_of, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_model
 from test_trainer import NO_DROPOUT, trainer
 
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments
+from hf_embed.activations import Activations
 from hf_embed.errors import RankError
+from hf_embed.kit.cli import parse
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -101,5 +104,83 @@ def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
     made = trainer(tmp_path)
     made.get_batch_samples(iter(made.get_train_dataloader()), 1, torch.device("cpu"))
     monkeypatch.setattr(type(made.args), "world_size", 2)
-    with pytest.raises(RankError, match="GPU memory of process 0 is full at step 1; set a smaller chunk_tokens, grad"):
+    with pytest.raises(
+        RankError, match="GPU memory of process 0 is full at step 1; set a smaller chunk_tokens, grad.* to true"
+    ):
         made._use_less_memory(FULL)
+
+
+# ---- activations as needed ----
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Let the CPU count as a GPU whose tensors take 100 bytes for each token of a kept chunk, with 6,000 unused bytes."""
+    for module in ("arguments", "guarded_trainer"):
+        monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
+    monkeypatch.setattr("hf_embed.activations.unused", lambda device: 6000)
+    monkeypatch.setattr(Activations, "keep", keep_100_bytes)
+
+
+def keep_100_bytes(self, encode, tokens, *inputs):
+    self.per_token = 100.0
+    return encode(*inputs)
+
+
+def counted(folder, full=None, **settings):
+    """Train as `run` does. Also return how often the model ran in training mode."""
+    passes = full or Full([])
+    return *run(folder, passes, dropout=True, **settings), passes.passes
+
+
+def test_as_needed_trains_the_same_weights_with_fewer_passes(tmp_path, like_a_gpu):
+    made, weights, losses, some = counted(tmp_path / "some", gradient_caching="as_needed")
+    _, expected, expected_losses, all_chunks = counted(tmp_path / "all", gradient_caching=True)
+    _, _, _, none = counted(tmp_path / "none")
+    assert difference(weights, expected) == 0 and losses == expected_losses
+    assert made.activations.limit == 4800
+    assert none < some < all_chunks
+
+
+def test_full_memory_recomputes_all_chunks_and_keeps_their_size(tmp_path, like_a_gpu, caplog):
+    caplog.set_level(logging.WARNING)
+    made, weights, _, _ = counted(tmp_path / "full", Full([5]), gradient_caching="as_needed")
+    _, expected, _, _ = counted(tmp_path / "all", gradient_caching=True)
+    assert (made.args.gradient_caching, made.args.chunk_tokens) == (True, 40)
+    assert caplog.text.count("GPU memory is full at step 1; this step is repeated") == 1
+    assert difference(weights, expected) == 0
+
+
+@pytest.mark.parametrize("value", ["as_needed", "sometimes", 2, None])
+def test_values_that_are_not_supported_here_are_refused(tmp_path, value):
+    wanted = "needs a GPU" if value == "as_needed" else "must be True, False or 'as_needed'"
+    assert wanted in error_of(trainer, tmp_path, gradient_caching=value)
+
+
+def test_a_value_that_a_script_sets_later_is_checked(tmp_path):
+    args = ContrastiveTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    args.gradient_caching = "as_needed"
+    assert "needs a GPU" in error_of(ContrastiveTrainer, tiny_model(), args, processing_class=quickstart_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], False), (["--gradient_caching"], True), (["--gradient_caching", "false"], False),
+     (["--gradient_caching", "true"], True), (["--gradient_caching", "as_needed"], "as_needed")],
+)  # fmt: skip
+def test_flag(tmp_path, like_a_gpu, words, value):
+    argv = ["--output_dir", str(tmp_path), *words]
+    assert parse([ContrastiveTrainingArguments], argv=argv)[0].gradient_caching == value
+
+
+@pytest.mark.parametrize("value", ["false", "true", "as_needed"])
+def test_yaml(tmp_path, like_a_gpu, value):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"gradient_caching: {value}\noutput_dir: {tmp_path}\n")
+    made = parse([ContrastiveTrainingArguments], argv=["--config", str(config)])[0]
+    assert made.gradient_caching == {"false": False, "true": True}.get(value, value)
+
+
+def test_a_misspelled_value_on_the_command_line(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--gradient_caching", "sometimes"]
+    assert "gradient_caching" in error_of(parse, [ContrastiveTrainingArguments], argv=argv)

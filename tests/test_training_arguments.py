@@ -344,10 +344,16 @@ def test_warned_of_by_name_and_not_in_the_card(tmp_path, caplog, field):
     assert changed(plan) == {"max_steps": 3, "weight_decay": 0.5}
 
 
+def test_torch_compile_says_that_it_does_not_pay(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hf_embed"):
+        ours(tmp_path, torch_compile_backend="eager")  # this sets torch_compile
+    assert [said for said in caplog.messages if said.startswith("torch_compile: the chunks of each step have other sizes")]
+
+
 def test_no_warning_without_a_reason(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_embed"):
         ours(tmp_path, eval_strategy="steps", eval_steps=1)  # this sets do_eval
-    assert not [message for message in caplog.messages if "no effect" in message]
+    assert not [message for message in caplog.messages if "no effect" in message or "torch_compile" in message]
     with caplog.at_level(logging.WARNING, "hf_embed"):
         ours(tmp_path, eval_steps=1)
     assert "eval_steps has no effect: eval_strategy is no; set eval_strategy to steps" in caplog.messages

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from hf_embed.activations import caching_mode
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.disk import disk_errors
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
@@ -73,6 +74,8 @@ class Parser(HfArgumentParser):
         for action in self.actions.values():
             if action.dest == "resume_from_checkpoint":  # without a value, the flag means the newest checkpoint
                 action.nargs, action.const = "?", "latest"
+            elif action.dest == "gradient_caching":  # a switch that also has a word as its value
+                action.type = caching_mode
 
     def error(self, message: str) -> NoReturn:
         """Raise an InputError with the message, which argparse itself would print before it exits."""
@@ -313,7 +316,7 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> No
         action = parser.action_of(key)
         if action is None or key not in parser.names():
             raise InputError(f"{source}: unknown key '{key}'{parser.suggestion(str(key))}")
-        if value is False and action.type is not string_to_bool:  # YAML reads a bare `no` as False
+        if value is False and action.type not in (string_to_bool, caching_mode):  # YAML reads a bare `no` as False
             value = "no" if "no" in (action.choices or ()) else None
         overridden, empty = {key, f"no_{key}"} & set(given), value is None or value == []
         if not overridden and not empty:

@@ -1,0 +1,118 @@
+"""Keep the activations of as many chunks as fit into the GPU's memory, and recompute only those of the other chunks.
+
+This is `gradient_caching="as_needed"`:
+
+1. In the first step, all chunks but the last are recomputed in the backward pass. The last one is measured: how many bytes
+   its activations take for each token.
+2. After the first update, the peak of the memory shows how much of it no step needs.
+3. From then on, most of this memory holds the activations of the last chunks of each step. The backward pass begins with
+   these chunks, so their memory is free again before it recomputes the others.
+
+Recomputation uses the same random states, so the gradients are bit for bit the same, whichever chunks are kept.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.hf_argparser import string_to_bool
+
+from hf_embed.errors import InputError
+
+AS_NEEDED = "as_needed"
+
+# The share of the unused memory that activations may fill. The rest is for fragmentation, and for chunks that need more memory
+# for each token than those that were measured.
+SHARE = 0.8
+
+
+def caching_mode(text: str) -> bool | str:
+    """Return the value of `gradient_caching` that a word on the command line or in a YAML file means."""
+    return text if text == AS_NEEDED else string_to_bool(text)
+
+
+def check_caching(caching: object, device: torch.device) -> None:
+    """Raise InputError if `gradient_caching` has an unknown value, or one that needs a GPU where there is none."""
+    if not isinstance(caching, bool) and caching != AS_NEEDED:
+        raise InputError(f"gradient_caching is {caching!r}; it must be True, False or {AS_NEEDED!r}")
+    if caching == AS_NEEDED and device.type != "cuda":
+        raise InputError(
+            f"gradient_caching is {AS_NEEDED}, which needs a GPU, because only there it is known how much memory is free; set "
+            "it to true or false"
+        )
+
+
+def allocated(device: torch.device) -> int:
+    """Return the bytes of all tensors on a GPU."""
+    return torch.cuda.memory_allocated(device)
+
+
+def unused(device: torch.device) -> int:
+    """Return the bytes of a GPU that were free when this process used the most memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+
+
+class Activations:
+    """Decides how many chunks of a step keep their activations.
+
+    Attributes:
+        limit: the bytes that activations may fill. It is 0 until the first update.
+        per_token: the most bytes that the activations of a measured chunk took for each token.
+    """
+
+    def __init__(self, limit: float = 0.0):
+        self.limit, self.per_token = limit, 0.0
+        self.first_step: int | None = None
+
+    def begin(self, step: int, device: torch.device) -> None:
+        """Set the limit if `step` is the first one after an update. Call this at the beginning of every step."""
+        if self.first_step is None:
+            self.first_step = step
+        elif not self.limit and step > self.first_step:
+            self.limit = max(1.0, SHARE * unused(device))  # at least 1, so that it is measured only once
+
+    def recomputed(self, tokens: list[int]) -> int:
+        """Return how many of the chunks are recomputed: the first ones. The last chunk is always kept.
+
+        Args:
+            tokens: the number of tokens in each chunk, padding included.
+
+        >>> activations = Activations(limit=1000)
+        >>> activations.per_token = 10.0
+        >>> activations.recomputed([50, 40, 40, 30])
+        2
+        """
+        count = len(tokens) - 1
+        left = self.limit - self.per_token * tokens[-1]
+        while self.per_token and count > 0 and (left := left - self.per_token * tokens[count - 1]) >= 0:
+            count -= 1
+        return count
+
+    def keep(self, encode: Callable[..., Tensor], tokens: int, *inputs: Any) -> Tensor:
+        """Return `encode(*inputs)`, keep its activations, and measure them. `tokens` is the number of tokens in the chunk."""
+        device = inputs[0].device
+        before = allocated(device)
+        embeddings = encode(*inputs)
+        self.per_token = max(self.per_token, (allocated(device) - before) / tokens)
+        return embeddings
+
+
+def with_caching(encode: Callable[..., Tensor], caching: bool | Activations, tokens: list[int]) -> list[Callable[..., Tensor]]:
+    """Return for each chunk the function that encodes it as `encode` does.
+
+    Args:
+        encode: the function that encodes a chunk. Its first argument is a tensor.
+        caching: True: the backward pass recomputes every chunk. False: none. `Activations` decides which ones.
+        tokens: the number of tokens in each chunk, padding included.
+    """
+    if not caching or not torch.is_grad_enabled():
+        return [encode] * len(tokens)
+    recompute: Callable[..., Tensor] = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=True)
+    if caching is True:
+        return [recompute] * len(tokens)
+    count = caching.recomputed(tokens)
+    return [recompute] * count + [partial(caching.keep, encode, size) for size in tokens[count:]]
