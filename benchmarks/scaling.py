@@ -38,7 +38,7 @@ class Step:
         ring = (self.gpus - 1) / self.gpus
         return {
             "gather of the embeddings": ring * self.embeddings,
-            "sum of their gradients": 2 * ring * self.embeddings,
+            "sum of their gradients": ring * self.embeddings,
             "gradients of the weights (DDP)": 2 * ring * 4 * PARAMETERS,
         }
 

@@ -44,10 +44,10 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        first = dist.get_rank() * ctx.rows
-        return gradient[first : first + ctx.rows]
+        parts = list(gradient.contiguous().split(ctx.rows))  # one for each rank
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts)
+        return own
 
 
 def gather_rows(rows: Tensor) -> Tensor:
