@@ -166,7 +166,7 @@ def test_the_table_is_the_one_of_the_script():
 
 @pytest.mark.parametrize("pairs, texts, ranks", [(16_384, 2, 8), (128, 9, 64)])
 def test_bytes_of_a_ring(pairs, texts, ranks):
-    """Count what a rank sends, round by round: in a ring that gathers, or that sums a part for each rank, and in both together."""
+    """Count what a rank sends, round by round: in a ring that gathers, that sums a part for each rank, and in both together."""
     step_of = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["Step"]
     found = step_of(ranks, argparse.Namespace(pairs=pairs, texts=texts)).sent()
     block = pairs * texts * 768 * 4 // ranks  # bytes of the embeddings of a rank
