@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from hf_embed.dropout import dropout as fast_dropout
 from hf_embed.library_internals import attention_backend
 
 # The attentions that can be packed, with the kinds of devices on which they can.
@@ -186,9 +187,21 @@ def attend_by_text(
     # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
     for (length, texts), *parts in zip(groups, *(x[0].transpose(0, 1).split(tokens) for x in (query, key, value))):
         q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=len(q[0]) != len(k[0]))
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(q, k, v, dropout, scale).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+    """Attend within texts of the same length. All tensors have the shape (b, H, T, d); keys and values may have fewer heads.
+
+    Without dropout, this is a single function of PyTorch. With dropout, that function would compute in float32 and draw its
+    masks in one thread, so the same steps are taken here, in the precision of the arguments.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if not dropout or grouped:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
+    return fast_dropout(scores.softmax(-1), dropout) @ value
 
 
 PADDED: Callable[..., Any] = AttentionInterface()["sdpa"]

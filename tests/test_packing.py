@@ -1,6 +1,7 @@
 """Packed chunks: the same vectors and gradients as padded ones, for every model that is packed, and no others."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AttentionInterface, BertConfig, BertModel, EsmConfig, E
 
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale
 from hf_embed.chunking import plan_packed
+from hf_embed.dropout import dropout
 from hf_embed.packing import after_padding, attend_by_text, from_zero, pack
 from hf_embed.pooling import POOLINGS
 from hf_embed.step import use_fast_dropout
@@ -250,6 +252,61 @@ def test_attention_equals_a_loop_over_texts():
         for head in range(4):
             q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2, start:end]
             assert_close(out[0, start:end, head], (0.3 * q @ k.T).softmax(-1) @ v)
+
+
+def attention_with_dropout(dtype, heads=4):
+    """Return the result of packed attention with dropout, its gradients, and what they should be with the same masks."""
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, h, 9, 4, dtype=torch.float64, generator=draw) for h in (4, heads, heads)]
+    query, key, value = (x.to(dtype).requires_grad_() for x in given)
+    bounds = torch.tensor([0, 3, 6, 8, 9], dtype=torch.int32)
+    torch.manual_seed(1)
+    out, _ = attend_by_text(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, dropout=0.4, scaling=0.3)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=draw)
+    found = [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), (query, key, value))]
+    references = [x.requires_grad_() for x in given]
+    torch.manual_seed(1)
+    expected = torch.empty_like(out, dtype=torch.float64)
+    for first, texts, length in ((0, 2, 3), (6, 1, 2), (8, 1, 1)):  # the groups of texts of the same length draw together
+        kept = dropout(torch.ones(texts, 4, length, length, dtype=torch.float64), 0.4)
+        for text in range(texts):
+            part = slice(first + text * length, first + (text + 1) * length)
+            for head in range(4):
+                q, k, v = (x[0, head, part] for x in references)
+                expected[0, part, head] = ((0.3 * q @ k.T).softmax(-1) * kept[text, head]) @ v
+    return found, [expected, *torch.autograd.grad((expected * weight).sum(), references)]
+
+
+def test_attention_with_dropout_equals_a_loop_with_the_same_masks():
+    found, expected = attention_with_dropout(torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_with_dropout_in_bfloat16():
+    found, expected = attention_with_dropout(torch.bfloat16)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert_close(one.double(), other, rtol=0.05, atol=0.05)
+
+
+def test_dropout_of_attention_has_no_bias():
+    """The mean over many masks is the attention without dropout. The control: another scale is another mean."""
+    rows = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 1, 4000, 1)
+    bounds = torch.arange(0, 5 * 4000 + 1, 5, dtype=torch.int32)
+    attend = partial(attend_by_text, torch.nn.Module(), *rows, None, cu_seq_lens_q=bounds)
+    mean = attend(dropout=0.3)[0].view(4000, 5, 2, 4).mean(0)
+    expected = attend()[0].view(4000, 5, 2, 4)[0]
+    assert_close(mean, expected, rtol=0, atol=0.06)
+    assert (attend(scaling=0.1)[0].view(4000, 5, 2, 4)[0] - expected).abs().max() > 0.2
+
+
+def test_attention_with_dropout_and_fewer_heads_of_keys():
+    """Then it is PyTorch's function, so only the share of dropped weights is checked: with a value of 1, the sums show it."""
+    query, key = torch.randn(1, 4, 4000, 8), torch.randn(1, 2, 4000, 8)
+    bounds = torch.arange(0, 4001, 2, dtype=torch.int32)
+    out, _ = attend_by_text(torch.nn.Module(), query, key, torch.ones_like(key), None, cu_seq_lens_q=bounds, dropout=0.5)
+    assert out.mean().item() == pytest.approx(1, abs=0.05) and (out == 0).float().mean() == pytest.approx(0.25, abs=0.02)
 
 
 # ---- flash attention: the same path, with a twin on the CPU ----
