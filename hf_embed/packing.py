@@ -36,6 +36,9 @@ PACKED_ATTENTION = [("sdpa", "cpu"), ("flash_attention_2", "cuda")]
 HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_k", "max_length_q",
             "max_length_k", "is_causal"}  # fmt: skip
 
+# Up to this number of tokens, attention in bfloat16 is faster written out than as PyTorch's function.
+SHORT = 256
+
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
 
 
@@ -194,14 +197,16 @@ def attend_by_text(
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
     """Attend within texts of the same length. All tensors have the shape (b, H, T, d); keys and values may have fewer heads.
 
-    Without dropout, this is a single function of PyTorch. With dropout, that function would compute in float32 and draw its
-    masks in one thread, so the same steps are taken here, in the precision of the arguments.
+    PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it computes in float32 and draws its
+    masks in one thread. And in bfloat16, it is made for long texts. In these cases the steps are written out.
     """
     grouped = query.shape[1] != key.shape[1]
-    if not dropout or grouped:
+    short = query.dtype == torch.bfloat16 and query.shape[2] <= SHORT
+    if grouped or not (dropout or short):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
-    return fast_dropout(scores.softmax(-1), dropout) @ value
+    weights = scores.softmax(-1)
+    return (fast_dropout(weights, dropout) if dropout else weights) @ value
 
 
 PADDED: Callable[..., Any] = AttentionInterface()["sdpa"]
