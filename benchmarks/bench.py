@@ -55,6 +55,7 @@ class Case:
     model: str = "given"  # the one of --model, or: built-in, bert-base (with random weights)
     gte: int = 0  # 1: the improved contrastive loss of GTE, 0: SimCSE
     caching: int = 0  # 1: gradient caching
+    dropout: int = 1  # 1: the dropout of the model, 0: none
     chunk_tokens: int | None = None  # of this package; None: its default
     count: int = 0  # number of texts to encode, rows to collate, documents, or pairs of a loss
     width: int = 768  # of the vectors of a loss
@@ -73,6 +74,7 @@ CASES = {
     "unsup128": Case("unsupervised SimCSE, single sentences", rows="sts"),
     "unsup32": Case("unsupervised SimCSE, at most 32 tokens", rows="sts", max_length=32),
     "gte128": Case("GTE's improved contrastive loss, one hard negative", gte=1),
+    "plain128": Case("supervised SimCSE without dropout", dropout=0),
     "text128": Case("supervised SimCSE, texts of unequal lengths", rows="text", warm_up=1, steps=4),
     "batch512": Case("supervised SimCSE, 512 rows, at most 32 tokens", max_length=32, batch=512, warm_up=1, steps=2),
     "batch4096": Case(

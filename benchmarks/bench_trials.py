@@ -175,18 +175,26 @@ class Clock(TrainerCallback):
 
 
 def make_trainer(s: Settings, rows: list[dict[str, str]], folder: str, clock: Clock) -> Any:
-    """Return a trainer of one side, with dropout and the default optimizer. It logs and saves nothing."""
+    """Return a trainer of one side with the default optimizer. It logs and saves nothing."""
     common = {"output_dir": folder, "max_steps": s.warm_up + s.steps, "per_device_train_batch_size": s.batch, "seed": 1,
               "learning_rate": 2e-5, "bf16": s.precision == "bfloat16", "use_cpu": not CUDA, "report_to": [],
               "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}  # fmt: skip
     return (peer_trainer if s.side == PEER else own_trainer)(s, rows, common, clock)
 
 
+def with_dropout(s: Settings, model: Any) -> Any:
+    """Return a model with its own dropout, or without dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not s.dropout:
+            module.p = 0.0
+    return model
+
+
 def own_trainer(s: Settings, rows: list[dict[str, str]], common: dict[str, Any], clock: Clock) -> Any:
     from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, SimCSE
 
     return ContrastiveTrainer(
-        model=AutoModel.from_pretrained(s.path, dtype=torch.float32, **attention(s)),
+        model=with_dropout(s, AutoModel.from_pretrained(s.path, dtype=torch.float32, **attention(s))),
         processing_class=AutoTokenizer.from_pretrained(s.path),
         args=ContrastiveTrainingArguments(
             **common, pooling="mean", max_length=s.max_length, gradient_caching=bool(s.caching), chunk_tokens=s.chunk_tokens
@@ -199,7 +207,7 @@ def own_trainer(s: Settings, rows: list[dict[str, str]], common: dict[str, Any],
 def peer_trainer(s: Settings, rows: list[dict[str, str]], common: dict[str, Any], clock: Clock) -> Any:
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
-    model = load_peer(s, torch.float32)
+    model = with_dropout(s, load_peer(s, torch.float32))
     model.max_seq_length = s.max_length
     loss: dict[str, Any] = {"scale": 100, "directions": ALL_DIRECTIONS, "partition_mode": "joint"} if s.gte else {"scale": 20}
     if s.caching:
