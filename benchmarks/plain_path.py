@@ -53,7 +53,7 @@ def train(path: str, seed: int, args: argparse.Namespace, rows: Dataset) -> dict
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-            ),  # fmt: skip
+            ),
             objective=SimCSE(temperature=0.05),
             train_dataset=rows,
             eval_dataset={"sts": read_sts(str(args.eval_sts_file))},
