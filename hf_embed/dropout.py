@@ -58,3 +58,10 @@ def use_fast_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout and not module.inplace:
             module.__class__ = FastDropout
+
+
+def use_plain_dropout(model: nn.Module) -> None:
+    """Give a model the dropout of PyTorch again, so that it can be pickled and transformed without this package."""
+    for module in model.modules():
+        if type(module) is FastDropout:
+            module.__class__ = nn.Dropout  # type: ignore[assignment]

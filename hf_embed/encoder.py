@@ -5,7 +5,9 @@ width of a hidden state.
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -31,7 +33,7 @@ from hf_embed.encoding import (
 )
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure, word_table
-from hf_embed.packing import Numbering, Packable, Packing, precision, ways_to_pack
+from hf_embed.packing import CannotPack, Numbering, Packable, Packing, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of
@@ -40,6 +42,8 @@ from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matri
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
+
+logger = logging.getLogger(__name__)
 
 # Largest number of tokens in a chunk, padding included. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit
 # its cache.
@@ -234,7 +238,7 @@ class Encoder(nn.Module):
         gradient_caching: bool | Activations = False,
         sharded: bool = False,
         embed: Callable[..., Tensor] | None = None,
-        packed: bool = True,
+        packed: bool | None = None,
     ) -> dict[str, Tensor]:
         """Embed a flat batch, chunk by chunk.
 
@@ -246,13 +250,15 @@ class Encoder(nn.Module):
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and each chunk reads the word table inside the model.
             embed: the function that embeds a chunk; default: `self.embed`. Training passes one that includes its head.
-            packed: pack the chunks if the model can be packed; False: pad them.
+            packed: True: pack the chunks if the model can be packed; False: pad them; None: pack them if no error shows that
+                the model cannot be packed after all.
 
         Returns:
             {"embeddings": (N, D)}, not normalized.
         """
         words = self.word_table if torch.is_grad_enabled() and not sharded else None
-        embeddings = encode_in_chunks(
+        encode = partial(
+            encode_in_chunks,
             embed or self.embed,
             input_ids,
             lengths,
@@ -261,9 +267,15 @@ class Encoder(nn.Module):
             gradient_caching=gradient_caching,
             equal_chunks=sharded,
             embed_tokens=words,
-            numbering=self.numbering if packed else None,
         )
-        return {"embeddings": embeddings}
+        try:
+            return {"embeddings": encode(numbering=None if packed is False else self.numbering)}
+        except CannotPack as error:  # the check packs short rows, and a model may build a mask only for long ones
+            if packed:
+                raise
+            logger.warning(f"{type(self.base).__name__}: {error} is not possible; from now on, texts are padded")
+            self.packable = None
+            return {"embeddings": encode()}
 
     @property
     def numbering(self) -> Numbering | None:

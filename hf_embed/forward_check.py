@@ -50,6 +50,7 @@ MOST_POSITIONS = 1024  # a row of texts longer than this is not tried
 MOST_TOKENS = 16  # largest number of tokens of a text; it keeps the check quick on large models
 # Largest allowed distance from the reference, relative to its norm. Half precision rounds differently in each batch shape.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+ORIGINAL = "original_max_position_embeddings"
 Row = dict[str, list[int]]  # the outputs of a tokenizer for one text, by name
 
 
@@ -144,22 +145,36 @@ def compute_passes(encoder: "Encoder") -> Passes:
 def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], reference: Tensor) -> Packable | None:
     """Return how the model can be packed so that its vectors equal `reference`, (N, D); None if it cannot.
 
-    A model that takes other arguments, or that adds something to the scores, may raise any error. It is padded then. In the
-    first check of a model with few positions, the texts are repeated, so that the row has more tokens than there are positions.
+    A model that takes other arguments, or that adds something to the scores, may raise any error. It is padded then. It is also
+    padded if it attends over the whole row under a mask of its own: this may be right, but it is slow. In the first check of a
+    model with few positions, the texts are repeated, so that the row has more tokens than there are positions.
     """
     positions = 0 if encoder.packable else stated_positions(encoder.config) or 0
     times = 1 + (positions // len(flat) if positions <= MOST_POSITIONS else 0)
+    odd = odd_neighbors(encoder)
+    row, sizes = torch.cat([flat.repeat(times), *odd]), [*(lengths * times), *map(len, odd)]
     for way in ways_to_pack(encoder.base):
         encoder.packable = way
         try:
-            packed = encoder(flat.repeat(times), lengths * times, chunk_tokens=times * len(flat))["embeddings"]
+            with WholeRows(len(row)) as whole:
+                packed = encoder(row, sizes, chunk_tokens=len(row), packed=True)["embeddings"][: times * len(lengths)]
         except torch.OutOfMemoryError:
             raise
         except Exception:
             return None
-        if not differ(packed, reference.repeat(times, 1), tolerance_of(encoder.backbone)):
-            return way
+        equal = not differ(packed, reference.repeat(times, 1), tolerance_of(encoder.backbone))
+        if equal and packed.isfinite().all():
+            return None if whole.seen else way
     return None
+
+
+def odd_neighbors(encoder: "Encoder") -> list[Tensor]:
+    """Return two texts, (16,), that consist of mask tokens and of padding tokens alone.
+
+    In a packed row they show, in half precision too, whether a model scales the whole row by what some of its tokens are.
+    """
+    ids = (encoder.tokenizer.mask_token_id, encoder.tokenizer.pad_token_id)
+    return [torch.full((MOST_TOKENS,), token, device=encoder.device) for token in ids if token is not None]
 
 
 def check_passes(passes: Passes, encoder: "Encoder") -> None:
@@ -361,9 +376,32 @@ def word_table(base: PreTrainedModel) -> nn.Embedding | None:
 
 
 def stated_positions(config: PretrainedConfig) -> int | None:
-    """Return the number of positions that a configuration states, or None if it states none."""
-    stated = getattr(config, "max_position_embeddings", None)
-    return stated if isinstance(stated, int) and stated > 0 else None
+    """Return the number of positions that a configuration states, or None if it states none.
+
+    A model with "longrope" takes other frequencies for all texts of a batch if one of them has more tokens than the model was
+    first trained on. So it is used up to this number of tokens only.
+    """
+    stated = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        stated += [rope.get(ORIGINAL), getattr(config, ORIGINAL, None)]
+    return min((number for number in stated if isinstance(number, int) and number > 0), default=None)
+
+
+class WholeRows(TorchFunctionMode):
+    """A context that records whether PyTorch's attention is called with queries of all `tokens` of a packed row."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.seen = tokens, False
+
+    def __torch_function__(
+        self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call the function."""
+        if function is F.scaled_dot_product_attention and args and args[0].shape[-2] == self.tokens:
+            self.seen = True
+        return function(*args, **(kwargs or {}))
 
 
 class LookupRecorder(TorchFunctionMode):

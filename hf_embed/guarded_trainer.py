@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
-from hf_embed.encoder import default_chunk_tokens
+from hf_embed.dropout import use_fast_dropout, use_plain_dropout
+from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import save_checkpoint
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
@@ -29,7 +30,9 @@ class GuardedTrainer(CheckpointTrainer):
     """The part of `ContrastiveTrainer` that handles interruptions and failures of a training."""
 
     args: ContrastiveTrainingArguments
+    encoder: Encoder
     watch: Watch
+    fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop_requests = StopRequests()
@@ -59,8 +62,11 @@ class GuardedTrainer(CheckpointTrainer):
                 gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            use_plain_dropout(self.encoder.backbone)
 
     def _maybe_log_save_evaluate(
         self,
@@ -133,6 +139,8 @@ class GuardedTrainer(CheckpointTrainer):
             InputError: if the memory is full even with a single text at a time.
             RankError: if the memory of one of several processes is full.
         """
+        if self.fast_dropout:
+            use_fast_dropout(self.encoder.backbone)  # `train` undoes this at its end
         memory, number = self.step_memory, self.step_memory.begin()
         try:
             return super().training_step(model, inputs, num_items_in_batch)

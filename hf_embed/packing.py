@@ -9,7 +9,8 @@ Three texts of 3, 2 and 1 tokens, padded and packed:
 
 In the packed row, every layer except attention computes no padding. Attention gets the bounds of the texts, `cu_seq_lens`:
 flash attention reads them, and `attend_by_text` does the same for PyTorch's attention on a CPU. transformers passes them from
-the arguments of the model to the attention function.
+the arguments of the model to the attention function. `attend_by_text` reads them under a name of its own, because other callers
+may pass `cu_seq_lens_q` to PyTorch's attention together with a mask.
 
 Not every model can be packed: position biases, sliding windows or positions of another kind give other vectors, or an error.
 Therefore `hf_embed.forward_check` computes a few texts both ways, and a model whose vectors differ is padded.
@@ -33,8 +34,8 @@ from hf_embed.library_internals import attention_backend
 # The attentions that can be packed, with the kinds of devices on which they can.
 PACKED_ATTENTION = [("sdpa", "cpu"), ("flash_attention_2", "cuda")]
 # What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
-HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_k", "max_length_q",
-            "max_length_k", "is_causal"}  # fmt: skip
+HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
+            "max_length_q", "max_length_k"}  # fmt: skip
 
 # Up to this number of tokens, attention in bfloat16 is faster written out than as PyTorch's function.
 SHORT = 256
@@ -71,6 +72,10 @@ def after_padding(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
     return (counts - F.pad(counts, (1, 0))[starts]) * real + pad_id
 
 
+class CannotPack(NotImplementedError):
+    """The attention of a model needs something that a packed row does not have."""
+
+
 class Packable(NamedTuple):
     """How a model can be packed: with this attention, on this kind of device, with tokens numbered in this way."""
 
@@ -82,7 +87,10 @@ class Packable(NamedTuple):
 def ways_to_pack(model: PreTrainedModel) -> list[Packable]:
     """Return the ways that could pack a model: none if there is no packed attention for its attention and its device."""
     place = attention_backend(model.config), next(model.parameters()).device.type
-    return [Packable(*place, numbering) for numbering in (from_zero, after_padding)] if place in PACKED_ATTENTION else []
+    replaced = place[0] == "sdpa" and AttentionInterface()["sdpa"] is not attend_by_text  # by another library
+    if replaced or place not in PACKED_ATTENTION:
+        return []
+    return [Packable(*place, numbering) for numbering in (from_zero, after_padding)]
 
 
 def rounds_to_half(model: PreTrainedModel) -> bool:
@@ -117,8 +125,9 @@ class Packing(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that make a model of transformers attend within texts, with flash attention or here."""
         bounds, longest = self.cu_seq_lens, self.longest
+        here = {"text_bounds": bounds} if bounds.device.type == "cpu" else {}
         return {"position_ids": self.position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
-                "max_length_k": longest}  # fmt: skip
+                "max_length_k": longest, **here}  # fmt: skip
 
     def unpack(self, states: Tensor) -> Tensor:
         """Return the hidden states (1, S, D) of the row as those of padded texts, (b, T, D). Padding has finite numbers."""
@@ -153,7 +162,10 @@ def attend_by_text(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    cu_seq_lens_q: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    text_bounds: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as transformers' "sdpa" does. In a packed row, the tokens of a text attend to that text only.
@@ -166,31 +178,32 @@ def attend_by_text(
         key: as `query`; it may have fewer heads.
         value: as `key`.
         attention_mask: None in a packed row.
-        cu_seq_lens_q: (b + 1,) the bounds of the texts in a packed row; None: the texts are padded.
-        others: further arguments of "sdpa": dropout, the probability of dropping a weight; scaling, the factor of the scores.
+        dropout: the probability of dropping a weight.
+        scaling: the factor of the scores; None: 1 / sqrt(d).
+        is_causal: whether a token attends only to earlier ones; None: what the module says. Never in a packed row.
+        text_bounds: (b + 1,) the first token of each text in a packed row, and S; None: the texts are padded.
+        others: further arguments of "sdpa".
 
     Returns:
         (1, S, H, d) and None.
 
     Raises:
-        NotImplementedError: if the model needs more than scores within texts.
+        CannotPack: if the model needs more than scores within texts.
     """
-    if cu_seq_lens_q is None:
-        return PADDED(module, query, key, value, attention_mask, **others)
-    dropout, scale = others.pop("dropout", 0.0), others.pop("scaling", None)
+    if text_bounds is None:
+        return PADDED(module, query, key, value, attention_mask, dropout, scaling, is_causal, **others)
     unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
-    causal = others.get("is_causal")
-    causal = getattr(module, "is_causal", False) if causal is None else causal  # as "sdpa" reads None
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal  # as "sdpa" reads None
     if attention_mask is not None or unknown or causal:
-        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
-    lengths = cu_seq_lens_q.diff().tolist()
+        raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
+    lengths = text_bounds.diff().tolist()
     groups = [(length, len(list(texts))) for length, texts in groupby(lengths)]
     tokens = [length * texts for length, texts in groups]
     outputs = []
     # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
     for (length, texts), *parts in zip(groups, *(x[0].transpose(0, 1).split(tokens) for x in (query, key, value))):
         q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
-        outputs.append(attend(q, k, v, dropout, scale).transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(q, k, v, dropout, scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 
 

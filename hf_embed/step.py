@@ -27,7 +27,6 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime
 from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.chunking import encode_in_chunks
-from hf_embed.dropout import use_fast_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError
 from hf_embed.library_internals import layers_to_wrap
@@ -190,7 +189,6 @@ def make_step(
     if objective.mlm_weight and mlm_head is None:
         model, mlm_head = split_masked_lm(model)
     encoder = make_encoder(model, tokenizer, args)
-    use_fast_dropout(encoder.backbone)
     if args.temp_scale is not None:
         apply_tempscale(encoder.backbone, args.temp_scale)
     needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training

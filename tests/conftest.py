@@ -34,7 +34,6 @@ from hf_embed import ContrastiveTrainer, Encoder, InputError
 from hf_embed.data.labelled import as_pairs
 from hf_embed.data.sources import unformatted
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
-from hf_embed.dropout import FastDropout
 from hf_embed.kit.plan import QUICKSTART
 
 torch.set_num_threads(1)  # with more threads, tiny models would wait longer than they compute
@@ -98,10 +97,7 @@ def tokenize_rows(rows, tokenizer, max_length, name="train_dataset", paired=None
 
 def with_plain_dropout(trainer: ContrastiveTrainer) -> ContrastiveTrainer:
     """Let a trainer pad its chunks and draw the masks of PyTorch's dropout, as plain loops and older versions do."""
-    trainer.encoder.packable = None
-    for module in trainer.encoder.modules():
-        if type(module) is FastDropout:
-            module.__class__ = torch.nn.Dropout
+    trainer.encoder.packable, trainer.fast_dropout = None, False
     return trainer
 
 

@@ -1,13 +1,16 @@
 """Dropout on a CPU: the masks have the right probability, are independent, and follow PyTorch's generator."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from conftest import tiny_model
+from test_trainer import trainer
 from torch import nn
+from transformers import TrainerCallback
 
-from hf_embed.dropout import FastDropout, dropout, use_fast_dropout
+from hf_embed.dropout import FastDropout, dropout, use_fast_dropout, use_plain_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -91,3 +94,24 @@ def test_modules_are_replaced_in_place():
     model.train()
     assert not torch.equal(model(input_ids=ids)[0], copied(input_ids=ids)[0])
     assert copy.deepcopy(model).state_dict().keys() == copied.state_dict().keys()
+    use_plain_dropout(model)
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Dropout)} == {nn.Dropout}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_leaves_plain_dropout(tmp_path, fails):
+    """BUG: the model kept the class of this package, so it could not be unpickled, vmapped or scripted elsewhere."""
+    during = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            during.append({type(module) for module in model.modules() if isinstance(module, nn.Dropout)})
+            assert not fails, "the end"
+
+    model = tiny_model()
+    made = trainer(tmp_path, model, max_steps=1, callbacks=[Look()])
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="the end") if fails else contextlib.nullcontext():
+            made.train()
+        assert {type(module) for module in model.modules() if isinstance(module, nn.Dropout)} == {nn.Dropout}
+    assert during == [{FastDropout}] * 2

@@ -7,14 +7,23 @@ import pytest
 import torch
 from conftest import SMALL, TINY, quickstart_tokenizer, tiny_model
 from torch.testing import assert_close
-from transformers import AttentionInterface, BertConfig, BertModel, EsmConfig, EsmModel, XLMRobertaModel
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    EsmConfig,
+    EsmModel,
+    StableLmConfig,
+    StableLmModel,
+    XLMRobertaModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale
 from hf_embed.chunking import plan_packed
-from hf_embed.dropout import dropout
-from hf_embed.packing import after_padding, attend_by_text, from_zero, pack
+from hf_embed.dropout import dropout, use_fast_dropout
+from hf_embed.packing import PADDED, Packing, after_padding, attend_by_text, from_zero, pack
 from hf_embed.pooling import POOLINGS
-from hf_embed.step import use_fast_dropout
 
 LENGTHS = [3, 17, 9, 5, 40, 2, 9, 9, 30, 6, 1, 25]
 PACKED = {"bert": from_zero, "roberta": after_padding, "xlm-roberta": after_padding, "distilbert": from_zero}
@@ -109,6 +118,48 @@ def test_a_model_that_counts_the_mask_tokens_of_a_row_is_padded():
 # ---- the same vectors and gradients ----
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_does_not_hide_that_mask_tokens_count(dtype):
+    """BUG: in bfloat16 the effect of one mask token was within the tolerance, and texts in a packed row changed each other."""
+    sizes = SMALL | {"hidden_size": 64, "max_position_embeddings": 66, "pad_token_id": 0}
+    config = EsmConfig(**sizes, mask_token_id=quickstart_tokenizer().mask_token_id, token_dropout=True)
+    encoder = Encoder(EsmModel(config, add_pooling_layer=False).to(dtype), quickstart_tokenizer()).eval()
+    assert encoder.numbering is None
+    text = "rain on the hills in the old park"
+    together, alone = encoder.encode([text, "[MASK] " * 13])[0], encoder.encode([text])[0]
+    assert_close(together, alone, rtol=0.02, atol=0.02)
+
+
+def test_a_model_that_masks_a_whole_row_is_padded():
+    """StableLM does not pass the bounds of the texts on. transformers then masks the other texts of the row, which is slow."""
+    model = StableLmModel(StableLmConfig(**SMALL, num_key_value_heads=4, max_position_embeddings=66)).eval()
+    assert Encoder(model, quickstart_tokenizer(), "last").numbering is None
+
+
+class LocalBert(BertModel):
+    """A BERT that builds a mask of its own for long rows."""
+
+    def forward(self, *args, **kwargs):
+        """Tell attention of a window if the row is long."""
+        window = {"sliding_window": 4} if kwargs["input_ids"].shape[1] > 150 else {}
+        return super().forward(*args, **kwargs, **window)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_model_that_cannot_pack_long_rows_is_padded_from_then_on(caplog, caching):
+    """BUG: it passed the check, whose rows are short, and then `encode` raised an error."""
+    model = LocalBert(BertConfig(**SMALL, max_position_embeddings=2000)).eval()
+    encoder = Encoder(model, quickstart_tokenizer()).eval()
+    assert encoder.numbering is from_zero
+    expected = encoder(flat_batch(), LENGTHS, packed=False)["embeddings"]
+    found = encoder(flat_batch(), LENGTHS, gradient_caching=caching)["embeddings"]
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert encoder.numbering is None
+    warning = "LocalBert: attention with sliding_window in a packed row is not possible; from now on, texts are padded"
+    assert caplog.messages == [warning]
+    found.sum().backward()
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_equals_padded(name, pooling):
@@ -154,25 +205,46 @@ def test_caching_gives_the_same_gradients_bit_for_bit(layers_recomputed):
     assert torch.equal(*found)
 
 
-def test_the_vectors_of_a_text_do_not_depend_on_its_neighbours():
+def test_the_vectors_of_a_text_do_not_depend_on_its_neighbours(monkeypatch):
     """Negative control: attention over the whole row gives other vectors."""
     encoder = encoder_of().eval()
     batch, count = flat_batch(), sum(LENGTHS[:3])
     together = encoder(batch, LENGTHS)["embeddings"][:3]
     assert_close(together, encoder(batch[:count], LENGTHS[:3])["embeddings"], rtol=1e-9, atol=1e-12)
-    padded = AttentionInterface()["sdpa"]
-    AttentionInterface.register("sdpa", lambda *args, cu_seq_lens_q=None, **kwargs: padded(*args, **kwargs))
-    try:
-        whole_row = encoder(batch, LENGTHS)["embeddings"][:3]
-    finally:
-        AttentionInterface.register("sdpa", padded)
+    right = Packing.arguments
+    monkeypatch.setattr(Packing, "arguments", lambda packing: right(packing) | {"text_bounds": torch.tensor([0, len(batch)])})
+    whole_row = encoder(batch, LENGTHS, chunk_tokens=len(batch))["embeddings"][:3]
     assert not torch.allclose(whole_row, together, rtol=1e-2)
+
+
+def test_another_attention_that_is_registered_later_is_padded():
+    """BUG: then the bounds of the texts were ignored, and texts attended to each other."""
+    encoder = encoder_of().eval()
+    expected = encoder(flat_batch(), LENGTHS)["embeddings"]
+    AttentionInterface.register("sdpa", lambda *args, **kwargs: PADDED(*args, **kwargs))
+    try:
+        assert encoder.numbering is None
+        found = encoder(flat_batch(), LENGTHS)["embeddings"]
+    finally:
+        AttentionInterface.register("sdpa", attend_by_text)
+    assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [{}, {"dropout": 0.0, "scaling": 0.3, "is_causal": False}])
+def test_bounds_from_elsewhere_are_left_to_transformers(given):
+    """BUG: `cu_seq_lens_q` from transformers' own flattening collator, beside a mask, was taken for a packed row of ours."""
+    query, key, value = torch.randn(3, 1, 2, 6, 4).unbind(0)
+    mask = torch.block_diag(torch.ones(4, 4), torch.ones(2, 2)).bool().view(1, 1, 6, 6)
+    bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
+    found = attend_by_text(torch.nn.Module(), query, key, value, mask, cu_seq_lens_q=bounds, **given)[0]
+    expected = sdpa_attention_forward(torch.nn.Module(), query, key, value, mask, **given)[0]
+    assert torch.equal(found, expected)
+    positional = attend_by_text(torch.nn.Module(), query, key, value, mask, 0.0, 0.3, False)[0]
+    assert torch.equal(positional, sdpa_attention_forward(torch.nn.Module(), query, key, value, mask, 0.0, 0.3, False)[0])
 
 
 def test_models_outside_of_this_package_compute_what_they_did():
     """The registered attention changes nothing for padded texts."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     assert AttentionInterface()["sdpa"] is attend_by_text
     model = tiny_model("xlm-roberta").eval()
     ids = torch.randint(5, 200, (3, 12))
@@ -228,9 +300,9 @@ def test_attention_that_needs_more_is_refused(given):
     module = torch.nn.Module()
     bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match=next(iter(given.keys() - {"is_causal"}), "a mask")):
-        attend_by_text(module, rows, rows, rows, None, cu_seq_lens_q=bounds, **given)
+        attend_by_text(module, rows, rows, rows, None, text_bounds=bounds, **given)
     with pytest.raises(NotImplementedError, match="a mask"):
-        attend_by_text(module, rows, rows, rows, torch.ones(1, 1, 6, 6), cu_seq_lens_q=bounds)
+        attend_by_text(module, rows, rows, rows, torch.ones(1, 1, 6, 6), text_bounds=bounds)
 
 
 def test_causal_attention_of_the_module_is_refused():
@@ -240,14 +312,14 @@ def test_causal_attention_of_the_module_is_refused():
     bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
     for given in ({}, {"is_causal": None}):
         with pytest.raises(NotImplementedError, match="a mask"):
-            attend_by_text(module, rows, rows, rows, None, cu_seq_lens_q=bounds, **given)
+            attend_by_text(module, rows, rows, rows, None, text_bounds=bounds, **given)
 
 
 def test_attention_equals_a_loop_over_texts():
     """Keys and values may have fewer heads than queries."""
     query, key, value = (torch.randn(1, heads, 9, 4, dtype=torch.float64) for heads in (4, 2, 2))
     bounds = torch.tensor([0, 3, 6, 8, 9], dtype=torch.int32)
-    out, _ = attend_by_text(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, scaling=0.3)
+    out, _ = attend_by_text(torch.nn.Module(), query, key, value, None, text_bounds=bounds, scaling=0.3)
     for start, end in zip(bounds[:-1], bounds[1:]):
         for head in range(4):
             q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2, start:end]
@@ -261,7 +333,7 @@ def attention_with_dropout(dtype, heads=4):
     query, key, value = (x.to(dtype).requires_grad_() for x in given)
     bounds = torch.tensor([0, 3, 6, 8, 9], dtype=torch.int32)
     torch.manual_seed(1)
-    out, _ = attend_by_text(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, dropout=0.4, scaling=0.3)
+    out, _ = attend_by_text(torch.nn.Module(), query, key, value, None, text_bounds=bounds, dropout=0.4, scaling=0.3)
     weight = torch.randn(out.shape, dtype=torch.float64, generator=draw)
     found = [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), (query, key, value))]
     references = [x.requires_grad_() for x in given]
@@ -294,7 +366,7 @@ def test_dropout_of_attention_has_no_bias():
     """The mean over many masks is the attention without dropout. The control: another scale is another mean."""
     rows = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 1, 4000, 1)
     bounds = torch.arange(0, 5 * 4000 + 1, 5, dtype=torch.int32)
-    attend = partial(attend_by_text, torch.nn.Module(), *rows, None, cu_seq_lens_q=bounds)
+    attend = partial(attend_by_text, torch.nn.Module(), *rows, None, text_bounds=bounds)
     mean = attend(dropout=0.3)[0].view(4000, 5, 2, 4).mean(0)
     expected = attend()[0].view(4000, 5, 2, 4)[0]
     assert_close(mean, expected, rtol=0, atol=0.06)
@@ -305,7 +377,7 @@ def test_attention_with_dropout_and_fewer_heads_of_keys():
     """Then it is PyTorch's function, so only the share of dropped weights is checked: with a value of 1, the sums show it."""
     query, key = torch.randn(1, 4, 4000, 8), torch.randn(1, 2, 4000, 8)
     bounds = torch.arange(0, 4001, 2, dtype=torch.int32)
-    out, _ = attend_by_text(torch.nn.Module(), query, key, torch.ones_like(key), None, cu_seq_lens_q=bounds, dropout=0.5)
+    out, _ = attend_by_text(torch.nn.Module(), query, key, torch.ones_like(key), None, text_bounds=bounds, dropout=0.5)
     assert out.mean().item() == pytest.approx(1, abs=0.05) and (out == 0).float().mean() == pytest.approx(0.25, abs=0.02)
 
 
