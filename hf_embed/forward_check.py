@@ -169,11 +169,12 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
 
 
 def odd_neighbors(encoder: "Encoder") -> list[Tensor]:
-    """Return two texts, (16,), that consist of mask tokens and of padding tokens alone.
+    """Return texts, (16,), that consist of mask tokens alone, or of padding tokens.
 
-    In a packed row they show, in half precision too, whether a model scales the whole row by what some of its tokens are.
+    They are the larger part of a packed row. So they show, in half precision too, whether a model scales all texts of a row by
+    what some of its tokens are.
     """
-    ids = (encoder.tokenizer.mask_token_id, encoder.tokenizer.pad_token_id)
+    ids = 4 * [encoder.tokenizer.mask_token_id] + [encoder.tokenizer.pad_token_id]
     return [torch.full((MOST_TOKENS,), token, device=encoder.device) for token in ids if token is not None]
 
 
