@@ -54,9 +54,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
     )
     gradient_caching: bool | str = field(
         default=False,
-        metadata={"help": "Recompute each chunk in the backward pass, so that any batch needs the memory of one chunk. "
-                          "as_needed, on a GPU: only the chunks whose activations do not fit into its memory."},
-    )  # fmt: skip
+        metadata={"help": "Recompute the chunks in the backward pass, for any batch size. as_needed: those a GPU cannot hold."},
+    )
     same_dropout_mask: bool = field(
         default=False,
         metadata={"help": "For rows of a single text: use one dropout mask for both views (an ablation; SimCSE needs two)."},

@@ -106,7 +106,7 @@ def test_arguments_out_of_range(name):
         ({"max_steps": -5}, "max_steps is -5"),
         ({"source_alpha": NAN}, "source_alpha is nan"),
         ({"small_sources": "reject"}, "small_sources is 'reject'; it must be one of repeat, refuse"),
-        ({"gradient_caching": "no"}, "gradient_caching is 'no'; it must be True or False"),
+        ({"gradient_caching": "no"}, "gradient_caching is 'no'; it must be True, False or 'as_needed'"),
         ({"pooling": "max"}, "unknown pooling 'max'"),
         ({"dataloader_persistent_workers": True}, "set dataloader_num_workers"),
         ({"dataloader_multiprocessing_context": "fork"}, "set dataloader_num_workers"),
