@@ -86,13 +86,15 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
 def pack_chunk(
     ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int, numbering: Numbering
 ) -> tuple[Tensor, Tensor, Tensor | None, Packing]:
-    """Pack the texts of one chunk. Arguments as for `pad_chunk`; `numbering` gives each token its position.
+    """Pack the texts of one chunk. Arguments as for `pad_chunk`, but `words` (S, width) has no padding token.
+
+    `numbering` gives each token its position.
 
     Returns:
         Token ids (1, S), attention mask (b, T) of the padded texts, token embeddings (1, S, width) or None, and the packing.
     """
     packing = pack(ids, lengths, pad_id, numbering)
-    return ids.unsqueeze(0), packing.mask, None if words is None else words[:-1].unsqueeze(0), packing
+    return ids.unsqueeze(0), packing.mask, None if words is None else words.unsqueeze(0), packing
 
 
 def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -160,6 +162,7 @@ def encode_in_chunks(
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
     padded = counts if numbering is not None else [len(chunk) * lengths[chunk[0]] for chunk in chunks]
     encoders = with_caching(encode, gradient_caching, padded)
+    words_of_chunks = words_to_pack if numbering is not None else words_to_pad
     parts = zip(encoders, chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id))
     encoded = [encode(*lay_out(ids, words, sizes[chunk], pad_id)) for encode, chunk, ids, words in parts]
     embeddings = torch.cat(encoded)
@@ -193,7 +196,14 @@ def move_back(order: Tensor, texts: int) -> Tensor:
     return places
 
 
-def words_of_chunks(
+def words_to_pack(
+    embed_tokens: Callable[[Tensor], Tensor] | None, input_ids: Tensor, counts: list[int], pad_id: int
+) -> Sequence[Tensor | None]:
+    """Look up the token embeddings of all chunks at once: for each chunk (tokens, width). Otherwise as `words_to_pad`."""
+    return [None] * len(counts) if embed_tokens is None else embed_tokens(input_ids).split(counts)
+
+
+def words_to_pad(
     embed_tokens: Callable[[Tensor], Tensor] | None, input_ids: Tensor, counts: list[int], pad_id: int
 ) -> Sequence[Tensor | None]:
     """Look up the token embeddings of all chunks at once.

@@ -37,8 +37,8 @@ PACKED_ATTENTION = [("sdpa", "cpu"), ("flash_attention_2", "cuda")]
 HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
             "max_length_q", "max_length_k"}  # fmt: skip
 
-# Up to this number of tokens, attention in bfloat16 is faster written out than as PyTorch's function.
-SHORT = 256
+# Up to this number of tokens, the backward pass of attention in bfloat16 is faster written out than that of PyTorch's function.
+SHORT = 128
 
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
 
@@ -210,16 +210,21 @@ def attend_by_text(
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
     """Attend within texts of the same length. All tensors have the shape (b, H, T, d); keys and values may have fewer heads.
 
-    PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it computes in float32 and draws its
-    masks in one thread. And in bfloat16, it is made for long texts. In these cases the steps are written out.
+    PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it draws its masks in one thread. And
+    in bfloat16, its backward pass is made for long texts. In these cases the steps are written out, in float32. (In bfloat16,
+    a kernel would be compiled and kept for every number of texts and tokens, which takes half a gigabyte.)
     """
     grouped = query.shape[1] != key.shape[1]
-    short = query.dtype == torch.bfloat16 and query.shape[2] <= SHORT
+    short = query.dtype == torch.bfloat16 and query.requires_grad and query.shape[2] <= SHORT
     if grouped or not (dropout or short):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped)
-    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
-    weights = scores.softmax(-1)
-    return (fast_dropout(weights, dropout) if dropout else weights) @ value
+    dtype = query.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
+        weights = scores.softmax(-1)
+        return ((fast_dropout(weights, dropout) if dropout else weights) @ value).to(dtype)
 
 
 PADDED: Callable[..., Any] = AttentionInterface()["sdpa"]

@@ -369,3 +369,15 @@ def test_other_encoder_decoders_are_refused():
     marian = MarianConfig(vocab_size=12000, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
                           decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0)  # fmt: skip
     assert error_of(encoder_of, MarianModel(marian)).startswith("MarianModel is an encoder-decoder")
+
+
+def test_longrope_is_used_up_to_its_original_length():
+    """BUG: beyond it, one long text changed the frequencies of all texts of its batch, so a short text got another vector."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 40,
+            "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}  # fmt: skip
+    model = tiny_model("qwen3", rope_parameters=rope, max_position_embeddings=160)
+    encoder = encoder_of(model)
+    assert encoder.max_length == 40
+    assert "above the 40 positions" in error_of(encoder_of, model, max_length=41)
+    texts = ["the old lighthouse keeper wrote about the sea " * 9, "the ships and storms"]
+    assert_allclose(encoder.encode(texts)[1], encoder.encode(texts[1:])[0], rtol=1e-4, atol=1e-5)
