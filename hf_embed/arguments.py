@@ -54,7 +54,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
     )
     gradient_caching: bool | str = field(
         default=False,
-        metadata={"help": "Recompute the chunks in the backward pass, for any batch size. as_needed: those a GPU cannot hold."},
+        metadata={"help": "Recompute chunks in the backward pass to save memory; as_needed: only what does not fit a GPU."},
     )
     same_dropout_mask: bool = field(
         default=False,

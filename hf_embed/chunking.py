@@ -150,19 +150,18 @@ def encode_in_chunks(
     lay_out: Callable[..., tuple]
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
     if numbering is None:
-        lay_out = pad_chunk
+        lay_out, words_of_chunks = pad_chunk, words_to_pad
         chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
     else:
-        lay_out = partial(pack_chunk, numbering=numbering)
+        lay_out, words_of_chunks = partial(pack_chunk, numbering=numbering), words_to_pack
         chunks = plan_packed(lengths, chunk_tokens)
     if equal_chunks:
         chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])
     input_ids = input_ids[copy_to(move_tokens(sizes, order), input_ids.device)]  # now each chunk is a slice
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
-    padded = counts if numbering is not None else [len(chunk) * lengths[chunk[0]] for chunk in chunks]
+    padded = [len(chunk) * lengths[chunk[0]] for chunk in chunks] if numbering is None else counts
     encoders = with_caching(encode, gradient_caching, padded)
-    words_of_chunks = words_to_pack if numbering is not None else words_to_pad
     parts = zip(encoders, chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id))
     encoded = [encode(*lay_out(ids, words, sizes[chunk], pad_id)) for encode, chunk, ids, words in parts]
     embeddings = torch.cat(encoded)

@@ -383,9 +383,10 @@ def stated_positions(config: PretrainedConfig) -> int | None:
     first trained on. So it is used up to this number of tokens only.
     """
     stated = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        stated += [rope.get(ORIGINAL), getattr(config, ORIGINAL, None)]
+    rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or a table for each type of layers
+    for table in (rope, *(entry for entry in rope.values() if isinstance(entry, dict))):
+        if table.get("rope_type") == "longrope":
+            stated += [table.get(ORIGINAL), getattr(config, ORIGINAL, None)]
     return min((number for number in stated if isinstance(number, int) and number > 0), default=None)
 
 

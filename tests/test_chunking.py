@@ -266,13 +266,13 @@ def test_the_limit_is_set_once_after_the_first_update(monkeypatch):
     assert limits == [0, 0, 800, 800, 800]
 
 
-def step_as_needed(name, monkeypatch, limit, per_token=1.0):
+def step_as_needed(name, monkeypatch, limit):
     """Return the gradient of a step with dropout, and how often the model ran in the forward and in the backward pass."""
     monkeypatch.setattr("hf_embed.activations.allocated", lambda device: 0)
     encoder, runs = make_encoder(name), []
     encoder.backbone.register_forward_hook(lambda *_: runs.append(1))
     activations = Activations(limit)
-    activations.per_token = per_token
+    activations.per_token = 1.0
     torch.manual_seed(0)
     embeddings = chunked(encoder.train(), 40, activations)
     forward = len(runs)

@@ -4,6 +4,7 @@ Models that compute one function in all code paths are accepted. All other model
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ from transformers import (
 )
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
-from hf_embed.forward_check import differ
+from hf_embed.forward_check import differ, stated_positions
 
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
          "pad_token_id": 0, "max_position_embeddings": 66}  # fmt: skip
@@ -379,5 +380,9 @@ def test_longrope_is_used_up_to_its_original_length():
     encoder = encoder_of(model)
     assert encoder.max_length == 40
     assert "above the 40 positions" in error_of(encoder_of, model, max_length=41)
+    for tables in (rope, {"full_attention": rope}, {"sliding_attention": {"rope_type": "default"}, "full_attention": rope}):
+        assert stated_positions(SimpleNamespace(max_position_embeddings=160, rope_parameters=tables)) == 40
+    dynamic = rope | {"rope_type": "dynamic"}  # it changes its frequencies only beyond max_position_embeddings
+    assert stated_positions(SimpleNamespace(max_position_embeddings=160, rope_parameters=dynamic)) == 160
     texts = ["the old lighthouse keeper wrote about the sea " * 9, "the ships and storms"]
     assert_allclose(encoder.encode(texts)[1], encoder.encode(texts[1:])[0], rtol=1e-4, atol=1e-5)
