@@ -14,13 +14,11 @@ backward pass, so it reduces gradients once. `hf_embed.activations` recomputes o
 Shapes: N texts with S tokens in total. A chunk has b texts, padded to T tokens. D is the width of an embedding.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from hf_embed.activations import Activations, with_caching
 from hf_embed.distributed import gather_objects
@@ -83,36 +81,31 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
     return chunks
 
 
-def pack_chunk(
-    ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int, numbering: Numbering
-) -> tuple[Tensor, Tensor, Tensor | None, Packing]:
-    """Pack the texts of one chunk. Arguments as for `pad_chunk`, but `words` (S, width) has no padding token.
-
-    `numbering` gives each token its position.
+def pack_chunk(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Tensor, Packing]:
+    """Pack the texts of one chunk. Arguments as for `pad_chunk`; `numbering` gives each token its position.
 
     Returns:
-        Token ids (1, S), attention mask (b, T) of the padded texts, token embeddings (1, S, width) or None, and the packing.
+        Token ids (1, S), attention mask (b, T) of the padded texts, and the packing.
     """
     packing = pack(ids, lengths, pad_id, numbering)
-    return ids.unsqueeze(0), packing.mask, None if words is None else words.unsqueeze(0), packing
+    return ids.unsqueeze(0), packing.mask, packing
 
 
-def pad_chunk(ids: Tensor, words: Tensor | None, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def pad_chunk(ids: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad the texts of one chunk. Here S is the number of tokens in the chunk.
 
     Args:
         ids: (S,) token ids of all texts of the chunk, one text after the other.
-        words: (S + 1, width) token embeddings of `ids`, followed by that of the padding token; or None.
         lengths: (b,) the number of tokens of each text. It is a CPU tensor, so that reading it does not wait for the GPU.
         pad_id: the id of the padding token.
 
     Returns:
-        Token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None.
+        Token ids (b, T) and attention mask (b, T).
     """
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     places = copy_to((mask.flatten().cumsum(0) - 1).view_as(mask).masked_fill(~mask, len(ids)), ids.device)
     padded = torch.cat([ids, ids.new_full((1,), pad_id)])[places]
-    return padded, copy_to(mask.long(), ids.device), None if words is None else F.embedding(places, words)
+    return padded, copy_to(mask.long(), ids.device)
 
 
 def encode_in_chunks(
@@ -123,14 +116,13 @@ def encode_in_chunks(
     chunk_tokens: int,
     gradient_caching: bool | Activations = False,
     equal_chunks: bool = False,
-    embed_tokens: Callable[[Tensor], Tensor] | None = None,
     numbering: Numbering | None = None,
 ) -> Tensor:
     """Encode the texts of a flat batch, chunk by chunk.
 
     Args:
-        encode: maps token ids (b, T), attention mask (b, T), and token embeddings (b, T, width) or None, to (b, D). With
-            `numbering`, the token ids are (1, S), their embeddings (1, S, width), and the fourth argument is the `Packing`.
+        encode: maps token ids (b, T) and attention mask (b, T) to (b, D). With `numbering`, the token ids are (1, S), and the
+            third argument is the `Packing`.
         input_ids: (S,) the tokens of all texts, one text after the other.
         lengths: the number of tokens of each text: N numbers that sum to S.
         pad_id: the id of the padding token.
@@ -139,9 +131,6 @@ def encode_in_chunks(
             for which chunks.
         equal_chunks: encode the same number of chunks on every rank. Sharded models need this, because each layer of each chunk
             is a collective.
-        embed_tokens: the table of token embeddings, (S,) -> (S, width), which is then read once for all chunks. Its gradient is
-            as large as the table, so one gradient for each chunk would cost more time than the chunk itself. None: each chunk
-            reads the table inside the model.
         numbering: pack each chunk into one row, and number its tokens in this way. None: pad the chunks.
 
     Returns:
@@ -150,11 +139,9 @@ def encode_in_chunks(
     lay_out: Callable[..., tuple]
     min_tokens = MIN_CHUNK_TOKENS.get(input_ids.device.type, MIN_CHUNK_TOKENS["default"])
     if numbering is None:
-        lay_out, words_of_chunks = pad_chunk, words_to_pad
-        chunks = plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
+        lay_out, chunks = pad_chunk, plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
     else:
-        lay_out, words_of_chunks = partial(pack_chunk, numbering=numbering), words_to_pack
-        chunks = plan_packed(lengths, chunk_tokens)
+        lay_out, chunks = partial(pack_chunk, numbering=numbering), plan_packed(lengths, chunk_tokens)
     if equal_chunks:
         chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])
@@ -162,8 +149,8 @@ def encode_in_chunks(
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]
     padded = [len(chunk) * lengths[chunk[0]] for chunk in chunks] if numbering is None else counts
     encoders = with_caching(encode, gradient_caching, padded)
-    parts = zip(encoders, chunks, input_ids.split(counts), words_of_chunks(embed_tokens, input_ids, counts, pad_id))
-    encoded = [encode(*lay_out(ids, words, sizes[chunk], pad_id)) for encode, chunk, ids, words in parts]
+    parts = zip(encoders, chunks, input_ids.split(counts))
+    encoded = [encode(*lay_out(ids, sizes[chunk], pad_id)) for encode, chunk, ids in parts]
     embeddings = torch.cat(encoded)
     restored = embeddings[copy_to(move_back(order, len(lengths)), input_ids.device)]
     # Keep duplicate chunks in the autograd graph with zero gradient, so every rank runs the same number of collectives.
@@ -193,54 +180,3 @@ def move_back(order: Tensor, texts: int) -> Tensor:
     places = torch.empty(texts, dtype=torch.long)
     places[order] = torch.arange(len(order))
     return places
-
-
-def words_to_pack(
-    embed_tokens: Callable[[Tensor], Tensor] | None, input_ids: Tensor, counts: list[int], pad_id: int
-) -> Sequence[Tensor | None]:
-    """Look up the token embeddings of all chunks at once: for each chunk (tokens, width). Otherwise as `words_to_pad`."""
-    return [None] * len(counts) if embed_tokens is None else embed_tokens(input_ids).split(counts)
-
-
-def words_to_pad(
-    embed_tokens: Callable[[Tensor], Tensor] | None, input_ids: Tensor, counts: list[int], pad_id: int
-) -> Sequence[Tensor | None]:
-    """Look up the token embeddings of all chunks at once.
-
-    Args:
-        embed_tokens: the table of token embeddings, or None.
-        input_ids: (S,) the tokens of all chunks, in the order of the chunks.
-        counts: the number of tokens in each chunk.
-        pad_id: the id of the padding token.
-
-    Returns:
-        For each chunk (tokens + 1, width): its token embeddings, followed by that of the padding token. Without a table, None
-        for each chunk.
-    """
-    if embed_tokens is None:
-        return [None] * len(counts)
-    *words, padding = embed_tokens(torch.cat([input_ids, input_ids.new_full((1,), pad_id)])).split([*counts, 1])
-    return [torch.cat([rows, padding]) for rows in words]
-
-
-@contextlib.contextmanager
-def serve_words(table: nn.Embedding | None, input_ids: Tensor, words: Tensor | None) -> Iterator[None]:
-    """Make lookups of `input_ids` (b, T) in `table` return `words` (b, T, width), the rows that have been read before.
-
-    Without `words` the model does its own lookup. The model receives the token ids in any case, so everything else that it
-    derives from them (positions, masks) is as in inference. A lookup of other ids, for example of ids that the model has padded
-    further, still reads the table.
-    """
-    if table is None or words is None:
-        yield
-        return
-
-    def served(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        ids = args[0] if args else kwargs["input"]
-        return words if ids.shape == input_ids.shape and ids.data_ptr() == input_ids.data_ptr() else output
-
-    handle = table.register_forward_hook(served, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.activations import Activations
-from hf_embed.chunking import encode_in_chunks, serve_words
+from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
@@ -32,13 +32,14 @@ from hf_embed.encoding import (
     text_list,
 )
 from hf_embed.errors import InputError
-from hf_embed.forward_check import measure, word_table
+from hf_embed.forward_check import measure
 from hf_embed.packing import CannotPack, Numbering, Packable, Packing, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
+from hf_embed.word_table import share_word_gradient
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
@@ -179,21 +180,12 @@ class Encoder(nn.Module):
         last = self.dense[-1] if len(self.dense) else None
         return last.linear.out_features if isinstance(last, Dense) else self.width
 
-    def pool(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        words: Tensor | None = None,
-        packing: Packing | None = None,
-        **further: Tensor,
-    ) -> Tensor:
+    def pool(self, input_ids: Tensor, mask: Tensor, packing: Packing | None = None, **further: Tensor) -> Tensor:
         """Pool the hidden states of a chunk.
 
         Args:
             input_ids: (b, T) padded token ids; (1, S) with a packing.
             mask: (b, T) 1 on tokens and 0 on padding.
-            words: (b, T, width) the rows of the word table for these tokens, if they have been read already; (1, S, width) with
-                a packing.
             packing: where the texts lie if the chunk is one row without padding.
             further: other outputs of the tokenizer, by name.
 
@@ -206,7 +198,7 @@ class Encoder(nn.Module):
         entry = POOLINGS[self.pooling]
         everything = entry.layers is not None
         layout = {"attention_mask": mask} if packing is None else packing.arguments()
-        with precision(self.base), serve_words(self.word_table, input_ids, words):
+        with precision(self.base):
             output = self.backbone(input_ids=input_ids, output_hidden_states=everything, **layout, **further)
         if entry.model_pooler and packing is None:
             return output.pooler_output
@@ -219,16 +211,9 @@ class Encoder(nn.Module):
         states = states if packing is None else packing.unpack(states)
         return cast(nn.Module, self.base.pooler)(states) if entry.model_pooler else entry.function(states, mask)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        words: Tensor | None = None,
-        packing: Packing | None = None,
-        **further: Tensor,
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, mask: Tensor, packing: Packing | None = None, **further: Tensor) -> Tensor:
         """Return embeddings (b, D): pool the hidden states and apply the layers after the pooling. Arguments as for `pool`."""
-        return self.dense(self.pool(input_ids, mask, words, packing, **further))
+        return self.dense(self.pool(input_ids, mask, packing, **further))
 
     def forward(
         self,
@@ -248,7 +233,7 @@ class Encoder(nn.Module):
             chunk_tokens: largest number of padded tokens in a chunk; see `hf_embed.chunking`.
             gradient_caching: recompute each chunk in the backward pass; see `hf_embed.activations`.
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
-                chunks, and each chunk reads the word table inside the model.
+                chunks, and the gradient of the word table is not shared by the chunks.
             embed: the function that embeds a chunk; default: `self.embed`. Training passes one that includes its head.
             packed: True: pack the chunks if the model can be packed; False: pad them; None: pack them if no error shows that
                 the model cannot be packed after all.
@@ -256,17 +241,16 @@ class Encoder(nn.Module):
         Returns:
             {"embeddings": (N, D)}, not normalized.
         """
-        words = self.word_table if torch.is_grad_enabled() and not sharded else None
+        embed = embed or self.embed
         encode = partial(
             encode_in_chunks,
-            embed or self.embed,
+            embed if sharded else share_word_gradient(self.base, embed),
             input_ids,
             lengths,
             self.tokenizer.pad_token_id,
             chunk_tokens or default_chunk_tokens(input_ids.device),
             gradient_caching=gradient_caching,
             equal_chunks=sharded,
-            embed_tokens=words,
         )
         try:
             return {"embeddings": encode(numbering=None if packed is False else self.numbering)}
@@ -283,11 +267,6 @@ class Encoder(nn.Module):
         if self.packable is None or self.packable not in ways_to_pack(self.base):
             return None
         return self.packable.numbering
-
-    @property
-    def word_table(self) -> nn.Embedding | None:
-        """The model's table of token embeddings, or None if it is not an `nn.Embedding`."""
-        return word_table(self.base)
 
     def encode(
         self,

@@ -37,6 +37,7 @@ from hf_embed.library_internals import attention_backend
 from hf_embed.packing import Packable, precision, rounds_to_half, ways_to_pack
 from hf_embed.pooling import Dense
 from hf_embed.tempscale.attention import base_of
+from hf_embed.word_table import word_table
 
 if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
@@ -281,7 +282,7 @@ def alone(encoder: "Encoder", row: Row, keys: Iterable[str]) -> Tensor:
     """Return the vector (1, D) of one text, from its token ids and the outputs of the tokenizer that `keys` names."""
     inputs = {key: torch.tensor([row[key]], device=encoder.device) for key in ("input_ids", *keys)}
     ids = inputs.pop("input_ids")
-    return encoder.embed(ids, torch.ones_like(ids), None, None, **inputs)
+    return encoder.embed(ids, torch.ones_like(ids), **inputs)
 
 
 def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) -> bool:
@@ -365,15 +366,6 @@ def check_vocabulary(encoder: "Encoder") -> None:
                 f"the tokenizer has token ids up to {largest}, but the model's embedding table has {rows} rows; use the "
                 "model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train"
             )
-
-
-def word_table(base: PreTrainedModel) -> nn.Embedding | None:
-    """Return the model's table of token embeddings, or None if it is not an `nn.Embedding`."""
-    try:
-        table = base.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return table if isinstance(table, nn.Embedding) else None
 
 
 def stated_positions(config: PretrainedConfig) -> int | None:

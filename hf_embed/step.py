@@ -37,6 +37,7 @@ from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.text_models import ends_with, with_end_of_text
 from hf_embed.unused import settle_unused
+from hf_embed.word_table import share_word_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,9 @@ class TrainingStep(nn.Module):
             outputs["temperature"] = bounded_temperature(self.log_temperature)
         if mlm is not None:
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
+            losses_of = partial(self.mlm_losses, *mlm)
             losses = encode_in_chunks(
-                partial(self.mlm_losses, *mlm),
+                losses_of if sharded else share_word_gradient(self.encoder.base, losses_of),
                 torch.arange(len(input_ids), device=input_ids.device),
                 lengths,
                 pad_id=0,
@@ -118,14 +120,14 @@ class TrainingStep(nn.Module):
             outputs["mlm"] = losses.sum()
         return outputs
 
-    def embed(self, input_ids: Tensor, mask: Tensor, words: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
         """Embed a chunk as `Encoder.embed` does, but apply the training head in training mode."""
-        pooled = self.encoder.pool(input_ids, mask, words, packing)
+        pooled = self.encoder.pool(input_ids, mask, packing)
         if self.train_head is not None and self.training:
             pooled = self.train_head(pooled)
         return self.encoder.dense(pooled)
 
-    def mlm_losses(self, masked_ids: Tensor, labels: Tensor, places: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:
+    def mlm_losses(self, masked_ids: Tensor, labels: Tensor, places: Tensor, mask: Tensor) -> Tensor:
         """Return the summed cross-entropy of the masked tokens, for each text of a chunk: (b, 1).
 
         Args:

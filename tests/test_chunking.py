@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY, quickstart_tokenizer, tiny_model
+from conftest import quickstart_tokenizer, tiny_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,26 +65,9 @@ def test_no_texts():
 
 
 def test_pad_chunk():
-    words = torch.arange(10.0).view(5, 2)  # word embeddings of the four tokens, then of the padding token
-    ids, mask, padded = pad_chunk(torch.tensor([4, 5, 6, 1]), words, torch.tensor([3, 1]), pad_id=9)
+    ids, mask = pad_chunk(torch.tensor([4, 5, 6, 1]), torch.tensor([3, 1]), pad_id=9)
     assert ids.tolist() == [[4, 5, 6], [1, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert torch.equal(padded, words[torch.tensor([[0, 1, 2], [3, 4, 4]])])
-
-
-@pytest.mark.parametrize("architecture", TINY)
-def test_word_embeddings_read_once_change_nothing(architecture):
-    """Training looks up the word embeddings once for all chunks; encoding does not. The vectors are the same."""
-    encoder = Encoder(tiny_model(architecture), quickstart_tokenizer()).eval()
-    ids, lengths = torch.arange(5, 25), [5, 9, 2, 4]
-    with torch.no_grad():
-        expected = encoder(ids, lengths, chunk_tokens=12)["embeddings"]
-    table, reads = encoder.base.get_input_embeddings(), []
-    table.register_forward_hook(lambda module, args, output: reads.append(output))
-    embeddings = encoder(ids, lengths, chunk_tokens=12)["embeddings"]
-    assert_close(embeddings.detach(), expected, rtol=1e-6, atol=1e-6)
-    grads = torch.autograd.grad(embeddings.sum(), reads, allow_unused=True)
-    assert [grad is not None for grad in grads] == [True] + [False] * (len(reads) - 1)  # only one lookup has a gradient
 
 
 # ---- the gradients ----
