@@ -16,11 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.errors import InputError
+from hf_embed.word_table import share_gradient, sharing, word_table
 
 AS_NEEDED = "as_needed"
 
@@ -101,7 +104,66 @@ class Activations:
         return embeddings
 
 
-def with_caching(encode: Callable[..., Tensor], caching: bool | Activations, tokens: list[int]) -> list[Callable[..., Tensor]]:
+class _Recompute(torch.autograd.Function):
+    """Encode a chunk on a CPU without a graph, and once more in the backward pass, with the same random state.
+
+    `torch.utils.checkpoint` keeps the graph of every chunk: many small objects, which lie between the activations that are
+    freed. The C library then cannot use this memory for the next chunks: a step grew by 10 MB with each chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, encode: "ChunkEncoder", inputs: tuple, shared: Tensor, *trained: Tensor) -> Tensor:
+        ctx.encode, ctx.inputs, ctx.shared, ctx.trained = encode, inputs, shared, trained
+        ctx.random, ctx.autocast = torch.get_rng_state(), torch.is_autocast_enabled("cpu")
+        ctx.dtype = torch.get_autocast_dtype("cpu")
+        # Without a cache, because later chunks would take the weights from it that were cast without a graph.
+        with torch.autocast("cpu", ctx.dtype, ctx.autocast, cache_enabled=False):
+            return encode.run(shared, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        shared = ctx.shared.detach().requires_grad_()  # the lookups of this chunk end here
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", ctx.dtype, ctx.autocast):
+            torch.set_rng_state(ctx.random)
+            embeddings = ctx.encode.run(shared, ctx.inputs)
+        gradients = torch.autograd.grad(embeddings, (shared, *ctx.trained), gradient, allow_unused=True)
+        return None, None, *gradients
+
+
+class ChunkEncoder:
+    """The function that encodes the chunks of one step.
+
+    Args:
+        encode: maps the tensors of a chunk to its embeddings (b, D).
+        module: the module whose parameters `encode` uses.
+        base: the model that reads the word table.
+        sharded: the parameters are sharded (FSDP, ZeRO). The chunks then share no gradient of the word table, which is a
+            sharded tensor outside the forward pass of its own layer.
+    """
+
+    def __init__(self, encode: Callable[..., Tensor], module: nn.Module, base: PreTrainedModel, sharded: bool):
+        self.encode, self.sharded = encode, sharded
+        self.gradient, self.shared = share_gradient(None if sharded else word_table(base))
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def run(self, shared: Tensor, inputs: tuple) -> Tensor:
+        """Encode a chunk whose lookups take `shared` as an input."""
+        with sharing(self.gradient, shared):
+            return self.encode(*inputs)
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Encode a chunk, and keep its activations if a gradient is needed."""
+        return self.run(self.shared, inputs)
+
+    def recomputed(self, *inputs: Any) -> Tensor:
+        """Encode a chunk, and recompute it in the backward pass."""
+        if self.sharded or inputs[0].device.type != "cpu":
+            return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=True)
+        return _Recompute.apply(self, inputs, self.shared, *self.trained)
+
+
+def with_caching(encode: ChunkEncoder, caching: bool | Activations, tokens: list[int]) -> list[Callable[..., Tensor]]:
     """Return for each chunk the function that encodes it as `encode` does.
 
     Args:
@@ -111,8 +173,7 @@ def with_caching(encode: Callable[..., Tensor], caching: bool | Activations, tok
     """
     if not caching or not torch.is_grad_enabled():
         return [encode] * len(tokens)
-    recompute: Callable[..., Tensor] = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=True)
     if caching is True:
-        return [recompute] * len(tokens)
+        return [encode.recomputed] * len(tokens)
     count = caching.recomputed(tokens)
-    return [recompute] * count + [partial(caching.keep, encode, size) for size in tokens[count:]]
+    return [encode.recomputed] * count + [partial(caching.keep, encode, size) for size in tokens[count:]]

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_embed.activations import Activations, with_caching
+from hf_embed.activations import Activations, ChunkEncoder, with_caching
 from hf_embed.distributed import gather_objects
 from hf_embed.packing import Numbering, Packing, copy_to, pack
 
@@ -87,8 +87,8 @@ def pack_chunk(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) 
     Returns:
         Token ids (1, S), attention mask (b, T) of the padded texts, and the packing.
     """
-    packing = pack(ids, lengths, pad_id, numbering)
-    return ids.unsqueeze(0), packing.mask, packing
+    row, packing = pack(ids, lengths, pad_id, numbering)
+    return row, packing.mask, packing
 
 
 def pad_chunk(ids: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def pad_chunk(ids: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor
 
 
 def encode_in_chunks(
-    encode: Callable[..., Tensor],
+    encode: ChunkEncoder,
     input_ids: Tensor,
     lengths: list[int],
     pad_id: int,

@@ -6,7 +6,7 @@ width of a hidden state.
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.activations import Activations
+from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.disk import disk_errors
@@ -39,7 +39,6 @@ from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
-from hf_embed.word_table import share_word_gradient
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
@@ -222,7 +221,7 @@ class Encoder(nn.Module):
         chunk_tokens: int | None = None,
         gradient_caching: bool | Activations = False,
         sharded: bool = False,
-        embed: Callable[..., Tensor] | None = None,
+        trained: nn.Module | None = None,
         packed: bool | None = None,
     ) -> dict[str, Tensor]:
         """Embed a flat batch, chunk by chunk.
@@ -234,17 +233,17 @@ class Encoder(nn.Module):
             gradient_caching: recompute each chunk in the backward pass; see `hf_embed.activations`.
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and the gradient of the word table is not shared by the chunks.
-            embed: the function that embeds a chunk; default: `self.embed`. Training passes one that includes its head.
+            trained: the module whose `embed` embeds a chunk; default: this encoder. Training passes the one with the head.
             packed: True: pack the chunks if the model can be packed; False: pad them; None: pack them if no error shows that
                 the model cannot be packed after all.
 
         Returns:
             {"embeddings": (N, D)}, not normalized.
         """
-        embed = embed or self.embed
+        trained = trained or self
         encode = partial(
             encode_in_chunks,
-            embed if sharded else share_word_gradient(self.base, embed),
+            ChunkEncoder(trained.embed, trained, self.base, sharded),
             input_ids,
             lengths,
             self.tokenizer.pad_token_id,

@@ -34,7 +34,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
 from hf_embed.library_internals import attention_backend
-from hf_embed.packing import Packable, precision, rounds_to_half, ways_to_pack
+from hf_embed.packing import Packable, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
 from hf_embed.tempscale.attention import base_of
 from hf_embed.word_table import word_table
@@ -157,7 +157,7 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
     for way in ways_to_pack(encoder.base):
         encoder.packable = way
         try:
-            with WholeRows(len(row)) as whole:
+            with WholeRows(row_size(len(row))) as whole:
                 packed = encoder(row, sizes, chunk_tokens=len(row), packed=True)["embeddings"][: times * len(lengths)]
         except torch.OutOfMemoryError:
             raise

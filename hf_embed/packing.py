@@ -39,6 +39,9 @@ HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_ca
 
 # Up to this number of tokens, the backward pass of attention in bfloat16 is faster written out than that of PyTorch's function.
 SHORT = 128
+# The size of a packed row is a multiple of this number, if the row is 16 times as large. For products in bfloat16 on a CPU, oneDNN
+# compiles and keeps a kernel for each size, so fewer sizes need less memory.
+MULTIPLE = 16
 
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
 
@@ -110,8 +113,8 @@ class Packing(NamedTuple):
 
     Attributes:
         position_ids: (1, S) the position of each token in its text.
-        cu_seq_lens: (b + 1,) the first token of each text, and S.
-        longest: T.
+        cu_seq_lens: (b + 1,) the first token of each text, and S. With padding tokens at the end, (b + 2,).
+        longest: the number of tokens of the longest text.
         places: (b, T) the place of each token in the row. Padding has the place 0.
         mask: (b, T) 1 on tokens and 0 on padding.
     """
@@ -134,26 +137,41 @@ class Packing(NamedTuple):
         return F.embedding(self.places, states[0])
 
 
-def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> Packing:
-    """Return the packing of a chunk.
+def row_size(tokens: int) -> int:
+    """Return the size of the packed row for texts of so many tokens in all: the multiple of `MULTIPLE`, unless it is small.
+
+    >>> row_size(2045), row_size(2048), row_size(9)
+    (2048, 2048, 9)
+    """
+    return tokens if tokens < MULTIPLE**2 else tokens + -tokens % MULTIPLE
+
+
+def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Packing]:
+    """Pack a chunk. Padding tokens at the end, which are a text of their own, round its size up to `row_size`.
 
     Args:
         ids: (S,) the tokens of all texts, one text after the other.
         lengths: (b,) the number of tokens of each text. It is a CPU tensor, so that reading it does not wait for the GPU.
         pad_id: the id of the padding token.
         numbering: what gives each token its position.
+
+    Returns:
+        Token ids (1, row_size(S)), and the packing.
     """
     ends = lengths.cumsum(0)
     columns = torch.arange(int(lengths.max()))
     mask = columns < lengths.unsqueeze(1)
     places = ((ends - lengths).unsqueeze(1) + columns).masked_fill(~mask, 0)
-    return Packing(
+    if filler := row_size(len(ids)) - len(ids):
+        ids, lengths = F.pad(ids, (0, filler), value=pad_id), F.pad(lengths, (0, 1), value=filler)
+    packing = Packing(
         position_ids=numbering(ids, lengths, pad_id).unsqueeze(0),
-        cu_seq_lens=copy_to(F.pad(ends, (1, 0)).int(), ids.device),
-        longest=len(columns),
+        cu_seq_lens=copy_to(F.pad(lengths.cumsum(0), (1, 0)).int(), ids.device),
+        longest=max(len(columns), filler),
         places=copy_to(places, ids.device),
         mask=copy_to(mask.long(), ids.device),
     )
+    return ids.unsqueeze(0), packing
 
 
 def attend_by_text(
@@ -203,11 +221,11 @@ def attend_by_text(
     # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
     for (length, texts), *parts in zip(groups, *(x[0].transpose(0, 1).split(tokens) for x in (query, key, value))):
         q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
-        outputs.append(attend(q, k, v, dropout, scaling).transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(q, k, v, dropout, scaling, module.training).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None, training: bool) -> Tensor:
     """Attend within texts of the same length. All tensors have the shape (b, H, T, d); keys and values may have fewer heads.
 
     PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it draws its masks in one thread. And
@@ -215,7 +233,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: flo
     a kernel would be compiled and kept for every number of texts and tokens, which takes half a gigabyte.)
     """
     grouped = query.shape[1] != key.shape[1]
-    short = query.dtype == torch.bfloat16 and query.requires_grad and query.shape[2] <= SHORT
+    short = training and query.dtype == torch.bfloat16 and query.shape[2] <= SHORT
     if grouped or not (dropout or short):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     dtype = query.dtype

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_embed.activations import Activations
+from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.adapters import check_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime
@@ -37,7 +37,6 @@ from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.text_models import ends_with, with_end_of_text
 from hf_embed.unused import settle_unused
-from hf_embed.word_table import share_word_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +101,13 @@ class TrainingStep(nn.Module):
             A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
             masked tokens. With a learned temperature it also has "temperature", a scalar.
         """
-        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, embed=self.embed)
+        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, trained=self)
         if self.log_temperature is not None:
             outputs["temperature"] = bounded_temperature(self.log_temperature)
         if mlm is not None:
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
-            losses_of = partial(self.mlm_losses, *mlm)
             losses = encode_in_chunks(
-                losses_of if sharded else share_word_gradient(self.encoder.base, losses_of),
+                ChunkEncoder(partial(self.mlm_losses, *mlm), self, self.encoder.base, sharded),
                 torch.arange(len(input_ids), device=input_ids.device),
                 lengths,
                 pad_id=0,

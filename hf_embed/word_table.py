@@ -82,12 +82,16 @@ class _Lookup(torch.autograd.Function):
 
 
 class Lookups(TorchFunctionMode):
-    """A context in which lookups in a word table share one gradient. The weight of the table must require a gradient."""
+    """A context in which the lookups in a word table share one gradient.
 
-    def __init__(self, table: nn.Embedding):
+    Args:
+        gradient: the gradient.
+        shared: the empty tensor from `share_gradient`, which every lookup takes as an input.
+    """
+
+    def __init__(self, gradient: SharedGradient, shared: Tensor):
         super().__init__()
-        self.gradient = SharedGradient(table)
-        self.shared = _Share.apply(table.weight, self.gradient)
+        self.gradient, self.shared = gradient, shared
 
     def __torch_function__(
         self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
@@ -98,32 +102,30 @@ class Lookups(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def share_word_gradient(base: PreTrainedModel, encode: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that computes what `encode` does, whose calls share one gradient of the model's word table.
+def share_gradient(table: nn.Embedding | None) -> tuple[SharedGradient | None, Tensor]:
+    """Return the gradient that the lookups of one step share, and an empty tensor that connects them with the weight.
 
-    It is for one step. Without a gradient of the table, or if the table is of a special kind, `encode` itself is returned.
+    There is no shared gradient if the table needs none, or is of a special kind. The empty tensor then connects nothing.
     """
-    table = word_table(base)
     if table is None or not torch.is_grad_enabled() or not table.weight.requires_grad:
-        return encode
+        return None, torch.empty(0)
     if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
-        return encode
-    lookups = Lookups(table)
-
-    def sharing(*inputs: Any) -> Tensor:
-        with replaced_forward(table, lookups):
-            return encode(*inputs)
-
-    return sharing
+        return None, torch.empty(0)
+    gradient = SharedGradient(table)
+    return gradient, _Share.apply(table.weight, gradient)
 
 
 @contextlib.contextmanager
-def replaced_forward(table: nn.Embedding, lookups: Lookups) -> Iterator[None]:
-    """Return a context in which calls of the table run within `lookups`."""
+def sharing(gradient: SharedGradient | None, shared: Tensor) -> Iterator[None]:
+    """Return a context in which calls of the table share their gradient."""
+    if gradient is None:
+        yield
+        return
+    table = gradient.module
     own, call = vars(table).get("forward"), table.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        with lookups:
+        with Lookups(gradient, shared):
             return call(*args, **kwargs)
 
     table.forward = forward

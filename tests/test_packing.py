@@ -272,13 +272,43 @@ def test_a_copy_and_a_saved_encoder_are_packed(tmp_path):
 
 
 def test_pack():
-    packing = pack(torch.tensor([4, 5, 6, 7, 8, 9]), torch.tensor([3, 2, 1]), pad_id=0, numbering=from_zero)
+    ids = torch.tensor([4, 5, 6, 7, 8, 9])
+    row, packing = pack(ids, torch.tensor([3, 2, 1]), pad_id=0, numbering=from_zero)
+    assert row.tolist() == [ids.tolist()]
     assert packing.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert packing.cu_seq_lens.tolist() == [0, 3, 5, 6] and packing.cu_seq_lens.dtype == torch.int32
     assert packing.longest == 3
     assert packing.mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
     states = torch.arange(6.0).view(1, 6, 1)
     assert packing.unpack(states).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 0], [5, 0, 0]]
+
+
+def test_a_row_is_rounded_up():
+    """Padding tokens at the end are a text of their own, which no embedding reads."""
+    ids, lengths = torch.arange(5, 305), torch.tensor([200, 100])
+    row, packing = pack(ids, lengths, pad_id=1, numbering=from_zero)
+    assert row.tolist() == [[*range(5, 305), *[1] * 4]]
+    assert packing.position_ids.tolist() == [[*range(200), *range(100), *range(4)]]
+    assert packing.cu_seq_lens.tolist() == [0, 200, 300, 304] and packing.longest == 200
+    assert packing.mask.shape == (2, 200) and packing.places.max() == 299
+    assert len(pack(ids[:255], torch.tensor([255]), pad_id=1, numbering=from_zero)[0][0]) == 255  # a small row is not
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_rounded_row_changes_nothing(name):
+    """The vectors and gradients of 312 tokens in a row of 320 are those of padded texts."""
+    encoder = encoder_of(name).eval()
+    sizes, ids = [], encoder.base.get_input_embeddings()
+    ids.register_forward_hook(lambda table, args, output: sizes.append(args[0].shape))
+    found = []
+    for packed in (True, False):
+        encoder.zero_grad()
+        batch = torch.cat([flat_batch(0), flat_batch(1)])
+        embeddings = encoder(batch, LENGTHS * 2, packed=packed)["embeddings"]
+        embeddings.sin().sum().backward()
+        found.append((embeddings.detach(), {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}))
+    assert sizes[0] == (1, 320)
+    assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
 def test_plan_packed():

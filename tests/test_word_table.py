@@ -1,6 +1,7 @@
 """The chunks of a step share one gradient of the word table: it is the gradient of plain lookups, and is computed once."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -9,11 +10,10 @@ from conftest import TINY, quickstart_tokenizer, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from hf_embed import Encoder
 from hf_embed import word_table as module
-from hf_embed.word_table import share_word_gradient
+from hf_embed.activations import ChunkEncoder
 
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9]])
 
@@ -49,11 +49,14 @@ TABLES = {
 }
 
 
-def two_calls(base, encode):
-    """Return the gradient of the table from two calls of `encode`, one of them under activation checkpointing."""
+def chunks_of(base):
+    return ChunkEncoder(base, base, base, sharded=False)
+
+
+def two_calls(base, first, second):
+    """Return the gradient of the table from two chunks."""
     base.zero_grad()
-    first = checkpoint(encode, IDS, use_reentrant=False)
-    (first.square().sum() + encode(IDS + 0).sum()).backward()
+    (first(IDS).square().sum() + second(IDS + 0).sum()).backward()
     return base.table.weight.grad.to_dense() if base.table.weight.grad.is_sparse else base.table.weight.grad.clone()
 
 
@@ -64,11 +67,12 @@ def test_the_gradient_is_that_of_plain_lookups(name):
     if base.table.max_norm:
         with torch.no_grad():  # renormalizing changes the weight, so begin with a weight that stays the same
             base.table.weight /= 2 * base.table.weight.norm(dim=1, keepdim=True)
-    expected = two_calls(base, base)
-    shared = share_word_gradient(base, base)
-    assert (shared is base) == (name in ("sparse", "by frequency", "renormalized"))
-    assert_close(two_calls(base, shared), expected, rtol=1e-12, atol=1e-12)
-    assert_close(two_calls(base, share_word_gradient(base, base)), expected, rtol=1e-12, atol=1e-12)  # and in the next step
+    expected = two_calls(base, base, base)
+    for first, second in itertools.product(("__call__", "recomputed"), repeat=2):
+        encode = chunks_of(base)
+        assert (encode.gradient is None) == (name in ("sparse", "by frequency", "renormalized"))
+        result = two_calls(base, getattr(encode, first), getattr(encode, second))
+        assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_only_the_lookups_of_the_table_are_shared():
@@ -82,19 +86,21 @@ def test_only_the_lookups_of_the_table_are_shared():
     other = nn.Parameter(torch.randn(10, 4, dtype=torch.double))
     base = Base(Both(10, 4)).double()
     gradients = []
-    for encode in (base, share_word_gradient(base, base)):
+    base.other = other
+    for encode in (base, chunks_of(base), chunks_of(base).recomputed):
         other.grad = None
-        gradients.append((two_calls(base, encode), other.grad))
-    assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+        gradients.append((two_calls(base, encode, encode), other.grad))
+    assert_close(gradients[1:], gradients[:1] * 2, rtol=1e-12, atol=1e-12)
     assert gradients[0][1].abs().sum() > 0
 
 
 def test_what_needs_no_gradient_is_left_alone():
     base = Base(nn.Embedding(10, 4))
     with torch.no_grad():
-        assert share_word_gradient(base, base) is base
+        assert chunks_of(base).gradient is None
     base.table.requires_grad_(False)  # frozen, for example under LoRA
-    assert share_word_gradient(base, base) is base
+    assert chunks_of(base).gradient is None
+    assert ChunkEncoder(base, base, base, sharded=True).gradient is None
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -106,10 +112,10 @@ def test_the_table_is_restored(wrapped):
         inner = base.table.forward
         base.table.forward = lambda ids: calls.append(ids) or inner(ids)
     before = vars(base.table).get("forward")
-    shared = share_word_gradient(base, base)
-    shared(IDS)
+    encode = chunks_of(base)
+    encode(IDS)
     with pytest.raises(IndexError):
-        shared(IDS + 100)
+        encode(IDS + 100)
     assert vars(base.table).get("forward") is before
     assert len(calls) == (2 if wrapped else 0)
 
@@ -118,14 +124,15 @@ def test_hooks_of_the_table_run():
     base = Base(nn.Embedding(10, 4))
     seen = []
     base.table.register_forward_hook(lambda table, args, output: seen.append(output.shape))
-    share_word_gradient(base, base)(IDS)
+    chunks_of(base)(IDS)
     assert seen == [(2, 3, 4)]
 
 
 def test_a_gradient_in_half_precision_is_summed_in_float32():
     """In bfloat16, 1 + 1/512 is 1: the sum of many small gradients would stop growing."""
     table = nn.Embedding(4, 1, dtype=torch.bfloat16)
-    encode = share_word_gradient(Base(table), table)
+    base = Base(table)
+    encode = ChunkEncoder(table, base, base, sharded=False)
     ids = torch.zeros(1, 4, dtype=torch.long)
     sum((encode(ids).float() / 1024).sum() for _ in range(1024)).backward()
     assert table.weight.grad.dtype == torch.bfloat16
@@ -135,17 +142,16 @@ def test_a_gradient_in_half_precision_is_summed_in_float32():
     assert plain.weight.grad[0].item() < 4  # negative control
 
 
-def test_nothing_is_kept_after_the_step():
+@pytest.mark.parametrize("name", ["__call__", "recomputed"])
+def test_nothing_is_kept_after_the_step(name):
     base = Base(nn.Embedding(10, 4))
     gc.disable()
     try:
-        shared = share_word_gradient(base, base)
-        gradient = weakref.ref(
-            next(cell.cell_contents for cell in shared.__closure__ if isinstance(cell.cell_contents, module.Lookups)).gradient
-        )
-        shared(IDS).sum().backward()
+        encode = chunks_of(base)
+        gradient = weakref.ref(encode.gradient)
+        getattr(encode, name)(IDS).sum().backward()
         assert gradient().total is None
-        del shared
+        del encode
         assert gradient() is None  # freed at once, without waiting for the garbage collector
     finally:
         gc.enable()

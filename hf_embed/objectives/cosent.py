@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import POSITIVE, check_ranges
 
 
@@ -76,7 +77,13 @@ class CoSENT(ContrastiveObjective):
         assert scores is not None  # the trainer checks that the rows have scores
         pairs = F.normalize(embeddings if all_embeddings is None else all_embeddings, dim=-1)  # (N, 2, D)
         cosines = (pairs[:, 0] * pairs[:, 1]).sum(-1)  # (N,)
-        higher = scores[:, :1] > scores[:, 0]  # (N, N): entry (i, j) is True if pair i has a higher score than pair j
-        differences = (cosines - cosines.unsqueeze(1)) / (self.temperature if temperature is None else temperature)
-        terms = differences.masked_fill(~higher, float("-inf")).flatten()
+        lowest = torch.finfo(cosines.dtype).min
+
+        def row_terms(rows: slice) -> Tensor:
+            """Return the log of the sum of the terms of each of the T pairs i of a tile, (T,)."""
+            higher = scores[rows, :1] > scores[:, 0]  # (T, N): entry (i, j) is True if pair i has a higher score than pair j
+            differences = (cosines - cosines[rows].unsqueeze(1)) / (self.temperature if temperature is None else temperature)
+            return differences.masked_fill(~higher, lowest).logsumexp(1)
+
+        terms = by_tiles(row_terms, len(cosines), len(cosines))
         return torch.cat([terms.new_zeros(1), terms]).logsumexp(0)

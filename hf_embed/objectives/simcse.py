@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
+from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
 
 
@@ -103,32 +104,38 @@ class SimCSE(ContrastiveObjective):
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
-        own_rows = torch.arange(len(embeddings), device=embeddings.device)  # numbers from 0 to B - 1
-        labels = first_row + own_rows  # the place of each row's positive among the candidates
-
+        labels = first_row + torch.arange(len(embeddings), device=embeddings.device)  # (B,) each positive among the candidates
         anchors = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
         # Candidates: all positives, then all first negatives, then all second negatives, and so on.
         candidates = F.normalize(by_view(all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
-        logits = anchors @ candidates.T / (self.temperature if temperature is None else temperature)  # (B, (V - 1) * N)
-        if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
-            weights = torch.zeros_like(logits)
-            for negative in range(1, all_embeddings.shape[1] - 1):
-                weights[own_rows, negative * len(all_embeddings) + labels] = self.hard_negative_weight
-            logits = logits + weights
-
-        partners = others = None
+        candidate_ids, scale = by_view(all_text_ids[:, 1:]), self.temperature if temperature is None else temperature
+        partners = None
         if self.mask_other_positives:
-            others = None if other_ids is None else other_ids[first_row : first_row + len(embeddings)]
             partners = torch.zeros_like(all_text_ids[:, 1:])  # hard negatives have no partner
             partners[:, 0] = all_text_ids[:, 0]
             partners = by_view(partners)
-        judged = limit = None
-        if self.guide_margin is not None and teacher is not None:
-            judged = teacher[labels, 0] @ by_view(teacher[:, 1:]).T  # (B, (V - 1) * N)
-            limit = judged[own_rows, labels] - self.guide_margin
-        dropped = false_negatives(text_ids, by_view(all_text_ids[:, 1:]), labels, partners, judged, limit, others)
-        # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate has the logit -inf.
-        return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), labels)
+
+        def losses(own: slice) -> Tensor:
+            """Return the losses of the T own rows of a tile, (T,)."""
+            places = labels[own]
+            rows = torch.arange(len(places), device=places.device)
+            logits = anchors[own] @ candidates.T / scale  # (T, (V - 1) * N)
+            if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
+                weights = torch.zeros_like(logits)
+                for negative in range(1, all_embeddings.shape[1] - 1):
+                    weights[rows, negative * len(all_embeddings) + places] = self.hard_negative_weight
+                logits = logits + weights
+            judged = limit = others = None
+            if self.guide_margin is not None and teacher is not None:
+                judged = teacher[places, 0] @ by_view(teacher[:, 1:]).T  # (T, (V - 1) * N)
+                limit = judged[rows, places] - self.guide_margin
+            if self.mask_other_positives and other_ids is not None:
+                others = other_ids[places]
+            dropped = false_negatives(text_ids[own], candidate_ids, places, partners, judged, limit, others)
+            # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate gets -inf.
+            return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), places, reduction="none")
+
+        return by_tiles(losses, len(embeddings), len(candidates)).mean()
 
 
 def by_view(rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import POSITIVE, check_ranges, is_one_of
 
 
@@ -97,38 +98,43 @@ class TeacherKL(ContrastiveObjective):
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         own = slice(first_row, first_row + len(embeddings))
+        scale = self.temperature if temperature is None else temperature
         if self.candidates == "row":
             assert scores is not None  # the trainer checks that the rows have scores
-            student, judged, absent = cosines(embeddings), scores[own], text_ids[:, 1:] == 0  # (B, V - 1)
-        else:
-            assert teacher is not None
-            everyone = embeddings if all_embeddings is None else all_embeddings
-            ids = text_ids if all_text_ids is None else all_text_ids
-            documents = F.normalize(everyone[:, 1:].flatten(0, 1), dim=-1)  # (N * (V - 1), D)
-            student = F.normalize(embeddings[:, 0], dim=-1) @ documents.T  # (B, N * (V - 1))
-            judged = teacher[own, 0] @ teacher[:, 1:].flatten(0, 1).T
-            absent = (ids[:, 1:] == 0).flatten().expand_as(student)
-        student = student / (self.temperature if temperature is None else temperature)
-        return divergence(judged.to(student.dtype) / self.temperature_of_teacher, student, absent)
+            return self.divergence(scores[own], cosines(embeddings) / scale, text_ids[:, 1:] == 0).mean()
+        assert teacher is not None
+        everyone = embeddings if all_embeddings is None else all_embeddings
+        ids = text_ids if all_text_ids is None else all_text_ids
+        queries = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
+        documents = F.normalize(everyone[:, 1:].flatten(0, 1), dim=-1)  # (N * (V - 1), D)
+        judges, judged = teacher[own, 0], teacher[:, 1:].flatten(0, 1)  # (B, E) and (N * (V - 1), E)
+        absent = (ids[:, 1:] == 0).flatten()
+
+        def losses(rows: slice) -> Tensor:
+            """Return the losses of the T rows of a tile, (T,)."""
+            student = queries[rows] @ documents.T / scale  # (T, N * (V - 1))
+            return self.divergence(judges[rows] @ judged.T, student, absent.expand_as(student))
+
+        return by_tiles(losses, len(queries), len(documents)).mean()
+
+    def divergence(self, teacher: Tensor, student: Tensor, absent: Tensor) -> Tensor:
+        """Return KL(softmax(teacher / t') || softmax(student)) of each row, (B,).
+
+        Args:
+            teacher: similarities (B, C).
+            student: logits (B, C).
+            absent: (B, C) True for candidates that do not exist.
+        """
+        teacher = teacher.to(student.dtype) / self.temperature_of_teacher
+        expected = teacher.masked_fill(absent, float("-inf")).log_softmax(1)
+        found = student.masked_fill(absent, float("-inf")).log_softmax(1)
+        terms = expected.exp() * (expected - found)
+        return terms.masked_fill(absent, 0).sum(1)
 
     @property
     def temperature_of_teacher(self) -> float:
         """t', with its default filled in."""
         return self.teacher_temperature or (1.0 if self.candidates == "row" else self.temperature)
-
-
-def divergence(teacher: Tensor, student: Tensor, absent: Tensor) -> Tensor:
-    """Return the mean over the rows of KL(softmax(teacher) || softmax(student)), a scalar.
-
-    Args:
-        teacher: logits (B, C).
-        student: logits (B, C).
-        absent: (B, C) True for candidates that do not exist.
-    """
-    expected = teacher.masked_fill(absent, float("-inf")).log_softmax(1)
-    found = student.masked_fill(absent, float("-inf")).log_softmax(1)
-    terms = expected.exp() * (expected - found)
-    return terms.masked_fill(absent, 0).sum(1).mean()
 
 
 @dataclass
