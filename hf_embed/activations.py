@@ -108,7 +108,7 @@ class _Recompute(torch.autograd.Function):
     """Encode a chunk on a CPU without a graph, and once more in the backward pass, with the same random state.
 
     `torch.utils.checkpoint` keeps the graph of every chunk: many small objects, which lie between the activations that are
-    freed. The C library then cannot use this memory for the next chunks: a step grew by 10 MB with each chunk.
+    freed. The C library could not use this memory for the next chunks, and the process grew with each chunk.
     """
 
     @staticmethod

@@ -6,7 +6,7 @@ width of a hidden state.
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -243,7 +243,7 @@ class Encoder(nn.Module):
         trained = trained or self
         encode = partial(
             encode_in_chunks,
-            ChunkEncoder(trained.embed, trained, self.base, sharded),
+            ChunkEncoder(cast(Callable[..., Tensor], trained.embed), trained, self.base, sharded),
             input_ids,
             lengths,
             self.tokenizer.pad_token_id,

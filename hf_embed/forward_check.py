@@ -282,7 +282,7 @@ def alone(encoder: "Encoder", row: Row, keys: Iterable[str]) -> Tensor:
     """Return the vector (1, D) of one text, from its token ids and the outputs of the tokenizer that `keys` names."""
     inputs = {key: torch.tensor([row[key]], device=encoder.device) for key in ("input_ids", *keys)}
     ids = inputs.pop("input_ids")
-    return encoder.embed(ids, torch.ones_like(ids), **inputs)
+    return encoder.embed(ids, torch.ones_like(ids), None, **inputs)
 
 
 def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) -> bool:

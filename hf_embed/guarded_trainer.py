@@ -112,12 +112,19 @@ class GuardedTrainer(CheckpointTrainer):
     # ---- memory ----
 
     def check_caching(self) -> None:
-        """Raise InputError if `gradient_caching` is not supported on this device, or with sharded weights."""
+        """Raise InputError if `gradient_caching` is not supported on this device, or together with other settings."""
         check_caching(self.args.gradient_caching, self.args.device)  # again: a script may have changed the arguments
         if self.args.gradient_caching == AS_NEEDED and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise InputError(
                 "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "
                 "recompute the same layers; set it to true or false"
+            )
+        layers = self.args.activation_checkpointing_kwargs or self.args.gradient_checkpointing_kwargs
+        reentrant = isinstance(layers, dict) and layers.get("use_reentrant")
+        if self.args.gradient_caching and self.args.device.type == "cpu" and reentrant:
+            raise InputError(
+                "activation_checkpointing_kwargs has use_reentrant=True, which gradient_caching does not support on a CPU; "
+                "remove it"
             )
 
     @property

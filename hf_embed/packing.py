@@ -20,6 +20,7 @@ Shapes: a chunk has b texts of at most T tokens, S tokens in all. H heads of d n
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_ca
 
 # Up to this number of tokens, the backward pass of attention in bfloat16 is faster written out than that of PyTorch's function.
 SHORT = 128
-# The size of a packed row is a multiple of this number, if the row is 16 times as large. For products in bfloat16 on a CPU, oneDNN
-# compiles and keeps a kernel for each size, so fewer sizes need less memory.
+# The size of a packed row is a multiple of this number, if the row is 16 times as large. For products in bfloat16 on a CPU,
+# oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
 MULTIPLE = 16
 
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
@@ -217,32 +218,31 @@ def attend_by_text(
     lengths = text_bounds.diff().tolist()
     groups = [(length, len(list(texts))) for length, texts in groupby(lengths)]
     tokens = [length * texts for length, texts in groups]
+    fewer_keys = query.shape[1] != key.shape[1]
+    short = module.training and query.dtype == torch.bfloat16 and max(lengths) <= SHORT
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (S, H, d)
+    attend: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, enable_gqa=fewer_keys)
+    if (dropout or short) and not fewer_keys:
+        attend, rows = attend_written_out, [states.to(torch.promote_types(states.dtype, torch.float32)) for states in rows]
     outputs = []
     # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
-    for (length, texts), *parts in zip(groups, *(x[0].transpose(0, 1).split(tokens) for x in (query, key, value))):
+    for (length, texts), *parts in zip(groups, *(states.split(tokens) for states in rows)):
         q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
-        outputs.append(attend(q, k, v, dropout, scaling, module.training).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0), None
+        outputs.append(attend(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0).to(value.dtype), None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None, training: bool) -> Tensor:
-    """Attend within texts of the same length. All tensors have the shape (b, H, T, d); keys and values may have fewer heads.
+def attend_written_out(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None) -> Tensor:
+    """Attend within texts of the same length. All tensors have the shape (b, H, T, d).
 
     PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it draws its masks in one thread. And
-    in bfloat16, its backward pass is made for long texts. In these cases the steps are written out, in float32. (In bfloat16,
-    a kernel would be compiled and kept for every number of texts and tokens, which takes half a gigabyte.)
+    in bfloat16, its backward pass is made for long texts. Then the row is in float32 here: in bfloat16, a kernel would be
+    compiled and kept for every number of texts and tokens, which takes half a gigabyte.
     """
-    grouped = query.shape[1] != key.shape[1]
-    short = training and query.dtype == torch.bfloat16 and query.shape[2] <= SHORT
-    if grouped or not (dropout or short):
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped)
-    dtype = query.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
         weights = scores.softmax(-1)
-        return ((fast_dropout(weights, dropout) if dropout else weights) @ value).to(dtype)
+        return (fast_dropout(weights, dropout_p) if dropout_p else weights) @ value
 
 
 PADDED: Callable[..., Any] = AttentionInterface()["sdpa"]

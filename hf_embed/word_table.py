@@ -47,8 +47,11 @@ class SharedGradient:
             self.total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         if padding is not None:  # as in nn.Embedding: the row of this token is not trained
             rows = rows.masked_fill((ids == padding).unsqueeze(1), 0)
-        # This sorts the ids. On a GPU, `index_add_` would add in another order each time.
-        self.total.index_put_((ids,), rows.to(self.total.dtype), accumulate=True)
+        rows = rows.to(self.total.dtype)
+        if ids.device.type == "cuda":  # Both add in the same order every time: this one sorts, on a GPU only,
+            self.total.index_put_((ids,), rows, accumulate=True)
+        else:  # and this one adds row after row, on a CPU only.
+            self.total.index_add_(0, ids, rows)
 
 
 class _Share(torch.autograd.Function):
@@ -128,11 +131,11 @@ def sharing(gradient: SharedGradient | None, shared: Tensor) -> Iterator[None]:
         with Lookups(gradient, shared):
             return call(*args, **kwargs)
 
-    table.forward = forward
+    table.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         if own is None:
             del table.forward
         else:  # for example that of accelerate
-            table.forward = own
+            table.forward = own  # type: ignore[method-assign]

@@ -157,6 +157,18 @@ def test_values_that_are_not_supported_here_are_refused(tmp_path, value):
     assert wanted in error_of(trainer, tmp_path, gradient_caching=value)
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_reentrant_checkpoints_of_layers(tmp_path, name):
+    settings = {name: True, f"{name}_kwargs": {"use_reentrant": True}}
+    message = error_of(trainer, tmp_path / "cached", gradient_caching=True, **settings)
+    assert "use_reentrant=True, which gradient_caching does not support on a CPU; remove it" in message
+    weights = []
+    for number, given in enumerate(({}, {"gradient_caching": True}, {"gradient_caching": True, name: True}, settings)):
+        weights.append(run(tmp_path / str(number), dropout=True, **given)[1])
+    assert [difference(other, weights[0]) for other in weights[1:3]] == [0, 0]
+    assert difference(weights[3], weights[0]) < 1e-15  # it adds in another order
+
+
 def test_a_value_that_a_script_sets_later_is_checked(tmp_path):
     args = ContrastiveTrainingArguments(tmp_path, use_cpu=True, report_to="none")
     args.gradient_caching = "as_needed"

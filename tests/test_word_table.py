@@ -142,6 +142,23 @@ def test_a_gradient_in_half_precision_is_summed_in_float32():
     assert plain.weight.grad[0].item() < 4  # negative control
 
 
+def test_the_sum_has_one_order():
+    """With several threads, the gradient of frequent tokens is the same every time, bit for bit."""
+    table = nn.Embedding(50, 64)
+    ids = torch.randint(0, 50, (4000,), generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
+    threads, sums = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(20):
+            gradient = module.SharedGradient(table)
+            gradient.add(ids, rows)
+            sums.append(gradient.total)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, sums[0]) for other in sums)
+
+
 @pytest.mark.parametrize("name", ["__call__", "recomputed"])
 def test_nothing_is_kept_after_the_step(name):
     base = Base(nn.Embedding(10, 4))
