@@ -116,9 +116,7 @@ class _Recompute(torch.autograd.Function):
         ctx.encode, ctx.inputs, ctx.shared, ctx.trained = encode, inputs, shared, trained
         ctx.random, ctx.autocast = torch.get_rng_state(), torch.is_autocast_enabled("cpu")
         ctx.dtype = torch.get_autocast_dtype("cpu")
-        # Without a cache, because later chunks would take the weights from it that were cast without a graph.
-        with torch.autocast("cpu", ctx.dtype, ctx.autocast, cache_enabled=False):
-            return encode.run(shared, inputs)
+        return encode.run(shared, inputs)
 
     @staticmethod
     @once_differentiable
@@ -148,9 +146,16 @@ class ChunkEncoder:
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def run(self, shared: Tensor, inputs: tuple) -> Tensor:
-        """Encode a chunk whose lookups take `shared` as an input."""
-        with sharing(self.gradient, shared):
-            return self.encode(*inputs)
+        """Encode a chunk whose lookups take `shared` as an input.
+
+        Under autocast, each chunk casts the weights itself. With the cache of autocast, the gradients of all chunks would be
+        summed in half precision, and chunks with a graph could take weights that were cast without one.
+        """
+        try:
+            with sharing(self.gradient, shared):
+                return self.encode(*inputs)
+        finally:
+            torch.clear_autocast_cache()
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Encode a chunk, and keep its activations if a gradient is needed."""

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import TINY, quickstart_tokenizer, tiny_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,15 +134,48 @@ def test_control_comparison_notices(spoil):
     assert relative(gradient(encoder, wrong), gradient(encoder, right)) > 1e-3
 
 
-def with_dropout(encoder, caching, seed=0):
+def with_dropout(encoder, caching, seed=0, bf16=False):
     torch.manual_seed(seed)
-    return gradient(encoder.train(), chunked(encoder, 100, caching))
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        return gradient(encoder.train(), chunked(encoder, 100, caching))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_caching_is_bit_identical_under_dropout(name):
-    encoder = make_encoder(name)
-    assert torch.equal(with_dropout(encoder, True), with_dropout(encoder, False))
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_caching_is_bit_identical_under_dropout(name, bf16):
+    encoder = Encoder(tiny_model(name, **CONFIGS.get(name, {})), quickstart_tokenizer())
+    assert torch.equal(with_dropout(encoder, True, bf16=bf16), with_dropout(encoder, False, bf16=bf16))
+
+
+def test_some_chunks_are_recomputed():
+    """Chunks that are kept and chunks that are recomputed take no weights from each other's cache of cast weights."""
+    encoder = make_encoder("bert")
+    caching = Activations(limit=300.0)
+    caching.per_token = 1.0
+    caching.keep = lambda encode, tokens, *inputs: encode(*inputs)
+    assert 0 < caching.recomputed([100, 100, 100, 100]) < 3
+    assert torch.equal(with_dropout(encoder, caching, bf16=True), with_dropout(encoder, False, bf16=True))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_gradients_of_chunks_are_summed_in_float32(caching, monkeypatch):
+    """In bfloat16, the gradient of many chunks is the exact sum of the gradients of each chunk alone."""
+    encoder = make_encoder("bert").eval()
+    sizes, rows, total = [16] * 60, torch.randint(5, 200, (60, 16), generator=torch.Generator().manual_seed(0)), 0
+
+    def of(rows):
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = encoder(rows.flatten(), sizes[: len(rows)], chunk_tokens=16, gradient_caching=caching)["embeddings"]
+        encoder.zero_grad()
+        embeddings.float().sin().sum().backward()
+        return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+    for row in rows:
+        total = total + of(row.unsqueeze(0)).double()
+    assert relative(of(rows).double(), total) < 1e-6
+    if not caching:  # negative control
+        monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+        assert relative(of(rows).double(), total) > 1e-3
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -283,6 +283,17 @@ def test_pack():
     assert packing.unpack(states).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 0], [5, 0, 0]]
 
 
+def test_rotated_queries_in_half_precision():
+    """Rotary positions make queries and keys float32, while the values are bfloat16. The output is bfloat16."""
+    module = torch.nn.Module().train()
+    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+    for p in (0.0, 0.1):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = attend_by_text(module, query, key, value.bfloat16(), None, p, is_causal=False, text_bounds=bounds)
+        assert output.dtype == torch.bfloat16
+
+
 def test_a_row_is_rounded_up():
     """Padding tokens at the end are a text of their own, which no embedding reads."""
     ids, lengths = torch.arange(5, 305), torch.tensor([200, 100])
