@@ -47,7 +47,6 @@ class Step:
         return {
             "weights, gradients, AdamW": 16 * PARAMETERS,
             "activations of a chunk": ACTIVATIONS * min(CHUNK_TOKENS, self.tokens),
-            "embeddings of the tokens": 3 * 4 * WIDTH * self.tokens,
             "embeddings of all texts": 5 * self.embeddings,
             "tile of the loss": 1.5 * 2**26 * 4,
         }

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.errors import InputError
+from hf_embed.library_internals import has_gradient_hook
 from hf_embed.word_table import share_gradient, sharing, word_table
 
 AS_NEEDED = "as_needed"
@@ -163,7 +164,9 @@ class ChunkEncoder:
 
     def recomputed(self, *inputs: Any) -> Tensor:
         """Encode a chunk, and recompute it in the backward pass."""
-        if self.sharded or inputs[0].device.type != "cpu":
+        # A hook on a parameter would see, and could change, the gradient of each chunk and then their sum.
+        hooked = any(map(has_gradient_hook, self.trained))
+        if self.sharded or hooked or inputs[0].device.type != "cpu":
             return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=True)
         return _Recompute.apply(self, inputs, self.shared, *self.trained)
 

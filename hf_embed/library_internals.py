@@ -133,6 +133,11 @@ def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
         group["lr"] = rate
 
 
+def has_gradient_hook(tensor: torch.Tensor) -> bool:
+    """Return whether a function was registered that changes or sees the gradient of a tensor."""
+    return bool(tensor._backward_hooks)
+
+
 def uncompiled(model: nn.Module) -> nn.Module | None:
     """Return the model that `torch.compile` was given; None if `model` is not compiled."""
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None

@@ -147,6 +147,15 @@ def test_caching_is_bit_identical_under_dropout(name, bf16):
     assert torch.equal(with_dropout(encoder, True, bf16=bf16), with_dropout(encoder, False, bf16=bf16))
 
 
+def test_hooks_of_parameters_run_once():
+    """A hook that doubles a gradient doubles the sum of the chunks, and not the gradient of each chunk too."""
+    encoder = make_encoder("bert")
+    expected = with_dropout(encoder, False)
+    for parameter in encoder.parameters():
+        parameter.register_hook(lambda gradient: 2 * gradient)
+    assert torch.equal(with_dropout(encoder, True), 2 * expected)
+
+
 def test_some_chunks_are_recomputed():
     """Chunks that are kept and chunks that are recomputed take no weights from each other's cache of cast weights."""
     encoder = make_encoder("bert")

@@ -212,6 +212,15 @@ def test_the_tests_of_the_hub_can_renew_the_client_of_transformers(monkeypatch):
 # ---- torch, datasets, evaluate, argparse ----
 
 
+def test_has_gradient_hook():
+    tensor = torch.ones(1, requires_grad=True)
+    assert not internals.has_gradient_hook(tensor)
+    handle = tensor.register_hook(lambda gradient: 2 * gradient)
+    assert internals.has_gradient_hook(tensor)
+    handle.remove()
+    assert not internals.has_gradient_hook(tensor)
+
+
 def test_uncompiled():
     model = tiny_model()
     assert internals.uncompiled(torch.compile(model)) is model and internals.uncompiled(model) is None

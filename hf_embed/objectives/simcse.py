@@ -108,7 +108,7 @@ class SimCSE(ContrastiveObjective):
         anchors = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
         # Candidates: all positives, then all first negatives, then all second negatives, and so on.
         candidates = F.normalize(by_view(all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
-        candidate_ids, scale = by_view(all_text_ids[:, 1:]), self.temperature if temperature is None else temperature
+        candidate_ids, divisor = by_view(all_text_ids[:, 1:]), self.temperature if temperature is None else temperature
         partners = None
         if self.mask_other_positives:
             partners = torch.zeros_like(all_text_ids[:, 1:])  # hard negatives have no partner
@@ -119,7 +119,7 @@ class SimCSE(ContrastiveObjective):
             """Return the losses of the T own rows of a tile, (T,)."""
             places = labels[own]
             rows = torch.arange(len(places), device=places.device)
-            logits = anchors[own] @ candidates.T / scale  # (T, (V - 1) * N)
+            logits = anchors[own] @ candidates.T / divisor  # (T, (V - 1) * N)
             if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
                 weights = torch.zeros_like(logits)
                 for negative in range(1, all_embeddings.shape[1] - 1):

@@ -98,10 +98,10 @@ class TeacherKL(ContrastiveObjective):
     ) -> Tensor:
         """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
         own = slice(first_row, first_row + len(embeddings))
-        scale = self.temperature if temperature is None else temperature
+        divisor = self.temperature if temperature is None else temperature
         if self.candidates == "row":
             assert scores is not None  # the trainer checks that the rows have scores
-            return self.divergence(scores[own], cosines(embeddings) / scale, text_ids[:, 1:] == 0).mean()
+            return self.divergence(scores[own], cosines(embeddings) / divisor, text_ids[:, 1:] == 0).mean()
         assert teacher is not None
         everyone = embeddings if all_embeddings is None else all_embeddings
         ids = text_ids if all_text_ids is None else all_text_ids
@@ -112,7 +112,7 @@ class TeacherKL(ContrastiveObjective):
 
         def losses(rows: slice) -> Tensor:
             """Return the losses of the T rows of a tile, (T,)."""
-            student = queries[rows] @ documents.T / scale  # (T, N * (V - 1))
+            student = queries[rows] @ documents.T / divisor  # (T, N * (V - 1))
             return self.divergence(judges[rows] @ judged.T, student, absent.expand_as(student))
 
         return by_tiles(losses, len(queries), len(documents)).mean()
