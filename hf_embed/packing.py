@@ -239,6 +239,7 @@ def attend_written_out(query: Tensor, key: Tensor, value: Tensor, dropout_p: flo
     in bfloat16, its backward pass is made for long texts. Then the row is in float32 here: in bfloat16, a kernel would be
     compiled and kept for every number of texts and tokens, which takes half a gigabyte.
     """
+    key, value = key.contiguous(), value.contiguous()  # views of a single text would keep the whole row in memory
     with torch.autocast(query.device.type, enabled=False):
         scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
         weights = scores.softmax(-1)
