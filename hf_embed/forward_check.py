@@ -157,7 +157,7 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
     for way in ways_to_pack(encoder.base):
         encoder.packable = way
         try:
-            with WholeRows(row_size(len(row))) as whole:
+            with WholeRows(row_size(len(row), row.device.type)) as whole:
                 packed = encoder(row, sizes, chunk_tokens=len(row), packed=True)["embeddings"][: times * len(lengths)]
         except torch.OutOfMemoryError:
             raise

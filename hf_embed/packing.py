@@ -40,8 +40,8 @@ HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_ca
 
 # Up to this number of tokens, the backward pass of attention in bfloat16 is faster written out than that of PyTorch's function.
 SHORT = 128
-# The size of a packed row is a multiple of this number, if the row is 16 times as large. For products in bfloat16 on a CPU,
-# oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
+# Under autocast, the size of a packed row is a multiple of this number, if the row is 16 times as large. For products in
+# bfloat16 on a CPU, oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
 MULTIPLE = 16
 
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
@@ -138,17 +138,21 @@ class Packing(NamedTuple):
         return F.embedding(self.places, states[0])
 
 
-def row_size(tokens: int) -> int:
-    """Return the size of the packed row for texts of so many tokens in all: the multiple of `MULTIPLE`, unless it is small.
+def row_size(tokens: int, device: str) -> int:
+    """Return the size of the packed row for texts of so many tokens in all: under autocast, a multiple of `MULTIPLE`.
 
-    >>> row_size(2045), row_size(2048), row_size(9)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     row_size(2045, "cpu"), row_size(2048, "cpu"), row_size(9, "cpu")
     (2048, 2048, 9)
+    >>> row_size(2045, "cpu")
+    2045
     """
-    return tokens if tokens < MULTIPLE**2 else tokens + -tokens % MULTIPLE
+    rounded = torch.is_autocast_enabled(device) and tokens >= MULTIPLE**2
+    return tokens + -tokens % MULTIPLE if rounded else tokens
 
 
 def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Packing]:
-    """Pack a chunk. Padding tokens at the end, which are a text of their own, round its size up to `row_size`.
+    """Pack a chunk. If its size has to be rounded up (`row_size`), the padding tokens at its end are a text of their own.
 
     Args:
         ids: (S,) the tokens of all texts, one text after the other.
@@ -157,13 +161,13 @@ def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tup
         numbering: what gives each token its position.
 
     Returns:
-        Token ids (1, row_size(S)), and the packing.
+        Token ids (1, S), with the padding tokens, and the packing.
     """
     ends = lengths.cumsum(0)
     columns = torch.arange(int(lengths.max()))
     mask = columns < lengths.unsqueeze(1)
     places = ((ends - lengths).unsqueeze(1) + columns).masked_fill(~mask, 0)
-    if filler := row_size(len(ids)) - len(ids):
+    if filler := row_size(len(ids), ids.device.type) - len(ids):
         ids, lengths = F.pad(ids, (0, filler), value=pad_id), F.pad(lengths, (0, 1), value=filler)
     packing = Packing(
         position_ids=numbering(ids, lengths, pad_id).unsqueeze(0),

@@ -121,10 +121,9 @@ class SimCSE(ContrastiveObjective):
             rows = torch.arange(len(places), device=places.device)
             logits = anchors[own] @ candidates.T / divisor  # (T, (V - 1) * N)
             if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
-                weights = torch.zeros_like(logits)
-                for negative in range(1, all_embeddings.shape[1] - 1):
-                    weights[rows, negative * len(all_embeddings) + places] = self.hard_negative_weight
-                logits = logits + weights
+                views = torch.arange(1, all_embeddings.shape[1] - 1, device=places.device)
+                own_negatives = rows.unsqueeze(1), places.unsqueeze(1) + len(all_embeddings) * views  # (T, 1) and (T, V - 2)
+                logits = logits.index_put(own_negatives, logits.new_full((), self.hard_negative_weight), accumulate=True)
             judged = limit = others = None
             if self.guide_margin is not None and teacher is not None:
                 judged = teacher[places, 0] @ by_view(teacher[:, 1:]).T  # (T, (V - 1) * N)
