@@ -40,8 +40,8 @@ HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_ca
 
 # Up to this number of tokens, the backward pass of attention in bfloat16 is faster written out than that of PyTorch's function.
 SHORT = 128
-# Under autocast, the size of a packed row is a multiple of this number, if the row is 16 times as large. For products in
-# bfloat16 on a CPU, oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
+# Under autocast, the size of a packed row of at least the square of this number is a multiple of it. For products in bfloat16
+# on a CPU, oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
 MULTIPLE = 16
 
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
@@ -237,11 +237,11 @@ def attend_by_text(
 
 
 def attend_written_out(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None) -> Tensor:
-    """Attend within texts of the same length. All tensors have the shape (b, H, T, d).
+    """Attend within texts of the same length. All tensors have the shape (b, H, T, d), and at least the precision of float32.
 
     PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it draws its masks in one thread. And
-    in bfloat16, its backward pass is made for long texts. Then the row is in float32 here: in bfloat16, a kernel would be
-    compiled and kept for every number of texts and tokens, which takes half a gigabyte.
+    in bfloat16, its backward pass is made for long texts. These steps do not run in bfloat16, because oneDNN would compile and
+    keep a kernel for every number of texts and tokens, which takes half a gigabyte.
     """
     key, value = key.contiguous(), value.contiguous()  # views of a single text would keep the whole row in memory
     with torch.autocast(query.device.type, enabled=False):

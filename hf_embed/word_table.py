@@ -48,9 +48,10 @@ class SharedGradient:
         if padding is not None:  # as in nn.Embedding: the row of this token is not trained
             rows = rows.masked_fill((ids == padding).unsqueeze(1), 0)
         rows = rows.to(self.total.dtype)
-        if ids.device.type == "cuda":  # Both add in the same order every time: this one sorts, on a GPU only,
+        # Each function adds in a fixed order on its own device only. On the other one, rounding would differ from run to run.
+        if ids.device.type == "cuda":
             self.total.index_put_((ids,), rows, accumulate=True)
-        else:  # and this one adds row after row, on a CPU only.
+        else:
             self.total.index_add_(0, ids, rows)
 
 
