@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 DRAWS = 2**16  # values of a draw
 
@@ -32,17 +33,25 @@ class _Mask(torch.autograd.Function):
         return (gradient * mask.to(gradient.dtype)).mul_(ctx.factor), None, None
 
 
+def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """Draw a mask of 0 and 1 on the CPU, in int8. Return it and the factor for what it keeps.
+
+    A probability that 16 bits cannot express is left to PyTorch.
+    """
+    kept = round((1 - p) * DRAWS)
+    if not 0 < kept < DRAWS:
+        return torch.empty(shape, dtype=torch.int8).bernoulli_(1 - p), 1 / (1 - p) if p < 1 else 0.0
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    draws = words.view(torch.int16)[: shape.numel()].view(shape)  # from -DRAWS / 2 to DRAWS / 2 - 1
+    return draws.lt_(kept - DRAWS // 2).to(torch.int8), DRAWS / kept
+
+
 def dropout(values: Tensor, p: float) -> Tensor:
     """Set each element to 0 with the probability p, and divide the others by 1 - p. `values` may have any shape.
 
-    A tensor on another device than the CPU, and a p of 1, get the dropout of PyTorch.
+    A tensor on another device than the CPU gets the dropout of PyTorch.
     """
-    kept = round((1 - p) * DRAWS)
-    if values.device.type != "cpu" or not 0 < kept < DRAWS:
-        return nn.functional.dropout(values, p)
-    words = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    draws = words.view(torch.int16)[: values.numel()].view(values.shape)  # from -DRAWS / 2 to DRAWS / 2 - 1
-    return _Mask.apply(values, draws.lt_(kept - DRAWS // 2).to(torch.int8), DRAWS / kept)
+    return _Mask.apply(values, *draw_mask(values.shape, p)) if values.device.type == "cpu" else F.dropout(values, p)
 
 
 class FastDropout(nn.Dropout):

@@ -33,7 +33,8 @@ from hf_embed.encoding import (
 )
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure
-from hf_embed.packing import CannotPack, Numbering, Packable, Packing, precision, ways_to_pack
+from hf_embed.packed_attention import CannotPack
+from hf_embed.packing import Numbering, Packable, Packing, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of

@@ -8,38 +8,28 @@ Three texts of 3, 2 and 1 tokens, padded and packed:
     f . .
 
 In the packed row, every layer except attention computes no padding. Attention gets the bounds of the texts, `cu_seq_lens`:
-flash attention reads them, and `attend_by_text` does the same for PyTorch's attention on a CPU. transformers passes them from
-the arguments of the model to the attention function. `attend_by_text` reads them under a name of its own, because other callers
-may pass `cu_seq_lens_q` to PyTorch's attention together with a mask.
+flash attention reads them, and on a CPU `hf_embed.packed_attention` does.
 
 Not every model can be packed: position biases, sliding windows or positions of another kind give other vectors, or an error.
 Therefore `hf_embed.forward_check` computes a few texts both ways, and a model whose vectors differ is padded.
 
-Shapes: a chunk has b texts of at most T tokens, S tokens in all. H heads of d numbers. D is the width of a hidden state.
+Shapes: a chunk has b texts of at most T tokens, S tokens in all. D is the width of a hidden state.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from hf_embed.dropout import dropout as fast_dropout
 from hf_embed.library_internals import attention_backend
+from hf_embed.packed_attention import attend_by_text
 
 # The attentions that can be packed, with the kinds of devices on which they can.
 PACKED_ATTENTION = [("sdpa", "cpu"), ("flash_attention_2", "cuda")]
-# What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
-HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
-            "max_length_q", "max_length_k"}  # fmt: skip
-
-# Up to this number of tokens, the backward pass of attention in bfloat16 is faster written out than that of PyTorch's function.
-SHORT = 128
 # Under autocast, the size of a packed row of at least the square of this number is a multiple of it. For products in bfloat16
 # on a CPU, oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
 MULTIPLE = 16
@@ -74,10 +64,6 @@ def after_padding(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
     counts = real.cumsum(0)
     starts = copy_to((lengths.cumsum(0) - lengths).repeat_interleave(lengths), ids.device)  # (S,) where each text begins
     return (counts - F.pad(counts, (1, 0))[starts]) * real + pad_id
-
-
-class CannotPack(NotImplementedError):
-    """The attention of a model needs something that a packed row does not have."""
 
 
 class Packable(NamedTuple):
@@ -177,79 +163,3 @@ def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tup
         mask=copy_to(mask.long(), ids.device),
     )
     return ids.unsqueeze(0), packing
-
-
-def attend_by_text(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    text_bounds: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attend as transformers' "sdpa" does. In a packed row, the tokens of a text attend to that text only.
-
-    Consecutive texts of the same length are computed together. A chunk is sorted by length, so these are few groups.
-
-    Args:
-        module: the attention module.
-        query: (1, H, S, d) for a packed row, otherwise (b, H, T, d).
-        key: as `query`; it may have fewer heads.
-        value: as `key`.
-        attention_mask: None in a packed row.
-        dropout: the probability of dropping a weight.
-        scaling: the factor of the scores; None: 1 / sqrt(d).
-        is_causal: whether a token attends only to earlier ones; None: what the module says. Never in a packed row.
-        text_bounds: (b + 1,) the first token of each text in a packed row, and S; None: the texts are padded.
-        others: further arguments of "sdpa".
-
-    Returns:
-        (1, S, H, d) and None.
-
-    Raises:
-        CannotPack: if the model needs more than scores within texts.
-    """
-    if text_bounds is None:
-        return PADDED(module, query, key, value, attention_mask, dropout, scaling, is_causal, **others)
-    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal  # as "sdpa" reads None
-    if attention_mask is not None or unknown or causal:
-        raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
-    lengths = text_bounds.diff().tolist()
-    groups = [(length, len(list(texts))) for length, texts in groupby(lengths)]
-    tokens = [length * texts for length, texts in groups]
-    fewer_keys = query.shape[1] != key.shape[1]
-    short = module.training and query.dtype == torch.bfloat16 and max(lengths) <= SHORT
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (S, H, d)
-    attend: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, enable_gqa=fewer_keys)
-    if (dropout or short) and not fewer_keys:
-        attend, rows = attend_written_out, [states.to(torch.promote_types(states.dtype, torch.float32)) for states in rows]
-    outputs = []
-    # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
-    for (length, texts), *parts in zip(groups, *(states.split(tokens) for states in rows)):
-        q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
-        outputs.append(attend(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0).to(value.dtype), None
-
-
-def attend_written_out(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None) -> Tensor:
-    """Attend within texts of the same length. All tensors have the shape (b, H, T, d), and at least the precision of float32.
-
-    PyTorch has a function for this, but on a CPU it is slow in two cases. With dropout, it draws its masks in one thread. And
-    in bfloat16, its backward pass is made for long texts. These steps do not run in bfloat16, because oneDNN would compile and
-    keep a kernel for every number of texts and tokens, which takes half a gigabyte.
-    """
-    key, value = key.contiguous(), value.contiguous()  # views of a single text would keep the whole row in memory
-    with torch.autocast(query.device.type, enabled=False):
-        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)  # (b, H, T, T)
-        weights = scores.softmax(-1)
-        return (fast_dropout(weights, dropout_p) if dropout_p else weights) @ value
-
-
-PADDED: Callable[..., Any] = AttentionInterface()["sdpa"]
-# With padded texts this is still `PADDED`, so other models in this process compute what they did.
-AttentionInterface.register("sdpa", attend_by_text)

@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale
 from hf_embed.chunking import plan_packed
 from hf_embed.dropout import dropout, use_fast_dropout
-from hf_embed.packing import PADDED, Packing, after_padding, attend_by_text, from_zero, pack
+from hf_embed.packed_attention import PADDED, attend_by_text
+from hf_embed.packing import Packing, after_padding, from_zero, pack
 from hf_embed.pooling import POOLINGS
 
 LENGTHS = [3, 17, 9, 5, 40, 2, 9, 9, 30, 6, 1, 25]

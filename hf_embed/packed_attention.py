@@ -1,0 +1,210 @@
+"""Attention on a CPU within the texts of a packed row (`hf_embed.packing`).
+
+transformers passes the bounds of the texts from the arguments of the model to `attend_by_text`. Their name is not that of the
+bounds for flash attention, because other callers may pass `cu_seq_lens_q` to PyTorch's attention together with a mask.
+
+Consecutive texts of the same length are computed together. A chunk is sorted by length, so these are few groups.
+
+Shapes: S tokens in all. H heads of d numbers.
+"""
+
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from hf_embed.dropout import draw_mask
+
+# What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
+HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
+            "max_length_q", "max_length_k"}  # fmt: skip
+
+# Up to this number of tokens, attention that is written out is faster than PyTorch's function.
+SHORT = {"training": 128, "inference": 32}
+
+
+class CannotPack(NotImplementedError):
+    """The attention of a model needs something that a packed row does not have."""
+
+
+def attend_by_text(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    text_bounds: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' "sdpa" does. In a packed row, the tokens of a text attend to that text only.
+
+    Args:
+        module: the attention module.
+        query: (1, H, S, d) for a packed row, otherwise (b, H, T, d).
+        key: as `query`; it may have fewer heads.
+        value: as `key`.
+        attention_mask: None in a packed row.
+        dropout: the probability of dropping a weight.
+        scaling: the factor of the scores; None: 1 / sqrt(d).
+        is_causal: whether a token attends only to earlier ones; None: what the module says. Never in a packed row.
+        text_bounds: (b + 1,) the first token of each text in a packed row, and S; None: the texts are padded.
+        others: further arguments of "sdpa".
+
+    Returns:
+        (1, S, H, d) and None.
+
+    Raises:
+        CannotPack: if the model needs more than scores within texts.
+    """
+    if text_bounds is None:
+        return PADDED(module, query, key, value, attention_mask, dropout, scaling, is_causal, **others)
+    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal  # as "sdpa" reads None
+    if attention_mask is not None or unknown or causal:
+        raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
+    lengths = tuple(text_bounds.diff().tolist())
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (S, H, d)
+    short = max(lengths) <= SHORT["training" if torch.is_grad_enabled() else "inference"]
+    if (dropout or short) and query.shape[1] == key.shape[1]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = _Attend.apply(*rows, by_head(lengths, query.shape[1]), dropout, scale)
+    else:
+        attended = attend_by_function(*rows, lengths, dropout, scaling)
+    return attended.unsqueeze(0), None
+
+
+PADDED = AttentionInterface()["sdpa"]
+# With padded texts this is still `PADDED`, so other models in this process compute what they did.
+AttentionInterface.register("sdpa", attend_by_text)
+
+
+def groups_of(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return (length, number of texts) of each group of consecutive texts of the same length.
+
+    >>> groups_of((3, 2, 2))
+    [(3, 1), (2, 2)]
+    """
+    return [(length, len(list(texts))) for length, texts in groupby(lengths)]
+
+
+def attend_by_function(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float, scale: float | None
+) -> Tensor:
+    """Attend with PyTorch's function, group by group. Key and value may have fewer heads. All tensors are (S, H, d)."""
+    groups, outputs = groups_of(lengths), []
+    tokens = [length * texts for length, texts in groups]
+    # `split` has one backward pass for all groups, where slices would each fill a gradient of the whole row.
+    for (length, texts), *parts in zip(groups, *(states.split(tokens) for states in (query, key, value))):
+        q, k, v = (part.unflatten(0, (texts, length)).transpose(1, 2) for part in parts)  # (texts, H, length, d)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).to(value.dtype)
+
+
+class ByHead:
+    """Another order of the rows of a matrix (S * H, d): those of one head of one text lie together.
+
+    A packed row has the order (text, token, head). Here it is (text, head, token), so a group of texts of the same length is a
+    tensor (texts * H, length, d) without a copy. Two texts of 2 and 1 tokens, 2 heads:
+
+        packed row      a0 a1 b0 b1 c0 c1
+        by head         a0 b0 a1 b1 c0 c1
+    """
+
+    def __init__(self, lengths: tuple[int, ...], heads: int):
+        self.heads, self.groups = heads, groups_of(lengths)
+        sizes = torch.tensor(lengths)
+        starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (S,) the first token of the text of each token
+        tokens = torch.arange(len(starts)) - starts
+        places = (starts * heads + tokens).unsqueeze(1) + sizes.repeat_interleave(sizes).unsqueeze(1) * torch.arange(heads)
+        self.places = places.flatten()  # (S * H,) the new place of each row
+        self.rows = torch.empty_like(self.places)  # (S * H,) the row at each new place
+        self.rows[self.places] = torch.arange(len(self.places))
+
+    def sort(self, states: Tensor) -> Tensor:
+        """Return states (S, H, d) in this order: (S * H, d)."""
+        return states.flatten(0, 1).index_select(0, self.rows)
+
+    def restore(self, states: Tensor) -> Tensor:
+        """Return states (S * H, d) in the order of the packed row: (S, H, d)."""
+        return states.index_select(0, self.places).unflatten(0, (-1, self.heads))
+
+    def split(self, states: Tensor) -> list[Tensor]:
+        """Return the groups of states (S * H, d): a view (texts * H, length, d) for each."""
+        parts = states.split([length * texts * self.heads for length, texts in self.groups])
+        return [part.view(-1, length, states.shape[1]) for part, (length, _) in zip(parts, self.groups)]
+
+
+@lru_cache(maxsize=2)  # all layers of a chunk need the same one
+def by_head(lengths: tuple[int, ...], heads: int) -> ByHead:
+    """Return the order for texts of these lengths."""
+    return ByHead(lengths, heads)
+
+
+class _Attend(torch.autograd.Function):
+    """Attend within texts, group by group. Query, key, value and the result are (S, H, d).
+
+    On a CPU, PyTorch's function is slow for short texts. With dropout, it draws its masks in one thread. And in bfloat16, its
+    backward pass is made for long texts. The products here have at least the precision of float32: for products in bfloat16,
+    oneDNN would compile and keep a kernel for every number of texts and tokens, which takes half a gigabyte.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, order: ByHead, p: float, scale: float) -> Tensor:
+        """Return softmax(scale * query @ key') @ value for each text and head, with dropout of the softmax."""
+        ctx.order, ctx.scale, ctx.factor = order, scale, 1.0
+        rows = [order.sort(states) for states in (query, key, value)]
+        q, k, v = (as_wide(states) for states in rows)
+        output, all_weights, masks = torch.empty_like(v), [], []
+        with torch.autocast("cpu", enabled=False):
+            for *inputs, out in zip(*(order.split(states) for states in (q * scale, k, v, output))):
+                weights = torch.bmm(inputs[0], inputs[1].mT).softmax(-1)  # (texts * H, length, length)
+                all_weights.append(weights)
+                if p:
+                    mask, ctx.factor = draw_mask(weights.shape, p)
+                    masks.append(mask)
+                    weights = (weights * mask.to(weights.dtype)).mul_(ctx.factor)
+                torch.bmm(weights, inputs[2], out=out)
+        ctx.save_for_backward(*rows, *all_weights, *masks)
+        return order.restore(output).to(value.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key and value."""
+        order = ctx.order
+        saved = ctx.saved_tensors
+        rows, rest = saved[:3], saved[3:]
+        count = len(order.groups)
+        masks = rest[count:] or [None] * count
+        q, k, v, g = (as_wide(states) for states in (*rows, order.sort(gradient)))
+        gradients = [torch.empty_like(states) for states in (q, k, v)]
+        groups = zip(rest[:count], masks, *(order.split(states) for states in (q * ctx.scale, k, v, g, *gradients)))
+        with torch.autocast("cpu", enabled=False):
+            for weights, mask, query, key, value, out, to_query, to_key, to_value in groups:
+                change = torch.bmm(out, value.mT)  # the gradient of the weights after dropout
+                dropped = weights
+                if mask is not None:
+                    factors = mask.to(weights.dtype).mul_(ctx.factor)
+                    dropped = weights * factors
+                    change *= factors
+                torch.bmm(dropped.mT, out, out=to_value)
+                change *= weights
+                change -= weights * change.sum(-1, keepdim=True)  # the gradient of the scores
+                torch.bmm(change, key, out=to_query)
+                torch.bmm(change.mT, query, out=to_key)
+        gradients[0] *= ctx.scale
+        return *(order.restore(found).to(states.dtype) for found, states in zip(gradients, rows)), None, None, None
+
+
+def as_wide(states: Tensor) -> Tensor:
+    """Return states in the precision of the products: float64 as it is, everything else in float32."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
