@@ -20,7 +20,7 @@ TIERS = [
     ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "read_files",
      "safe_files", "version"],
     ["activations", "adapters", "chunking", "data", "dropout", "encoding", "evaluation", "forward_check", "objectives",
-     "packing", "pooling", "search", "tempscale", "text_models", "vectors", "word_table", "work_files"],
+     "packed_attention", "packing", "pooling", "search", "tempscale", "text_models", "vectors", "word_table", "work_files"],
     ["encoder"],
     ["arguments", "averaging", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining",
      "mlm", "output", "preview", "resume", "step", "stop", "teacher", "trainer_inputs", "trainer_rows", "trainer_settings",

@@ -24,8 +24,8 @@ from hf_embed.dropout import draw_mask
 HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
             "max_length_q", "max_length_k"}  # fmt: skip
 
-# Up to this number of tokens, attention that is written out is faster than PyTorch's function.
-SHORT = {"training": 128, "inference": 32}
+# Up to this number of tokens, attention and its backward pass are faster here (`_Attend`) than with PyTorch's function.
+SHORT = 128
 
 
 class CannotPack(NotImplementedError):
@@ -72,7 +72,7 @@ def attend_by_text(
         raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
     lengths = tuple(text_bounds.diff().tolist())
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (S, H, d)
-    short = max(lengths) <= SHORT["training" if torch.is_grad_enabled() else "inference"]
+    short = torch.is_grad_enabled() and max(lengths) <= SHORT
     if (dropout or short) and query.shape[1] == key.shape[1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         attended = _Attend.apply(*rows, by_head(lengths, query.shape[1]), dropout, scale)
