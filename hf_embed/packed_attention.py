@@ -71,13 +71,13 @@ def attend_by_text(
     if attention_mask is not None or unknown or causal:
         raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
     lengths = tuple(text_bounds.diff().tolist())
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (S, H, d)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, d)
     short = torch.is_grad_enabled() and max(lengths) <= SHORT
     if (dropout or short) and query.shape[1] == key.shape[1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = _Attend.apply(*rows, by_head(lengths, query.shape[1]), dropout, scale)
+        attended = _Attend.apply(q, k, v, by_head(lengths, query.shape[1]), dropout, scale)
     else:
-        attended = attend_by_function(*rows, lengths, dropout, scaling)
+        attended = attend_by_function(q, k, v, lengths, dropout, scaling)
     return attended.unsqueeze(0), None
 
 
@@ -162,47 +162,43 @@ class _Attend(torch.autograd.Function):
         """Return softmax(scale * query @ key') @ value for each text and head, with dropout of the softmax."""
         ctx.order, ctx.scale, ctx.factor = order, scale, 1.0
         rows = [order.sort(states) for states in (query, key, value)]
-        q, k, v = (as_wide(states) for states in rows)
-        output, all_weights, masks = torch.empty_like(v), [], []
+        queries, keys, values = map(as_wide, rows)
+        output, kept, masks = torch.empty_like(values), [], []
         with torch.autocast("cpu", enabled=False):
-            for *inputs, out in zip(*(order.split(states) for states in (q * scale, k, v, output))):
-                weights = torch.bmm(inputs[0], inputs[1].mT).softmax(-1)  # (texts * H, length, length)
-                all_weights.append(weights)
+            for q, k, v, out in zip(*map(order.split, (queries * scale, keys, values, output))):
+                weights = torch.bmm(q, k.mT).softmax(-1)  # (texts * H, length, length)
+                kept.append(weights)
                 if p:
                     mask, ctx.factor = draw_mask(weights.shape, p)
                     masks.append(mask)
                     weights = (weights * mask.to(weights.dtype)).mul_(ctx.factor)
-                torch.bmm(weights, inputs[2], out=out)
-        ctx.save_for_backward(*rows, *all_weights, *masks)
+                torch.bmm(weights, v, out=out)
+        ctx.save_for_backward(*rows, *kept, *masks)
         return order.restore(output).to(value.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key and value."""
-        order = ctx.order
-        saved = ctx.saved_tensors
-        rows, rest = saved[:3], saved[3:]
-        count = len(order.groups)
-        masks = rest[count:] or [None] * count
-        q, k, v, g = (as_wide(states) for states in (*rows, order.sort(gradient)))
-        gradients = [torch.empty_like(states) for states in (q, k, v)]
-        groups = zip(rest[:count], masks, *(order.split(states) for states in (q * ctx.scale, k, v, g, *gradients)))
+        order, saved, count = ctx.order, ctx.saved_tensors, len(ctx.order.groups)
+        rows, kept, masks = saved[:3], saved[3 : 3 + count], saved[3 + count :] or [None] * count
+        queries, keys, values, outputs = map(as_wide, (*rows, order.sort(gradient)))
+        found = [torch.empty_like(states) for states in (queries, keys, values)]
+        groups = zip(kept, masks, *map(order.split, (queries * ctx.scale, keys, values, outputs, *found)))
         with torch.autocast("cpu", enabled=False):
-            for weights, mask, query, key, value, out, to_query, to_key, to_value in groups:
-                change = torch.bmm(out, value.mT)  # the gradient of the weights after dropout
-                dropped = weights
+            for weights, mask, q, k, v, to_out, to_q, to_k, to_v in groups:  # "to": a gradient
+                to_scores, dropped = torch.bmm(to_out, v.mT), weights
                 if mask is not None:
                     factors = mask.to(weights.dtype).mul_(ctx.factor)
+                    to_scores *= factors
                     dropped = weights * factors
-                    change *= factors
-                torch.bmm(dropped.mT, out, out=to_value)
-                change *= weights
-                change -= weights * change.sum(-1, keepdim=True)  # the gradient of the scores
-                torch.bmm(change, key, out=to_query)
-                torch.bmm(change.mT, query, out=to_key)
-        gradients[0] *= ctx.scale
-        return *(order.restore(found).to(states.dtype) for found, states in zip(gradients, rows)), None, None, None
+                torch.bmm(dropped.mT, to_out, out=to_v)
+                to_scores *= weights
+                to_scores -= weights * to_scores.sum(-1, keepdim=True)  # the gradient of softmax
+                torch.bmm(to_scores, k, out=to_q)
+                torch.bmm(to_scores.mT, q, out=to_k)
+        found[0] *= ctx.scale
+        return *(order.restore(states).to(row.dtype) for states, row in zip(found, rows)), None, None, None
 
 
 def as_wide(states: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_embed import Encoder, TempScaleConfig, apply_tempscale
+from hf_embed import Encoder, TempScaleConfig, apply_tempscale, packed_attention
 from hf_embed.chunking import plan_packed
 from hf_embed.dropout import dropout, use_fast_dropout
-from hf_embed.packed_attention import PADDED, attend_by_text
+from hf_embed.packed_attention import PADDED, SHORT, ByHead, attend_by_text
 from hf_embed.packing import Packing, after_padding, from_zero, pack
 from hf_embed.pooling import POOLINGS
 
@@ -370,6 +370,63 @@ def test_attention_equals_a_loop_over_texts():
         for head in range(4):
             q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2, start:end]
             assert_close(out[0, start:end, head], (0.3 * q @ k.T).softmax(-1) @ v)
+
+
+def test_rows_by_head():
+    """Texts of 2 and 1 tokens with 2 heads: token a has the rows 0 and 1, token b 2 and 3, token c 4 and 5."""
+    order = ByHead((2, 1), heads=2)
+    assert order.rows.tolist() == [0, 2, 1, 3, 4, 5]
+    states = torch.arange(6.0).view(3, 2, 1)
+    assert [part.squeeze(-1).tolist() for part in order.split(order.sort(states))] == [[[0, 2], [1, 3]], [[4], [5]]]
+    assert torch.equal(order.restore(order.sort(states)), states)
+
+
+def attended(lengths, seed=0, width=4, **given):
+    """Return the result of attention in a packed row, (S, 2, width), and the gradients of query, key and value."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = (4, 4, width)
+    rows = [torch.randn(1, 2, sum(lengths), d, dtype=torch.float64, generator=draw).requires_grad_() for d in sizes]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    out = attend_by_text(torch.nn.Module().train(), *rows, None, is_causal=False, text_bounds=bounds, **given)[0]
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=draw)
+    return [out, *torch.autograd.grad((out * weights).sum(), rows)]
+
+
+@pytest.mark.parametrize("lengths", [[7], [SHORT, 3, 3, 1], [5, 2, 5, 2, 2]])
+@pytest.mark.parametrize("width", [4, 6])
+def test_the_own_backward_pass_equals_that_of_the_function_of_pytorch(lengths, width, monkeypatch):
+    """Values may be wider than queries. The control: with another scale, all gradients differ."""
+    found, other = attended(lengths, width=width, scaling=0.3), attended(lengths, width=width, scaling=0.2)
+    monkeypatch.setattr("hf_embed.packed_attention.SHORT", 0)
+    expected = attended(lengths, width=width, scaling=0.3)
+    for one, another, right in zip(found, other, expected, strict=True):
+        assert_close(one, right, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(another, right, rtol=1e-3)
+
+
+@pytest.mark.parametrize("longest", [SHORT, SHORT + 1])
+def test_long_texts_have_the_function_of_pytorch(longest, monkeypatch):
+    """Its memory does not grow with the square of the length. Without a gradient it is as fast, so it is used there too."""
+    own = []
+    function = packed_attention._Attend.apply
+    monkeypatch.setattr(packed_attention._Attend, "apply", lambda *args: own.append(1) or function(*args))
+    attended([longest, 2])
+    assert bool(own) == (longest == SHORT)
+    own.clear()
+    with torch.no_grad():
+        rows = torch.randn(1, 2, longest, 4)
+        attend_by_text(torch.nn.Module(), rows, rows, rows, None, text_bounds=torch.tensor([0, longest]).int())
+    assert not own
+
+
+def test_attention_in_inference_mode_and_then_in_training():
+    """The order of the rows is kept from call to call, and tensors made in inference mode cannot be saved for a gradient."""
+    lengths = [6, 5, 5, 3]
+    with torch.inference_mode():
+        rows = torch.randn(1, 2, sum(lengths), 4)
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        attend_by_text(torch.nn.Module().train(), rows, rows, rows, None, dropout=0.1, text_bounds=bounds)
+    assert all(tensor.isfinite().all() for tensor in attended(lengths))
 
 
 def attention_with_dropout(dtype):

@@ -19,7 +19,7 @@ LONG = {
     "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
     "guarded_trainer._maybe_log_save_evaluate": "the parameters of transformers' method",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (five)",
-    "packing.attend_by_text": "the arguments of an attention function of transformers (eight), and the bounds",
+    "packed_attention.attend_by_text": "the arguments of an attention function of transformers (eight), and the bounds",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
     "objectives.cosent.__call__": "the arguments of an objective (seven), and the scores",
     "objectives.gte.__call__": "the arguments of an objective (seven), and the teacher's vectors",
