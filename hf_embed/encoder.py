@@ -22,6 +22,7 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.data.tokenization import beginning
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
+    Tokens,
     check_arguments,
     check_output,
     check_prompts,
@@ -327,16 +328,18 @@ class Encoder(nn.Module):
         before = self.prompt(prompt_name) if prompt is None else prompt
         listed = text_list(texts)
 
-        def embed(encoder: Encoder, part: list[str], numbers: Sequence[int]) -> Tensor:
-            part = [before + text for text in part] if before else part
-            embeddings = embed_texts(encoder, encoder, part, chunk_tokens, numbers=numbers)
+        def tokenize(part: list[str], numbers: Sequence[int]) -> Tokens:
+            return tokenize_texts(self, [before + text for text in part] if before else part, numbers)
+
+        def embed(encoder: Encoder, tokens: Tokens) -> Tensor:
+            embeddings = embed_tokens(encoder, encoder, tokens, chunk_tokens)
             return quantize(self.finish(embeddings.float(), truncate_dim, normalize), precision)
 
         with evaluating(self):
             encoders = on_devices(self, device)
             if listed:
                 kept_on = self.device if convert_to_tensor else torch.device("cpu")
-                vectors = encode_by_length(encoders, embed, listed, batch_size, kept_on, bool(show_progress_bar))
+                vectors = encode_by_length(encoders, tokenize, embed, listed, batch_size, kept_on, bool(show_progress_bar))
             else:
                 none = torch.zeros(0, self.full_dimension, device=self.device)
                 vectors = quantize(self.finish(none, truncate_dim, normalize), precision)
@@ -446,15 +449,8 @@ class Encoder(nn.Module):
         return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
 
 
-def embed_texts(
-    model: nn.Module,
-    encoder: Encoder,
-    texts: list[str],
-    chunk_tokens: int | None = None,
-    sharded: bool = False,
-    numbers: Sequence[int] | None = None,
-) -> Tensor:
-    """Embed texts, (N, D), through `model`: the encoder, or a module that contains it (the training step, FSDP).
+def tokenize_texts(encoder: Encoder, texts: list[str], numbers: Sequence[int] | None = None) -> Tokens:
+    """Return the token ids of each text.
 
     `numbers` are the positions of the texts in the user's list, from 0. Only the error message uses them.
 
@@ -468,8 +464,15 @@ def embed_texts(
     if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
         number = empty[0] if numbers is None else min(numbers[i] for i in empty)
         raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
-    flat = torch.tensor(list(itertools.chain.from_iterable(rows)), device=encoder.device)
-    return model(flat, [len(row) for row in rows], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
+    return rows
+
+
+def embed_tokens(
+    model: nn.Module, encoder: Encoder, tokens: Tokens, chunk_tokens: int | None = None, sharded: bool = False
+) -> Tensor:
+    """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
+    flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
+    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
 
 
 def default_chunk_tokens(device: torch.device) -> int:

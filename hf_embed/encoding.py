@@ -9,9 +9,10 @@ Shapes: N texts, n texts in a batch, D numbers per vector.
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
 
 Model = TypeVar("Model", bound=nn.Module)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
     "normalize_embeddings": "normalize=True or False",
@@ -96,7 +100,8 @@ def text_list(texts: Any) -> list[str]:
 
 def encode_by_length(
     models: list[Model],
-    embed: Callable[[Model, list[str], Sequence[int]], Tensor],
+    tokenize: Callable[[list[str], Sequence[int]], Tokens],
+    embed: Callable[[Model, Tokens], Tensor],
     texts: list[str],
     batch_size: int,
     output_device: torch.device,
@@ -106,7 +111,9 @@ def encode_by_length(
 
     Args:
         models: one model for each device. A model takes the next batch as soon as it is free.
-        embed: `embed(model, texts, numbers)` -> (n, D), where `numbers` are the positions of these texts among all texts.
+        tokenize: `tokenize(texts, numbers)` -> the tokens of a batch, where `numbers` are the positions of these texts among
+            all texts. It runs in another thread while a model encodes the batch before, but never twice at the same time.
+        embed: `embed(model, tokens)` -> (n, D).
         texts: N texts.
         batch_size: largest number of texts in a batch.
         output_device: the device of the returned vectors.
@@ -118,24 +125,44 @@ def encode_by_length(
     for model in models:
         free.put(model)
 
-    def work(batch: list[int]) -> Tensor:
+    tokenizing = Lock()  # fast tokenizers refuse to be used by two threads at the same time
+
+    def tokens_of(batch: list[int]) -> Tokens:
+        with tokenizing:
+            return tokenize([texts[i] for i in batch], batch)
+
+    def vectors_of(tokens: Tokens) -> Tensor:
         model = free.get()
         try:
             with torch.inference_mode():
-                return embed(model, [texts[i] for i in batch], batch).to(output_device)
+                return embed(model, tokens).to(output_device)
         finally:
             free.put(model)
 
     vectors = torch.empty(0)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(texts), desc="Encoding", unit=" texts", disable=not show_progress_bar))
-        run = stack.enter_context(ThreadPoolExecutor(len(models))).map if len(models) > 1 else map
-        for batch, part in zip(batches, run(work, batches)):
+        threads = stack.enter_context(ThreadPoolExecutor(len(models)))
+        if len(models) > 1:
+            parts = threads.map(lambda batch: vectors_of(tokens_of(batch)), batches)
+        else:  # the model stays in this thread, because autocast and other contexts of the caller belong to it
+            parts = map(vectors_of, one_ahead(threads, tokens_of, batches))
+        for batch, part in zip(batches, parts):
             if not len(vectors):
                 vectors = part.new_empty(len(texts), part.shape[1])
             vectors[torch.tensor(batch, device=output_device)] = part
             bar.update(len(batch))
     return vectors
+
+
+def one_ahead(thread: Executor, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield `function(item)` for each of at least one item. The thread computes the next one while the caller uses the last."""
+    result = function(items[0])
+    for item in items[1:]:
+        following = thread.submit(function, item)
+        yield result
+        result = following.result()
+    yield result
 
 
 @contextlib.contextmanager

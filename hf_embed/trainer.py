@@ -35,7 +35,7 @@ from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows
-from hf_embed.encoder import embed_texts
+from hf_embed.encoder import embed_tokens, tokenize_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
@@ -306,8 +306,8 @@ class ContrastiveTrainer(GuardedTrainer):
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""
-        texts = [self.encoder.prompt(prompt_name) + text for text in texts]
-        embeddings = embed_texts(self.model, self.encoder, texts, self.args.chunk_tokens, self.sharded)
+        tokens = tokenize_texts(self.encoder, [self.encoder.prompt(prompt_name) + text for text in texts])
+        embeddings = embed_tokens(self.model, self.encoder, tokens, self.args.chunk_tokens, self.sharded)
         return self.encoder.finish(embeddings.float())
 
     # ---- saving and loading ----

@@ -21,13 +21,13 @@ from accelerate import PartialState
 from hf_embed import write_vectors
 from hf_embed.disk import check_file
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.inference import EncodingArguments, load_for_encoding, read_column
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.vectors import PRECISIONS
 
 
 @dataclass(kw_only=True)
-class Arguments(EncodingArguments):
+class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
@@ -66,7 +66,7 @@ def main() -> None:
     column, texts = read_column(args.file, args.column)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     options = ("prompt_name", "precision", "truncate_dim", "normalize", "batch_size", "chunk_tokens")
-    of = {"model": args.model_name_or_path, "file": args.file, "column": column}
+    of = {"model": args.model_name_or_path, "bf16": args.bf16, "file": args.file, "column": column}
     about = write_vectors(encoder, texts, args.output, of, **{name: getattr(args, name) for name in options})
     if state.is_main_process:
         print(f"wrote {args.output}: {about['rows']:,} vectors of {about['width']} numbers, {about['dtype']}")

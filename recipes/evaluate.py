@@ -34,14 +34,14 @@ from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
-from hf_embed.kit.inference import EncodingArguments, load_for_encoding
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.report import summary
 from hf_embed.safe_files import clear_leftovers
 
 
 @dataclass
-class Arguments(EncodingArguments):
+class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
@@ -68,7 +68,7 @@ def main() -> None:
     print("\n".join(score_table(scores, tasks)))
     if args.output_dir:
         about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
-        results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
+        results = about | {"bf16": args.bf16} | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         clear_leftovers(Path(args.output_dir))
         kept = stored_results(args.output_dir)  # results of the training, if this is the model's own folder

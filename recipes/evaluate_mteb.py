@@ -19,13 +19,13 @@ from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.inference import EncodingArguments, load_for_encoding
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.safe_files import clear_leftovers
 
 
 @dataclass
-class Arguments(EncodingArguments):
+class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
@@ -48,10 +48,10 @@ def main() -> None:
         raise InputError(f"{model} is not a folder; give a folder for the results with --output_dir FOLDER")
     folder = Path(args.output_dir or model)
     check_folder(folder, "--output_dir")
-    if (args.pooling or args.max_length) and (folder / "config.json").is_file():
+    if (args.pooling or args.max_length or args.bf16) and (folder / "config.json").is_file():
         raise InputError(
-            "--pooling and --max_length change the model, so its results do not belong into the model's folder; give another "
-            "folder with --output_dir FOLDER"
+            "--pooling, --max_length and --bf16 change the vectors, so the results do not belong into the model's folder; give "
+            "another folder with --output_dir FOLDER"
         )
     tasks = find_tasks(args.tasks, args.benchmark)
     encoder = load_for_encoding(args.model_name_or_path, args)

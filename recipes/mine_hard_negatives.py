@@ -26,13 +26,13 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.inference import EncodingArguments, load_for_encoding
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 
 
 @dataclass
-class Arguments(EncodingArguments):
+class Arguments(FastEncodingArguments):
     """Flags of this recipe, in addition to those of `MiningArguments`."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})

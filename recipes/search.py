@@ -18,12 +18,12 @@ import numpy as np
 
 from hf_embed import semantic_search
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.inference import EncodingArguments, document_vectors, load_for_encoding, read_column
+from hf_embed.kit.inference import FastEncodingArguments, document_vectors, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
 
 
 @dataclass(kw_only=True)
-class Arguments(EncodingArguments):
+class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})

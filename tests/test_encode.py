@@ -5,6 +5,8 @@ Where sentence-transformers has the same option, the results are compared on the
 
 import copy
 import threading
+import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_embed import Encoder, apply_tempscale
+from hf_embed import encoder as encoder_module
 from hf_embed.pooling import Dense
 from hf_embed.vectors import as_floats, quantize
 
@@ -326,6 +329,73 @@ def test_an_error_on_a_device_reaches_the_caller(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         encoder.encode(MANY, batch_size=10, device=["cpu", "cpu"])
     assert encoder.training and threading.active_count() < 20
+
+
+def watch_tokenization(monkeypatch, enter, leave=lambda: None):
+    """Call `enter` and `leave` around each tokenization."""
+    tokenize = encoder_module.tokenize_texts
+
+    def watched(*args):
+        enter()
+        try:
+            return tokenize(*args)
+        finally:
+            leave()
+
+    monkeypatch.setattr(encoder_module, "tokenize_texts", watched)
+
+
+def test_a_batch_is_tokenized_while_the_model_encodes_the_one_before(monkeypatch):
+    """The model stays in the thread of the caller, where the caller's autocast is."""
+    encoder, begun, seen = tiny_encoder(), [], []
+    forward = Encoder.forward
+
+    def watched(self, *args, **kwargs):
+        seen.append(threading.get_ident())
+        end = time.monotonic() + 20
+        while len(begun) < min(4, len(seen) + 1):
+            assert time.monotonic() < end, "the tokenization of the next batch has not begun"
+            time.sleep(0.01)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "forward", watched)
+    watch_tokenization(monkeypatch, lambda: begun.append(1))
+    vectors = encoder.encode(MANY[:40], batch_size=10)
+    assert seen == [threading.get_ident()] * 4
+    monkeypatch.undo()
+    np.testing.assert_array_equal(vectors, encoder.encode(MANY[:40], batch_size=10))
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time(monkeypatch):
+    """Fast tokenizers raise "Already borrowed" if two threads use them."""
+    now, most, lock = 0, 0, threading.Lock()
+
+    def count(by):
+        nonlocal now, most
+        with lock:
+            now += by
+            most = max(most, now)
+        time.sleep(0.01)
+
+    watch_tokenization(monkeypatch, partial(count, 1), partial(count, -1))
+    tiny_encoder().encode(MANY, batch_size=5, device=["cpu", "cpu", "cpu"])
+    assert most == 1
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
+def test_an_error_of_a_later_batch_reaches_the_caller(devices, monkeypatch):
+    """The number is that of the text in the user's list."""
+    encoder = tiny_encoder()
+    tokenizer = type(encoder.tokenizer)
+    call = tokenizer.__call__
+
+    def forgetful(self, texts, **options):
+        found = call(self, texts, **options)
+        return found | {"input_ids": [[] if text == "a" else ids for text, ids in zip(texts, found["input_ids"])]}
+
+    monkeypatch.setattr(tokenizer, "__call__", forgetful)
+    texts = ["a longer text than that"] * 30 + ["a"] + ["another text"] * 4
+    assert "no tokens for text 31" in error_of(encoder.encode, texts, batch_size=8, device=devices)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", ["cpu", "cuda:99"], []])

@@ -37,6 +37,22 @@ class EncodingArguments:
         check_ranges(self, {"max_length": COUNT})
 
 
+@dataclass(kw_only=True)
+class FastEncodingArguments(EncodingArguments):
+    """Flags for a recipe that encodes many texts and saves no model: what makes it faster."""
+
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute in bfloat16. Faster on a GPU, and on a CPU with instructions for it; it rounds the vectors."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention implementation: sdpa, or flash_attention_2 on a GPU ... Default: the model's."},
+    )
+
+
 def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch.device | str | None = None) -> Encoder:
     """Load a model with the settings that the flags ask for.
 
@@ -53,7 +69,11 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if device is None and processes > 1:
         raise InputError(f"this recipe runs in a single process, but {processes} were started; start it without a launcher")
-    encoder = Encoder.from_pretrained(name_or_path, flags.pooling, flags.max_length, trust_remote_code=flags.trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": flags.trust_remote_code}
+    if isinstance(flags, FastEncodingArguments):
+        options |= {"dtype": torch.bfloat16} if flags.bf16 else {}
+        options |= {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
+    encoder = Encoder.from_pretrained(name_or_path, flags.pooling, flags.max_length, **options)
     return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
