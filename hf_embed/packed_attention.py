@@ -24,7 +24,7 @@ from hf_embed.dropout import draw_mask
 HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
             "max_length_q", "max_length_k"}  # fmt: skip
 
-# Up to this number of tokens, attention and its backward pass are faster here (`_Attend`) than with PyTorch's function.
+# Up to this number of tokens, training is faster with attention from here (`_Attend`) than with PyTorch's function.
 SHORT = 128
 
 
@@ -72,7 +72,8 @@ def attend_by_text(
         raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
     lengths = tuple(text_bounds.diff().tolist())
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, d)
-    short = torch.is_grad_enabled() and max(lengths) <= SHORT
+    # Not if a gradient is needed: with gradient caching, chunks are encoded without one, and once more with one.
+    short = module.training and max(lengths) <= SHORT
     if (dropout or short) and query.shape[1] == key.shape[1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         attended = _Attend.apply(q, k, v, by_head(lengths, query.shape[1]), dropout, scale)

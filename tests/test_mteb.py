@@ -127,7 +127,9 @@ def test_recipe(folder, tmp_path, monkeypatch, capsys):
     run(folder, "--tasks", "LocalSTS", "--output_dir", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "results.json").read_text())["mteb"] == [row]
     assert "give a folder for the results with --output_dir FOLDER" in error_of(run, "owner/name", "--tasks", "LocalSTS")
-    assert "--pooling and --max_length change the model" in error_of(run, folder, "--tasks", "LocalSTS", "--pooling", "cls")
+    assert "--pooling, --max_length and --bf16 change the vectors" in error_of(
+        run, folder, "--tasks", "LocalSTS", "--pooling", "cls"
+    )
     assert "| Pooling | `mean`" in (folder / "README.md").read_text()
 
 

@@ -163,10 +163,13 @@ def test_a_model_that_cannot_pack_long_rows_is_padded_from_then_on(caplog, cachi
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_equals_padded(name, pooling):
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_equals_padded(name, pooling, training):
+    """Training without dropout and evaluation use different functions for attention."""
     if pooling == "cls_mlp" and name == "distilbert":
         pytest.skip("DistilBERT has no pooler")
-    encoder = encoder_of(name, pooling, pad_token_id=0).eval()
+    none = ("dropout", "attention_dropout") if name == "distilbert" else ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    encoder = encoder_of(name, pooling, pad_token_id=0, **dict.fromkeys(none, 0.0)).train(training)
     (packed, gradients), (padded, expected) = both_ways(encoder, chunk_tokens=64)
     assert_close(packed, padded, rtol=1e-9, atol=1e-12)
     assert gradients.keys() == expected.keys()
@@ -192,11 +195,12 @@ def test_packed_equals_padded_in_bfloat16():
 
 
 @pytest.mark.parametrize("layers_recomputed", [False, True])
-def test_caching_gives_the_same_gradients_bit_for_bit(layers_recomputed):
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_caching_gives_the_same_gradients_bit_for_bit(layers_recomputed, rate):
     """Also with dropout, and with transformers' own recomputation of each layer."""
-    found = []
+    found, rates = [], {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
     for caching in (False, True):
-        encoder = Encoder(tiny_model(), quickstart_tokenizer()).train()
+        encoder = Encoder(tiny_model(**rates), quickstart_tokenizer()).train()
         use_fast_dropout(encoder.backbone)
         if layers_recomputed:
             encoder.backbone.gradient_checkpointing_enable()
@@ -406,16 +410,15 @@ def test_the_own_backward_pass_equals_that_of_the_function_of_pytorch(lengths, w
 
 @pytest.mark.parametrize("longest", [SHORT, SHORT + 1])
 def test_long_texts_have_the_function_of_pytorch(longest, monkeypatch):
-    """Its memory does not grow with the square of the length. Without a gradient it is as fast, so it is used there too."""
+    """Its memory does not grow with the square of the length. In evaluation it is as fast, so it is used there too."""
     own = []
     function = packed_attention._Attend.apply
     monkeypatch.setattr(packed_attention._Attend, "apply", lambda *args: own.append(1) or function(*args))
     attended([longest, 2])
     assert bool(own) == (longest == SHORT)
     own.clear()
-    with torch.no_grad():
-        rows = torch.randn(1, 2, longest, 4)
-        attend_by_text(torch.nn.Module(), rows, rows, rows, None, text_bounds=torch.tensor([0, longest]).int())
+    rows = torch.randn(1, 2, longest, 4)
+    attend_by_text(torch.nn.Module().eval(), rows, rows, rows, None, text_bounds=torch.tensor([0, longest]).int())
     assert not own
 
 

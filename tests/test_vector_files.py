@@ -186,6 +186,27 @@ def test_recipe_says_what_is_wrong(files, tmp_path, monkeypatch):
     assert "missing: FILE; usage: python search.py MODEL FILE [FLAGS]" in error_of(main_of, "search", monkeypatch, model)
 
 
+def test_bfloat16(files, encoder, tmp_path, monkeypatch):
+    """--bf16 rounds the vectors. They are then not taken for those of the model in float32."""
+    model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
+    main_of("encode", monkeypatch, model, texts, out, "--bf16", "--prompt_name", "document")
+    vectors, expected = np.load(out), encoder.encode_document(TEXTS * 4)
+    assert vectors.dtype == np.float32
+    cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > 0.999 and np.abs(vectors - expected).max() > 1e-4
+    assert json.loads((tmp_path / "out.npy.json").read_text())["bf16"] is True
+    words = [model, texts, "--embeddings", out, "--query", "cat"]
+    assert "another model, other settings" in error_of(main_of, "search", monkeypatch, *words)
+    main_of("search", monkeypatch, *words, "--bf16")
+
+
+def test_attention_of_a_recipe_that_encodes(files, tmp_path, monkeypatch):
+    model, texts, out = files / "model", files / "texts.jsonl", tmp_path / "out.npy"
+    assert "attn_implementation" in error_of(main_of, "encode", monkeypatch, model, texts, out, "--attn_implementation", "no")
+    main_of("encode", monkeypatch, model, texts, out, "--attn_implementation", "eager")
+    np.testing.assert_allclose(np.load(out), tiny_encoder().encode(TEXTS * 4), atol=1e-5)
+
+
 def hits_of(output):
     """Return {query: row indices} from the output of the recipe."""
     found = {}
