@@ -162,19 +162,21 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, order: ByHead, p: float, scale: float) -> Tensor:
         """Return softmax(scale * query @ key') @ value for each text and head, with dropout of the softmax."""
         ctx.order, ctx.scale, ctx.factor = order, scale, 1.0
+        recorded = any(ctx.needs_input_grad)  # otherwise nothing is kept for a backward pass
         rows = [order.sort(states) for states in (query, key, value)]
         queries, keys, values = map(as_wide, rows)
         output, kept, masks = torch.empty_like(values), [], []
         with torch.autocast("cpu", enabled=False):
             for q, k, v, out in zip(*map(order.split, (queries * scale, keys, values, output))):
                 weights = torch.bmm(q, k.mT).softmax(-1)  # (texts * H, length, length)
-                kept.append(weights)
+                kept += [weights] if recorded else []
                 if p:
                     mask, ctx.factor = draw_mask(weights.shape, p)
-                    masks.append(mask)
+                    masks += [mask] if recorded else []
                     weights = (weights * mask.to(weights.dtype)).mul_(ctx.factor)
                 torch.bmm(weights, v, out=out)
-        ctx.save_for_backward(*rows, *kept, *masks)
+        if recorded:
+            ctx.save_for_backward(*rows, *kept, *masks)
         return order.restore(output).to(value.dtype)
 
     @staticmethod
