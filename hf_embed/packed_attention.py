@@ -72,7 +72,7 @@ def attend_by_text(
         raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
     lengths = tuple(text_bounds.diff().tolist())
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, d)
-    # Not if a gradient is needed: with gradient caching, chunks are encoded without one, and once more with one.
+    # The choice must not depend on whether a gradient is needed: gradient caching encodes a chunk without, then with one.
     short = module.training and max(lengths) <= SHORT
     if (dropout or short) and query.shape[1] == key.shape[1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

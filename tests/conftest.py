@@ -64,8 +64,9 @@ TINY = {
 DECODERS = {"qwen2", "qwen3"}
 
 
-def pytest_collection_finish() -> None:
-    """Leave what the imports made out of garbage collection: accelerate collects before every training, for 0.3 s."""
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports() -> None:
+    """Leave what is alive now out of garbage collection: accelerate collects before every training, for 0.3 s."""
     gc.collect()
     gc.freeze()
 
