@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 
 from hf_embed.data.files import FILL_IN, missing_text
@@ -137,6 +138,10 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
     except InputError as error:  # the model does not have an option, or a text is empty
         raise InputError(f"{path}: {error}") from error
     if identity != about.get("identity"):
+        if (half := about.get("bf16")) not in (None, encoder.dtype == torch.bfloat16):
+            raise InputError(
+                f"{path}: the vectors were encoded {'with' if half else 'without'} --bf16; use the same setting here"
+            )
         raise InputError(f"{path}: the vectors come from another model, other settings or other texts; encode the texts again")
     return vectors, options
 

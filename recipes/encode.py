@@ -66,7 +66,7 @@ def main() -> None:
     column, texts = read_column(args.file, args.column)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     options = ("prompt_name", "precision", "truncate_dim", "normalize", "batch_size", "chunk_tokens")
-    of = {"model": args.model_name_or_path, "bf16": args.bf16, "file": args.file, "column": column}
+    of = {"model": args.model_name_or_path, "bf16": encoder.dtype == torch.bfloat16, "file": args.file, "column": column}
     about = write_vectors(encoder, texts, args.output, of, **{name: getattr(args, name) for name in options})
     if state.is_main_process:
         print(f"wrote {args.output}: {about['rows']:,} vectors of {about['width']} numbers, {about['dtype']}")

@@ -54,9 +54,7 @@ def main() -> None:
     args, evaluation = parse([Arguments, EvalArguments])
     if args.output_dir:
         check_folder(args.output_dir, "--output_dir")
-    tasks = read_tasks(evaluation)
-    if args.seven_sts:
-        tasks |= seven_tasks()
+    tasks = read_tasks(evaluation) | (seven_tasks() if args.seven_sts else {})
     if not tasks:
         raise InputError("there is no evaluation set; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -68,7 +66,8 @@ def main() -> None:
     print("\n".join(score_table(scores, tasks)))
     if args.output_dir:
         about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
-        results = about | {"bf16": args.bf16} | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
+        about |= {"bf16": encoder.dtype == torch.bfloat16}
+        results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         clear_leftovers(Path(args.output_dir))
         kept = stored_results(args.output_dir)  # results of the training, if this is the model's own folder

@@ -196,8 +196,12 @@ def test_bfloat16(files, encoder, tmp_path, monkeypatch):
     assert cosines.min() > 0.999 and np.abs(vectors - expected).max() > 1e-4
     assert json.loads((tmp_path / "out.npy.json").read_text())["bf16"] is True
     words = [model, texts, "--embeddings", out, "--query", "cat"]
-    assert "another model, other settings" in error_of(main_of, "search", monkeypatch, *words)
+    assert "the vectors were encoded with --bf16" in error_of(main_of, "search", monkeypatch, *words)
     main_of("search", monkeypatch, *words, "--bf16")
+    out = tmp_path / "float32.npy"
+    main_of("encode", monkeypatch, model, texts, out, "--prompt_name", "document")
+    words = [model, texts, "--embeddings", out, "--query", "cat", "--bf16"]
+    assert "the vectors were encoded without --bf16" in error_of(main_of, "search", monkeypatch, *words)
 
 
 def test_attention_of_a_recipe_that_encodes(files, tmp_path, monkeypatch):
