@@ -297,6 +297,18 @@ KINDS = {"plain": tiny_encoder, "tempscale": scaled_encoder, "growth": growing_e
          "mpnet": lambda: tiny_encoder("mpnet")}  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["plain", "dense", "modernbert", "mpnet"])
+def test_a_folder_in_bfloat16(kind, tmp_path):
+    """All weights are then in bfloat16, also those of the layers after the pooling, and the vectors are rounded."""
+    encoder = KINDS[kind]()
+    encoder.save_pretrained(str(tmp_path / "model"), verify=False)
+    half = Encoder.from_pretrained(str(tmp_path / "model"), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    vectors, expected = half.encode(MANY), encoder.encode(MANY)
+    assert vectors.dtype == np.float32 and np.abs(vectors - expected).max() > 1e-5
+    assert F.cosine_similarity(torch.tensor(vectors), torch.tensor(expected)).min() > 0.999
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_devices_give_what_one_gives(kind):
     encoder = KINDS[kind]()

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertForMaskedLM, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
 from hf_embed.checkpoint.load import load_model
@@ -33,6 +34,22 @@ def edit_weights(folder: Path, change) -> None:
 
 def edit_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("bert", "no"), ("bert", "flash_attention_2"), ("mpnet", "flash_attention_2"), ("mpnet", "sdpa")]
+)
+def test_an_attention_that_cannot_be_used_is_named(kind, attention, tmp_path):
+    """BUG: the message asked for a local folder with config.json, which was there."""
+    if attention == "flash_attention_2" and kind == "bert" and is_flash_attn_2_available():
+        pytest.skip("flash attention is installed")
+    tiny_model(kind).save_pretrained(tmp_path)
+    quickstart_tokenizer().save_pretrained(tmp_path)
+    message = error_of(Encoder.from_pretrained, str(tmp_path), attn_implementation=attention)
+    assert f"attn_implementation {attention} cannot be used: " in message and message.endswith("or leave it out")
+    assert "local folder" not in message
+    missing = error_of(Encoder.from_pretrained, str(tmp_path / "none"), attn_implementation="eager")
+    assert "this folder does not exist" in missing
 
 
 BROKEN_WEIGHTS = {

@@ -175,6 +175,12 @@ def load_model(
     except InputError:
         raise
     except Exception as error:  # such as no network, no file, not JSON, a broken header, a missing package
+        attention = kwargs.get("attn_implementation")
+        if attention and re.search("attention|attn|`kernels`", str(error), re.IGNORECASE):
+            reason = first_line(error).rstrip(".")
+            raise InputError(
+                f"model '{name}': attn_implementation {attention} cannot be used: {reason}; give another one, or leave it out"
+            ) from error
         raise unreachable(name, error) from error
     check_weights(files, model, report)
     return model, sorted(report["missing_keys"])
