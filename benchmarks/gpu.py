@@ -1,4 +1,4 @@
-"""Check and measure on a GPU everything that a CPU cannot show, with one command of less than 8 minutes.
+"""Check and measure on a GPU everything that a CPU cannot show, with one command of about 8 minutes.
 
     python benchmarks/gpu.py --output_dir outputs/gpu
     python benchmarks/gpu.py --output_dir outputs/gpu --parts forward exact      # only some parts
@@ -6,8 +6,9 @@
 
 The command needs no network: the models have random weights, and the texts are random words. The parts:
 
-    forward      training, encoding and a float64 reference on the CPU give the same vectors: every pooling, attention backend
-                 (eager, sdpa, and flash_attention_2 if flash_attn is installed) and precision
+    forward      training, encoding and a float64 reference on the CPU give the same vectors: every pooling, precision and
+                 attention backend: eager, sdpa, and flash_attention_2 if flash_attn is installed (benchmarks/flash_of_torch.py
+                 writes a package that can stand in for it)
     exact        gradient caching equals the plain chunks, and a resumed run equals an uninterrupted one, bit for bit
     tempscale    TempScale, applied and folded, equals attention whose scores are divided: every backend
     loss         tiles do not change the improved contrastive loss; its memory and time for 65,536 pairs
@@ -15,6 +16,8 @@ The command needs no network: the models have random weights, and the texts are 
     step         the ten slowest kernels of a training step, and the places where the host waits for the GPU
     throughput   training beside sentence-transformers (if it is installed): models of the shapes of MiniLM and BERT-base, 512
                  rows a step, short and long texts; the share of the matrix rate that tokens other than padding reach
+    attention    the time of each kernel that attends within texts, for texts of 16 to 256 tokens
+    settings     the time of a step with other chunks, with gradient caching, padded texts, and other kernels
 
 The results are written to OUTPUT_DIR/gpu.json and gpu.md, again after every task, so that an interrupted run leaves what it
 has measured. Each line is PASS, FAIL, skipped (with the reason), or measured (a figure without a limit). The exit status is 1
@@ -40,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_bench  # the first import that is not of Python itself: it checks that the packages are there
+import gpu_step
 import torch
 from gpu_bench import FLASH, LENGTHS, Bench, Result, Tasks, judged, make_model, make_rows, make_trainer, tokenizer
 from torch import Tensor, nn
@@ -156,8 +160,11 @@ def forward_checks(bench: Bench) -> Tasks:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Choose deterministic kernels inside a `with` block. Without them, two equal runs on a GPU may differ in the last bit."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Choose deterministic kernels inside a `with` block. Without them, two equal runs on a GPU may differ in the last bit.
+
+    With `warn_only=True`, attention would still take its kernels that are not deterministic.
+    """
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
@@ -262,7 +269,7 @@ def as_needed_check(bench: Bench) -> list[Result]:
 def exact_checks(bench: Bench) -> Tasks:
     """Check everything that has to be equal bit for bit."""
     tasks: Tasks = {f"gradient caching, {backend}": partial(caching_check, bench, backend, True) for backend in bench.backends}
-    tasks["gradient caching, default kernels"] = partial(caching_check, bench, bench.backends[-1], False)
+    tasks["gradient caching, default kernels"] = partial(caching_check, bench, "sdpa", False)
     tasks["gradient caching as needed"] = partial(as_needed_check, bench)
     return tasks | {"resumed = uninterrupted": partial(resume_check, bench)}
 
@@ -358,8 +365,10 @@ PARTS: dict[str, Callable[[Bench], Tasks]] = {
     "tempscale": tempscale_checks,
     "loss": loss_checks,
     "matrix": gpu_bench.matrix_checks,
-    "step": gpu_bench.step_checks,
+    "step": gpu_step.step_checks,
     "throughput": gpu_bench.throughput_checks,
+    "attention": gpu_step.attention_checks,
+    "settings": gpu_step.settings_checks,
 }
 
 

@@ -5,7 +5,6 @@ A function that returns `Tasks` belongs to one part of the report. Shapes: N tex
 
 # ruff: noqa: E402  (the packages are checked before they are imported)
 import configparser
-import contextlib
 import gc
 import importlib.metadata
 import importlib.util
@@ -15,10 +14,7 @@ import random
 import statistics
 import sys
 import time
-import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -235,111 +231,9 @@ def matrix_rates(bench: Bench) -> list[Result]:
     return [Result("matrix", f"products of {bench.sizes.matrix} x {bench.sizes.matrix}", "measured", figures, note)]
 
 
-# ---- 6. the slowest kernels, and host synchronizations ----
-
-
-class AroundStep(TrainerCallback):
-    """A callback that runs one training step, from the batch to the optimizer, inside a context."""
-
-    def __init__(self, step: int, context: contextlib.AbstractContextManager):
-        self.step, self.context, self.stack = step, context, contextlib.ExitStack()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Enter the context."""
-        if state.global_step == self.step:
-            self.stack.enter_context(self.context)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the context."""
-        self.stack.close()
-
-
-def one_step(bench: Bench, context: contextlib.AbstractContextManager) -> str:
-    """Run the step after the warm-up inside a context. Return the name of the case: the largest model, NLI-like texts."""
-    sizes, (name, form) = bench.sizes, list(bench.sizes.timed.items())[-1]
-    rows = make_rows(sizes.batch * (sizes.warm_up + 1), LENGTHS["NLI-like"])
-    settings = {"per_device_train_batch_size": sizes.batch, "max_steps": sizes.warm_up + 1, "bf16": True, "max_length": 128}
-    make_trainer(bench, make_model(form), rows, [AroundStep(sizes.warm_up, context)], **settings).train()
-    return f"a step of {name}, {sizes.batch} NLI-like triplets, bfloat16"
-
-
-def slowest_kernels(bench: Bench) -> list[Result]:
-    """List the ten kernels of a training step that take the most time."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if bench.cuda else [])]
-    seconds: list[float] = []
-    profiler = torch.profiler.profile(activities=kinds)
-
-    @contextlib.contextmanager
-    def profiled() -> Iterator[None]:
-        with profiler:
-            start = time.perf_counter()
-            yield
-            bench.wait()
-            seconds.append(time.perf_counter() - start)
-
-    name = one_step(bench, profiled())
-    times: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        # Operators also have a device time: that of their kernels, which are events of their own.
-        if bench.cuda and (event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation):
-            continue
-        times[event.key] += (event.self_device_time_total if bench.cuda else event.self_cpu_time_total) / 1000
-        counts[event.key] += event.count
-    total = sum(times.values())
-    slowest = [{"kernel": key, "ms": ms, "share": ms / total, "calls": counts[key]} for key, ms in times.most_common(10)]
-    figures = {"step ms": 1000 * seconds[0], "kernels ms": total, "ten slowest": slowest}
-    return [Result("step", f"kernels of {name}", "measured", figures, "the step is slower under the profiler")]
-
-
-def caller() -> str:
-    """Return the innermost place in the stack outside of PyTorch, of warnings.py and of this file, as FILE:LINE."""
-    skipped = (Path(warnings.__file__), Path(__file__))
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if not path.is_relative_to(Path(torch.__file__).parent) and path not in skipped:
-            return f"{'/'.join(path.parts[-2:])}:{frame.lineno}"
-    return "unknown"
-
-
-@contextlib.contextmanager
-def recorded_synchronizations(bench: Bench, found: Counter[str]) -> Iterator[None]:
-    """Count in `found` by place how often the host waits for the GPU inside a `with` block. A CPU never does."""
-
-    def show(message: Warning | str, *_: Any) -> None:
-        if "called a synchronizing" in str(message):
-            found[caller()] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        if bench.cuda:
-            torch.cuda.set_sync_debug_mode("warn")
-        warnings.showwarning = show
-        try:
-            yield
-        finally:
-            if bench.cuda:
-                torch.cuda.set_sync_debug_mode("default")
-
-
-def synchronizations(bench: Bench) -> list[Result]:
-    """Count the host synchronizations of a training step, with the places that cause them."""
-    found: Counter[str] = Counter()
-    name = f"host synchronizations in {one_step(bench, recorded_synchronizations(bench, found))}"
-    figures = {"count": found.total(), "places": dict(found.most_common())}
-    if not bench.cuda:
-        return [Result("step", name, "skipped", figures, "only a GPU has them")]
-    return [judged("step", name, not found, figures, "none")]
-
-
 def matrix_checks(bench: Bench) -> Tasks:
     """Measure the matrix rates."""
     return {"matrix rates": partial(matrix_rates, bench)}
-
-
-def step_checks(bench: Bench) -> Tasks:
-    """Look into one training step."""
-    return {"kernels": partial(slowest_kernels, bench), "host synchronizations": partial(synchronizations, bench)}
 
 
 # ---- 7. throughput and memory of training, beside sentence-transformers ----

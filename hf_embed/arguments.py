@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
@@ -50,7 +51,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
     add_eos_token: bool = field(default=False, metadata={"help": "End each text with the end-of-text token."})
     chunk_tokens: int | None = field(
         default=None,
-        metadata={"help": "Maximum tokens (with padding) that are encoded at once. Default: 16384 on a GPU, 2048 on a CPU."},
+        metadata={"help": "Tokens (with padding) encoded at once. Default: 2048 on a CPU, 65536 on a GPU, 16384 with caching."},
     )
     gradient_caching: bool | str = field(
         default=False,
@@ -99,8 +100,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if not torch.accelerator.is_available():
-            # Without this, transformers refuses bf16 and treats several CPU processes as unrelated single processes.
+        if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+            # Without this, transformers refuses bf16, treats several CPU processes as unrelated single processes, and takes the
+            # GPU although the user has told `accelerate launch` to use the CPU.
             self.use_cpu = True
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"

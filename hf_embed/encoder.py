@@ -35,7 +35,7 @@ from hf_embed.encoding import (
 from hf_embed.errors import InputError
 from hf_embed.forward_check import measure
 from hf_embed.packed_attention import CannotPack
-from hf_embed.packing import Numbering, Packable, Packing, precision, ways_to_pack
+from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.ranges import is_one_of
 from hf_embed.tempscale.attention import base_of
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 # Largest number of tokens in a chunk, padding included. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit
 # its cache.
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
+# The same if a step keeps the activations of all its chunks, so that smaller chunks would save no memory. On a GPU, each chunk
+# costs the time in which the host starts its kernels.
+CHUNK_TOKENS_KEPT = DEFAULT_CHUNK_TOKENS | {"cuda": 65536}
 
 
 class Encoder(nn.Module):
@@ -125,6 +128,12 @@ class Encoder(nn.Module):
         """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
         measured = measure(self)
         self.width, self.positions, self.packable = measured.width, measured.positions, measured.packable
+        self.checked_at = place_of(self.base)
+
+    def check_place(self) -> None:
+        """Check again if the model has moved to a device of another kind, or has another attention, since the last check."""
+        if self.checked_at != place_of(self.base):
+            self.check_forward()
 
     @property
     def base(self) -> PreTrainedModel:
@@ -249,7 +258,7 @@ class Encoder(nn.Module):
             input_ids,
             lengths,
             self.tokenizer.pad_token_id,
-            chunk_tokens or default_chunk_tokens(input_ids.device),
+            chunk_tokens or default_chunk_tokens(input_ids.device, kept=torch.is_grad_enabled() and not gradient_caching),
             gradient_caching=gradient_caching,
             equal_chunks=sharded,
         )
@@ -337,6 +346,8 @@ class Encoder(nn.Module):
 
         with evaluating(self):
             encoders = on_devices(self, device)
+            for encoder in encoders:
+                encoder.check_place()
             if listed:
                 kept_on = self.device if convert_to_tensor else torch.device("cpu")
                 vectors = encode_by_length(encoders, tokenize, embed, listed, batch_size, kept_on, bool(show_progress_bar))
@@ -475,6 +486,10 @@ def embed_tokens(
     return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
 
 
-def default_chunk_tokens(device: torch.device) -> int:
-    """Return the largest number of padded tokens in a chunk if the user sets none."""
-    return DEFAULT_CHUNK_TOKENS.get(device.type, DEFAULT_CHUNK_TOKENS["default"])
+def default_chunk_tokens(device: torch.device, kept: bool = False) -> int:
+    """Return the largest number of padded tokens in a chunk if the user sets none.
+
+    `kept`: the activations of all chunks are kept for a backward pass.
+    """
+    sizes = CHUNK_TOKENS_KEPT if kept else DEFAULT_CHUNK_TOKENS
+    return sizes.get(device.type, sizes["default"])

@@ -23,6 +23,7 @@ Shapes: N texts of T tokens, D numbers per vector.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
-from hf_embed.library_internals import attention_backend
+from hf_embed.library_internals import attention_backend, plain_attention
 from hf_embed.packing import Packable, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
 from hf_embed.tempscale.attention import base_of
@@ -232,7 +233,7 @@ def touched(encoder: "Encoder") -> set[Tensor]:
     They are the leaves of the autograd graph behind the vectors. No gradient is computed, so no gradient needs memory or
     changes.
     """
-    with undisturbed(encoder), torch.enable_grad():
+    with undisturbed(encoder), torch.enable_grad(), runnable(encoder.backbone):
         nodes = [alone(encoder, row, ()).grad_fn for row in probe_rows(encoder)]
     seen, leaves = set(), set()
     while nodes:
@@ -253,6 +254,11 @@ def is_measurable(backbone: PreTrainedModel) -> bool:
         return False
     attention = attention_backend(backbone.config) or ""
     return not (isinstance(attention, str) and "flash" in attention and parameters[0].device.type == "cpu")
+
+
+def runnable(backbone: PreTrainedModel) -> AbstractContextManager:
+    """Return a context in which the model can run where it is. Flash attention needs a GPU, so on a CPU it is replaced."""
+    return nullcontext() if is_measurable(backbone) else plain_attention(base_of(backbone))
 
 
 def probe_rows(encoder: "Encoder") -> list[Row]:

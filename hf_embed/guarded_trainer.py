@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import save_checkpoint
+from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
 from hf_embed.watch import Watch
@@ -63,7 +65,8 @@ class GuardedTrainer(CheckpointTrainer):
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
         try:
-            with writing_alone(folder), self.stop_requests, PeerWatch(), peers_in_one_line(self.args.ddp_timeout):
+            alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
+            with alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             use_plain_dropout(self.encoder.backbone)
@@ -93,6 +96,11 @@ class GuardedTrainer(CheckpointTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_memory = StepMemory(batches)
         return batches, items
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Copy a batch to the GPU without waiting for it."""
+        plain = isinstance(data, Tensor) and not self.is_deepspeed_enabled
+        return copy_to(data, self.args.device) if plain else super()._prepare_input(data)
 
     def _stop(self, number: int, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint if this step has none yet, and raise Stopped. `number` is the number of the signal."""
@@ -166,7 +174,7 @@ class GuardedTrainer(CheckpointTrainer):
     def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
         """Recompute all chunks, halve `chunk_tokens`, and warn. Raise the error about full memory if this cannot help."""
         args, step = self.args, self.state.global_step + 1
-        budget = args.chunk_tokens or default_chunk_tokens(args.device)
+        budget = args.chunk_tokens or default_chunk_tokens(args.device, kept=not args.gradient_caching)
         mend = "set a smaller chunk_tokens, gradient_caching to true, or a smaller per_device_train_batch_size"
         if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RankError(f"GPU memory of process {args.process_index} is full at step {step}; {mend}") from error
@@ -198,6 +206,20 @@ class GuardedTrainer(CheckpointTrainer):
         scaled = self.accelerator.mixed_precision == "fp16"  # the gradient scaler of fp16 already skips such steps
         self.watch.norm = None if scaled else whole_norm(norm)
         return norm
+
+
+@contextmanager
+def losses_not_read(args: ContrastiveTrainingArguments) -> Iterator[None]:
+    """Inside a `with` block, keep Trainer from reading the loss of each micro-batch, for which the host waits for the GPU.
+
+    Trainer looks for losses that are NaN or infinite, and leaves them out of the log. The log needs this only if the run goes
+    on after such a loss, which it does if it skips these steps, and in fp16.
+    """
+    before, args.logging_nan_inf_filter = args.logging_nan_inf_filter, args.nan_steps == "skip" or args.fp16
+    try:
+        yield
+    finally:
+        args.logging_nan_inf_filter = before
 
 
 class StepMemory:

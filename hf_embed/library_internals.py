@@ -6,14 +6,16 @@ another library.
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import PushInProgress, cached_file
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
         "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time", "learning_rate",
     ),
     "_get_grad_norm": ("model", "grad_norm"),
+    "_prepare_input": ("data",),
 }
 # fmt: on
 # Private methods of `evaluate.Metric` that a metric must define.
@@ -57,6 +60,20 @@ METRIC_METHODS = ("_info", "_compute")
 def attention_backend(config: Any) -> str | dict | None:
     """Return a model's attention implementation: "sdpa", "flash_attention_2", a dict of them by submodel, or None."""
     return getattr(config, "_attn_implementation", None)
+
+
+@contextlib.contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute attention as transformers' "eager" inside a `with` block, which every device can."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}.values()
+    chosen = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, attention in zip(configs, chosen):
+            config._attn_implementation = attention
 
 
 def saves_its_code(kind: type) -> bool:
@@ -133,7 +150,40 @@ def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
         group["lr"] = rate
 
 
-def has_gradient_hook(tensor: torch.Tensor) -> bool:
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scale: float | None
+) -> Tensor:
+    """Attend within texts that lie one after the other, with PyTorch's flash attention for half precision on a GPU.
+
+    PyTorch's public function for this, `varlen_attn`, has no dropout.
+
+    Args:
+        query: (S, H, d), the states of all texts.
+        key: as `query`.
+        value: as `query`.
+        bounds: (b + 1,) int32, the first token of each text, and S.
+        longest: the number of tokens of the longest text.
+        dropout: the probability of dropping a weight.
+        scale: the factor of the scores; None: 1 / sqrt(d).
+
+    Returns:
+        (S, H, d)
+    """
+    attend = torch.ops.aten._flash_attention_forward
+    return attend(query, key, value, bounds, bounds, longest, longest, dropout, False, False, scale=scale)[0]
+
+
+def efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scale: float | None
+) -> Tensor:
+    """Attend as `flash_attention` does, with PyTorch's memory-efficient attention, which knows float32 too."""
+    attend, rows = torch.ops.aten._efficient_attention_forward, [states.unsqueeze(0) for states in (query, key, value)]
+    # The logarithm of the sums is for the backward pass.
+    options = {"compute_log_sumexp": True, "scale": scale}
+    return attend(*rows, None, bounds, bounds, longest, longest, dropout, 0, **options)[0].squeeze(0)
+
+
+def has_gradient_hook(tensor: Tensor) -> bool:
     """Return whether a function was registered that changes or sees the gradient of a tensor."""
     return bool(tensor._backward_hooks)
 

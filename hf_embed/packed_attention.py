@@ -1,13 +1,15 @@
-"""Attention on a CPU within the texts of a packed row (`hf_embed.packing`).
+"""Attention within the texts of a packed row (`hf_embed.packing`), for models with PyTorch's attention ("sdpa").
 
 transformers passes the bounds of the texts from the arguments of the model to `attend_by_text`. Their name is not that of the
 bounds for flash attention, because other callers may pass `cu_seq_lens_q` to PyTorch's attention together with a mask.
 
-Consecutive texts of the same length are computed together. A chunk is sorted by length, so these are few groups.
+On a GPU, PyTorch has kernels that read the bounds of the texts. On a CPU, consecutive texts of the same length are computed
+together: a chunk is sorted by length, so these are few groups.
 
 Shapes: S tokens in all. H heads of d numbers.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hf_embed.dropout import draw_mask
+from hf_embed.library_internals import efficient_attention, flash_attention
 
 # What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
 HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
@@ -26,6 +29,11 @@ HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_ca
 
 # Up to this number of tokens, training is faster with attention from here (`_Attend`) than with PyTorch's function.
 SHORT = 128
+
+# On a GPU, flash attention is faster than the memory-efficient attention for texts of more tokens than this. It computes tiles
+# of 128 x 128 scores, and the other one tiles of 64 x 64. Forward and backward pass of BERT-base's attention with dropout, on
+# an H200: 1,170 texts of 18 tokens take 1.68 ms and 0.72 ms, 118 texts of 236 tokens take 0.70 ms and 1.38 ms.
+FLASH_TOKENS = 64
 
 
 class CannotPack(NotImplementedError):
@@ -42,6 +50,7 @@ def attend_by_text(
     scaling: float | None = None,
     is_causal: bool | None = None,
     text_bounds: Tensor | None = None,
+    longest_text: int = 0,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as transformers' "sdpa" does. In a packed row, the tokens of a text attend to that text only.
@@ -55,7 +64,8 @@ def attend_by_text(
         dropout: the probability of dropping a weight.
         scaling: the factor of the scores; None: 1 / sqrt(d).
         is_causal: whether a token attends only to earlier ones; None: what the module says. Never in a packed row.
-        text_bounds: (b + 1,) the first token of each text in a packed row, and S; None: the texts are padded.
+        text_bounds: (b + 1,) int32, the first token of each text in a packed row, and S; None: the texts are padded.
+        longest_text: the number of tokens of the longest text in a packed row.
         others: further arguments of "sdpa".
 
     Returns:
@@ -70,8 +80,10 @@ def attend_by_text(
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal  # as "sdpa" reads None
     if attention_mask is not None or unknown or causal:
         raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")
-    lengths = tuple(text_bounds.diff().tolist())
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, d)
+    if query.device.type != "cpu":
+        return attend_on_gpu(q, k, v, text_bounds, longest_text, dropout, scaling).unsqueeze(0), None
+    lengths = tuple(text_bounds.diff().tolist())
     # The choice must not depend on whether a gradient is needed: gradient caching encodes a chunk without, then with one.
     short = module.training and max(lengths) <= SHORT
     if (dropout or short) and query.shape[1] == key.shape[1]:
@@ -85,6 +97,43 @@ def attend_by_text(
 PADDED = AttentionInterface()["sdpa"]
 # With padded texts this is still `PADDED`, so other models in this process compute what they did.
 AttentionInterface.register("sdpa", attend_by_text)
+
+
+def attend_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scale: float | None
+) -> Tensor:
+    """Attend with the kernels of PyTorch that read the bounds of texts. Query and result are (S, H, d).
+
+    The choice of the kernel depends on shapes only, because reading the bounds would make the host wait for the GPU.
+
+    Raises:
+        CannotPack: if there is no kernel for the precision or for d.
+    """
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's function for padded texts does
+        query, key, value = (states.to(torch.get_autocast_dtype(query.device.type)) for states in (query, key, value))
+    long = len(query) > FLASH_TOKENS * (len(bounds) - 1)
+    kernel = gpu_kernel(query.device, query.dtype, query.shape[2], long)
+    if kernel is None:
+        raise CannotPack(f"attention in {query.dtype} with heads of {query.shape[2]} numbers in a packed row")
+    if query.shape[1] != key.shape[1]:
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+    return kernel(query, key, value, bounds, longest, dropout, scale)
+
+
+@lru_cache
+def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool) -> Callable[..., Tensor] | None:
+    """Return the kernel that attends within the texts of a packed row; None: there is none.
+
+    Args:
+        device: the GPU.
+        dtype: the precision of the states.
+        width: d, the numbers of a head.
+        long: whether a text has more than `FLASH_TOKENS` tokens on average.
+    """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16) or width % 8:
+        return None
+    flash = long and dtype != torch.float32 and width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return flash_attention if flash else efficient_attention
 
 
 def groups_of(lengths: tuple[int, ...]) -> list[tuple[int, int]]:

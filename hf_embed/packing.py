@@ -8,7 +8,7 @@ Three texts of 3, 2 and 1 tokens, padded and packed:
     f . .
 
 In the packed row, every layer except attention computes no padding. Attention gets the bounds of the texts, `cu_seq_lens`:
-flash attention reads them, and on a CPU `hf_embed.packed_attention` does.
+the package flash_attn reads them, and for PyTorch's attention `hf_embed.packed_attention` does.
 
 Not every model can be packed: position biases, sliding windows or positions of another kind give other vectors, or an error.
 Therefore `hf_embed.forward_check` computes a few texts both ways, and a model whose vectors differ is padded.
@@ -29,7 +29,7 @@ from hf_embed.library_internals import attention_backend
 from hf_embed.packed_attention import attend_by_text
 
 # The attentions that can be packed, with the kinds of devices on which they can.
-PACKED_ATTENTION = [("sdpa", "cpu"), ("flash_attention_2", "cuda")]
+PACKED_ATTENTION = [("sdpa", "cpu"), ("sdpa", "cuda"), ("flash_attention_2", "cuda")]
 # Under autocast, the size of a packed row of at least the square of this number is a multiple of it. For products in bfloat16
 # on a CPU, oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
 MULTIPLE = 16
@@ -74,9 +74,14 @@ class Packable(NamedTuple):
     numbering: Numbering
 
 
+def place_of(model: PreTrainedModel) -> tuple[Any, str]:
+    """Return what decides how a model can be packed: its attention, and the kind of its device."""
+    return attention_backend(model.config), next(model.parameters()).device.type
+
+
 def ways_to_pack(model: PreTrainedModel) -> list[Packable]:
     """Return the ways that could pack a model: none if there is no packed attention for its attention and its device."""
-    place = attention_backend(model.config), next(model.parameters()).device.type
+    place = place_of(model)
     replaced = place[0] == "sdpa" and AttentionInterface()["sdpa"] is not attend_by_text  # by another library
     if replaced or place not in PACKED_ATTENTION:
         return []
@@ -113,11 +118,10 @@ class Packing(NamedTuple):
     mask: Tensor
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments that make a model of transformers attend within texts, with flash attention or here."""
+        """Return the arguments that make a model of transformers attend within texts: with flash_attn, and with "sdpa"."""
         bounds, longest = self.cu_seq_lens, self.longest
-        here = {"text_bounds": bounds} if bounds.device.type == "cpu" else {}
         return {"position_ids": self.position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
-                "max_length_k": longest, **here}  # fmt: skip
+                "max_length_k": longest, "text_bounds": bounds, "longest_text": longest}  # fmt: skip
 
     def unpack(self, states: Tensor) -> Tensor:
         """Return the hidden states (1, S, D) of the row as those of padded texts, (b, T, D). Padding has finite numbers."""

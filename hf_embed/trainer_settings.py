@@ -65,7 +65,7 @@ IGNORED = {
     "eval_accumulation_steps": "embeddings are moved to the CPU chunk by chunk",
     "eval_use_gather_object": "embeddings are gathered as they are",
     "average_tokens_across_devices": "the loss is a mean over rows, not tokens",
-    "logging_nan_inf_filter": "a loss that is NaN or infinite ends the run",
+    "logging_nan_inf_filter": "a loss that is NaN or infinite ends the run, or its step is skipped and not logged",
     "label_names": "there are no labels",
     "length_column_name": "the trainer counts the tokens itself",
     "remove_unused_columns": "the trainer finds its columns by name",

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -99,6 +100,16 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
             "the loss falls; check the STS score, and try fewer steps or a lower learning_rate"
         )
     return None
+
+
+def part_here(parameter: Tensor) -> Tensor:
+    """Return the part of a parameter that this rank holds: under FSDP a shard, otherwise all of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def all_true(values: list[Tensor]) -> bool:
+    """Return whether all scalars are true. They are read at once, because each reading would wait for the GPU."""
+    return not values or bool(torch.stack([value.to(values[0].device) for value in values]).all())
 
 
 class Watch(TrainerCallback):
@@ -183,10 +194,10 @@ class Watch(TrainerCallback):
         Raises:
             InputError: on every rank, if one of them has found a value that is NaN or infinite.
         """
-        finite = [self.finite is None or self.finite.item()]
+        finite = [] if self.finite is None else [self.finite]
         if of_weights:  # the update after a finite loss may have made them NaN or infinite
-            finite += [parameter.isfinite().all().item() for parameter in model.parameters() if parameter.requires_grad]
-        if not all(gather_objects(all(finite))):
+            finite += [part_here(parameter).isfinite().all() for parameter in model.parameters() if parameter.requires_grad]
+        if not all(gather_objects(all_true(finite))):
             found = f"the loss or a weight is NaN or infinite at step {state.global_step} or shortly before"
             raise self.error(args, found)
         self.finite = None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-PARTS = ["forward", "exact", "tempscale", "loss", "matrix", "step", "throughput"]
+PARTS = ["forward", "exact", "tempscale", "loss", "matrix", "step", "throughput", "attention", "settings"]
 ON_CPU = ["--device", "cpu", "--tiny"]
 
 
@@ -94,7 +94,7 @@ def test_missing_packages(gpu, monkeypatch):
 def test_synchronizations_are_counted_by_place(gpu):
     """PyTorch reports a host synchronization as a warning, which the script counts under the line that caused it."""
     found = Counter()
-    with gpu.gpu_bench.recorded_synchronizations(gpu.Bench("cpu", gpu.gpu_bench.TINY, Path(), 0), found):
+    with gpu.gpu_step.recorded_synchronizations(gpu.Bench("cpu", gpu.gpu_bench.TINY, Path(), 0), found):
         for _ in range(2):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)

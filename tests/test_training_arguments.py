@@ -383,7 +383,7 @@ def test_loader_settings_of_accelerate_are_refused(tmp_path, setting, value):
     ("settings", "message"),
     [
         ({"fp16": True}, "it is not supported on a CPU"),
-        ({"tf32": True}, "requires Ampere"),
+        pytest.param({"tf32": True}, "requires Ampere", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
         ({"optim_target_modules": "all-linear"}, "only for galore and apollo, but optim is adamw_torch"),
         ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "galore_torch"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "pip install deepspeed"),

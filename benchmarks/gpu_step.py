@@ -1,0 +1,221 @@
+"""What one training step on a GPU consists of, and what it costs with other settings: two parts of benchmarks/gpu.py."""
+
+import contextlib
+import statistics
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_bench import LENGTHS, Bench, Clock, Result, Tasks, judged, make_model, make_rows, make_trainer
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from hf_embed import packed_attention, packing
+from hf_embed.library_internals import efficient_attention, flash_attention
+
+# ---- the slowest kernels, and host synchronizations ----
+
+
+class AroundStep(TrainerCallback):
+    """A callback that runs one training step, from the batch to the optimizer, inside a context."""
+
+    def __init__(self, step: int, context: contextlib.AbstractContextManager):
+        self.step, self.context, self.stack = step, context, contextlib.ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Enter the context."""
+        if state.global_step == self.step:
+            self.stack.enter_context(self.context)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the context."""
+        self.stack.close()
+
+
+def one_step(bench: Bench, context: contextlib.AbstractContextManager) -> str:
+    """Run the step after the warm-up inside a context. Return the name of the case: the largest model, NLI-like texts.
+
+    One more step follows, because the last step of a training also checks all weights.
+    """
+    sizes, (name, form) = bench.sizes, list(bench.sizes.timed.items())[-1]
+    rows = make_rows(sizes.batch * (sizes.warm_up + 2), LENGTHS["NLI-like"])
+    settings = {"per_device_train_batch_size": sizes.batch, "max_steps": sizes.warm_up + 2, "bf16": True, "max_length": 128}
+    make_trainer(bench, make_model(form), rows, [AroundStep(sizes.warm_up, context)], **settings).train()
+    return f"a step of {name}, {sizes.batch} NLI-like triplets, bfloat16"
+
+
+def slowest_kernels(bench: Bench) -> list[Result]:
+    """List the ten kernels of a training step that take the most time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if bench.cuda else [])]
+    seconds: list[float] = []
+    profiler = torch.profiler.profile(activities=kinds)
+
+    @contextlib.contextmanager
+    def profiled() -> Iterator[None]:
+        with profiler:
+            start = time.perf_counter()
+            yield
+            bench.wait()
+            seconds.append(time.perf_counter() - start)
+
+    name = one_step(bench, profiled())
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        # Operators also have a device time: that of their kernels, which are events of their own.
+        if bench.cuda and (event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation):
+            continue
+        times[event.key] += (event.self_device_time_total if bench.cuda else event.self_cpu_time_total) / 1000
+        counts[event.key] += event.count
+    total = sum(times.values())
+    slowest = [{"kernel": key, "ms": ms, "share": ms / total, "calls": counts[key]} for key, ms in times.most_common(10)]
+    figures = {"step ms": 1000 * seconds[0], "kernels ms": total, "ten slowest": slowest}
+    return [Result("step", f"kernels of {name}", "measured", figures, "the step is slower under the profiler")]
+
+
+def caller() -> str:
+    """Return the innermost place in the stack outside of PyTorch, of warnings.py and of this file, as FILE:LINE."""
+    skipped = (Path(warnings.__file__), Path(__file__))
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if not path.is_relative_to(Path(torch.__file__).parent) and path not in skipped:
+            return f"{'/'.join(path.parts[-2:])}:{frame.lineno}"
+    return "unknown"
+
+
+@contextlib.contextmanager
+def recorded_synchronizations(bench: Bench, found: Counter[str]) -> Iterator[None]:
+    """Count in `found` by place how often the host waits for the GPU inside a `with` block. A CPU never does."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if "called a synchronizing" in str(message):
+            found[caller()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        if bench.cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            if bench.cuda:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def synchronizations(bench: Bench) -> list[Result]:
+    """Count the host synchronizations of a training step, with the places that cause them."""
+    found: Counter[str] = Counter()
+    name = f"host synchronizations in {one_step(bench, recorded_synchronizations(bench, found))}"
+    figures = {"count": found.total(), "places": dict(found.most_common())}
+    if not bench.cuda:
+        return [Result("step", name, "skipped", figures, "only a GPU has them")]
+    elsewhere = [place for place in found if "/watch.py:" not in place]
+    return [judged("step", name, found.total() <= 1 and not elsewhere, figures, "one: the gradient norm, before the update")]
+
+
+def step_checks(bench: Bench) -> Tasks:
+    """Look into one training step."""
+    return {"kernels": partial(slowest_kernels, bench), "host synchronizations": partial(synchronizations, bench)}
+
+
+# ---- the kernels of attention ----
+
+HEADS, WIDTH, TOKENS = 12, 64, 16384  # BERT-base
+
+
+def attention_times(bench: Bench, length: int) -> list[Result]:
+    """Time attention with dropout, forward and backward, for texts of one length, with every kernel that could compute it."""
+    texts = TOKENS // length
+    query, key, value = (
+        torch.randn(TOKENS, HEADS, WIDTH, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
+    bounds, gradient = torch.arange(0, TOKENS + 1, length, device=bench.device, dtype=torch.int32), torch.randn_like(query)
+
+    def padded() -> torch.Tensor:
+        rows = [states.view(texts, length, HEADS, WIDTH).transpose(1, 2) for states in (query, key, value)]
+        return F.scaled_dot_product_attention(*rows, dropout_p=0.1).transpose(1, 2).reshape(TOKENS, HEADS, WIDTH)
+
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "flash": lambda: flash_attention(query, key, value, bounds, length, 0.1, None),
+        "memory-efficient": lambda: efficient_attention(query, key, value, bounds, length, 0.1, None),
+        "as a padded batch": padded,
+    }
+    figures = {f"{name} ms": milliseconds(bench, lambda way=way: way().backward(gradient)) for name, way in ways.items()}
+    return [Result("attention", f"{texts:,} texts of {length} tokens, {HEADS} heads of {WIDTH}", "measured", figures)]
+
+
+def milliseconds(bench: Bench, function: Callable[[], Any], times: int = 20) -> float:
+    """Return the mean time of a call."""
+    for _ in range(5):
+        function()
+    bench.wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    bench.wait()
+    return 1000 * (time.perf_counter() - start) / times
+
+
+def attention_checks(bench: Bench) -> Tasks:
+    """Time the kernels of attention within texts."""
+    if not bench.cuda:
+        return {"attention": lambda: [Result("attention", "kernels for packed rows", "skipped", note="only a GPU has them")]}
+    return {f"attention, {length} tokens": partial(attention_times, bench, length) for length in (16, 32, 64, 128, 256)}
+
+
+# ---- a step with other settings ----
+
+# What is changed, by the name in the report: arguments of the trainer, and constants of modules.
+VARIANTS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
+    "as it is": ({}, []),
+    "chunks of 16,384 tokens": ({"chunk_tokens": 16384}, []),
+    "chunks of 8,192 tokens": ({"chunk_tokens": 8192}, []),
+    "gradient caching": ({"gradient_caching": True}, []),
+    "texts padded": ({}, [(packing, "PACKED_ATTENTION", [])]),
+    "flash attention for short texts too": ({}, [(packed_attention, "FLASH_TOKENS", 0)]),
+    "memory-efficient attention for long texts too": ({}, [(packed_attention, "FLASH_TOKENS", 10**6)]),
+    "size of a row a multiple of 512": ({}, [(packing, "MULTIPLE", 512)]),
+}
+
+
+@contextlib.contextmanager
+def changed(constants: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Change constants of modules inside a `with` block."""
+    before = [getattr(module, name) for module, name, _ in constants]
+    try:
+        for module, name, value in constants:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(constants, before):
+            setattr(module, name, value)
+
+
+def step_of_variant(bench: Bench, model: str, texts: str, variant: str) -> list[Result]:
+    """Time a step with other settings."""
+    sizes, lengths, (settings, constants) = bench.sizes, LENGTHS[texts], VARIANTS[variant]
+    clock, count = Clock(bench), sizes.warm_up + sizes.steps
+    rows = make_rows(sizes.batch * count, lengths, seed=3)
+    given = {"per_device_train_batch_size": sizes.batch, "max_steps": count, "bf16": True, "max_length": lengths.max_length}
+    bench.free()
+    with changed(constants):
+        make_trainer(bench, make_model(sizes.timed[model]), rows, [clock], pooling="mean", **(given | settings)).train()
+    times = [1000 * (end - start) for start, end in pairwise(clock.times[sizes.warm_up :])]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else None
+    figures = {"median step ms": statistics.median(times), "peak GiB": peak}
+    return [Result("settings", f"{model}, {sizes.batch} rows of {texts}, {variant}", "measured", figures)]
+
+
+def settings_checks(bench: Bench) -> Tasks:
+    """Time a step of each model with other settings."""
+    cases = [(model, "NLI-like", variant) for model in bench.sizes.timed for variant in VARIANTS]
+    cases += [(list(bench.sizes.timed)[-1], "long texts", variant) for variant in VARIANTS if "texts" in variant]
+    return {", ".join(case): partial(step_of_variant, bench, *case) for case in cases}

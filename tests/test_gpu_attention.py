@@ -1,0 +1,230 @@
+"""Attention in a packed row on a GPU: which kernel is called and how (on any machine), and what it computes (on a GPU)."""
+
+import copy
+
+import pytest
+import torch
+from conftest import quickstart_tokenizer, tiny_model
+from torch.testing import assert_close
+from transformers import AttentionInterface, Trainer
+
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, packed_attention
+from hf_embed.encoder import default_chunk_tokens
+from hf_embed.library_internals import attention_backend
+from hf_embed.packed_attention import FLASH_TOKENS, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
+
+SHORT, LONG = [5, 3, 9], [70, 65, 66]  # lengths of texts, below and above `FLASH_TOKENS`
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def states(lengths, heads=4, width=16, dtype=torch.float32, device="cpu"):
+    """Return (S, H, d), which requires a gradient, and depends only on the arguments."""
+    random = torch.Generator().manual_seed(heads)
+    made = torch.randn(sum(lengths), heads, width, generator=random, dtype=torch.float64)
+    return made.to(device, dtype).requires_grad_()
+
+
+def bounds_of(lengths, device="cpu"):
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+
+
+def text_by_text(query, key, value, bounds, longest, dropout, scale):
+    """Attend as the kernels do, with nothing but products."""
+    assert longest == max(bounds.diff()) and dropout == 0 and query.shape == key.shape
+    outputs = []
+    for first, end in zip(bounds.tolist(), bounds.tolist()[1:]):
+        q, k, v = (part[first:end].transpose(0, 1) for part in (query, key, value))
+        weights = (q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def recent(monkeypatch):
+    """Let this machine have a GPU that knows flash attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu_kernel.cache_clear()
+    yield
+    gpu_kernel.cache_clear()
+
+
+# ---- which kernel, on any machine ----
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "width", "expected"),
+    [
+        (SHORT, torch.bfloat16, 64, "efficient"),
+        (LONG, torch.bfloat16, 64, "flash"),
+        (LONG, torch.float16, 256, "flash"),
+        (LONG, torch.float16, 264, "efficient"),
+        (LONG, torch.float32, 64, "efficient"),
+        ([FLASH_TOKENS] * 3, torch.bfloat16, 64, "efficient"),
+        ([2, 3, 3 * FLASH_TOKENS], torch.bfloat16, 64, "flash"),  # the mean decides
+    ],
+)
+def test_the_kernel_depends_on_shapes_and_precision(lengths, dtype, width, expected, recent, monkeypatch):
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(packed_attention, f"{name}_attention", lambda *_, name=name: name)
+    query = states(lengths, width=width, dtype=dtype)
+    assert attend_on_gpu(query, query, query, bounds_of(lengths), max(lengths), 0.0, None) == expected
+
+
+def test_an_older_gpu_has_no_flash_attention(recent, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert gpu_kernel(torch.device("cpu"), torch.float16, 64, True) is packed_attention.efficient_attention
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 64), (torch.float32, 12)])
+def test_without_a_kernel_the_texts_are_padded(dtype, width):
+    query = states(LONG, width=width, dtype=dtype)
+    with pytest.raises(CannotPack, match=f"{dtype} with heads of {width} numbers"):
+        attend_on_gpu(query, query, query, bounds_of(LONG), max(LONG), 0.0, None)
+
+
+def test_under_autocast_the_states_are_cast(monkeypatch):
+    """As PyTorch's function for padded texts does: some models add positions to query and key in float32."""
+    monkeypatch.setattr(packed_attention, "efficient_attention", lambda query, key, value, *_: (query, key, value))
+    gpu_kernel.cache_clear()
+    query = states(SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = attend_on_gpu(query, query, query.bfloat16(), bounds_of(SHORT), max(SHORT), 0.0, None)
+    gpu_kernel.cache_clear()
+    assert {part.dtype for part in cast} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("lengths", [SHORT, LONG])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_arguments_mean_what_they_mean_on_a_cpu(lengths, heads, scale, recent, monkeypatch):
+    """With kernels that are plain products, attention for a GPU equals attention on a CPU, with fewer key heads too."""
+    monkeypatch.setattr(packed_attention, "flash_attention", text_by_text)
+    monkeypatch.setattr(packed_attention, "efficient_attention", text_by_text)
+    query, key = states(lengths), states(lengths, heads)
+    got = attend_on_gpu(query, key, key, bounds_of(lengths), max(lengths), 0.0, scale)
+    rows = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, key)]
+    expected, _ = attend_by_text(torch.nn.Module(), *rows, None, scaling=scale, text_bounds=bounds_of(lengths))
+    assert_close(got, expected[0])
+
+
+@pytest.mark.parametrize("lengths", [SHORT, LONG])
+def test_pytorch_has_the_kernels_with_a_backward_pass(lengths, recent, monkeypatch):
+    """On the device "meta", which has shapes only, a renamed kernel or another order of arguments raises an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know "meta"
+    query = states(lengths, dtype=torch.bfloat16, device="meta")
+    row = query.transpose(0, 1).unsqueeze(0)
+    options = {"text_bounds": bounds_of(lengths, "meta"), "longest_text": max(lengths), "dropout": 0.1}
+    out, _ = attend_by_text(torch.nn.Module(), row, row, row, None, **options)
+    assert out.shape == (1, sum(lengths), 4, 16) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert query.grad.shape == query.shape
+
+
+# ---- models that are loaded on a CPU and then moved to the GPU ----
+
+
+def flash_needs_a_gpu(module, query, key, value, attention_mask, **options):
+    """Attend as flash attention does on a CPU."""
+    raise NotImplementedError("Could not run 'flash_attn' with arguments from the 'CPU' backend")
+
+
+@pytest.fixture
+def flash_elsewhere():
+    """Let models with "flash_attention_2" be built on a machine without it."""
+    right = AttentionInterface()["flash_attention_2"]
+    AttentionInterface.register("flash_attention_2", flash_needs_a_gpu)
+    yield
+    AttentionInterface.register("flash_attention_2", right)
+
+
+def test_a_trainer_takes_a_model_with_flash_attention_that_is_still_on_the_cpu(tmp_path, flash_elsewhere):
+    """BUG: it computed a few texts on the CPU, to find unused parameters. Flash attention has no kernel there."""
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
+    args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", pooling="mean")
+    trainer = ContrastiveTrainer(model, args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    assert attention_backend(trainer.encoder.config) == "flash_attention_2"
+    frozen = {name for name, p in trainer.encoder.backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_encode_checks_again_where_the_model_has_moved():
+    """BUG: whether texts can share a row was found on the CPU, and not again on the GPU, so `encode` padded there."""
+    encoder = Encoder(tiny_model(attn_implementation="eager"), quickstart_tokenizer())
+    assert encoder.numbering is None
+    encoder.backbone.set_attn_implementation("sdpa")  # as another device, this can change how texts are packed
+    vectors = encoder.encode(["a text", "another, longer text"])
+    assert encoder.numbering is not None
+    encoder.packable = None
+    assert_close(vectors, encoder.encode(["a text", "another, longer text"]), rtol=1e-4, atol=1e-5)
+    assert encoder.packable is None  # it has not moved since, so it was not checked again
+
+
+# ---- settings that differ on a GPU ----
+
+
+def test_chunks_are_larger_where_all_activations_are_kept():
+    assert [default_chunk_tokens(torch.device("cuda"), kept) for kept in (True, False)] == [65536, 16384]
+    assert [default_chunk_tokens(torch.device("cpu"), kept) for kept in (True, False)] == [2048, 2048]
+
+
+@pytest.mark.parametrize(("caching", "grad", "expected"), [(False, True, 65536), (True, True, 16384), (False, False, 16384)])
+def test_the_encoder_knows_whether_activations_are_kept(caching, grad, expected, monkeypatch):
+    encoder, seen = Encoder(tiny_model(), quickstart_tokenizer()), []
+    sizes = {True: 65536, False: 16384}
+    monkeypatch.setattr("hf_embed.encoder.default_chunk_tokens", lambda device, kept=False: sizes[kept])
+    monkeypatch.setattr("hf_embed.encoder.encode_in_chunks", lambda *args, **_: seen.append(args[4]))
+    with torch.set_grad_enabled(grad):
+        encoder(torch.arange(5, 9), [4], gradient_caching=caching)
+    assert seen == [expected]
+
+
+def test_the_launcher_chooses_the_cpu(tmp_path, monkeypatch):
+    """BUG: transformers does not read this, so both processes of cpu_2.yaml took the only GPU."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert ContrastiveTrainingArguments(str(tmp_path), report_to="none").use_cpu
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    assert not ContrastiveTrainingArguments(str(tmp_path), report_to="none").use_cpu
+
+
+@pytest.mark.parametrize(("settings", "filtered"), [({}, False), ({"nan_steps": "skip"}, True)])
+def test_losses_are_read_only_if_the_run_goes_on_after_nan(tmp_path, settings, filtered, monkeypatch):
+    seen, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, *_: seen.append(self.args.logging_nan_inf_filter) or train(self))
+    rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
+    args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, **settings)
+    trainer = ContrastiveTrainer(tiny_model(), args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    trainer.train()
+    assert seen == [filtered] and trainer.args.logging_nan_inf_filter
+
+
+# ---- on a GPU ----
+
+
+@on_a_gpu
+@pytest.mark.parametrize("lengths", [SHORT, LONG, SHORT + LONG])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_the_kernels_attend_within_texts(lengths, dtype, tolerance):
+    """Output and gradients equal those of float64, text by text."""
+    found = []
+    for kind, device, attend in ((dtype, "cuda", attend_on_gpu), (torch.float64, "cpu", text_by_text)):
+        given = states(lengths, dtype=dtype, device=device).detach().to(kind)
+        query, key, value = (given.roll(i).requires_grad_() for i in range(3))
+        out = attend(query, key, value, bounds_of(lengths, device), max(lengths), 0.0, None)
+        out.sin().sum().backward()
+        found.append([part.detach().double().cpu() for part in (out, query.grad, key.grad, value.grad)])
+    for got, expected in zip(*found):
+        assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@on_a_gpu
+def test_a_model_is_packed_on_a_gpu():
+    encoder = Encoder(tiny_model(), quickstart_tokenizer())
+    texts = ["a text", "another, longer text with more words in it", "rain"]
+    expected = encoder.encode(texts)
+    assert encoder.packable.device == "cpu"
+    moved = copy.deepcopy(encoder).to("cuda")
+    assert_close(moved.encode(texts), expected, rtol=1e-4, atol=1e-5)
+    assert moved.packable.device == "cuda"
