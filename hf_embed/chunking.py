@@ -27,7 +27,7 @@ from hf_embed.packing import Numbering, Packing, copy_to, pack
 # A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.
 MAX_PADDING = 0.15
 # But a chunk with fewer padded tokens than this does not end early, because very small chunks use the hardware badly.
-MIN_CHUNK_TOKENS = {"cpu": 512, "default": 16384}
+MIN_CHUNK_TOKENS = {"cpu": 512, "default": 8192}
 
 
 def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[list[int]]:

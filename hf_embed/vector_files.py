@@ -92,7 +92,9 @@ def write_vectors(
         found = {"rows": len(texts), "width": like.shape[1], "dtype": str(like.dtype), **(about or {}), **settings}
         found["identity"] = identity
         if get_rank() == 0:
-            write_json(description_of(output), found)
+            description = work / "description.json"  # renamed like the vectors: a kill leaves no part of it beside them
+            write_json(description, found)
+            put(description, description_of(output))
             put(unfinished, output)
             shutil.rmtree(work)
         barrier()

@@ -21,7 +21,6 @@ from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import writing_alone
-from hf_embed.read_files import read_text
 from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
 
 
@@ -63,7 +62,7 @@ def claimed(folder: Path, identity: str) -> Iterator[None]:
     """
     with writing_alone(folder):
         path = folder / "identity"
-        if path.is_file() and read_text(path) != identity:
+        if path.is_file() and path.read_bytes() != identity.encode():  # bytes, because a damaged file may be no text
             raise InputError(
                 f"{folder} belongs to a run with another model or other texts or settings; remove it to start again"
             )

@@ -52,4 +52,4 @@ def test_control_other_weights_after_a_kill_are_found():
     """The patch keeps the random state of a checkpoint from being restored, so dropout draws other masks after a resume."""
     patch = "import reliability_runs, transformers\ntransformers.Trainer._load_rng_state = lambda *args: None"
     done = harness("saves", "--count", "3", "--jobs", "1", "--cases", "unsup_simcse", patch=patch)
-    assert done.returncode == 1 and "other model.safetensors" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "WRONG: model.safetensors differs" in done.stdout, done.stdout + done.stderr
