@@ -39,6 +39,7 @@ OTHERS = {
     "kit.command": "read_text: the recipes' own code",
     "mining": "open: the rows that were written a moment before",
     "vector_files": "np.load, read_text: what cannot be read is made anew",
+    "work_files": "read_bytes: they are only compared, and what differs is refused",
     "safe_files": "open, for writing",
     "kit.distill": "json.loads: a tokenizer in memory",
 }
