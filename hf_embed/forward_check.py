@@ -233,7 +233,7 @@ def touched(encoder: "Encoder") -> set[Tensor]:
     They are the leaves of the autograd graph behind the vectors. No gradient is computed, so no gradient needs memory or
     changes.
     """
-    with undisturbed(encoder), torch.enable_grad(), runnable(encoder.backbone):
+    with undisturbed(encoder), torch.enable_grad(), without_flash(encoder.backbone):
         nodes = [alone(encoder, row, ()).grad_fn for row in probe_rows(encoder)]
     seen, leaves = set(), set()
     while nodes:
@@ -256,9 +256,10 @@ def is_measurable(backbone: PreTrainedModel) -> bool:
     return not (isinstance(attention, str) and "flash" in attention and parameters[0].device.type == "cpu")
 
 
-def runnable(backbone: PreTrainedModel) -> AbstractContextManager:
-    """Return a context in which the model can run where it is. Flash attention needs a GPU, so on a CPU it is replaced."""
-    return nullcontext() if is_measurable(backbone) else plain_attention(base_of(backbone))
+def without_flash(backbone: PreTrainedModel) -> AbstractContextManager:
+    """Return a context in which a model has no flash attention, which needs a GPU and rounds to half precision."""
+    base = base_of(backbone)
+    return plain_attention(base) if "flash" in str(attention_backend(base.config)) else nullcontext()
 
 
 def probe_rows(encoder: "Encoder") -> list[Row]:
@@ -331,21 +332,37 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
     Afterwards the training modes, the random states and the precision of products are as before.
     """
     modes = {module: module.training for module in encoder.modules()}
-    precision = torch.get_float32_matmul_precision()
-    device = encoder.device
-    cuda = device.type == "cuda"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
-        if cuda:  # the error of TF32 is larger than the tolerance
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-        torch.set_float32_matmul_precision("highest")
+    devices = [encoder.device] if encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), exact_products():
         encoder.eval()
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute products of float32 numbers exactly inside a `with` block. The error of TF32 is larger than every tolerance.
+
+    PyTorch has one setting for all products and further ones for kinds of products, which inherit it if they are "none". Each
+    gets its own value back. The older function `torch.set_float32_matmul_precision` cannot be mixed with these settings, which
+    `tf32=True` of `TrainingArguments` uses.
+    """
+    every: Any = torch.backends
+    levels = [every, every.cudnn, every.cuda.matmul, every.mkldnn.matmul, every.cudnn.conv, every.cudnn.rnn]
+    before = []
+    for level in levels:  # without the level above, which is now "none", a level shows its own value
+        before.append(level.fp32_precision)
+        level.fp32_precision = "none"
+    try:
+        for level in levels:
+            level.fp32_precision = "ieee"
+        yield
+    finally:
+        for level, value in zip(levels, before):
+            level.fp32_precision = value
 
 
 def check_vocabulary(encoder: "Encoder") -> None:

@@ -91,6 +91,17 @@ def test_missing_packages(gpu, monkeypatch):
     assert gpu.gpu_bench.missing_packages() == ["transformers 5.17.0 is installed; hf_embed needs transformers>=5.23,<6"]
 
 
+def test_the_kernels_of_attention_are_timed(gpu, monkeypatch):
+    """On a CPU, with functions in place of the kernels that only a GPU has."""
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(gpu.gpu_step, f"{name}_attention", lambda query, key, value, *_: query + key + value)
+    monkeypatch.setattr(gpu.gpu_step, "TOKENS", 64)
+    (result,) = gpu.gpu_step.attention_times(gpu.Bench("cpu", gpu.gpu_bench.TINY, Path(), 0), 16)
+    assert result.name.startswith("4 texts of 16 tokens")
+    assert list(result.figures) == ["flash ms", "memory-efficient ms", "as a padded batch ms"]
+    assert all(value > 0 for value in result.figures.values())
+
+
 def test_synchronizations_are_counted_by_place(gpu):
     """PyTorch reports a host synchronization as a warning, which the script counts under the line that caused it."""
     found = Counter()

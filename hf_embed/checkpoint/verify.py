@@ -15,7 +15,7 @@ from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.forward_check import TEXTS
+from hf_embed.forward_check import TEXTS, undisturbed, without_flash
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
 from hf_embed.text_models import loading_class
 
@@ -51,9 +51,11 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> 
         loaders["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     for texts in batches:
-        expected = torch.as_tensor(encoder.encode(texts, convert_to_tensor=True)).cpu()
-        for loader, encode in loaders.items():
-            difference = ((encode(texts) - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+        with undisturbed(encoder), without_flash(encoder.backbone):  # as the loaded models compute: exactly
+            expected = torch.as_tensor(encoder.encode(texts, convert_to_tensor=True)).cpu()
+            found = {loader: encode(texts) for loader, encode in loaders.items()}
+        for loader, vectors in found.items():
+            difference = ((vectors - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
             if not difference <= tolerance:  # also catches NaN
                 raise ExportError(
                     f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
