@@ -33,7 +33,7 @@ from hf_embed.encoding import (
     text_list,
 )
 from hf_embed.errors import InputError
-from hf_embed.forward_check import measure
+from hf_embed.forward_check import check_kernel, measure
 from hf_embed.packed_attention import CannotPack
 from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
@@ -132,6 +132,7 @@ class Encoder(nn.Module):
 
     def check_place(self) -> None:
         """Check again if the model has moved to a device of another kind, or has another attention, since the last check."""
+        check_kernel(self.backbone, self.device)
         if self.checked_at != place_of(self.base):
             self.check_forward()
 

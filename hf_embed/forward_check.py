@@ -252,8 +252,21 @@ def is_measurable(backbone: PreTrainedModel) -> bool:
     parameters = list(backbone.parameters())
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in parameters):
         return False
-    attention = attention_backend(backbone.config) or ""
-    return not (isinstance(attention, str) and "flash" in attention and parameters[0].device.type == "cpu")
+    return not lacks_kernel(backbone, parameters[0].device)
+
+
+def lacks_kernel(backbone: PreTrainedModel, device: torch.device) -> bool:
+    """Return whether the model has flash attention of the package flash_attn, and the device is a CPU."""
+    return device.type == "cpu" and str(attention_backend(backbone.config)).startswith("flash_attention")
+
+
+def check_kernel(backbone: PreTrainedModel, device: torch.device) -> None:
+    """Raise InputError if the model cannot compute its attention on the device."""
+    if lacks_kernel(backbone, device):
+        raise InputError(
+            f"{attention_backend(backbone.config)} needs a GPU, but the model computes on the CPU; move it to a GPU with "
+            '.to("cuda"), or load it with attn_implementation sdpa'
+        )
 
 
 def without_flash(backbone: PreTrainedModel) -> AbstractContextManager:

@@ -39,6 +39,7 @@ from hf_embed.encoder import embed_tokens, tokenize_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.forward_check import check_kernel
 from hf_embed.guarded_trainer import GuardedTrainer
 from hf_embed.library_internals import memory_tracker, train_batch_size
 from hf_embed.log_lines import show_lines
@@ -164,6 +165,7 @@ class ContrastiveTrainer(GuardedTrainer):
             raise InputError("weights in 4 bits cannot be sharded (FSDP, DeepSpeed); train on one GPU or with DDP")
         adapted = self.sharded and has_adapters(self.encoder.backbone)
         self.unsharded = without_weights(self.encoder.backbone) if adapted else None  # adapters are merged into a copy of it
+        check_kernel(self.encoder.backbone, args.device)
         self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
         self.temperature: Tensor | None = None  # the learned temperature at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log

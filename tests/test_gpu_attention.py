@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import quickstart_tokenizer, tiny_model
 from torch.testing import assert_close
-from transformers import AttentionInterface, Trainer
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer
+from transformers.masking_utils import sdpa_mask
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, packed_attention
 from hf_embed.encoder import default_chunk_tokens
+from hf_embed.errors import InputError
 from hf_embed.library_internals import attention_backend
 from hf_embed.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
 
@@ -137,16 +139,47 @@ def flash_elsewhere():
     AttentionInterface.register("flash_attention_2", right)
 
 
-def test_a_trainer_takes_a_model_with_flash_attention_that_is_still_on_the_cpu(tmp_path, flash_elsewhere):
-    """BUG: it computed a few texts on the CPU, to find unused parameters. Flash attention has no kernel there."""
+def flash_model():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
+    return model
+
+
+def flash_trainer(folder):
     rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
-    args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", pooling="mean")
-    trainer = ContrastiveTrainer(model, args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    args = ContrastiveTrainingArguments(str(folder), use_cpu=True, report_to="none", pooling="mean")
+    return ContrastiveTrainer(flash_model(), args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+
+
+def test_a_trainer_takes_a_model_with_flash_attention_that_is_still_on_the_cpu(tmp_path, flash_elsewhere, monkeypatch):
+    """BUG: it computed a few texts on the CPU, to find unused parameters. Flash attention has no kernel there."""
+    # The trainer's own device is a CPU too, on this machine. Let it pass for a GPU.
+    monkeypatch.setattr("hf_embed.trainer.check_kernel", lambda backbone, device: None)
+    trainer = flash_trainer(tmp_path)
     assert attention_backend(trainer.encoder.config) == "flash_attention_2"
     frozen = {name for name, p in trainer.encoder.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+@pytest.mark.parametrize("run", [flash_trainer, lambda folder: Encoder(flash_model(), quickstart_tokenizer()).encode("a")])
+def test_flash_attention_on_a_cpu_is_refused_by_name(run, tmp_path, flash_elsewhere):
+    """BUG: the first step, and `encode`, ended in the error of the kernel, which names neither the cause nor the mend."""
+    with pytest.raises(InputError, match=r"^flash_attention_2 needs a GPU, .*\.to\(\"cuda\"\).*sdpa$"):
+        run(tmp_path)
+
+
+def test_an_attention_with_a_kernel_for_the_cpu_is_not_refused():
+    """A kernel of another name, such as one from the Hub, may know CPUs."""
+    model = tiny_model()
+    expected = Encoder(copy.deepcopy(model), quickstart_tokenizer()).encode(["a text", "two"])
+    AttentionInterface.register("owner/flash-attn", PADDED)
+    model.config._attn_implementation = "owner/flash-attn"
+    # transformers makes no mask for an attention that it does not know.
+    with pytest.raises(InputError, match="depends on the other texts"):
+        Encoder(model, quickstart_tokenizer())
+    AttentionMaskInterface.register("owner/flash-attn", sdpa_mask)
+    vectors = Encoder(model, quickstart_tokenizer()).encode(["a text", "two"])  # in bfloat16, as for all flash attention
+    assert_close(vectors, expected, rtol=0, atol=0.03)
 
 
 def test_encode_checks_again_where_the_model_has_moved():
