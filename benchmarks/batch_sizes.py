@@ -26,7 +26,7 @@ from sources import read_pairs
 from hf_embed.kit.plan import QUICKSTART
 
 LOSSES = {"vanilla": ["--directions", "query_to_doc"], "improved": []}
-COLOURS = {"vanilla": "#0072b2", "improved": "#d55e00"}
+COLORS = {"vanilla": "#0072b2", "improved": "#d55e00"}
 STS = {"stsb": "stsb-dev", "sick": "sickr-dev"}
 RETRIEVAL = ("cranfield", "medline")
 
@@ -114,17 +114,17 @@ def draw(averages: dict[tuple, tuple[float, ...]], before: float, args: argparse
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for t, style in zip(args.temperatures, ("-", "--", ":")):
-        for loss, colour in COLOURS.items():
+        for loss, color in COLORS.items():
             values = [averages[batch, loss, t] for batch in args.batches]
             axes.plot(
                 args.batches,
                 [statistics.mean(v) for v in values],
                 style,
-                color=colour,
+                color=color,
                 marker="o",
                 label=f"{loss}, temperature {t}",
             )
-            axes.fill_between(args.batches, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
+            axes.fill_between(args.batches, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
     axes.axhline(before, color="#999999", linewidth=1, label="before training")
     axes.set_xscale("log", base=2)
     axes.set_xticks(args.batches, [f"{batch:,}" for batch in args.batches])

@@ -4,7 +4,7 @@
 #
 #     benchmarks/paper_gte.sh base
 #     PAIRS=pairs.jsonl benchmarks/paper_gte.sh small         # stage 2 on these pairs and on negatives from the stage-1 model
-#     SOURCES=mine.yaml FINETUNE_SOURCES=labelled.yaml NUM_PROCESSES=4 benchmarks/paper_gte.sh base
+#     SOURCES=mine.yaml FINETUNE_SOURCES=labeled.yaml NUM_PROCESSES=4 benchmarks/paper_gte.sh base
 #
 # paper_gte.sh [small|base|large] [FLAGS of both recipes ...]
 #

@@ -18,7 +18,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder, load_tokenizer
 from hf_embed.checkpoint.settings import has_mlp_head
 from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
-from hf_embed.data.labelled import labelled_layout
+from hf_embed.data.labeled import labeled_layout
 from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
 from hf_embed.data.training_rows import TrainData
@@ -349,7 +349,7 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
     Raises:
         InputError: if the columns are not those of training rows with pairs.
     """
-    if labelled_layout(rows.column_names, name) is not None:
+    if labeled_layout(rows.column_names, name) is not None:
         return HeldOut(rows)
     try:
         text_columns(rows.column_names, name, paired=True)

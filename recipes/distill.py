@@ -4,7 +4,8 @@
     python recipes/distill.py --train_file sentences.txt.gz --teacher intfloat/e5-large-v2 --model_name_or_path small-model
     python recipes/distill.py --objective TeacherKL --train_file mined.jsonl     # with scores of a reranker in columns
 
-The trained model is written to OUTPUT_DIR (default: outputs/distill). AutoModel and sentence-transformers can load it.
+The trained model is written to OUTPUT_DIR (default: outputs/distill; on the built-in texts outputs/quickstart, which each
+run replaces). AutoModel and sentence-transformers can load it.
 docs/guides/scores_and_teachers.md explains the objectives and the columns of scores.
 """
 

@@ -10,7 +10,7 @@ vectors.npy.json records the model, the file and the settings. If a run is inter
 vectors.npy.work, and the same command resumes it.
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 from dataclasses import dataclass, field

@@ -18,7 +18,7 @@ model, they are added to its results.json as `evaluated`. `accelerate launch` sh
     reranking                  MAP, MRR and nDCG x 100
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 from dataclasses import dataclass, field

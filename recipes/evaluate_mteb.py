@@ -3,8 +3,8 @@
     python recipes/evaluate_mteb.py outputs/sup_simcse_bert_base --tasks STSBenchmark SciFact
     python recipes/evaluate_mteb.py BAAI/bge-base-en-v1.5 --benchmark "MTEB(eng, v2)" --output_dir results/bge
 
-Install mteb first: `pip install mteb`. mteb downloads the data of the tasks. The recipe prints a table of the scores, and
-writes these files. OUTPUT_DIR is by default the model's folder; it must be given if the model is not in a folder.
+Install mteb first: `pip install "hf_embed[mteb]"`. mteb downloads the data of the tasks. The recipe prints a table of the
+scores, and writes these files. OUTPUT_DIR is by default the model's folder; it must be given if the model is not in a folder.
 
     OUTPUT_DIR/mteb/           mteb's own files; a second run computes only the tasks that are missing
     OUTPUT_DIR/results.json    the scores, together with those of earlier runs

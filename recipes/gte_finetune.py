@@ -12,7 +12,7 @@ are mined for the docstrings of recipes/gte_pretrain.py, with the model in outpu
 few searches are printed at the end.
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 from pathlib import Path

@@ -9,11 +9,11 @@ r"""Train a model as in GTE's stage 1, on pairs from many sources, with a very l
 The trained model is written to OUTPUT_DIR (default: outputs/gte_pretrain). AutoModel and sentence-transformers can load it. Its
 README.md and results.json show the scores before and after the training.
 
-hf_embed/data/source_files.py shows an example of sources.yaml. Without arguments, the built-in encoder learns to search the
+docs/gte.md shows an example of sources.yaml. Without arguments, the built-in encoder learns to search the
 docstrings of the Python packages that are installed on this machine; the recipe writes these to outputs/docstrings.
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 from pathlib import Path

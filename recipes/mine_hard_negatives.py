@@ -10,7 +10,7 @@ the judged pairs of a BEIR folder, whose corpus is searched too. OUTPUT_FILE has
 same command resumes it. `accelerate launch` shares the work among processes.
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from hf_embed.data.columns import named_columns
-from hf_embed.data.labelled import read_pairs as positive_pairs
+from hf_embed.data.labeled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
 from hf_embed.disk import check_file
 from hf_embed.errors import InputError

@@ -5,13 +5,13 @@
     python recipes/preflight.py --sources sources.yaml --eval_sts_file stsb=stsb-dev.tsv --output_file report.json
     python recipes/preflight.py nli.csv --picture lengths.png --strict       # exit status 1 if anything was found
 
-The recipe prints tables and a list of what it found; hf_embed/kit/preflight_report.py lists what it looks for. It reads all
+The recipe prints tables and a list of what it found; docs/use.md lists what it looks for. It reads all
 rows, and tokenizes a random sample of each source (with --sample 0 all of it). A FILE with the columns sentence1, sentence2 and
 score is an STS dataset, and becomes an evaluation set. Every fine-tuning recipe has the flag --preflight: the recipe then makes
 the same checks on the rows that it would train on, and ends.
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 from dataclasses import dataclass, field

@@ -9,7 +9,7 @@ training.json, a record of the training. If a run is interrupted, the same comma
 processes share each batch; the result is the same, up to rounding.
 """
 
-import hf_embed  # noqa: F401 (first, for it says that the imports take a while)
+import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
 import shutil

@@ -4,8 +4,9 @@
     python recipes/scored_pairs.py --train_file sts-train.tsv --eval_sts_file stsb=sts-dev.tsv
     python recipes/scored_pairs.py --train_file ratings.csv --columns anchor=question positive=answer score=stars
 
-The trained model is written to OUTPUT_DIR (default: outputs/scored_pairs). AutoModel and sentence-transformers can load it. Its
-README.md and results.json show the scores before and after the training.
+The trained model is written to OUTPUT_DIR (default: outputs/scored_pairs; on the built-in texts outputs/quickstart, which
+each run replaces). AutoModel and sentence-transformers can load it. Its README.md and results.json show the scores before and
+after the training.
 
 Training rows have the columns sentence1, sentence2, score, or others that docs/guides/own_data.md lists. A tsv or csv file
 without a header has score, sentence1, sentence2. Scores are compared with each other only, so any scale will do. To train on

@@ -4,8 +4,9 @@
     python recipes/sup_simcse.py --config recipes/configs/sup_simcse_bert_base.yaml --learning_rate 3e-5
     python recipes/sup_simcse.py --train_file nli.csv --eval_sts_file stsb=stsb-dev.tsv
 
-The trained model is written to OUTPUT_DIR (default: outputs/sup_simcse). AutoModel and sentence-transformers can load it. Its
-README.md and results.json show the scores before and after the training.
+The trained model is written to OUTPUT_DIR (default: outputs/sup_simcse; on the built-in texts outputs/quickstart, which
+each run replaces). AutoModel and sentence-transformers can load it. Its README.md and results.json show the scores before and
+after the training.
 
 Training rows have the columns sent0, sent1[, hard_neg], or anchor, positive[, negative ...], or others that
 docs/guides/own_data.md lists. `--columns anchor=question positive=answer` selects columns with other names. Each flag of

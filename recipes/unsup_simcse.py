@@ -1,13 +1,14 @@
 """Train unsupervised SimCSE on plain sentences: the positive of a sentence is the sentence itself with another dropout mask.
 
-    python recipes/unsup_simcse.py                    # offline, on a laptop CPU, in two minutes
+    python recipes/unsup_simcse.py                    # offline, on a laptop CPU, in a minute
     python recipes/unsup_simcse.py --config recipes/configs/unsup_simcse_bert_base.yaml
     python recipes/unsup_simcse.py --train_file sentences.txt --eval_sts_file stsb=stsb-dev.tsv
     python recipes/unsup_simcse.py --positive delete:0.1      # the positive is the sentence without a tenth of its words
 
 Without a model, the recipe trains a built-in language model, which has only learned to fill in masked words. Without data, it
-trains on built-in sentences. The trained model is written to OUTPUT_DIR (default: outputs/unsup_simcse). AutoModel and
-sentence-transformers can load it. Its README.md and results.json show the scores before and after the training.
+trains on built-in sentences. The trained model is written to OUTPUT_DIR (default: outputs/unsup_simcse; on the built-in texts
+outputs/quickstart, which each run replaces). AutoModel and sentence-transformers can load it. Its README.md and results.json
+show the scores before and after the training.
 
 A training file is a txt file with one sentence per line, or a table with a column text or sentence. Each flag of
 `transformers.TrainingArguments` works as in a plain Trainer, or is refused with an error. `--help all` lists them.

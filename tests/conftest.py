@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from hf_embed import ContrastiveTrainer, Encoder, InputError
-from hf_embed.data.labelled import as_pairs
+from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sources import unformatted
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.kit.plan import QUICKSTART

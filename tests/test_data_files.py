@@ -247,7 +247,7 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
 
 
 def test_columns_that_judge_no_pair_are_left_unused(caplog):
-    unused = ["id", "genre", "title", "underscore", "labelled_by", "yes", "language", "simple"]
+    unused = ["id", "genre", "title", "underscore", "labeled_by", "yes", "language", "simple"]
     assert text_columns(["anchor", "positive", *unused], "rows") == ["anchor", "positive"]
     assert text_columns(["text", "label"], "rows") == ["text"]  # a label is no judgment of a single text
     assert caplog.messages == [f"rows: columns {', '.join(unused)} are not used", "rows: columns label are not used"]

@@ -36,7 +36,7 @@ from hf_embed.checkpoint.files import read_weights
 from hf_embed.checkpoint.hub import model_files as model_files_of
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.data.columns import column_names, read_columns
-from hf_embed.data.labelled import read_pairs
+from hf_embed.data.labeled import read_pairs
 from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.source_files import KEYS, read_sources

@@ -98,10 +98,10 @@ def test_columns_of_both_files(tmp_path):
     label, --ignore_columns was refused.
     """
     names = ("premise", "hypothesis", "label")
-    labelled = jsonl(tmp_path / "a.jsonl", [dict(zip(names, (f"a {word}", word, 1))) for word in WORDS])
+    labeled = jsonl(tmp_path / "a.jsonl", [dict(zip(names, (f"a {word}", word, 1))) for word in WORDS])
     named = jsonl(tmp_path / "b.jsonl", [dict(zip(names, (f"a {word}", word))) for word in WORDS])
     columns = ["--columns", "anchor=premise", "positive=hypothesis", "--ignore_columns", "label"]
-    for train, held in [(labelled, labelled), (named, labelled), (labelled, named)]:
+    for train, held in [(labeled, labeled), (named, labeled), (labeled, named)]:
         rows = plan_rows("--train_file", train, "--eval_file", held, *columns)
         assert [part.column_names for part in rows] == [["anchor", "positive"]] * 2
         assert [part["positive"][:] for part in rows] == [WORDS] * 2
@@ -111,12 +111,12 @@ def test_columns_of_both_files(tmp_path):
 
 def test_columns_of_held_out_rows_alone(tmp_path):
     """BUG: with --sources, held-out rows were refused for a column that the user had no way to ignore."""
-    labelled = jsonl(tmp_path / "a.jsonl", [{"frage": f"a {word}", "antwort": word, "label": 1} for word in WORDS])
+    labeled = jsonl(tmp_path / "a.jsonl", [{"frage": f"a {word}", "antwort": word, "label": 1} for word in WORDS])
     singles = jsonl(tmp_path / "b.jsonl", [{"body": word} for word in WORDS])
     pairs = jsonl(tmp_path / "c.jsonl", [{"anchor": f"a {word}", "positive": word} for word in WORDS])
     (tmp_path / "sources.yaml").write_text("- name: a\n  file: c.jsonl\n")
     columns = ["--columns", "anchor=frage", "positive=antwort", "--ignore_columns", "label"]
-    (source,), rows = plan_rows("--sources", tmp_path / "sources.yaml", "--eval_file", labelled, *columns)
+    (source,), rows = plan_rows("--sources", tmp_path / "sources.yaml", "--eval_file", labeled, *columns)
     assert source.rows.column_names == rows.column_names == ["anchor", "positive"] and rows["positive"][:] == WORDS
     trained, rows = plan_rows("--train_file", singles, "--eval_file", pairs, "--columns", "text=body")
     assert trained.column_names == ["text"] and rows.column_names == ["anchor", "positive"]

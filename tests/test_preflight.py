@@ -375,12 +375,12 @@ def test_columns_and_a_byte_order_mark(tmp_path, capsys):
     assert source["columns"] == {"anchor": "anchor", "positive": "positive"}
 
 
-def test_labelled_pairs(encoder):
+def test_labeled_pairs(encoder):
     pairs = [("p", "yes", "entailment"), ("p", "no", "contradiction"), ("p", "may", "neutral"), ("q", "so", "entailment"),
              ("q", "not", "contradiction"), ("q", "", "entailment"), ("r", "x", "-")]  # fmt: skip
     rows = [{"premise": a, "hypothesis": b, "gold_label": c} for a, b, c in pairs]
     source = report_of(rows, encoder)["sources"]["mine"]
-    assert source["labels"] == dict(Counter(label for *_, label in pairs)) and source["rows"] == source["labelled_pairs"] == 7
+    assert source["labels"] == dict(Counter(label for *_, label in pairs)) and source["rows"] == source["labeled_pairs"] == 7
     assert (source["training_rows"], source["texts"]) == (2, 6)
     assert source["empty"] == {"count": 1, "rows": [6]}
     assert source["columns"] == {"premise": "anchor", "hypothesis": "positive", "gold_label": "label"}

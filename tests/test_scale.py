@@ -19,7 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, concatenate_datasets
 
 from hf_embed.data import cache
-from hf_embed.data.labelled import Layout, grouped, meanings_of
+from hf_embed.data.labeled import Layout, grouped, meanings_of
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.tokenization import different_rows
 from hf_embed.evaluation import held_out

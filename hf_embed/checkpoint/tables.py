@@ -31,7 +31,7 @@ def comparison_table(results: Results) -> list[str]:
 
     If a score from before the training is unknown, the line shows only the score after it.
     """
-    before, after = labelled(results.get("before", {})), labelled(results["after"])
+    before, after = labeled(results.get("before", {})), labeled(results["after"])
     width = max(map(len, after), default=0)
     if not before:
         return [f"{label:{width}}  {score:8.{digits_of(label)}f}" for label, score in after.items()]
@@ -47,7 +47,7 @@ def comparison_table(results: Results) -> list[str]:
 
 def seeds_table(results: Results) -> list[str]:
     """Return a line for each measure with its mean, minimum and maximum over the seeds, and its value for this model's seed."""
-    seeds = {seed: labelled(scores) for seed, scores in results["seeds"].items()}
+    seeds = {seed: labeled(scores) for seed, scores in results["seeds"].items()}
     kept = seeds[str(results["seed"])]
     width = max(map(len, kept))
     lines = [f"{f'{len(seeds)} seeds':{width}}  {'mean':>8}  {'min':>8}  {'max':>8}  {'seed ' + str(results['seed']):>8}"]
@@ -104,7 +104,7 @@ def swept_columns(sweep: dict[str, Any]) -> list[str]:
     return names if len(names) > 2 else names[:1]
 
 
-def labelled(scores: Scores) -> dict[str, float]:
+def labeled(scores: Scores) -> dict[str, float]:
     """Return the scores of a model under the labels that tables show."""
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
     for kind, (metric, label) in SHOWN.items():

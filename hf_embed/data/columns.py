@@ -37,7 +37,7 @@ LAYOUTS = [
     ("anchor", "entailment"),
     ("premise", "entailment"),
 ]
-# Pairs of two texts of the same kind. If a column of labels says which pairs match, `hf_embed.data.labelled` reads them.
+# Pairs of two texts of the same kind. If a column of labels says which pairs match, `hf_embed.data.labeled` reads them.
 INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
 ALIKE = [
     ("sentence1", "sentence2"),

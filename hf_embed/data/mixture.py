@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns
-from hf_embed.data.labelled import as_pairs
+from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
 from hf_embed.data.sources import (

@@ -12,7 +12,7 @@ Accepted columns (case, spaces, hyphens and underscores do not matter):
     summary, article; comment, code
     sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
     premise, hypothesis, label                  also the pairs of the line above with a column of labels;
-                                                `hf_embed.data.labelled` converts them to positives and negatives
+                                                `hf_embed.data.labeled` converts them to positives and negatives
 
 All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`. A cell of negatives
 is a text, a list of texts, or null (a row may have fewer negatives than other rows). The layouts in the lines with `positive`,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.labelled import as_pairs
+from hf_embed.data.labeled import as_pairs
 from hf_embed.data.mixture import (
     Mixture,
     Source,

@@ -18,7 +18,7 @@ from hf_embed.safe_files import writing
 
 # Cosines that differ by no more than this differ only by rounding errors, and cannot be ranked.
 ROUNDING = 1e-6
-MOST_LABELS = 12  # points of the picture that are labelled with their step
+MOST_LABELS = 12  # points of the picture that are labeled with their step
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from hf_embed.data.columns import ALIKE
-from hf_embed.data.labelled import LABELS, MATCHES
+from hf_embed.data.labeled import LABELS, MATCHES
 from hf_embed.data.sources import first_cells, plain_rows, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
@@ -98,7 +98,7 @@ def read_pair_classification(path: str) -> PairClassification:
     Raises:
         InputError: if a column is missing, a text is empty, a label is not 0 or 1, or all labels are equal.
     """
-    rows = labelled_pairs(path)
+    rows = labeled_pairs(path)
     first, second, label = rows.column_names
     pairs: list[tuple[str, str]] = []
     labels: list[int] = []
@@ -117,7 +117,7 @@ def read_pair_classification(path: str) -> PairClassification:
     return PairClassification([left for left, _ in pairs], [right for _, right in pairs], labels)
 
 
-def labelled_pairs(path: str) -> Dataset:
+def labeled_pairs(path: str) -> Dataset:
     """Read rows with exactly three columns: the two texts of the pair and the label.
 
     Raises:

@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "next sentence": {"positive": "next_sentence"},
 }
 METRICS = ("spearman", "alignment", "uniformity")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # palette of Okabe and Ito
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # palette of Okabe and Ito
 MARKERS = "os^DvPX*"
 # Settings of every run. No model is saved; only the scores along the training are needed.
 FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
@@ -288,14 +288,14 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     for line, (name, result) in enumerate(results.items()):
         paths = list(result["seeds"].values())
         y, x = (np.mean([[point[key] for point in path] for path in paths], axis=0) for key in ("alignment", "uniformity"))
-        colour, marker = look(line)
+        color, marker = look(line)
         label = f"{name}: STS {result['spearman'][0]:.1f} at the end, best {result['best'][0]:.1f}"
-        axes.plot(x, y, linewidth=1, label=label, color=colour, marker=marker, markersize=6)
-        arrow = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 12}
+        axes.plot(x, y, linewidth=1, label=label, color=color, marker=marker, markersize=6)
+        arrow = {"arrowstyle": "-|>", "color": color, "mutation_scale": 12}
         for start, end in itertools.pairwise(zip(x, y)):
             middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
             axes.annotate("", xy=middle, xytext=start, arrowprops=arrow)
-        axes.annotate(f"step {paths[0][-1]['step']}", (x[-1], y[-1]), xytext=(7, 5), textcoords="offset points", color=colour)
+        axes.annotate(f"step {paths[0][-1]['step']}", (x[-1], y[-1]), xytext=(7, 5), textcoords="offset points", color=color)
         if (x[0], y[0]) not in starts:  # variants with the same pooling start at the same point, which is labeled once
             starts.add((x[0], y[0]))
             start_label = f"before training: STS {result['before']:.1f}"
@@ -315,5 +315,5 @@ def look(line: int) -> tuple[str, str]:
 
     After each round of all colors, the markers shift by one, so that 64 lines differ.
     """
-    rounds, place = divmod(line, len(COLOURS))
-    return COLOURS[place], MARKERS[(place + rounds) % len(MARKERS)]
+    rounds, place = divmod(line, len(COLORS))
+    return COLORS[place], MARKERS[(place + rounds) % len(MARKERS)]

@@ -53,12 +53,12 @@ class EvalArguments:
     )  # fmt: skip
     eval_pair_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH, or on the Hub likewise, of sentence1, sentence2 and label, 1 for pairs that belong "
-                          "together and 0 for others.", "action": "extend"},
+        metadata={"help": "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with sentence1, sentence2, and label: 1 for pairs that "
+                          "belong together, 0 for others.", "action": "extend"},
     )  # fmt: skip
     eval_reranking_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH, or on the Hub likewise, of query, positive, negative: texts, or lists of texts.",
+        metadata={"help": "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with query, positive, negative: texts, or lists of texts.",
                   "action": "extend"},
     )  # fmt: skip
 

@@ -171,17 +171,17 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     places: list[Any] = [["cosine", "uniformity"], ["layers", "layers"]]
     figure, panels = plt.subplot_mosaic(places, figsize=(8, 7.5), layout="constrained")
     left, middle, below = panels["cosine"], panels["uniformity"], panels["layers"]
-    colours, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color
+    colors, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color
     for number, (name, report) in enumerate(reports.items()):
-        colour, style = colours[number % 4], styles[(number + number // 4) % 4]  # 16 different looks
+        color, style = colors[number % 4], styles[(number + number // 4) % 4]  # 16 different looks
         cut = report["cut"]
         tokens = [row["tokens"] for row in cut]
-        look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "label": name}
+        look: dict[str, Any] = {"color": color, "linestyle": style, "marker": "o", "label": name}
         left.plot(tokens, [row["mean_cosine"] for row in cut], **look)
         middle.plot(tokens, [row["uniformity"] for row in cut], **look)
         for row, width in ((cut[0], 1), (cut[-1], 2.5)) if len(cut) > 1 else ((cut[0], 2.5),):
             label = f"{name}, {row['tokens']} tokens"
-            below.plot(row["high_frequency"], color=colour, linestyle=style, linewidth=width, label=label)
+            below.plot(row["high_frequency"], color=color, linestyle=style, linewidth=width, label=label)
     for axes, measure, title in (
         (left, "mean cosine similarity of all pairs", "Mean cosine similarity of texts"),
         (middle, "log mean exp(-2 squared distance)", "Uniformity of texts"),

@@ -28,7 +28,7 @@ import pyarrow
 from datasets import Dataset
 
 from hf_embed.data.columns import column_names, text_columns
-from hf_embed.data.labelled import as_pairs
+from hf_embed.data.labeled import as_pairs
 from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.tokenization import TRUNCATION_WARNING
@@ -49,7 +49,7 @@ Report = dict[str, Any]
 Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are pairs
 DOCUMENTS = "documents"  # the part of an evaluation set that may be trained on without harm
 FEW = 0.1  # a finding if a batch has at least so many false negatives on average
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # palette of Okabe and Ito
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # palette of Okabe and Ito
 STYLES = ("-", ":", "-.", "--")
 SIMILAR_WARNING = 0.05
 COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
@@ -356,10 +356,10 @@ def plot_lengths(report: Report, path: str | Path) -> None:
     for line, (name, source) in enumerate(report["sources"].items()):
         edges, counts = (source["sample"]["histogram"][key] for key in ("edges", "counts"))
         if counts:
-            colour, style = COLOURS[line % len(COLOURS)], STYLES[line % len(STYLES)]
+            color, style = COLORS[line % len(COLORS)], STYLES[line % len(STYLES)]
             truncated = f"{name}: {source['sample']['truncated']['all']:.1%} truncated"
             shares = [100 * count / sum(counts) for count in counts]
-            axes.stairs(shares, edges, color=colour, linestyle=style, linewidth=1.5, label=truncated)
+            axes.stairs(shares, edges, color=color, linestyle=style, linewidth=1.5, label=truncated)
     for length in sorted({source["sample"]["max_length"] for source in report["sources"].values()}):
         axes.axvline(length, color="black", linewidth=1, linestyle="--", label=f"max_length {length}")
     if all(source["sample"]["max_length"] > 2 * longest for source in report["sources"].values()):

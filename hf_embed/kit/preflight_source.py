@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from hf_embed.data.columns import text_columns
 from hf_embed.data.files import kind_of, opened
-from hf_embed.data.labelled import Layout, as_pairs, labelled_layout
+from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
 from hf_embed.data.mixture import Source, source_tokenizer
 from hf_embed.data.sources import refuse_lists
 from hf_embed.data.tokenization import RowTokenizer, beginning, text_id
@@ -106,7 +106,7 @@ def make_subject(
         rows = Dataset.from_list(list(islice(rows, limit)))
         if limit is not None:
             about["first_rows_of_a_stream"] = len(rows)
-    pairs = None if paired is False else labelled_layout(rows.column_names, where)
+    pairs = None if paired is False else labeled_layout(rows.column_names, where)
     taken = cast(Dataset, as_pairs(rows, where, paired, drop_empty_rows=True))
     columns = text_columns(taken.column_names, where, paired)
     refuse_lists(islice(taken, 20), columns, where)
@@ -130,7 +130,7 @@ def about_labels(rows: Dataset, layout: Layout, where: str) -> dict[str, Any]:
     """Count labeled pairs and their labels, and list the numbers of the pairs with an empty text, from 0."""
     labels = Counter(map(str, rows[layout.label][:]))
     empty = [number for texts in batches(rows, [layout.first, layout.second], where) for number in texts.empty.tolist()]
-    return {"labelled_pairs": len(rows), "labels": dict(sorted(labels.items())), "empty_pairs": empty}
+    return {"labeled_pairs": len(rows), "labels": dict(sorted(labels.items())), "empty_pairs": empty}
 
 
 def has_mark(path: str | None) -> bool:
@@ -159,7 +159,7 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
     ids = hash_rows(subject.texts(subject.rows))
     whole = row_ids(ids)
     found = dict(subject.about) | {
-        "rows": subject.about.get("labelled_pairs", len(subject.rows)),
+        "rows": subject.about.get("labeled_pairs", len(subject.rows)),
         "training_rows": len(ids.origins),
         "texts": len(ids.everything("exact")),
         "negatives_per_row": round(len(ids.owners) / max(1, len(ids.origins)), 4),

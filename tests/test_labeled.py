@@ -10,7 +10,7 @@ from test_data_files import datasets_cache, listed, written  # noqa: F401  (a fi
 from test_mixture import arguments
 
 from hf_embed import SimCSE, Source
-from hf_embed.data.labelled import as_pairs, read_pairs
+from hf_embed.data.labeled import as_pairs, read_pairs
 from hf_embed.data.mixture import tokenize_source
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file
@@ -62,7 +62,7 @@ def test_the_names_of_a_class_label_decide(order):
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet", "jsonl.gz"])
-def test_labelled_files_are_trained_as_their_triplets(ending, tmp_path, tokenizer):
+def test_labeled_files_are_trained_as_their_triplets(ending, tmp_path, tokenizer):
     """The rows have the same tokens as a table that lists the triplets, also if the file has another column."""
     table = pandas.DataFrame(snli("words")).rename(columns={"label": "gold_label", "premise": "Premise"})
     table["pairID"] = range(len(table))

@@ -74,7 +74,7 @@ class Layout(NamedTuple):
         return (plain(self.first), plain(self.second)) == INFERENCE
 
 
-def labelled_layout(names: list[str], name: str) -> Layout | None:
+def labeled_layout(names: list[str], name: str) -> Layout | None:
     """Return the columns of labeled pairs, or None if the rows are of another kind.
 
     Raises:
@@ -111,7 +111,7 @@ def as_pairs(
             text is empty, or the labeled pairs are a stream.
     """
     names = column_names(rows)
-    layout = None if paired is False else labelled_layout(names, name)
+    layout = None if paired is False else labeled_layout(names, name)
     if layout is None or (paired is None and any(plain(column) in SINGLE for column in names)):
         return rows
     if not isinstance(rows, Dataset):
