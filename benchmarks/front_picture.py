@@ -8,10 +8,7 @@ The picture is docs/results/before_after.png:
 import re
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[1] / "docs"
 GREY, BLUE = "#9a9a9a", "#0072b2"
@@ -26,7 +23,8 @@ def read_table(text: str) -> list[tuple[str, float, float]]:
 
 def draw(rows: list[tuple[str, float, float]], path: Path) -> None:
     """Draw one line per measurement, from the score before to the score after."""
-    figure, axes = plt.subplots(figsize=(8, 0.62 * len(rows) + 1.1), layout="constrained")
+    figure = Figure(figsize=(8, 0.62 * len(rows) + 1.1), layout="constrained")
+    axes = figure.subplots()
     for line, (what, before, after) in enumerate(reversed(rows)):
         axes.annotate("", xy=(after, line), xytext=(before, line), arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 2})
         axes.plot(before, line, "o", color=GREY, markersize=8, label="before" if not line else None)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -129,6 +128,15 @@ class CheckpointTrainer(HubTrainer):
 
     # ---- saving ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as `Trainer.save_model` does.
+
+        Raises:
+            DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.
+        """
+        with disk_errors(str(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under a temporary name, seal it after all ranks have written, and rename it to its final name."""
         args, state, run_dir = self.args, self.state, Path(str(self.args.output_dir))
@@ -228,30 +236,12 @@ class CheckpointTrainer(HubTrainer):
             logs["resumed_at_step"] = step
         super().log(logs, start_time)
 
-    def _run_epoch(
-        self,
-        model: nn.Module,
-        epoch: int,
-        train_dataloader: DataLoader,
-        steps_in_epoch: int,
-        num_update_steps_per_epoch: int,
-        trial: Any,
-        ignore_keys_for_eval: list[str] | None,
-        start_time: float,
-        resume_from_checkpoint: str | None,
-        epochs_trained: int,
-        steps_trained_in_current_epoch: int,
-    ) -> None:
+    def _run_epoch(self, *args: Any, **named: Any) -> None:
         """Train one epoch, or nothing if the resumed run is already finished."""
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(
-            model=model, epoch=epoch, train_dataloader=train_dataloader, steps_in_epoch=steps_in_epoch,
-            num_update_steps_per_epoch=num_update_steps_per_epoch, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval,
-            start_time=start_time, resume_from_checkpoint=resume_from_checkpoint, epochs_trained=epochs_trained,
-            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-        )  # fmt: skip
+        super()._run_epoch(*args, **named)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read the states of optimizer and learning-rate schedule, but keep the current settings, such as the learning rate.

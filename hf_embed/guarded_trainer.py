@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
+from hf_embed.disk import disk_errors
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
@@ -62,30 +63,21 @@ class GuardedTrainer(CheckpointTrainer):
             Stopped: if such a signal ended the training. It is a `SystemExit`.
             InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a loss, a
                 gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
+            DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
         try:
             alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
-            with alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
+            with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             use_plain_dropout(self.encoder.backbone)
 
     def _maybe_log_save_evaluate(
-        self,
-        tr_loss: Tensor,
-        grad_norm: Tensor | float | None,
-        model: nn.Module,
-        trial: Any,
-        epoch: float,
-        ignore_keys_for_eval: list[str] | None,
-        start_time: float,
-        learning_rate: float | None = None,
+        self, tr_loss: Tensor, grad_norm: Tensor | float | None, model: nn.Module, trial: Any, *args: Any, **named: Any
     ) -> None:
         """Log, evaluate and save if it is time for that. Then stop if a signal was received."""
-        super()._maybe_log_save_evaluate(
-            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
-        )
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **named)
         if number := self.stop_requests.due(self.state, self.control):
             self._stop(number, model, trial)
 

@@ -5,16 +5,16 @@ from functools import partial
 from typing import Any
 
 from huggingface_hub import HfApi
+from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.card import card_facts, rename_card
 from hf_embed.encoder import Encoder
 from hf_embed.library_internals import PushInProgress, save_without_push
-from hf_embed.output import OutputTrainer
 
 
-class HubTrainer(OutputTrainer):
+class HubTrainer(Trainer):
     """The part of `ContrastiveTrainer` that works with the Hub."""
 
     encoder: Encoder

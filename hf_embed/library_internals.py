@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PushInProgress"]  # internal to transformers, but `Trainer.push_in_progress` must be an object of this class
 
-# Private methods of `Trainer` that `ContrastiveTrainer` overrides, and the parameters that they are called with.
+# Private methods of `Trainer` that `ContrastiveTrainer` overrides, and those of their parameters that it names.
 # fmt: off
 REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_save": ("output_dir", "state_dict"),
@@ -36,16 +36,11 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_init_training_state": (
         "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
     ),
-    "_run_epoch": (
-        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial", "ignore_keys_for_eval",
-        "start_time", "resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch",
-    ),
+    "_run_epoch": (),
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
-    "_maybe_log_save_evaluate": (
-        "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time", "learning_rate",
-    ),
+    "_maybe_log_save_evaluate": ("tr_loss", "grad_norm", "model", "trial"),
     "_get_grad_norm": ("model", "grad_norm"),
     "_prepare_input": ("data",),
 }

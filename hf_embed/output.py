@@ -1,18 +1,17 @@
-"""Check before the first step that a training run can write its output, and report a full disk in one line."""
+"""Check before the first step that a training run can write its output."""
 
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_embed.adapters import count_parameters, in_4_bits
-from hf_embed.disk import another_place, check_folder, disk_errors, lack_of_room
+from hf_embed.disk import another_place, check_folder, lack_of_room
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
 from hf_embed.step import TrainingStep
@@ -20,33 +19,6 @@ from hf_embed.step import TrainingStep
 logger = logging.getLogger(__name__)
 
 LOGS = "TENSORBOARD_LOGGING_DIR"  # where TensorBoard writes its files, instead of a folder in output_dir
-
-
-class OutputTrainer(Trainer):
-    """A Trainer that reports in one line what a file system refuses."""
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train, as `Trainer.train` does.
-
-        Raises:
-            DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
-        """
-        with disk_errors(str(self.args.output_dir)):
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, as `Trainer.save_model` does.
-
-        Raises:
-            DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.
-        """
-        with disk_errors(str(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)
 
 
 def check_output(

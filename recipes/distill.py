@@ -5,8 +5,7 @@
     python recipes/distill.py --objective TeacherKL --train_file mined.jsonl     # with scores of a reranker in columns
 
 The trained model is written to OUTPUT_DIR (default: outputs/distill; on the built-in texts outputs/quickstart, which each
-run replaces). AutoModel and sentence-transformers can load it.
-docs/guides/scores_and_teachers.md explains the objectives and the columns of scores.
+run replaces). docs/guides/scores_and_teachers.md explains the objectives and the columns of scores.
 """
 
 from dataclasses import dataclass, field, fields
@@ -72,7 +71,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    trainer = make_trainer(plan, load_model(plan.model_args, plan.args, masked_lm=False))
+    trainer = make_trainer(plan, load_model(plan))
     before = score_model(trainer)
     return report(plan, trainer, before, fine_tune(plan, trainer))
 

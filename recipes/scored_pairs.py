@@ -44,7 +44,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    trainer = make_trainer(plan, load_model(plan.model_args, plan.args, masked_lm=False))
+    trainer = make_trainer(plan, load_model(plan))
     before = score_model(trainer)
     trained = fine_tune(plan, trainer)
     return report(plan, trainer, before, trained)

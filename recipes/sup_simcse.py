@@ -43,8 +43,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    model = load_model(plan.model_args, plan.args, masked_lm=plan.objective.mlm_weight > 0)
-    trainer = make_trainer(plan, model)
+    trainer = make_trainer(plan, load_model(plan))
     before = score_model(trainer)
     trained = fine_tune(plan, trainer)
     return report(plan, trainer, before, trained)

@@ -38,6 +38,7 @@ from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.kit.plan import QUICKSTART
 
 torch.set_num_threads(1)  # with more threads, tiny models would wait longer than they compute
+gc.freeze()  # for the worker processes, which import this module; see `frozen_imports`
 
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0}

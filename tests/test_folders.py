@@ -7,6 +7,7 @@ sentence-transformers if possible, otherwise by editing the JSON files.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.evaluation.mteb import model_meta, run_mteb
 from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import ModelArguments
@@ -606,7 +607,8 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
 
 def load_for_a_recipe(folder, tmp_path, masked_lm=False, dropout=None):
     args = ContrastiveTrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
-    model, _, args = load_model(ModelArguments(model_name_or_path=str(folder), dropout=dropout), args, masked_lm)
+    flags = ModelArguments(model_name_or_path=str(folder), dropout=dropout)
+    model, _, args = load_model(SimpleNamespace(model_args=flags, args=args, objective=SimCSE(mlm_weight=0.1 * masked_lm)))
     return model, args
 
 

@@ -16,8 +16,6 @@ LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
-    "checkpoint_trainer._run_epoch": "the parameters of transformers' Trainer",
-    "guarded_trainer._maybe_log_save_evaluate": "the parameters of transformers' method",
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (five)",
     "packed_attention.attend_by_text": "the arguments of an attention function of transformers (eight), and the bounds",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",

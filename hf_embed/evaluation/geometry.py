@@ -64,17 +64,15 @@ def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
 
     `history` has the form of the Trainer's `log_history`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     points = [log for log in history if np.isfinite(log.get("eval_alignment", np.nan) + log.get("eval_uniformity", np.nan))]
     if not points:
         return
     x = [point["eval_uniformity"] for point in points]
     y = [point["eval_alignment"] for point in points]
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
     axes.plot(x, y, color="0.7", linewidth=1, zorder=1)
     dots = axes.scatter(x, y, c=[point["eval_spearman"] for point in points], cmap="viridis", s=36, zorder=2)
     axes.margins(0.12)  # room for the labels
@@ -92,4 +90,3 @@ def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
     figure.colorbar(dots, label="STS, Spearman x 100 (higher is better)")
     with writing(path) as aside:
         figure.savefig(aside, dpi=125)
-    plt.close(figure)

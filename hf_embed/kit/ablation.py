@@ -199,7 +199,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
 
     The main process stores the path and the settings in `file`.
     """
-    trainer = make_trainer(plan, load_model(plan.model_args, plan.args, plan.objective.mlm_weight > 0))
+    trainer = make_trainer(plan, load_model(plan))
     trainer.add_callback(plan.earlier)
     trainer.watch.warned = True  # no warning of a bad geometry, because the picture shows it
     trainer.stop_requests.saves = False  # a stopped run saves no checkpoint, because it is trained again from its first step
@@ -278,12 +278,10 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     A line has a point for each evaluation (mean over the seeds), and its arrows follow the training. Lines differ in color and
     in marker.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
     starts: set[tuple[float, float]] = set()
     for line, (name, result) in enumerate(results.items()):
         paths = list(result["seeds"].values())
@@ -307,7 +305,6 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
-    plt.close(figure)
 
 
 def look(line: int) -> tuple[str, str]:

@@ -270,13 +270,11 @@ def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str,
 
 def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
     """Plot the result of `sweep`: the change of the score against temperature 1, with one line for each task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     temperatures = [row["temperature"] for row in result["curve"]]
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
     names = swept_columns(result)
     for name, style in zip(names, ["-", "--", ":", "-."] * len(names)):
         scores = [row[name] for row in result["curve"]]
@@ -290,4 +288,3 @@ def plot_sweep(result: dict[str, Any], path: str | Path) -> None:
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=125)
-    plt.close(figure)

@@ -163,13 +163,11 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     The plots have a line for each report, labeled with its name. The third plot shows the shortest and the longest length. The
     picture is 800 pixels wide.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     places: list[Any] = [["cosine", "uniformity"], ["layers", "layers"]]
-    figure, panels = plt.subplot_mosaic(places, figsize=(8, 7.5), layout="constrained")
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic(places)
     left, middle, below = panels["cosine"], panels["uniformity"], panels["layers"]
     colors, styles = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"], ["-", "--", ":", "-."]  # readable without color
     for number, (name, report) in enumerate(reports.items()):
@@ -199,4 +197,3 @@ def plot_collapse(reports: dict[str, Report], path: str | Path) -> None:
     below.legend(fontsize=9)
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
-    plt.close(figure)

@@ -15,7 +15,7 @@ from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.hub_access import find_model
-from hf_embed.kit.plan import QUICKSTART, ModelArguments, settled
+from hf_embed.kit.plan import QUICKSTART, ModelArguments, Plan, settled
 from hf_embed.pooling import uses_pooler
 from hf_embed.trainer_inputs import load_to_train
 
@@ -35,14 +35,15 @@ class LoadedModel(NamedTuple):
     args: ContrastiveTrainingArguments
 
 
-def load_model(model_args: ModelArguments, args: ContrastiveTrainingArguments, masked_lm: bool) -> LoadedModel:
-    """Load a model in float32, with the dropout, the LoRA adapters and the MLP head that the flags ask for.
+def load_model(plan: Plan) -> LoadedModel:
+    """Load the model of a plan in float32, with the dropout, the LoRA adapters and the MLP head that the flags ask for.
 
-    The model is an Encoder with the settings of its folder. With `masked_lm`, it is the masked language model instead.
+    The model is an Encoder with the settings of its folder. With `mlm_weight`, it is the masked language model instead.
 
     Raises:
-        InputError: if the model cannot be loaded as the flags ask, or if both LoRA and `masked_lm` are asked for.
+        InputError: if the model cannot be loaded as the flags ask, or if both LoRA and `mlm_weight` are asked for.
     """
+    model_args, args, masked_lm = plan.model_args, plan.args, plan.objective.mlm_weight > 0
     name = model_args.model_name_or_path or str(QUICKSTART / "encoder")
     set_seed(args.seed)
     kwargs: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}

@@ -346,12 +346,10 @@ def aligned(heads: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
 
 def plot_lengths(report: Report, path: str | Path) -> None:
     """Draw the share of texts of each length, with one line per source, and mark each maximum length."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
     longest = max((max(source["sample"]["histogram"]["edges"], default=0) for source in report["sources"].values()), default=0)
     for line, (name, source) in enumerate(report["sources"].items()):
         edges, counts = (source["sample"]["histogram"][key] for key in ("edges", "counts"))
@@ -370,4 +368,3 @@ def plot_lengths(report: Report, path: str | Path) -> None:
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
-    plt.close(figure)

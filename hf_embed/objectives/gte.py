@@ -87,7 +87,7 @@ class ImprovedContrastive(ContrastiveObjective):
     )
     guide_margin: float | None = field(
         default=None,
-        metadata={"help": "With --teacher: ignore candidates that it scores above the positive's score minus this margin."},
+        metadata={"help": "With --teacher: ignore candidates that it scores above the positive minus this."},
     )
     learn_temperature: bool = field(default=False, metadata={"help": "Learn the temperature in training."})
     tile_rows: int | None = field(default=None, metadata={"flag": False})

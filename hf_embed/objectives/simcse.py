@@ -69,7 +69,7 @@ class SimCSE(ContrastiveObjective):
 
     guide_margin: float | None = field(
         default=None,
-        metadata={"help": "With --teacher: ignore candidates that it scores above the positive's score minus this margin."},
+        metadata={"help": "With --teacher: ignore candidates that it scores above the positive minus this."},
     )
 
     def __post_init__(self) -> None:
