@@ -135,7 +135,7 @@ class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     seeds: str | None = field(
         default=None,
-        metadata={"help": "Seeds, such as 1,2,3: train with each, and keep the best."},
+        metadata={"help": "Train with each seed of 1,2,3 and keep the best."},
     )
     language: list[str] | None = field(default=None, metadata={"help": "For the card: languages of the texts, e.g. en de."})
     license: str | None = field(

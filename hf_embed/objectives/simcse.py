@@ -61,7 +61,7 @@ class SimCSE(ContrastiveObjective):
 
     temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
     hard_negative_weight: float = field(default=0.0, metadata={"help": "Number added to the logits of own hard negatives."})
-    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the auxiliary masked-language-modeling loss."})
+    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modeling loss."})
     mask_other_positives: bool = field(
         default=True,
         metadata={"help": "Do not use other positives of the same anchor as negatives. False is the paper's form of the loss."},
