@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
 from hf_embed.library_internals import forget_adapters
+from hf_embed.read_files import first_line
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -52,7 +53,7 @@ def check_adapters(model: PreTrainedModel) -> None:
     try:
         merge_adapters(copy.deepcopy(model))
     except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise unmergeable(model, f" ({reason})") from error
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_embed.errors import InputError
 from hf_embed.ranges import COUNT
+from hf_embed.read_files import first_line
 from hf_embed.vectors import check_packable, check_precision
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def usable_device(name: str | int | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {name!r}: {first_line(error)}") from error
     if device.type == "cpu":
         return device
     found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0

@@ -37,6 +37,7 @@ from hf_embed.errors import InputError
 from hf_embed.library_internals import attention_backend, plain_attention
 from hf_embed.packing import Packable, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
+from hf_embed.read_files import first_line
 from hf_embed.tempscale.attention import base_of
 from hf_embed.word_table import word_table
 
@@ -117,7 +118,7 @@ def run_passes(encoder: "Encoder") -> Passes:
             raise
         except Exception as error:  # a model that needs other inputs than text may raise any error
             kind = type(encoder.base).__name__
-            reason = (str(error).strip() or "no message").splitlines()[0]
+            reason = first_line(error)
             raise InputError(
                 f"{kind} cannot encode a text from its token ids ({type(error).__name__}: {reason}); use a text encoder"
             ) from error

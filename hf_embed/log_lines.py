@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.training_args import TrainingArguments
 
 from hf_embed.evaluation.tasks import THRESHOLD, Task, metric_names
-from hf_embed.progress import progress_bar
+from hf_embed.progress import duration, progress_bar
 from hf_embed.trainer_settings import METRIC_SCHEDULES
 
 if TYPE_CHECKING:
@@ -40,19 +40,6 @@ def digits(value: Any, count: int = 3) -> str:
     if abs(value) >= 10**count:
         return f"{value:,.0f}"
     return f"{value:#.{count}g}".rstrip(".") if abs(value) >= 1e-4 or value == 0 else f"{value:.{count}g}"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration for people.
-
-    >>> duration(137.1)
-    '2 min 17 s'
-    """
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def chief_metrics(logs: Mapping[str, Any], tasks: Mapping[str, Task], prefix: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""Progress bars. All are made in the same way: on stderr, on the main process only, and cleared when they are done.
+"""Progress bars, and durations for people.
 
-No bar is shown if stderr is not a terminal (for example a log file), except in notebooks, nor inside `hidden_bars`.
+All bars are made in the same way: on stderr, on the main process only, and cleared when they are done. No bar is shown if
+stderr is not a terminal (for example a log file), except in notebooks, nor inside `hidden_bars`.
 """
 
 import contextlib
@@ -33,6 +34,19 @@ def progress_bar(
     The module docstring says when a bar is shown.
     """
     return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, disable=not bars_shown(), dynamic_ncols=True)
+
+
+def duration(seconds: float) -> str:
+    """Format a duration for people.
+
+    >>> duration(137.1)
+    '2 min 17 s'
+    """
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from hf_embed.data.training_rows import TrainData
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
-from hf_embed.evaluation.sts import COLUMNS, STS, named_tasks
+from hf_embed.evaluation.sts import COLUMNS, STS, check_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.library_internals import uncompiled
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
@@ -301,8 +301,8 @@ def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
         if sets:
             refuse_columns(sets, name)
         sets = {str(key): as_task(value, str(key)) for key, value in sets.items()}
-    last = {key: task for key, task in sets.items() if isinstance(task, HeldOut)}
-    return named_tasks({key: task for key, task in sets.items() if key not in last}) | last
+    tasks = {key: STS(check_sts(task, key)) if isinstance(task, Dataset) else task for key, task in sets.items()}
+    return dict(sorted(tasks.items(), key=lambda named: isinstance(named[1], HeldOut)))
 
 
 def as_task(given: Any, name: str) -> Task | Dataset:

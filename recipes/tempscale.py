@@ -6,17 +6,17 @@
     python recipes/tempscale.py BAAI/bge-base-en-v1.5 --temperature 0.9          # no search
     python recipes/tempscale.py                              # the built-in encoder, on installed packages' docstrings
 
-OUTPUT_DIR (default: outputs/tempscale) is an ordinary checkpoint: AutoModel and sentence-transformers load it, and it has the
-speed of the original model. After a search, its README.md, results.json and tempscale.png show the scores of all temperatures.
-README.md and results.json also have the gain on queries that had no part in the choice of the temperature (cross-validation).
+OUTPUT_DIR (default: outputs/tempscale) is an ordinary checkpoint with the speed of the original model. Its README.md,
+results.json and tempscale.png show the scores of all temperatures, and the gain on queries that had no part in the choice.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_embed.checkpoint.tables import sweep_table
-from hf_embed.data.sources import read_texts
-from hf_embed.evaluation.retrieval import read_pairs
+from hf_embed.data.labeled import read_pairs
+from hf_embed.data.sources import read_file, read_texts
+from hf_embed.evaluation.retrieval import pairs_to_retrieval
 from hf_embed.kit.calibrate import TEMPERATURES, check_foldable_at, check_request, halves, save_folded, sweep
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.docstrings import read_pages
@@ -58,7 +58,7 @@ def main() -> None:
     args, evaluation = parse([Arguments, EvalArguments])
     tasks = read_tasks(evaluation)
     if args.pairs:
-        tasks["pairs"] = read_pairs(args.pairs)
+        tasks["pairs"] = pairs_to_retrieval(read_pairs(read_file(args.pairs), args.pairs))
     if args.texts:
         tasks["halves"] = halves(read_texts(args.texts)[: args.max_texts])
     folder = Path(args.output_dir)

@@ -20,11 +20,12 @@ from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
 from hf_embed.data import files
+from hf_embed.data.labeled import read_pairs
 from hf_embed.data.mixture import Stream
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import is_list, read_file, read_texts, row_texts, text_columns
 from hf_embed.data.tokenization import RowTokenizer, beginning
-from hf_embed.evaluation.retrieval import read_pairs, read_retrieval
+from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
@@ -83,7 +84,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
     path = table(("anchor", "positive"), ("a cat", "a kitten"), ("a dog", "a puppy"))
     yaml_file = listed(tmp_path, {"name": "s", "file": name})
     streamed = listed(tmp_path / "more", {"name": "s", "file": f"../{name}", "streaming": True, "rows": 2})
-    for read in (read_file, read_texts, read_pairs, lambda path: read_file(path, streaming=True)):
+    for read in (read_file, read_texts, read_pairs_of, lambda path: read_file(path, streaming=True)):
         message = error_of(read, path)
         assert (
             message.startswith(f"{path}: there is only one column, '{' '.join(f'anchor{separator}positive'.split())}'; ")
@@ -227,6 +228,11 @@ def test_lists_of_jsonl_and_parquet_are_several_negatives(tmp_path, tokenizer):
 
 # ---- labels beside pairs ----
 
+
+def read_pairs_of(path):
+    return read_pairs(read_file(path), path)
+
+
 JUDGED = ["label", "Score", "gold_label", "is_duplicate", "isDuplicate", "relevance", "similarity_score", "entailment_label",
           "label_text", "relatedness_score", "score1"]  # fmt: skip
 
@@ -236,7 +242,7 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": f"b{i}", column: i} for i in (0, 1)])
     message = error_of(text_columns, read_file(path).column_names, path)
     assert message.startswith(f"{path}: the column '{column}' judges the pairs") and f"--ignore_columns {column} " in message
-    assert f"'{column}' judges the pairs" in error_of(read_pairs, path)
+    assert f"'{column}' judges the pairs" in error_of(read_pairs_of, path)
     mapped = {"name": "s", "file": "a.jsonl", "columns": {"query": "anchor", "positive": "positive"}}
     for more in ({}, {"streaming": True, "rows": 2}):
         assert f"'{column}' judges the pairs" in error_of(read_sources, listed(tmp_path, mapped | more))

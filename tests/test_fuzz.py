@@ -43,9 +43,8 @@ from hf_embed.data.source_files import KEYS, read_sources
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.evaluation.pair_classification import PairClassification, read_pair_classification
 from hf_embed.evaluation.reranking import Reranking, read_reranking
-from hf_embed.evaluation.retrieval import Retrieval, read_retrieval
-from hf_embed.evaluation.retrieval import read_pairs as read_search
-from hf_embed.evaluation.sts import STS, named_tasks, read_sts
+from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval, read_retrieval
+from hf_embed.evaluation.sts import STS, check_sts, read_sts
 from hf_embed.evaluation.triplets import Triplets, read_triplets
 from hf_embed.evaluation.zero_shot import ZeroShot, read_zero_shot
 from hf_embed.kit import plan
@@ -115,7 +114,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "a stream": streamed,
     "read_texts": read_texts,
     "pairs": lambda path: read_pairs(read_file(path), path),
-    "search": lambda path: read_search(path).score(embed),
+    "search": lambda path: pairs_to_retrieval(read_pairs(read_file(path), path)).score(embed),
     "read_sts": lambda path: STS(read_sts(path)).score(embed),
     "read_triplets": lambda path: read_triplets(path).score(embed),
     "read_pair_classification": lambda path: read_pair_classification(path).score(embed),
@@ -342,8 +341,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "Retrieval": lambda values, name, value: Retrieval({"q": name}, {"d": "a cat"}, {"q": {"d": value}}).score(embed),
     "Retrieval of any": lambda values, name, value: Retrieval(value, value, value).score(embed),
     "cutoffs": lambda values, name, value: Retrieval({"q": "a"}, {"d": "b", "e": "c"}, {"q": {"d": 1}}, value).score(embed),
-    "STS": lambda values, name, value: named_tasks(
-        datasets.Dataset.from_dict({"sentence1": ["a", "b"], name.replace("\0", "") or "x": ["c", "d"], "score": [0, 1]})
+    "STS": lambda values, name, value: check_sts(
+        datasets.Dataset.from_dict({"sentence1": ["a", "b"], name.replace("\0", "") or "x": ["c", "d"], "score": [0, 1]}), "sts"
     ),
     "ZeroShot": lambda values, name, value: ZeroShot(["a", "b"], value, ["c", "d"]).score(embed),
     "Source": source,

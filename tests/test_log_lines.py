@@ -21,8 +21,8 @@ from transformers import AutoModel, PrinterCallback, ProgressCallback, TrainerSt
 from worker import STS
 
 from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval
-from hf_embed.log_lines import LogLines, Printer, Progress, digits, duration, summary
-from hf_embed.progress import bars_shown, calm_libraries, hidden_bars, progress_bar
+from hf_embed.log_lines import LogLines, Printer, Progress, digits, summary
+from hf_embed.progress import bars_shown, calm_libraries, duration, hidden_bars, progress_bar
 
 SETS = {"stsb": Dataset.from_list(STS), "sick": Dataset.from_list(STS[::-1])}
 ROOT = Path(__file__).parent.parent
@@ -119,7 +119,7 @@ def test_written_numbers():
     numbers = [3.8751, 0.42, -1.718, 123.4, 1.23e-5, 0.0, 12.0, float("nan"), 7, 1234, "word"]
     assert [digits(number) for number in numbers] == written
     assert digits(100.0, 4) == "100.0" and digits(12345.6) == "12,346"
-    assert [duration(seconds) for seconds in (2.34, 137.1, 7300)] == ["2.3 s", "2 min 17 s", "2 h 1 min"]
+    assert [duration(seconds) for seconds in (2.34, 59.6, 137.1, 7300)] == ["2.3 s", "1 min 0 s", "2 min 17 s", "2 h 1 min"]
     assert summary({"train_runtime": 3.0}, TrainerState(global_step=1)) == "trained 1 step in 3.0 s"
     resumed = {"train_runtime": 3.0, "resumed_at_step": 2}
     assert summary(resumed, TrainerState(global_step=5)) == "trained 3 of 5 steps in 3.0 s"

@@ -27,12 +27,14 @@ from hf_embed import (
     mining,
 )
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
+from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.metrics import SpearmanCosine
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.sts import STS, named_tasks
+from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import EvaluationTask, Task, metric_names, score_tasks
 from hf_embed.kit.calibrate import part_scores
 from hf_embed.kit.models import embed_with
+from hf_embed.trainer_inputs import as_tasks
 
 WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
 ROWS = Dataset.from_dict(
@@ -326,8 +328,7 @@ def test_tasks_of_users_own():
 def test_evaluation_sets_by_name():
     sts = Dataset.from_list([{"sentence1": "a", "sentence2": "b", "score": i} for i in range(2)])
     plain = Plain()
-    assert named_tasks(None) == {} and named_tasks(plain) == {"plain": plain}
-    assert list(named_tasks(sts)) == ["sts"] and isinstance(named_tasks(sts)["sts"], STS)
-    assert [type(task) for task in named_tasks({"a": sts, "b": plain}).values()] == [STS, Plain]
-    message = error_of(named_tasks, {"mine": sts.remove_columns("score")})
-    assert message.startswith("mine: there is no column score")
+    held = Dataset.from_list([{"anchor": "a", "positive": "b"}])
+    assert as_tasks(None) == {} and as_tasks(plain) == {"plain": plain}
+    assert list(as_tasks(sts)) == ["sts"] and isinstance(as_tasks(sts)["sts"], STS)
+    assert [type(task) for task in as_tasks({"c": held, "a": sts, "b": plain}).values()] == [STS, Plain, HeldOut]

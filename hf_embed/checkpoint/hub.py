@@ -31,7 +31,7 @@ from hf_embed.checkpoint.card import stored_results, title_of, with_repository
 from hf_embed.checkpoint.files import Files
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
-from hf_embed.read_files import read_json, read_text
+from hf_embed.read_files import first_line, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def check_names(folder: Path, repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"'{repo}' is not a valid name of a repository: {str(error).splitlines()[0]}") from error
+        raise InputError(f"'{repo}' is not a valid name of a repository: {first_line(error)}") from error
 
 
 # ---- from training ----

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from hf_embed.progress import duration
+
 # The metric that tables show for a kind of evaluation set, and its label. For other kinds it is the first metric.
 SHOWN = {
     "retrieval": ("ndcg@10", "nDCG@10"),
@@ -125,14 +127,6 @@ def digits_of(label: str) -> int:
     return 3 if "lower is better" in label else 2
 
 
-def duration(seconds: float | None) -> str:
-    """Return a duration in words."""
-    if seconds is None:
-        return "unknown time"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
-
-
 # ---- the card ----
 
 
@@ -167,7 +161,8 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(key, str(value)) for key, value in (rate | train.get("settings", {})).items()]
     rows.append(("Seed", str(train["seed"])))
     if train.get("hardware"):
-        rows.append(("Training time", f"{duration(train['seconds'])} on {train['hardware']}{since}"))
+        time = "unknown time" if train["seconds"] is None else duration(train["seconds"])
+        rows.append(("Training time", f"{time} on {train['hardware']}{since}"))
     return [*rows, ("Software", ", ".join(f"{package} {version}" for package, version in train["versions"].items()))]
 
 

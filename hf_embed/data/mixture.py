@@ -8,7 +8,6 @@ cannot tell them apart by their kind. Source i with n_i rows and weight w_i is d
 A YAML file can list the sources (`hf_embed.data.source_files`).
 """
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +34,7 @@ from hf_embed.data.sources import (
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
-from hf_embed.progress import progress_bar
+from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.read_files import first_line
 
 if TYPE_CHECKING:
@@ -143,18 +141,6 @@ def check_sources(sources: list[Source]) -> None:
         raise InputError("there is no source to train on; list at least one")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InputError(f"two sources are named '{twice[0]}'; rename one of them")
-
-
-@contextlib.contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets` while many sources are loaded."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 # ---- rows by number ----
@@ -352,7 +338,7 @@ def tokenize_source(
             f"{source.label}: negatives is {source.negatives}, but there is no column of negatives; remove this setting"
         )
     if isinstance(rows, Dataset):
-        with quiet_bars():
+        with hidden_bars(), table_bars():  # none for each of many sources
             return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
     if tokenizer.scored or tokenizer.keeps_texts:
         raise InputError(

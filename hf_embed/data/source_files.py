@@ -36,11 +36,12 @@ from datasets import Dataset, IterableDataset
 
 from hf_embed.data.columns import ROLES, take_columns
 from hf_embed.data.files import ANY_NEGATIVES
-from hf_embed.data.mixture import Source, check_sources, quiet_bars
+from hf_embed.data.mixture import Source, check_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.errors import InputError, masked
 from hf_embed.objectives import OBJECTIVES, Objective
+from hf_embed.progress import hidden_bars, table_bars
 
 SETTINGS = ("query_prompt", "document_prompt", "max_length", "negatives", "weight")
 # The values that the other keys accept: their YAML types, and a description in words.
@@ -67,7 +68,7 @@ def read_sources(path: str) -> list[Source]:
     entries = read_yaml(path, path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: expected a list of sources, each '- name: ...' with file: or dataset:")
-    with quiet_bars():
+    with hidden_bars(), table_bars():  # none for each of many sources
         sources = [read_source(entry, i, path) for i, entry in enumerate(entries, 1)]
     check_sources(sources)
     return sources

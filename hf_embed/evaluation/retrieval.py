@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.columns import text_columns
 from hf_embed.data.files import lines, parsed, shortened
-from hf_embed.data.sources import plain_rows, read_file, read_hub, row_texts
+from hf_embed.data.sources import read_hub
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
@@ -296,16 +295,10 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def read_pairs(path: str) -> Retrieval:
-    """Read training rows (anchor, positive) as a retrieval task: each anchor searches for its positive among all positives."""
-    rows = read_file(path)
-    columns = text_columns(rows.column_names, path, paired=True)[:2]
-    pairs = [row_texts(row, columns, f"{path}, row {i}") for i, row in enumerate(plain_rows(rows, columns, path), 1)]
-    return pairs_to_retrieval(pairs)
-
-
 def pairs_to_retrieval(pairs: Sequence[Sequence[str]]) -> Retrieval:
-    """Make a task from (query, document) pairs. Equal texts become one query or one document.
+    """Make a task from (query, document) pairs: each query searches for its documents among those of all pairs.
+
+    Equal texts become one query or one document.
 
     >>> pairs_to_retrieval([("a cat", "cats"), ("a dog", "dogs"), ("a cat", "felines")]).qrels
     {'q0': {'d0': 1, 'd2': 1}, 'q1': {'d1': 1}}

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from datasets import Dataset
@@ -22,7 +21,7 @@ from hf_embed.data.sources import first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
 from hf_embed.evaluation.rows import hub_rows
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, Task, embed_on_all_ranks
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -125,22 +124,6 @@ def read_named_sts(path: str) -> Dataset:
 def seven_tasks() -> dict[str, "STS"]:
     """Read the seven STS tasks of the SimCSE paper from the Hub."""
     return {name: STS(check_sts(read_hub(hub, split="test"), hub)) for name, hub in SEVEN_TASKS.items()}
-
-
-EvalData: TypeAlias = Dataset | Task | Mapping[str, Dataset | Task]
-
-
-def named_tasks(sets: EvalData | None) -> dict[str, Task]:
-    """Return the evaluation sets as tasks by name. A `Dataset` is checked and becomes an STS task.
-
-    A single evaluation set without a name is named after its kind.
-
-    Raises:
-        InputError: if a `Dataset` is not an STS dataset.
-    """
-    if sets is not None and not isinstance(sets, dict):
-        sets = {sets.kind if isinstance(sets, Task) else "sts": sets}
-    return {name: STS(check_sts(task, name)) if isinstance(task, Dataset) else task for name, task in (sets or {}).items()}
 
 
 @dataclass

@@ -31,7 +31,7 @@ from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import find_model
 from hf_embed.progress import calm_libraries, progress_bar, table_bars
-from hf_embed.read_files import read_text
+from hf_embed.read_files import first_line, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class MaskFill:
         except (OSError, ValueError) as error:
             mend = "; --trust_remote_code allows its own code to run" if "trust_remote_code=True" in str(error) else ""
             raise InputError(
-                f"positive mask_fill: '{name}' is not a masked language model ({str(error).splitlines()[0]}){mend}"
+                f"positive mask_fill: '{name}' is not a masked language model ({first_line(error)}){mend}"
             ) from error
         if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
             raise InputError(f"positive mask_fill: '{name}' has no masked-language-modeling head ({missing[0]} is missing)")
