@@ -30,6 +30,9 @@ Model = TypeVar("Model", bound=nn.Module)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
+# For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
+_evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+_lock = Lock()
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
     "normalize_embeddings": "normalize=True or False",
@@ -171,15 +174,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch a model to evaluation mode (no dropout) inside a `with` block.
 
     Afterwards, every submodule is in the mode it had before. For example, a layer that was frozen in evaluation mode stays so.
+    If several threads are inside with the same model, the last one to leave restores the modes.
     """
-    training = [module for module in model.modules() if module.training]
-    if training:
+    with _lock:
+        users, training = _evaluated.get(model, (0, []))
+        _evaluated[model] = users + 1, training + [module for module in model.modules() if module.training]
         model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            users, training = _evaluated.pop(model)
+            if users > 1:
+                _evaluated[model] = users - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:

@@ -113,8 +113,8 @@ def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int, compare: Com
         compare: (Q, D) and (C, D) -> scores (Q, C); default: the dot product.
 
     Returns:
-        Scores and row numbers, both (Q, k), or with fewer columns if there are fewer rows. Rows with equal scores are in any
-        order.
+        Scores and row numbers, both (Q, k), or with fewer columns if there are fewer rows. Of rows with equal scores, the one
+        with the smaller number comes first.
     """
     scores = queries.new_empty(len(queries), 0)
     numbers = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
@@ -134,5 +134,20 @@ def merge(scores: list[Tensor], numbers: list[Tensor], k: int) -> tuple[Tensor, 
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest scores of each row, or all if there are fewer, and their places."""
-    return scores.topk(min(k, scores.shape[1]), dim=1)
+    """Return the k largest scores of each row, or all if there are fewer, and their places. Equal scores keep their order.
+
+    >>> best(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), 3)
+    (tensor([[2., 1., 1.]]), tensor([[1, 0, 2]]))
+    """
+    k = min(k, scores.shape[1])
+    values, places = scores.topk(k, dim=1)
+    last = values[:, -1:]
+    tied = scores == last  # `topk` takes any of these, so take the first ones in rows where some are left out
+    rows = (tied.sum(1) > (values == last).sum(1)).nonzero().squeeze(1)
+    if len(rows):
+        above = ~(scores[rows] <= last[rows])  # with NaN, which `topk` takes first
+        chosen = above | (tied[rows] & (tied[rows].cumsum(1) <= k - above.sum(1, keepdim=True)))
+        places[rows] = chosen.nonzero()[:, 1].view(-1, k)
+    places = places.sort(1).values
+    values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, order)

@@ -31,10 +31,22 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 PACKED = ("binary", "ubinary")
 # Name in sentence-transformers -> function, (..., N, D) and (..., M, D) -> (..., N, M). A larger value means nearer vectors.
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the euclidean distances of vectors (N, D) and (M, D) as (N, M) in float32.
+
+    PyTorch computes them from squares and products. In float32, this loses the distances of vectors that are near each other.
+    """
+    if a.device.type == "mps":  # which has no float64
+        return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(a.double(), b.double()).float()
+
+
 SIMILARITIES: dict[str, Compare] = {
     "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
     "dot": lambda a, b: a.float() @ b.float().mT,
-    "euclidean": lambda a, b: -torch.cdist(a.float(), b.float()),
+    "euclidean": lambda a, b: -distances(a, b),
     "manhattan": lambda a, b: -torch.cdist(a.float(), b.float(), p=1),
 }
 

@@ -692,6 +692,16 @@ def test_a_long_text_gets_the_same_tokens_from_its_beginning(side, tokenizer, mo
     assert (len(beginning(texts[0], 12, tokenizer)) < 1000) == (side == "right")
 
 
+@pytest.mark.parametrize("words_without_tokens", [100, 700, 20_000])
+@pytest.mark.parametrize("word", ["\u200b", "\u00ad", "\x01"])
+def test_words_without_tokens_do_not_hide_the_text_after_them(word, words_without_tokens, tokenizer):
+    """BUG: the text was cut after so many words, as if each had a token, and only the special tokens were left."""
+    text = f"{word} " * words_without_tokens + "the cat sat on the mat"
+    expected = tokenizer("the cat sat on the mat")["input_ids"]
+    assert RowTokenizer(tokenizer, 16)([[text]]) == RowTokenizer(tokenizer, 16)([["the cat sat on the mat"]])
+    assert RowTokenizer(tokenizer, 16)([[text]])["input_ids"] == [[expected]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl"])
 def test_long_lines_take_linear_time(kind, tmp_path, tokenizer):

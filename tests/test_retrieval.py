@@ -3,10 +3,12 @@
 Also exact search, the files of evaluation sets, and the error messages for wrong files and flags.
 """
 
+import dataclasses
 import gzip
 import inspect
 import json
 import logging
+import math
 import random
 import zlib
 
@@ -129,6 +131,52 @@ def test_search_is_exact(block, k):
     expected = (queries @ rows.T).sort(dim=1, descending=True)
     assert torch.equal(numbers, expected.indices[:, :k])
     assert torch.allclose(scores, expected.values[:, :k])
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+@pytest.mark.parametrize("k", [1, 4, 9, 20])
+def test_of_equal_scores_the_first_rows_are_found(block, k):
+    """BUG: `topk` takes any of them, and which one depended on the number of rows."""
+    queries, rows = torch.ones(2, 1), torch.tensor([1.0, 2, 1, 1, 3, 1, 2, 0, 1, 1, 1, 1]).unsqueeze(1)
+    queries[1] = -1
+    scores, numbers = exact_search(queries, rows.split(block), k)
+    expected = (queries @ rows.T).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(numbers, expected.indices[:, :k]) and torch.equal(scores, expected.values[:, :k])
+
+
+def test_nan_is_found_first_beside_equal_scores():
+    rows = torch.tensor([1.0, 1, float("nan"), 1, 1, float("nan"), 1, 0]).unsqueeze(1)
+    assert exact_search(torch.ones(1, 1), [rows], 4)[1].tolist() == [[2, 5, 0, 1]]
+
+
+VECTORS = {"same": [1.0, 0, 0], "question": [1.0, 0, 0], "other": [0, 1.0, 0.5], "far": [0, 0, 1.0]}
+
+
+def three_numbers(texts, prompt_name=None):
+    return torch.tensor([VECTORS[text] for text in texts])
+
+
+@pytest.mark.parametrize("documents", [9, 11, 12, 50, 2000])
+def test_equal_cosines_are_ranked_by_the_id_at_the_cut_too(documents):
+    """BUG: of more equal documents than are searched for, any were taken. trec_eval puts the largest id first."""
+    ids = [f"d{i:04}" for i in range(documents)]
+    task = Retrieval(
+        queries={"q": "question", "p": "other"},
+        corpus=dict.fromkeys(ids, "same") | {"x": "other", "y": "far"},
+        qrels={"q": {ids[-1]: 1}, "p": {"x": 1}},
+        cutoffs=(10,),
+    )
+    assert [found["ndcg@10"] for found in task.per_query(three_numbers)] == [1.0, 1.0]
+    smallest = dataclasses.replace(task, qrels={"q": {ids[0]: 1}})
+    assert smallest.per_query(three_numbers)[0]["recall@10"] == (1.0 if documents <= 10 else 0.0)
+
+
+def test_equal_nearest_documents_are_no_collapse_if_others_are_farther():
+    """BUG: the scores were NaN if the nearest documents of every query had equal cosines."""
+    task = Retrieval({"q": "question"}, {f"d{i}": "same" for i in range(40)} | {"y": "far"}, {"q": {"d9": 1}}, cutoffs=(10,))
+    assert task.per_query(three_numbers)[0]["mrr@10"] == 1.0
+    collapsed = dataclasses.replace(task, corpus={f"d{i}": "same" for i in range(40)})
+    assert math.isnan(collapsed.per_query(three_numbers)[0]["mrr@10"])
 
 
 # ---- files ----

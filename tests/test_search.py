@@ -72,3 +72,16 @@ def test_no_corpus_gives_no_hits():
 )  # fmt: skip
 def test_what_cannot_be_searched_is_refused(arguments, message):
     assert message in error_of(semantic_search, *arguments)
+
+
+@pytest.mark.parametrize("rows", [20, 40, 5000])
+def test_the_euclidean_search_tells_near_vectors_apart(rows):
+    """BUG: from 26 rows on, PyTorch computes distances from products, whose rounding is larger than these distances."""
+    generator = torch.Generator().manual_seed(0)
+    query, directions = torch.randn(1, 768, generator=generator), torch.randn(rows, 768, generator=generator)
+    query *= 30 / query.norm()
+    distances = torch.linspace(0, 0.02 * rows / 40, rows)
+    corpus = query + directions / directions.norm(dim=1, keepdim=True) * distances.unsqueeze(1)
+    hits = semantic_search(query, corpus, 3, "euclidean")[0]
+    assert [hit["corpus_id"] for hit in hits] == [0, 1, 2]
+    assert [hit["score"] for hit in hits] == pytest.approx([-distance for distance in distances[:3].tolist()], abs=2e-5)

@@ -34,15 +34,20 @@ def text_id(tokens: list[int]) -> int:
 def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the part of a very long text that decides its first `max_length` tokens.
 
-    Tokenizing a megabyte of text takes seconds. A word has at least one token, and no tokenizer looks ahead further than a word
-    or two. So the text after four words per token has no influence on the first tokens. The returned part ends between two
-    words, and still has more than `max_length` tokens.
+    Tokenizing a megabyte of text takes seconds. No tokenizer looks ahead further than a word or two, and nearly all words have
+    a token. So the text after four words per token has no influence on the first tokens. The returned part ends between two
+    words, and has more than `max_length` tokens. The whole text is returned if there is no such part, for example because most
+    words are zero-width characters, which many tokenizers remove.
     """
     words = 4 * max_length
     if len(text) < 10 * words or tokenizer.truncation_side == "left":
         return text
     parts = text.split(None, words)
-    return text if len(parts) <= words else text[: len(text) - len(parts[-1])]
+    if len(parts) <= words:
+        return text
+    part = text[: len(text) - len(parts[-1])]
+    tokens = tokenizer(part, truncation=True, max_length=max_length + 1)["input_ids"]
+    return part if len(tokens) > max_length else text
 
 
 @dataclass

@@ -28,7 +28,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks, embed_own_share
 from hf_embed.ranges import COUNT
-from hf_embed.search import exact_search, merge
+from hf_embed.search import exact_search
 
 logger = logging.getLogger(__name__)
 
@@ -119,24 +119,31 @@ class Retrieval(EvaluationTask):
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
     def rank(self, embed: Embed, k: int) -> tuple[Tensor, dict[str, list[str]]]:
-        """Return cosines (Q, up to k + 1), and the ids of the k nearest documents of each query, best first.
+        """Return the largest and the smallest cosines of each query, and the ids of the k nearest documents, best first.
 
         Of documents with equal cosines, the larger id comes first, as in trec_eval. Each rank encodes and searches its share of
         the corpus block by block. The embeddings are not kept.
         """
         rank, ranks = get_rank(), get_world_size()
-        ids, texts = list(self.corpus), list(self.corpus.values())
+        ids = sorted(self.corpus, key=str, reverse=True)  # of equal scores, the search takes the first
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
-        documents = embed_own_share(texts, embed, "document")
+        smallest = [queries.new_empty(len(queries), 0, dtype=torch.float32)]
+
+        def cosines(queries: Tensor, block: Tensor) -> Tensor:
+            scores = queries @ block.T
+            smallest.extend([scores.amin(1, keepdim=True).cpu()] if len(block) else [])
+            return scores
+
+        documents = embed_own_share([self.corpus[i] for i in ids], embed, "document")
         blocks = (F.normalize(block.float(), dim=-1) for block in documents)  # searched on the device that encoded them
-        scores, numbers = exact_search(F.normalize(queries.float(), dim=-1), blocks, k + 1)
-        parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank))
-        scores, numbers = merge([part[0] for part in parts], [part[1] for part in parts], k + 1)
+        scores, numbers = exact_search(F.normalize(queries.float(), dim=-1), blocks, k + 1, cosines)
+        parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank, torch.cat(smallest, dim=1)))
+        scores, numbers, lowest = (torch.cat(part, dim=1) for part in zip(*parts))
         found = {}
         for query, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
-            ranked = [document for _, document in sorted(((score, ids[number]) for score, number in zip(*row)), reverse=True)]
+            ranked = [ids[number] for _, number in sorted(zip(*row), key=lambda found: (-found[0], found[1]))]
             found[query] = [document for document in ranked if not (document == query and query in self.itself)][:k]
-        return scores, found
+        return torch.cat([scores, lowest], dim=1), found
 
 
 def ranking_metrics(found: list[str], relevant: dict[str, int], cutoffs: tuple[int, ...]) -> dict[str, float]:
