@@ -379,30 +379,34 @@ def test_a_batch_is_tokenized_while_the_model_encodes_the_one_before(monkeypatch
 
 
 def test_threads_that_share_an_encoder_in_training_mode_use_no_dropout():
-    """BUG: the first thread that was done turned dropout on again, while the others still computed."""
+    """BUG: the thread that came first turned dropout on again when it left, while the other one still computed."""
     encoder = Encoder(tiny_model(hidden_dropout_prob=0.5), quickstart_tokenizer())
-    expected = encoder.encode(TEXTS)
     encoder.train()
     encoder.dense.eval()
-    inside, others_done, found = threading.Event(), threading.Event(), []
-    embed = encoder.embed
+    expected = encoder.encode(TEXTS)
+    inside, leave = ({name: threading.Event() for name in ("first", "second")} for _ in range(2))
+    embed, found = encoder.embed, {}
 
     def slow(*arguments):
-        inside.set()
-        assert others_done.wait(timeout=20)
+        name = threading.current_thread().name
+        inside[name].set()
+        assert leave[name].wait(timeout=20)
         return embed(*arguments)
 
-    first = threading.Thread(target=lambda: found.append(encoder.encode(TEXTS)))
+    def encode():
+        found[threading.current_thread().name] = encoder.encode(TEXTS)
+
     encoder.embed = slow
-    first.start()
-    assert inside.wait(timeout=20)
-    encoder.embed = embed
-    np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=1e-5, atol=1e-6)
-    assert not encoder.training  # the first thread is still inside
-    others_done.set()
-    first.join()
-    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
-    assert encoder.training and encoder.backbone.training and not encoder.dense.training
+    threads = [threading.Thread(target=encode, name=name) for name in inside]
+    for thread in threads:
+        thread.start()
+        assert inside[thread.name].wait(timeout=20)
+    for thread in threads:
+        leave[thread.name].set()
+        thread.join()
+        np.testing.assert_allclose(found[thread.name], expected, rtol=1e-5, atol=1e-6)
+        assert encoder.training == encoder.backbone.training == (thread.name == "second")
+    assert not encoder.dense.training
 
 
 def test_a_tokenizer_is_used_by_one_thread_at_a_time(monkeypatch):
