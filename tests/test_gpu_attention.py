@@ -251,6 +251,21 @@ def test_tf32_can_be_set_after_the_encoder_was_made():
         torch.backends.fp32_precision = "none"
 
 
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+@pytest.mark.parametrize("of_cudnn", [False, True])
+def test_a_later_setting_means_the_same_with_an_encoder(value, of_cudnn):
+    """BUG: cuDNN's convolutions and RNNs kept TF32 for good, because their default was written back as a value of their own."""
+    level = torch.backends.cudnn if of_cudnn else torch.backends
+    seen = []
+    for make in (lambda: None, lambda: Encoder(tiny_model(), quickstart_tokenizer())):
+        own = level.fp32_precision
+        make()
+        level.fp32_precision = value
+        seen.append(settings_of_products())
+        level.fp32_precision = own
+    assert seen[0] == seen[1]
+
+
 def test_a_folder_is_compared_exactly(tmp_path, monkeypatch, all_products):
     """Vectors in TF32 differ from each other by more than 1e-5, for example in a packed and in a padded batch."""
     seen, encode, encoder = [], Encoder.encode, Encoder(tiny_model(), quickstart_tokenizer())
