@@ -13,27 +13,18 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from hf_embed.checkpoint.save import renewed, save_encoder
 from hf_embed.checkpoint.tables import Results
 from hf_embed.disk import disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.pooling import Dense
-from hf_embed.read_files import parse_json
-from hf_embed.tempscale import applied_tempscale
+from hf_embed.fingerprint import described
 from hf_embed.training_record import on_the_hub, shown
-
-# Entries of config.json that no vector depends on. Dropout rates (any entry with "drop" in its name) matter only in training.
-NO_EFFECT = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "gradient_checkpointing", "id2label",
-    "initializer_range", "label2id", "problem_type", "return_dict", "tie_word_embeddings", "transformers_version", "use_cache",
-}  # fmt: skip
 
 
 def average_models(
@@ -60,13 +51,13 @@ def average_models(
     shares = shares_of(names, weights)
     load = {"max_length": max_length, "trust_remote_code": trust_remote_code, "dtype": torch.float32}
     average = Encoder.from_pretrained(names[0], **load)  # type: ignore[arg-type]
-    expected, total = facts(average), tensors_of(average)
+    expected, total = described(average), tensors_of(average)
     for tensor in total.values():
         if tensor.is_floating_point():
             tensor.mul_(shares[0])
     for name, share in zip(names[1:], shares[1:]):
         encoder = Encoder.from_pretrained(name, **load)  # type: ignore[arg-type]
-        check_same(facts(encoder), expected, name, names[0])
+        check_same(described(encoder), expected, name, names[0])
         add(total, tensors_of(encoder), share, name, names[0])
     return average
 
@@ -110,35 +101,6 @@ def shares_of(names: Sequence[str], weights: Sequence[float] | None) -> list[flo
 
 
 # ---- what has to be the same ----
-
-
-def facts(encoder: Encoder) -> dict[str, Any]:
-    """Return everything that has to be the same in all models of an average, by its name in messages."""
-    config = {key: value for key, value in encoder.config.to_dict().items() if key not in NO_EFFECT and "drop" not in key}
-    settings = {key: value for key, value in encoder.settings.items() if key != "dense"}
-    return {
-        "architecture": type(encoder.base).__name__,
-        "config": config,
-        "tokenizer": tokenizer_facts(encoder.tokenizer),
-        **settings,
-        "dense": [dense_facts(layer) for layer in cast("list[Dense]", list(encoder.dense))],
-        "temp_scale": None if (applied := applied_tempscale(encoder.backbone)) is None else applied.to_dict(),
-    }
-
-
-def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what decides which token ids a text gets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = {"vocab": tokenizer.get_vocab()} if backend is None else parse_json(backend.to_str())
-    loose = {"padding", "truncation", "version"}  # settings of the last call
-    return {key: value for key, value in state.items() if key not in loose} | {"truncation_side": tokenizer.truncation_side}
-
-
-def dense_facts(layer: Dense) -> tuple[int, int, bool, str, str]:
-    """Return the sizes and the kind of a layer after the pooling."""
-    linear = layer.linear
-    kinds = type(layer.activation).__name__, type(layer.residual).__name__
-    return linear.in_features, linear.out_features, linear.bias is not None, *kinds
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any], name: str, first: str) -> None:

@@ -360,22 +360,27 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
 def exact_products() -> Iterator[None]:
     """Compute products of float32 numbers exactly inside a `with` block. The error of TF32 is larger than every tolerance.
 
-    PyTorch has one setting for all products and further ones for kinds of products, which inherit it if they are "none". Each
-    gets its own value back. The older function `torch.set_float32_matmul_precision` cannot be mixed with these settings, which
-    `tf32=True` of `TrainingArguments` uses.
+    PyTorch has a setting for all products, one for cuDNN, and one for each kind of products. A kind without a value of its own
+    inherits one. It is not touched, because no value that could be set later means the same: the default "tf32" of the kinds of
+    cuDNN gives way to the general settings, but a "tf32" that was set does not. The older function
+    `torch.set_float32_matmul_precision` cannot be mixed with these settings, which `tf32=True` of `TrainingArguments` uses.
     """
     every: Any = torch.backends
-    levels = [every, every.cudnn, every.cuda.matmul, every.mkldnn.matmul, every.cudnn.conv, every.cudnn.rnn]
+    general, kinds = [every, every.cudnn], [every.cuda.matmul, every.mkldnn.matmul, every.cudnn.conv, every.cudnn.rnn]
     before = []
-    for level in levels:  # without the level above, which is now "none", a level shows its own value
-        before.append(level.fp32_precision)
-        level.fp32_precision = "none"
     try:
-        for level in levels:
+        for level in general:  # without the level above, which is now "none", a level shows its own value
+            before.append((level, level.fp32_precision))
+            level.fp32_precision = "none"
+        for level in general:
             level.fp32_precision = "ieee"
+        for level in kinds:
+            if level.fp32_precision != "ieee":
+                before.append((level, level.fp32_precision))
+                level.fp32_precision = "ieee"
         yield
     finally:
-        for level, value in zip(levels, before):
+        for level, value in reversed(before):
             level.fp32_precision = value
 
 

@@ -56,9 +56,9 @@ from hf_embed.data.sources import plain_rows, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
+from hf_embed.fingerprint import fingerprint
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.read_files import read_array, read_json

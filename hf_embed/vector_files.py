@@ -29,7 +29,7 @@ from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import fingerprint
+from hf_embed.fingerprint import fingerprint
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
 from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder

@@ -4,19 +4,18 @@
 `mteb_model_meta` describes the model. Without it, mteb would drop the encoder and keep only an empty description.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HTTPError
 
 from hf_embed.disk import disk_errors
 from hf_embed.errors import InputError
+from hf_embed.fingerprint import fingerprint
 from hf_embed.progress import bars_shown
 
 logger = logging.getLogger(__name__)
@@ -70,19 +69,6 @@ def model_meta(encoder: "Encoder") -> "ModelMeta":
         "use_instructions": any(encoder.prompts.values()),
     }
     return ModelMeta.create_empty(about)
-
-
-def fingerprint(encoder: "Encoder") -> str:
-    """Return a hash of everything that an embedding depends on.
-
-    So mteb stores separate results for other weights or another pooling.
-    """
-    settings = sorted(encoder.settings.items())
-    found = hashlib.sha256(repr(settings).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
 
 
 def find_tasks(names: list[str], benchmarks: list[str]) -> list["AbsTask"]:
