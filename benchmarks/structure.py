@@ -19,9 +19,9 @@ MOST_PARAMETERS = 7
 TIERS = [
     ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "read_files",
      "safe_files", "version"],
-    ["activations", "adapters", "chunking", "data", "dropout", "encoding", "evaluation", "fingerprint", "forward_check",
-     "objectives", "packed_attention", "packing", "pooling", "search", "tempscale", "text_models", "vectors", "word_table",
-     "work_files"],
+    ["activations", "adapters", "chunking", "data", "dropout", "encoding", "evaluation", "exact", "fingerprint",
+     "forward_check", "objectives", "packed_attention", "packing", "pooling", "search", "tempscale", "text_models", "vectors",
+     "word_table", "work_files"],
     ["encoder"],
     ["arguments", "averaging", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining",
      "mlm", "output", "preview", "resume", "step", "stop", "teacher", "trainer_inputs", "trainer_rows", "trainer_settings",

@@ -15,7 +15,8 @@ number of tokens that the model has positions for.
 
 The check runs when an `Encoder` is created, and again in `ContrastiveTrainer` on the device of the training. It is skipped
 while the weights are not available: on FSDP ranks that still wait for them (the meta device), under ZeRO-3, and with flash
-attention before the model is on a GPU. Quantized weights are compared with the tolerance of bfloat16.
+attention before the model is on a GPU. Weights in half precision are checked in float32, if there is memory for it. Quantized
+weights are compared with the tolerance of bfloat16.
 
 Shapes: N texts of T tokens, D numbers per vector.
 """
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.exact import exact_products, in_float32
 from hf_embed.library_internals import attention_backend, plain_attention
 from hf_embed.packing import Packable, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
@@ -97,12 +99,30 @@ def measure(encoder: "Encoder") -> Measured:
     if not is_measurable(encoder.backbone):
         return Measured(encoder.config.hidden_size, stated_positions(encoder.config))
     check_vocabulary(encoder)
-    passes = run_passes(encoder)
-    check_passes(passes, encoder)
+    passes = checked_passes(encoder)
     first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
     width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
     positions = passes.lookups.positions(passes.rows, word_table(encoder.base)) or stated_positions(encoder.config)
     return Measured(width, positions, passes.packable)
+
+
+def checked_passes(encoder: "Encoder") -> Passes:
+    """Compute the vectors of the texts in every way, and check them. If possible, this is done with float32 weights.
+
+    Raises:
+        InputError: as described in `measure`.
+    """
+    passes = None
+    with in_float32(encoder) as changed:
+        failures = (InputError, torch.OutOfMemoryError) if changed else ()  # the code of a model may need its data type
+        with contextlib.suppress(*failures):
+            passes = run_passes(encoder)
+        if passes is not None:
+            check_passes(passes, encoder)
+    if passes is None:
+        passes = run_passes(encoder)
+        check_passes(passes, encoder)
+    return passes
 
 
 def run_passes(encoder: "Encoder") -> Passes:
@@ -151,11 +171,14 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
     A model that takes other arguments, or that adds something to the scores, may raise any error. It is padded then. It is also
     padded if it attends over the whole row under a mask of its own: this may be right, but it is slow. In the first check of a
     model with few positions, the texts are repeated, so that the row has more tokens than there are positions.
+
+    In half precision, several ways may be within the tolerance. A later one is taken if it is at least twice as near.
     """
     positions = 0 if encoder.packable else stated_positions(encoder.config) or 0
     times = 1 + (positions // len(flat) if positions <= MOST_POSITIONS else 0)
     odd = odd_neighbors(encoder)
     row, sizes = torch.cat([flat.repeat(times), *odd]), [*(lengths * times), *map(len, odd)]
+    found, nearest = None, 2 * tolerance_of(encoder.backbone)
     for way in ways_to_pack(encoder.base):
         encoder.packable = way
         try:
@@ -165,10 +188,10 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
             raise
         except Exception:
             return None
-        equal = not differ(packed, reference.repeat(times, 1), tolerance_of(encoder.backbone))
-        if equal and packed.isfinite().all():
-            return None if whole.seen else way
-    return None
+        distance = distances(packed, reference.repeat(times, 1)).max().item()
+        if packed.isfinite().all() and distance < nearest / 2:
+            found, nearest = None if whole.seen else way, distance
+    return found
 
 
 def odd_neighbors(encoder: "Encoder") -> list[Tensor]:
@@ -320,16 +343,19 @@ def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) ->
     return not torch.equal(states[0, -1], states[1, -1])
 
 
-def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
-    """Return whether any of the vectors (N, D) differs from its reference.
+def distances(vectors: Tensor, reference: Tensor) -> Tensor:
+    """Return the distance (N,) of each vector from its reference, both (N, D), relative to the norm of the reference.
 
-    Two vectors differ if their distance exceeds `tolerance` times the norm of the reference, or if only one of them contains
-    NaN.
+    It is NaN if one of them contains NaN, and 0 if both do.
     """
     vectors, reference = vectors.double(), reference.double()
     distance = (vectors - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
-    both_nan = vectors.isnan().any(-1) & reference.isnan().any(-1)
-    return not bool(((distance <= tolerance) | both_nan).all())
+    return distance.masked_fill(vectors.isnan().any(-1) & reference.isnan().any(-1), 0)
+
+
+def differ(vectors: Tensor, reference: Tensor, tolerance: float) -> bool:
+    """Return whether any of the vectors (N, D) is farther from its reference than `tolerance`, or only one of them has NaN."""
+    return not bool((distances(vectors, reference) <= tolerance).all())
 
 
 def tolerance_of(backbone: PreTrainedModel) -> float:
@@ -354,34 +380,6 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Compute products of float32 numbers exactly inside a `with` block. The error of TF32 is larger than every tolerance.
-
-    PyTorch has a setting for all products, one for cuDNN, and one for each kind of products. A kind without a value of its own
-    inherits one. It is not touched, because no value that could be set later means the same: the default "tf32" of the kinds of
-    cuDNN gives way to the general settings, but a "tf32" that was set does not. The older function
-    `torch.set_float32_matmul_precision` cannot be mixed with these settings, which `tf32=True` of `TrainingArguments` uses.
-    """
-    every: Any = torch.backends
-    general, kinds = [every, every.cudnn], [every.cuda.matmul, every.mkldnn.matmul, every.cudnn.conv, every.cudnn.rnn]
-    before = []
-    try:
-        for level in general:  # without the level above, which is now "none", a level shows its own value
-            before.append((level, level.fp32_precision))
-            level.fp32_precision = "none"
-        for level in general:
-            level.fp32_precision = "ieee"
-        for level in kinds:
-            if level.fp32_precision != "ieee":
-                before.append((level, level.fp32_precision))
-                level.fp32_precision = "ieee"
-        yield
-    finally:
-        for level, value in reversed(before):
-            level.fp32_precision = value
 
 
 def check_vocabulary(encoder: "Encoder") -> None:
