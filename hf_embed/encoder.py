@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.chunking import encode_in_chunks
-from hf_embed.data.tokenization import beginning
+from hf_embed.data.tokenization import beginning, room_for_text
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
     Tokens,
@@ -336,6 +336,8 @@ class Encoder(nn.Module):
         check_sizes(batch_size, chunk_tokens)
         check_output(self, truncate_dim, normalize, precision)
         before = self.prompt(prompt_name) if prompt is None else prompt
+        if before:
+            room_for_text(self.tokenizer, [before], self.max_length)  # raises InputError if there is none
         listed = text_list(texts)
 
         def tokenize(part: list[str], numbers: Sequence[int]) -> Tokens:

@@ -121,8 +121,8 @@ def share_gradient(table: nn.Embedding | None) -> tuple[SharedGradient | None, T
 
 @contextlib.contextmanager
 def sharing(gradient: SharedGradient | None, shared: Tensor) -> Iterator[None]:
-    """Return a context in which calls of the table share their gradient."""
-    if gradient is None:
+    """Return a context in which calls of the table share their gradient. Code that torch.compile compiles does not."""
+    if gradient is None or torch.compiler.is_compiling():
         yield
         return
     table = gradient.module

@@ -692,6 +692,14 @@ def test_a_long_text_gets_the_same_tokens_from_its_beginning(side, tokenizer, mo
     assert (len(beginning(texts[0], 12, tokenizer)) < 1000) == (side == "right")
 
 
+def test_training_refuses_a_prompt_that_leaves_no_room(tokenizer):
+    """BUG: a prompt longer than max_length ended in the OverflowError of the tokenizer."""
+    for length in (3, 6, 8):
+        message = error_of(RowTokenizer, tokenizer, length, "", "find the text that says: ")
+        assert f"has 6 tokens, so max_length {length} leaves no room" in message
+    assert RowTokenizer(tokenizer, 9, "", "find the text that says: ").text_length == 3
+
+
 @pytest.mark.parametrize("words_without_tokens", [100, 700, 20_000])
 @pytest.mark.parametrize("word", ["\u200b", "\u00ad", "\x01"])
 def test_words_without_tokens_do_not_hide_the_text_after_them(word, words_without_tokens, tokenizer):

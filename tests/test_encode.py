@@ -78,6 +78,18 @@ def test_prompts_are_sentence_transformers(both, name, options):
     same(getattr(ours, name)(TEXTS, **options), getattr(theirs, name)(TEXTS, **options))
 
 
+@pytest.mark.parametrize("settings", [{"prompts": {"query": "find the text that says: "}}, {}])
+def test_a_prompt_that_leaves_no_room_is_refused(settings):
+    """BUG: every text was cut off behind the prompt, so all texts had the vector of the prompt."""
+    encoder = tiny_encoder(max_length=8, **settings)  # 6 tokens and two special ones
+    options = {"prompt_name": "query"} if settings else {"prompt": "find the text that says: "}
+    expected = "the prompt 'find the text that says: ' has 6 tokens, so max_length 8 leaves no room for a text; shorten"
+    assert expected in error_of(encoder.encode, TEXTS, **options)
+    encoder.max_length = 9
+    vectors = encoder.encode(["rain", "snow"], **options)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
 def test_queries_and_documents_of_a_model_without_their_prompts(tmp_path):
     encoder = tiny_encoder(prompts={"topic": "about: "}, default_prompt_name="topic")
     encoder.save_pretrained(str(tmp_path), verify=False)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -50,6 +51,23 @@ def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) ->
     return part if len(tokens) > max_length else text
 
 
+def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_length: int) -> int:
+    """Return how many of `max_length` tokens the longest of these prompts leaves for the text, with its special tokens.
+
+    Raises:
+        InputError: if a prompt leaves no room, so that all texts would have the same vector.
+    """
+    lengths = {prompt: len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) for prompt in prompts}
+    longest = max(lengths, key=lambda prompt: lengths[prompt])
+    left = max_length - lengths[longest]
+    if lengths[longest] and left <= tokenizer.num_special_tokens_to_add():
+        raise InputError(
+            f"the prompt {longest[:40]!r} has {lengths[longest]} tokens, so max_length {max_length} leaves no room for a text; "
+            "shorten the prompt, or increase max_length"
+        )
+    return left
+
+
 @dataclass
 class RowTokenizer:
     """Map rows of texts to token ids and text hashes, and count the truncated texts of each row.
@@ -78,8 +96,7 @@ class RowTokenizer:
     text_length: int = field(init=False)
 
     def __post_init__(self) -> None:
-        prompts = self.tokenizer([self.query_prompt, self.document_prompt], add_special_tokens=False)["input_ids"]
-        self.text_length = self.max_length - max(map(len, prompts))
+        self.text_length = room_for_text(self.tokenizer, [self.query_prompt, self.document_prompt], self.max_length)
 
     def __call__(self, rows: list[list[str]], others: list[list[str]] | None = None, width: int = 0) -> dict[str, list]:
         """Return the three columns of the rows, and with `others` also the column `other_ids`.
