@@ -122,32 +122,30 @@ def exact_search(queries: Tensor, blocks: Iterable[Tensor], k: int, compare: Com
     for block in blocks:
         queries, scores, numbers = (tensor.to(block.device) for tensor in (queries, scores, numbers))
         block_scores, places = best(compare(queries, block), k)
-        scores, numbers = merge([scores, block_scores], [numbers, places + first], k)
+        scores, chosen = best(torch.cat([scores, block_scores], dim=1), k)
+        numbers = torch.cat([numbers, places + first], dim=1).gather(1, chosen)
         first += len(block)
-    return scores, numbers
-
-
-def merge(scores: list[Tensor], numbers: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return the best k of several lists of candidates: their scores and numbers. Each list is (Q, any number)."""
-    merged, places = best(torch.cat(scores, dim=1), k)
-    return merged, torch.cat(numbers, dim=1).gather(1, places)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores, numbers.gather(1, order)
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest scores of each row, or all if there are fewer, and their places. Equal scores keep their order.
+    """Return the k largest scores of each row, or all of them, and their places. Of equal scores, the first are taken.
+
+    The scores stay in their order:
 
     >>> best(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), 3)
-    (tensor([[2., 1., 1.]]), tensor([[1, 0, 2]]))
+    (tensor([[1., 2., 1.]]), tensor([[0, 1, 2]]))
     """
-    k = min(k, scores.shape[1])
-    values, places = scores.topk(k, dim=1)
-    last = values[:, -1:]
-    tied = scores == last  # `topk` takes any of these, so take the first ones in rows where some are left out
-    rows = (tied.sum(1) > (values == last).sum(1)).nonzero().squeeze(1)
-    if len(rows):
-        above = ~(scores[rows] <= last[rows])  # with NaN, which `topk` takes first
-        chosen = above | (tied[rows] & (tied[rows].cumsum(1) <= k - above.sum(1, keepdim=True)))
-        places[rows] = chosen.nonzero()[:, 1].view(-1, k)
+    if scores.shape[1] <= k:
+        return scores, torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    values, places = scores.topk(k + 1, dim=1)
+    tied = (values[:, k] == values[:, k - 1]).nonzero().squeeze(1)  # in these rows, `topk` takes any of several equal scores
+    places = places[:, :k]
+    if len(tied):
+        rows, last = scores[tied], values[tied, k:]
+        above = ~(rows <= last)  # with NaN, which `topk` takes first
+        chosen = above | ((rows == last) & ((rows == last).cumsum(1) <= k - above.sum(1, keepdim=True)))
+        places[tied] = chosen.nonzero()[:, 1].view(-1, k)
     places = places.sort(1).values
-    values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
-    return values, places.gather(1, order)
+    return scores.gather(1, places), places
