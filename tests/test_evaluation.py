@@ -268,3 +268,19 @@ def test_plot_trajectory(history, drawn, tmp_path):
     path = tmp_path / "geometry.png"
     plot_trajectory(history, path)
     assert (path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n") if drawn else not path.exists()
+
+
+def test_a_picture_leaves_the_plots_of_a_notebook_alone(tmp_path):
+    """BUG: after a training, the pictures of a notebook were no longer shown, because its backend had been replaced."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    try:
+        own = plt.figure()
+        plot_trajectory([point(0, 0.2), point(10, 0.3)], tmp_path / "geometry.png")
+        assert matplotlib.get_backend() == "svg" and plt.get_fignums() == [own.number]
+    finally:
+        plt.close("all")
+        matplotlib.use(before)

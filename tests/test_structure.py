@@ -73,6 +73,11 @@ def test_the_pages_show_the_tiers(structure):
             assert shown[number] == set(packages), page
 
 
+def test_no_picture_is_drawn_with_pyplot():
+    """It has one current backend, which belongs to the user."""
+    assert [path for path in (ROOT / "hf_embed").rglob("*.py") if "pyplot" in path.read_text(encoding="utf-8")] == []
+
+
 def test_no_attribute_of_ours_is_guessed(structure):
     assert structure.guessed_attributes() == []
     sources = "".join(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) for path in structure.modules().values())
