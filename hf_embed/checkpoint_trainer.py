@@ -36,9 +36,12 @@ Made = TypeVar("Made")
 
 LATEST = "latest"  # the same as True, but easier to read on a command line
 # Beginnings of transformers' messages about a resumed run that this package replaces, or that are wrong here.
-SAID_OTHERWISE = ("The best checkpoint ", "Warning: The following arguments do not match the ones in the `trainer_state.json`")
+REPLACED_MESSAGES = (
+    "The best checkpoint ",
+    "Warning: The following arguments do not match the ones in the `trainer_state.json`",
+)
 # Entries of a torch optimizer's state that have the shape of their weight.
-OF_ITS_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg")
+PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg")
 
 
 class CheckpointTrainer(HubTrainer):
@@ -193,7 +196,7 @@ class CheckpointTrainer(HubTrainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        with without_messages(("transformers.trainer", "transformers.trainer_utils"), SAID_OTHERWISE):
+        with without_messages(("transformers.trainer", "transformers.trainer_utils"), REPLACED_MESSAGES):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
@@ -307,7 +310,7 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
     for parameter, state in optimizer.state.items():
-        for name in OF_ITS_SHAPE:
+        for name in PARAMETER_SHAPED:
             if name in state and state[name].shape != parameter.shape:
                 raise InputError(
                     f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, but its weight "

@@ -64,7 +64,7 @@ from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
-from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder
+from hf_embed.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ def finished(work: Path, output: Path, pairs: Pairs, most: int) -> Counter[str]:
     with output.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     if [(row["query"], row["positive"]) for row in rows] != [tuple(pair) for pair in pairs]:
-        raise is_there(output)
+        raise already_exists(output)
     barrier()  # every rank has read the output before the folder goes
     if get_rank() == 0:
         shutil.rmtree(work)

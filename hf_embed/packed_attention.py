@@ -24,8 +24,8 @@ from hf_embed.dropout import draw_mask
 from hf_embed.library_internals import efficient_attention, flash_attention
 
 # What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
-HARMLESS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
-            "max_length_q", "max_length_k"}  # fmt: skip
+IGNORED_ARGUMENTS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
+                     "max_length_q", "max_length_k"}  # fmt: skip
 
 # Up to this number of tokens, training is faster with attention from here (`_Attend`) than with PyTorch's function.
 SHORT = 128
@@ -76,7 +76,7 @@ def attend_by_text(
     """
     if text_bounds is None:
         return PADDED(module, query, key, value, attention_mask, dropout, scaling, is_causal, **others)
-    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    unknown = [name for name, given in others.items() if given is not None and name not in IGNORED_ARGUMENTS]
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal  # as "sdpa" reads None
     if attention_mask is not None or unknown or causal:
         raise CannotPack(f"attention with {', '.join(unknown) or 'a mask'} in a packed row")

@@ -60,7 +60,7 @@ def hidden_bars(hidden: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def calm_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Show transformers' bars for loading weights and writing shards only if they take long. Downloads are not affected.
 
     Also hide its table of unused and missing weights: a loaded encoder does not use the head of a language model, and

@@ -29,9 +29,9 @@ from hf_embed.safe_files import key_of, lock_folder, locks, release
 PATIENCE = 5  # seconds that the main process has to report an error that all ranks have found
 SOON = 2  # seconds within which a launcher ends the remaining ranks after one has ended
 # Parts of the error messages of gloo, NCCL and the store: for a process that has ended, and for one that does not answer.
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exited",
-        "Connection was likely closed", "Connection refused")  # fmt: skip
-SILENT = ("Timed out waiting", "timeout caused pair closure", "collective operation timeout", "wait timeout after")
+DISCONNECTED = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Connection was likely closed",
+                "Broken pipe", "Socket closed", "remote process exited")  # fmt: skip
+TIMED_OUT = ("Timed out waiting", "timeout caused pair closure", "collective operation timeout", "wait timeout after")
 
 
 class PeerError(RankError):
@@ -82,13 +82,13 @@ def peers_in_one_line(seconds: int | None = None) -> Iterator[None]:
         text = str(error)
         if get_world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
             raise
-        if any(words in text for words in SILENT):
+        if any(words in text for words in TIMED_OUT):
             waited = "" if seconds is None else f" for {seconds} s"
             raise InputError(
                 f"another process of this run has not answered{waited}: it hangs, or is slower by more than --ddp_timeout; "
                 "check that process, or set a larger --ddp_timeout"
             ) from None
-        if not any(words in text for words in GONE):
+        if not any(words in text for words in DISCONNECTED):
             raise
         time.sleep(SOON)
         raise PeerError from None

@@ -48,12 +48,12 @@ ALL_ROWS = 100_000  # tables of up to this many rows are hashed completely, larg
 SAMPLED_ROWS = 1_000  # the number of rows in that sample
 SAMPLED_NUMBERS = 1_000  # about how many numbers of each tensor of a base model are hashed
 # Entries of a config that do not change what the model computes, or that are compared in another way.
-OF_NO_FUNCTION = re.compile(
+IGNORED_CONFIG_KEYS = re.compile(
     r"drop|name|path|revision|version|dtype|cache|^output_|return_dict|temp_scale|inference_mode|task_type|_attn|^init|_init|"
     "token_id|chunk_size"
 )
 # Settings that may change when a run is resumed. A warning names the changes.
-TOLD = (
+WARNED_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "gradient_accumulation_steps",
     "per_device_train_batch_size", "dataloader_drop_last", "mixed_precision",
@@ -87,7 +87,7 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
         "optimizer": optimizer_class(trainer),
         "ranks": args.world_size,
         "rows_of_epoch": rows_of_epoch(trainer.train_dataset, args),
-        "settings": {name: getattr(args, name) for name in TOLD}
+        "settings": {name: getattr(args, name) for name in WARNED_SETTINGS}
         | {"normalize": encoder.normalize, "dtype": str(encoder.dtype).removeprefix("torch."),
            "dropout": dropout_rates(encoder.backbone)},
     }  # fmt: skip
@@ -101,7 +101,7 @@ def as_json(facts: Facts) -> Facts:
 
 def same_settings(then: Facts, args: ContrastiveTrainingArguments, objective: Objective) -> bool:
     """Return whether these arguments and this objective equal those of a checkpoint's run (`then`), except for the seed."""
-    now = as_json({name: getattr(args, name) for name in TOLD} | {"seed": None})
+    now = as_json({name: getattr(args, name) for name in WARNED_SETTINGS} | {"seed": None})
     settings = now | {name: value for name, value in then["settings"].items() if name in now} | {"seed": None}
     return settings == now and then["objective"] == as_json(objective_facts(objective))
 
@@ -207,7 +207,7 @@ def config_facts(backbone: nn.Module) -> Facts:
     """Return the entries in the configs of a model and its adapters that decide what the model computes."""
     configs = configs_of(backbone)
     facts = {key: value for config in configs for key, value in config.items() if isinstance(value, int | float | str)}
-    return {key: value for key, value in facts.items() if not OF_NO_FUNCTION.search(key)}
+    return {key: value for key, value in facts.items() if not IGNORED_CONFIG_KEYS.search(key)}
 
 
 def configs_of(backbone: nn.Module) -> list[Facts]:
@@ -283,7 +283,7 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
     changes = run_changes(then, now)
     check_fit(checkpoint, then, now, changes)
     ranks, notes = other_ranks(then, now)
-    told = told_changes(then, now)
+    told = changes_to_warn_about(then, now)
     if not (changes or ranks):
         return notes + ([f"{checkpoint}: resuming with other settings: {'; '.join(told)}"] if told else [])
     if not allow_changed:
@@ -383,8 +383,8 @@ def other_ranks(then: Facts, now: Facts) -> tuple[list[str], list[str]]:
     return [], [f"{change}: the batches are the same, but dropout draws different numbers"]
 
 
-def told_changes(then: Facts, now: Facts) -> list[str]:
-    """Describe the changes of settings that only cause a warning: those in `TOLD`, normalize, the dtype and dropout.
+def changes_to_warn_about(then: Facts, now: Facts) -> list[str]:
+    """Describe the changes of settings that only cause a warning: those in `WARNED_SETTINGS`, normalize, the dtype and dropout.
 
     If the number of ranks has changed, the batch size per device is left out, because `other_ranks` reports it.
     """

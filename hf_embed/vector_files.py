@@ -32,7 +32,7 @@ from hf_embed.errors import InputError
 from hf_embed.fingerprint import fingerprint
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
-from hf_embed.work_files import barrier, claimed, digest, is_there, make_files, work_folder
+from hf_embed.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 
 SHARD = 1024  # texts per part; a stopped run loses only unfinished parts
 READ = 8192  # texts that are read at a time
@@ -109,7 +109,7 @@ def finished(work: Path, output: Path, identity: str) -> dict[str, Any]:
     """
     about = read_json(description_of(output)) if description_of(output).is_file() else {}
     if about.get("identity") != identity:
-        raise is_there(output)
+        raise already_exists(output)
     barrier()  # no rank removes anything before all ranks have looked
     if get_rank() == 0:
         shutil.rmtree(work)

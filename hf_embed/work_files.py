@@ -33,12 +33,12 @@ def work_folder(output: Path) -> Path:
     """
     work = output.with_name(output.name + ".work")
     if output.exists() and not work.is_dir():
-        raise is_there(output)
+        raise already_exists(output)
     check_file(output, "the output")
     return work
 
 
-def is_there(output: Path) -> InputError:
+def already_exists(output: Path) -> InputError:
     """Return the error for an output that already exists."""
     return InputError(f"{output} already exists; remove it, or give another file")
 

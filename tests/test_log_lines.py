@@ -22,7 +22,7 @@ from worker import STS
 
 from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval
 from hf_embed.log_lines import LogLines, Printer, Progress, digits, summary
-from hf_embed.progress import bars_shown, calm_libraries, duration, hidden_bars, progress_bar
+from hf_embed.progress import bars_shown, duration, hidden_bars, progress_bar, quiet_libraries
 
 SETS = {"stsb": Dataset.from_list(STS), "sick": Dataset.from_list(STS[::-1])}
 ROOT = Path(__file__).parent.parent
@@ -219,11 +219,11 @@ def test_bars_are_for_the_terminal_of_the_main_process(monkeypatch):
 def test_libraries_show_no_bar_of_short_work(monkeypatch, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with calm_libraries():
+    with quiet_libraries():
         AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert sys.stderr.getvalue() == ""
     AutoModel.from_pretrained(tmp_path)
-    assert "Loading weights" in sys.stderr.getvalue()  # outside `calm_libraries`, bars are shown as before
+    assert "Loading weights" in sys.stderr.getvalue()  # outside `quiet_libraries`, bars are shown as before
 
 
 TRAINING = """

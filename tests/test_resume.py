@@ -145,7 +145,7 @@ def test_another_optimizer_is_always_refused(folder, tmp_path):
 
 # ---- reported in a warning ----
 
-TOLD = {
+WARNED_SETTINGS = {
     "learning_rate": ({"learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001"),
     "schedule": ({"lr_scheduler_type": "constant"}, "lr_scheduler_type was linear and is constant"),
     "warmup": ({"warmup_steps": 1}, "warmup_steps was 0 and is 1"),
@@ -159,9 +159,9 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("case", TOLD)
+@pytest.mark.parametrize("case", WARNED_SETTINGS)
 def test_other_settings_are_told_in_one_line(run, case, caplog):
-    changed, message = TOLD[case]
+    changed, message = WARNED_SETTINGS[case]
     caplog.set_level(logging.WARNING)
     made = trainer(run, **changed)
     made.facts = resume.facts_of(made)

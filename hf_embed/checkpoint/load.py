@@ -21,7 +21,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
-from hf_embed.progress import calm_libraries
+from hf_embed.progress import quiet_libraries
 from hf_embed.read_files import COPY_ANEW, first_line, read_json, tensor_dtypes
 from hf_embed.tempscale import TempScaleConfig, apply_tempscale
 from hf_embed.text_models import check_max_length, is_remote, loading_class
@@ -170,7 +170,7 @@ def load_model(
         model_class = getattr(transformers, auto_class or loading_class(config))
         check_size(files, model_class, config)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with calm_libraries():
+        with quiet_libraries():
             model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
     except InputError:
         raise

@@ -30,7 +30,7 @@ from hf_embed.checkpoint.verify import verify_alike, verify_folder, verify_loada
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
-from hf_embed.progress import calm_libraries
+from hf_embed.progress import quiet_libraries
 from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
 from hf_embed.tempscale import applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
@@ -189,7 +189,7 @@ def write_checkpoint(
         state_dict, settings = tensors_to_save(backbone, state_dict, fold)
     if type(backbone).__module__.startswith("transformers_modules."):
         type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever auto class loaded it
-    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone), calm_libraries():
+    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone), quiet_libraries():
         backbone.save_pretrained(folder, state_dict=state_dict)
     write_tokenizer(encoder, folder)
     return backbone.state_dict() if state_dict is None else state_dict

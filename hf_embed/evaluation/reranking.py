@@ -49,7 +49,7 @@ class Reranking(EvaluationTask):
         self.samples = as_list(rows, "Reranking: samples")
         if not all(isinstance(sample, Judged) for sample in self.samples):
             self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
-        self.judged = with_both_sorts(cast("list[Judged]", self.samples), "Reranking")
+        self.judged = without_one_sided_queries(cast("list[Judged]", self.samples), "Reranking")
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10, x 100, as means over the queries.
@@ -81,10 +81,10 @@ def read_reranking(path: str) -> Reranking:
     Raises:
         InputError: if a column is missing, a text is empty, or no query has both a positive and a negative document.
     """
-    return Reranking(with_both_sorts(judged_candidates(read_rows(path), path), path))
+    return Reranking(without_one_sided_queries(judged_candidates(read_rows(path), path), path))
 
 
-def with_both_sorts(samples: list[Judged], name: str) -> list[Judged]:
+def without_one_sided_queries(samples: list[Judged], name: str) -> list[Judged]:
     """Return the samples with both positives and negatives, and warn about the others. Raise InputError if none is left."""
     found = [sample for sample in samples if sample.positives and sample.negatives]
     if not found:

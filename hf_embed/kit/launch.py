@@ -27,7 +27,7 @@ from hf_embed.stop import SIGNALS
 FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT")
 GRACE = 300  # seconds that the processes have to save a checkpoint after a signal to stop
 # Exit statuses of a process that has already printed why it ended: an error, or a signal that it took as a request to stop.
-SPOKEN = {1, 2, *(128 + number for number in SIGNALS)}
+EXIT_CODES_WITH_A_MESSAGE = {1, 2, *(128 + number for number in SIGNALS)}
 LAUNCHERS = ("accelerate", "torch.distributed")  # loggers whose messages and tracebacks only repeat what the recipe has printed
 
 
@@ -101,7 +101,7 @@ def status_of(failure: ProcessFailure, rank: int) -> int:
     For a process that was ended by a signal, the exit status is 128 plus the number of the signal.
     """
     if failure.exitcode >= 0:
-        if failure.exitcode not in SPOKEN:
+        if failure.exitcode not in EXIT_CODES_WITH_A_MESSAGE:
             print(f"error: process {rank} ended with status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     ended = signal.Signals(-failure.exitcode)

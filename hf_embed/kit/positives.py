@@ -30,7 +30,7 @@ from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import find_model
-from hf_embed.progress import calm_libraries, progress_bar, table_bars
+from hf_embed.progress import progress_bar, quiet_libraries, table_bars
 from hf_embed.read_files import first_line, read_text
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class MaskFill:
             raise InputError("positive mask_fill needs a masked language model; give its name or folder")
         try:
             trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
-            with calm_libraries():
+            with quiet_libraries():
                 model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
         except (OSError, ValueError) as error:
             mend = "; --trust_remote_code allows its own code to run" if "trust_remote_code=True" in str(error) else ""

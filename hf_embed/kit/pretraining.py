@@ -26,7 +26,7 @@ from hf_embed.data.sources import read_texts
 from hf_embed.disk import check_folder
 from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, same_on_all_ranks
 from hf_embed.errors import InputError, in_short
-from hf_embed.progress import calm_libraries, progress_bar
+from hf_embed.progress import progress_bar, quiet_libraries
 from hf_embed.ranges import COUNT, POSITIVE, SEED
 from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
 from hf_embed.work_files import digest
@@ -107,7 +107,7 @@ def save(args: PretrainArguments, model: PreTrainedModel, tokenizer: BertTokeniz
         return
     folder = Path(args.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with calm_libraries(), new_folder(folder) as new:
+    with quiet_libraries(), new_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / "training.json", dataclasses.asdict(args) | {"loss": loss, "tokens": seen})
