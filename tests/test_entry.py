@@ -74,6 +74,26 @@ def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
     assert error == "--config recipes/configs/absent.yaml: this file does not exist; check the path"
 
 
+@pytest.mark.parametrize(
+    ("named", "batch"),
+    [
+        ("seed: 7", 128),
+        ("seed: 7\nmodel_name_or_path:", 128),
+        (f"seed: 7\nmodel_name_or_path: {plan.LANGUAGE_MODEL}", 8),  # another model has the defaults of all flags
+    ],
+)
+def test_a_file_of_settings_is_the_same_as_flags(tmp_path, named, batch):
+    """BUG: with `--config`, the built-in model lost the settings that the file does not name: batch 8 in place of 128."""
+    (tmp_path / "run.yaml").write_text(named)
+    preset = Path(entry.recipes_folder(), "configs", "sup_simcse_quickstart.yaml")
+    words = [f"--{line.replace(': ', '=')}" for line in named.splitlines() if not line.endswith(":")]
+    file, line = (
+        plan.read_flags([SimCSE], preset, ["model_name_or_path"], [*given, "--use_cpu"]).values
+        for given in (["--config", str(tmp_path / "run.yaml")], words)
+    )
+    assert file == line and file["seed"] == 7 and file["per_device_train_batch_size"] == batch
+
+
 @pytest.mark.parametrize("show", [entry.show_error, cli.show_masked])
 def test_ctrl_c_is_one_line_of_the_first_process(show, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)

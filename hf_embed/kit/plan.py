@@ -239,7 +239,8 @@ def read_flags(
 
     Args:
         own: the recipe's own dataclasses, for example the objective. Every field is a flag.
-        preset: a YAML file of settings, which is used if the user gives no `--config`.
+        preset: a YAML file of settings. It applies to the flags that the user gives neither on the command line nor in the
+            file of `--config`.
         unless: names of flags. If the user gives one of them, the preset is not used. Default: the flags that name data.
         argv: the words of the command line. Default: those of this process.
     """
