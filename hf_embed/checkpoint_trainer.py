@@ -230,6 +230,14 @@ class CheckpointTrainer(HubTrainer):
                     safe_files.remove_folder(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        best = str(self.state.best_model_checkpoint)
+        logger.info(f"loading the best model, {best} ({self.state.best_metric:.2f})")
+        self._load_from_checkpoint(best)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does. For a resumed training, the last entry also says from which step its time and loss count."""
         if "train_runtime" in logs and (step := first_step(self)):

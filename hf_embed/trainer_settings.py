@@ -23,6 +23,7 @@ from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
+from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
 from hf_embed.library_internals import use_one_gpu
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
@@ -246,8 +247,10 @@ def check_batch(args: TrainingArguments) -> None:
         )
 
 
-def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
+def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool = False) -> None:
     """Resolve which metric of the evaluation sets chooses the best model ("auto": their main metric).
+
+    With `compute_metrics`, any name is accepted until the sets are scored, because the names of its metrics are not known.
 
     Raises:
         InputError: if no evaluation set logs the metric.
@@ -261,7 +264,8 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
                 args.lr_scheduler_kwargs = cast(dict, args.lr_scheduler_kwargs or {}) | {"mode": "min"}
     names = metric_names(tasks)
-    if args.metric_for_best_model.removeprefix("eval_") not in names:
+    unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
+    if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
         raise InputError(
             f"metric_for_best_model is '{args.metric_for_best_model}', which no evaluation set logs; set it to one of "
             f"{', '.join(sorted(names))}"
