@@ -32,6 +32,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 
 def test_the_form_of_a_script(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/gte_finetune.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "recipes" / "gte_finetune.py"))
     assert entry.recipe_command("gte_pretrain") == "python recipes/gte_pretrain.py"
 
 
@@ -47,9 +48,12 @@ def test_the_form_of_a_module(monkeypatch):
     assert entry.recipe_command("gte_pretrain") == "python -m hf_embed.recipes.gte_pretrain"
 
 
-def test_without_a_name_of_the_process(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [""])
-    assert entry.recipe_command("push") == "python recipes/push.py"
+@pytest.mark.parametrize("first", ["my_training.py", "/home/me/recipes/mine.py", ""])
+def test_the_form_in_a_script_of_the_user(monkeypatch, first):
+    """BUG: the message named recipes/push.py, which does not exist where the package was installed with pip."""
+    monkeypatch.setattr(sys, "argv", [first])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", first)
+    assert entry.recipe_command("push") == "hf-embed push"
 
 
 # ---- files that ship with the recipes ----
