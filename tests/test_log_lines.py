@@ -51,6 +51,18 @@ def test_a_line_for_a_log_and_one_where_an_evaluation_is_due(tmp_path, capsys):
     assert {"norm_spread", "masked_share", "grad_norm", "learning_rate"} <= set(run.state.log_history[0])
 
 
+@pytest.mark.parametrize("counted", ["all", "non_padding"])
+def test_counted_tokens_leave_the_lines_as_they_are(tmp_path, capsys, counted):
+    """BUG: with include_num_input_tokens_seen, each log was shown as the end of the training, without its loss."""
+    shown = []
+    for kind in ("no", counted):
+        run = trainer(tmp_path, eval_dataset=SETS["stsb"], **EVERY, include_num_input_tokens_seen=kind)
+        run.train()
+        shown.append([re.sub("in .* rows/s", "", line) for line in capsys.readouterr().out.splitlines()])
+    assert shown[0] == shown[1] and shown[0][0].startswith("step 2/6  loss ") and len(shown[0]) == 4
+    assert run.state.log_history[0]["train_tokens_per_second"] > 0  # the loggers receive it
+
+
 def test_thresholds_are_for_loggers_and_no_set_hides_another_number(tmp_path, capsys):
     """BUG: a line showed four thresholds of a set of pairs, and the score of a set named loss replaced the training loss."""
     pairs = PairClassification(["a cat", "a dog"], ["the cat", "some house"], [1, 0])
