@@ -133,6 +133,8 @@ class Flags:
 
     parser: Parser
     values: dict[str, Any]
+    given: frozenset[str] = frozenset()  # the names of the flags that the user gives, on the command line or in a file
+    preset: str | None = None  # the recipe's own file of further defaults, if it applies
 
     def make(self, kind: type[Settings]) -> Settings:
         """Make an instance of one of the dataclasses. Raises InputError if the dataclass refuses a value."""
@@ -201,7 +203,7 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
         if not rest[0].startswith("-") and "train_file" in parser.names() and Path(rest[0]).suffix:
             raise InputError(f"{rest[0]} has no flag before it; give --train_file {rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
-    return Flags(parser, vars(namespace))
+    return Flags(parser, vars(namespace), frozenset(given), further)
 
 
 def flag_class(kind: type) -> Any:

@@ -32,6 +32,7 @@ from hf_embed.kit.overwrite import (
 )
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.kit.run_folder import settle_output_dir
+from hf_embed.kit.schedule import settle_schedule
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
@@ -246,6 +247,7 @@ def read_flags(
     """
     kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
+    flags = settle_schedule(flags)
     for kind in kinds:
         flags.make(kind)  # each dataclass checks its values
     for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long
