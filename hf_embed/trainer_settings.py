@@ -58,7 +58,7 @@ REFUSED = {
 }
 
 IGNORED = {
-    "per_device_eval_batch_size": "only held-out rows have batches; other texts are encoded in chunks of chunk_tokens",
+    "per_device_eval_batch_size": "it is the batch of held-out rows, and eval_dataset has none",
     "prediction_loss_only": "every evaluation set computes its metrics",
     "include_for_metrics": "evaluation sets compute their own metrics",
     "batch_eval_metrics": "evaluation sets compute their own metrics",
@@ -316,7 +316,7 @@ def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     """Warn about settings that have no effect, and about torch_compile, which makes training slower."""
     kinds = {task.kind for task in tasks.values()}
     read = set()
-    if HeldOut.kind in kinds:
+    if HeldOut.kind in kinds or not tasks:  # without sets, `evaluate` may still be given some
         read.add("per_device_eval_batch_size")
     if kinds == {HeldOut.kind}:
         read.add("prediction_loss_only")  # the loss is the only metric anyway
