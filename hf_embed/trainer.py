@@ -308,6 +308,12 @@ class ContrastiveTrainer(GuardedTrainer):
         with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             return trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
 
+    def get_eval_dataloader(self, *sets: Any) -> DataLoader:
+        """Raise InputError, because an evaluation set is a task that encodes its own texts, and not batches for the model."""
+        raise InputError("an evaluation set has no dataloader; trainer.evaluate scores sets, trainer.predict embeds texts")
+
+    get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]
+
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""
         tokens = tokenize_texts(self.encoder, [self.encoder.prompt(prompt_name) + text for text in texts])

@@ -157,6 +157,26 @@ def test_compute_metrics_that_cannot_be(tmp_path):
     assert "eval_dataset has none" in error_of(trainer, tmp_path, compute_metrics=pearson, eval_dataset=None)
 
 
+# ---- attributes of the model and of the trainer ----
+
+
+def test_what_scripts_ask_of_the_model(tmp_path):
+    """BUG: trainer.model had none of these, and the model of a plain Trainer has them."""
+    made = trainer(tmp_path, settings={"pooling": "cls_mlp_train"})
+    assert (made.model.device, made.model.dtype) == (torch.device("cpu"), torch.float32)
+    made.train()
+    made.model.save_pretrained(str(tmp_path / "saved"))
+    assert np.abs(Encoder.from_pretrained(str(tmp_path / "saved")).encode(WORDS) - made.encoder.encode(WORDS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["get_eval_dataloader", "get_test_dataloader"])
+@pytest.mark.parametrize("sets", [(), (GRADED,)])
+def test_evaluation_sets_have_no_dataloader(tmp_path, name, sets):
+    """BUG: the error was about columns and the signature of `forward`."""
+    expected = "an evaluation set has no dataloader; trainer.evaluate scores sets, trainer.predict embeds texts"
+    assert error_of(getattr(trainer(tmp_path), name), *sets) == expected
+
+
 # ---- predict ----
 
 
