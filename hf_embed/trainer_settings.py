@@ -26,7 +26,7 @@ from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
 from hf_embed.library_internals import use_one_gpu
-from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
+from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ RANGES = {
     "dataloader_num_workers": Range(least=0, whole=True), "dataloader_prefetch_factor": COUNT,
     "ddp_timeout": COUNT, "ddp_bucket_cap_mb": COUNT, "label_smoothing_factor": SHARE,
     "max_length": COUNT, "chunk_tokens": COUNT, "shuffle_buffer_size": COUNT, "temp_scale": POSITIVE,
+    "source_alpha": Range(least=0, most=1),
 }  # fmt: skip
 
 REFUSED = {
@@ -119,7 +120,7 @@ def check_before(args: TrainingArguments) -> None:
     """Raise InputError if the arguments are wrong as the user gave them, before TrainingArguments derives others from them."""
     check_ranges(args, RANGES)
     if args.max_steps != -1 and args.max_steps not in COUNT:
-        raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to use num_train_epochs")
+        raise out_of_range("max_steps", args.max_steps, f"{COUNT}, or -1 to use num_train_epochs")
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
             raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
@@ -150,7 +151,7 @@ def check_after(args: TrainingArguments) -> None:
             raise InputError(f"accelerator_config: {name} is {value!r}, which is not supported: {reason}; remove it")
     steps = (loader.gradient_accumulation_kwargs or {}).get("num_steps", 1)
     if steps not in COUNT:
-        raise InputError(f"accelerator_config: num_steps is {steps!r}; it must be {COUNT}")
+        raise out_of_range("accelerator_config: num_steps", steps, COUNT)
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise InputError("fp16 is set, but it is not supported on a CPU, which would compute in float32; use bf16, or neither")
     for name in args.report_to or []:

@@ -169,7 +169,9 @@ def test_lora_and_mlp_head_export(tmp_path, files, recwarn):
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     assert not [str(warning.message) for warning in recwarn if "config" in str(warning.message)]
     card = (out / "adapter" / "README.md").read_text()
-    assert "LoRA adapters of model" in card and "base_model" not in card and "More Information" not in card
+    assert (
+        "LoRA adapters of the model in the folder model" in card and "base_model" not in card and "More Information" not in card
+    )
     for wrong in (["--temp_scale", "0.9"], ["--lora_r", 0]):
         argv = flags(files, "--output_dir", tmp_path / "no", "--max_steps", 1, "--lora_r", 4, "--save_adapter", *wrong)
         assert "--save_adapter: " in error_of(sup, *argv)
