@@ -126,10 +126,6 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise InputError(f'prompts is {self.prompts!r}; give {{"query": "...", "document": "..."}}')
         if unknown := set(self.prompts or ()) - {"query", "document"}:
             raise InputError(f"prompts: unknown key {', '.join(sorted(unknown))}; the keys are query and document")
-        if not 0 <= self.source_alpha <= 1:
-            raise InputError(
-                f"source_alpha is {self.source_alpha}; set it between 0 (all sources equally often) and 1 (by size)"
-            )
 
     @classmethod
     def of(cls, args: TrainingArguments, has_loss: bool = False) -> Self:

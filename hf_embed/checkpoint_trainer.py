@@ -27,6 +27,7 @@ from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import first_step, save_optimization, save_without_push, set_base_rates, train_batch_size
 from hf_embed.read_files import read_json
+from hf_embed.training_record import ends_training
 
 if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
@@ -233,9 +234,17 @@ class CheckpointTrainer(HubTrainer):
                     safe_files.remove_folder(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        best = str(self.state.best_model_checkpoint)
+        logger.info(f"loading the best model, {best} ({self.state.best_metric:.2f})")
+        self._load_from_checkpoint(best)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does. For a resumed training, the last entry also says from which step its time and loss count."""
-        if "train_runtime" in logs and (step := first_step(self)):
+        if ends_training(logs) and (step := first_step(self)):
             logs["resumed_at_step"] = step
         super().log(logs, start_time)
 

@@ -18,16 +18,15 @@ PRESET = "configs/sup_simcse_quickstart.yaml"  # a folder with this file is the 
 
 
 def recipe_command(name: str) -> str:
-    """Return the command line of a recipe, in the form in which the user started this process.
+    """Return the command line of a recipe, in the form in which the user started this process: "python recipes/push.py".
 
-    >>> recipe_command("push")
-    'python recipes/push.py'
+    In a user's own script, return the form that works in every folder: "hf-embed push".
     """
-    if by_console():
-        return f"{CONSOLE} {name.replace('_', '-')}"
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m`
     if spec is not None and spec.name.startswith(PACKAGE):
         return f"python -m {PACKAGE}.{name}"
+    if by_console() or running_recipe() is None:
+        return f"{CONSOLE} {name.replace('_', '-')}"
     return f"python recipes/{name}.py"
 
 

@@ -20,7 +20,7 @@ from hf_embed.disk import disk_errors
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
-from hf_embed.library_internals import save_checkpoint
+from hf_embed.library_internals import first_step, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
@@ -41,6 +41,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([])
         self.activations = Activations()
+        self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
         super().__init__(*args, **kwargs)
         self.check_skipping()
         self.check_caching()
@@ -66,6 +67,7 @@ class GuardedTrainer(CheckpointTrainer):
             DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
+        self.rows_trained = 0
         try:
             alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
             with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
@@ -87,7 +89,14 @@ class GuardedTrainer(CheckpointTrainer):
         """Return the micro-batches of a step, and keep them until the next step, in case the step must be repeated."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_memory = StepMemory(batches)
+        self.rows_trained += self.args.world_size * sum(len(batch["text_ids"]) for batch in batches)
         return batches, items
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        """Finish the training. The rows per second are those that were trained on, because a batch may not be full."""
+        steps = self.state.global_step - first_step(self)
+        whole_run = self.rows_trained * self.state.max_steps / max(steps, 1)  # Trainer multiplies it by steps / max_steps
+        return super()._finalize_training(trial, round(whole_run), start_time)
 
     def _prepare_input(self, data: Any) -> Any:
         """Copy a batch to the GPU without waiting for it."""

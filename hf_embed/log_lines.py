@@ -18,6 +18,7 @@ from transformers.training_args import TrainingArguments
 from hf_embed.evaluation.tasks import THRESHOLD, Task, metric_names
 from hf_embed.progress import duration, progress_bar
 from hf_embed.trainer_settings import METRIC_SCHEDULES
+from hf_embed.training_record import ends_training
 
 if TYPE_CHECKING:
     from transformers.utils.notebook import NotebookProgressCallback
@@ -26,8 +27,8 @@ GEOMETRY = ("alignment", "uniformity")
 # An evaluation set with one of these names is shown with its metric, to avoid confusion.
 SHOWN_BESIDE = ("loss", "temperature", *GEOMETRY)
 # Numbers that only the loggers get: beginnings of names in a training log, and endings of the names of metrics.
-FOR_LOGGERS = ("loss_", "norm_spread", "masked_share", "grad_norm", "total_flos", "num_input_tokens_", "train_mem_",
-               "before_init_mem_", "init_mem_")  # fmt: skip
+FOR_LOGGERS = ("loss_", "norm_spread", "masked_share", "grad_norm", "total_flos", "num_input_tokens_", "train_runtime",
+               "train_tokens_per_second", "train_mem_", "before_init_mem_", "init_mem_")  # fmt: skip
 TIMES = ("_runtime", "_per_second", "_preparation_time", "epoch")
 
 
@@ -109,7 +110,7 @@ class LogLines:
 
     def add(self, logs: Mapping[str, Any], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> list[str]:
         """Add a log entry, and return the lines that can be shown now."""
-        if "train_runtime" in logs:
+        if ends_training(logs):
             return [*self.flush(state), summary(logs, state)]
         if any(key.startswith(f"{self.prefix}_") for key in logs):
             step, before = self.waiting or (state.global_step, {})

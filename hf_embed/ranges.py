@@ -70,4 +70,10 @@ def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
         if name in ranges:
             numbers = value if isinstance(value, list | tuple) else [value]
             if wrong := [number for number in numbers or [value] if number not in ranges[name]]:
-                raise InputError(f"{name} is {wrong[0]!r}; it must be {ranges[name]}")
+                raise out_of_range(name, wrong[0], ranges[name])
+
+
+def out_of_range(name: str, value: object, allowed: object) -> InputError:
+    """Return the error for a number that is not `allowed`. For a text, such as "1e-4", the error says that it is no number."""
+    number = "a number, without quotes, " if isinstance(value, str) else ""
+    return InputError(f"{name} is {value!r}; it must be {number}{allowed}")

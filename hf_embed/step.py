@@ -13,6 +13,7 @@ Shapes: N texts, S tokens in total. A chunk has b texts of T tokens. D is the wi
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -142,12 +143,28 @@ class TrainingStep(nn.Module):
         wanted = labels[places].masked_fill(mask == 0, -100)
         return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
 
-    # Attributes that Trainer, accelerate and FSDP expect of a model.
+    # Attributes that users, Trainer, accelerate and FSDP expect of a model. Some are left out on purpose, because these
+    # libraries act differently if a model has them: `get_input_embeddings` (FSDP wraps them), `num_parameters` (total_flos).
 
     @property
     def config(self) -> PretrainedConfig:
         """The backbone's configuration."""
         return self.encoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.encoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the backbone's weights."""
+        return self.encoder.dtype
+
+    @property
+    def save_pretrained(self) -> Callable[..., None]:
+        """The method `save_pretrained` of the encoder, which leaves out the parts that exist only during training."""
+        return self.encoder.save_pretrained
 
     @property
     def _no_split_modules(self) -> set[str] | list[str] | None:  # FSDP reads from this which layers to wrap

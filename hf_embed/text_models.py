@@ -19,7 +19,7 @@ from transformers import (
 from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.errors import InputError
 from hf_embed.library_internals import saves_its_code, uncompiled
-from hf_embed.ranges import COUNT
+from hf_embed.ranges import COUNT, out_of_range
 from hf_embed.tempscale.attention import base_of
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTr
         InputError: if `max_length` exceeds the positions, or leaves no room for a token of text beside the special tokens.
     """
     if max_length is not None and max_length not in COUNT:
-        raise InputError(f"max_length is {max_length!r}; it must be {COUNT}")
+        raise out_of_range("max_length", max_length, COUNT)
     if max_length is None:
         return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
     if limit is not None and max_length > limit:

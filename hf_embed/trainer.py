@@ -50,7 +50,7 @@ from hf_embed.preview import preview
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
 from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
-from hf_embed.trainer_settings import check_settings, warn_of_ignored
+from hf_embed.trainer_settings import check_metric, check_settings, warn_of_ignored
 from hf_embed.training_record import origin_of, training_results
 from hf_embed.watch import Watch
 
@@ -279,7 +279,7 @@ class ContrastiveTrainer(GuardedTrainer):
             metric_key_prefix: the prefix of the metric names.
 
         Raises:
-            InputError: if there is no evaluation set, or none with the given name.
+            InputError: if there is no evaluation set, or none with the given name, or no metric `metric_for_best_model`.
         """
         tasks = trainer_rows.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.main_objective)
         memory = memory_tracker(self)
@@ -287,6 +287,8 @@ class ContrastiveTrainer(GuardedTrainer):
         self.model.eval()
         with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
+        if eval_dataset is None:
+            check_metric(self.args, tasks, scored=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
         if metric_key_prefix == "eval":
             self.scored |= tasks
@@ -305,6 +307,12 @@ class ContrastiveTrainer(GuardedTrainer):
         self.model.eval()
         with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             return trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
+
+    def get_eval_dataloader(self, *sets: Any) -> DataLoader:
+        """Raise InputError, because an evaluation set is a task that encodes its own texts, and not batches for the model."""
+        raise InputError("an evaluation set has no dataloader; trainer.evaluate scores sets, trainer.predict embeds texts")
+
+    get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]
 
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""
@@ -338,11 +346,3 @@ class ContrastiveTrainer(GuardedTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_training_state(resume_from_checkpoint, self.step, self.encoder)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-            return
-        best = str(self.state.best_model_checkpoint)
-        logger.info(f"loading the best model, {best} ({self.state.best_metric:.2f})")
-        self._load_from_checkpoint(best)

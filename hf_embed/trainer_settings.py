@@ -23,9 +23,10 @@ from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
+from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
 from hf_embed.library_internals import use_one_gpu
-from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges
+from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ RANGES = {
     "dataloader_num_workers": Range(least=0, whole=True), "dataloader_prefetch_factor": COUNT,
     "ddp_timeout": COUNT, "ddp_bucket_cap_mb": COUNT, "label_smoothing_factor": SHARE,
     "max_length": COUNT, "chunk_tokens": COUNT, "shuffle_buffer_size": COUNT, "temp_scale": POSITIVE,
+    "source_alpha": Range(least=0, most=1),
 }  # fmt: skip
 
 REFUSED = {
@@ -57,7 +59,7 @@ REFUSED = {
 }
 
 IGNORED = {
-    "per_device_eval_batch_size": "only held-out rows have batches; other texts are encoded in chunks of chunk_tokens",
+    "per_device_eval_batch_size": "it is the batch of held-out rows, and eval_dataset has none",
     "prediction_loss_only": "every evaluation set computes its metrics",
     "include_for_metrics": "evaluation sets compute their own metrics",
     "batch_eval_metrics": "evaluation sets compute their own metrics",
@@ -118,7 +120,7 @@ def check_before(args: TrainingArguments) -> None:
     """Raise InputError if the arguments are wrong as the user gave them, before TrainingArguments derives others from them."""
     check_ranges(args, RANGES)
     if args.max_steps != -1 and args.max_steps not in COUNT:
-        raise InputError(f"max_steps is {args.max_steps!r}; it must be {COUNT}, or -1 to use num_train_epochs")
+        raise out_of_range("max_steps", args.max_steps, f"{COUNT}, or -1 to use num_train_epochs")
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
             raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
@@ -149,7 +151,7 @@ def check_after(args: TrainingArguments) -> None:
             raise InputError(f"accelerator_config: {name} is {value!r}, which is not supported: {reason}; remove it")
     steps = (loader.gradient_accumulation_kwargs or {}).get("num_steps", 1)
     if steps not in COUNT:
-        raise InputError(f"accelerator_config: num_steps is {steps!r}; it must be {COUNT}")
+        raise out_of_range("accelerator_config: num_steps", steps, COUNT)
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise InputError("fp16 is set, but it is not supported on a CPU, which would compute in float32; use bf16, or neither")
     for name in args.report_to or []:
@@ -246,8 +248,10 @@ def check_batch(args: TrainingArguments) -> None:
         )
 
 
-def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
+def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool = False) -> None:
     """Resolve which metric of the evaluation sets chooses the best model ("auto": their main metric).
+
+    With `compute_metrics`, any name is accepted until the sets are scored, because the names of its metrics are not known.
 
     Raises:
         InputError: if no evaluation set logs the metric.
@@ -261,7 +265,8 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
                 args.lr_scheduler_kwargs = cast(dict, args.lr_scheduler_kwargs or {}) | {"mode": "min"}
     names = metric_names(tasks)
-    if args.metric_for_best_model.removeprefix("eval_") not in names:
+    unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
+    if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
         raise InputError(
             f"metric_for_best_model is '{args.metric_for_best_model}', which no evaluation set logs; set it to one of "
             f"{', '.join(sorted(names))}"
@@ -312,7 +317,7 @@ def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     """Warn about settings that have no effect, and about torch_compile, which makes training slower."""
     kinds = {task.kind for task in tasks.values()}
     read = set()
-    if HeldOut.kind in kinds:
+    if HeldOut.kind in kinds or not tasks:  # without sets, `evaluate` may still be given some
         read.add("per_device_eval_batch_size")
     if kinds == {HeldOut.kind}:
         read.add("prediction_loss_only")  # the loss is the only metric anyway

@@ -85,7 +85,7 @@ def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float 
     The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation.
     """
     history = trainer.state.log_history
-    ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
+    ends = [i for i, entry in enumerate(history) if ends_training(entry)]
     behind = history[ends[-1] + 1 :] if ends else []
     best = trainer.state.best_global_step if ends and trainer.args.load_best_model_at_end else None
     step = trainer.state.global_step if best is None else best
@@ -95,6 +95,12 @@ def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float 
         return scores, None
     last = during[-1].get("step") if during else None
     return metrics_of(entry for entry in during if entry.get("step") == last), last
+
+
+def ends_training(logs: Mapping[str, Any]) -> bool:
+    """Return whether a log entry is the last one of a training."""
+    # With `include_num_input_tokens_seen`, each training log has a runtime.
+    return "train_runtime" in logs and "loss" not in logs
 
 
 def metrics_of(entries: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -108,7 +114,7 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     `scores` are the metrics of the model.
     """
     args, state, encoder = trainer.args, trainer.state, trainer.encoder
-    end = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+    end = next((entry for entry in reversed(state.log_history) if ends_training(entry)), {})
     name = encoder.config.name_or_path
     score = score_of(args, trainer.eval_dataset or trainer.scored, scores)
     chosen = args.load_best_model_at_end and chose_a_step(state)

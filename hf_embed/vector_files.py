@@ -28,6 +28,7 @@ from hf_embed.data.files import FILL_IN, missing_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
+from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.fingerprint import fingerprint
 from hf_embed.read_files import read_array, read_json
@@ -123,7 +124,7 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
         InputError: if `write_vectors` did not write the file, or if it belongs to another model, other texts or other settings.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{path}: this file does not exist; create it with recipes/encode.py")
+        raise InputError(f"{path}: this file does not exist; create it with {recipe_command('encode')}")
     if not description_of(Path(path)).is_file():
         raise InputError(
             f"{path}: {description_of(Path(path)).name}, which describes the vectors, does not exist; encode the texts again"

@@ -227,7 +227,7 @@ def test_seeds_need_an_evaluation_set(files, tmp_path):  # noqa: F811
     argv = ["--train_file", files["nli"], "--model_name_or_path", files["model"], "--output_dir", tmp_path / "o"]
     assert "--seeds needs an evaluation set to choose the best run" in error_of(sup, *argv, "--seeds", "1,2")
     argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
-    assert "upload the finished folder with recipes/push.py instead" in error_of(sup, *argv)
+    assert "upload the finished folder with hf-embed push FOLDER NAME instead" in error_of(sup, *argv)
 
 
 def test_positive_is_refused_with_sources(files, tmp_path):  # noqa: F811

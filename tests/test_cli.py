@@ -177,13 +177,24 @@ def test_bad_config_flag(flags, expected):
 
 @pytest.mark.parametrize(
     ("flags", "temperature"),
-    [([], 0.3), (["--config", "OTHER"], 0.4), (["--mlm_weight=1"], 0.05)],
+    [
+        ([], 0.3),
+        (["--config", "temperature: 0.4"], 0.4),
+        (["--mlm_weight=1"], 0.05),
+        # BUG: a file of settings dropped those of the preset that it did not name.
+        (["--config", "hard_negative_weight: 1"], 0.3),
+        (["--config", "temperature: 0.4", "--temperature=0.5"], 0.5),
+        (["--config", "hard_negative_weight: 1", "--mlm_weight=1"], 0.05),
+        (["--config", "mlm_weight: 1"], 0.05),
+        (["--config", "mlm_weight:"], 0.3),  # a key without a value is not given
+    ],
 )
-def test_preset_is_taken_where_no_config_is_given(flags, temperature, tmp_path):
+def test_a_preset_applies_to_what_is_not_given(flags, temperature, tmp_path):
     preset, other = tmp_path / "preset.yaml", tmp_path / "other.yaml"
     preset.write_text("temperature: 0.3")
-    other.write_text("temperature: 0.4")
-    flags = [flag.replace("OTHER", str(other)) for flag in flags]
+    if "--config" in flags:
+        other.write_text(flags[1])
+        flags = ["--config", str(other), *flags[2:]]
     (settings,) = cli.parse([SimCSE], lambda given: None if "mlm_weight" in given else str(preset), flags)
     assert settings.temperature == temperature
 

@@ -18,7 +18,7 @@ from conftest import error_of
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import hf_embed
-from hf_embed import SimCSE, entry
+from hf_embed import ImprovedContrastive, SimCSE, entry
 from hf_embed.kit import cli, command, plan
 from hf_embed.kit import launch as launching
 
@@ -32,6 +32,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 
 def test_the_form_of_a_script(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/gte_finetune.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "recipes" / "gte_finetune.py"))
     assert entry.recipe_command("gte_pretrain") == "python recipes/gte_pretrain.py"
 
 
@@ -47,9 +48,12 @@ def test_the_form_of_a_module(monkeypatch):
     assert entry.recipe_command("gte_pretrain") == "python -m hf_embed.recipes.gte_pretrain"
 
 
-def test_without_a_name_of_the_process(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [""])
-    assert entry.recipe_command("push") == "python recipes/push.py"
+@pytest.mark.parametrize("first", ["my_training.py", "/home/me/recipes/mine.py", ""])
+def test_the_form_in_a_script_of_the_user(monkeypatch, first):
+    """BUG: the message named recipes/push.py, which does not exist where the package was installed with pip."""
+    monkeypatch.setattr(sys, "argv", [first])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", first)
+    assert entry.recipe_command("push") == "hf-embed push"
 
 
 # ---- files that ship with the recipes ----
@@ -72,6 +76,82 @@ def test_a_preset_is_read_from_any_folder(tmp_path, monkeypatch):
     assert flags.values["temperature"] == 0.05 and flags.values["model_name_or_path"] == "google-bert/bert-base-uncased"
     error = error_of(plan.read_flags, [SimCSE], argv=["--config", "recipes/configs/absent.yaml"])
     assert error == "--config recipes/configs/absent.yaml: this file does not exist; check the path"
+
+
+@pytest.mark.parametrize(
+    ("named", "batch"),
+    [
+        ("seed: 7", 128),
+        ("seed: 7\nmodel_name_or_path:", 128),
+        (f"seed: 7\nmodel_name_or_path: {plan.LANGUAGE_MODEL}", 8),  # another model has the defaults of all flags
+    ],
+)
+def test_a_file_of_settings_is_the_same_as_flags(tmp_path, named, batch):
+    """BUG: with `--config`, the built-in model lost the settings that the file does not name: batch 8 in place of 128."""
+    (tmp_path / "run.yaml").write_text(named)
+    preset = Path(entry.recipes_folder(), "configs", "sup_simcse_quickstart.yaml")
+    words = [f"--{line.replace(': ', '=')}" for line in named.splitlines() if not line.endswith(":")]
+    file, line = (
+        plan.read_flags([SimCSE], preset, ["model_name_or_path"], [*given, "--use_cpu"]).values
+        for given in (["--config", str(tmp_path / "run.yaml")], words)
+    )
+    assert file == line and file["seed"] == 7 and file["per_device_train_batch_size"] == batch
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule", "keeps_best"),
+    [
+        ("", ("steps", "steps", 12, 12), True),
+        ("--save_strategy no", ("steps", "no", 12, 12), False),
+        ("--eval_strategy no", ("no", "steps", None, 12), False),
+        ("--save_strategy epoch", ("epoch", "epoch", 12, 12), True),
+        ("--eval_strategy epoch", ("epoch", "epoch", 12, 12), True),
+        ("--save_strategy best", ("steps", "best", 12, 12), True),
+        ("--save_steps 3", ("steps", "steps", 3, 3), True),
+        ("--save_steps 0.5", ("steps", "steps", 0.5, 0.5), True),
+        ("--save_steps 24", ("steps", "steps", 12, 24), True),  # each checkpoint is evaluated already
+        ("--eval_steps 5", ("steps", "steps", 5, 5), True),
+        ("--eval_steps 6", ("steps", "steps", 6, 12), True),
+        ("--eval_steps 2 --save_steps 3", ("steps", "steps", 2, 3), False),
+        ("--eval_steps 5 --save_strategy epoch", ("steps", "epoch", 5, 5), False),
+        ("--eval_strategy no --save_strategy no", ("no", "no", None, 12), False),
+        ("--save_steps 3 --load_best_model_at_end false", ("steps", "steps", 12, 3), False),
+    ],
+)
+def test_what_the_user_gives_wins_over_the_preset(words, schedule, keeps_best, caplog):
+    """BUG: these were errors about load_best_model_at_end and eval_steps, which the user had not given."""
+    preset = Path(entry.recipes_folder(), "configs", "sup_simcse_quickstart.yaml")
+    flags = plan.read_flags([SimCSE], preset, ["model_name_or_path"], [*words.split(), "--use_cpu"])
+    names = ("eval_strategy", "save_strategy", "eval_steps", "save_steps")
+    assert tuple(flags.values[name] for name in names) == schedule
+    assert flags.values["load_best_model_at_end"] is keeps_best
+    said = [message for message in caplog.messages if message.endswith("the last model is kept, not the best one")]
+    assert len(said) == (not keeps_best and "load_best" not in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--load_best_model_at_end --save_strategy no", "load_best_model_at_end needs an evaluation of each checkpoint"),
+        ("--load_best_model_at_end --save_steps 3 --eval_steps 2", "found 3, which is not a round multiple of 2"),
+        ("--load_best_model_at_end --save_strategy epoch --eval_strategy steps", "set both to steps"),
+        ("--eval_steps 0", "eval_steps is 0"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(words, expected):
+    preset = Path(entry.recipes_folder(), "configs", "sup_simcse_quickstart.yaml")
+    assert expected in error_of(plan.read_flags, [SimCSE], preset, ["model_name_or_path"], [*words.split(), "--use_cpu"])
+
+
+def test_other_presets_follow_too():
+    """These presets evaluate or save nothing by themselves."""
+    words = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "10", "--use_cpu"]
+    for name, steps in (("gte_finetune", 500), ("distill", 500)):
+        preset = Path(entry.recipes_folder(), "configs", f"{name}_quickstart.yaml")
+        values = plan.read_flags([] if name == "distill" else [ImprovedContrastive], preset, argv=words).values
+        assert (values["save_strategy"], values["eval_steps"], values["save_steps"]) == ("steps", 10, steps)
+    values = plan.read_flags([], preset, argv=["--load_best_model_at_end", "--use_cpu"]).values
+    assert (values["eval_steps"], values["save_steps"]) == (72, 72)
 
 
 @pytest.mark.parametrize("show", [entry.show_error, cli.show_masked])

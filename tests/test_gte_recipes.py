@@ -94,7 +94,7 @@ def offline(tmp_path, monkeypatch):
 def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
     # BUG: the ranks made the data one after another, but this work has barriers, at which each rank waits for all others.
     monkeypatch.setattr(ContrastiveTrainingArguments, "main_process_first", only_for_tokenizing)
-    assert "run python recipes/gte_pretrain.py first" in error_of(offline, "gte_finetune")
+    assert "run hf-embed gte-pretrain first" in error_of(offline, "gte_finetune")
     offline("gte_pretrain", "--max_steps", 3, "--learning_rate", 1e-3)
     first = json.loads((tmp_path / "outputs/gte_pretrain/results.json").read_text())
     out = capsys.readouterr().out

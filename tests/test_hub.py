@@ -269,7 +269,7 @@ def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, m
         server.objects.clear()
         server.fail(number, how, times=50)
         message = error_of(push_folder, model, "mine")
-        assert f"the folder is complete, finish the push with: python recipes/push.py {model} mine" in message
+        assert f"the folder is complete, finish the push with: hf-embed push {model} mine" in message
         assert not server.repos.get("user/mine", {}).get("branches", {}).get("main")  # no partial upload is visible
         server.faults.clear()
         push_folder(model, "mine")

@@ -16,7 +16,7 @@ import pytest
 import transformers.trainer
 from conftest import tiny_model
 from datasets import Dataset
-from test_trainer import trainer
+from test_trainer import ROWS, trainer
 from transformers import AutoModel, PrinterCallback, ProgressCallback, TrainerState
 from worker import STS
 
@@ -49,6 +49,42 @@ def test_a_line_for_a_log_and_one_where_an_evaluation_is_due(tmp_path, capsys):
     keys = {"eval_stsb_spearman", "eval_sick_alignment", "eval_spearman", "eval_alignment", "eval_uniformity"}
     assert keys <= set(logged)  # the loggers receive all of them
     assert {"norm_spread", "masked_share", "grad_norm", "learning_rate"} <= set(run.state.log_history[0])
+
+
+@pytest.mark.parametrize("counted", ["all", "non_padding"])
+def test_counted_tokens_leave_the_lines_as_they_are(tmp_path, capsys, counted):
+    """BUG: with include_num_input_tokens_seen, each log was shown as the end of the training, without its loss."""
+    shown = []
+    for kind in ("no", counted):
+        run = trainer(tmp_path, eval_dataset=SETS["stsb"], **EVERY, include_num_input_tokens_seen=kind)
+        run.train()
+        shown.append([re.sub("in .* rows/s", "", line) for line in capsys.readouterr().out.splitlines()])
+    assert shown[0] == shown[1] and shown[0][0].startswith("step 2/6  loss ") and len(shown[0]) == 4
+    assert run.state.log_history[0]["train_tokens_per_second"] > 0  # the loggers receive it
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"max_steps": 3, "per_device_train_batch_size": 512}, 3 * 12),  # BUG: 3 * 512
+        ({"max_steps": 2, "per_device_train_batch_size": 5}, 10),
+        ({"max_steps": 4, "per_device_train_batch_size": 5}, 12 + 5),  # two full batches and one of two rows in each epoch
+        ({"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5, "dataloader_drop_last": True}, 20),
+        ({"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 12),
+    ],
+)
+def test_rows_per_second_count_the_rows_that_were_trained_on(tmp_path, settings, rows):
+    run = trainer(tmp_path, rows=ROWS[:12], **settings)
+    metrics = run.train().metrics
+    assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(rows, abs=0.2)
+
+
+def test_rows_per_second_of_a_resumed_training(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 512, "max_steps": 3}
+    trainer(tmp_path, rows=ROWS[:12], **settings).train()
+    run = trainer(tmp_path, rows=ROWS[:12], **settings)
+    metrics = run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1")).metrics
+    assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(2 * 12, abs=0.2)
 
 
 def test_thresholds_are_for_loggers_and_no_set_hides_another_number(tmp_path, capsys):
@@ -230,7 +266,7 @@ TRAINING = """
 import sys
 sys.path.insert(0, "tests")
 from datasets import Dataset
-from test_trainer import trainer
+from test_trainer import ROWS, trainer
 from worker import STS
 run = trainer(sys.argv[1], eval_dataset=Dataset.from_list(STS), eval_strategy="steps", eval_steps=2, save_strategy="steps",
               save_steps=2, logging_steps=2, max_steps=4, disable_tqdm=False)

@@ -85,7 +85,7 @@ WRONG = {
     "eval_delay": [-1, NAN], "save_total_limit": [0, -1], "torch_empty_cache_steps": [0], "seed": [-1, 2**32, 1.5],
     "data_seed": [-1, 2**32], "dataloader_num_workers": [-1], "dataloader_prefetch_factor": [0], "ddp_timeout": [0],
     "ddp_bucket_cap_mb": [0], "label_smoothing_factor": [NAN], "max_length": [0, -1], "chunk_tokens": [0],
-    "shuffle_buffer_size": [0, -1], "temp_scale": [0, -0.9, NAN, INF],
+    "shuffle_buffer_size": [0, -1], "temp_scale": [0, -0.9, NAN, INF], "source_alpha": [-0.1, 1.5, NAN],
 }  # fmt: skip
 
 
@@ -102,6 +102,11 @@ def test_arguments_out_of_range(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        # BUG: the message was that '1e-4' must be at least 0, and for source_alpha there was a TypeError.
+        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4'; it must be a number, without quotes, at least 0 and finite"),
+        ({"seed": "3"}, "seed is '3'; it must be a number, without quotes, at least 0 and at most 4294967295 and whole"),
+        ({"max_steps": "3"}, "max_steps is '3'; it must be a number, without quotes, at least 1 and whole, or -1"),
+        ({"source_alpha": "0.5"}, "source_alpha is '0.5'; it must be a number, without quotes, at least 0 and at most 1"),
         ({"max_steps": 0}, "max_steps is 0; it must be at least 1 and whole, or -1"),
         ({"max_steps": -5}, "max_steps is -5"),
         ({"source_alpha": NAN}, "source_alpha is nan"),

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import error_of, tiny_encoder
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from worker import WORDS
 
@@ -25,6 +25,7 @@ from hf_embed.checkpoint.card import store_results, stored_results
 from hf_embed.kit import cli
 from hf_embed.kit.ablation import VARIANTS, AblationArguments, read_variants
 from hf_embed.kit.eval_flags import EvalArguments
+from hf_embed.kit.finetune import save_adapter
 from hf_embed.kit.plan import QUICKSTART, DataArguments, ModelArguments, RunArguments
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,7 @@ def test_two_processes_train_evaluate_and_save(tmp_path, files):
     assert set(results["after"]["sts"]) == {"s"}
 
 
-def test_lora_and_mlp_head_export(tmp_path, files):
+def test_lora_and_mlp_head_export(tmp_path, files, recwarn):
     out = tmp_path / "out"
     sup(*flags(files, "--output_dir", out, "--max_steps", 2, "--lora_r", 4, "--pooling", "cls_mlp", "--save_adapter"))
     merged = Encoder.from_pretrained(out)
@@ -164,6 +165,13 @@ def test_lora_and_mlp_head_export(tmp_path, files):
     adapted = Encoder(PeftModel.from_pretrained(base.backbone, out / "adapter"), base.tokenizer, "cls_mlp")
     for file in (out / "adapter").glob("*.*"):
         assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text()  # the local path of the base model
+    # BUG: the name of the folder stood for a model on the Hub, which PEFT looked for, and the card was PEFT's empty template.
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert not [str(warning.message) for warning in recwarn if "config" in str(warning.message)]
+    card = (out / "adapter" / "README.md").read_text()
+    assert (
+        "LoRA adapters of the model in the folder model" in card and "base_model" not in card and "More Information" not in card
+    )
     for wrong in (["--temp_scale", "0.9"], ["--lora_r", 0]):
         argv = flags(files, "--output_dir", tmp_path / "no", "--max_steps", 1, "--lora_r", 4, "--save_adapter", *wrong)
         assert "--save_adapter: " in error_of(sup, *argv)
@@ -171,6 +179,16 @@ def test_lora_and_mlp_head_export(tmp_path, files):
     assert "trains all weights; remove one of them" in error_of(sup, *argv)
     texts = ["the cat", "a house by the river"]
     np.testing.assert_allclose(adapted.encode(texts), merged.encode(texts), atol=1e-5)
+
+
+def test_adapters_of_a_model_on_the_hub_name_it(tmp_path):
+    base = tiny_encoder().backbone
+    base.config.name_or_path = "owner/base"
+    encoder = Encoder(get_peft_model(base, LoraConfig(r=2, target_modules=["query"])), tiny_encoder().tokenizer)
+    save_adapter(encoder, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/base"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: owner/base\n---\n") and '"owner/base"' in card
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls_mlp"])

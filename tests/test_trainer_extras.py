@@ -119,11 +119,62 @@ def test_a_metric_of_compute_metrics_chooses_the_model(tmp_path):
     assert made.state.best_metric == best
 
 
+@pytest.mark.parametrize("metric", [None, "pearson", "dev_pearson", "eval_spearman"])
+def test_compute_metrics_sees_real_cosines_only(tmp_path, metric):
+    """BUG: it was called each time that names of metrics were needed, with the scores in place of the cosines."""
+    seen = []
+
+    def correlation(prediction):
+        seen.append(pearson(prediction)["pearson"])
+        return {"pearson": seen[-1]}
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric}
+    made = trainer(tmp_path, compute_metrics=correlation, settings=settings)
+    assert not seen
+    made.train()
+    assert seen == [entry["eval_dev_pearson"] for entry in made.state.log_history if "eval_dev_pearson" in entry]
+    assert len(seen) == 2 and max(seen) < 99
+
+
+def test_a_metric_that_compute_metrics_does_not_return(tmp_path):
+    """The names are known after the first evaluation."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "person"}
+    made = trainer(tmp_path, compute_metrics=pearson, settings=settings)
+    for evaluate in (made.evaluate, made.train):
+        assert error_of(evaluate) == (
+            "metric_for_best_model is 'person', which no evaluation set logs; set it to one of alignment, dev_alignment, "
+            "dev_pearson, dev_spearman, dev_uniformity, pearson, spearman, uniformity"
+        )
+    assert "which no evaluation set logs" in error_of(trainer, tmp_path, settings=settings)  # without compute_metrics, at once
+
+
 def test_compute_metrics_that_cannot_be(tmp_path):
-    message = error_of(trainer, tmp_path, compute_metrics=lambda _: {"spearman": 1.0}, settings={"metric_for_best_model": "x"})
-    assert "compute_metrics returns 'spearman', which is already a metric" in message
+    for name, problem in (("spearman", "compute_metrics returns 'spearman', which is already a metric"),
+                          ("dev_spearman", "dev_spearman is also the name of another metric")):  # fmt: skip
+        made = trainer(tmp_path, compute_metrics=lambda _, name=name: {name: 1.0})
+        assert problem in error_of(made.evaluate)
     assert "compute_metrics is a str; give a function" in error_of(trainer, tmp_path, compute_metrics="pearson")
     assert "eval_dataset has none" in error_of(trainer, tmp_path, compute_metrics=pearson, eval_dataset=None)
+
+
+# ---- attributes of the model and of the trainer ----
+
+
+def test_what_scripts_ask_of_the_model(tmp_path):
+    """BUG: trainer.model had none of these, and the model of a plain Trainer has them."""
+    made = trainer(tmp_path, settings={"pooling": "cls_mlp_train"})
+    assert (made.model.device, made.model.dtype) == (torch.device("cpu"), torch.float32)
+    made.train()
+    made.model.save_pretrained(str(tmp_path / "saved"))
+    assert np.abs(Encoder.from_pretrained(str(tmp_path / "saved")).encode(WORDS) - made.encoder.encode(WORDS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["get_eval_dataloader", "get_test_dataloader"])
+@pytest.mark.parametrize("sets", [(), (GRADED,)])
+def test_evaluation_sets_have_no_dataloader(tmp_path, name, sets):
+    """BUG: the error was about columns and the signature of `forward`."""
+    expected = "an evaluation set has no dataloader; trainer.evaluate scores sets, trainer.predict embeds texts"
+    assert error_of(getattr(trainer(tmp_path), name), *sets) == expected
 
 
 # ---- predict ----

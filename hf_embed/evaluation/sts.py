@@ -10,7 +10,7 @@ Shapes: N different sentences, P pairs, embeddings of dimension D.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
@@ -138,6 +138,7 @@ class STS(EvaluationTask):
 
     rows: Dataset
     compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None
+    named: tuple[str, ...] = field(default=(), init=False)  # the metrics that `compute_metrics` returned in the last evaluation
 
     kind = "sts"
     main = "spearman"
@@ -145,9 +146,8 @@ class STS(EvaluationTask):
 
     @property
     def logged(self) -> Sequence[str]:
-        """The reported metrics, and those of `compute_metrics`, which is called once with the scores in place of cosines."""
-        scores = np.array(self.rows["score"][:])
-        return (*self.reported, *self.further(scores, scores))
+        """The reported metrics, and those of `compute_metrics`, whose names are known after the first evaluation."""
+        return (*self.reported, *self.named)
 
     def further(self, cosines: np.ndarray, scores: np.ndarray) -> dict[str, float]:
         """Return the metrics of `compute_metrics`.
@@ -160,6 +160,7 @@ class STS(EvaluationTask):
         found = {str(name): float(value) for name, value in self.compute_metrics(EvalPrediction(cosines, scores)).items()}
         if taken := set(found) & set(self.reported):
             raise InputError(f"compute_metrics returns '{min(taken)}', which is already a metric; give it another name")
+        self.named = tuple(found)
         return found
 
     def score(self, embed: Embed) -> dict[str, float]:

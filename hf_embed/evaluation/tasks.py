@@ -101,13 +101,14 @@ def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
     Raises:
         InputError: if two of these metrics would have the same name.
     """
-    check_names(tasks)
+    check_names(tasks)  # before the scores, which may take long
     metrics: dict[str, float] = {}
     by_metric: dict[str, list[float]] = {}
     for name, task in tasks.items():
         for key, value in task.score(embed).items():
             metrics[f"{name}_{key}"] = value
             by_metric.setdefault(key, []).append(value)
+    check_names(tasks)  # again, because `compute_metrics` may have named further metrics
     for key, values in by_metric.items():
         metrics[key] = float(np.mean([v for v in values if math.isfinite(v)] or [math.nan]))
     return metrics

@@ -133,6 +133,8 @@ class Flags:
 
     parser: Parser
     values: dict[str, Any]
+    given: frozenset[str] = frozenset()  # the names of the flags that the user gives, on the command line or in a file
+    preset: str | None = None  # the recipe's own file of further defaults, if it applies
 
     def make(self, kind: type[Settings]) -> Settings:
         """Make an instance of one of the dataclasses. Raises InputError if the dataclass refuses a value."""
@@ -172,12 +174,12 @@ def parse(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] |
 def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> Flags:
     """Read the flags of the dataclasses `kinds` from the command line. Each field is a flag.
 
-    `--config FILE.yaml` gives defaults. A flag on the command line overrides them.
+    `--config FILE.yaml` gives defaults, which replace those of a preset. A flag on the command line overrides both.
 
     Args:
         kinds: the dataclasses.
-        preset: a function from the names of the given flags to the YAML file to use if the user gives no `--config`. It
-            returns None for no file.
+        preset: a function from the names of the flags that the user gives, on the command line or in the file, to the YAML
+            file of further defaults. It returns None for no file.
         argv: the words of the command line. Default: those of this process.
 
     Raises:
@@ -189,19 +191,19 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     show_help(parser, argv)
     config, argv = take_option(argv, "--config")
     argv = name_positionals(parser, argv)
-    source = f"--config {config}"
-    if config is None and preset is not None:
-        config = preset(given_flags(argv))
-        source = f"the recipe's preset {config}"
+    given = given_flags(argv)
     if config is not None:
-        set_defaults(parser, config, source, given_flags(argv))
+        given += set_defaults(parser, config, f"--config {config}", given)
+    further = None if preset is None else preset(given)
+    if further is not None:
+        set_defaults(parser, further, f"the recipe's preset {further}", given)
     check_positionals(parser, argv)
     namespace, rest = parser.parse_known_args(argv)
     if rest:
         if not rest[0].startswith("-") and "train_file" in parser.names() and Path(rest[0]).suffix:
             raise InputError(f"{rest[0]} has no flag before it; give --train_file {rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
-    return Flags(parser, vars(namespace))
+    return Flags(parser, vars(namespace), frozenset(given), further)
 
 
 def flag_class(kind: type) -> Any:
@@ -294,8 +296,8 @@ def given_flags(argv: list[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
-def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> None:
-    """Make the values of a YAML file the parser's defaults, except for the flags that the user gave.
+def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> list[str]:
+    """Make the values of a YAML file the parser's defaults, except for the flags that the user gave. Return their names.
 
     Args:
         parser: gets the defaults.
@@ -307,7 +309,7 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> No
         InputError: if the file is not a table of known flags, if a flag does not accept its value, or if the file holds
             `trust_remote_code`.
     """
-    settings = read_yaml(path, source) or {}
+    settings, names = read_yaml(path, source) or {}, []
     if not isinstance(settings, dict):
         raise InputError(f"{source}: the file must hold lines of the form 'flag: value'")
     for key, value in settings.items():
@@ -322,6 +324,8 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> No
         if not overridden and not empty:
             parser.set_defaults(**{key: convert(parser, action, value)})
             action.required = False
+            names.append(key)
+    return names
 
 
 def convert(parser: Parser, action: argparse.Action, value: object) -> object:

@@ -18,10 +18,22 @@ from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
-from hf_embed.read_files import read_text
-from hf_embed.safe_files import new_folder, write_text
+from hf_embed.read_files import read_json
+from hf_embed.safe_files import new_folder, write_json, write_text
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import shown
+
+ADAPTER_CARD = """# LoRA adapters of {of}
+
+The embedding of a text is made of the hidden states of this model by the pooling `{pooling}`. To load the adapters:
+
+```python
+from peft import PeftModel
+from transformers import AutoModel
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "adapter")  # this folder
+```
+"""
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
@@ -114,8 +126,12 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
     """Save the adapters in a folder of their own, as PEFT does, without the local path of the base model."""
     base, adapted = str(encoder.config.name_or_path), cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
-        config.base_model_name_or_path = shown(base)
+        config.base_model_name_or_path = None  # PEFT would look for this model on the Hub, and warn if it is not there
     with new_folder(folder) as new:
         adapted.save_pretrained(str(new))
-        readme = new / "README.md"
-        write_text(readme, read_text(readme).replace(base, shown(base)))
+        file = new / "adapter_config.json"
+        on_hub = None if Path(base).exists() else base
+        write_json(file, read_json(file) | {"base_model_name_or_path": on_hub})
+        of = on_hub or f"the model in the folder {shown(base)}"
+        card = ["---", "library_name: peft", *([f"base_model: {on_hub}"] if on_hub else []), "---", ""]
+        write_text(new / "README.md", "\n".join(card) + ADAPTER_CARD.format(of=of, base=shown(base), pooling=encoder.pooling))

@@ -32,6 +32,7 @@ from hf_embed.kit.overwrite import (
 )
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.kit.run_folder import settle_output_dir
+from hf_embed.kit.schedule import settle_schedule
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges
@@ -239,12 +240,14 @@ def read_flags(
 
     Args:
         own: the recipe's own dataclasses, for example the objective. Every field is a flag.
-        preset: a YAML file of settings, which is used if the user gives no `--config`.
+        preset: a YAML file of settings. It applies to the flags that the user gives neither on the command line nor in the
+            file of `--config`.
         unless: names of flags. If the user gives one of them, the preset is not used. Default: the flags that name data.
         argv: the words of the command line. Default: those of this process.
     """
     kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
+    flags = settle_schedule(flags)
     for kind in kinds:
         flags.make(kind)  # each dataclass checks its values
     for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long

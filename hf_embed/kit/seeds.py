@@ -17,6 +17,7 @@ from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
 from hf_embed.encoder import Encoder
+from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
@@ -77,7 +78,8 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
     if not plan.tasks:
         raise InputError("--seeds needs an evaluation set to choose the best run; give one, such as --eval_sts_file NAME=PATH")
     if plan.args.push_to_hub:
-        raise InputError("--push_to_hub does not work with --seeds; upload the finished folder with recipes/push.py instead")
+        push = f"{recipe_command('push')} FOLDER NAME"
+        raise InputError(f"--push_to_hub does not work with --seeds; upload the finished folder with {push} instead")
     earlier = EarlierRun([] if resume else earlier_files(plan.folder), plan.folder)
     runs = {}
     if PartialState().is_main_process:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import ContrastiveObjective
 from hf_embed.objectives.tiles import by_tiles
@@ -22,7 +23,7 @@ def check_candidates(texts_per_row: int, loss: str, name: str) -> None:
     if texts_per_row < 3:
         raise InputError(
             f"{name}: {loss} compares the candidates of a row, and no row has a negative; add columns of negatives (for "
-            "example with recipes/mine_hard_negatives.py)"
+            f"example with {recipe_command('mine_hard_negatives')})"
         )
 
 
