@@ -118,7 +118,7 @@ class Source:
             if not self.size:
                 raise InputError(
                     f"{self.label}: the number of rows of a streaming dataset is unknown; give an approximate number (rows: in "
-                    "a sources file, or size=)"
+                    "a sources file, Source(name, rows, size=...) in a script), or pass the dataset alone and set max_steps"
                 )
         if self.size == 0:
             raise InputError(f"{self.label}: there are no rows")
