@@ -198,6 +198,15 @@ def test_an_empty_text_is_found_or_dropped(caplog):
     assert "1 with an empty text" in caplog.text
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_number_is_not_an_empty_text(drop, tmp_path):
+    pairs = [{"sentence1": "a", "sentence2": cell, "label": 1} for cell in ("b", "", 5)]
+    path = written(tmp_path / "a.jsonl", "".join(json.dumps(pair) + "\n" for pair in (pairs if drop else pairs[::2])))
+    message = error_of(as_pairs, read_file(path), "a", drop_empty_rows=drop)
+    assert message.startswith(f"a, row {2 + drop}, column 'sentence2': the text is not a string (5)")
+    assert "--drop_empty_rows" not in message
+
+
 def test_a_stream_is_refused_by_name(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in snli("words"))
     written(tmp_path / "a.jsonl", lines)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.mixture import Mixture, Stream, make_mixture
+from hf_embed.data.mixture import PROBED_ROWS, Mixture, Stream, make_mixture
 from hf_embed.data.sampling import SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.tokenization import RowTokenizer, text_id
@@ -325,6 +325,21 @@ def test_an_iterable_dataset_alone_trains(tmp_path):
     assert run.state.global_step == 3
     with pytest.raises(InputError, match="the number of rows of a streaming dataset is unknown"):
         trainer(tmp_path / "out", rows)
+
+
+@pytest.mark.parametrize("late", [0, PROBED_ROWS])
+def test_a_number_in_a_stream_is_not_dropped_as_an_empty_text(late, tmp_path):
+    rows = [*pairs("f", late + 2), {"query": "q", "positive": ""}, {"query": "q", "positive": 5}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sources.yaml").write_text(f"[{{name: a, file: a.jsonl, streaming: true, rows: {len(rows)}}}]")
+    (source,) = read_sources(str(tmp_path / "sources.yaml"))
+
+    def read():
+        reader = Stream(source, RowTokenizer(quickstart_tokenizer(), 16), 0, 1, 0, 1, True)
+        reader.__getitems__(list(range(len(rows))))
+
+    message = error_of(read)
+    assert "the text is not a string (5)" in message and "--drop_empty_rows" not in message
 
 
 def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path):

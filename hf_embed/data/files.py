@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
-FILL_IN = "fill it in or delete the row"
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
@@ -189,13 +188,6 @@ def shortened(text: str) -> str:
     """Return the beginning of a text, on one line."""
     start = " ".join(text[:61].split())
     return start if len(text) <= 60 else f"{start[:60]}..."
-
-
-def missing_text(cell: object) -> str | None:
-    """Return what is wrong with a cell that must be a text, in words to follow "the text is". Return None for a valid text."""
-    if not isinstance(cell, str):
-        return "missing" if cell is None else f"not a string ({shortened(repr(cell))})"
-    return None if cell.strip() else "empty"
 
 
 def common_columns(paths: list[str], table: Table) -> list[str]:

@@ -45,7 +45,7 @@ from hf_embed.data.columns import (
 )
 from hf_embed.data.sources import DROP_ADVICE, plain_rows, row_texts, rows_of_texts
 from hf_embed.distributed import get_rank
-from hf_embed.errors import InputError
+from hf_embed.errors import EmptyTextError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_e
             try:
                 pair = {layout.first: first, layout.second: second}
                 texts = row_texts(pair, list(pair), f"{name}, row {start * BATCH + place}")
-            except InputError as error:
+            except EmptyTextError as error:
                 if not drop_empty_rows:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
                 groups.counts[EMPTY] += 1

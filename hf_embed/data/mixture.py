@@ -32,7 +32,7 @@ from hf_embed.data.sources import (
     unformatted,
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import EmptyTextError, InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.read_files import first_line
@@ -225,7 +225,7 @@ class Stream:
         where = f"{self.label}, the row {str(row)[:60]}..."
         try:
             made = rows_of_texts(row, self.columns, where)
-        except InputError as error:
+        except EmptyTextError as error:
             if self.drop:
                 return None
             raise InputError(f"{error} ({DROP_ADVICE})") from error

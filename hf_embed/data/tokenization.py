@@ -17,7 +17,7 @@ from hf_embed.data.columns import text_columns
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
 from hf_embed.distributed import get_rank
-from hf_embed.errors import InputError
+from hf_embed.errors import EmptyTextError, InputError
 from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class RowReader:
             where = f"{self.name}, row {number + 1}"
             try:
                 texts_of_rows = rows_of_texts(cells, self.columns, where)
-            except InputError as error:
+            except EmptyTextError as error:
                 if not self.drop:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
                 continue
