@@ -9,18 +9,20 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from conftest import error_of
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from test_recipes import QUIET, RECIPES, load_recipe
 
 from hf_embed import Encoder, ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Source
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import rows_of_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
@@ -404,6 +406,35 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     assert "a picture's name must end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
     assert error_of(run, good, good) == f"two sources have the name '{good}'; give each file once"
     assert "sample is -1" in error_of(run, good, "--sample", "-1")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("place", "cell"), [
+    ("positive", 0), ("positive", True), ("positive", {"a": "b"}), ("positive", ["a", 5]), ("positive", [["a"]]),
+    ("query", 5), ("query", ["a", 5]), ("negative", 7),
+])  # fmt: skip
+@pytest.mark.parametrize("others", ["text", "texts", "same"])
+def test_cells_that_are_no_texts_are_refused_as_in_training(place, cell, others, streaming, tmp_path, encoder):
+    """BUG: a column that mixes texts with other values ended in an error of Arrow."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(4)] + [{"query": "q", "positive": ""}]
+    for i, row in enumerate(rows):
+        row[place] = cell if i == 2 or others == "same" else [f"x{i}"] if others == "texts" and place != "query" else f"x{i}"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"name": "a", "file": "a.jsonl", "negatives": 1} | ({"streaming": True, "rows": 5} if streaming else {})
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump([entry]))
+    (source,) = read_sources(str(tmp_path / "sources.yaml"))
+    message = error_of(preflight, [(source, None, None)], encoder, Settings(), {})
+    number = 1 if others == "same" else 3
+    wrong = [item for item in cell if not isinstance(item, str)][0] if isinstance(cell, list) and place != "query" else cell
+    assert message.startswith(f"{source.label}, row {number}, column '{place}': the text is not a string ({wrong}); ")
+    assert "drop_empty_rows" not in message
+
+
+def test_a_stream_that_mixes_texts_and_lists(tmp_path, encoder):
+    rows = [{"query": "a", "positive": "b", "when": date(2020, 1, 1)}, {"query": "c", "positive": ["d", "e"], "when": None}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    report = preflight([(Source("s", stream, size=2), None, None)], encoder, Settings(), {})
+    assert report["sources"]["s"]["training_rows"] == 3 and report["sources"]["s"]["unused"] == ["when"]
 
 
 # ---- several sources ----

@@ -311,11 +311,15 @@ def parsed(text: str, path: str, number: int) -> Any:
 
 def survey_json(paths: list[str]) -> Features:
     """Return the type of each column, determined from all rows."""
+    return features_of(row for path in paths for _, row in json_rows(path))
+
+
+def features_of(rows: Iterable[dict]) -> Features:
+    """Return the type of each column that occurs in the rows."""
     kinds: dict[str, set[str | None]] = {}
-    for path in paths:
-        for _, row in json_rows(path):
-            for key, value in row.items():
-                kinds.setdefault(key, set()).add("text" if type(value) is str else kind_of_value(value))
+    for row in rows:
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add("text" if type(value) is str else kind_of_value(value))
     return Features({key: type_of(found - {None}) for key, found in kinds.items()})
 
 
@@ -350,7 +354,9 @@ def as_column(values: list, feature: Any) -> pyarrow.Array:
         )
     if isinstance(feature, Value):
         return pyarrow.array(values, feature.pa_type)
-    texts = pyarrow.array([None if value is None else json.dumps(storable(value)) for value in values], pyarrow.string())
+    texts = pyarrow.array(
+        [None if value is None else json.dumps(storable(value), default=str) for value in values], pyarrow.string()
+    )
     return pyarrow.ExtensionArray.from_storage(feature.pa_type, texts)
 
 

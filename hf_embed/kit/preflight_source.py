@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow
 from datasets import Dataset
 
 from hf_embed.data.columns import text_columns
-from hf_embed.data.files import kind_of, opened
+from hf_embed.data.files import as_column, features_of, kind_of, opened
 from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
 from hf_embed.data.mixture import Source, source_tokenizer
 from hf_embed.data.sources import refuse_lists
@@ -103,7 +104,7 @@ def make_subject(
     about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
     if not isinstance(rows, Dataset):
         limit = SAMPLE if settings.sample is None else settings.sample or None  # None: all rows
-        rows = Dataset.from_list(list(islice(rows, limit)))
+        rows = in_memory(list(islice(rows, limit)))
         if limit is not None:
             about["first_rows_of_a_stream"] = len(rows)
     pairs = None if paired is False else labeled_layout(rows.column_names, where)
@@ -119,6 +120,13 @@ def make_subject(
         about["columns"][known[-1]] = "label"
     about["unused"] = [column for column in rows.column_names if column not in known]
     return Subject(source.name, where, taken, columns, source_tokenizer(source, encoder), source.negatives, about)
+
+
+def in_memory(rows: list[dict]) -> Dataset:
+    """Return rows as a table whose columns have the types that they would have in a file with these rows."""
+    features = features_of(rows)
+    columns = [as_column([row.get(name) for row in rows], feature) for name, feature in features.items()]
+    return Dataset(pyarrow.table(columns, schema=features.arrow_schema))
 
 
 def role(place: int, columns: int) -> str:
