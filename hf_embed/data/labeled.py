@@ -8,15 +8,15 @@ Pairs with inference labels (entailment, neutral, contradiction) become triplets
 hard negative is the first hypothesis in the file that contradicts it. A premise is left out if it lacks a positive or a
 negative. Neutral hypotheses and pairs without a gold label (-1, "-", null) are left out too.
 
-With two labels, 1 means that the pair matches. The anchor is the first text of a pair. Its positives are the texts that match
-it, and its hard negatives are the texts that do not match it. Pairs that do not match are left out if no text matches their
-anchor.
+With two labels (1 and 0, or 1 and -1), 1 means that the pair matches. The anchor is the first text of a pair. Its positives are
+the texts that match it, and its hard negatives are the texts that do not match it. Pairs that do not match are left out if no
+text matches their anchor.
 
 The positives of an anchor are a list. Later, each positive of the list becomes a row of its own (`hf_embed.data.sources`). The
 grouping needs all rows, so a stream is refused.
 
 The meaning of a label comes from its word, or from the name that a `ClassLabel` gives to its number. The plain number 1 means
-a match, and 0 means no match. For premise and hypothesis, the plain numbers 0, 1 and 2 are read in the order of SNLI: 0
+a match, and 0 means no match. If 1 and -1 are the only labels, -1 means no match too. For premise and hypothesis, the plain numbers 0, 1 and 2 are read in the order of SNLI: 0
 entailment, 1 neutral, 2 contradiction. A message says how the labels were read. All other labels are refused. For example, 0
 and 1 without 2 are refused for premise and hypothesis, because 0 is the entailment in some datasets (RTE) and 1 in others.
 """
@@ -57,7 +57,7 @@ BATCH = 10_000  # rows read at a time
 LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
 # The words for the two labels of datasets with two labels.
 MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
-NO_MATCHES = ("0", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
+NO_MATCHES = ("0", "-1", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
 ABSENT = ("", "-", "-1", "none", "nan")
 
 
@@ -155,7 +155,8 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     batches = rows.select_columns(layout.label).iter(BATCH)
     labels = list(dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label]))
     texts = {label: text_of(label, rows.features[layout.label]) for label in labels}
-    words = {text for text in texts.values() if text not in ABSENT}
+    absent = words_without_meaning(set(texts.values()), layout, rows.features[layout.label])
+    words = set(texts.values()) - absent
     where = f"{name}, column '{layout.label}'"
     if graded := sorted(word for word in words if re.fullmatch(r"\d*\.\d+", word)):
         raise InputError(
@@ -175,7 +176,13 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
     explained = "; ".join(f"{meaning}s have the label {' or '.join(found)}" for meaning, found in parts.items() if found)
-    return Meanings({label: NO_LABEL if text in ABSENT else known[text] for label, text in texts.items()}, inference, explained)
+    return Meanings({label: NO_LABEL if text in absent else known[text] for label, text in texts.items()}, inference, explained)
+
+
+def words_without_meaning(words: set[str], layout: Layout, feature: Any) -> set[str]:
+    """Return the words that say that a pair has no label. The number -1 is a label if 1 is the only other one."""
+    signed = words.difference(ABSENT) == {"1"} and not layout.inference and not isinstance(feature, ClassLabel)
+    return set(ABSENT) - {"-1"} if signed else set(ABSENT)
 
 
 def hashable(label: Any) -> Any:
