@@ -196,6 +196,7 @@ def test_wrong_flags(given, expected):
         (["anchor=frage", "query=antwort", "positive=id"], "columns: two roles mean the same (query and anchor"),
         (["negative=falsch", "negatives=id", "anchor=frage", "positive=antwort"], "two roles mean the same"),
         (["anchor=frage"], "columns: the roles are anchor; give anchor and positive (and negative, if any), or only text"),
+        (["score=id"], "columns: the roles are score; give anchor and positive"),
         (["positive=frage", "negative=falsch"], "give anchor and positive"),
         (["text=frage", "positive=antwort"], "give anchor and positive"),
     ],
@@ -204,6 +205,22 @@ def test_invalid_roles_of_columns_are_refused(given, expected, tmp_path):
     path = written(tmp_path / "a.csv", "frage,antwort,falsch,id\nf,a,n,1\ng,b,m,2\n")
     message = error_of(read_train_rows, DataArguments(train_file=path, columns=given))
     assert message.startswith(f"{path}: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("found", "rest"),
+    [
+        (["question", "answer", "punkte"], ["question", "answer"]),
+        (["punkte", "Sentence 1", "sentence_2"], ["Sentence 1", "sentence_2"]),
+        (["query", "positive", "neg_1", "neg_2", "punkte"], ["query", "positive", "neg_1", "neg_2"]),
+    ],
+)
+def test_a_named_score_needs_no_other_name_beside_known_columns(found, rest):
+    """BUG: the advice `--columns score=COLUMN` led to the next error."""
+    rows = Dataset.from_dict({name: [f"{name} {i}" for i in range(2)] for name in found})
+    named = named_columns(rows, ["score=punkte"], "a.csv")
+    roles = ["anchor", "positive", "negative_1", "negative_2"][: len(rest)]
+    assert named[1] == {role: f"{column} 1" for role, column in zip(roles, rest)} | {"score": "punkte 1"}
 
 
 KINDS = ["csv", "tsv", "jsonl", "parquet", "csv.gz"]

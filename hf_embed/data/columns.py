@@ -66,6 +66,7 @@ TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?(_?\d+)?_scores?(_?\d+)?", re.IG
 # A column whose name contains one of these words does not hold texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
+NAMED_OTHERWISE = "(or columns: in a sources file, or rename_columns of a Dataset)"
 # A column name with more words than this may be a text, because the file has no header.
 NAME_WORDS = 4
 # Roles that the user may give a column -> the name that the column gets.
@@ -199,7 +200,7 @@ def flag(*columns: str) -> str:
     """
     roles = ["text"] if len(columns) == 1 else ["anchor", "positive", *["negative"] * (len(columns) - 2)]
     given = " ".join(shlex.quote(f"{role}={column}") for role, column in zip(roles, columns))
-    return f"--columns {given} (or columns: in a sources file, or rename_columns of a Dataset)"
+    return f"--columns {given} {NAMED_OTHERWISE}"
 
 
 def judging_columns(names: list[str]) -> list[str]:
@@ -249,14 +250,18 @@ def read_columns(given: list[str]) -> dict[str, str | list[str]]:
 def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | IterableDataset:
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), or text.
 
+    If it maps only a score, the columns of texts are recognized by their names.
+
     Raises:
         InputError: if a role is unknown, a role is given under both of its names, a column does not exist, the roles do not
             form a row, or an unused column judges the pairs.
     """
     if not isinstance(columns, dict) or not columns or not all(is_one_of(role, ROLES) for role in columns):
         raise InputError(f"columns: expected a mapping from {', '.join(ROLES)} to the file's columns")
-    names = new_names(columns)
     found = column_names(rows)
+    if {ROLES[key] for key in columns} == {"score"}:
+        columns = with_known_texts(columns, found)
+    names = new_names(columns)
     if missing := [column for column in names if column not in found]:
         raise InputError(f"there is no column '{missing[0]}'; found {', '.join(found)}")
     roles = {ROLES[key] for key in columns}
@@ -270,6 +275,15 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
     # Rename in two steps, because a stream cannot swap two names in one step.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
     return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})
+
+
+def with_known_texts(columns: dict, found: list[str]) -> dict:
+    """Return `columns` with the roles of the columns of texts, as far as the names in `found` are known."""
+    texts = [column for column in found if column not in columns.values()]
+    pair = pair_of(texts, "columns")
+    if pair is None:
+        return columns
+    return {"anchor": pair[0], "positive": pair[1], "negative": negative_columns(texts)} | columns
 
 
 def named_columns(rows: Dataset, given: list[str], name: str) -> Dataset:

@@ -16,9 +16,10 @@ The positives of an anchor are a list. Later, each positive of the list becomes 
 grouping needs all rows, so a stream is refused.
 
 The meaning of a label comes from its word, or from the name that a `ClassLabel` gives to its number. The plain number 1 means
-a match, and 0 means no match. If 1 and -1 are the only labels, -1 means no match too. For premise and hypothesis, the plain numbers 0, 1 and 2 are read in the order of SNLI: 0
-entailment, 1 neutral, 2 contradiction. A message says how the labels were read. All other labels are refused. For example, 0
-and 1 without 2 are refused for premise and hypothesis, because 0 is the entailment in some datasets (RTE) and 1 in others.
+a match, and 0 means no match. If 1 and -1 are the only labels, -1 means no match too. For premise and hypothesis, the plain
+numbers 0, 1 and 2 are read in the order of SNLI: 0 entailment, 1 neutral, 2 contradiction. A message says how the labels were
+read. All other labels are refused. For example, 0 and 1 without 2 are refused for premise and hypothesis, because 0 is the
+entailment in some datasets (RTE) and 1 in others.
 """
 
 import hashlib
