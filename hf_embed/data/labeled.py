@@ -153,9 +153,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     Raises:
         InputError: if the meaning of a label is unknown.
     """
-    batches = rows.select_columns(layout.label).iter(BATCH)
-    labels = list(dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label]))
-    texts = {label: text_of(label, rows.features[layout.label]) for label in labels}
+    texts = texts_of_labels(rows, layout)
     absent = words_without_meaning(set(texts.values()), layout, rows.features[layout.label])
     words = set(texts.values()) - absent
     where = f"{name}, column '{layout.label}'"
@@ -178,6 +176,20 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
     explained = "; ".join(f"{meaning}s have the label {' or '.join(found)}" for meaning, found in parts.items() if found)
     return Meanings({label: NO_LABEL if text in absent else known[text] for label, text in texts.items()}, inference, explained)
+
+
+def texts_of_labels(rows: Dataset, layout: Layout) -> dict[Any, str]:
+    """Return the word of each different label in the rows."""
+    batches = rows.select_columns(layout.label).iter(BATCH)
+    labels = dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label])
+    return {label: text_of(label, rows.features[layout.label]) for label in labels}
+
+
+def are_graded(rows: Dataset, layout: Layout) -> bool:
+    """Return whether the labels are numbers that grade the pairs, such as 0 to 5: they say how similar the texts are."""
+    words = set(texts_of_labels(rows, layout).values()).difference(ABSENT)
+    numbers = all(re.fullmatch(r"\d*\.?\d+", word) for word in words)
+    return numbers and not words <= {"0", "1"} and not (layout.inference and words <= {"0", "1", "2"})
 
 
 def words_without_meaning(words: set[str], layout: Layout, feature: Any) -> set[str]:

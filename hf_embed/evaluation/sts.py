@@ -94,7 +94,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
     if missing := [c for c in COLUMNS if c not in rows.column_names]:
         raise InputError(
             f"{name}: there is no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
-            "an STS dataset has sentence1, sentence2 and score"
+            "an STS dataset has sentence1, sentence2 and score; rename the columns"
         )
     rows = rows[:]
     scores = []
