@@ -437,6 +437,16 @@ def test_a_stream_that_mixes_texts_and_lists(tmp_path, encoder):
     assert report["sources"]["s"]["training_rows"] == 3 and report["sources"]["s"]["unused"] == ["when"]
 
 
+def test_an_unused_column_whose_values_may_judge_pairs(encoder):
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "x": i % 2, "page": i} for i in range(12)]
+    report = report_of(rows, encoder)
+    assert report["sources"]["mine"]["judged"] == {"x": ["0", "1"]}
+    (finding,) = [each for each in report["findings"] if each["code"] == "judged"]
+    assert "--columns score=x" in finding["text"] and "--ignore_columns x" in finding["text"]
+    assert "judged" not in [each["code"] for each in report_of([{"text": row["question"], "x": row["x"]} for row in rows],
+                                                               encoder)["findings"]]  # fmt: skip
+
+
 # ---- several sources ----
 
 

@@ -21,7 +21,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns
+from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns, warn_of_judgements
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
@@ -167,6 +167,8 @@ class Stream:
             raise InputError(f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row)")
         first = list(islice(source.rows, PROBED_ROWS))
         refuse_lists(first, self.columns, source.label)
+        if len(self.columns) > 1:
+            warn_of_judgements(first, [column for row in first[:1] for column in row if column not in self.columns], self.label)
         self.several = any(isinstance(row[column], list) for row in first for column in self.columns[1:2])  # positives
         probe = [texts for row in first for texts, _ in self.texts(row) or []]
         self.truncated_share = sum(tokenizer(probe)["truncated"]) / max(1, sum(map(len, probe)))

@@ -13,7 +13,7 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
-from hf_embed.data.columns import text_columns
+from hf_embed.data.columns import text_columns, warn_of_judgements
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
 from hf_embed.distributed import get_rank
@@ -151,6 +151,8 @@ def tokenize_table(
     """
     scores = score_columns(rows.column_names, name) if tokenizer.scored else []
     columns = text_columns(rows.column_names, name, paired, scores)
+    if len(columns) > 1 and not scores:
+        warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)
     rows = rows.select_columns(columns + scores)  # cells of other columns may hold values that Python cannot represent
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1

@@ -5,6 +5,7 @@ A finding is something about a source or an evaluation set that the user should 
 
     empty                  rows with an empty text: the training refuses them, or drops them with --drop_empty_rows
     odd                    texts with replacement characters, control characters, or UTF-8 that was read as Latin-1
+    judged                 an unused column whose values look like judgements of the pairs, for example 0 and 1
     duplicates             rows that equal an earlier row
     near_duplicates        rows that do not equal an earlier row, but have the words of one
     shared                 different rows that have the words of a row in another source
@@ -27,7 +28,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 
-from hf_embed.data.columns import column_names, text_columns
+from hf_embed.data.columns import column_names, judged_in_words, text_columns
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import as_rows
@@ -202,6 +203,8 @@ def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
             numbers["count"],
             f"texts that contain {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
         )
+    for column, values in source["judged"].items():
+        yield "judged", len(values), judged_in_words(column, values)
     for code in COUNTED:
         if count := source.get(code, {"count": 0})["count"]:
             yield code, count, f"{WORDS[code]}: {count:,} ({listed(source[code])})"

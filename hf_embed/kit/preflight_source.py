@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 
-from hf_embed.data.columns import text_columns
+from hf_embed.data.columns import judging_values, text_columns
 from hf_embed.data.files import as_column, features_of, kind_of, opened
 from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
 from hf_embed.data.mixture import Source, source_tokenizer
@@ -119,6 +119,7 @@ def make_subject(
     if known is not columns:
         about["columns"][known[-1]] = "label"
     about["unused"] = [column for column in rows.column_names if column not in known]
+    about["judged"] = judging_values(rows, about["unused"]) if len(columns) > 1 and known is columns else {}
     return Subject(source.name, where, taken, columns, source_tokenizer(source, encoder), source.negatives, about)
 
 
