@@ -351,6 +351,42 @@ def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path):
     assert message.startswith("source 'web' (part-*.jsonl), the row {'query': 'b'") and "column 'positive'" in message
 
 
+# ---- rows without negatives ----
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "same"),
+    [
+        ({"positive": "one answer"}, {}, "positives"),
+        ({"query": "one question"}, {}, "anchors"),
+        ({"query": "one", "positive": "one answer"}, {}, "positives"),
+        ({"positive": "one answer", "negative": "one answer"}, {}, "positives"),
+        ({"positive": "one answer", "negative": None}, {}, "positives"),
+        ({}, {"max_length": 3}, "positives"),  # all positives begin with the same token
+        ({}, {}, None),
+        ({"query": "one question"}, {"objective": SimCSE(mask_other_positives=False)}, None),
+        ({"positive": "one answer", "negative": "another"}, {}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["table", "source", "stream"])
+def test_rows_of_which_none_can_have_a_negative(change, settings, same, kind, tmp_path, caplog):
+    """BUG: such data trained with the loss 0.00, without a word."""
+    rows = [{"query": f"q {i}", "positive": f"p {i}"} | change for i in range(12)]
+    settings = {"objective": SimCSE(), "max_length": 16} | settings
+    given = Dataset.from_list(rows)
+    if kind != "table":
+        given = given if kind == "source" else given.to_iterable_dataset()
+        given = [Source("mine", given, size=12, negatives=1 if "negative" in change else None)]
+    args = arguments(tmp_path, max_length=settings["max_length"])
+    ContrastiveTrainer(model=tiny_model(), processing_class=quickstart_tokenizer(), args=args,
+                       objective=settings["objective"], train_dataset=given)  # fmt: skip
+    found = [message for message in caplog.messages if "nothing can be learned" in message]
+    assert len(found) == (same is not None)
+    if same:
+        assert f"the {same} of all rows are the same text" in found[0]
+        assert found[0].startswith("train_dataset: " if kind == "table" else "source 'mine': ")
+
+
 # ---- the YAML file ----
 
 

@@ -447,6 +447,26 @@ def test_an_unused_column_whose_values_may_judge_pairs(encoder):
                                                                encoder)["findings"]]  # fmt: skip
 
 
+@pytest.mark.parametrize(("answers", "share"), [(1, 1.0), (2, 5 / 11), (12, 0)])
+def test_positives_that_repeat_leave_few_negatives(answers, share, encoder):
+    rows = [{"anchor": f"q {i}", "positive": f"answer {i % answers}"} for i in range(12)]
+    report = report_of(rows, encoder, batches=(4, 64))
+    found = [each for each in report["findings"] if each["code"] == "few_negatives"]
+    assert [each["count"] for each in found] == ([pytest.approx(share)] if share > 0.5 else [])
+    table = [line for line in lines(report) if line.startswith("mine  ") and "64 (only 12 rows)" in line]
+    assert len(table) == 1 and f"{12 * 11 * share:.3f}" in table[0]  # the batch has all 12 rows, and no more
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "NULL", "None", "N/A", "<NA>"])
+@pytest.mark.parametrize("column", ["anchor", "positive", "negative"])
+def test_words_for_missing_values(word, column, encoder):
+    rows = [{"anchor": f"a nan {i}", "positive": f"None of {i}", "negative": f"n {i}"} for i in range(5)]
+    assert "missing_word" not in [each["code"] for each in report_of(rows, encoder)["findings"]]
+    rows[2][column] = rows[4][column] = word
+    (finding,) = [each for each in report_of(rows, encoder)["findings"] if each["code"] == "missing_word"]
+    assert finding["count"] == 2 and "(rows 3, 5)" in finding["text"]
+
+
 # ---- several sources ----
 
 

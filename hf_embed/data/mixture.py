@@ -15,6 +15,7 @@ from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import pyarrow
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -171,7 +172,9 @@ class Stream:
             warn_of_judgements(first, [column for row in first[:1] for column in row if column not in self.columns], self.label)
         self.several = any(isinstance(row[column], list) for row in first for column in self.columns[1:2])  # positives
         probe = [texts for row in first for texts, _ in self.texts(row) or []]
-        self.truncated_share = sum(tokenizer(probe)["truncated"]) / max(1, sum(map(len, probe)))
+        tokens = tokenizer(probe)
+        self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
+        self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
 
     def __len__(self) -> int:
         return self.size

@@ -36,6 +36,20 @@ VARIANTS = 20_000  # tokenize at most so many texts to see which ones are equal 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 LONGEST = 2048  # count lengths up to so many tokens, or up to 4 times the maximum length if that is more
 ROLES = ("anchor", "positive", "negative")
+# Words that pandas writes for a missing value, or reads as one.
+MISSING_WORDS = [
+    "nan",
+    "NaN",
+    "null",
+    "NULL",
+    "None",
+    "NA",
+    "N/A",
+    "n/a",
+    "<NA>",
+    "#N/A",
+    "NaT",
+]
 BOM = b"\xef\xbb\xbf"
 
 
@@ -198,9 +212,12 @@ def found_empty(subject: Subject, ids: RowIds) -> np.ndarray:
 
 
 def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
-    """Return the training rows that equal an earlier row, or that contain equal texts, by the code of the finding."""
+    """Return the training rows that equal an earlier row, or that contain equal or odd texts, by the code of the finding."""
     again = repeated(whole.exact)
     found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
+    words = exact_ids(pyarrow.array(MISSING_WORDS))
+    owners = [np.arange(len(ids.origins))] * (1 if ids.positives is None else 2) + [ids.owners]
+    found["missing_word"] = np.unique(np.concatenate(owners)[np.isin(ids.everything("exact"), words)])
     if ids.positives is not None:
         anchors, positives, negatives = ids.anchors.plain, ids.positives.plain, ids.negatives.plain
         found["positive_is_anchor"] = np.flatnonzero(anchors == positives)
@@ -303,7 +320,10 @@ def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dic
     found = []
     for batch in settings.batches:
         counts = {"equal": equal, "answers": answers, "near": near - equal}
-        losses = {name: guessing(objective, batch, len(ids.owners) / rows) for name, objective in settings.objectives.items()}
+        losses = {
+            name: guessing(objective, min(batch, rows), len(ids.owners) / rows)
+            for name, objective in settings.objectives.items()
+        }
         found.append({
             "batch": batch, **{name: round(in_a_batch(count, rows, batch), 6) for name, count in counts.items()},
             "guessing": {name: round(loss, 4) for name, loss in losses.items()},
