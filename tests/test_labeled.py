@@ -125,6 +125,18 @@ def test_minus_one_is_no_label_beside_zero_or_names():
     assert as_pairs(rows, "classes").to_list() == [{"anchor": "a", "positive": ["b"], "negatives": []}]
 
 
+def test_labels_are_shown_as_they_are_written(caplog):
+    """BUG: messages showed not_entailment as notentailment."""
+    as_pairs(pairs(["entailment", "not_entailment"], ("sentence1", "sentence2")), "rte")
+    assert "positives have the label entailment; negatives have the label not_entailment" in caplog.text
+    features = Features({"sentence1": Value("string"), "sentence2": Value("string"),
+                         "label": ClassLabel(names=["not_equivalent", "equivalent"])})  # fmt: skip
+    as_pairs(Dataset.from_dict({"sentence1": ["a"] * 2, "sentence2": ["b", "c"], "label": [0, 1]}, features), "mrpc")
+    assert "negatives have the label not_equivalent" in caplog.text
+    message = error_of(as_pairs, pairs(["no_match", "Not sure"], ("sentence1", "sentence2")), "a.csv")
+    assert "the labels are no_match, not sure; write" in message
+
+
 def test_the_names_of_two_classes_decide():
     """RTE gives entailment the number 0."""
     kinds = {"rte": ["entailment", "not_entailment"], "mrpc": ["not_equivalent", "equivalent"], "paws": ["0", "1"]}

@@ -36,7 +36,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import cached_table, check_cache
 from hf_embed.errors import InputError, masked
-from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, parse_json
+from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, other_kind, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        raise unreadable(path, "the file is UTF-16; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8")
+                    if kind := other_kind(line):
+                        raise unreadable(path, f"the file is {kind}")
                     if line.startswith(LFS_POINTER):
                         raise InputError(f"{path} {NOT_FETCHED}")
                     line = line.removeprefix(codecs.BOM_UTF8)

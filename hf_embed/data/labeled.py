@@ -163,7 +163,8 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
             f"pairs with --eval_sts_file, or keep only similar pairs and remove the column with --ignore_columns {layout.label}"
         )
     numbers = all(word.isdecimal() for word in words)
-    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: word for word in words}
+    written = {text: written_as(label, rows.features[layout.label]) for label, text in texts.items()}
+    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: written[word] for word in words}
     known = LABELS_OF_INFERENCE
     if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # the order of SNLI
         inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
@@ -171,7 +172,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     elif not inference:
         known = dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
     if not words or not words <= set(known) or (numbers and layout.inference and not inference):
-        some = sorted(words)[:5] + ["..."] * (len(words) > 5)
+        some = sorted(shown.values())[:5] + ["..."] * (len(words) > 5)
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
     explained = "; ".join(f"{meaning}s have the label {' or '.join(found)}" for meaning, found in parts.items() if found)
@@ -207,10 +208,15 @@ def hashable(label: Any) -> Any:
 
 def text_of(label: Any, feature: Any) -> str:
     """Return the word of a label: "1" for 1.0, "true" for True, "notentailment" for "Not entailment", a ClassLabel's name."""
+    text = written_as(label, feature)
+    return text if text in ABSENT or text.startswith("-") else plain(text)  # `plain` removes "-"
+
+
+def written_as(label: Any, feature: Any) -> str:
+    """Return a label as messages show it: "1" for 1.0, "not_entailment" for Not_Entailment, the name of a ClassLabel."""
     if isinstance(feature, ClassLabel) and label is not None and label >= 0:
         label = feature.int2str(label)
-    text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
-    return text if text in ABSENT or text.startswith("-") else plain(text)  # `plain` removes "-"
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
 
 
 def mend_of(words: set[str], layout: Layout) -> str:

@@ -320,10 +320,8 @@ def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dic
     found = []
     for batch in settings.batches:
         counts = {"equal": equal, "answers": answers, "near": near - equal}
-        losses = {
-            name: guessing(objective, min(batch, rows), len(ids.owners) / rows)
-            for name, objective in settings.objectives.items()
-        }
+        most, each = min(batch, rows), len(ids.owners) / rows
+        losses = {name: guessing(objective, most, each) for name, objective in settings.objectives.items()}
         found.append({
             "batch": batch, **{name: round(in_a_batch(count, rows, batch), 6) for name, count in counts.items()},
             "guessing": {name: round(loss, 4) for name, loss in losses.items()},
