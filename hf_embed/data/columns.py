@@ -274,7 +274,8 @@ def refuse_judgements(unused: list[str], name: str) -> None:
     """
     if judging := judging_columns(unused):
         graded = GRADES.intersection(words_of(judging[0]))
-        scores = "; to learn from graded pairs, use scored-pairs or the objective CoSENT" if graded else ""
+        scores = "; to learn from graded pairs, use scored-pairs or the objective CoSENT"
+        scores = f"{scores}, with {shlex.quote(f'score={judging[0]}')} in --columns" if graded else ""
         raise InputError(
             f"{name}: the column '{judging[0]}' judges the pairs, but training does not use it and would treat every pair "
             f"as a positive; keep only the matching pairs, and remove the column with --ignore_columns {' '.join(judging)} (or "
