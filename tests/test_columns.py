@@ -215,6 +215,11 @@ def test_values_of_ids_of_single_texts_and_beside_scores_judge_nothing(tokenizer
     assert "may judge" not in caplog.text
 
 
+def test_a_table_without_rows_has_no_values(tokenizer):
+    rows = Dataset.from_list(pairs_with([0, 1])).select([])
+    assert "there are 0 row(s)" in error_of(tokenize_rows, rows, tokenizer, 16)
+
+
 def test_values_are_looked_at_in_the_whole_table(tokenizer, caplog):
     """A file may be sorted by the judgement."""
     tokenize_rows(Dataset.from_list(pairs_with([1] * 12_000 + [0] * 8_000)), tokenizer, 16)

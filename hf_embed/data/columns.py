@@ -236,7 +236,7 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
     unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
     if isinstance(rows, Dataset):
         unused = [column for column in unused if isinstance(rows.features[column], Value)]
-        step = -(-len(rows) // LOOKED_AT)
+        step = max(1, -(-len(rows) // LOOKED_AT))
         table = rows.select_columns(unused).select(range(0, len(rows), step))[:]
     else:
         table = {column: [row.get(column) for row in rows] for column in unused}
