@@ -60,5 +60,9 @@ class InputError(ValueError):
         super().__init__(message)
 
 
+class EmptyTextError(InputError):
+    """A row of the training data lacks a text. Such rows may be dropped."""
+
+
 class RankError(InputError):
     """An error that a single process may meet in the middle of a run, so that this process must report it itself."""

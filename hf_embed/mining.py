@@ -49,10 +49,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.columns import text_columns
-from hf_embed.data.files import FILL_IN
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import plain_rows, rows_of_texts, unformatted
+from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError

@@ -4,6 +4,7 @@ Any problem with a file becomes an InputError of one line, which says which file
 is what messages call the file, if its path would say less (a file of a model on the Hub, the value of a flag).
 """
 
+import codecs
 import json
 import os
 import re
@@ -23,6 +24,14 @@ from hf_embed.errors import InputError
 # The beginning of a pointer file. Git leaves such a file in place of each file that Git LFS has not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 NOT_FETCHED = "is a Git LFS pointer, not the file itself; run git lfs pull, or download the file again"
+UTF_16 = "UTF-16; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8"
+# The first bytes of files that are no UTF-8 text -> what they are, and the mend.
+OTHER_KINDS = {
+    codecs.BOM_UTF16_LE: UTF_16,
+    codecs.BOM_UTF16_BE: UTF_16,
+    b"\x1f\x8b": "compressed by gzip; decompress it, or add .gz to its name",
+    b"PAR1": "a parquet file; give it the ending .parquet",
+}
 COPY_ANEW = "correct it or copy it again"
 # Limit for nested objects and lists, more than any real file has. Python's own limit varies with the depth of the caller.
 MOST_LEVELS = 100
@@ -32,6 +41,11 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def other_kind(start: bytes) -> str | None:
+    """Return what a file is and how to fix that, if its first bytes show that it is no UTF-8 text; otherwise None."""
+    return next((kind for signature, kind in OTHER_KINDS.items() if start.startswith(signature)), None)
 
 
 def trouble_with(path: str | Path) -> str | None:

@@ -18,7 +18,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder, load_tokenizer
 from hf_embed.checkpoint.settings import has_mlp_head
 from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
-from hf_embed.data.labeled import labeled_layout
+from hf_embed.data.labeled import are_graded, labeled_layout
 from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
 from hf_embed.data.training_rows import TrainData
@@ -349,7 +349,10 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
     Raises:
         InputError: if the columns are not those of training rows with pairs.
     """
-    if labeled_layout(rows.column_names, name) is not None:
+    layout = labeled_layout(rows.column_names, name)
+    if layout is not None:
+        if are_graded(rows, layout):
+            raise graded_pairs(layout.label, name)
         return HeldOut(rows)
     try:
         text_columns(rows.column_names, name, paired=True)
@@ -362,10 +365,18 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
                 f"{name}: rows of a single text cannot be held out, because without dropout a text is its own positive and "
                 "the loss has no meaning; give pairs (anchor, positive), or an STS set"
             ) from error
-        if judging_columns(rows.column_names):  # the error of `text_columns` already says what to do
-            raise
+        if judging := judging_columns(rows.column_names):
+            raise graded_pairs(judging[0], name) from error
         raise InputError(
             f"{name}: found the columns {', '.join(rows.column_names)}; an STS set has sentence1, sentence2 and score, "
             f"held-out rows have {ACCEPTED.removeprefix('text; ')}"
         ) from error
     return HeldOut(rows)
+
+
+def graded_pairs(column: str, name: str) -> InputError:
+    """Return the error for an evaluation set with a column that judges its pairs."""
+    return InputError(
+        f"{name}: the column '{column}' judges the pairs; for an STS set, rename the columns to sentence1, sentence2 and "
+        "score; for held-out rows, keep only the matching pairs and remove the column"
+    )

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import xxhash
 
-from hf_embed.data.files import FILL_IN, missing_text
+from hf_embed.data.sources import cell_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
@@ -174,9 +174,7 @@ def filled(texts: Sequence[str], name: str) -> Iterator[str]:
     """
     for start in range(0, len(texts), READ):
         for number, text in enumerate(texts[start : start + READ], start + 1):
-            if wrong := missing_text(text):
-                raise InputError(f"{name}, row {number}: the text is {wrong}; {FILL_IN}")
-            yield text
+            yield cell_text(text, f"{name}, row {number}")
 
 
 def holds(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:

@@ -13,6 +13,7 @@ from hf_embed import Source
 from hf_embed.data.columns import ACCEPTED, ROLES, judging_columns, named_columns, read_columns, take_columns, text_columns
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import leave_out, read_file
+from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.kit import cli
 from hf_embed.kit.inference import read_column
 from hf_embed.kit.plan import DataArguments, read_flags, read_rows, read_train_rows
@@ -154,6 +155,77 @@ def test_teacher_scores_do_not_judge_pairs():
     assert judging_columns([*teacher, "score", "pos_label", "scores"]) == ["score", "pos_label", "scores"]
 
 
+JUDGES = ["stars", "Votes", "match", "isCorrect", "valid", "human_verdict", "is_answer", "positive_pair", "vote", "is-match",
+          "userVotes", "answer_correct", "votes_2", "isValid", "gold", "is_duplicate"]  # fmt: skip
+OTHERS = ["correct_answer", "match_id", "validation", "startset", "best_matching_text", "votesystem", "pair_ID", "answer_id"]
+
+
+def test_names_that_judge_pairs():
+    """BUG: beside stars, votes, match or correct, every pair was trained as a positive."""
+    assert judging_columns([*JUDGES, *OTHERS]) == JUDGES
+
+
+def pairs_with(values):
+    return [{"question": f"q {i}", "answer": f"a {i}", "x": value} for i, value in enumerate(values)]
+
+
+JUDGED = [
+    # the values of an unused column, and how a message shows them
+    ([0, 1] * 6, "0, 1"), (["0", "1"] * 6, "0, 1"), ([True, False] * 6, "false, true"), ([-1, 1] * 6, "-1, 1"),
+    ([0, 1, 2, 3, 4, 5] * 2, "0, 1, 2, 3, 4, 5"), ([0.0, 0.5, None] * 4, "0.0, 0.5"), (["1.5", "", "4"] * 4, "1.5, 4"),
+    (["Yes", "no"] * 6, "no, yes"), ([0] * 11 + [1], "0, 1"), ([float("nan"), 1.0, 2.0] * 4, "1.0, 2.0"),
+]  # fmt: skip
+NOT_JUDGED = [
+    list(range(12)), list(range(11)) * 3, [1] * 12, [None] * 12, ["en", "de"] * 6, [2019, 2020] * 6, ["01:30", "2:00"] * 6,
+    [[0], [1]] * 6, [0, 1], [{"a": 1}, {"a": 0}] * 6, ["", " "] * 6,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["rows", "csv", "jsonl", "stream", "columns", "stream with columns"])
+@pytest.mark.parametrize(("values", "shown"), [*JUDGED, *((values, None) for values in NOT_JUDGED)])
+def test_values_that_may_judge_pairs_are_named(kind, values, shown, tmp_path, tokenizer, caplog):
+    rows = pairs_with(values)
+    if kind == "csv":
+        pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+        table = read_file(str(tmp_path / "a.csv"))
+    elif kind != "rows":
+        table = read_file(jsonl(tmp_path / "a.jsonl", rows), streaming="stream" in kind)
+    else:
+        table = Dataset.from_list(rows)
+    columns = {"query": "question", "positive": "answer"} if "columns" in kind else None
+    source = Source("s", table, size=len(rows), columns=columns)
+    if "stream" in kind:
+        streamed(source, tokenizer)
+    else:
+        tokenize_rows(source.rows, tokenizer, 16)
+    found = [message for message in caplog.messages if "may judge the pairs" in message]
+    assert len(found) == (shown is not None)
+    if shown is not None and not (kind == "csv" and any(value != value or value is None for value in values)):
+        assert f"the column 'x' is not used, but its values ({shown}) may judge the pairs" in found[0]
+        assert "--columns score=x" in found[0] and "--ignore_columns x" in found[0]
+
+
+def test_values_of_ids_of_single_texts_and_beside_scores_judge_nothing(tokenizer, caplog):
+    rows = Dataset.from_list(pairs_with([0, 1] * 6))
+    tokenize_rows(rows.rename_column("x", "lang_id"), tokenizer, 16)
+    tokenize_rows(rows.remove_columns("answer").rename_column("question", "text"), tokenizer, 16)
+    scored = rows.add_column("score", [0.1 * i for i in range(12)])
+    tokenize_table(scored, RowTokenizer(tokenizer, 16, scored=True), "rows")
+    take_columns(scored.rename_column("score", "points"), {"query": "question", "positive": "answer", "score": "points"})
+    assert "may judge" not in caplog.text
+
+
+def test_a_table_without_rows_has_no_values(tokenizer):
+    rows = Dataset.from_list(pairs_with([0, 1])).select([])
+    assert "there are 0 row(s)" in error_of(tokenize_rows, rows, tokenizer, 16)
+
+
+def test_values_are_looked_at_in_the_whole_table(tokenizer, caplog):
+    """A file may be sorted by the judgement."""
+    tokenize_rows(Dataset.from_list(pairs_with([1] * 12_000 + [0] * 8_000)), tokenizer, 16)
+    assert "its values (0, 1) may judge" in caplog.text
+
+
 # ---- named by the user ----
 
 
@@ -196,6 +268,7 @@ def test_wrong_flags(given, expected):
         (["anchor=frage", "query=antwort", "positive=id"], "columns: two roles mean the same (query and anchor"),
         (["negative=falsch", "negatives=id", "anchor=frage", "positive=antwort"], "two roles mean the same"),
         (["anchor=frage"], "columns: the roles are anchor; give anchor and positive (and negative, if any), or only text"),
+        (["score=id"], "columns: the roles are score; give anchor and positive"),
         (["positive=frage", "negative=falsch"], "give anchor and positive"),
         (["text=frage", "positive=antwort"], "give anchor and positive"),
     ],
@@ -204,6 +277,22 @@ def test_invalid_roles_of_columns_are_refused(given, expected, tmp_path):
     path = written(tmp_path / "a.csv", "frage,antwort,falsch,id\nf,a,n,1\ng,b,m,2\n")
     message = error_of(read_train_rows, DataArguments(train_file=path, columns=given))
     assert message.startswith(f"{path}: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("found", "rest"),
+    [
+        (["question", "answer", "punkte"], ["question", "answer"]),
+        (["punkte", "Sentence 1", "sentence_2"], ["Sentence 1", "sentence_2"]),
+        (["query", "positive", "neg_1", "neg_2", "punkte"], ["query", "positive", "neg_1", "neg_2"]),
+    ],
+)
+def test_a_named_score_needs_no_other_name_beside_known_columns(found, rest):
+    """BUG: the advice `--columns score=COLUMN` led to the next error."""
+    rows = Dataset.from_dict({name: [f"{name} {i}" for i in range(2)] for name in found})
+    named = named_columns(rows, ["score=punkte"], "a.csv")
+    roles = ["anchor", "positive", "negative_1", "negative_2"][: len(rest)]
+    assert named[1] == {role: f"{column} 1" for role, column in zip(roles, rest)} | {"score": "punkte 1"}
 
 
 KINDS = ["csv", "tsv", "jsonl", "parquet", "csv.gz"]

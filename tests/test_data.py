@@ -288,6 +288,21 @@ def test_drop_empty_rows_counts_them(tokenizer, caplog):
     assert caplog.messages == ["file.csv: 2 of 4 rows had an empty text and were dropped"]
 
 
+@pytest.mark.parametrize("number", [0, 7, False, {"a": "b"}, ["a", 1], 0.0])
+@pytest.mark.parametrize("column", ["query", "positive", "negative"])
+def test_drop_empty_rows_drops_no_cell_that_is_not_a_text(column, number, tmp_path, tokenizer):
+    """BUG: such rows were dropped, and called empty."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(3)] + [{"query": "", "positive": "p"}]
+    rows[2][column] = number
+    path = written(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    shown = "1" if number == ["a", 1] and column != "query" else number
+    for drop in (False, True):
+        message = error_of(tokenize_rows, read_file(path), tokenizer, 16, path, drop_empty_rows=drop)
+        assert message == (
+            f"{path}, row 3, column '{column}': the text is not a string ({shown}); convert it to a string or delete the row"
+        )
+
+
 @pytest.mark.parametrize("texts", [["a"], ["a", ""], ["", " "]])
 def test_fewer_than_two_rows(texts, tokenizer):
     rows = Dataset.from_dict({"text": texts})

@@ -414,6 +414,18 @@ def test_numbers_are_no_texts(ending, cells, row, shown, tmp_path, tokenizer):
     assert f"row {row}, column 'text': the text is not a string ({shown})" in error_of(read_texts, path)
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv", "txt", "jsonl"])
+def test_a_file_of_another_kind_than_its_name_says(ending, tmp_path):
+    """BUG: the message was about a NUL byte and UTF-16."""
+    path = written(tmp_path / f"a.{ending}", gzip.compress(b"question,answer\na,b\n"))
+    assert error_of(read_file, path) == (
+        f"{path}: cannot be read as {ending}: the file is compressed by gzip; decompress it, or add .gz to its name"
+    )
+    pandas.DataFrame({"question": ["a"], "answer": ["b"]}).to_parquet(tmp_path / "b.parquet")
+    path = written(tmp_path / f"b.{ending}", (tmp_path / "b.parquet").read_bytes())
+    assert error_of(read_file, path).endswith("the file is a parquet file; give it the ending .parquet")
+
+
 def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
     rows = [{"anchor": "a", "positive": "b", "negative": float("nan")}, {"anchor": "c", "positive": "d", "negative": "e"}]
     path = jsonl(tmp_path / "a.jsonl", rows)  # json.dumps writes the missing value as NaN

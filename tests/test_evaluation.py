@@ -221,6 +221,13 @@ def test_bad_sts_file(case, tmp_path):
     assert message.startswith(path) and expected in message
 
 
+@pytest.mark.parametrize(("cell", "wrong"), [(5, "not a string (5)"), (None, "missing"), (False, "not a string (False)")])
+def test_sts_sentence_that_is_not_a_text(cell, wrong, tmp_path):
+    items = [{"score": 1, "sentence1": "a", "sentence2": "b"}, {"score": 2.5, "sentence1": "c", "sentence2": cell}]
+    path = write(tmp_path / "a.jsonl", [[json.dumps(item)] for item in items])
+    assert error_of(read_sts, path).startswith(f"{path}, row 2, column 'sentence2': the text is {wrong}; ")
+
+
 @pytest.mark.parametrize("missing", HEADER)
 def test_missing_column(missing):
     rows = Dataset.from_dict({c: ["1", "2"] for c in HEADER if c != missing})

@@ -105,6 +105,38 @@ def test_pairs_that_match_or_do_not(first, second, label, kind, caplog):
     assert caplog.messages[0].startswith(counted)
 
 
+@pytest.mark.parametrize("kind", [int, float, str])
+@pytest.mark.parametrize("missing", [False, True])
+def test_minus_one_beside_one_alone_is_the_negative_label(kind, missing, caplog):
+    """BUG: the pairs with the label -1 were left out."""
+    rows = [{"sentence1": a, "sentence2": b, "label": kind(c or -1)} for a, b, c in BINARY]
+    rows += [{"sentence1": "a", "sentence2": "a none", "label": None}] * missing
+    assert as_pairs(Dataset.from_list(rows), "signed").to_list() == MATCHED
+    assert "positives have the label 1; negatives have the label -1" in caplog.text
+    assert ("1 without a label" in caplog.text) == missing
+
+
+def test_minus_one_is_no_label_beside_zero_or_names():
+    for labels in ([1, 0, -1], ["yes", "no", "-1"]):
+        rows = [{"sentence1": "a", "sentence2": f"b{i}", "label": label} for i, label in enumerate(labels)]
+        assert as_pairs(Dataset.from_list(rows), "qqp").to_list() == [{"anchor": "a", "positive": ["b0"], "negatives": ["b1"]}]
+    features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=["0", "1"])})
+    rows = Dataset.from_dict({"sentence1": ["a", "a"], "sentence2": ["b", "c"], "label": [1, -1]}, features)
+    assert as_pairs(rows, "classes").to_list() == [{"anchor": "a", "positive": ["b"], "negatives": []}]
+
+
+def test_labels_are_shown_as_they_are_written(caplog):
+    """BUG: messages showed not_entailment as notentailment."""
+    as_pairs(pairs(["entailment", "not_entailment"], ("sentence1", "sentence2")), "rte")
+    assert "positives have the label entailment; negatives have the label not_entailment" in caplog.text
+    features = Features({"sentence1": Value("string"), "sentence2": Value("string"),
+                         "label": ClassLabel(names=["not_equivalent", "equivalent"])})  # fmt: skip
+    as_pairs(Dataset.from_dict({"sentence1": ["a"] * 2, "sentence2": ["b", "c"], "label": [0, 1]}, features), "mrpc")
+    assert "negatives have the label not_equivalent" in caplog.text
+    message = error_of(as_pairs, pairs(["no_match", "Not sure"], ("sentence1", "sentence2")), "a.csv")
+    assert "the labels are no_match, not sure; write" in message
+
+
 def test_the_names_of_two_classes_decide():
     """RTE gives entailment the number 0."""
     kinds = {"rte": ["entailment", "not_entailment"], "mrpc": ["not_equivalent", "equivalent"], "paws": ["0", "1"]}
@@ -132,6 +164,8 @@ REFUSED = [
     ),
     (pairs([3.25, 1.0]), "3.25 is a score"),
     (pairs(["-", None]), "the labels are all missing"),
+    (pairs([-1, -1], ALIKE), "the labels are all missing"),
+    (pairs([1, -1]), "the labels are 1; entailment is 0 in some"),
     (pairs(["yes!", "no!"], ALIKE), "the labels are no!, yes!; write entailment"),
     (pairs(["entailment", "other"]), "the labels are entailment, other; write"),
     (pairs([0, 1, -2]), "the labels are -2, 0, 1; write"),  # BUG: the label -2 was read as 2, the contradiction
@@ -196,6 +230,15 @@ def test_an_empty_text_is_found_or_dropped(caplog):
     assert message.startswith("snli, row 12, column 'hypothesis': the text is empty") and "--drop_empty_rows" in message
     assert as_pairs(rows, "snli", drop_empty_rows=True).to_list() == TRIPLETS
     assert "1 with an empty text" in caplog.text
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_number_is_not_an_empty_text(drop, tmp_path):
+    pairs = [{"sentence1": "a", "sentence2": cell, "label": 1} for cell in ("b", "", 5)]
+    path = written(tmp_path / "a.jsonl", "".join(json.dumps(pair) + "\n" for pair in (pairs if drop else pairs[::2])))
+    message = error_of(as_pairs, read_file(path), "a", drop_empty_rows=drop)
+    assert message.startswith(f"a, row {2 + drop}, column 'sentence2': the text is not a string (5)")
+    assert "--drop_empty_rows" not in message
 
 
 def test_a_stream_is_refused_by_name(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.mixture import Mixture, Stream, make_mixture
+from hf_embed.data.mixture import PROBED_ROWS, Mixture, Stream, make_mixture
 from hf_embed.data.sampling import SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.tokenization import RowTokenizer, text_id
@@ -327,6 +327,21 @@ def test_an_iterable_dataset_alone_trains(tmp_path):
         trainer(tmp_path / "out", rows)
 
 
+@pytest.mark.parametrize("late", [0, PROBED_ROWS])
+def test_a_number_in_a_stream_is_not_dropped_as_an_empty_text(late, tmp_path):
+    rows = [*pairs("f", late + 2), {"query": "q", "positive": ""}, {"query": "q", "positive": 5}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sources.yaml").write_text(f"[{{name: a, file: a.jsonl, streaming: true, rows: {len(rows)}}}]")
+    (source,) = read_sources(str(tmp_path / "sources.yaml"))
+
+    def read():
+        reader = Stream(source, RowTokenizer(quickstart_tokenizer(), 16), 0, 1, 0, 1, True)
+        reader.__getitems__(list(range(len(rows))))
+
+    message = error_of(read)
+    assert "the text is not a string (5)" in message and "--drop_empty_rows" not in message
+
+
 def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path):
     lines = [json.dumps(row) for row in [*pairs("a", 3), {"query": "b", "positive": " "}, *pairs("c", 3)]]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
@@ -334,6 +349,42 @@ def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path):
     assert len(set(ids_of(rows))) == 6
     message = error_of(stream, [str(tmp_path / "a.jsonl")])
     assert message.startswith("source 'web' (part-*.jsonl), the row {'query': 'b'") and "column 'positive'" in message
+
+
+# ---- rows without negatives ----
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "same"),
+    [
+        ({"positive": "one answer"}, {}, "positives"),
+        ({"query": "one question"}, {}, "anchors"),
+        ({"query": "one", "positive": "one answer"}, {}, "positives"),
+        ({"positive": "one answer", "negative": "one answer"}, {}, "positives"),
+        ({"positive": "one answer", "negative": None}, {}, "positives"),
+        ({}, {"max_length": 3}, "positives"),  # all positives begin with the same token
+        ({}, {}, None),
+        ({"query": "one question"}, {"objective": SimCSE(mask_other_positives=False)}, None),
+        ({"positive": "one answer", "negative": "another"}, {}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["table", "source", "stream"])
+def test_rows_of_which_none_can_have_a_negative(change, settings, same, kind, tmp_path, caplog):
+    """BUG: such data trained with the loss 0.00, without a word."""
+    rows = [{"query": f"q {i}", "positive": f"p {i}"} | change for i in range(12)]
+    settings = {"objective": SimCSE(), "max_length": 16} | settings
+    given = Dataset.from_list(rows)
+    if kind != "table":
+        given = given if kind == "source" else given.to_iterable_dataset()
+        given = [Source("mine", given, size=12, negatives=1 if "negative" in change else None)]
+    args = arguments(tmp_path, max_length=settings["max_length"])
+    ContrastiveTrainer(model=tiny_model(), processing_class=quickstart_tokenizer(), args=args,
+                       objective=settings["objective"], train_dataset=given)  # fmt: skip
+    found = [message for message in caplog.messages if "nothing can be learned" in message]
+    assert len(found) == (same is not None)
+    if same:
+        assert f"the {same} of all rows are the same text" in found[0]
+        assert found[0].startswith("train_dataset: " if kind == "table" else "source 'mine': ")
 
 
 # ---- the YAML file ----

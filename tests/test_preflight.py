@@ -9,18 +9,20 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from conftest import error_of
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from test_recipes import QUIET, RECIPES, load_recipe
 
 from hf_embed import Encoder, ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Source
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import rows_of_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
@@ -404,6 +406,65 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     assert "a picture's name must end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
     assert error_of(run, good, good) == f"two sources have the name '{good}'; give each file once"
     assert "sample is -1" in error_of(run, good, "--sample", "-1")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("place", "cell"), [
+    ("positive", 0), ("positive", True), ("positive", {"a": "b"}), ("positive", ["a", 5]), ("positive", [["a"]]),
+    ("query", 5), ("query", ["a", 5]), ("negative", 7),
+])  # fmt: skip
+@pytest.mark.parametrize("others", ["text", "texts", "same"])
+def test_cells_that_are_no_texts_are_refused_as_in_training(place, cell, others, streaming, tmp_path, encoder):
+    """BUG: a column that mixes texts with other values ended in an error of Arrow."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(4)] + [{"query": "q", "positive": ""}]
+    for i, row in enumerate(rows):
+        row[place] = cell if i == 2 or others == "same" else [f"x{i}"] if others == "texts" and place != "query" else f"x{i}"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"name": "a", "file": "a.jsonl", "negatives": 1} | ({"streaming": True, "rows": 5} if streaming else {})
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump([entry]))
+    (source,) = read_sources(str(tmp_path / "sources.yaml"))
+    message = error_of(preflight, [(source, None, None)], encoder, Settings(), {})
+    number = 1 if others == "same" else 3
+    wrong = [item for item in cell if not isinstance(item, str)][0] if isinstance(cell, list) and place != "query" else cell
+    assert message.startswith(f"{source.label}, row {number}, column '{place}': the text is not a string ({wrong}); ")
+    assert "drop_empty_rows" not in message
+
+
+def test_a_stream_that_mixes_texts_and_lists(tmp_path, encoder):
+    rows = [{"query": "a", "positive": "b", "when": date(2020, 1, 1)}, {"query": "c", "positive": ["d", "e"], "when": None}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    report = preflight([(Source("s", stream, size=2), None, None)], encoder, Settings(), {})
+    assert report["sources"]["s"]["training_rows"] == 3 and report["sources"]["s"]["unused"] == ["when"]
+
+
+def test_an_unused_column_whose_values_may_judge_pairs(encoder):
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "x": i % 2, "page": i} for i in range(12)]
+    report = report_of(rows, encoder)
+    assert report["sources"]["mine"]["judged"] == {"x": ["0", "1"]}
+    (finding,) = [each for each in report["findings"] if each["code"] == "judged"]
+    assert "--columns score=x" in finding["text"] and "--ignore_columns x" in finding["text"]
+    assert "judged" not in [each["code"] for each in report_of([{"text": row["question"], "x": row["x"]} for row in rows],
+                                                               encoder)["findings"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answers", "share"), [(1, 1.0), (2, 5 / 11), (12, 0)])
+def test_positives_that_repeat_leave_few_negatives(answers, share, encoder):
+    rows = [{"anchor": f"q {i}", "positive": f"answer {i % answers}"} for i in range(12)]
+    report = report_of(rows, encoder, batches=(4, 64))
+    found = [each for each in report["findings"] if each["code"] == "few_negatives"]
+    assert [each["count"] for each in found] == ([pytest.approx(share)] if share > 0.5 else [])
+    table = [line for line in lines(report) if line.startswith("mine  ") and "64 (only 12 rows)" in line]
+    assert len(table) == 1 and f"{12 * 11 * share:.3f}" in table[0]  # the batch has all 12 rows, and no more
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "NULL", "None", "N/A", "<NA>"])
+@pytest.mark.parametrize("column", ["anchor", "positive", "negative"])
+def test_words_for_missing_values(word, column, encoder):
+    rows = [{"anchor": f"a nan {i}", "positive": f"None of {i}", "negative": f"n {i}"} for i in range(5)]
+    assert "missing_word" not in [each["code"] for each in report_of(rows, encoder)["findings"]]
+    rows[2][column] = rows[4][column] = word
+    (finding,) = [each for each in report_of(rows, encoder)["findings"] if each["code"] == "missing_word"]
+    assert finding["count"] == 2 and "(rows 3, 5)" in finding["text"]
 
 
 # ---- several sources ----

@@ -62,11 +62,14 @@ def test_a_file_of_scored_pairs_without_a_header(tmp_path, files):
 
 def test_named_columns(tmp_path, files):
     files["stars"] = tmp_path / "stars.csv"
-    files["stars"].write_text("\n".join(["stars,a,b", *(",".join(map(str, row)) for row in GRADED)]))
-    results = run(SCORED, files, "stars", tmp_path / "out", "--columns", "anchor=a", "positive=b", "score=stars")
+    files["stars"].write_text("\n".join(["points,a,b", *(",".join(map(str, row)) for row in GRADED)]))
+    results = run(SCORED, files, "stars", tmp_path / "out", "--columns", "anchor=a", "positive=b", "score=points")
     assert results["train"]["rows"] == len(GRADED)
     message = error_of(run, SCORED, files, "stars", tmp_path / "other", "--columns", "anchor=a", "positive=b")
     assert "the objective needs a score for each pair" in message
+    files["stars"].write_text(files["stars"].read_text().replace("points", "stars"))
+    message = error_of(run, SCORED, files, "stars", tmp_path / "other", "--columns", "anchor=a", "positive=b")
+    assert message.endswith("use scored-pairs or the objective CoSENT, with score=stars in --columns")
 
 
 def test_pairs_without_scores_are_refused(tmp_path, files):

@@ -90,6 +90,22 @@ def test_columns_that_could_all_be_scores_are_refused():
     assert "rating or gold_similarity could be the scores; name the column with --columns score=COLUMN" in message
 
 
+@pytest.mark.parametrize(
+    ("names", "needed", "advice"),
+    [
+        (["question", "answer", "x"], "a score for each pair", "name the column with --columns score=COLUMN (or columns:"),
+        (["a", "b", "x"], "a score for each pair",
+         "name the column with --columns score=COLUMN anchor=COLUMN positive=COLUMN (or columns:"),
+        (["anchor", "positive", "negative", "x"], "a score for each text after the anchor",
+         "give the columns positive_score, negative_score ..., or a list of numbers in a column scores"),
+    ],
+)  # fmt: skip
+def test_advice_for_scores_is_complete(names, needed, advice):
+    """BUG: `--columns score=COLUMN` alone led to the next error, also for rows with negatives, which need several scores."""
+    message = error_of(score_columns, names, "rows")
+    assert message.startswith(f"rows: the objective needs {needed}; found the columns {', '.join(names)}; {advice}")
+
+
 @pytest.mark.parametrize("value", [None, "high", float("nan"), float("inf"), "", [1.0, None]])
 def test_a_cell_that_is_no_score_is_refused(value):
     assert "row 3, column 'score'" in error_of(row_scores, {"score": value}, 2, "rows, row 3")

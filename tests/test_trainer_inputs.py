@@ -128,6 +128,8 @@ def test_what_holds_no_rows_is_refused(tmp_path, rows, parts):
 
 # ---- evaluation sets ----
 
+TO_STS = "for an STS set, rename the columns to sentence1, sentence2 and score"
+
 
 def test_a_table_is_an_sts_set_or_held_out_by_its_columns(tmp_path):
     sets = {"sts": STS, "loss": frame(), "more": [tuple(row.values()) for row in ROWS]}
@@ -151,6 +153,13 @@ def test_a_table_is_an_sts_set_or_held_out_by_its_columns(tmp_path):
         ([{"text": "a"}, {"text": "b"}], ["single text cannot be held out", "anchor, positive"]),
         (["a", "b"], ["single text cannot be held out"]),
         ([ROWS[0] | {"label": 1}, ROWS[1] | {"label": 0}], ["'label' judges the pairs"]),
+        ([{"text1": "a", "text2": "b", "score": 1.5}] * 2, ["'score' judges the pairs", TO_STS]),
+        ([{"question1": "a", "question2": "b", "score": 1}] * 2, ["'score' judges the pairs", TO_STS]),
+        ([{"sentence1": "a", "sentence2": "b", "similarity": i} for i in range(2)], ["no column score", "rename the columns"]),
+        ([{"sentence1": "a", "sentence2": f"b{i}", "label": i} for i in range(6)], ["'label' judges the pairs", TO_STS]),
+        ([{"sentence1": "a", "sentence2": "b", "label": x} for x in (0.5, 1)], ["'label' judges the pairs", TO_STS]),
+        ([{"sentence1": "a", "sentence2": "b", "label": x} for x in ("ja", "nein")], ["the labels are ja, nein; write"]),
+        ([{"premise": "a", "hypothesis": "b", "label": x} for x in (0, 1)], ["entailment is 0 in some datasets"]),
         ([{"left": "a", "right": "b"}] * 2, ["found the columns left, right", "sentence1, sentence2 and score", "anchor"]),
         (IterableDataset.from_generator(generator), ["a streaming dataset cannot be an evaluation set"]),
         ({"dev": 3}, ["dev: a int cannot be used as rows"]),
@@ -161,6 +170,7 @@ def test_a_table_is_an_sts_set_or_held_out_by_its_columns(tmp_path):
 def test_what_is_no_evaluation_set_is_refused(tmp_path, sets, parts):
     message = error_of(make, tmp_path / "out", eval_dataset=sets)
     assert all(part in message for part in parts), message
+    assert "--ignore_columns" not in message  # BUG: this advice turned graded pairs into positives
 
 
 # ---- the model and its tokenizer ----

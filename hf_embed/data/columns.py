@@ -13,9 +13,10 @@ import logging
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
 from hf_embed.distributed import get_rank
@@ -60,12 +61,21 @@ WITH_TEXT = [("title", "text")]
 # A column whose name contains one of these words judges a pair: label, gold_label, is_duplicate, relevance_score ...
 JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "duplicate", "paraphrase", "relevance",
            "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
-GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating"}
+# So does a name that ends in one of these words (user_votes and isCorrect, but not correct_answer), or is one of these names.
+JUDGING_ENDS = {"star", "stars", "vote", "votes", "upvotes", "downvotes", "match", "matched", "correct", "valid", "verdict"}
+JUDGING_NAMES = {"isanswer", "ispositive", "positivepair"}
+GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating", "stars", "votes"}
+# An unused column of pairs with at least two and at most so many different values may judge them, whatever its name is.
+FEW_VALUES = 10
+LOOKED_AT = 10_000  # rows of a table whose values are looked at
+FIRST_ROWS = 100  # the same for a stream
+TRUTHS = {"true", "false", "yes", "no"}
 # Columns of teacher scores do not judge a pair: it is already known whether the scored texts are positives or negatives.
 TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?(_?\d+)?_scores?(_?\d+)?", re.IGNORECASE)
 # A column whose name contains one of these words does not hold texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
+NAMED_OTHERWISE = "(or columns: in a sources file, or rename_columns of a Dataset)"
 # A column name with more words than this may be a text, because the file has no header.
 NAME_WORDS = 4
 # Roles that the user may give a column -> the name that the column gets.
@@ -199,12 +209,62 @@ def flag(*columns: str) -> str:
     """
     roles = ["text"] if len(columns) == 1 else ["anchor", "positive", *["negative"] * (len(columns) - 2)]
     given = " ".join(shlex.quote(f"{role}={column}") for role, column in zip(roles, columns))
-    return f"--columns {given} (or columns: in a sources file, or rename_columns of a Dataset)"
+    return f"--columns {given} {NAMED_OTHERWISE}"
 
 
 def judging_columns(names: list[str]) -> list[str]:
     """Return the columns whose names say that they judge pairs."""
-    return [column for column in names if JUDGING.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
+    return [column for column in names if judges(column) and not TEACHER.fullmatch(column)]
+
+
+def judges(column: str) -> bool:
+    """Return whether the name of a column says that it judges pairs."""
+    words = [word for word in words_of(column) if word]
+    return bool(JUDGING.intersection(words) or JUDGING_ENDS.intersection(words[-1:])) or plain(column) in JUDGING_NAMES
+
+
+def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[str, list[str]]:
+    """Return the unused columns whose values look like judgements of pairs, with their different values.
+
+    Such a column has few different values, which are all numbers from -100 to 100, or all truth values. A column of ids, or
+    one in which hardly any value repeats, does not count.
+
+    Args:
+        rows: a table, of which evenly spaced rows are looked at; or the first rows of a stream.
+        unused: the columns to look at.
+    """
+    unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
+    if isinstance(rows, Dataset):
+        unused = [column for column in unused if isinstance(rows.features[column], Value)]
+        step = max(1, -(-len(rows) // LOOKED_AT))
+        table = rows.select_columns(unused).select(range(0, len(rows), step))[:]
+    else:
+        table = {column: [row.get(column) for row in rows] for column in unused}
+    found = {}
+    for column, cells in table.items():
+        words = [str(cell).strip().lower() for cell in cells if isinstance(cell, str | int | float)]
+        words = [word for word in words if word not in ("", "nan")]
+        values = sorted(set(words))
+        numbers = all(re.fullmatch(r"-?\d{1,3}(\.\d+)?", value) and abs(float(value)) <= 100 for value in values)
+        if 2 <= len(values) <= min(FEW_VALUES, len(words) // 2) and (numbers or TRUTHS.issuperset(values)):
+            found[column] = values
+    return found
+
+
+def judged_in_words(column: str, values: Sequence[str]) -> str:
+    """Describe an unused column whose values look like judgements, with both mends."""
+    return (
+        f"the column '{column}' is not used, but its values ({', '.join(values)}) may judge the pairs, and every pair is a "
+        f"positive; learn from it by scored-pairs and --columns {shlex.quote(f'score={column}')}, or give "
+        f"--ignore_columns {shlex.quote(column)} if all pairs belong together"
+    )
+
+
+def warn_of_judgements(rows: Dataset | list[dict], unused: Sequence[str], name: str) -> None:
+    """Log a warning for each unused column of pairs whose values look like judgements of the pairs."""
+    if get_rank() == 0:
+        for column, values in judging_values(rows, unused).items():
+            logger.warning(f"{name}: {judged_in_words(column, values)}")
 
 
 def refuse_judgements(unused: list[str], name: str) -> None:
@@ -214,7 +274,8 @@ def refuse_judgements(unused: list[str], name: str) -> None:
     """
     if judging := judging_columns(unused):
         graded = GRADES.intersection(words_of(judging[0]))
-        scores = "; to learn from graded pairs, use scored-pairs or the objective CoSENT" if graded else ""
+        scores = "; to learn from graded pairs, use scored-pairs or the objective CoSENT"
+        scores = f"{scores}, with {shlex.quote(f'score={judging[0]}')} in --columns" if graded else ""
         raise InputError(
             f"{name}: the column '{judging[0]}' judges the pairs, but training does not use it and would treat every pair "
             f"as a positive; keep only the matching pairs, and remove the column with --ignore_columns {' '.join(judging)} (or "
@@ -249,14 +310,18 @@ def read_columns(given: list[str]) -> dict[str, str | list[str]]:
 def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | IterableDataset:
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), or text.
 
+    If it maps only a score, the columns of texts are recognized by their names.
+
     Raises:
         InputError: if a role is unknown, a role is given under both of its names, a column does not exist, the roles do not
             form a row, or an unused column judges the pairs.
     """
     if not isinstance(columns, dict) or not columns or not all(is_one_of(role, ROLES) for role in columns):
         raise InputError(f"columns: expected a mapping from {', '.join(ROLES)} to the file's columns")
-    names = new_names(columns)
     found = column_names(rows)
+    if {ROLES[key] for key in columns} == {"score"}:
+        columns = with_known_texts(columns, found)
+    names = new_names(columns)
     if missing := [column for column in names if column not in found]:
         raise InputError(f"there is no column '{missing[0]}'; found {', '.join(found)}")
     roles = {ROLES[key] for key in columns}
@@ -265,11 +330,23 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
             f"columns: the roles are {', '.join(columns)}; give anchor and positive (and negative, if any), or only text"
         )
     if len(names) > 1:
-        refuse_judgements([column for column in found if column not in names], "columns")
+        unused = [column for column in found if column not in names]
+        refuse_judgements(unused, "columns")
+        if unused and "score" not in roles:
+            warn_of_judgements(rows if isinstance(rows, Dataset) else list(islice(rows, FIRST_ROWS)), unused, "columns")
     rows = rows.select_columns(list(names))
     # Rename in two steps, because a stream cannot swap two names in one step.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
     return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})
+
+
+def with_known_texts(columns: dict, found: list[str]) -> dict:
+    """Return `columns` with the roles of the columns of texts, as far as the names in `found` are known."""
+    texts = [column for column in found if column not in columns.values()]
+    pair = pair_of(texts, "columns")
+    if pair is None:
+        return columns
+    return {"anchor": pair[0], "positive": pair[1], "negative": negative_columns(texts)} | columns
 
 
 def named_columns(rows: Dataset, given: list[str], name: str) -> Dataset:

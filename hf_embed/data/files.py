@@ -36,13 +36,12 @@ from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import cached_table, check_cache
 from hf_embed.errors import InputError, masked
-from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, parse_json
+from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, other_kind, parse_json
 
 logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
-FILL_IN = "fill it in or delete the row"
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
@@ -110,8 +109,8 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        raise unreadable(path, "the file is UTF-16; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8")
+                    if kind := other_kind(line):
+                        raise unreadable(path, f"the file is {kind}")
                     if line.startswith(LFS_POINTER):
                         raise InputError(f"{path} {NOT_FETCHED}")
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -189,13 +188,6 @@ def shortened(text: str) -> str:
     """Return the beginning of a text, on one line."""
     start = " ".join(text[:61].split())
     return start if len(text) <= 60 else f"{start[:60]}..."
-
-
-def missing_text(cell: object) -> str | None:
-    """Return what is wrong with a cell that must be a text, in words to follow "the text is". Return None for a valid text."""
-    if not isinstance(cell, str):
-        return "missing" if cell is None else f"not a string ({shortened(repr(cell))})"
-    return None if cell.strip() else "empty"
 
 
 def common_columns(paths: list[str], table: Table) -> list[str]:
@@ -319,11 +311,15 @@ def parsed(text: str, path: str, number: int) -> Any:
 
 def survey_json(paths: list[str]) -> Features:
     """Return the type of each column, determined from all rows."""
+    return features_of(row for path in paths for _, row in json_rows(path))
+
+
+def features_of(rows: Iterable[dict]) -> Features:
+    """Return the type of each column that occurs in the rows."""
     kinds: dict[str, set[str | None]] = {}
-    for path in paths:
-        for _, row in json_rows(path):
-            for key, value in row.items():
-                kinds.setdefault(key, set()).add("text" if type(value) is str else kind_of_value(value))
+    for row in rows:
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add("text" if type(value) is str else kind_of_value(value))
     return Features({key: type_of(found - {None}) for key, found in kinds.items()})
 
 
@@ -358,7 +354,9 @@ def as_column(values: list, feature: Any) -> pyarrow.Array:
         )
     if isinstance(feature, Value):
         return pyarrow.array(values, feature.pa_type)
-    texts = pyarrow.array([None if value is None else json.dumps(storable(value)) for value in values], pyarrow.string())
+    texts = pyarrow.array(
+        [None if value is None else json.dumps(storable(value), default=str) for value in values], pyarrow.string()
+    )
     return pyarrow.ExtensionArray.from_storage(feature.pa_type, texts)
 
 

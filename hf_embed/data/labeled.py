@@ -8,17 +8,18 @@ Pairs with inference labels (entailment, neutral, contradiction) become triplets
 hard negative is the first hypothesis in the file that contradicts it. A premise is left out if it lacks a positive or a
 negative. Neutral hypotheses and pairs without a gold label (-1, "-", null) are left out too.
 
-With two labels, 1 means that the pair matches. The anchor is the first text of a pair. Its positives are the texts that match
-it, and its hard negatives are the texts that do not match it. Pairs that do not match are left out if no text matches their
-anchor.
+With two labels (1 and 0, or 1 and -1), 1 means that the pair matches. The anchor is the first text of a pair. Its positives are
+the texts that match it, and its hard negatives are the texts that do not match it. Pairs that do not match are left out if no
+text matches their anchor.
 
 The positives of an anchor are a list. Later, each positive of the list becomes a row of its own (`hf_embed.data.sources`). The
 grouping needs all rows, so a stream is refused.
 
 The meaning of a label comes from its word, or from the name that a `ClassLabel` gives to its number. The plain number 1 means
-a match, and 0 means no match. For premise and hypothesis, the plain numbers 0, 1 and 2 are read in the order of SNLI: 0
-entailment, 1 neutral, 2 contradiction. A message says how the labels were read. All other labels are refused. For example, 0
-and 1 without 2 are refused for premise and hypothesis, because 0 is the entailment in some datasets (RTE) and 1 in others.
+a match, and 0 means no match. If 1 and -1 are the only labels, -1 means no match too. For premise and hypothesis, the plain
+numbers 0, 1 and 2 are read in the order of SNLI: 0 entailment, 1 neutral, 2 contradiction. A message says how the labels were
+read. All other labels are refused. For example, 0 and 1 without 2 are refused for premise and hypothesis, because 0 is the
+entailment in some datasets (RTE) and 1 in others.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ from hf_embed.data.columns import (
 )
 from hf_embed.data.sources import DROP_ADVICE, plain_rows, row_texts, rows_of_texts
 from hf_embed.distributed import get_rank
-from hf_embed.errors import InputError
+from hf_embed.errors import EmptyTextError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ BATCH = 10_000  # rows read at a time
 LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
 # The words for the two labels of datasets with two labels.
 MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
-NO_MATCHES = ("0", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
+NO_MATCHES = ("0", "-1", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
 ABSENT = ("", "-", "-1", "none", "nan")
 
 
@@ -152,10 +153,9 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     Raises:
         InputError: if the meaning of a label is unknown.
     """
-    batches = rows.select_columns(layout.label).iter(BATCH)
-    labels = list(dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label]))
-    texts = {label: text_of(label, rows.features[layout.label]) for label in labels}
-    words = {text for text in texts.values() if text not in ABSENT}
+    texts = texts_of_labels(rows, layout)
+    absent = words_without_meaning(set(texts.values()), layout, rows.features[layout.label])
+    words = set(texts.values()) - absent
     where = f"{name}, column '{layout.label}'"
     if graded := sorted(word for word in words if re.fullmatch(r"\d*\.\d+", word)):
         raise InputError(
@@ -163,7 +163,8 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
             f"pairs with --eval_sts_file, or keep only similar pairs and remove the column with --ignore_columns {layout.label}"
         )
     numbers = all(word.isdecimal() for word in words)
-    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: word for word in words}
+    written = {text: written_as(label, rows.features[layout.label]) for label, text in texts.items()}
+    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: written[word] for word in words}
     known = LABELS_OF_INFERENCE
     if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # the order of SNLI
         inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
@@ -171,11 +172,31 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     elif not inference:
         known = dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
     if not words or not words <= set(known) or (numbers and layout.inference and not inference):
-        some = sorted(words)[:5] + ["..."] * (len(words) > 5)
+        some = sorted(shown.values())[:5] + ["..."] * (len(words) > 5)
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
     explained = "; ".join(f"{meaning}s have the label {' or '.join(found)}" for meaning, found in parts.items() if found)
-    return Meanings({label: NO_LABEL if text in ABSENT else known[text] for label, text in texts.items()}, inference, explained)
+    return Meanings({label: NO_LABEL if text in absent else known[text] for label, text in texts.items()}, inference, explained)
+
+
+def texts_of_labels(rows: Dataset, layout: Layout) -> dict[Any, str]:
+    """Return the word of each different label in the rows."""
+    batches = rows.select_columns(layout.label).iter(BATCH)
+    labels = dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label])
+    return {label: text_of(label, rows.features[layout.label]) for label in labels}
+
+
+def are_graded(rows: Dataset, layout: Layout) -> bool:
+    """Return whether the labels are numbers that grade the pairs, such as 0 to 5: they say how similar the texts are."""
+    words = set(texts_of_labels(rows, layout).values()).difference(ABSENT)
+    numbers = all(re.fullmatch(r"\d*\.?\d+", word) for word in words)
+    return numbers and not words <= {"0", "1"} and not (layout.inference and words <= {"0", "1", "2"})
+
+
+def words_without_meaning(words: set[str], layout: Layout, feature: Any) -> set[str]:
+    """Return the words that say that a pair has no label. The number -1 is a label if 1 is the only other one."""
+    signed = words.difference(ABSENT) == {"1"} and not layout.inference and not isinstance(feature, ClassLabel)
+    return set(ABSENT) - {"-1"} if signed else set(ABSENT)
 
 
 def hashable(label: Any) -> Any:
@@ -187,10 +208,15 @@ def hashable(label: Any) -> Any:
 
 def text_of(label: Any, feature: Any) -> str:
     """Return the word of a label: "1" for 1.0, "true" for True, "notentailment" for "Not entailment", a ClassLabel's name."""
+    text = written_as(label, feature)
+    return text if text in ABSENT or text.startswith("-") else plain(text)  # `plain` removes "-"
+
+
+def written_as(label: Any, feature: Any) -> str:
+    """Return a label as messages show it: "1" for 1.0, "not_entailment" for Not_Entailment, the name of a ClassLabel."""
     if isinstance(feature, ClassLabel) and label is not None and label >= 0:
         label = feature.int2str(label)
-    text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
-    return text if text in ABSENT or text.startswith("-") else plain(text)  # `plain` removes "-"
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
 
 
 def mend_of(words: set[str], layout: Layout) -> str:
@@ -261,7 +287,7 @@ def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_e
             try:
                 pair = {layout.first: first, layout.second: second}
                 texts = row_texts(pair, list(pair), f"{name}, row {start * BATCH + place}")
-            except InputError as error:
+            except EmptyTextError as error:
                 if not drop_empty_rows:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
                 groups.counts[EMPTY] += 1

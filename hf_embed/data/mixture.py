@@ -15,13 +15,14 @@ from dataclasses import InitVar, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import pyarrow
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns
+from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns, warn_of_judgements
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
@@ -32,7 +33,7 @@ from hf_embed.data.sources import (
     unformatted,
 )
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import EmptyTextError, InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.read_files import first_line
@@ -167,9 +168,13 @@ class Stream:
             raise InputError(f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row)")
         first = list(islice(source.rows, PROBED_ROWS))
         refuse_lists(first, self.columns, source.label)
+        if len(self.columns) > 1:
+            warn_of_judgements(first, [column for row in first[:1] for column in row if column not in self.columns], self.label)
         self.several = any(isinstance(row[column], list) for row in first for column in self.columns[1:2])  # positives
         probe = [texts for row in first for texts, _ in self.texts(row) or []]
-        self.truncated_share = sum(tokenizer(probe)["truncated"]) / max(1, sum(map(len, probe)))
+        tokens = tokenizer(probe)
+        self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
+        self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
 
     def __len__(self) -> int:
         return self.size
@@ -225,7 +230,7 @@ class Stream:
         where = f"{self.label}, the row {str(row)[:60]}..."
         try:
             made = rows_of_texts(row, self.columns, where)
-        except InputError as error:
+        except EmptyTextError as error:
             if self.drop:
                 return None
             raise InputError(f"{error} ({DROP_ADVICE})") from error

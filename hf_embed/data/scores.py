@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from hf_embed.data.columns import TEACHER, judging_columns
+from hf_embed.data.columns import NAMED_OTHERWISE, TEACHER, judging_columns, negative_columns, pair_of
 from hf_embed.errors import InputError
 
 
@@ -34,7 +34,16 @@ def score_columns(names: list[str], name: str) -> list[str]:
     if len(judging) == 1:
         return judging
     found = f"{' or '.join(judging)} could be the scores" if judging else f"found the columns {', '.join(names)}"
-    raise InputError(f"{name}: the objective needs a score for each pair; {found}; name the column with --columns score=COLUMN")
+    if negative_columns(names):
+        raise InputError(
+            f"{name}: the objective needs a score for each text after the anchor; {found}; give the columns positive_score, "
+            "negative_score ..., or a list of numbers in a column scores"
+        )
+    texts = "" if pair_of(names, name) else " anchor=COLUMN positive=COLUMN"
+    raise InputError(
+        f"{name}: the objective needs a score for each pair; {found}; name the column with --columns score=COLUMN{texts} "
+        f"{NAMED_OTHERWISE}"
+    )
 
 
 def has_scores(names: list[str]) -> bool:

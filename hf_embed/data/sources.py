@@ -21,7 +21,7 @@ match (`hf_embed.data.columns`). A list of positives becomes one row for each po
 never negatives of that row. `--columns anchor=frage positive=antwort` names columns with other names.
 
 Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
-because then some pairs may not be positives.
+because then some pairs may not be positives. If only its values look like judgements, a warning names it.
 """
 
 import glob
@@ -38,12 +38,13 @@ from hf_embed.data import files
 from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
-from hf_embed.errors import InputError
+from hf_embed.errors import EmptyTextError, InputError
 from hf_embed.hub_access import check_dataset
 from hf_embed.read_files import check_file, first_line
 
 logger = logging.getLogger(__name__)
 
+FILL_IN = "fill it in or delete the row"
 DROP_ADVICE = "--drop_empty_rows drops such rows and counts them"
 KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
@@ -208,12 +209,28 @@ def read_texts(path: str) -> list[str]:
     return [text for text in texts if text and text.strip()]
 
 
+def cell_text(cell: object, where: str) -> str:
+    """Return a cell that is a text. The messages of the errors begin with `where`.
+
+    Raises:
+        EmptyTextError: if the cell is missing or empty.
+        InputError: if the cell is not a string.
+    """
+    if not isinstance(cell, str | None):
+        raise InputError(
+            f"{where}: the text is not a string ({files.shortened(repr(cell))}); convert it to a string or delete the row"
+        )
+    if cell is None or not cell.strip():
+        raise EmptyTextError(f"{where}: the text is {'missing' if cell is None else 'empty'}; {FILL_IN}")
+    return cell
+
+
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """Return the texts of one row: anchor, positive, negatives.
 
     Raises:
-        InputError: if a cell is empty or not a text, or the negatives are a list that was written as a text. The message begins
-            with `where`.
+        EmptyTextError: if a cell is missing or empty. The message begins with `where`, also in the other case.
+        InputError: if a cell is not a text, or the negatives are a list that was written as a text.
     """
     texts = []
     for i, column in enumerate(columns):
@@ -226,9 +243,7 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
                 "parquet, or put each negative into its own column, negative_1, negative_2 ..."
             )
         for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
-            if wrong := files.missing_text(text):
-                raise InputError(f"{where}, column '{column}': the text is {wrong}; {files.FILL_IN}")
-            texts.append(text)
+            texts.append(cell_text(text, f"{where}, column '{column}'"))
     return texts
 
 
@@ -238,13 +253,14 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
         {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
 
     Raises:
-        InputError: if the list of positives is empty, or for the reasons of `row_texts`.
+        EmptyTextError: if the list of positives is empty, or a text is missing or empty.
+        InputError: for the other reasons of `row_texts`.
     """
     positives = row[columns[1]] if len(columns) > 1 else None
     if not isinstance(positives, list):
         return [(row_texts(row, columns, where), [])]
     if not positives:
-        raise InputError(f"{where}, column '{columns[1]}': there is no positive; add one or delete the row")
+        raise EmptyTextError(f"{where}, column '{columns[1]}': there is no positive; add one or delete the row")
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
     different = {own[1]: own for own in texts}  # the same positive may be listed twice
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]

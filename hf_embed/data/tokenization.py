@@ -14,11 +14,11 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
-from hf_embed.data.columns import text_columns
+from hf_embed.data.columns import text_columns, warn_of_judgements
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
 from hf_embed.distributed import get_rank
-from hf_embed.errors import InputError
+from hf_embed.errors import EmptyTextError, InputError
 from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,8 @@ def tokenize_table(
     """
     scores = score_columns(rows.column_names, name) if tokenizer.scored else []
     columns = text_columns(rows.column_names, name, paired, scores)
+    if len(columns) > 1 and not scores:
+        warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)
     rows = rows.select_columns(columns + scores)  # cells of other columns may hold values that Python cannot represent
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
@@ -236,7 +238,7 @@ class RowReader:
             where = f"{self.name}, row {number + 1}"
             try:
                 texts_of_rows = rows_of_texts(cells, self.columns, where)
-            except InputError as error:
+            except EmptyTextError as error:
                 if not self.drop:
                     raise InputError(f"{error} ({DROP_ADVICE})") from error
                 continue

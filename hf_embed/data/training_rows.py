@@ -1,5 +1,6 @@
 """The steps from the accepted forms of `train_dataset` to tokenized rows, and from these rows to the batches of one rank."""
 
+import logging
 import os
 import signal
 import threading
@@ -27,12 +28,16 @@ from hf_embed.data.mixture import (
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.sources import unformatted
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
+from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
+from hf_embed.objectives import Matryoshka, SimCSE
 from hf_embed.objectives.base import Objective, check_other_positives
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
     from hf_embed.encoder import Encoder
+
+logger = logging.getLogger(__name__)
 
 TrainData: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source]
 
@@ -101,6 +106,8 @@ def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_ro
         InputError: if the objective does not suit the rows.
     """
     objective.check_rows(texts_per_row, name)
+    if get_rank() == 0 and not {"scores", "target", "teacher"}.intersection(objective.needs):
+        warn_without_negatives(tokens.probed_ids if isinstance(tokens, Stream) else tokens.data["text_ids"], objective, name)
     if "scores" in objective.needs and isinstance(tokens, Dataset) and "scores" in tokens.column_names:
         refuse_equal_scores(tokens, name)
     if has_several_positives(tokens):
@@ -109,9 +116,47 @@ def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_ro
 
 def refuse_equal_scores(tokens: Dataset, name: str) -> None:
     """Raise InputError if all scores of a table are equal, because no order can be learned from them."""
-    limits = pyarrow.compute.min_max(pyarrow.compute.list_flatten(tokens.with_format("arrow")[:]["scores"])).as_py()
-    if limits["min"] == limits["max"]:
-        raise InputError(f"{name}: all scores are {limits['min']:g}, so there is nothing to learn; give rows with other scores")
+    scores = pyarrow.compute.list_flatten(tokens.with_format("arrow")[:]["scores"])
+    if are_equal(scores):
+        raise InputError(
+            f"{name}: all scores are {scores[0].as_py():g}, so there is nothing to learn; give rows with other scores"
+        )
+
+
+def warn_without_negatives(text_ids: pyarrow.ChunkedArray, objective: Objective, name: str) -> None:
+    """Log a warning if no row can have a negative, because the positives, or the anchors, of all rows are the same text.
+
+    Args:
+        text_ids: the text hashes of each row: of a table, or of the first rows of a stream.
+        objective: the objective of the rows.
+        name: the name of the rows in messages.
+    """
+    if len(text_ids) < 2:
+        return
+    most = pyarrow.compute.max(pyarrow.compute.list_value_length(text_ids)).as_py()
+    candidates = pyarrow.compute.list_flatten(pyarrow.compute.list_slice(text_ids, min(1, most - 1)))
+    same = None
+    if are_equal(candidates):
+        same = "positives"
+    elif most == 2 and masks_answers(objective) and are_equal(pyarrow.compute.list_element(text_ids, 0)):
+        same = "anchors"
+    if same:
+        logger.warning(
+            f"{name}: the {same} of all rows are the same text (after truncation to max_length tokens), so no row of a batch "
+            f"has a negative, and nothing can be learned; give rows with different {same}, or raise max_length"
+        )
+
+
+def masks_answers(objective: Objective) -> bool:
+    """Return True if the loss masks other positives of the same anchor."""
+    inner = objective.inner if isinstance(objective, Matryoshka) else objective
+    return not isinstance(inner, SimCSE) or inner.mask_other_positives
+
+
+def are_equal(numbers: pyarrow.ChunkedArray) -> bool:
+    """Return whether all numbers are equal."""
+    limits = pyarrow.compute.min_max(numbers).as_py()
+    return limits["min"] == limits["max"]
 
 
 def as_sources(

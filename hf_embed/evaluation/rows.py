@@ -3,13 +3,12 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 from datasets import Dataset
 
 from hf_embed.data.columns import plain
-from hf_embed.data.files import FILL_IN, kind_of, missing_text, shortened
-from hf_embed.data.sources import KINDS, is_list, read_file, read_hub
+from hf_embed.data.files import kind_of, shortened
+from hf_embed.data.sources import KINDS, cell_text, is_list, read_file, read_hub
 from hf_embed.errors import InputError
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -44,13 +43,6 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
     return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-
-
-def cell_text(cell: object, where: str) -> str:
-    """Return a cell that is a text. Otherwise raise InputError, with a message that begins with `where`."""
-    if wrong := missing_text(cell):
-        raise InputError(f"{where}: the text is {wrong}; {FILL_IN}")
-    return cast(str, cell)
 
 
 def cell_texts(cell: object, where: str) -> list[str]:

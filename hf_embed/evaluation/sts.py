@@ -17,7 +17,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from transformers import EvalPrediction
 
-from hf_embed.data.sources import first_cells, read_file, read_hub
+from hf_embed.data.sources import cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
 from hf_embed.evaluation.rows import hub_rows
@@ -88,13 +88,13 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
     """Return `rows` with their scores as floats. `name` is the name of the rows in messages.
 
     Raises:
-        InputError: if a column is missing, a score is not a finite number, a sentence is empty, all scores are equal, or there
-            are fewer than two rows.
+        InputError: if a column is missing, a score is not a finite number, a sentence is empty or not a text, all scores are
+            equal, or there are fewer than two rows.
     """
     if missing := [c for c in COLUMNS if c not in rows.column_names]:
         raise InputError(
             f"{name}: there is no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
-            "an STS dataset has sentence1, sentence2 and score"
+            "an STS dataset has sentence1, sentence2 and score; rename the columns"
         )
     rows = rows[:]
     scores = []
@@ -106,8 +106,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
         if not math.isfinite(scores[-1]):
             raise InputError(f"{name}, row {i}: the score is {score!r}, not a number; correct it or delete the row")
         for column, text in (("sentence1", first), ("sentence2", second)):
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{name}, row {i}, column '{column}': the text is empty; fill it in or delete the row")
+            cell_text(text, f"{name}, row {i}, column '{column}'")
     if len(scores) < 2:
         raise InputError(f"{name}: there are {len(scores)} row(s), but a rank correlation needs at least 2; give more rows")
     if min(scores) == max(scores):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_embed.data.files import FILL_IN
+from hf_embed.data.sources import FILL_IN
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import judged_rows

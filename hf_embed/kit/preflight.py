@@ -15,13 +15,14 @@ from datasets import Dataset
 from hf_embed.data.columns import column_names
 from hf_embed.data.mixture import Source
 from hf_embed.data.sources import read_file
+from hf_embed.data.training_rows import masks_answers
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
-from hf_embed.objectives import ImprovedContrastive, Matryoshka, Objective, SimCSE
+from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
@@ -103,12 +104,6 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
     report = preflight(given, encoder, settings, plan.tasks)
     finish(report, plan.run.preflight_file, None, plan.run.strict)
     return report
-
-
-def masks_answers(objective: Objective) -> bool:
-    """Return True if the loss masks other positives of the same anchor."""
-    inner = objective.inner if isinstance(objective, Matryoshka) else objective
-    return not isinstance(inner, SimCSE) or inner.mask_other_positives
 
 
 def check_outputs(output_file: str | None, picture: str | None = None) -> None:

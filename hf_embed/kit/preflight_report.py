@@ -5,6 +5,8 @@ A finding is something about a source or an evaluation set that the user should 
 
     empty                  rows with an empty text: the training refuses them, or drops them with --drop_empty_rows
     odd                    texts with replacement characters, control characters, or UTF-8 that was read as Latin-1
+    missing_word           rows with a text that is only a word for a missing value: nan, NULL, None, N/A ...
+    judged                 an unused column whose values look like judgements of the pairs, for example 0 and 1
     duplicates             rows that equal an earlier row
     near_duplicates        rows that do not equal an earlier row, but have the words of one
     shared                 different rows that have the words of a row in another source
@@ -15,6 +17,7 @@ A finding is something about a source or an evaluation set that the user should 
     truncated              texts of the sample that are longer than the maximum length, if more than 5% are
     no_token               texts of the sample for which the tokenizer returns no token
     false_negatives        right answers that are trained on as negatives, if a batch has 0.1 or more on average
+    few_negatives          more than half of the other rows' texts in a batch are no negatives, because their texts are equal
     few_rows               fewer training rows than the largest batch has
     seen                   texts of an evaluation set whose words are also in the training rows; its documents do not count
 """
@@ -27,7 +30,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 
-from hf_embed.data.columns import column_names, text_columns
+from hf_embed.data.columns import column_names, judged_in_words, text_columns
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.mixture import Source
 from hf_embed.data.python_rows import as_rows
@@ -55,7 +58,9 @@ SIMILAR_WARNING = 0.05
 COUNTED = ("duplicates", "near_duplicates", "positive_is_anchor", "negative_is_positive", "negative_is_anchor")
 ROW_HEADS = ("empty", "odd texts", "duplicates", "near duplicates", "pos = anchor", "neg = pos", "neg = anchor")
 BUT_FOR_CASE = "if case, spaces and punctuation are ignored"
+MANY_EQUAL = 0.5  # a finding if so large a share of the candidates of a row are no negatives
 WORDS = {
+    "missing_word": "rows with a text that is only a word for a missing value, such as nan, NULL or N/A",
     "duplicates": "rows that equal an earlier row",
     "near_duplicates": f"rows that equal an earlier row {BUT_FOR_CASE}",
     "positive_is_anchor": f"rows whose positive equals the anchor {BUT_FOR_CASE}",
@@ -202,7 +207,9 @@ def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
             numbers["count"],
             f"texts that contain {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
         )
-    for code in COUNTED:
+    for column, values in source["judged"].items():
+        yield "judged", len(values), judged_in_words(column, values)
+    for code in (*COUNTED, "missing_word"):
         if count := source.get(code, {"count": 0})["count"]:
             yield code, count, f"{WORDS[code]}: {count:,} ({listed(source[code])})"
     if count := source.get("shared", 0):
@@ -225,6 +232,12 @@ def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float,
     if source["training_rows"] < batch:
         yield "few_rows", source["training_rows"], f"fewer training rows than a batch of {batch:,}: {source['training_rows']:,}"
     for each in source["batches"]:
+        if each["batch"] == batch and (part := masked_share(source, each, settings.masks_answers)) > MANY_EQUAL:
+            yield (
+                "few_negatives",
+                part,
+                f"texts of other rows in a batch that are no negatives, because positives or anchors repeat: {part:.0%}",
+            )
         wrong = each["near"] + (0 if settings.masks_answers else each["answers"])
         if each["batch"] == batch and wrong >= FEW:
             yield (
@@ -232,6 +245,13 @@ def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float,
                 wrong,
                 f"right answers that are trained on as negatives in a batch of {batch:,}: {wrong:.2f}",
             )
+
+
+def masked_share(source: Report, batch: Report, masks_answers: bool) -> float:
+    """Return which share of the other rows' candidates in a batch the loss leaves out, because texts are equal."""
+    rows = min(batch["batch"], source["training_rows"])
+    masked = batch["equal"] + (batch["answers"] if masks_answers else 0)
+    return masked / (rows * (rows - 1) * (1 + source["negatives_per_row"]))
 
 
 # ---- tables and the picture ----
@@ -306,12 +326,18 @@ def batches_table(sources: Mapping[str, Report]) -> list[str]:
     objectives = list(dict.fromkeys(objective for _, each in found for objective in each["guessing"]))
     losses = [f"loss of guessing, {objective}" for objective in objectives]
     heads = ["right answers per batch", "batch size", "equal", "same anchor", "nearly equal", *losses]
+    sizes = {name: source["training_rows"] for name, source in sources.items()}
     body = [
-        [name, each["batch"], *(f"{each[key]:.3f}" for key in ("equal", "answers", "near")),
+        [name, batch_size(each["batch"], sizes[name]), *(f"{each[key]:.3f}" for key in ("equal", "answers", "near")),
          *(f"{each['guessing'][objective]:.3f}" for objective in objectives)]
         for name, each in found
     ]  # fmt: skip
     return aligned(heads, body)
+
+
+def batch_size(size: int, rows: int) -> int | str:
+    """Return the batch size as the table shows it. A batch cannot have more rows than there are."""
+    return size if size <= rows else f"{size:,} (only {rows:,} rows)"
 
 
 def evaluation_table(tasks: Mapping[str, Report]) -> list[str]:

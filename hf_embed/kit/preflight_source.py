@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow
 from datasets import Dataset
 
-from hf_embed.data.columns import text_columns
-from hf_embed.data.files import kind_of, opened
+from hf_embed.data.columns import judging_values, text_columns
+from hf_embed.data.files import as_column, features_of, kind_of, opened
 from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
 from hf_embed.data.mixture import Source, source_tokenizer
 from hf_embed.data.sources import refuse_lists
@@ -35,6 +36,20 @@ VARIANTS = 20_000  # tokenize at most so many texts to see which ones are equal 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 LONGEST = 2048  # count lengths up to so many tokens, or up to 4 times the maximum length if that is more
 ROLES = ("anchor", "positive", "negative")
+# Words that pandas writes for a missing value, or reads as one.
+MISSING_WORDS = [
+    "nan",
+    "NaN",
+    "null",
+    "NULL",
+    "None",
+    "NA",
+    "N/A",
+    "n/a",
+    "<NA>",
+    "#N/A",
+    "NaT",
+]
 BOM = b"\xef\xbb\xbf"
 
 
@@ -103,7 +118,7 @@ def make_subject(
     about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
     if not isinstance(rows, Dataset):
         limit = SAMPLE if settings.sample is None else settings.sample or None  # None: all rows
-        rows = Dataset.from_list(list(islice(rows, limit)))
+        rows = in_memory(list(islice(rows, limit)))
         if limit is not None:
             about["first_rows_of_a_stream"] = len(rows)
     pairs = None if paired is False else labeled_layout(rows.column_names, where)
@@ -118,7 +133,15 @@ def make_subject(
     if known is not columns:
         about["columns"][known[-1]] = "label"
     about["unused"] = [column for column in rows.column_names if column not in known]
+    about["judged"] = judging_values(rows, about["unused"]) if len(columns) > 1 and known is columns else {}
     return Subject(source.name, where, taken, columns, source_tokenizer(source, encoder), source.negatives, about)
+
+
+def in_memory(rows: list[dict]) -> Dataset:
+    """Return rows as a table whose columns have the types that they would have in a file with these rows."""
+    features = features_of(rows)
+    columns = [as_column([row.get(name) for row in rows], feature) for name, feature in features.items()]
+    return Dataset(pyarrow.table(columns, schema=features.arrow_schema))
 
 
 def role(place: int, columns: int) -> str:
@@ -189,9 +212,12 @@ def found_empty(subject: Subject, ids: RowIds) -> np.ndarray:
 
 
 def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
-    """Return the training rows that equal an earlier row, or that contain equal texts, by the code of the finding."""
+    """Return the training rows that equal an earlier row, or that contain equal or odd texts, by the code of the finding."""
     again = repeated(whole.exact)
     found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
+    words = exact_ids(pyarrow.array(MISSING_WORDS))
+    owners = [np.arange(len(ids.origins))] * (1 if ids.positives is None else 2) + [ids.owners]
+    found["missing_word"] = np.unique(np.concatenate(owners)[np.isin(ids.everything("exact"), words)])
     if ids.positives is not None:
         anchors, positives, negatives = ids.anchors.plain, ids.positives.plain, ids.negatives.plain
         found["positive_is_anchor"] = np.flatnonzero(anchors == positives)
@@ -294,7 +320,8 @@ def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dic
     found = []
     for batch in settings.batches:
         counts = {"equal": equal, "answers": answers, "near": near - equal}
-        losses = {name: guessing(objective, batch, len(ids.owners) / rows) for name, objective in settings.objectives.items()}
+        most, each = min(batch, rows), len(ids.owners) / rows
+        losses = {name: guessing(objective, most, each) for name, objective in settings.objectives.items()}
         found.append({
             "batch": batch, **{name: round(in_a_batch(count, rows, batch), 6) for name, count in counts.items()},
             "guessing": {name: round(loss, 4) for name, loss in losses.items()},

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 
-from hf_embed.data.sources import row_texts
+from hf_embed.data.sources import cell_text
 
 SIDES = ("anchors", "positives", "negatives")
 BATCH = 4_000  # rows read at a time
@@ -76,7 +76,9 @@ class RowIds(NamedTuple):
 # ---- the texts of a table ----
 
 
-def cells(column: pyarrow.ChunkedArray, name: str, where: str, start: int) -> tuple[pyarrow.Array, np.ndarray]:
+def cells(
+    column: pyarrow.ChunkedArray, name: str, where: str, start: int, lists: bool = True
+) -> tuple[pyarrow.Array, np.ndarray]:
     """Return the texts of a column, and the row of each text. A null in a list becomes an empty text.
 
     Args:
@@ -84,27 +86,48 @@ def cells(column: pyarrow.ChunkedArray, name: str, where: str, start: int) -> tu
         name: name of the column, for messages.
         where: what messages call the rows.
         start: number of rows before the batch.
+        lists: whether a cell may be a list of texts.
 
     Raises:
-        InputError: if the column holds something else.
+        InputError: if the column holds something else. The message is the one of the training.
     """
     array = pyarrow.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    if isinstance(array, pyarrow.ExtensionArray):  # a JSON column, which mixes texts and lists of texts
-        values = [None if cell is None else json.loads(cell) for cell in array.storage.to_pylist()]
-        array = pyarrow.array([[cell] if isinstance(cell, str) else cell for cell in values], pyarrow.list_(pyarrow.string()))
-    listed = pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type)
+    if not is_text(array.type) and not (lists and is_listed(array.type) and is_text(array.type.value_type)):
+        array = checked_texts(array, name, where, start, lists)
+    listed = is_listed(array.type)
     parents = pc.list_parent_indices(array).to_numpy(zero_copy_only=False) if listed else np.arange(len(array))
-    texts = pc.list_flatten(array) if listed else array
-    if pyarrow.types.is_null(texts.type):
-        texts = texts.cast(pyarrow.string())
-    if not (pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type)):
-        found = ((number, cell) for number, cell in enumerate(array.to_pylist(), start + 1) if cell is not None)
-        number, cell = next(found, (start + 1, 0))
-        row_texts(
-            {name: cell[0] if isinstance(cell, list) and cell else cell}, [name], f"{where}, row {number}"
-        )  # raises the InputError
-    texts = texts.cast(pyarrow.string())
+    texts = (pc.list_flatten(array) if listed else array).cast(pyarrow.string())
     return (pc.fill_null(texts, "") if listed else texts), parents
+
+
+def is_text(kind: pyarrow.DataType) -> bool:
+    """Return whether an Arrow type is one of texts."""
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def is_listed(kind: pyarrow.DataType) -> bool:
+    """Return whether an Arrow type is one of lists."""
+    return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+
+
+def checked_texts(array: pyarrow.Array, name: str, where: str, start: int, lists: bool) -> pyarrow.Array:
+    """Return the cells of a JSON column, or of a column of another type, as texts or lists of texts.
+
+    The arguments are those of `cells`.
+
+    Raises:
+        InputError: if a cell is neither a text nor null.
+    """
+    values = array.to_pylist()
+    if isinstance(array, pyarrow.ExtensionArray):  # JSON
+        values = [None if cell is None else json.loads(cell) for cell in array.storage.to_pylist()]
+    for number, cell in enumerate(values, start + 1):
+        for text in cell if lists and isinstance(cell, list) else [cell]:
+            if not isinstance(text, str | None):
+                cell_text(text, f"{where}, row {number}, column '{name}'")  # raises the InputError
+    if not lists:
+        return pyarrow.array(values, pyarrow.string())
+    return pyarrow.array([[cell] if isinstance(cell, str) else cell for cell in values], pyarrow.list_(pyarrow.string()))
 
 
 def blank(texts: pyarrow.Array) -> np.ndarray:
@@ -126,7 +149,7 @@ def batches(rows: Dataset, columns: list[str], where: str, negatives: int | None
     """
     chosen, start = rows.select_columns(columns), 0
     for table in chosen.with_format("arrow").iter(BATCH):
-        parts = [cells(table[name], name, where, start) for name in columns]
+        parts = [cells(table[name], name, where, start, lists=i > 0) for i, name in enumerate(columns)]
         texts = texts_of(parts, len(table), negatives)
         yield texts._replace(origins=texts.origins + start, empty=texts.empty + start)
         start += len(table)
