@@ -37,19 +37,7 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99)
 LONGEST = 2048  # count lengths up to so many tokens, or up to 4 times the maximum length if that is more
 ROLES = ("anchor", "positive", "negative")
 # Words that pandas writes for a missing value, or reads as one.
-MISSING_WORDS = [
-    "nan",
-    "NaN",
-    "null",
-    "NULL",
-    "None",
-    "NA",
-    "N/A",
-    "n/a",
-    "<NA>",
-    "#N/A",
-    "NaT",
-]
+MISSING_WORDS = ["nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"]
 BOM = b"\xef\xbb\xbf"
 
 
