@@ -221,7 +221,7 @@ def test_a_table_without_rows_has_no_values(tokenizer):
 
 
 def test_values_are_looked_at_in_the_whole_table(tokenizer, caplog):
-    """A file may be sorted by the judgement."""
+    """A file may be sorted by the judgment."""
     tokenize_rows(Dataset.from_list(pairs_with([1] * 12_000 + [0] * 8_000)), tokenizer, 16)
     assert "its values (0, 1) may judge" in caplog.text
 

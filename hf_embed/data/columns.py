@@ -224,7 +224,7 @@ def judges(column: str) -> bool:
 
 
 def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[str, list[str]]:
-    """Return the unused columns whose values look like judgements of pairs, with their different values.
+    """Return the unused columns whose values look like judgments of pairs, with their different values.
 
     Such a column has few different values, which are all numbers from -100 to 100, or all truth values. A column of ids, or
     one in which hardly any value repeats, does not count.
@@ -252,7 +252,7 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
 
 
 def judged_in_words(column: str, values: Sequence[str]) -> str:
-    """Describe an unused column whose values look like judgements, with both mends."""
+    """Describe an unused column whose values look like judgments, with both mends."""
     return (
         f"the column '{column}' is not used, but its values ({', '.join(values)}) may judge the pairs, and every pair is a "
         f"positive; learn from it by scored-pairs and --columns {shlex.quote(f'score={column}')}, or give "
@@ -261,7 +261,7 @@ def judged_in_words(column: str, values: Sequence[str]) -> str:
 
 
 def warn_of_judgements(rows: Dataset | list[dict], unused: Sequence[str], name: str) -> None:
-    """Log a warning for each unused column of pairs whose values look like judgements of the pairs."""
+    """Log a warning for each unused column of pairs whose values look like judgments of the pairs."""
     if get_rank() == 0:
         for column, values in judging_values(rows, unused).items():
             logger.warning(f"{name}: {judged_in_words(column, values)}")

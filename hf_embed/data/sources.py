@@ -21,7 +21,7 @@ match (`hf_embed.data.columns`). A list of positives becomes one row for each po
 never negatives of that row. `--columns anchor=frage positive=antwort` names columns with other names.
 
 Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
-because then some pairs may not be positives. If only its values look like judgements, a warning names it.
+because then some pairs may not be positives. If only its values look like judgments, a warning names it.
 """
 
 import glob

@@ -6,7 +6,7 @@ A finding is something about a source or an evaluation set that the user should 
     empty                  rows with an empty text: the training refuses them, or drops them with --drop_empty_rows
     odd                    texts with replacement characters, control characters, or UTF-8 that was read as Latin-1
     missing_word           rows with a text that is only a word for a missing value: nan, NULL, None, N/A ...
-    judged                 an unused column whose values look like judgements of the pairs, for example 0 and 1
+    judged                 an unused column whose values look like judgments of the pairs, for example 0 and 1
     duplicates             rows that equal an earlier row
     near_duplicates        rows that do not equal an earlier row, but have the words of one
     shared                 different rows that have the words of a row in another source
