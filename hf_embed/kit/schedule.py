@@ -25,20 +25,22 @@ def settle_schedule(flags: Flags) -> Flags:
 
 
 def follow(values: dict[str, Any], given: frozenset[str]) -> None:
-    """Let evaluations follow the user's checkpoints, or checkpoints the user's evaluations, unless they agree already."""
+    """Let checkpoints follow the evaluations. If the user gives only when to save, let evaluations follow the checkpoints."""
     given |= {name.replace("_steps", "_strategy") for name in given}  # a number of steps means the strategy "steps"
-    for pair in (STRATEGIES, STEPS):
-        followed, follower = pair[::-1] if given & set(pair) == {pair[1]} else pair
-        if follower not in given and values[followed] not in ("no", None) and not agree(*map(values.get, pair)):
+    for evaluation, checkpoint in (STRATEGIES, STEPS):
+        only_checkpoint = checkpoint in given and evaluation not in given
+        followed, follower = (checkpoint, evaluation) if only_checkpoint else (evaluation, checkpoint)
+        settled = follower in given or values[followed] in ("no", None)
+        if not settled and not agree(values[evaluation], values[checkpoint]):
             values[follower] = values[followed]
 
 
 def evaluates_checkpoints(values: dict[str, Any]) -> bool:
     """Return whether each checkpoint is evaluated. If not, warn that the last model is kept."""
     by_steps = [STEPS] if values["eval_strategy"] == values["save_strategy"] == "steps" else []
-    for pair in (STRATEGIES, *by_steps):
-        if not agree(*map(values.get, pair)):
-            settings = " and ".join(f"{name} is {values[name]}" for name in pair)
+    for evaluation, checkpoint in (STRATEGIES, *by_steps):
+        if not agree(values[evaluation], values[checkpoint]):
+            settings = f"{evaluation} is {values[evaluation]} and {checkpoint} is {values[checkpoint]}"
             logger.warning(f"{settings}, so not every checkpoint is evaluated: the last model is kept, not the best one")
             return False
     return True
