@@ -688,6 +688,14 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
     assert "'label' judges the pairs" in error_of(recipe.read_pairs, args)
 
 
+def test_reading_parquet_shows_no_bar_in_a_log_file(tmp_path, capsys, monkeypatch):
+    """BUG: the bars of `datasets` were written into log files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pandas.DataFrame({"question": ["a", "b"], "answer": ["c", "d"]}).to_parquet(path := str(tmp_path / "a.parquet"))
+    assert len(read_file(path)) == 2
+    assert capsys.readouterr().err == "" and not datasets.utils.are_progress_bars_disabled()
+
+
 # ---- long texts ----
 
 

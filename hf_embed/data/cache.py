@@ -23,6 +23,7 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 from hf_embed.disk import ASIDE, check_folder, disk_errors
 from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
+from hf_embed.progress import table_bars
 from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, writing
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
 
 def checked_load(path: str, **settings: Any) -> Any:
     """Return `datasets.load_dataset(path, **settings)`. Make its cached tables again if they are damaged."""
-    with disk_errors(datasets.config.HF_DATASETS_CACHE):
+    with disk_errors(datasets.config.HF_DATASETS_CACHE), table_bars():
         try:
             rows = datasets.load_dataset(path, **settings)
             whole = all(found(file) for file in files_of(rows) if seal_of(file).is_file())
