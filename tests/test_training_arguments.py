@@ -369,6 +369,15 @@ def test_settings_of_an_evaluation_without_sets_are_named_once(tmp_path, caplog)
     ]
 
 
+def test_the_warning_of_no_evaluation_comes_from_one_process(tmp_path, caplog, monkeypatch):
+    """BUG: with two processes it was printed twice."""
+    monkeypatch.setenv("RANK", "1")
+    args = ContrastiveTrainingArguments(tmp_path, eval_strategy="steps", eval_steps=1, use_cpu=True)
+    with caplog.at_level(logging.WARNING, "hf_embed"):
+        assert without_evaluation(args).eval_strategy == "no"
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("split_batches", True), ("dispatch_batches", True), ("even_batches", False), ("use_seedable_sampler", False),

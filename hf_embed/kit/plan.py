@@ -19,6 +19,7 @@ from hf_embed.data.columns import column_names, named_columns, read_columns
 from hf_embed.data.mixture import Source
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import first_cells, leave_out, read_file, read_hub
+from hf_embed.entry import is_first_process
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS, is_number, read_sts
@@ -412,7 +413,7 @@ def settled(args: ContrastiveTrainingArguments, **values: Any) -> ContrastiveTra
 
 def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
     """Return a copy of the arguments without evaluation. Print a warning if the arguments ask for evaluation."""
-    if args.eval_strategy != "no" or args.load_best_model_at_end:
+    if is_first_process() and (args.eval_strategy != "no" or args.load_best_model_at_end):
         logger.warning("no --eval_... NAME=PATH is given: nothing is evaluated, and the last model is kept, not the best one")
     nothing = {"eval_strategy": IntervalStrategy.NO, "do_eval": False, "eval_steps": None, "load_best_model_at_end": False}
     return settled(args, **nothing)

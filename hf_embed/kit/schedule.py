@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from hf_embed.entry import is_first_process
 from hf_embed.kit.cli import Flags
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def evaluates_checkpoints(values: dict[str, Any]) -> bool:
     for evaluation, checkpoint in (STRATEGIES, *by_steps):
         if not agree(values[evaluation], values[checkpoint]):
             settings = f"{evaluation} is {values[evaluation]} and {checkpoint} is {values[checkpoint]}"
-            logger.warning(f"{settings}, so not every checkpoint is evaluated: the last model is kept, not the best one")
+            if is_first_process():
+                logger.warning(f"{settings}, so not every checkpoint is evaluated: the last model is kept, not the best one")
             return False
     return True
 
