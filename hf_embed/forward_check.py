@@ -37,7 +37,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_embed.errors import InputError
 from hf_embed.exact import exact_products, in_float32
 from hf_embed.library_internals import attention_backend, plain_attention
-from hf_embed.packing import Packable, precision, rounds_to_half, row_size, ways_to_pack
+from hf_embed.packing import Packable, after_padding, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
 from hf_embed.read_files import first_line
 from hf_embed.tempscale.attention import base_of
@@ -174,12 +174,17 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
 
     In half precision, several ways may be within the tolerance. A later one is taken if it is at least twice as near.
     """
-    positions = 0 if encoder.packable else stated_positions(encoder.config) or 0
+    stated = stated_positions(encoder.config) or 0
+    positions = 0 if encoder.packable else stated
     times = 1 + (positions // len(flat) if positions <= MOST_POSITIONS else 0)
     odd = odd_neighbors(encoder)
     row, sizes = torch.cat([flat.repeat(times), *odd]), [*(lengths * times), *map(len, odd)]
     found, nearest = None, 2 * tolerance_of(encoder.backbone)
     for way in ways_to_pack(encoder.base):
+        if nearest <= TOLERANCES[torch.float32]:
+            break
+        if way.numbering is after_padding and 0 < stated <= encoder.tokenizer.pad_token_id + MOST_TOKENS:
+            continue  # there are no such positions, and a GPU would not recover from reading one
         encoder.packable = way
         try:
             with WholeRows(row_size(len(row), row.device.type)) as whole:
@@ -187,7 +192,7 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            return None
+            break
         distance = distances(packed, reference.repeat(times, 1)).max().item()
         if packed.isfinite().all() and distance < nearest / 2:
             found, nearest = None if whole.seen else way, distance

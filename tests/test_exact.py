@@ -72,6 +72,25 @@ def test_a_model_whose_texts_depend_on_each_other_is_refused_in_half_precision(m
     assert "the embedding of a text depends on the other texts of its batch" in error_of(Encoder, model, quickstart_tokenizer())
 
 
+@pytest.mark.parametrize("without_memory", [False, True])
+def test_no_position_is_read_that_does_not_exist(without_memory, monkeypatch):
+    """On a GPU, a lookup beyond the table of positions ends the process."""
+    if without_memory:
+        monkeypatch.setattr("hf_embed.exact.free_memory", lambda device: 0)
+    tokenizer, seen, lookup = quickstart_tokenizer(), [], torch.nn.functional.embedding
+    tokenizer.pad_token_id = 60
+    model = BertModel(BertConfig(**SIZES | {"pad_token_id": 60})).eval().bfloat16()
+    table = model.embeddings.position_embeddings.weight
+
+    def recorded(ids, weight, *others, **named):
+        seen.extend(ids.flatten().tolist() if weight is table else [])
+        return lookup(ids, weight, *others, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", recorded)
+    assert Encoder(model, tokenizer).numbering is from_zero
+    assert 0 < max(seen) < len(table)
+
+
 def own_attention(self, hidden_states, attention_mask=None, *args, **kwargs):
     """Attend with code of its own, which takes the bounds of texts and ignores them."""
     shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
