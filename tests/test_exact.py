@@ -72,23 +72,26 @@ def test_a_model_whose_texts_depend_on_each_other_is_refused_in_half_precision(m
     assert "the embedding of a text depends on the other texts of its batch" in error_of(Encoder, model, quickstart_tokenizer())
 
 
-def test_no_position_is_read_that_does_not_exist(monkeypatch):
-    """On a GPU, a lookup beyond the table of positions ends the process."""
+@pytest.mark.parametrize(
+    ("pad_id", "tried"), [(0, [from_zero, after_padding]), (49, [from_zero, after_padding]), (50, [from_zero])]
+)
+def test_no_position_is_read_that_does_not_exist(pad_id, tried, monkeypatch):
+    """On a GPU, a lookup beyond the 66 positions of this model ends the process. The texts have 16 tokens at most."""
     monkeypatch.setattr("hf_embed.exact.free_memory", lambda device: 0)
     rounding = torch.tensor([0.01])  # so that both ways to number the tokens are tried
     monkeypatch.setattr("hf_embed.forward_check.distances", lambda vectors, reference: rounding)
-    tokenizer, seen, lookup = quickstart_tokenizer(), [], torch.nn.functional.embedding
-    tokenizer.pad_token_id = 60
-    model = BertModel(BertConfig(**SIZES | {"pad_token_id": 60})).eval().bfloat16()
-    table = model.embeddings.position_embeddings.weight
+    tokenizer, seen, forward = quickstart_tokenizer(), [], Encoder.forward
+    tokenizer.pad_token_id = pad_id
 
-    def recorded(ids, weight, *others, **named):
-        seen.extend(ids.flatten().tolist() if weight is table else [])
-        return lookup(ids, weight, *others, **named)
+    def recorded(self, *args, **named):
+        seen.extend([self.packable.numbering] if named.get("packed") else [])
+        return forward(self, *args, **named)
 
-    monkeypatch.setattr(torch.nn.functional, "embedding", recorded)
-    assert Encoder(model, tokenizer).numbering is from_zero
-    assert 0 < max(seen) < len(table)
+    monkeypatch.setattr(Encoder, "forward", recorded)
+    assert (
+        Encoder(BertModel(BertConfig(**SIZES | {"pad_token_id": pad_id})).eval().bfloat16(), tokenizer).numbering is from_zero
+    )
+    assert seen == tried
 
 
 def own_attention(self, hidden_states, attention_mask=None, *args, **kwargs):
