@@ -6,6 +6,7 @@ the run that wrote a checkpoint with the current run.
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,10 +158,7 @@ class CheckpointTrainer(HubTrainer):
                 save_without_push(self, str(aside))
                 if not args.save_only_model:
                     save_optimization(self, str(aside))
-                if state.best_global_step:
-                    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-                    if best.name == name or best.is_dir():
-                        state.best_model_checkpoint = str(best)
+                self._mark_best(run_dir / name)
                 if args.should_save:
                     self._note_callbacks()
                     state.save_to_json(str(aside / TRAINER_STATE_NAME))
@@ -177,6 +175,20 @@ class CheckpointTrainer(HubTrainer):
         if args.should_save:
             best_name = Path(state.best_model_checkpoint or name).name
             whole.rotate(run_dir, args.save_total_limit, {name, best_name}, state.global_step)
+
+    def _mark_best(self, checkpoint: Path) -> None:
+        """Mark the checkpoint that is being written as the best one if its score is better than that of the marked one.
+
+        Trainer marks only the step with the best score of all evaluations, even if no checkpoint is saved at that step.
+        """
+        metric, marked = str(self.args.metric_for_best_model), self.state.best_model_checkpoint
+        key = metric if metric.startswith("eval_") else f"eval_{metric}"
+        scores = {entry["step"]: entry[key] for entry in self.state.log_history if key in entry}
+        now = scores.get(self.state.global_step, math.nan)
+        best = math.nan if marked is None else scores.get(whole.step_of(marked) or 0, math.nan)
+        better = now > best if self.args.greater_is_better else now < best
+        if better or (math.isnan(best) and not math.isnan(now)):
+            self.state.best_model_checkpoint = str(checkpoint)
 
     def _note_callbacks(self) -> None:
         """Store the states of stateful callbacks in the trainer's state; several callbacks of one class become a list."""
@@ -239,7 +251,7 @@ class CheckpointTrainer(HubTrainer):
             super()._load_best_model()
             return
         best = str(self.state.best_model_checkpoint)
-        logger.info(f"loading the best model, {best} ({self.state.best_metric:.2f})")
+        logger.info(f"loading the best model, {best}")
         self._load_from_checkpoint(best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.tables import Results
+from hf_embed.checkpoint.whole import step_of
 from hf_embed.data.mixture import Mixture, Source
 from hf_embed.errors import masked
 from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric
@@ -87,8 +88,8 @@ def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float 
     history = trainer.state.log_history
     ends = [i for i, entry in enumerate(history) if ends_training(entry)]
     behind = history[ends[-1] + 1 :] if ends else []
-    best = trainer.state.best_global_step if ends and trainer.args.load_best_model_at_end else None
-    step = trainer.state.global_step if best is None else best
+    best = trainer.state.best_model_checkpoint if ends and trainer.args.load_best_model_at_end else None
+    step = trainer.state.global_step if best is None else step_of(best)  # of the weights that the model has now
     during = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
     found = [entry for entry in during if entry.get("step") == step and entry not in behind] + behind
     if scores := metrics_of(found):

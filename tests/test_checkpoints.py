@@ -4,6 +4,7 @@ They kill a process before each write of its saves, damage every file of a check
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed import InputError
 from hf_embed.checkpoint import whole
+from hf_embed.training_record import last_scores
 
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 
@@ -438,6 +440,29 @@ def test_only_the_best_stays_at_the_end(tmp_path):
     assert list(whole.checkpoints_in(tmp_path).values()) == [2]
     assert all(torch.equal(p, load_file(tmp_path / "checkpoint-2" / "model.safetensors")[n]) for n, p in
                run.encoder.backbone.named_parameters())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([90, 50, 40, 30], 4), ([10, 50, 90, 30], 4), ([1, 2, 3, 4], 8), ([9, 2, 8, 2], 4), ([5, math.nan, 7, 1], 8)],
+)
+@pytest.mark.parametrize("greater", [True, False])
+def test_the_best_of_the_saved_checkpoints_is_loaded(scores, best, greater, tmp_path, caplog):
+    """BUG: the best score was at a step without a checkpoint. The last weights were saved, with the score of that step."""
+    scores = [float(score) if greater else -float(score) for score in scores]
+    run = with_best(tmp_path, scores, save_steps=4, max_steps=8, greater_is_better=greater)
+    run.train()
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in run.encoder.backbone.named_parameters())
+    assert last_scores(run) == ({"eval_s_spearman": scores[best // 2 - 1]}, None)
+
+
+def test_a_resumed_run_compares_with_the_best_checkpoint_so_far(tmp_path):
+    with_best(tmp_path, [1.0, 6.0], save_steps=4, max_steps=4).train()
+    for score, best in ((5.0, 4), (7.0, 8)):
+        run = with_best(tmp_path, [9.0, score], save_steps=4, max_steps=8)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
 
 
 def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path, caplog):

@@ -87,8 +87,14 @@ def rotate(folder: Path, limit: int | None, keep: set[str], step: int) -> None:
 
 def checkpoints_in(folder: Path) -> dict[Path, int]:
     """Return the checkpoint-N folders of a run, and the step of each."""
-    found = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+    found = {path: step_of(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return {path: step for path, step in found.items() if step is not None and path.is_dir()}
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """Return the step N of a folder with the name checkpoint-N, or None for another name."""
+    match = CHECKPOINT.fullmatch(Path(checkpoint).name)
+    return int(match[1]) if match else None
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -76,10 +76,9 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
     """Return the "train" part of results.json: the model, the data and the settings. `after` has the final scores."""
     name = plan.model_args.model_name_or_path
     if plan.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
-        logger.warning(
-            f"no evaluation returned a number for {plan.args.metric_for_best_model}: the model of the last step is saved, not "
-            "the best one"
-        )
+        metric, scored = plan.args.metric_for_best_model, trainer.state.best_global_step is not None
+        reason = "no checkpoint was saved" if scored else f"no evaluation returned a number for {metric}"
+        logger.warning(f"{reason}: the model of the last step is saved, not the best one")
     return about_training(trainer, after) | {
         "model": shown(name or "quickstart"), "data": shown(plan.source),
         "base_model": on_the_hub(name), "datasets": plan.datasets,
