@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
@@ -536,3 +536,27 @@ def test_splits_are_no_sources(tmp_path):
 def test_alpha_is_checked(tmp_path):
     with pytest.raises(InputError, match="source_alpha is -1"):
         arguments(tmp_path, source_alpha=-1)
+
+
+def ragged(first_with, rows=64):
+    """Yield rows of which only those from `first_with` on have a negative, as a generator of a user may."""
+    for i in range(rows):
+        yield {"anchor": f"text {i}", "positive": f"words {i}"} | ({"negative": f"other {i}"} if i >= first_with else {})
+
+
+@pytest.mark.parametrize("first_with", [0, 1, 60])
+def test_a_stream_keeps_negatives_that_its_first_row_lacks(first_with, tokenizer):
+    """BUG: the columns were those of the first row, and the negatives of all other rows were dropped in silence."""
+    rows = IterableDataset.from_generator(ragged, gen_kwargs={"first_with": first_with})
+    stream = Stream(Source("s", rows, size=64, negatives=1), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False)
+    assert stream.columns == ["anchor", "positive", "negative"]
+    lengths = [len(row["input_ids"]) for row in stream.__getitems__(list(range(64)))]
+    assert sorted(lengths) == sorted([2] * first_with + [3] * (64 - first_with))
+
+
+def test_a_stream_refuses_negatives_that_begin_late(tokenizer):
+    rows = IterableDataset.from_generator(ragged, gen_kwargs={"first_with": 300, "rows": 600})
+    stream = Stream(Source("s", rows, size=600), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False)
+    assert len(stream.__getitems__(list(range(256)))) == 256
+    message = "column negative begins after the first rows; give it in each row, or None"
+    assert message in error_of(stream.__getitems__, list(range(256, 600)))

@@ -94,8 +94,8 @@ def words_of(column: str) -> list[str]:
 
 
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
-    """Return the names of the columns. If a stream does not list its columns, return those of its first row."""
-    return rows.column_names or list(next(iter(rows)))
+    """Return the names of the columns. If a stream does not list its columns, return those of its first rows."""
+    return rows.column_names or list(dict.fromkeys(column for row in islice(rows, FIRST_ROWS) for column in row))
 
 
 # ---- the layouts ----

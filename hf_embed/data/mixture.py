@@ -169,8 +169,9 @@ class Stream:
         first = list(islice(source.rows, PROBED_ROWS))
         refuse_lists(first, self.columns, source.label)
         if len(self.columns) > 1:
-            warn_of_judgements(first, [column for row in first[:1] for column in row if column not in self.columns], self.label)
-        self.several = any(isinstance(row[column], list) for row in first for column in self.columns[1:2])  # positives
+            unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
+            warn_of_judgements(first, list(unused), self.label)
+        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])  # positives
         probe = [texts for row in first for texts, _ in self.texts(row) or []]
         tokens = tokenizer(probe)
         self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
@@ -218,8 +219,13 @@ class Stream:
         """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
         try:
             batch = next(batches, None)
-            rows = range(len(batch[self.columns[0]]) if batch else 0)
-            return None if batch is None else [self.texts({name: batch[name][i] for name in self.columns}) for i in rows]
+            if batch is None:
+                return None
+            late = negative_columns([column for column in batch if column not in self.columns])
+            if late and self.negatives != 0:
+                raise InputError(f"{self.label}: column {late[0]} begins after the first rows; give it in each row, or None")
+            rows = range(max(map(len, batch.values())))
+            return [self.texts({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]
         except InputError as error:
             raise RankError(str(error)) from error
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors

@@ -234,7 +234,7 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """
     texts = []
     for i, column in enumerate(columns):
-        cell, is_negative = row[column], i >= 2
+        cell, is_negative = row.get(column), i >= 2  # a row of a stream may lack a column
         if cell is None and is_negative:
             continue
         if is_negative and isinstance(cell, str) and is_list(cell):
@@ -256,7 +256,7 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
         EmptyTextError: if the list of positives is empty, or a text is missing or empty.
         InputError: for the other reasons of `row_texts`.
     """
-    positives = row[columns[1]] if len(columns) > 1 else None
+    positives = row.get(columns[1]) if len(columns) > 1 else None
     if not isinstance(positives, list):
         return [(row_texts(row, columns, where), [])]
     if not positives:
