@@ -372,3 +372,19 @@ def test_a_flag_of_columns_without_data_is_refused(flag):
 def test_only_negatives_have_several_columns(columns):
     rows = Dataset.from_list([{"a": "x", "b": "y", "c": "z"}])
     assert "give one column; only negatives may have several" in error_of(take_columns, rows, columns)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["negative", "Negative-1", "negative1", "neg 1", "NEG_2", "hard negative", "hard-neg", "HardNegatives", "hard_neg_3"],
+)
+def test_columns_of_negatives_are_known_under_every_form_of_their_names(name):
+    """BUG: "hard negative", "negative1" and the like were not used, although case and separators are said not to matter."""
+    assert text_columns(["anchor", "positive", name], "rows") == ["anchor", "positive", name]
+    numbered = [f"negative{number}" for number in (10, 9, 1)]
+    assert text_columns(["anchor", "positive", *numbered], "rows")[2:] == ["negative1", "negative9", "negative10"]
+
+
+@pytest.mark.parametrize("name", ["negation", "negatively", "not_negative", "negative_score", "negotiation", "hard"])
+def test_other_columns_are_no_negatives(name):
+    assert name not in text_columns(["anchor", "positive", name], "rows")

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
-NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
+NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*\d*", re.IGNORECASE)
 ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # The number of first rows of a stream that determine its columns.
