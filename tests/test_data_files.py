@@ -696,6 +696,14 @@ def test_reading_parquet_shows_no_bar_in_a_log_file(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err == "" and not datasets.utils.are_progress_bars_disabled()
 
 
+@pytest.mark.parametrize("numbers", [[2**60, 1.5], [1.5, 2**53 + 1, 3], [2**60, 7], [7, 1.5]])
+def test_large_whole_numbers_beside_others_are_read(numbers, tmp_path):
+    """BUG: a whole number that is no float, beside a float, ended in a traceback, even in a column that is not used."""
+    rows = [{"anchor": "a", "positive": f"b{i}", "size": number} for i, number in enumerate(numbers)]
+    rows = read_file(jsonl(tmp_path / "a.jsonl", rows))
+    assert rows["positive"][:] == [f"b{i}" for i in range(len(numbers))] and rows["size"][:] == numbers
+
+
 # ---- long texts ----
 
 

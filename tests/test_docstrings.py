@@ -122,3 +122,17 @@ def test_sources_are_read_by_the_recipes(tmp_path):
         # no text of the evaluation is in the training data
         assert not trained & (set(task.queries.values()) | set(task.corpus.values()))
         assert json.dumps(task.qrels).count("1}") == len(task.qrels)
+
+
+@pytest.mark.parametrize("sign", ["\x0c", "\x0b", "\x1c", "\x85", "\u2028"])
+def test_the_code_of_a_function_is_its_own_lines(sign, tmp_path):
+    """BUG: a form feed counted as the end of a line, so the code lost its first line and kept the docstring, the query."""
+    folder = tmp_path / "paged"
+    folder.mkdir()
+    before = f"# a page\n{sign}\n" if sign == "\x0c" else f"# a page {sign} of text\n"
+    code = "def area(shape):\n    return shape.width * shape.height * shape.scale ** 2"
+    docstring = '    """The area of the shape in square metres."""\n'
+    source = before + code.replace("\n", "\n" + docstring, 1) + "\n"
+    (folder / "module.py").write_text(source, encoding="utf-8", newline="")
+    (found,) = read_definitions(str(folder))
+    assert found.code == code

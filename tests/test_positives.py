@@ -1,6 +1,7 @@
 """The positives that are made for single sentences: the properties of each kind, and reproducible results."""
 
 import logging
+import random
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 from transformers import BertForMaskedLM
 
 from hf_embed import InputError
-from hf_embed.kit.positives import KNOWN, add_positives, parse_positive
+from hf_embed.kit.positives import KNOWN, MaskFill, add_positives, parse_positive, places
 
 TEXTS = [" ".join(f"w{(i * 7 + j) % 23}" for j in range(5 + i % 9)) for i in range(40)]
 
@@ -96,6 +97,20 @@ def masked_lm(tmp_path_factory) -> str:
     BertForMaskedLM(tiny_model().config).save_pretrained(folder)
     quickstart_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def test_a_mask_token_in_the_text_keeps_its_place(masked_lm):
+    """BUG: its guess went to the next masked word, and all later guesses were shifted."""
+    fill, words = MaskFill(masked_lm), ["I", "saw", "[MASK]", "today", "and", "left", "the", "house"]
+    model, tokenizer = BertForMaskedLM.from_pretrained(masked_lm).eval(), quickstart_tokenizer()
+    for seed in range(10):
+        chosen = sorted(places(words, 0.3, random.Random(seed)))
+        ids = tokenizer(" ".join("[MASK]" if i in chosen else word for i, word in enumerate(words)), return_tensors="pt")
+        best = model(**ids).logits[0].argmax(-1)[ids["input_ids"][0] == tokenizer.mask_token_id].tolist()
+        masked = sorted({*chosen, 2})  # the places of all mask tokens
+        guess = {place: tokenizer.decode([token]).replace("##", "").strip() for place, token in zip(masked, best, strict=True)}
+        expected = [guess[i] or word if i in chosen else word for i, word in enumerate(words)]
+        assert fill([words], 0.3, [random.Random(seed)]) == [expected]
 
 
 def test_masked_words_are_filled_by_the_model(masked_lm):

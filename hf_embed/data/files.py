@@ -329,8 +329,8 @@ def kind_of_value(value: object) -> str | None:
         return "texts" if all(item is None or isinstance(item, str) for item in value) else "any"
     if isinstance(value, bool):
         return "bool"
-    if isinstance(value, int):
-        return "int" if -(2**63) <= value < 2**63 else "any"
+    if isinstance(value, int):  # above 2^53, not every number is a float
+        return "int" if abs(value) <= 2**53 else "long" if -(2**63) <= value < 2**63 else "any"
     return {str: "text", float: "float", type(None): None}.get(type(value), "any")
 
 
@@ -340,7 +340,7 @@ def type_of(kinds: set[str | None]) -> Any:
         return Value("string")
     if kinds <= {"text", "texts"}:  # a single text becomes a list of one
         return List(Value("string"))
-    for simple, name in (({"bool"}, "bool"), ({"int"}, "int64"), ({"int", "float"}, "float64")):
+    for simple, name in (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "float64")):
         if kinds <= simple:
             return Value(name)
     return datasets.Json()

@@ -137,7 +137,7 @@ def remove_damaged(folder: Path) -> None:
     for path in sorted(folder.rglob("*.json*")):
         try:
             text = path.read_text(encoding="utf-8")
-            for part in [text] if path.suffix == ".json" else text.splitlines():
+            for part in [text] if path.suffix == ".json" else filter(None, text.split("\n")):
                 json.loads(part)
         except ValueError:
             logger.warning(f"{path}: the result file is incomplete; its task will be run again")

@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import sysconfig
 import textwrap
@@ -121,7 +122,7 @@ def parse_file(path: Path, module: str) -> Iterator[Definition]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # an InputError of read_text is a ValueError
         return  # a template, or a file for another version of Python
-    lines = source.splitlines()
+    lines = re.split(r"\r\n|\r|\n", source)  # as Python counts lines; `splitlines` also breaks at a form feed
 
     def definitions(node: ast.AST, name: str) -> Iterator[Definition]:
         for child in ast.iter_child_nodes(node):

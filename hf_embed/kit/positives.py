@@ -208,6 +208,18 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
     return table
 
 
+def masks_of(words: list[str], chosen: list[int], mask: str) -> list[int | None]:
+    """Return for each mask token of a masked text, in order, the place of the masked word. None: the text has it itself.
+
+    >>> masks_of(["I", "saw", "[MASK]", "and", "left"], [1, 4], "[MASK]")
+    [1, None, 4]
+    """
+    found: list[int | None] = []
+    for i, word in enumerate(words):
+        found += [i] if i in chosen else [None] * word.count(mask)
+    return found
+
+
 class MaskFill:
     """A function that masks words, and replaces each by the best guess of a masked language model."""
 
@@ -239,7 +251,8 @@ class MaskFill:
             guesses = self.model(**inputs).logits.argmax(-1)
             for n, ids, best in zip(part, inputs["input_ids"], guesses):
                 found = best[ids == self.tokenizer.mask_token_id]  # words after the truncation have no guess
-                for i, guess in zip(chosen[n], self.tokenizer.convert_ids_to_tokens(found.tolist())):
-                    if word := self.tokenizer.convert_tokens_to_string([guess]).replace("##", "").strip():
+                for i, guess in zip(masks_of(texts[n], chosen[n], mask), self.tokenizer.convert_ids_to_tokens(found.tolist())):
+                    word = self.tokenizer.convert_tokens_to_string([guess]).replace("##", "").strip()
+                    if word and i is not None:
                         texts[n][i] = word
         return texts
