@@ -130,7 +130,8 @@ def test_the_code_of_a_function_is_its_own_lines(sign, tmp_path):
     folder = tmp_path / "paged"
     folder.mkdir()
     before = f"# a page\n{sign}\n" if sign == "\x0c" else f"# a page {sign} of text\n"
-    code = "def area(shape):\n    width, height = shape.width * shape.scale, shape.height * shape.scale\n    return width * height"
+    code = "def area(shape):\n    width, height = shape.width * shape.scale, shape.height * shape.scale\n"
+    code += "    return width * height"
     docstring = '    """The area of the shape in square metres."""\n'
     source = before + code.replace("\n", "\n" + docstring, 1) + "\n"
     (folder / "module.py").write_text(source, encoding="utf-8", newline="")
