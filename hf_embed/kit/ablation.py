@@ -183,7 +183,7 @@ def slug(name: str) -> str:
 
 
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
-    """Read the path of a finished run. Raises InputError if the file is damaged or the run had other settings."""
+    """Read the path of a finished run. Raises InputError if the file is damaged or the run had other settings or data."""
     done = read_json(file, with_nan=True)
     if not isinstance(done.get("settings"), dict) or not isinstance(done.get("path"), list):
         raise InputError(f"{file} does not hold the settings and the path of a run; remove it to train this run again")

@@ -48,7 +48,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 
     The run of seed N is in OUTPUT_DIR/seed-N. OUTPUT_DIR itself gets the model of the seed that is best on the evaluation
     sets, with the scores of all seeds in its card. With `--resume_from_checkpoint`, finished seeds are not trained again,
-    unless they had other settings or other data.
+    unless they had other settings or data.
 
     Args:
         flags: the flags. They already say in which folder the run trains.
