@@ -26,8 +26,16 @@ from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
-from hf_embed.library_internals import first_step, save_optimization, save_without_push, set_base_rates, train_batch_size
+from hf_embed.library_internals import (
+    first_step,
+    keep_counts,
+    save_optimization,
+    save_without_push,
+    set_base_rates,
+    train_batch_size,
+)
 from hf_embed.read_files import read_json
+from hf_embed.trainer_settings import METRIC_SCHEDULES
 from hf_embed.training_record import ends_training
 
 if TYPE_CHECKING:
@@ -278,18 +286,27 @@ class CheckpointTrainer(HubTrainer):
         if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer, scheduler = cast(Any, self.optimizer), self.lr_scheduler
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        rates = scheduler.base_lrs if isinstance(scheduler, LambdaLR) else []
+        rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if self._reads_a_metric else {}
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
             raise unreadable(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME], error) from error
         check_shapes(checkpoint, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+        loaded = [group["lr"] for group in optimizer.param_groups]
+        for group, given, rate in zip(optimizer.param_groups, settings, loaded):
+            group.update(given | {"lr": rate})
         if isinstance(scheduler, LambdaLR):
-            for group, given in zip(optimizer.param_groups, settings):
-                group.update(given)
             set_base_rates(scheduler, rates)
+        elif schedule:
+            given_rates = [given["lr"] for given in settings]
+            keep_counts(scheduler, schedule, metric_rates(checkpoint, self.facts, loaded, given_rates))
+
+    @property
+    def _reads_a_metric(self) -> bool:
+        """Whether the learning-rate schedule reads the evaluation metric."""
+        return self.args.lr_scheduler_type in METRIC_SCHEDULES
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
@@ -313,6 +330,21 @@ def starting_anew(checkpoint: Path) -> str | None:
     if not (optimizer and schedule):
         return f"has no {SCHEDULER_NAME if optimizer else OPTIMIZER_NAME}: optimizer and learning-rate schedule start again"
     return None if random else "has no random states: dropout draws different numbers than without the interruption"
+
+
+def metric_rates(checkpoint: str, now: resume.Facts, loaded: list[float], given: list[float]) -> list[float]:
+    """Return the learning rates with which a schedule that reads a metric goes on, one for each parameter group.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        now: the facts of the current run.
+        loaded: the rates in the checkpoint. They are scaled as the setting `learning_rate` has changed.
+        given: the rates of the current settings. They are used if the checkpoint's run had another schedule.
+    """
+    then = ((whole.read_manifest(Path(checkpoint)) or {}).get("run") or now)["settings"]
+    if then["lr_scheduler_type"] != now["settings"]["lr_scheduler_type"] or not then["learning_rate"]:
+        return given
+    return [rate * (now["settings"]["learning_rate"] / then["learning_rate"]) for rate in loaded]
 
 
 def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputError:

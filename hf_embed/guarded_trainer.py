@@ -1,12 +1,14 @@
 """A Trainer that handles signals, lost ranks, NaN or infinite gradients, and full GPU memory during a training."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ from hf_embed.library_internals import first_step, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
+from hf_embed.training_record import ends_training
 from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([])
         self.activations = Activations()
+        self.losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
         super().__init__(*args, **kwargs)
         self.check_skipping()
@@ -67,7 +71,7 @@ class GuardedTrainer(CheckpointTrainer):
             DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained = 0
+        self.rows_trained, self.losses = 0, FiniteLosses()
         try:
             alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
             with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
@@ -96,7 +100,16 @@ class GuardedTrainer(CheckpointTrainer):
         """Finish the training. The rows per second are those that were trained on, because a batch may not be full."""
         steps = self.state.global_step - first_step(self)
         whole_run = self.rows_trained * self.state.max_steps / max(steps, 1)  # Trainer multiplies it by steps / max_steps
-        return super()._finalize_training(trial, round(whole_run), start_time)
+        trained = super()._finalize_training(trial, round(whole_run), start_time)
+        return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))  # see `log`
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this."""
+        if "loss" in logs:
+            logs["loss"] *= self.losses.factor(self.accelerator)
+        if ends_training(logs):
+            logs["train_loss"] *= self.losses.factor(self.accelerator, of_all=True)
+        super().log(logs, start_time)
 
     def _prepare_input(self, data: Any) -> Any:
         """Copy a batch to the GPU without waiting for it."""
@@ -159,7 +172,7 @@ class GuardedTrainer(CheckpointTrainer):
             use_fast_dropout(self.encoder.backbone)  # `train` undoes this at its end
         memory, number = self.step_memory, self.step_memory.begin()
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._finite(super().training_step(model, inputs, num_items_in_batch))
         except torch.OutOfMemoryError as error:
             self._use_less_memory(error)
         while True:  # outside the except block, whose traceback would keep the tensors that fill the memory
@@ -168,9 +181,15 @@ class GuardedTrainer(CheckpointTrainer):
             try:
                 for batch in memory.batches[: number + 1]:
                     loss = super().training_step(model, batch, num_items_in_batch)
-                return loss
+                return self._finite(loss)
             except torch.OutOfMemoryError as error:
                 self._use_less_memory(error)
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        """Return the loss of a micro-batch for the log: 0 in place of a NaN or infinite one, if the run goes on after it."""
+        if not goes_on_after_nan(self.args):
+            return loss
+        return self.losses.take(loss, 1 / self.current_gradient_accumulation_steps)
 
     def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
         """Recompute all chunks, halve `chunk_tokens`, and warn. Raise the error about full memory if this cannot help."""
@@ -209,18 +228,57 @@ class GuardedTrainer(CheckpointTrainer):
         return norm
 
 
+def goes_on_after_nan(args: ContrastiveTrainingArguments) -> bool:
+    """Return whether a training goes on after a NaN or infinite loss: if it skips these steps, and in fp16."""
+    return args.nan_steps == "skip" or args.fp16
+
+
 @contextmanager
 def losses_not_read(args: ContrastiveTrainingArguments) -> Iterator[None]:
     """Inside a `with` block, keep Trainer from reading the loss of each micro-batch, for which the host waits for the GPU.
 
-    Trainer looks for losses that are NaN or infinite, and leaves them out of the log. The log needs this only if the run goes
-    on after such a loss, which it does if it skips these steps, and in fp16.
+    Trainer looks for losses that are NaN or infinite, and logs others in their place. `FiniteLosses` leaves them out.
     """
-    before, args.logging_nan_inf_filter = args.logging_nan_inf_filter, args.nan_steps == "skip" or args.fp16
+    before, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
     try:
         yield
     finally:
         args.logging_nan_inf_filter = before
+
+
+class FiniteLosses:
+    """The share of the losses that are finite, by which means over all losses become means over the finite ones.
+
+    A micro-batch counts as the part of a step that it is. So the sum of all parts is the number of steps.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0.0  # parts of steps since the last log
+        self.left_out: Tensor | float = 0.0  # those of them whose loss was left out, on this rank
+        self.all_seen, self.all_left_out = 0.0, 0.0  # parts of steps up to the last log, the second as a mean over the ranks
+
+    def take(self, loss: Tensor, part: float) -> Tensor:
+        """Count a loss, and return it, or 0 if it is NaN or infinite. The host does not wait for the GPU."""
+        self.seen += part
+        finite = loss.isfinite()
+        self.left_out = self.left_out + part * (~finite).float()
+        return torch.where(finite, loss, torch.zeros_like(loss))
+
+    def factor(self, accelerator: Accelerator, of_all: bool = False) -> float:
+        """Return the number of losses divided by that of finite ones, over all ranks: 1 if all are finite, NaN if none is.
+
+        Args:
+            accelerator: for the mean over the ranks. Every rank must call this.
+            of_all: count all losses of the training, and not only those since the last call.
+        """
+        left_out = accelerator.reduce(self.left_out, "mean").item() if isinstance(self.left_out, Tensor) else 0.0
+        seen, self.seen, self.left_out = self.seen, 0.0, 0.0
+        self.all_seen, self.all_left_out = self.all_seen + seen, self.all_left_out + left_out
+        if of_all:
+            seen, left_out = self.all_seen, self.all_left_out
+        if not left_out:
+            return 1.0
+        return seen / (seen - left_out) if seen - left_out > 1e-5 * seen else math.nan
 
 
 class StepMemory:

@@ -138,10 +138,8 @@ def stream_facts(stream: Stream) -> Facts:
 def rows_hash(table: Dataset) -> str:
     """Return a hash of the token ids, the other positives and the scores in a table, as `facts_of` describes."""
     columns = [name for name in ("input_ids", "other_ids", "scores") if name in table.column_names]
-    if len(table) > ALL_ROWS:
-        table = table.select([number * (len(table) - 1) // (SAMPLED_ROWS - 1) for number in range(SAMPLED_ROWS)])
     digest = xxhash.xxh3_128()
-    for batch in table.select_columns(columns).with_format("arrow").iter(batch_size=1_000):
+    for batch in hashed_rows(table).select_columns(columns).with_format("arrow").iter(batch_size=1_000):
         for name in columns:
             column = batch.column(name).combine_chunks()
             while pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
@@ -150,6 +148,13 @@ def rows_hash(table: Dataset) -> str:
             numbers = column if pyarrow.types.is_floating(column.type) else column.cast(pyarrow.int64())
             digest.update(numbers.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
+
+
+def hashed_rows(table: Dataset) -> Dataset:
+    """Return the rows of a table that a hash of its content reads, as `facts_of` describes."""
+    if len(table) <= ALL_ROWS:
+        return table
+    return table.select([number * (len(table) - 1) // (SAMPLED_ROWS - 1) for number in range(SAMPLED_ROWS)])
 
 
 def order_of(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -> str:

@@ -242,7 +242,8 @@ class ContrastiveTrainer(GuardedTrainer):
         if "loss" in logs:  # every rank runs this block, because `reduce` is a collective
             if isinstance(self.train_dataset, Mixture):
                 for source, losses in sorted(self.source_losses.items()):
-                    mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+                    found = torch.stack(losses)  # those of skipped steps may be NaN or infinite
+                    mean = self.accelerator.reduce(found[found.isfinite()].mean(), "mean")
                     logs[f"loss_{self.train_dataset.names[source]}"] = round(mean.item(), 4)
                 self.source_losses.clear()
             if self.temperature is not None:

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of
+from datasets import Dataset
 from test_recipes import QUIET, RECIPES, UNSUP, files, flags, load_recipe, sup  # noqa: F401
 from worker import WORDS
 
 from hf_embed import Encoder
+from hf_embed.data.mixture import Source
+from hf_embed.evaluation.held_out import HeldOut
+from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.kit import ablation
 from hf_embed.kit.ablation import VARIANTS, plot_variants, read_variants, summary, table
+from hf_embed.kit.content import content_hash, source_facts
 from hf_embed.kit.seeds import read_seeds
+from hf_embed.objectives import SimCSE
 
 ABLATION = load_recipe("simcse_ablation")
 SMALL = ["--eval_steps", 1, "--max_steps", 2, "--learning_rate", "1e-3"]
@@ -88,6 +94,14 @@ def test_only_missing_runs_are_trained(sentences, tmp_path, monkeypatch):
     assert "dropout-seed-1 holds a run with a different setting (evaluation set)" in message and len(made) == 2
     run(sentences, folder, "--variants", "dropout", "--temperature", "0.1", "--overwrite_output_dir")
     assert len(made) == 3 and not (folder / "runs" / "same-mask-seed-1").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_of_other_rows_is_refused(sentences, tmp_path):
+    run(sentences, tmp_path / "out", "--variants", "dropout")
+    sentences["nli"].write_text("".join(f"a {word} is not here\n" for word in WORDS))  # other rows under the same name
+    message = error_of(run, sentences, tmp_path / "out", "--variants", "dropout")
+    assert "dropout-seed-1 holds a run with a different setting (training rows)" in message
 
 
 @pytest.mark.slow
@@ -215,12 +229,60 @@ def test_seeds_with_other_settings_are_trained_again(files, tmp_path, capsys):  
     other = ["--seeds", "1,2", "--learning_rate", "0.01"]
     again = sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
     shown = capsys.readouterr().out
-    again_for = "training it again, because its earlier run had other settings"
+    again_for = "training it again, because its earlier run had other settings or data"
     assert f"seed 1: {again_for}" in shown and f"seed 2: {again_for}" in shown
     assert again["seeds"] == sup(*argv, "--output_dir", fresh, *other)["seeds"]
     capsys.readouterr()
     sup(*argv, "--output_dir", folder, *other, "--resume_from_checkpoint")
     assert "training it again" not in capsys.readouterr().out  # control: with unchanged settings, no run is trained again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["nli", "sts"])
+def test_seeds_with_other_data_are_trained_again(files, tmp_path, capsys, changed):  # noqa: F811
+    """A finished seed of other training rows or evaluation pairs is trained again, even if the files have the same names."""
+    folder, fresh = tmp_path / "out", tmp_path / "fresh"
+    argv = [*flags(files), "--max_steps", 2, "--learning_rate", "1e-2", "--seeds", "1,2"]
+    first = sup(*argv, "--output_dir", folder)
+    lines = files[changed].read_text().splitlines(keepends=True)
+    files[changed].write_text("".join([*lines[:1], *lines[3:]]))
+    again = sup(*argv, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    shown = capsys.readouterr().out
+    again_for = "training it again, because its earlier run had other settings or data"
+    assert f"seed 1: {again_for}" in shown and f"seed 2: {again_for}" in shown
+    assert first["seeds"] != again["seeds"] == sup(*argv, "--output_dir", fresh)["seeds"]
+
+
+@pytest.mark.slow
+def test_seeds_with_made_positives_are_not_trained_again(sentences, tmp_path, capsys):
+    """Each seed makes other positives from the same texts, which is no change of the data."""
+    argv = [*QUIET, *flags(sentences), "--max_steps", 2, "--positive", "delete_one_word", "--output_dir", tmp_path / "out"]
+    argv = [str(word) for word in [*argv, "--seeds", "1,2"]]
+    first = UNSUP.main(argv)
+    capsys.readouterr()
+    assert UNSUP.main([*argv, "--resume_from_checkpoint", "latest"]) == first
+    assert "training it again" not in capsys.readouterr().out
+
+
+def test_the_hash_of_the_data():
+    """The hash of the data changes with rows, weights, objectives and evaluation sets, and not with the place of a table."""
+
+    def rows(count: int = 3) -> Dataset:
+        return Dataset.from_dict({"anchor": WORDS[:count], "positive": WORDS[1 : count + 1]})
+
+    stream = Source("a", rows().to_iterable_dataset(), size=3, origin="a.csv")
+    stream_of_other_rows = Source("a", rows(4).to_iterable_dataset(), size=3, origin="a.csv")
+    sources = [
+        Source("a", rows()), Source("a", rows(4)), Source("a", rows(), weight=2.0), Source("a", rows(), max_length=9),
+        Source("a", rows(), objective=SimCSE(temperature=0.1)), Source("a", rows(), objective=SimCSE(temperature=0.2)), stream,
+    ]  # fmt: skip
+    found = [content_hash([source_facts(source)]) for source in sources]
+    assert len(set(found)) == len(found)
+    assert found[0] == content_hash([source_facts(Source("a", rows(), origin="b.csv"))])
+    assert found[-1] == content_hash([source_facts(stream_of_other_rows)])  # a limit: streams are not read
+    sets = [{"r": Retrieval({"q": "a"}, {"d": text, "e": "c"}, {"q": {"d": grade}})} for text in ("a", "b") for grade in (1, 2)]
+    sets += [{"other": sets[0]["r"]}, sets[0] | {"h": HeldOut(rows())}]
+    assert len({content_hash(tasks) for tasks in sets}) == len(sets)
 
 
 def test_seeds_need_an_evaluation_set(files, tmp_path):  # noqa: F811

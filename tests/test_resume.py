@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from worker import BATCH
 
 from hf_embed import ContrastiveTrainer, ImprovedContrastive, SimCSE, resume
+from hf_embed.evaluation.tasks import EvaluationTask
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seed": 3, "per_device_train_batch_size": 3}
 
@@ -186,6 +187,49 @@ def test_the_present_settings_are_taken(run, folder):
     assert {entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry and entry["step"] > 2} <= {
         1e-5
     }
+
+
+class Scripted(EvaluationTask):
+    """An evaluation set whose score never changes, so that a schedule that reads it lowers the learning rate."""
+
+    kind, main, reported = "scripted", "score", ("score",)
+
+    def score(self, embed):
+        embed(["a"])
+        return {"score": 1.0}
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_the_present_settings_are_taken_by_a_schedule_that_reads_a_metric(tmp_path, schedule):
+    """The rate is halved after each evaluation but the first, for which "greedy" doubles it.
+
+    A resumed run keeps these steps, and scales the rates.
+    """
+    kwargs = {"patience": 0, "factor": 0.5, "min_lr": 1e-9}
+    settings = {"eval_dataset": {"s": Scripted()}, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1,
+                "lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs}  # fmt: skip
+
+    def rates(folder, **changed):
+        made = trainer(tmp_path / folder, **settings | changed)
+        made.train(str(tmp_path / "out" / "checkpoint-2") if changed else None)
+        decays = [group["weight_decay"] for group in made.optimizer.param_groups]
+        return [entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry], decays, made
+
+    whole, _, _ = rates("out")
+    assert whole == [1e-3, 1e-3, 5e-4, 2.5e-4] if schedule == "reduce_lr_on_plateau" else [1e-3, 2e-3, 1e-3, 5e-4]
+    assert rates("same", seed=3)[0] == whole  # control: bit for bit the rates of the run without interruption
+    scaled, decays, made = rates("rate", learning_rate=4e-4, weight_decay=0.1)
+    assert scaled == pytest.approx([*whole[:2], *(rate * 0.4 for rate in whole[2:])]) and decays == [0.1, 0.0]
+    assert made.lr_scheduler.best == 1.0 and made.lr_scheduler.last_epoch == 4
+    fewer = rates("kwargs", lr_scheduler_kwargs=kwargs | {"factor": 0.1, "min_lr": 4e-4})[0]
+    assert fewer == [*whole[:3], 4e-4]
+    linear = {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}}
+    made = trainer(tmp_path / "linear", **settings | linear)
+    made.train()
+    made = trainer(tmp_path / "after", **settings)
+    made.train(str(tmp_path / "linear" / "checkpoint-2"))
+    last = [entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry][2:]
+    assert last == whole[:2]  # a schedule that begins now begins with the given rate
 
 
 def test_when_to_save_is_for_the_present_flags_to_say(run):

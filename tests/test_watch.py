@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import trainer
+from conftest import quickstart_tokenizer, tiny_model
+from datasets import Dataset
+from test_trainer import ROWS, arguments, trainer
 from transformers import TrainerCallback
 
-from hf_embed import InputError, SimCSE
+from hf_embed import ContrastiveTrainer, InputError, SimCSE
+from hf_embed.data.mixture import Source
 from hf_embed.evaluation.geometry import alignment, uniformity
 from hf_embed.watch import batch_geometry, warning_of
 
@@ -182,6 +185,73 @@ def test_a_spoilt_step_is_skipped(tmp_path):
     assert [entry.get("skipped_steps") for entry in run.state.log_history if "loss" in entry] == [None, 2, None]
     assert all(torch.isfinite(p).all() for p in run.step.parameters())
     assert {int(state["step"]) for state in run.optimizer.state.values()} == {4}
+
+
+class SpoilOne(SimCSE):
+    """A loss that is NaN or infinite in one call, counted from 1. It notes all its values."""
+
+    def __init__(self, call: int, value: float = math.nan):
+        super().__init__()
+        self.call, self.value, self.losses = call, value, []
+
+    def __call__(self, *args, **kwargs):
+        loss = super().__call__(*args, **kwargs)
+        loss = loss * self.value if len(self.losses) + 1 == self.call else loss
+        self.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("call", [1, 2, 6])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logged_losses_are_means_of_the_finite_ones(tmp_path, call, accumulation, value):
+    """BUG: Losses [2, NaN, 4] were logged as 2.33 and [NaN, 2, 4] as 2. The right value is 3."""
+    objective = SpoilOne(call, value)
+    run = trainer(tmp_path, objective=objective, max_steps=6, logging_steps=3, nan_steps="skip",
+                  gradient_accumulation_steps=accumulation, per_device_train_batch_size=2)  # fmt: skip
+    result = run.train()
+    losses, middle = np.array(objective.losses), 3 * accumulation
+    assert len(losses) == 2 * middle and np.isfinite(losses).sum() == len(losses) - 1
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([np.mean(part[np.isfinite(part)]) for part in (losses[:middle], losses[middle:])], abs=1e-5)
+    whole = np.mean(losses[np.isfinite(losses)])
+    assert result.training_loss == result.metrics["train_loss"] == pytest.approx(whole, abs=1e-5)
+    assert run.state.log_history[-1]["train_loss"] == result.training_loss
+
+
+def test_the_losses_after_the_last_log_count_too(tmp_path):
+    objective = SpoilOne(5)
+    result = trainer(tmp_path, objective=objective, max_steps=5, logging_steps=2, nan_steps="skip").train()
+    assert result.training_loss == pytest.approx(np.mean(objective.losses[:4]), abs=1e-5)
+
+
+def test_the_logged_loss_of_a_source_is_a_mean_of_the_finite_ones(tmp_path):
+    objective = SpoilOne(2)
+    run = ContrastiveTrainer(
+        tiny_model(), arguments(tmp_path, max_steps=3, logging_steps=3, nan_steps="skip"), objective,
+        [Source("a", Dataset.from_list(ROWS))], processing_class=quickstart_tokenizer(),
+    )  # fmt: skip
+    run.train()
+    (logged,) = [entry for entry in run.state.log_history if "loss" in entry]
+    assert logged["loss_a"] == pytest.approx((objective.losses[0] + objective.losses[2]) / 2, abs=1e-4)
+
+
+def test_a_log_without_a_finite_loss_has_none(tmp_path):
+    run = trainer(tmp_path, objective=SpoilOne(2), max_steps=3, logging_steps=1, nan_steps="skip")
+    run.train()
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert np.isnan(logged).tolist() == [False, True, False]
+
+
+def test_without_a_skipped_step_losses_are_the_same_numbers(tmp_path):
+    """Control: with and without counting, all logs are the same bit for bit, also with a small last step of an epoch."""
+    settings = {"num_train_epochs": 2, "logging_steps": 2, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}
+    found = []
+    for number, nan_steps in enumerate(("stop", "skip")):
+        run = trainer(tmp_path / str(number), nan_steps=nan_steps, **settings)
+        result = run.train()
+        found.append([entry.get("loss") for entry in run.state.log_history] + [result.training_loss])
+    assert found[0] == found[1] and len(found[0]) > 2
 
 
 def test_a_loss_that_stays_no_number_ends_a_run_that_skips(tmp_path, monkeypatch):

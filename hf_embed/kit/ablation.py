@@ -7,7 +7,6 @@ is stored in a file and is not trained again.
 
 import dataclasses
 import gc
-import hashlib
 import itertools
 import json
 import re
@@ -22,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import FROM_HAND, Flags
+from hf_embed.kit.content import content_of
 from hf_embed.kit.finetune import make_trainer
 from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
@@ -183,7 +183,7 @@ def slug(name: str) -> str:
 
 
 def finished_path(plan: Plan, file: Path) -> list[dict[str, Any]]:
-    """Read the path of a finished run. Raises InputError if the file is damaged or the run had other settings."""
+    """Read the path of a finished run. Raises InputError if the file is damaged or the run had other settings or data."""
     done = read_json(file, with_nan=True)
     if not isinstance(done.get("settings"), dict) or not isinstance(done.get("path"), list):
         raise InputError(f"{file} does not hold the settings and the path of a run; remove it to train this run again")
@@ -229,10 +229,7 @@ def settings(plan: Plan) -> dict[str, Any]:
     training = plan.args.to_dict()
     for key in ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "overwrite_output_dir"):
         training.pop(key, None)
-    # A hash of the rows themselves, not of the names of their files.
-    sets = json.dumps({name: vars(task) for name, task in plan.tasks.items()}, default=lambda rows: rows[:])
-    about = {"data": plan.source, "evaluation set": hashlib.sha256(sets.encode()).hexdigest()}
-    about["number of processes"] = plan.args.world_size
+    about = {"data": plan.source, **content_of(plan), "number of processes": plan.args.world_size}
     parts = [vars(plan.model_args), vars(plan.objective), vars(plan.positive), training, about]
     return json.loads(json.dumps({key: value for part in parts for key, value in part.items()}, default=str))
 

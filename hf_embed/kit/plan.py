@@ -222,6 +222,7 @@ class Plan:
     datasets: list[str] = field(default_factory=list)  # names of the Hub datasets
     shows_rows: bool = True  # whether two rows are printed as the model reads them
     earlier: EarlierRun = field(default_factory=lambda: EarlierRun([]))  # its files are removed after the first step
+    given: Dataset | list[Source] | None = None  # the rows before positives were made from them; None: `rows`
 
     @property
     def folder(self) -> Path:
@@ -363,11 +364,12 @@ def make_plan(
     check_stopping(run.early_stopping_patience, args, tasks)
     if not tasks:
         args = without_evaluation(args)
+    given = rows.data
     if positive is not None:
         kind, _ = parse_positive(positive.positive)
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
-    plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets)
+    plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets, given=given)
     if plan.replaces:
         plan = dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder), plan.folder))
     return plan

@@ -21,6 +21,7 @@ from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.kit.content import content_of
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
@@ -80,7 +81,7 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, aft
         reason = "no checkpoint was saved" if scored else f"no evaluation returned a number for {metric}"
         logger.warning(f"{reason}: the model of the last step is saved, not the best one")
     return about_training(trainer, after) | {
-        "model": shown(name or "quickstart"), "data": shown(plan.source),
+        "model": shown(name or "quickstart"), "data": shown(plan.source), "content": content_of(plan),
         "base_model": on_the_hub(name), "datasets": plan.datasets,
         "steps": trained.global_step,
         "language": plan.run.language, "license": plan.run.license, "settings": changed(plan),

@@ -20,6 +20,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
+from hf_embed.kit.content import content_of
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
@@ -47,7 +48,7 @@ def train_each_seed(flags: Flags, read_plan: Callable[[Flags], Plan], train: Cal
 
     The run of seed N is in OUTPUT_DIR/seed-N. OUTPUT_DIR itself gets the model of the seed that is best on the evaluation
     sets, with the scores of all seeds in its card. With `--resume_from_checkpoint`, finished seeds are not trained again,
-    unless they had other settings.
+    unless they had other settings or data.
 
     Args:
         flags: the flags. They already say in which folder the run trains.
@@ -95,7 +96,7 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         checkpoint = interrupted_run(folder, plan) if resume else None
         earlier_run = (folder / "results.json").is_file() or bool(checkpoints_in(folder))
         other = resume and earlier_run and checkpoint is None
-        anew = ": training it again, because its earlier run had other settings" if other else ""
+        anew = ": training it again, because its earlier run had other settings or data" if other else ""
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
         of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
@@ -115,12 +116,13 @@ def seed_flags(flags: Flags, seed: int, folder: Path, checkpoint: str | None) ->
 
 
 def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
-    """Return the results of a seed's run; None if the run is not finished, or if it had other settings."""
+    """Return the results of a seed's run; None if it is not finished, or if it had other settings or data."""
     if not (folder / "results.json").is_file():
         return None
     results, args = read_json(folder / "results.json", with_nan=True), plan.args
     now = {
         "settings": changed(plan), "objective": settings_of(plan.objective), "data": shown(plan.source),
+        "content": content_of(plan),
         "model": shown(plan.model_args.model_name_or_path or "quickstart"),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
     }  # fmt: skip
