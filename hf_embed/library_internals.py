@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
@@ -108,6 +109,18 @@ def optional_file(name: str, file: str, **hub: Any) -> str | None:
 def use_one_gpu(args: TrainingArguments) -> None:
     """Prevent `Trainer` from wrapping the model in `DataParallel`, which it does if one process sees several GPUs."""
     args._n_gpu = 1
+
+
+@contextlib.contextmanager
+def same_accelerator() -> Iterator[None]:
+    """Keep accelerate's state of this process in a `with` block in which `TrainingArguments` are made, which empty it."""
+    kept = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    try:
+        yield
+    finally:
+        for kind, state in kept:
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
 
 
 def train_batch_size(trainer: "Trainer") -> int:

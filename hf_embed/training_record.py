@@ -20,6 +20,7 @@ from hf_embed.checkpoint.whole import step_of
 from hf_embed.data.mixture import Mixture, Source
 from hf_embed.errors import masked
 from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric
+from hf_embed.library_internals import same_accelerator
 from hf_embed.objectives import Matryoshka, Objective
 from hf_embed.objectives.base import FunctionObjective
 from hf_embed.version import __version__
@@ -190,7 +191,8 @@ def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str,
     found = {}
     for settings in objects:
         kind = type(settings)  # compare with an object of defaults, because `__post_init__` fills some of them in
-        defaults = kind("unused") if issubclass(kind, ContrastiveTrainingArguments) else kind()
+        with same_accelerator():
+            defaults = kind("unused") if issubclass(kind, ContrastiveTrainingArguments) else kind()
         for field in dataclasses.fields(kind):
             value = getattr(settings, field.name)
             if field.name in names and value != getattr(defaults, field.name):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers.trainer
 import transformers.utils.hub
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_encoder, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
@@ -119,6 +119,16 @@ def test_use_one_gpu(tmp_path):
     args._n_gpu = 4
     internals.use_one_gpu(args)
     assert args.n_gpu == 1
+
+
+def test_same_accelerator(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    with internals.same_accelerator():
+        TrainingArguments(str(tmp_path), use_cpu=True)
+    assert accelerator.distributed_type == DistributedType.NO and accelerator.state.initialized
+    TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(AttributeError):  # control
+        accelerator.distributed_type  # noqa: B018
 
 
 def test_train_batch_size(tmp_path):

@@ -322,3 +322,19 @@ def test_saved_arguments_are_readable(tmp_path):
     run.save_model()
     stored = json.loads(Path(tmp_path, "config_sentence_transformers.json").read_text())
     assert stored["prompts"] == {"query": "query: "}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_trainer_trains_on_after_it_has_saved_its_model(resumed, tmp_path):
+    """BUG: `save_model` emptied accelerate's state, and the next training ended in an AttributeError."""
+    rows = [{"anchor": f"a text {i}", "positive": f"number {i}"} for i in range(16)]
+    args = ContrastiveTrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], max_steps=4, save_strategy="steps", save_steps=2, disable_tqdm=True
+    )
+    run = ContrastiveTrainer(tiny_model(), args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    run.train()
+    run.save_model()
+    before = {name: tensor.clone() for name, tensor in run.encoder.state_dict().items()}
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
+    changed = [name for name, tensor in run.encoder.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert run.state.global_step == 4 and bool(changed) == (not resumed)  # a resumed run ends in the same weights
