@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import pytest
 import torch
 from transformers import (
@@ -39,6 +40,7 @@ from hf_embed.kit.plan import QUICKSTART
 
 torch.set_num_threads(1)  # with more threads, tiny models would wait longer than they compute
 gc.freeze()  # for the worker processes, which import this module; see `frozen_imports`
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds that `datasets` waits after each pass over a parquet stream
 
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0}
