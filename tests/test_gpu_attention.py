@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import quickstart_tokenizer, tiny_model
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, Trainer
 from transformers.masking_utils import sdpa_mask
@@ -132,11 +133,13 @@ def flash_needs_a_gpu(module, query, key, value, attention_mask, **options):
 
 @pytest.fixture
 def flash_elsewhere():
-    """Let models with "flash_attention_2" be built on a machine without it."""
-    right = AttentionInterface()["flash_attention_2"]
-    AttentionInterface.register("flash_attention_2", flash_needs_a_gpu)
+    """Let models with flash attention be built on a machine without it."""
+    right = {name: AttentionInterface()[name] for name in ("flash_attention_2", "flash_attention_3")}
+    for name in right:
+        AttentionInterface.register(name, flash_needs_a_gpu)
     yield
-    AttentionInterface.register("flash_attention_2", right)
+    for name, function in right.items():
+        AttentionInterface.register(name, function)
 
 
 def flash_model():
@@ -166,6 +169,16 @@ def test_flash_attention_on_a_cpu_is_refused_by_name(run, tmp_path, flash_elsewh
     """BUG: the first step, and `encode`, ended in the error of the kernel, which names neither the cause nor the mend."""
     with pytest.raises(InputError, match=r"^flash_attention_2 needs a GPU, .*\.to\(\"cuda\"\).*sdpa$"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("device", [None, ["cpu", "cpu"]])
+def test_neighbors_of_flash_attention_are_refused_too(name, device, flash_elsewhere):
+    model = flash_model()
+    model.config._attn_implementation = name
+    encoder = Encoder(get_peft_model(model, LoraConfig(target_modules=["query"])), quickstart_tokenizer())
+    with pytest.raises(InputError, match=f"^{name} needs a GPU"):
+        encoder.encode(["a text", "two"], device=device)
 
 
 def test_an_attention_with_a_kernel_for_the_cpu_is_not_refused():

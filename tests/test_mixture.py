@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.mixture import PROBED_ROWS, Mixture, Stream, make_mixture
+from hf_embed.data.columns import FIRST_ROWS
+from hf_embed.data.mixture import Mixture, Stream, make_mixture
 from hf_embed.data.sampling import SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.tokenization import RowTokenizer, text_id
@@ -327,7 +328,7 @@ def test_an_iterable_dataset_alone_trains(tmp_path):
         trainer(tmp_path / "out", rows)
 
 
-@pytest.mark.parametrize("late", [0, PROBED_ROWS])
+@pytest.mark.parametrize("late", [0, FIRST_ROWS])
 def test_a_number_in_a_stream_is_not_dropped_as_an_empty_text(late, tmp_path):
     rows = [*pairs("f", late + 2), {"query": "q", "positive": ""}, {"query": "q", "positive": 5}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -558,5 +559,15 @@ def test_a_stream_refuses_negatives_that_begin_late(tokenizer):
     rows = IterableDataset.from_generator(ragged, gen_kwargs={"first_with": 300, "rows": 600})
     stream = Stream(Source("s", rows, size=600), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False)
     assert len(stream.__getitems__(list(range(256)))) == 256
-    message = "column negative begins after the first rows; give it in each row, or None"
+    message = "column negative begins after the first rows; give it in each row, maybe as None"
     assert message in error_of(stream.__getitems__, list(range(256, 600)))
+
+
+def test_only_losses_that_need_negatives_warn_of_rows_without(tokenizer, tmp_path, caplog):
+    """A function of the user may compare each anchor with its positive only."""
+    rows = [{"anchor": f"text {i}", "positive": "the same"} for i in range(4)]
+    args = ContrastiveTrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    for objective, warned in ((SimCSE(), True), (lambda embeddings, *others: embeddings.var(), False)):
+        caplog.clear()
+        ContrastiveTrainer(tiny_model(), args, objective, rows, processing_class=tokenizer)
+        assert ("no row of a batch has a negative" in caplog.text) == warned

@@ -68,7 +68,7 @@ GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating", "star
 # An unused column of pairs with at least two and at most so many different values may judge them, whatever its name is.
 FEW_VALUES = 10
 LOOKED_AT = 10_000  # rows of a table whose values are looked at
-FIRST_ROWS = 100  # the same for a stream
+FIRST_ROWS = 100  # rows of a stream that are checked before training
 TRUTHS = {"true", "false", "yes", "no"}
 # Columns of teacher scores do not judge a pair: it is already known whether the scored texts are positives or negatives.
 TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?(_?\d+)?_scores?(_?\d+)?", re.IGNORECASE)

@@ -22,7 +22,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_embed.data.columns import column_names, negative_columns, take_columns, text_columns, warn_of_judgements
+from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, take_columns, text_columns, warn_of_judgements
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The number of first rows of a stream that are checked before training.
-PROBED_ROWS = 100
 # The largest number of positives in a row of a stream. The actual number is unknown in advance.
 MOST_POSITIVES = 64
 
@@ -166,7 +164,7 @@ class Stream:
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
             raise InputError(f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row)")
-        first = list(islice(source.rows, PROBED_ROWS))
+        first = list(islice(source.rows, FIRST_ROWS))
         refuse_lists(first, self.columns, source.label)
         if len(self.columns) > 1:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
@@ -223,7 +221,9 @@ class Stream:
                 return None
             late = negative_columns([column for column in batch if column not in self.columns])
             if late and self.negatives != 0:
-                raise InputError(f"{self.label}: column {late[0]} begins after the first rows; give it in each row, or None")
+                raise InputError(
+                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as None"
+                )
             rows = range(max(map(len, batch.values())))
             return [self.texts({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]
         except InputError as error:
@@ -241,7 +241,7 @@ class Stream:
                 return None
             raise InputError(f"{error} ({DROP_ADVICE})") from error
         if len(made) > (MOST_POSITIVES if self.several else 1):
-            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {PROBED_ROWS} rows"
+            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
             raise InputError(
                 f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
             )

@@ -31,7 +31,7 @@ from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table,
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 from hf_embed.objectives import Matryoshka, SimCSE
-from hf_embed.objectives.base import Objective, check_other_positives
+from hf_embed.objectives.base import FunctionObjective, Objective, check_other_positives
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
@@ -106,7 +106,8 @@ def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_ro
         InputError: if the objective does not suit the rows.
     """
     objective.check_rows(texts_per_row, name)
-    if get_rank() == 0 and not {"scores", "target", "teacher"}.intersection(objective.needs):
+    of_user = isinstance(objective, FunctionObjective)  # which may need no negatives
+    if get_rank() == 0 and not of_user and not {"scores", "target", "teacher"}.intersection(objective.needs):
         warn_without_negatives(tokens.probed_ids if isinstance(tokens, Stream) else tokens.data["text_ids"], objective, name)
     if "scores" in objective.needs and isinstance(tokens, Dataset) and "scores" in tokens.column_names:
         refuse_equal_scores(tokens, name)
