@@ -1,10 +1,14 @@
-"""Shared helpers: tiny random models of every architecture, which use the tokenizer of the quickstart encoder."""
+"""Shared helpers: tiny random models of every architecture, with a tokenizer of few tokens."""
 
+import functools
 import gc
+import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,7 +46,7 @@ torch.set_num_threads(1)  # with more threads, tiny models would wait longer tha
 gc.freeze()  # for the worker processes, which import this module; see `frozen_imports`
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds that `datasets` waits after each pass over a parquet stream
 
-SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL = {"vocab_size": 3000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0}
 ROPE = SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2,
                 "eos_token_id": 3}  # fmt: skip
@@ -53,7 +57,7 @@ TINY = {
     "distilbert": (
         DistilBertModel,
         DistilBertConfig,
-        {"vocab_size": 12000, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 66},
+        {"vocab_size": 3000, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 66},
     ),
     "mpnet": (MPNetModel, MPNetConfig, BERT | {"pad_token_id": 0}),
     "modernbert": (
@@ -85,8 +89,21 @@ def tiny_model(name: str = "bert", seed: int = 0, **config):
     return model.eval()
 
 
+@functools.cache
+def small_vocabulary() -> str:
+    """Return the tokenizer.json of the quickstart encoder, with its most frequent tokens only."""
+    content = json.loads((QUICKSTART / "encoder" / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: number for token, number in vocabulary.items() if number < SMALL["vocab_size"]}
+    return json.dumps(content)
+
+
 def quickstart_tokenizer():
-    return AutoTokenizer.from_pretrained(QUICKSTART / "encoder")
+    """Load the tokenizer of the quickstart encoder with a small vocabulary, which is loaded, saved and hashed much faster."""
+    with TemporaryDirectory() as folder:
+        shutil.copy(QUICKSTART / "encoder" / "tokenizer_config.json", folder)
+        Path(folder, "tokenizer.json").write_text(small_vocabulary())
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, **settings) -> Encoder:

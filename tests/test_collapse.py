@@ -15,7 +15,7 @@ from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.length_collapse import collapse, geometry, high_frequency, length_report, lines, plot_collapse
 from hf_embed.tempscale import tempscale
 
-WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
+WORDS = ["cat", "dog", "rain", "house", "river", "water", "table", "music", "winter", "street"]
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i + 1)) % 10] for j in range(5 + 6 * i)) for i in range(10)]
 
 

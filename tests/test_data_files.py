@@ -537,7 +537,7 @@ def test_addresses_are_read_by_their_path(tmp_path, monkeypatch):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}/a.jsonl.gz?version=1"
         assert both_ways(address) == [{"text": "one"}, {"text": "two"}]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_model
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from test_recipes import ROOT, flags, load_recipe, make_files, sup
 from test_safe_files import killed_at
 from torch.utils.data import DataLoader
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, disk
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, disk
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file
 from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
@@ -402,10 +402,15 @@ def test_rows_on_a_read_only_file_system_have_their_cache_elsewhere(small_disk, 
 ROWS = Dataset.from_dict({"anchor": [f"a cat {i}" for i in range(8)], "positive": [f"one cat {i}" for i in range(8)]})
 
 
+def encoder_of_megabytes(name: str = "bert", seed: int = 0) -> Encoder:
+    """Return an encoder with 1.6 MB of weights."""
+    return Encoder(tiny_model(name, seed, vocab_size=12_000), quickstart_tokenizer())
+
+
 def trainer_in(folder: Path, **settings) -> ContrastiveTrainer:
     defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True}
     args = ContrastiveTrainingArguments(str(folder), disable_tqdm=True, **(defaults | settings))
-    return ContrastiveTrainer(tiny_model(), args, train_dataset=ROWS, processing_class=quickstart_tokenizer())
+    return ContrastiveTrainer(encoder_of_megabytes(), args, train_dataset=ROWS)
 
 
 def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
@@ -435,7 +440,7 @@ def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
 
 def test_an_encoder_that_does_not_fit_leaves_the_old_one(small_disk):
     folder = small_disk("size=4m")
-    encoder, other = tiny_encoder(), tiny_encoder(seed=1)
+    encoder, other = encoder_of_megabytes(), encoder_of_megabytes(seed=1)
     encoder.save_pretrained(str(folder / "model"))
     before = {path: path.read_bytes() for path in (folder / "model").rglob("*") if path.is_file()}
     (folder / "data").write_bytes(b"a" * 1_000_000)
@@ -486,12 +491,13 @@ def train_on_disks(small_disk, data: Path, sizes: list[int]) -> dict[int, str]:
     A training that fails is resumed on the same disk after the disk has become larger.
     """
     make_files(data)
+    encoder_of_megabytes().save_pretrained(data / "model", verify=False)
     calm = train_into(data / "calm", data)
     ended = {}
     for size in sizes:
         disk_of = partial(small_disk, name=str(size))
         folder = disk_of(f"size={size}m") / "out"
-        tiny_encoder("distilbert", seed=7).save_pretrained(folder.parent / "other", verify=False)
+        encoder_of_megabytes("distilbert", seed=7).save_pretrained(folder.parent / "other", verify=False)
         before = {path: path.read_bytes() for path in (folder.parent / "other").rglob("*") if path.is_file()}
         first = train_into(folder, data)
         assert {path: path.read_bytes() for path in (folder.parent / "other").rglob("*") if path.is_file()} == before

@@ -226,7 +226,7 @@ def test_similarity_knows_small_vectors(precision):
         np.testing.assert_allclose(expected, 1 - 2 * (bits[0][:, None] != bits[1]).mean(-1), atol=1e-6)
     queries = encoder.encode(MANY[:9])  # float32 queries against quantized documents
     near = encoder.similarity(queries, encoder.encode(MANY[:9], precision=precision)).numpy()
-    assert (near.argmax(1) == [MANY.index(text) for text in MANY[:9]]).all()
+    assert (np.diagonal(near) > near.max(1) - 1e-6).all() and near.min() < 0.9
     tensor = encoder.encode(MANY[:9], precision=precision, convert_to_tensor=True)
     assert tensor.device == encoder.device and np.array_equal(tensor.numpy(), a)
     assert encoder.encode([], precision=precision).shape == (0, a.shape[1])

@@ -76,6 +76,7 @@ def test_what_has_no_effect_does_not_count(tmp_path):
     assert fingerprint(encoder) == fingerprint(Encoder.from_pretrained(str(tmp_path / "model"))) == before
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_process():
     """The target modules of an adapter are a set, whose order depends on the process."""
     command = "from test_fingerprint import *; print(fingerprint(with_adapters()))"

@@ -176,6 +176,7 @@ def test_one_file_in_place_of_sources(files):
     assert results["train"]["rows"] == 12
 
 
+@pytest.mark.slow
 def test_two_processes(files):
     launch = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "cpu_2.yaml"]
     words = [word for word in flags(files, "out", "--gradient_caching") if word != "--use_cpu"]

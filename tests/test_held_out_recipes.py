@@ -214,7 +214,7 @@ PAIRS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip
 
 def test_the_preview_shows_prompts_and_truncated_texts(tmp_path):
     encoder = tiny_encoder(prompts={"query": "look for: ", "document": "text: "}, max_length=8)
-    rows = [row | {"negatives": ["no bread", "no rain and no snow and nothing at all", "x"]} for row in PAIRS]
+    rows = [row | {"negatives": ["no music", "no rain and no snow and nothing at all", "x"]} for row in PAIRS]
     run = make(tmp_path, rows, encoder)
     lines = run.preview()
     cut = sum(run.train_dataset["truncated"][:])
@@ -222,7 +222,7 @@ def test_the_preview_shows_prompts_and_truncated_texts(tmp_path):
     assert len(lines) == 7
     assert lines[1].split() == ["row", "1", "anchor", "7", "tokens", "look", "for", ":", "the", "cat"]
     assert lines[2].split()[:3] == ["positive", "8", "tokens"] and lines[2].endswith("a cat by the")  # "letter" is truncated
-    assert lines[3].split()[:3] == ["negative", "6", "tokens"] and lines[3].endswith("text : no bread  (and 2 more)")
+    assert lines[3].split()[:3] == ["negative", "6", "tokens"] and lines[3].endswith("text : no music  (and 2 more)")
     ids = run.train_dataset[0]["input_ids"][1]
     assert encoder.tokenizer.decode(ids, skip_special_tokens=True) in lines[2]
 

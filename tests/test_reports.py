@@ -428,7 +428,11 @@ def test_new_tokens_trained_beside_adapters(tmp_path, how):
     tokenizer, model = quickstart_tokenizer(), tiny_model(**NO_DROPOUT)
     tokenizer.add_tokens(["zzqx"], special_tokens=True)
     model.resize_token_embeddings(len(tokenizer))
-    new = {"modules_to_save": ["word_embeddings"]} if how == "modules_to_save" else {how: {"word_embeddings": [12000]}}
+    new = (
+        {"modules_to_save": ["word_embeddings"]}
+        if how == "modules_to_save"
+        else {how: {"word_embeddings": [len(tokenizer) - 1]}}
+    )
     rows = [row | {"anchor": f"zzqx {row['anchor']}"} for row in PAIRS]
     run = trainer(tmp_path, get_peft_model(model, LoraConfig(target_modules=["query"], **new)), rows, tokenizer=tokenizer,
                   learning_rate=0.1)  # fmt: skip
@@ -436,7 +440,8 @@ def test_new_tokens_trained_beside_adapters(tmp_path, how):
     run.train()
     run.save_model()
     saved = Encoder.from_pretrained(tmp_path)
-    assert saved.tokenizer("zzqx")["input_ids"][1:-1] == [12000] and saved.base.get_input_embeddings().num_embeddings == 12001
+    assert saved.tokenizer("zzqx")["input_ids"][1:-1] == [len(tokenizer) - 1]
+    assert saved.base.get_input_embeddings().num_embeddings == len(tokenizer)
     np.testing.assert_allclose(saved.encode("zzqx"), run.encoder.encode("zzqx"), atol=1e-5)
     assert np.abs(saved.encode("zzqx") - before).max() > 0.01
 

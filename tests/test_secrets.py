@@ -182,7 +182,7 @@ class Files(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def host():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()

@@ -116,7 +116,8 @@ def test_unsupervised_views_differ_by_dropout_alone(tmp_path):
 @pytest.mark.parametrize("caching", [False, True])
 def test_same_mask_is_one_pass_for_both_views(tmp_path, caching):
     """The two views are bit for bit equal, and the gradient is that of two passes with the same random state."""
-    rows = [{"text": f"the {word} and nothing else"} for word in WORDS]  # equal lengths: one chunk, in batch order
+    words = [word for word in WORDS if word not in ("bread", "garden")]  # the tokenizer has these two in pieces
+    rows = [{"text": f"the {word} and nothing else"} for word in words]  # equal lengths: one chunk, in batch order
     run = trainer(tmp_path, tiny_model().double(), rows, SimCSE(0.1), same_dropout_mask=True, gradient_caching=caching)
     run.encoder.packable = None  # the reference pads its texts, and attention in a packed row draws other masks
     batch = next(iter(run.get_train_dataloader()))

@@ -203,7 +203,8 @@ def test_a_model_by_name_is_trained_in_float32(tmp_path):
 def test_a_tokenizer_that_is_given_counts(tmp_path):
     tokenizer = quickstart_tokenizer()
     assert make(tmp_path, model=tiny_encoder(), processing_class=tokenizer).encoder.tokenizer is tokenizer
-    by_name = make(tmp_path, model=tiny_model(), processing_class=str(QUICKSTART / "encoder")).encoder
+    model = tiny_model(vocab_size=12_000)
+    by_name = make(tmp_path, model=model, processing_class=str(QUICKSTART / "encoder")).encoder
     assert by_name.tokenizer("a cat")["input_ids"] == tokenizer("a cat")["input_ids"]
 
 

@@ -48,6 +48,10 @@ SEARCH = Retrieval(
     qrels={f"q{i}": {f"d{5 * i + j}": 1 + j for j in range(3)} for i in range(7)},
 )
 BATCH = 12  # rows of a global batch
+GTE = [  # number of negatives, tile_rows, gradient_caching
+    *(("gte", negatives, tile_rows, caching) for negatives in (0, 1) for tile_rows, caching in ((None, False), (2, True))),
+    *(("gte", 3, tile_rows, caching) for tile_rows in (None, 2) for caching in (False, True)),
+]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "report_to": [], "save_strategy": "no",
             "disable_tqdm": True, "use_cpu": True, "chunk_tokens": 64}  # fmt: skip
@@ -132,8 +136,8 @@ class Watch(TrainerCallback):
             self.gradients = {name.removeprefix("encoder."): p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
-def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> dict:
-    """Train two steps of 12 rows. Return the gradients of the first step, the final weights, the scores and the counts."""
+def train(folder: str, objective=None, rows: list[dict] = ROWS, evaluated: bool = False, **settings) -> dict:
+    """Train two steps of 12 rows. Return the gradients of the first step, the final weights, the counts and any scores."""
     objective = objective or SimCSE()
     ranks = get_world_size()
     model = tiny_model(**NO_DROPOUT).double()
@@ -151,7 +155,7 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, **settings) -> d
         model=model, processing_class=quickstart_tokenizer(), args=args, objective=objective,
         train_dataset=Dataset.from_list(rows), eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH}, callbacks=[watch],
     )  # fmt: skip
-    scores = trainer.evaluate()
+    scores = trainer.evaluate() if evaluated else {}
     gathers = []
     plain_gather = dist.all_gather if ranks > 1 else None
     if ranks > 1:
@@ -231,7 +235,7 @@ def main(folder: str) -> None:
     PartialState()  # initializes the process group
     hf_embed.trainer.mask_tokens = mask_some
     result = {
-        "plain": train(folder),
+        "plain": train(folder, evaluated=True),
         "cached": train(folder, gradient_caching=True),
         "mlm": train(folder, SimCSE(mlm_weight=0.5)),
         "temp_scale": train(folder, temp_scale=0.5),
@@ -244,12 +248,10 @@ def main(folder: str) -> None:
     several = rows_of_several_positives()
     result["several positives"] = train(folder, rows=several)
     result["several positives, gte"] = train(folder, ImprovedContrastive(0.2), several)
-    for negatives in (0, 1, 3):
-        for tile_rows in (None, 2):
-            for caching in (False, True):
-                objective = ImprovedContrastive(0.2, tile_rows=tile_rows)
-                key = "gte", negatives, tile_rows, caching
-                result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
+    for key in GTE:
+        _, negatives, tile_rows, caching = key
+        objective = ImprovedContrastive(0.2, tile_rows=tile_rows)
+        result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
     result |= train_with_scores(folder)
     result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
     further = hf_embed.data.collator.gather_rows
