@@ -26,7 +26,7 @@ from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import verify_alike, verify_folder, verify_loadable
+from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
@@ -82,14 +82,15 @@ def save_encoder(
     if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
         encoder = full_encoder(encoder, verify)
     if verify:
-        verify_loadable(encoder)
         warn_of_servers(served_otherwise(encoder))
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
             weights = write_checkpoint(encoder, new, state_dict, not runtime, unsharded)
             write_sentence_transformers_files(encoder, new, state_dict)
-            if verify and not runtime:  # other loaders do not apply TempScale at runtime
-                verify_folder(encoder, new, weights)
+            if verify:
+                tokenizer = load_saved_tokenizer(encoder, new)
+                if not runtime:  # other loaders do not apply TempScale at runtime
+                    verify_folder(encoder, new, weights, tokenizer)
             put_in_place(Path(new), place)
         write_card(encoder, place, keep_results(place, results) if results else None)
     if outdated:
@@ -227,7 +228,8 @@ def tensors_to_save(
 
 def write_tokenizer(encoder: Encoder, folder: str) -> None:
     """Write the tokenizer with the settings that the encoder uses."""
-    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer = copy.copy(encoder.tokenizer)
+    tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
     if not is_remote(tokenizer):
         tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.model_max_length = encoder.max_length

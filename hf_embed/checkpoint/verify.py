@@ -29,8 +29,8 @@ class ExportError(RuntimeError):
     """The saved folder would not give the same weights or vectors as the encoder."""
 
 
-def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> None:
-    """Check that `folder` gives the model that was meant to be saved.
+def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that `folder` gives the model that was meant to be saved. `tokenizer` is the one that was loaded from it.
 
     The tensors must equal `weights` bit for bit. AutoModel and sentence-transformers (if installed) must give the encoder's
     vectors to within 1e-5 of their norm, for single texts and for a batch of texts with different lengths. In half precision,
@@ -46,7 +46,7 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor]) -> 
         trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
         model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype, **trusted)
     verify_weights(model, weights)
-    loaders = {"AutoModel": through_automodel(encoder, folder, model.to(encoder.device).eval())}
+    loaders = {"AutoModel": through_automodel(encoder, folder, model.to(encoder.device).eval(), tokenizer)}
     if importlib.util.find_spec("sentence_transformers"):
         loaders["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
     tolerance = HALF_TOLERANCE if half else TOLERANCE
@@ -87,9 +87,8 @@ def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             raise ExportError(f"not saved: the saved tensor '{name}' differs from the trained one ({type(model).__name__})")
 
 
-def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel) -> Encode:
+def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Return a function that encodes texts as the model card tells users to do it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=encoder.remote_code)
     tokenizer.padding_side = "right"
     pooling = POOLINGS[saved_pooling(encoder.pooling)]
     dense = read_settings(folder, model).get("dense", [])
@@ -125,29 +124,43 @@ def through_sentence_transformers(encoder: Encoder, folder: str, dtype: torch.dt
 def verify_loadable(encoder: Encoder) -> None:
     """Check that a saved folder would load as the same model and tokenizer.
 
-    AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved. This check runs before training,
-    so that a long run does not end with a model that cannot be loaded.
+    This check runs before training, so that a long run does not end with a model that cannot be loaded.
+
+    Raises:
+        InputError: as `load_saved_tokenizer` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with quiet(), own_code(encoder.base):
+            encoder.config.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        load_saved_tokenizer(encoder, folder)
+
+
+def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in `folder`, to which `encoder` was saved. Check that the same model and tokenizer are loaded.
+
+    AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
 
     Raises:
         InputError: if the model or the tokenizer would load as another class, or if the model needs a processor.
     """
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        with own_code(encoder.base):
-            encoder.config.save_pretrained(folder)
-        encoder.tokenizer.save_pretrained(folder)
-        trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
-        tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+    trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, **trusted)
             # sentence-transformers loads a processor. For a text model, that is the tokenizer.
-            AutoProcessor.from_pretrained(folder, **trusted)
+            tokenizer = AutoProcessor.from_pretrained(folder, **trusted)
         except Exception as error:
+            AutoTokenizer.from_pretrained(folder, **trusted)  # raises if the tokenizer is what cannot be loaded
             raise InputError(
                 f"{type(encoder.base).__name__} needs a processor beside its tokenizer ({type(error).__name__}); "
                 "use a text model"
             ) from error
-    verify_class(encoder.base, config)
-    verify_tokenizer(encoder, tokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor of texts and something else
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+        verify_class(encoder.base, config)
+        verify_tokenizer(encoder, tokenizer)
+    return tokenizer
 
 
 def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
