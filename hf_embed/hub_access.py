@@ -56,6 +56,8 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
         InputError: if the model is neither a local folder nor available on the Hub.
     """
     name = str(name)
+    if os.path.isfile(name):
+        raise InputError(f"model '{name}' cannot be loaded: this is a file. {WHAT_TO_GIVE}")
     if os.path.exists(name):
         return {}
     if looks_local(name):

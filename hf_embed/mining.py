@@ -229,10 +229,13 @@ def write_hard_negatives(
         candidates that each rule left out, by the name of the rule.
 
     Raises:
-        InputError: if `output_file` exists; if the work folder beside it belongs to another model or other texts; if there are
-            fewer than two documents; if a vector is not finite; or if FAISS is asked for and not installed.
+        InputError: if `output_file` exists, or its name does not end in .jsonl or .json; if the work folder beside it belongs
+            to another model or other texts; if there are fewer than two documents; if a vector is not finite; or if FAISS is
+            asked for and not installed.
     """
     output = Path(output_file)
+    if output.suffix not in (".jsonl", ".json"):  # the recipes read a file by its ending
+        raise InputError(f"{output}: the rows are written as jsonl; give a name that ends in .jsonl")
     work = work_folder(output)
     if args.use_faiss:
         import_faiss()

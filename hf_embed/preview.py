@@ -9,12 +9,20 @@ from hf_embed.data.files import shortened
 from hf_embed.data.mixture import Mixture, Stream
 from hf_embed.data.tokenization import count_texts
 from hf_embed.encoder import Encoder
+from hf_embed.objectives import Objective
+from hf_embed.resume import dropout_rates
 
 SHOWN_ROWS = 2
 SHOWN_SOURCES = 6
 
 
-def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_mask: bool = False) -> list[str]:
+def preview(
+    rows: Dataset | Mixture,
+    encoder: Encoder,
+    name: str,
+    same_dropout_mask: bool = False,
+    objective: Objective | None = None,
+) -> list[str]:
     """Return lines that describe the training rows, and that show the texts of two rows.
 
     With several sources, the two rows are from the first source.
@@ -24,15 +32,18 @@ def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_m
         encoder: its tokenizer decodes the token ids.
         name: the name of the rows.
         same_dropout_mask: whether both views of a single text have the same dropout mask.
+        objective: the objective of the first source, if a single text may have no positive (one that learns vectors).
     """
     table = rows.tables[0] if isinstance(rows, Mixture) else rows
     shown = first_rows(table)
     lines = [heading(rows, table, encoder, name)]
     for number, row in enumerate(shown, 1):
         lines += [f"{f'row {number}' if i == 0 else '':5}  {line}" for i, line in enumerate(row_lines(row, encoder))]
-    if any(len(row["input_ids"]) == 1 for row in shown):
-        masks = "one dropout mask" if same_dropout_mask else "two dropout masks"
-        lines.append(f"{'':5}  the positive is the same text, under {masks}")
+    learns_vectors = objective is not None and "target" in objective.needs
+    if not learns_vectors and any(len(row["input_ids"]) == 1 for row in shown):
+        masks = "under one dropout mask" if same_dropout_mask else "under two dropout masks"
+        masks = masks if any(dropout_rates(encoder.backbone).values()) else "with the same vector: the model has no dropout"
+        lines.append(f"{'':5}  the positive is the same text, {masks}")
     return lines
 
 

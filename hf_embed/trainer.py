@@ -260,7 +260,7 @@ class ContrastiveTrainer(GuardedTrainer):
         """Return lines that describe the training rows and show two of them as the model reads them (`hf_embed.preview`)."""
         if self.train_dataset is None:
             return []
-        return preview(self.train_dataset, self.encoder, self.origin.name, self.args.same_dropout_mask)
+        return preview(self.train_dataset, self.encoder, self.origin.name, self.args.same_dropout_mask, self.objectives[0])
 
     # ---- evaluation ----
 

@@ -43,6 +43,8 @@ def main() -> None:
     if args.output_dir is None and not Path(args.model_name_or_path).is_dir():
         raise InputError(f"{args.model_name_or_path} is not a folder here; give a folder for the export with --output_dir")
     folder = Path(args.output_dir or args.model_name_or_path)
+    if args.output_dir is None and not any((folder / name).exists() for name in ("config.json", "modules.json")):
+        raise InputError(f"{folder} holds no model (config.json); give the folder of a finished run")
     check_output(folder, args.overwrite_output_dir)
     encoder = load_for_encoding(args.model_name_or_path, args)
     results = stored_results(args.model_name_or_path) or None

@@ -105,6 +105,7 @@ def test_sweep_against_one_temperature_at_a_time(encoder, search, sts, tmp_path)
     assert result["cross_validated_gain"] == pytest.approx(np.mean(held_out))
     assert result["gain"] != pytest.approx(result["cross_validated_gain"])  # otherwise the test could not tell them apart
     assert sum("*" in line for line in sweep_table(result)) == 1
+    assert sweep_table(result)[0].startswith("nDCG@10 x 100 (of an STS set: Spearman x 100)")
     assert [row["words"] for row in result["by_length"]] == [[5, 6], [6, 8], [8, 8]]  # only the retrieval set has these rows
     for key, t in (("before", 1.0), ("after", best)):
         with tempscale(encoder.backbone, t):

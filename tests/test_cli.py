@@ -127,13 +127,13 @@ def test_bad_yaml(yaml, expected, parse, tmp_path):
     ("yaml", "expected"),
     [
         ("temperature: warm", "argument --temperature: invalid float value: 'warm'"),
-        ("max_length: 3.5", "argument --max_length/--max-length: invalid int value: '3.5'"),
+        ("max_length: 3.5", "argument --max_length: invalid int value: '3.5'"),
         (
             "eval_strategy: often",
-            "argument --eval_strategy/--eval-strategy: invalid choice: 'often' (choose from 'no'",
+            "argument --eval_strategy: invalid choice: 'often' (choose from 'no'",
         ),
-        ("gradient_caching: perhaps", "argument --gradient_caching/--gradient-caching: Truthy value expected"),
-        ("max_length: [32, 64]", "argument --max_length/--max-length: expected one argument"),
+        ("gradient_caching: perhaps", "argument --gradient_caching: Truthy value expected"),
+        ("max_length: [32, 64]", "argument --max_length: expected one argument"),
     ],
 )
 def test_bad_value_in_yaml_is_said_as_on_the_command_line(yaml, expected, parse):
@@ -243,6 +243,12 @@ def test_a_file_name_without_a_flag_gets_a_suggestion():
         "nli.csv has no flag before it; give --train_file nli.csv (--help lists the flags)"
     )
     assert "unknown flag nli" in error_of(read_flags, [], argv=["nli"])
+    assert error_of(read_flags, [], argv=["train_file", "nli.csv"]) == (  # BUG: "did you mean 'train_file'?"
+        "train_file has no dashes before it; give --train_file (--help lists the flags)"
+    )
+    assert error_of(read_flags, [], argv=["--learning_rate", "x"]) == (
+        "argument --learning_rate: invalid float value: 'x'; --help lists the flags"
+    )
 
 
 def test_flags_are_overridden_and_not_changed(tmp_path):

@@ -421,6 +421,10 @@ def test_a_file_of_another_kind_than_its_name_says(ending, tmp_path):
     assert error_of(read_file, path) == (
         f"{path}: cannot be read as {ending}: the file is compressed by gzip; decompress it, or add .gz to its name"
     )
+    path = written(tmp_path / f"plain.{ending}.gz", b"question,answer\na,b\n")
+    assert error_of(read_file, path) == (
+        f"{path}: cannot be read as {ending}: the file is not compressed by gzip; remove .gz from its name"
+    )
     pandas.DataFrame({"question": ["a"], "answer": ["b"]}).to_parquet(tmp_path / "b.parquet")
     path = written(tmp_path / f"b.{ending}", (tmp_path / "b.parquet").read_bytes())
     assert error_of(read_file, path).endswith("the file is a parquet file; give it the ending .parquet")

@@ -17,7 +17,7 @@ from test_recipes import QUIET, UNSUP, files, flags, load_recipe, recipe, sup  #
 from transformers import TrainerState
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Source
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Source, VectorDistillation
 from hf_embed.kit import cli
 from hf_embed.kit.finetune import EarlyStopping
 from hf_embed.kit.plan import DataArguments, read_held_out, read_train_rows
@@ -232,6 +232,16 @@ def test_a_single_text_is_its_own_positive(tmp_path, same, words):
     lines = make(tmp_path, [row["anchor"] for row in PAIRS], same_dropout_mask=same).preview()
     assert len(lines) == 4 and "text" in lines[1] and lines[-1].strip() == f"the positive is the same text, {words}"
     assert not any("dropout" in line for line in make(tmp_path, PAIRS).preview())
+
+
+def test_the_preview_names_two_dropout_masks_only_where_there_are_two(tmp_path):
+    """BUG: it named them for a model without dropout, and for texts that only learn a teacher's vectors."""
+    still = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), quickstart_tokenizer(), "mean")
+    texts = [row["anchor"] for row in PAIRS]
+    run = make(tmp_path, texts, still)
+    assert run.preview()[-1].strip() == "the positive is the same text, with the same vector: the model has no dropout"
+    run.objectives = [VectorDistillation()]
+    assert len(run.preview()) == 3 and "positive" not in "".join(run.preview())
 
 
 def test_the_preview_shows_the_first_of_several_sources(tmp_path):

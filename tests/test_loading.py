@@ -50,6 +50,10 @@ def test_an_attention_that_cannot_be_used_is_named(kind, attention, tmp_path):
     assert "local folder" not in message
     missing = error_of(Encoder.from_pretrained, str(tmp_path / "none"), attn_implementation="eager")
     assert "this folder does not exist" in missing
+    (tmp_path / "empty").mkdir()
+    assert "cannot be loaded: the folder has no config.json. Give" in error_of(Encoder.from_pretrained, str(tmp_path / "empty"))
+    file = str(tmp_path / "config.json")
+    assert f"model '{file}' cannot be loaded: this is a file. Give a local folder" in error_of(Encoder.from_pretrained, file)
 
 
 BROKEN_WEIGHTS = {

@@ -61,6 +61,14 @@ RULES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl.gz", "out"])
+def test_a_file_that_is_not_named_as_jsonl_is_refused(tmp_path, name):
+    """BUG: the lines of JSON were written to a .csv or .gz file, which no recipe could read."""
+    message = error_of(mined, tmp_path / name, MiningArguments())
+    assert message == f"{tmp_path / name}: the rows are written as jsonl; give a name that ends in .jsonl"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("case", RULES)
 def test_rules(tmp_path, case):
     settings, passes = RULES[case]

@@ -391,10 +391,13 @@ def test_the_recipe_exports_beside_the_model_or_elsewhere(tmp_path):
     assert again.returncode == 2 and "onnx/model.onnx exists" in again.stderr and "Traceback" not in again.stderr
 
 
-def test_the_recipe_refuses_a_name_without_a_folder(monkeypatch):
+def test_the_recipe_refuses_a_name_without_a_folder(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("export_onnx_recipe", ROOT / "recipes" / "export_onnx.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", "BAAI/bge-base-en-v1.5"])
     assert "BAAI/bge-base-en-v1.5 is not a folder here; give a folder for the export with --output_dir" in error_of(module.main)
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(tmp_path)])  # BUG: --overwrite_output_dir was advised
+    assert error_of(module.main) == f"{tmp_path} holds no model (config.json); give the folder of a finished run"

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -314,4 +315,6 @@ def unreachable(name: str, error: BaseException, what: str = "cannot be loaded")
             "--trust_remote_code on the command line (in Python: trust_remote_code=True)"
         )
     reason = first_line(error).rstrip(".")
+    if reason.startswith("Unrecognized model") and os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        reason = "the folder has no config.json"
     return InputError(f"model '{name}' {what}: {reason}. {WHAT_TO_GIVE}")

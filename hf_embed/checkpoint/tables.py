@@ -69,7 +69,8 @@ def mteb_table(rows: list[dict[str, Any]]) -> list[str]:
 def sweep_table(sweep: dict[str, Any]) -> list[str]:
     """Return a line for each temperature that was tried, with a star at the chosen one, and then the gain of that one."""
     names = swept_columns(sweep)
-    lines = ["temperature" + "".join(f"  {name:>12}" for name in names)]
+    about = "nDCG@10 x 100 (of an STS set: Spearman x 100) at each temperature; a star marks the best one:"
+    lines = [about, "temperature" + "".join(f"  {name:>12}" for name in names)]
     for row in sweep["curve"]:
         star = "*" if row["temperature"] == sweep["temperature"] else " "
         lines.append(f"{row['temperature']:>10g}{star}" + "".join(f"  {row[name]:>12.2f}" for name in names))

@@ -74,6 +74,8 @@ def kind_of(path: str) -> str:
 
 def unreadable(path: str, reason: str) -> InputError:
     """Return the error for a file that cannot be read."""
+    if reason.startswith("Not a gzipped file"):  # gzip.BadGzipFile
+        reason = "the file is not compressed by gzip; remove .gz from its name"
     return InputError(f"{path}: cannot be read as {kind_of(path)}: {masked(reason, path)}")
 
 

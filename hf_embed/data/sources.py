@@ -166,10 +166,9 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
     except DiskError:
         raise
     except Exception as error:  # the Hub client raises many kinds of errors, and all mean that no rows can be loaded
-        reason = first_line(error)
+        part = f"split {split}" if config is None else f"config {config}, split {split}"
         raise InputError(
-            f"dataset '{name}' (config {config}, split {split}) cannot be loaded: {reason}; check the name, or give a local "
-            "file"
+            f"dataset '{name}' ({part}) cannot be loaded: {first_line(error)}; check the name, or give a local file"
         ) from error
     if isinstance(rows, DatasetDict):
         raise InputError(f"dataset '{name}' has the splits {', '.join(rows)}; choose a split")

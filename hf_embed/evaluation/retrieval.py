@@ -184,9 +184,8 @@ def read_retrieval(path: str) -> Retrieval:
         corpus, queries = read_jsonl(Path(folder, "corpus.jsonl")), read_jsonl(Path(folder, "queries.jsonl"))
         return make_retrieval(queries, corpus, read_qrels(Path(folder, "qrels"), split), folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
-        raise InputError(
-            f"{path}: this folder does not exist; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
-        )
+        trouble = "this is not a folder" if os.path.exists(folder) else "this folder does not exist"
+        raise InputError(f"{path}: {trouble}; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     corpus, queries = read_hub(folder, "corpus", "corpus"), read_hub(folder, "queries", "queries")
     for part, rows in (("corpus", corpus), ("queries", queries)):
         if not {"_id", "text"} <= set(rows.column_names):

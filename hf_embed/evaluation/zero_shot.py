@@ -103,6 +103,8 @@ def label_and_text(path: str) -> Dataset:
             raise InputError(
                 f"{path}: few labels occur twice; put the labels into the first column and the texts into the second"
             )
+        if cells is not None:  # a table, whose first row may be a header with other names
+            logger.warning(f"{path}: no column is named label or text, so the first row is data, with the label '{labels[0]}'")
     renamed = {columns[name]: name for name in ("label", "text") if columns[name] != name}
     return rows.select_columns([columns["label"], columns["text"]]).rename_columns(renamed)
 

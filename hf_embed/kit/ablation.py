@@ -87,7 +87,8 @@ def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:
             raise InputError(f"variant '{twice[0]}': the name of another variant differs only in punctuation; rename one")
         return variants
     if unknown := [name for name in given if name not in VARIANTS]:
-        raise InputError(f"unknown variant '{unknown[0]}'; give one of {', '.join(VARIANTS)}")
+        known = ", ".join(f"'{name}'" for name in VARIANTS)  # in quotes, because names hold spaces and commas
+        raise InputError(f"unknown variant '{unknown[0]}'; give one of {known}")
     return {name: VARIANTS[name] for name in given}
 
 

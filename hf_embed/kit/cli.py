@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -79,6 +80,7 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise an InputError with the message, which argparse itself would print before it exits."""
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # not both spellings of a flag, --max_steps/--max-steps
         raise InputError(f"{message}; --help lists the flags")
 
     @property
@@ -202,6 +204,8 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     if rest:
         if not rest[0].startswith("-") and "train_file" in parser.names() and Path(rest[0]).suffix:
             raise InputError(f"{rest[0]} has no flag before it; give --train_file {rest[0]} (--help lists the flags)")
+        if parser.action_of(rest[0]):
+            raise InputError(f"{rest[0]} has no dashes before it; give --{rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
     return Flags(parser, vars(namespace), frozenset(given), further)
 
