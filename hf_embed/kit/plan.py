@@ -197,6 +197,14 @@ class PositiveArguments:
         default=None, metadata={"help": "For mask_fill: a masked language model. Default: the model itself."}
     )
 
+    def check_used(self) -> None:
+        """Raise InputError if the kind of positive does not use a flag that is given."""
+        for name, kind in (("synonyms", "synonym"), ("fill_model", "mask_fill")):
+            if getattr(self, name) is not None and parse_positive(self.positive)[0] != kind:
+                raise InputError(
+                    f"--{name} has no effect with --positive {self.positive}; remove it, or give --positive {kind}:0.1"
+                )
+
 
 class Rows(NamedTuple):
     """The training rows, their name in messages, and the Hub datasets that they come from."""
