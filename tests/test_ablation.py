@@ -185,15 +185,9 @@ def test_the_table_of_one_seed_has_no_range():
 
 def test_a_collapsed_run_has_no_score(tmp_path):
     start = {"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}
-    collapsed = [
-        start,
-        start | {"step": 1, "spearman": 41.0},
-        {"step": 2, "spearman": None, "alignment": 0, "uniformity": None},
-    ]
-    results = {
-        "a": {"seeds": {"1": collapsed, "2": collapsed[:2] + [start | {"step": 2}]}},
-        "b": {"seeds": {"1": [collapsed[2]]}},
-    }
+    end = {"step": 2, "spearman": None, "alignment": 0, "uniformity": None}
+    paths = [[start, start | {"step": 1, "spearman": 41.0}, last] for last in (end, start | {"step": 2})]
+    results = {"a": {"seeds": dict(zip("12", paths))}, "b": {"seeds": {"1": [end]}}}
     results = {name: result | summary(list(result["seeds"].values())) for name, result in results.items()}
     assert results["a"]["spearman"] == [None] * 3 and results["a"]["best"] == [41.8, 41.0, 42.6]
     assert table(results)[2].split() == ["b", "nan", "nan", "(nan", "to", "nan)", "nan", "(nan", "to", "nan)", "0.000", "nan"]
