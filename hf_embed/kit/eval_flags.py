@@ -1,6 +1,6 @@
 """The flags for evaluation sets, which all recipes share, and the reader of these sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hf_embed.errors import InputError
@@ -84,11 +84,16 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
     }
     tasks: dict[str, Task] = {}
     for flag, read in readers.items():
-        for name, path in named_paths(getattr(args, flag), f"--{flag}").items():
-            if name in tasks:
-                raise InputError(f"--{flag}: two sets are named '{name}'; names must differ")
-            tasks[name] = read(name, path)
+        paths = named_paths(getattr(args, flag), f"--{flag}")
+        tasks = joined(tasks, {name: read(name, path) for name, path in paths.items()}, f"--{flag}")
     return tasks
+
+
+def joined(tasks: Mapping[str, Task], more: Mapping[str, Task], flag: str) -> dict[str, Task]:
+    """Return both groups of evaluation sets together. Raise InputError if two sets have the same name."""
+    if twice := sorted(tasks.keys() & more.keys()):
+        raise InputError(f"{flag}: two sets are named '{twice[0]}'; names must differ")
+    return {**tasks, **more}
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, str]:

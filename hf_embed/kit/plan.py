@@ -26,7 +26,7 @@ from hf_embed.evaluation.sts import STS, is_number, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
-from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.overwrite import (
     EarlierRun,
     earlier_files,
@@ -350,11 +350,7 @@ def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, 
     tasks, data = read_tasks(flags.make(EvalArguments)), flags.make(DataArguments)
     if built_in is not None and not tasks and uses_quickstart(flags):
         tasks = {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
-    if data.eval_file:
-        if HELD_OUT in tasks:
-            raise InputError(f"--eval_file: another evaluation set has the name {HELD_OUT}; give it another name")
-        tasks[HELD_OUT] = read_held_out(data)
-    return tasks
+    return joined(tasks, {HELD_OUT: read_held_out(data)} if data.eval_file else {}, "--eval_file")
 
 
 def make_plan(
