@@ -242,12 +242,14 @@ def write_hard_negatives(
             f"{output}: there are {len(documents)} document(s), too few to choose negatives from; give more pairs or a corpus"
         )
     with claimed(work, digest([identity], queries, documents)):
+        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings reuse the vectors only
         if output.is_file():
+            if not folder.is_dir() and any(work.glob("rows-*")):  # the output has other settings
+                raise already_exists(output)
             return finished(work, output, pairs, args.num_negatives)
         query_vectors = encode_shards(queries, embed, "query", work / "queries")
         document_vectors = encode_shards(documents, embed, "document", work / "documents")
         rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
-        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings reuse the vectors only
         blocks = make_files(folder, ".json", len(pairs), BLOCK, rows.write, "Searching")
         counts = join_blocks(blocks, work, output) if get_rank() == 0 else Counter()
         barrier()

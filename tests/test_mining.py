@@ -158,6 +158,12 @@ def test_work_of_another_model_or_other_texts_is_not_reused(tmp_path, monkeypatc
     # A run with other rules reuses the vectors, but not the rows.
     _, rows = mined(path, MiningArguments(range_min=5, relative_margin=None))
     assert rows[0]["negatives"] == candidates("query 0")[5:8]
+    # Nor does it reuse the output of a run that was killed before it could remove its work.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mining.shutil, "rmtree", stop)
+        mined(tmp_path / "killed.jsonl")
+    assert "already exists" in error_of(mined, tmp_path / "killed.jsonl", MiningArguments(num_negatives=5))
+    assert mined(tmp_path / "killed.jsonl")[0]["rows"] == len(PAIRS)
 
 
 def test_an_empty_text_is_no_negative(tmp_path):
