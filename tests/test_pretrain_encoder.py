@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
         ([*TEACHER, "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
         ([*TEACHER, "--max_length", 600], "--max_length is 600, but the teacher has 512 positions; give a smaller"),
         ([*TEACHER[:2], "--teacher_layer", 40], "--teacher_layer is 40, but the teacher has 4 layers"),
-        ([*TEACHER, "--train_file", "{one}", "--hidden_size", 2], "one.txt: 1 sentence(s) are too few to train on"),
+        ([*TEACHER, "--train_file", "{one}", "--hidden_size", 2], "one.txt has 1 sentence(s), too few to train on"),
         (["--objective", "mlm", *TEACHER], "--objective mlm uses no teacher"),
         (["--objective", "mlm", "--teacher_layer", 3], "--objective mlm uses no teacher; remove --teacher_layer"),
         (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
