@@ -234,6 +234,7 @@ BAD = {
     "missing file": (["--train_file", "absent.csv"], "absent.csv: this file does not exist"),
     "wrong kind": (["--train_file", "{model}/config.toml"], "this file does not exist"),
     "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
+    "a split of a file": (["--train_file", "{nli}", "--dataset_split", "dev"], "--dataset_split has no effect without"),
     "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE, --dataset_name NAME or --sources FILE"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
     "unreachable dataset": (

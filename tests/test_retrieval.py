@@ -413,3 +413,8 @@ def test_flags_to_scores(beir, tmp_path):
 def test_bad_flags(beir, settings, expected):
     settings = {flag: [item.replace("BEIR", str(beir)) for item in items] for flag, items in settings.items()}
     assert expected in error_of(read_tasks, EvalArguments(**settings))
+
+
+def test_a_template_without_a_set():
+    wrong = EvalArguments(zero_shot_template="about {label}")
+    assert "--zero_shot_template has no effect without --eval_zero_shot" in error_of(read_tasks, wrong)

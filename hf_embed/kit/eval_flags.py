@@ -67,9 +67,11 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
     """Read the evaluation tasks that the flags name.
 
     Raises:
-        InputError: if a file cannot be read, if two sets have the same name, or if `--zero_shot_labels` names a set that
-            `--eval_zero_shot` does not.
+        InputError: if a file cannot be read, if two sets have the same name, if `--zero_shot_labels` names a set that
+            `--eval_zero_shot` does not, or if `--zero_shot_template` is given without such a set.
     """
+    if args.zero_shot_template != EvalArguments.zero_shot_template and not args.eval_zero_shot:
+        raise InputError("--zero_shot_template has no effect without --eval_zero_shot; remove it, or give a set")
     labels = named_paths(args.zero_shot_labels, "--zero_shot_labels")
     if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
         raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")

@@ -123,6 +123,9 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         read_columns(self.columns)
+        for name, default in {"dataset_config": None, "dataset_split": "train"}.items():
+            if not self.dataset_name and getattr(self, name) != default:
+                raise InputError(f"--{name} has no effect without --dataset_name; remove it, or name a dataset on the Hub")
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")

@@ -50,13 +50,14 @@ def read_files(paths: Sequence[str], data: DataArguments, tasks: dict[str, Task]
         if columns >= set(COLUMNS) and not (data.columns or data.ignore_columns):
             tasks = joined(tasks, {name: STS(read_sts(path))}, path)
             continue
-        of_file = dataclasses.replace(data, train_file=path, dataset_name=None, sources=None)
+        alone: dict[str, Any] = {"dataset_name": None, "dataset_config": None, "dataset_split": "train", "sources": None}
+        of_file = dataclasses.replace(data, train_file=path, **alone)
         given += as_given(*read_train_rows(of_file), name, path)
     if data.train_file or data.dataset_name or data.sources:
         given += as_given(*read_train_rows(data), None, data.train_file)
     if data.eval_file:
-        alone = dataclasses.replace(data, train_file=data.train_file or (paths[0] if paths else None))
-        tasks = joined(tasks, {HELD_OUT: read_held_out(alone)}, "--eval_file")
+        beside = dataclasses.replace(data, train_file=data.train_file or (paths[0] if paths else None))
+        tasks = joined(tasks, {HELD_OUT: read_held_out(beside)}, "--eval_file")
     if not given and not tasks:
         raise InputError("there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE")
     if twice := [each[0].name for i, each in enumerate(given) if each[0].name in [other[0].name for other in given[:i]]]:
