@@ -309,13 +309,19 @@ def test_labels_that_are_named_the_other_way_round(tmp_path):
         (["0", "1"], True),
         (["entailment", "not_entailment"], False),
         (["1", "0"], False),
+        (["relevant", "irrelevant"], False),
     ):
-        rows.cast_column("label", ClassLabel(names=names)).to_parquet(str(tmp_path / "a.parquet"))
+        labeled = rows.cast_column("label", ClassLabel(names=names))
+        labeled.to_parquet(str(tmp_path / "a.parquet"))
         if is_right:
             assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
-            assert f"the label 0 of column 'label' is named {names[0]}, but 1 must mean that a pair belongs together" in message
+            assert (
+                f"the label 0 of column 'label' is named {names[0]}, but 1 must mean that two texts belong together" in message
+            )
+            documents = labeled.rename_columns({"sentence1": "query", "sentence2": "document"})
+            assert f"the label 0 of column 'label' is named {names[0]}" in error_of(Reranking, documents)
 
 
 def pairs_with(*labels):
