@@ -48,8 +48,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.columns import text_columns
-from hf_embed.data.labeled import as_pairs
+from hf_embed.data.labeled import as_pairs, pair_columns
 from hf_embed.data.python_rows import RowData, as_rows
 from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
@@ -193,7 +192,7 @@ def read_dataset(
     names = [anchor_column, positive_column]
     if None in names:
         table = as_pairs(table, "dataset", paired=True)
-        names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
+        names = [given or found for given, found in zip(names, pair_columns(table, "dataset"))]
     columns = [str(name) for name in names]
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: there is no column '{missing[0]}'; found {', '.join(table.column_names)}")

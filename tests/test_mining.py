@@ -317,6 +317,13 @@ def test_a_dataset_gets_negatives_and_trains(tmp_path):
     assert trainer.train().training_loss > 0
 
 
+def test_negatives_that_are_there_already_are_named(caplog):
+    rows = [row | {"negative": "a wrong text"} for row in rows_of_words(9)]
+    table = mine_hard_negatives(rows, tiny_encoder(), num_negatives=1, relative_margin=None)
+    assert "a wrong text" not in sum(table["negatives"], [])
+    assert "dataset: the negatives in negative are not used, only the pairs" in caplog.text
+
+
 def test_rules_columns_corpus_and_file_of_the_public_function(tmp_path):
     encoder, rows = tiny_encoder(), rows_of_words()
     named = [{"id": 1, "ask": row["query"], "say": row["positive"]} for row in rows]
