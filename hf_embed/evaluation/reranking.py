@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from hf_embed.data.python_rows import from_frame, is_frame
 from hf_embed.errors import InputError, masked
-from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.geometry import cosines_of, ordered
 from hf_embed.evaluation.judged import Judged, Rows, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
 from hf_embed.evaluation.rows import as_list, read_rows
@@ -64,7 +64,7 @@ class Reranking(EvaluationTask):
         documents = embed_once(candidates, embed, "document")
         per_query, finite, has_order = [], True, False
         for query, positives, negatives in self.judged:
-            cosines = (documents(positives + negatives) * queries([query])).sum(-1)  # (C,)
+            cosines = cosines_of(documents(positives + negatives), queries([query]))  # (C,)
             labels = (np.arange(len(cosines)) < len(positives)).astype(int)
             per_query.append(
                 [average_precision(cosines, labels), reciprocal_rank(cosines, labels, 10), ndcg(cosines, labels, 10)]
