@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, utf8
 from hf_embed.ranges import COUNT
 from hf_embed.read_files import first_line
 from hf_embed.vectors import check_packable, check_precision
@@ -86,7 +86,11 @@ def check_prompts(prompts: Any) -> None:
 
 
 def text_list(texts: Any) -> list[str]:
-    """Return texts as a list. Raise InputError if `texts` is not a text or a collection of texts with an order."""
+    """Return texts as a list.
+
+    Raises:
+        InputError: if `texts` is not a text or a collection of texts with an order, or if a text holds half of a character.
+    """
     if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # would yield keys, or any order
         raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of texts, or one column")
     texts = texts.tolist() if hasattr(texts, "tolist") else texts  # arrays, and columns of pandas or datasets
@@ -99,6 +103,8 @@ def text_list(texts: Any) -> list[str]:
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise InputError(f"text {number} is not a string but {text!r}; convert it to a string or remove it")
+        if not text.isascii():
+            utf8(text)
     return texts
 
 

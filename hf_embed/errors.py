@@ -60,6 +60,18 @@ class InputError(ValueError):
         super().__init__(message)
 
 
+def utf8(text: str) -> bytes:
+    """Return a text in UTF-8. Raise InputError if the text holds half of a character (a surrogate), as cut JSON may do."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        start = error.start
+        raise InputError(
+            f"the text {ascii(text[max(0, start - 20) : start + 20])} holds half of a character, {ascii(text[start])}; correct "
+            "or delete it"
+        ) from error
+
+
 class EmptyTextError(InputError):
     """A row of the training data lacks a text. Such rows may be dropped."""
 

@@ -48,8 +48,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.columns import text_columns
-from hf_embed.data.labeled import as_pairs
+from hf_embed.data.labeled import as_pairs, pair_columns
 from hf_embed.data.python_rows import RowData, as_rows
 from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts, unformatted
 from hf_embed.distributed import get_rank, get_world_size
@@ -193,7 +192,7 @@ def read_dataset(
     names = [anchor_column, positive_column]
     if None in names:
         table = as_pairs(table, "dataset", paired=True)
-        names = [given or found for given, found in zip(names, text_columns(table.column_names, "dataset", paired=True))]
+        names = [given or found for given, found in zip(names, pair_columns(table, "dataset"))]
     columns = [str(name) for name in names]
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: there is no column '{missing[0]}'; found {', '.join(table.column_names)}")
@@ -245,12 +244,14 @@ def write_hard_negatives(
             f"{output}: there are {len(documents)} document(s), too few to choose negatives from; give more pairs or a corpus"
         )
     with claimed(work, digest([identity], queries, documents)):
+        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings reuse the vectors only
         if output.is_file():
+            if not folder.is_dir() and any(work.glob("rows-*")):  # the output has other settings
+                raise already_exists(output)
             return finished(work, output, pairs, args.num_negatives)
         query_vectors = encode_shards(queries, embed, "query", work / "queries")
         document_vectors = encode_shards(documents, embed, "document", work / "documents")
         rows = Rows(pairs, queries, documents, query_vectors, document_vectors, args)
-        folder = work / f"rows-{digest([repr(args)], *zip(*pairs))}"  # other settings reuse the vectors only
         blocks = make_files(folder, ".json", len(pairs), BLOCK, rows.write, "Searching")
         counts = join_blocks(blocks, work, output) if get_rank() == 0 else Counter()
         barrier()

@@ -18,7 +18,7 @@ import torch
 
 from hf_embed.disk import check_file
 from hf_embed.distributed import get_rank, get_world_size
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, utf8
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import writing_alone
 from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
@@ -44,11 +44,11 @@ def already_exists(output: Path) -> InputError:
 
 
 def digest(*lists: Iterable[str]) -> str:
-    """Return a hash of lists of texts."""
+    """Return a hash of lists of texts. Raise InputError if a text holds half of a character."""
     hashed = hashlib.blake2b(digest_size=8)
     for texts in lists:
         for text in texts:
-            hashed.update(text.encode() + b"\0")
+            hashed.update(utf8(text) + b"\0")
         hashed.update(b"\1")
     return hashed.hexdigest()
 

@@ -33,10 +33,10 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
 from hf_embed.kit.cli import parse, run
-from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.report import summary
+from hf_embed.kit.report import check_results, summary
 from hf_embed.safe_files import clear_leftovers
 
 
@@ -54,7 +54,8 @@ def main() -> None:
     args, evaluation = parse([Arguments, EvalArguments])
     if args.output_dir:
         check_folder(args.output_dir, "--output_dir")
-    tasks = read_tasks(evaluation) | (seven_tasks() if args.seven_sts else {})
+        check_results(args.output_dir, replaces=["model", "pooling", "max_length"])  # an earlier evaluation
+    tasks = joined(read_tasks(evaluation), seven_tasks() if args.seven_sts else {}, "--seven_sts")
     if not tasks:
         raise InputError("there is no evaluation set; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
     state = PartialState(cpu=not torch.cuda.is_available())

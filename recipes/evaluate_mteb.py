@@ -7,7 +7,7 @@ Install mteb first: `pip install "hf_embed[mteb]"`. mteb downloads the data of t
 scores, and writes these files. OUTPUT_DIR is by default the model's folder; it must be given if the model is not in a folder.
 
     OUTPUT_DIR/mteb/           mteb's own files; a second run computes only the tasks that are missing
-    OUTPUT_DIR/results.json    the scores, together with those of earlier runs
+    OUTPUT_DIR/results.json    the scores, together with those of earlier runs of the same model
     OUTPUT_DIR/README.md       only in a model's folder: the card with the new scores, unless someone has edited it
 """
 
@@ -18,8 +18,10 @@ from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
+from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
+from hf_embed.kit.report import check_results
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.safe_files import clear_leftovers
 
@@ -48,6 +50,9 @@ def main() -> None:
         raise InputError(f"{model} is not a folder; give a folder for the results with --output_dir FOLDER")
     folder = Path(args.output_dir or model)
     check_folder(folder, "--output_dir")
+    check_results(folder)
+    if (folder / "config.json").is_file() and folder.resolve() != model.resolve():
+        raise InputError(f"--output_dir {folder} is the folder of another model; give another folder")
     if (args.pooling or args.max_length or args.bf16) and (folder / "config.json").is_file():
         raise InputError(
             "--pooling, --max_length and --bf16 change the vectors, so the results do not belong into the model's folder; give "
@@ -55,12 +60,13 @@ def main() -> None:
         )
     tasks = find_tasks(args.tasks, args.benchmark)
     encoder = load_for_encoding(args.model_name_or_path, args)
-    rows = run_mteb(encoder, tasks, folder / "mteb", args.batch_size)
+    identity = fingerprint(encoder)
+    rows = [row | {"model": identity} for row in run_mteb(encoder, tasks, folder / "mteb", args.batch_size)]
     print("\n" + "\n".join(lines(rows)))
     clear_leftovers(folder)
     results = stored_results(folder)
-    known = {(row["task"], row["split"]): row for row in [*results.get("mteb", []), *rows]}
-    results["mteb"] = list(known.values())
+    earlier = [row for row in results.get("mteb", []) if row.get("model") == identity]
+    results["mteb"] = list({(row["task"], row["split"]): row for row in [*earlier, *rows]}.values())
     store_results(folder, results)
     if (folder / "config.json").is_file():
         write_card(encoder, folder)

@@ -47,8 +47,10 @@ def main() -> None:
         raise InputError(f"{folder} holds no model (config.json); give the folder of a finished run")
     check_output(folder, args.overwrite_output_dir)
     encoder = load_for_encoding(args.model_name_or_path, args)
-    results = stored_results(args.model_name_or_path) or None
-    done = export_onnx(encoder, folder, args.int8, args.overwrite_output_dir, results)
+    results = stored_results(args.model_name_or_path)
+    if args.pooling or args.max_length:  # the scores belong to other vectors
+        results = {key: value for key, value in results.items() if key == "train"}
+    done = export_onnx(encoder, folder, args.int8, args.overwrite_output_dir, results or None)
     print(f"wrote {done.path}: its vectors differ from the model's by at most {done.difference:.0e} of their norm")
     if done.int8_path is not None:
         print(f"wrote {done.int8_path}: the smallest cosine of its vectors with the model's is {done.cosine:.4f}")

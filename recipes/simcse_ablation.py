@@ -5,10 +5,10 @@ r"""Show why SimCSE works: compare alignment and uniformity during training for 
         --model_name_or_path google-bert/bert-base-uncased --variants dropout "no dropout" "crop 10%" --seeds 1,2,3
     python recipes/simcse_ablation.py --config recipes/configs/simcse_poolers.yaml --train_file ...
 
-Each flag of recipes/unsup_simcse.py works, and applies to all variants; the built-in model and sentences are the same too. In a
-YAML file, a variant may have any name, with the flags in which it differs. The recipe prints a table. OUTPUT_DIR (default:
-outputs/simcse_ablation) has results.json, ablation.png, and a folder for each run. If the recipe is interrupted, the same
-command trains the runs that are missing.
+Each flag of recipes/unsup_simcse.py works, except those about saved models and the strategies of saving and evaluating. It
+applies to all variants; the built-in model and sentences are the same too. In a YAML file, a variant may have any name, with
+the flags in which it differs. The recipe prints a table. OUTPUT_DIR (default: outputs/simcse_ablation) has results.json,
+ablation.png, and a folder for each run. If the recipe is interrupted, the same command trains the runs that are missing.
 """
 
 from pathlib import Path

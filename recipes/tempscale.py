@@ -17,16 +17,15 @@ from hf_embed.checkpoint.tables import sweep_table
 from hf_embed.data.labeled import read_pairs
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.evaluation.retrieval import pairs_to_retrieval
-from hf_embed.kit.calibrate import TEMPERATURES, check_foldable_at, check_request, halves, save_folded, sweep
+from hf_embed.kit import calibrate
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.docstrings import read_pages
-from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.kit.report import saved_to
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.tempscale import TempScaleConfig
 
 
 @dataclass
@@ -38,9 +37,9 @@ class Arguments(EncodingArguments):
     )
     temperature: float | None = field(default=None, metadata={"help": "Use this temperature, without a search."})
     grid: list[float] = field(
-        default_factory=lambda: list(TEMPERATURES), metadata={"help": "Temperatures to try; then two around the best one."}
+        default_factory=lambda: [*calibrate.TEMPERATURES], metadata={"help": "Temperatures to try; then two around the best."}
     )
-    folds: int = field(default=5, metadata={"help": "Number of folds of the cross-validation."})
+    folds: int = field(default=calibrate.FOLDS, metadata={"help": "Number of folds of the cross-validation."})
     pairs: str | None = field(default=None, metadata={"help": "File of pairs: each anchor is a query for its positive."})
     texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt, or a file with a column text."})
     max_texts: int = field(default=1000, metadata={"help": "Number of texts to use from --texts, from the first."})
@@ -49,8 +48,7 @@ class Arguments(EncodingArguments):
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})
-        for temperature in self.grid if self.temperature is None else [self.temperature]:
-            TempScaleConfig(temperature)
+        calibrate.check_temperatures(self.temperature, self.grid, self.folds)
 
 
 def main() -> None:
@@ -58,21 +56,21 @@ def main() -> None:
     args, evaluation = parse([Arguments, EvalArguments])
     tasks = read_tasks(evaluation)
     if args.pairs:
-        tasks["pairs"] = pairs_to_retrieval(read_pairs(read_file(args.pairs), args.pairs))
+        tasks = joined(tasks, {"pairs": pairs_to_retrieval(read_pairs(read_file(args.pairs), args.pairs))}, "--pairs")
     if args.texts:
-        tasks["halves"] = halves(read_texts(args.texts)[: args.max_texts])
+        tasks = joined(tasks, {"halves": calibrate.halves(read_texts(args.texts)[: args.max_texts])}, "--texts")
     folder = Path(args.output_dir)
-    check_request(args.temperature, tasks, folder, Path(args.model_name_or_path), args.overwrite_output_dir)
+    calibrate.check_request(args.temperature, tasks, folder, Path(args.model_name_or_path), args.overwrite_output_dir)
     if not tasks and args.temperature is None:
-        tasks["halves"] = halves(read_pages()[: args.max_texts])
+        tasks["halves"] = calibrate.halves(read_pages()[: args.max_texts])
     encoder = load_for_encoding(args.model_name_or_path, args)
-    check_foldable_at(encoder, args.temperature or args.grid[0])
+    calibrate.check_foldable_at(encoder, args.temperature or args.grid[0])
     if args.temperature is None:
-        result = sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
+        result = calibrate.sweep(encoder.backbone, embed_with(encoder), tasks, args.grid, args.folds)
         print("\n".join(["", *sweep_table(result)]))
-        save_folded(encoder, result["temperature"], folder, args.model_name_or_path, result)
+        calibrate.save_folded(encoder, result["temperature"], folder, args.model_name_or_path, result)
     else:
-        save_folded(encoder, args.temperature, folder, args.model_name_or_path)
+        calibrate.save_folded(encoder, args.temperature, folder, args.model_name_or_path)
     print(saved_to(folder, encoder.remote_code))
 
 

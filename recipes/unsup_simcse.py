@@ -41,6 +41,7 @@ CONFIG = Path(__file__).with_name("configs") / "unsup_simcse_quickstart.yaml"  #
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train once, or once with each of `--seeds`, and return the content of results.json."""
     flags = read_flags([SimCSE, PositiveArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
+    flags.make(PositiveArguments).check_used()
     flags = settle_model(settle_quickstart(flags, "unsup_simcse"), LANGUAGE_MODEL)
     return train_each_seed(flags, read_plan, train)
 

@@ -129,7 +129,7 @@ def test_killed_and_started_again(sentences, tmp_path):
 def test_variants_of_a_yaml_file(sentences, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("variants: {warm: {temperature: 0.1}, CLS: {pooling: cls}}\nseeds: 3\n")
-    results = run(sentences, tmp_path / "out", "--config", config)
+    results = run(sentences, tmp_path / "out", "--config", config, "--synonyms", "not used, not read")
     assert results["warm"]["flags"] == {"temperature": 0.1} and set(results["CLS"]["seeds"]) == {"3"}
     assert results["warm"]["before"] != results["CLS"]["before"]
 
@@ -140,6 +140,7 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
     for variants, message in (
         ("{a > b: {}, a < b: {}}", "the name of another variant differs only in punctuation"),
         ("{a: {poolin: cls}}", "unknown flag --poolin=cls"), ("{a: 3}", "variant 'a' has no dict of flags; give the flags"),
+        ("{a: {seed: 3}}", "variant 'a': seed has no effect in a single variant"),
         ("{a: {}, b: {positive: 'crop:1'}}", "positive 'crop:1': the share"),
         ("{a: {}, b: {positive: 'mask_fill:0.1'}}", "has no masked-language-modeling head"),
     ):  # fmt: skip
@@ -150,6 +151,8 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
         (["--seeds", "0,x"], "--seeds '0,x' is not a list of seeds; give different whole numbers"),
         (["--seeds", ","], "give different whole"),
         (["--seeds", "1,1"], "give different whole numbers"),
+        (["--push_to_hub"], "--push_to_hub has no effect in an ablation"),
+        (["--eval_strategy", "epoch"], "--eval_strategy has no effect in an ablation"),
     ):  # fmt: skip
         assert message in error_of(run, sentences, tmp_path / "out", *words)
     assert read_seeds("1, 2") == [1, 2] and read_variants(["dropout"]) == {"dropout": {}}
@@ -178,6 +181,23 @@ def test_the_table_of_one_seed_has_no_range():
     two = table({"dropout": {"seeds": {"1": path, "2": path}} | summary([path, path])})
     assert "40.67 (40.67 to 40.67)" in two[1]
     assert len({len(line) for line in one}) == len({len(line) for line in two}) == 1  # each table is aligned
+
+
+def test_a_collapsed_run_has_no_score(tmp_path):
+    start = {"step": 0, "spearman": 42.6, "alignment": 0.4, "uniformity": -1.7}
+    end = {"step": 2, "spearman": None, "alignment": 0, "uniformity": None}
+    paths = [[start, start | {"step": 1, "spearman": 41.0}, last] for last in (end, start | {"step": 2})]
+    results = {"a": {"seeds": dict(zip("12", paths))}, "b": {"seeds": {"1": [end]}}}
+    results = {name: result | summary(list(result["seeds"].values())) for name, result in results.items()}
+    assert results["a"]["spearman"] == [None] * 3 and results["a"]["best"] == [41.8, 41.0, 42.6]
+    assert table(results)[2].split() == ["b", "nan", "nan", "(nan", "to", "nan)", "nan", "(nan", "to", "nan)", "0.000", "nan"]
+    plot_variants(results, tmp_path / "p.png")
+    assert (tmp_path / "p.png").is_file()
+
+
+def test_a_single_seed(sentences, tmp_path):
+    results = run(sentences, tmp_path / "out", "--variants", "dropout", "--seed", 7)
+    assert list(results["dropout"]["seeds"]) == ["7"]
 
 
 # ---- --seeds of a recipe ----
@@ -290,6 +310,12 @@ def test_seeds_need_an_evaluation_set(files, tmp_path):  # noqa: F811
     assert "--seeds needs an evaluation set to choose the best run" in error_of(sup, *argv, "--seeds", "1,2")
     argv = [*flags(files), "--output_dir", tmp_path / "o", "--seeds", "1,2", "--push_to_hub"]
     assert "upload the finished folder with hf-embed push FOLDER NAME instead" in error_of(sup, *argv)
+
+
+def test_flags_of_other_positives_are_refused(sentences):
+    for words in (["--synonyms", "absent"], ["--fill_model", sentences["model"], "--positive", "crop:0.1"]):
+        argv = [str(word) for word in [*QUIET, *flags(sentences), *words]]
+        assert f"{words[0]} has no effect with --positive" in error_of(UNSUP.main, argv)
 
 
 def test_positive_is_refused_with_sources(files, tmp_path):  # noqa: F811

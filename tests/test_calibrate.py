@@ -200,5 +200,8 @@ def test_recipe_says_what_is_wrong(run):
         (["--temperature", "0"], "temperature is 0"), (["--grid", "0.9", "nan"], "temperature is nan"),
         (["--folds", "1"], "at least 2"), (["--temperature", "0.9", "--texts", "texts.txt"], "is given; remove one of them"),
         (["--texts", "absent.txt"], "absent.txt: this file does not exist"),
+        (["--temperature", "0.9", "--folds", "3"], "--folds has no effect with --temperature"),
+        (["--temperature", "0.9", "--grid", "0.5"], "--grid has no effect with --temperature"),
+        (["--texts", "texts.txt", "--eval_code_search", "halves=json"], "--texts: two sets are named 'halves'"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

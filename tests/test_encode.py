@@ -167,6 +167,7 @@ def test_a_bad_entry_is_named_before_anything_is_computed(monkeypatch):
     encoder = tiny_encoder()
     monkeypatch.setattr(encoder.backbone, "forward", lambda **_: 1 / 0)
     assert "text 201 is not a string but nan" in error_of(encoder.encode, [*MANY, float("nan")], batch_size=2)
+    assert r"the text 'cut \ud83d' holds half of a character" in error_of(encoder.encode, ["a", "cut \ud83d"])
 
 
 def test_a_text_without_a_token_is_named_by_its_place_among_all():

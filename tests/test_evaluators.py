@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import ClassLabel, Dataset
+from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import (
     BinaryClassificationEvaluator,
@@ -45,7 +46,7 @@ from hf_embed.evaluation import rows as rows_module
 from hf_embed.evaluation.judged import Judged
 from hf_embed.evaluation.pair_classification import read_pair_classification
 from hf_embed.evaluation.reranking import read_reranking
-from hf_embed.evaluation.sts import read_named_sts
+from hf_embed.evaluation.sts import STS, read_named_sts
 from hf_embed.evaluation.tasks import main_metric, metric_names, score_table, score_tasks
 from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
@@ -165,6 +166,13 @@ def test_equal_texts_are_equally_near():
     assert Triplets([*texts, "b"], [*texts[1:], "a", "b"], [*texts[1:], "a", "c"]).score(embed_with(encoder))[
         "triplet_accuracy"
     ] == pytest.approx(100 / 41)
+    # All pairs of equal texts have the cosine 1, so their labels do not decide anything.
+    labels = [i % 2 for i in range(40)]
+    pairs = PairClassification([*texts, "a"], [*texts, "b"], [*labels, 0]).score(embed_with(encoder))
+    assert pairs["pair_ap"] == pytest.approx(50) and pairs["pair_f1_threshold"] < 1
+    rows = {"sentence1": [*texts, "a"], "sentence2": [*texts, "b"], "score": [*map(float, labels), 0.0]}
+    expected = 100 * spearmanr([1] * 40 + [0], rows["score"]).statistic
+    assert STS(Dataset.from_dict(rows)).score(embed_with(encoder))["spearman"] == pytest.approx(expected)
 
 
 def test_nothing_above_every_cosine_is_a_threshold():
@@ -309,13 +317,19 @@ def test_labels_that_are_named_the_other_way_round(tmp_path):
         (["0", "1"], True),
         (["entailment", "not_entailment"], False),
         (["1", "0"], False),
+        (["relevant", "irrelevant"], False),
     ):
-        rows.cast_column("label", ClassLabel(names=names)).to_parquet(str(tmp_path / "a.parquet"))
+        labeled = rows.cast_column("label", ClassLabel(names=names))
+        labeled.to_parquet(str(tmp_path / "a.parquet"))
         if is_right:
             assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
-            assert f"the label 0 of column 'label' is named {names[0]}, but 1 must mean that a pair belongs together" in message
+            assert (
+                f"the label 0 of column 'label' is named {names[0]}, but 1 must mean that two texts belong together" in message
+            )
+            documents = labeled.rename_columns({"sentence1": "query", "sentence2": "document"})
+            assert f"the label 0 of column 'label' is named {names[0]}" in error_of(Reranking, documents)
 
 
 def pairs_with(*labels):

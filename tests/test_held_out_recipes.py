@@ -130,7 +130,7 @@ def test_columns_of_held_out_rows_alone(tmp_path):
         (["--early_stopping_patience", 2], ["--early_stopping_patience 2 needs evaluations", "--eval_strategy steps"]),
         (["--eval_file", "{single}"], ["rows of a single text cannot be held out", "give pairs"]),
         (["--eval_file", "{held_out}", "--per_device_eval_batch_size", 1], ["per_device_eval_batch_size is 1"]),
-        (["--eval_file", "{held_out}", "--eval_sts_file", "held_out={sts}"], ["another evaluation set has the name held_out"]),
+        (["--eval_file", "{held_out}", "--eval_sts_file", "held_out={sts}"], ["--eval_file: two sets are named 'held_out'"]),
         (["--eval_file", "{named}"], ["the columns are those of an STS set", "--eval_sts_file NAME=PATH"]),
     ],
 )

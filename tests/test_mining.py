@@ -166,6 +166,12 @@ def test_work_of_another_model_or_other_texts_is_not_reused(tmp_path, monkeypatc
     # A run with other rules reuses the vectors, but not the rows.
     _, rows = mined(path, MiningArguments(range_min=5, relative_margin=None))
     assert rows[0]["negatives"] == candidates("query 0")[5:8]
+    # Nor does it reuse the output of a run that was killed before it could remove its work.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mining.shutil, "rmtree", stop)
+        mined(tmp_path / "killed.jsonl")
+    assert "already exists" in error_of(mined, tmp_path / "killed.jsonl", MiningArguments(num_negatives=5))
+    assert mined(tmp_path / "killed.jsonl")[0]["rows"] == len(PAIRS)
 
 
 def test_an_empty_text_is_no_negative(tmp_path):
@@ -317,6 +323,13 @@ def test_a_dataset_gets_negatives_and_trains(tmp_path):
     )
     trainer = ContrastiveTrainer(model=encoder, args=settings, objective=SimCSE(), train_dataset=table)
     assert trainer.train().training_loss > 0
+
+
+def test_negatives_that_are_there_already_are_named(caplog):
+    rows = [row | {"negative": "a wrong text"} for row in rows_of_words(9)]
+    table = mine_hard_negatives(rows, tiny_encoder(), num_negatives=1, relative_margin=None)
+    assert "a wrong text" not in sum(table["negatives"], [])
+    assert "dataset: the negatives in negative are not used, only the pairs" in caplog.text
 
 
 def test_rules_columns_corpus_and_file_of_the_public_function(tmp_path):

@@ -133,6 +133,35 @@ def test_recipe(folder, tmp_path, monkeypatch, capsys):
     assert "| Pooling | `mean`" in (folder / "README.md").read_text()
 
 
+def test_scores_of_two_models_are_not_mixed(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    recipe = __import__("evaluate_mteb")
+    tasks = {"LocalSTS": LocalSTS, "LocalSearch": LocalSearch}
+    monkeypatch.setattr(recipe, "find_tasks", lambda names, benchmarks: [tasks[name]() for name in names])
+    other = tiny_encoder(prompts=PROMPTS)
+    torch.nn.init.normal_(other.backbone.embeddings.word_embeddings.weight)
+    other.save_pretrained(tmp_path / "other")
+
+    def run(model: Path, task: str, output: Path) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate_mteb.py", *map(str, (model, "--tasks", task, "--output_dir", output))])
+        recipe.main()
+        return [row["task"] for row in json.loads((output / "results.json").read_text())["mteb"]]
+
+    out = tmp_path / "out"
+    assert run(folder, "LocalSTS", out) == ["LocalSTS"]
+    assert run(folder, "LocalSearch", out) == ["LocalSTS", "LocalSearch"]
+    assert run(tmp_path / "other", "LocalSearch", out) == ["LocalSearch"]
+    assert "the folder of another model" in error_of(run, folder, "LocalSTS", tmp_path / "other")
+    (out / "results.json").write_text('{"of": "someone"}')
+    assert "would be lost; give another folder" in error_of(run, folder, "LocalSTS", out)
+
+
+def test_the_mean_is_over_tasks():
+    rows = [{"task": task, "split": split, "score": score, "metric": "m"} for task, split, score in
+            (("a", "dev", 10.0), ("a", "test", 20.0), ("b", "test", 45.0))]  # fmt: skip
+    assert lines(rows)[-1].split() == ["mean", "30.00"]
+
+
 def test_names_that_mteb_does_not_know():
     assert error_of(find_tasks, ["STSBenchmrk"], []).startswith("--tasks STSBenchmrk: ")
     assert "mteb has no such benchmark" in error_of(find_tasks, [], ["MTEB(nothing)"])

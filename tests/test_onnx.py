@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
+from test_recipes import load_recipe
 from tokenizers import Tokenizer
 from torch import nn
 
 from hf_embed import Encoder, InputError, TempScaleConfig, apply_tempscale, export_onnx
 from hf_embed.checkpoint import onnx
+from hf_embed.checkpoint.card import store_results
 from hf_embed.checkpoint.hub import model_files
 from hf_embed.pooling import POOLINGS, Dense
 
@@ -392,12 +394,21 @@ def test_the_recipe_exports_beside_the_model_or_elsewhere(tmp_path):
 
 
 def test_the_recipe_refuses_a_name_without_a_folder(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("export_onnx_recipe", ROOT / "recipes" / "export_onnx.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", "BAAI/bge-base-en-v1.5"])
-    assert "BAAI/bge-base-en-v1.5 is not a folder here; give a folder for the export with --output_dir" in error_of(module.main)
+    message = "BAAI/bge-base-en-v1.5 is not a folder here; give a folder for the export with --output_dir"
+    assert message in error_of(load_recipe("export_onnx").main)
     (tmp_path / "mine.txt").write_text("mine")
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(tmp_path)])  # BUG: --overwrite_output_dir was advised
-    assert error_of(module.main) == f"{tmp_path} holds no model (config.json); give the folder of a finished run"
+    message = f"{tmp_path} holds no model (config.json); give the folder of a finished run"
+    assert error_of(load_recipe("export_onnx").main) == message
+
+
+def test_scores_of_other_settings_are_left_out(tmp_path, untraced, monkeypatch):
+    small_encoder().save_pretrained(tmp_path / "model")
+    results = {"after": {"sts": {"s": 77.77}}, "mteb": [], "card": {"title": "Cats"}}
+    store_results(tmp_path / "model", results)
+    for number, words in enumerate(([], ["--pooling", "cls"], ["--max_length", "9"])):
+        argv = ["export_onnx.py", tmp_path / "model", "--output_dir", tmp_path / str(number), *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        load_recipe("export_onnx").main()
+        assert ("77.77" in (tmp_path / str(number) / "README.md").read_text()) == (not words)

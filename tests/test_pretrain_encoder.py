@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from worker import WORDS
 from hf_embed import Encoder
 from hf_embed.disk import DiskError
 from hf_embed.kit import masked_lm, pretraining
+from hf_embed.kit.distill import two_stages
 from hf_embed.kit.plan import LANGUAGE_MODEL, QUICKSTART
+from hf_embed.kit.pretraining import PretrainArguments
 from hf_embed.mlm import mask_tokens
 
 SMALL = ["--vocab_size", 500, "--hidden_size", 24, "--num_layers", 1, "--num_heads", 2, "--max_length", 64,
@@ -115,14 +118,28 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
         ([*TEACHER, "--hidden_size", 500, "--num_heads", 1], "--hidden_size is 500, but it can be at most 1"),
         ([*TEACHER, "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
         ([*TEACHER, "--max_length", 600], "--max_length is 600, but the teacher has 512 positions; give a smaller"),
+        ([*TEACHER[:2], "--teacher_layer", 40], "--teacher_layer is 40, but the teacher has 4 layers"),
+        ([*TEACHER, "--train_file", "{one}", "--hidden_size", 2], "one.txt has 1 sentence(s), too few to train on"),
         (["--objective", "mlm", *TEACHER], "--objective mlm uses no teacher"),
+        (["--objective", "mlm", "--teacher_layer", 3], "--objective mlm uses no teacher; remove --teacher_layer"),
         (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
         (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or a smaller --batch_tokens"),
         (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64"),
     ],
 )
 def test_flags_that_do_not_fit(train, tmp_path, words, message):
+    (tmp_path / "one.txt").write_text("a single sentence\n")
+    words = [str(word).format(one=tmp_path / "one.txt") for word in words]
     assert message in error_of(train, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize("sentences", [40, 4000])
+def test_a_short_file_has_both_stages(sentences):
+    """Of a file with fewer tokens than the two stages ask for, each stage gets its share."""
+    args = PretrainArguments("in", "out", teacher="t", sentence_tokens=6000, long_tokens=3000, max_length=64)
+    batches = two_stages(args, [[7] * 10] * sentences, random.Random(0))
+    short, long = (sum(len(ids) for batch in batches for ids in batch if (len(ids) > 10) == is_long) for is_long in (0, 1))
+    assert short == pytest.approx(min(6000, sentences * 10 * 2 / 3), abs=20) and long > short / 4
 
 
 def test_a_language_model_is_better_than_word_frequencies(train, tmp_path):

@@ -117,10 +117,15 @@ def test_scores_keep_the_record_of_the_training(tmp_path, files, monkeypatch):
         results = stored_results(folder)
         assert set(results) == {"train", "evaluated"} and results["train"] == train["train"]
         assert set(results["evaluated"]["sts"]) == {"a"}
-    store_results(folder, {"sts": {"old": 1.0}})  # an earlier evaluation, which the new one replaces
+    earlier = {"model": "m", "pooling": "cls", "max_length": 9, "sts": {"old": 1.0}}  # the new evaluation replaces it
+    store_results(folder, earlier)
     load_recipe("evaluate").main()
     results = json.loads((folder / "results.json").read_text())
     assert set(results["sts"]) == {"a"} and "evaluated" not in results
+    for content in ('{"of": "someone"}', "[1]", "not JSON"):
+        (folder / "results.json").write_text(content)
+        assert "would be lost; give another folder" in error_of(load_recipe("evaluate").main)
+        assert (folder / "results.json").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -229,6 +234,7 @@ BAD = {
     "missing file": (["--train_file", "absent.csv"], "absent.csv: this file does not exist"),
     "wrong kind": (["--train_file", "{model}/config.toml"], "this file does not exist"),
     "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
+    "a split of a file": (["--train_file", "{nli}", "--dataset_split", "dev"], "--dataset_split has no effect without"),
     "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE, --dataset_name NAME or --sources FILE"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
     "unreachable dataset": (

@@ -117,6 +117,7 @@ def test_an_empty_text_is_named_by_its_row(encoder, tmp_path, text):
 
 
 def test_what_cannot_be_written_is_refused(encoder, tmp_path):
+    assert "half of a character" in error_of(write_vectors, encoder, ["a", "\ud83d"], tmp_path / "v.npy")
     assert "name the file" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.bin")
     assert "truncate_dim" in error_of(write_vectors, encoder, TEXTS, tmp_path / "out.npy", truncate_dim=99)
     assert not os.listdir(tmp_path)

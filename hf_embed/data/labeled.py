@@ -313,8 +313,16 @@ def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
         InputError: if the columns are not recognized, or a text is empty.
     """
     rows = as_pairs(rows, name, paired=True)
-    columns = text_columns(rows.column_names, name, paired=True)[:2]
+    columns = pair_columns(rows, name)
     pairs = []
     for number, row in enumerate(plain_rows(rows, columns, name), 1):
         pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
     return pairs
+
+
+def pair_columns(rows: Dataset, name: str) -> list[str]:
+    """Return the columns of anchors and positives. Warn if there are negatives, which the caller does not use."""
+    columns = text_columns(rows.column_names, name, paired=True)
+    if negatives := columns[2:]:
+        logger.warning(f"{name}: the negatives in {', '.join(negatives)} are not used, only the pairs")
+    return columns[:2]

@@ -18,6 +18,7 @@ from hf_embed.safe_files import writing
 
 # Cosines that differ by no more than this differ only by rounding errors, and cannot be ranked.
 ROUNDING = 1e-6
+DIGITS = 12  # of a cosine of unit vectors in float64
 MOST_LABELS = 12  # points of the picture that are labeled with their step
 
 
@@ -26,6 +27,14 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     vectors = np.asarray(vectors, dtype=np.float64)
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
+
+
+def cosines_of(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the cosines (...) of pairs of unit vectors (..., D), without the rounding errors of the last digits.
+
+    So all pairs of equal vectors have exactly the cosine 1.
+    """
+    return (first * second).sum(-1).round(DIGITS)
 
 
 def ordered(cosines: np.ndarray) -> bool:

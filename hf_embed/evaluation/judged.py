@@ -27,7 +27,7 @@ from hf_embed.data.columns import negative_columns, pair_of
 from hf_embed.data.files import NEGATIVE
 from hf_embed.data.sources import plain_rows
 from hf_embed.errors import InputError, masked
-from hf_embed.evaluation.rows import cell_text, cell_texts, first_match, label_number
+from hf_embed.evaluation.rows import cell_text, cell_texts, check_label_names, first_match, label_number
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
     if not (queries and documents and labels) or first_match(names, [NEGATIVE, *POSITIVES[:2]]):
         return judged_rows(rows, name)
     query, document, label = queries[0], documents[0], labels[0]
+    if isinstance(rows, Dataset):
+        check_label_names(rows, label, name)
     warn_of_unused(names, [query, document, label], name)
     found: dict[str, Judged] = {}
     for number, row in enumerate(with_columns(rows, [query, document, label], name), 1):

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from datasets.exceptions import DatasetNotFoundError
@@ -145,7 +146,13 @@ def remove_damaged(folder: Path) -> None:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the results of `run_mteb` as the lines of a readable table, with the mean over the tasks."""
+    """Return the results of `run_mteb` as the lines of a readable table, with the mean over the tasks.
+
+    The score of a task is the mean over its splits.
+    """
     width = max(len(row["task"]) for row in rows)
     out = [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
-    return [*out, f"{'mean':{width}}  {'':>10}  {sum(row['score'] for row in rows) / len(rows):>6.2f}"]
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["task"], []).append(row["score"])
+    return [*out, f"{'mean':{width}}  {'':>10}  {fmean(map(fmean, scores.values())):>6.2f}"]

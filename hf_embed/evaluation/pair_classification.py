@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from hf_embed.data.columns import ALIKE
-from hf_embed.data.labeled import LABELS, MATCHES
+from hf_embed.data.labeled import LABELS
 from hf_embed.data.sources import first_cells, plain_rows, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import as_list, cell_text, hub_rows, label_number, plain, text_lists
+from hf_embed.evaluation.rows import as_list, cell_text, check_label_names, hub_rows, label_number, plain, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,5 @@ def labeled_pairs(path: str) -> Dataset:
     if pair is None or label is None:
         found = f"found the columns {', '.join(cells or rows.column_names)}"
         raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label; rename the columns")
-    kind = rows.features[names[label]]
-    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in MATCHES:  # in GLUE's RTE, label 0 is the entailment
-        raise InputError(
-            f"{path}: the label 0 of column '{names[label]}' is named {kind.names[0]}, but 1 must mean that a pair belongs "
-            "together, and 0 that it does not; exchange the two labels"
-        )
+    check_label_names(rows, names[label], path)
     return rows.select_columns([names[name] for name in (*pair, label)])

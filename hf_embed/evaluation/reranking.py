@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from datasets import Dataset
 
 from hf_embed.data.python_rows import from_frame, is_frame
 from hf_embed.errors import InputError, masked
-from hf_embed.evaluation.geometry import ordered
-from hf_embed.evaluation.judged import Judged, judged_candidates
+from hf_embed.evaluation.geometry import cosines_of, ordered
+from hf_embed.evaluation.judged import Judged, Rows, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
 from hf_embed.evaluation.rows import as_list, read_rows
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
@@ -46,9 +47,9 @@ class Reranking(EvaluationTask):
 
     def __post_init__(self) -> None:
         rows = from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples
-        self.samples = as_list(rows, "Reranking: samples")
+        self.samples = rows if isinstance(rows, Dataset) else as_list(rows, "Reranking: samples")
         if not all(isinstance(sample, Judged) for sample in self.samples):
-            self.samples = judged_candidates(cast("list[Mapping[str, Any]]", self.samples), "Reranking")
+            self.samples = judged_candidates(cast("Rows", self.samples), "Reranking")
         self.judged = without_one_sided_queries(cast("list[Judged]", self.samples), "Reranking")
 
     def score(self, embed: Embed) -> dict[str, float]:
@@ -63,7 +64,7 @@ class Reranking(EvaluationTask):
         documents = embed_once(candidates, embed, "document")
         per_query, finite, has_order = [], True, False
         for query, positives, negatives in self.judged:
-            cosines = (documents(positives + negatives) * queries([query])).sum(-1)  # (C,)
+            cosines = cosines_of(documents(positives + negatives), queries([query]))  # (C,)
             labels = (np.arange(len(cosines)) < len(positives)).astype(int)
             per_query.append(
                 [average_precision(cosines, labels), reciprocal_rank(cosines, labels, 10), ndcg(cosines, labels, 10)]

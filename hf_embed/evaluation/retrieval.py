@@ -68,6 +68,12 @@ class Retrieval(EvaluationTask):
         self.qrels = {query: found for query, found in self.qrels.items() if max(found.values(), default=0) > 0}
         if not self.qrels:
             raise InputError("no query has a relevant document")
+        relevant = {document for found in self.qrels.values() for document, grade in found.items() if grade > 0}
+        if absent := relevant - self.corpus.keys():
+            logger.warning(
+                f"{len(absent):,} of {len(relevant):,} relevant documents are not in the corpus, for example "
+                f"{min(absent, key=str)!r}; they count as not found"
+            )
         self.itself = {q for q in self.qrels if q not in self.qrels[q] and q in self.corpus and self.is_query(q)}
         if self.itself:
             logger.warning(
@@ -211,6 +217,8 @@ def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterab
             absent["documents"].add(document)
         elif query not in query_texts:
             absent["queries"].add(query)
+        elif not is_number(str(grade)) or float(grade) % 1:
+            raise InputError(f"{name}: query {query} and document {document} have the grade {grade!r}, not a whole number")
         elif int(grade) > 0:
             qrels.setdefault(query, {})[document] = int(grade)
     for kind, ids in absent.items():

@@ -19,7 +19,7 @@ from transformers import EvalPrediction
 
 from hf_embed.data.sources import cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import alignment, ordered, uniformity, unit
+from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity, unit
 from hf_embed.evaluation.rows import hub_rows
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
 
@@ -166,7 +166,7 @@ class STS(EvaluationTask):
         """Return Spearman x 100, alignment and uniformity, and the metrics of `compute_metrics`."""
         vectors, first, second = self.vectors(embed)
         scores = np.array(self.rows["score"][:])
-        cosines = (first * second).sum(-1)
+        cosines = cosines_of(first, second)
         positive = scores >= scores.max() - (scores.max() - scores.min()) / 5
         return {
             "spearman": 100 * spearman(cosines, scores),
@@ -178,7 +178,7 @@ class STS(EvaluationTask):
     def cosines(self, embed: Embed) -> np.ndarray:
         """Return the cosines of the pairs, (P,)."""
         _, first, second = self.vectors(embed)
-        return (first * second).sum(-1)
+        return cosines_of(first, second)
 
     def vectors(self, embed: Embed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return normalized embeddings of the different sentences (N, D), and of the pairs' first and second ones (P, D)."""

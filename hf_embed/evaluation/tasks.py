@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import unit
+from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.progress import progress_bar
 
 THRESHOLD = "_threshold"  # ends the names of reported cosine thresholds, which are not scores
@@ -221,5 +221,5 @@ def pair_cosines(
     """
     parts = []
     for i in range(0, len(first), block):
-        parts.append((first_vectors(first[i : i + block]) * second_vectors(second[i : i + block])).sum(-1))
+        parts.append(cosines_of(first_vectors(first[i : i + block]), second_vectors(second[i : i + block])))
     return np.concatenate(parts)

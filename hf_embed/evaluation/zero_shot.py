@@ -5,11 +5,13 @@ A template such as "this is an example of {label}" turns a label into a text. No
 
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from hf_embed.data.sources import first_cells, plain_rows, read_file, row_texts
 from hf_embed.errors import InputError
@@ -34,10 +36,15 @@ class ZeroShot(EvaluationTask):
     reported = ("accuracy", "f1")
 
     def __post_init__(self) -> None:
+        self.texts, self.label_texts = (as_list(texts, "ZeroShot") for texts in (self.texts, self.label_texts))
         numbers = as_list(self.labels, "ZeroShot: labels")
-        labels = range(len(self.label_texts))
-        if len(numbers) != len(self.texts) or not all(isinstance(number, Integral) and number in labels for number in numbers):
-            raise InputError("ZeroShot: labels must have one number for each text, from 0 to the number of label texts minus 1")
+        allowed = range(len(self.label_texts))
+        fits = all(isinstance(number, Integral) and number in allowed for number in numbers)
+        if not (fits and len(numbers) == len(self.texts) > 0):
+            raise InputError(
+                "ZeroShot: labels must have one number for each text, and at least one, from 0 to the number of label texts "
+                "minus 1"
+            )
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return accuracy and f1 (the mean over the labels), x 100.
@@ -61,7 +68,7 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     """Read a file with the columns label and text, by name if there is a header, otherwise by position.
 
     Args:
-        path: a csv, tsv, jsonl or parquet file.
+        path: a csv, tsv, jsonl or parquet file. The labels of a `ClassLabel` column of `datasets` are its names.
         template: the text for a label's name; it contains {label}.
         labels_file: a JSON object {label: name}. Without it, the name is the label with spaces in place of underscores.
 
@@ -72,17 +79,36 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     if "{label}" not in template:
         raise InputError(f"--zero_shot_template '{template}': it must contain {{label}}")
     rows = label_and_text(path)
+    found = []
     for i, row in enumerate(plain_rows(rows, ["label", "text"], path), 1):
         row_texts(row, ["text"], f"{path}, row {i}")
-        if row["label"] is None or not str(row["label"]).strip():
+        found.append(name_of(row["label"], rows.features["label"]))
+        if not found[-1].strip():
             raise InputError(f"{path}, row {i}: there is no label; fill it in or delete the row")
-    labels = sorted(set(map(str, rows["label"])))
+    labels = sorted(set(found))
     if len(labels) < 2:
         raise InputError(f"{path}: all labels are {labels[0]}; classification needs at least two different labels")
     names = read_label_names(labels_file, labels) if labels_file else {label: label.replace("_", " ") for label in labels}
     number = {label: i for i, label in enumerate(labels)}
     texts = [template.replace("{label}", names[label]) for label in labels]
-    return ZeroShot(rows["text"][:], [number[str(label)] for label in rows["label"]], texts)
+    return ZeroShot(rows["text"][:], [number[label] for label in found], texts)
+
+
+def name_of(label: Any, feature: Any) -> str:
+    """Return the name of a label, or "" if there is no label."""
+    if isinstance(feature, ClassLabel) and label is not None:
+        return feature.int2str(label) if label >= 0 else ""
+    return "" if label is None else str(label)
+
+
+def warn_of_header(labels: list[str], path: str) -> None:
+    """Warn if the first of the rows without a header looks like a header: its label alone occurs once."""
+    once = [label for label, count in Counter(labels).items() if count == 1]
+    if once == labels[:1]:
+        logger.warning(
+            f"{path}: the label '{labels[0]}' of the first row occurs only there; if this row is a header, name its columns "
+            "label and text"
+        )
 
 
 def label_and_text(path: str) -> Dataset:
@@ -98,13 +124,13 @@ def label_and_text(path: str) -> Dataset:
         if len(rows.column_names) != 2:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
         columns = dict(zip(("label", "text"), rows.column_names))
-        labels = rows[columns["label"]][:]
-        if len(labels) > 20 and len(set(map(str, labels))) > len(labels) / 2:
+        labels = [str(label) for label in rows[columns["label"]]]
+        if cells is not None:
+            warn_of_header(labels, path)
+        if len(labels) > 20 and len(set(labels)) > len(labels) / 2:
             raise InputError(
                 f"{path}: few labels occur twice; put the labels into the first column and the texts into the second"
             )
-        if cells is not None:  # a table, whose first row may be a header with other names
-            logger.warning(f"{path}: no column is named label or text, so the first row is data, with the label '{labels[0]}'")
     renamed = {columns[name]: name for name in ("label", "text") if columns[name] != name}
     return rows.select_columns([columns["label"], columns["text"]]).rename_columns(renamed)
 

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 MARKERS = "os^DvPX*"
 # Settings of every run. No model is saved; only the scores along the training are needed.
 FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
+# Flags that would have no effect with any other value than this.
+UNUSED = FIXED | {"early_stopping_patience": None, "push_to_hub": False, "resume_from_checkpoint": None, "save_adapter": False,
+                  "show_searches": 0}  # fmt: skip
 
 
 @dataclass
@@ -92,6 +96,25 @@ def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:
     return {name: VARIANTS[name] for name in given}
 
 
+def seeds_of(flags: Flags) -> list[int]:
+    """Return the seeds that the flags name: those of --seeds, or else that of --seed."""
+    seed, seeds = flags.values["seed"], flags.values["seeds"]
+    return [seed] if "seed" in flags.given and "seeds" not in flags.given else read_seeds(seeds or "1")
+
+
+def check_flags(flags: Flags, variants: dict[str, dict[str, Any]]) -> None:
+    """Raise InputError if a flag of the ablation or of a variant would have no effect."""
+    for name, value in UNUSED.items():
+        if name in flags.given and flags.values[name] != value:
+            raise InputError(
+                f"--{name} has no effect in an ablation, which saves no model and evaluates every --eval_steps steps; remove it"
+            )
+    of_all = {"seed", "seeds", "output_dir", "variants", *UNUSED}
+    for variant, changes in variants.items():
+        if wrong := sorted({name.replace("-", "_") for name in changes} & of_all):
+            raise InputError(f"variant '{variant}': {wrong[0]} has no effect in a single variant; remove it")
+
+
 def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, Any]:
     """Train the variants with the seeds that the flags name. Write results.json and ablation.png, and print the table.
 
@@ -113,7 +136,8 @@ def run_ablation(flags: Flags, read_plan: Callable[[Flags], Plan]) -> dict[str, 
     base = read_plan(flags)
     if base.run.preflight:
         return preflight_plan(base)
-    changes, seeds = read_variants(flags.make(AblationArguments).variants), read_seeds(base.run.seeds or "1")
+    changes, seeds = read_variants(flags.make(AblationArguments).variants), seeds_of(flags)
+    check_flags(flags, changes)
     if not any(task.kind == "sts" for task in base.tasks.values()):
         raise InputError("an ablation needs an STS set to compare the variants on; give --eval_sts_file NAME=PATH")
     for of_variant in changes.values():
@@ -217,7 +241,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
         {"step": entry["step"]} | {key: number(entry[f"eval_{key}"], 4) for key in METRICS} for entry in evaluated
     ]
     if main:
-        scores = [point["spearman"] for point in path]
+        scores = np.array([point["spearman"] for point in path], dtype=float)  # None becomes NaN
         print(f"    STS {scores[0]:.2f} -> {scores[-1]:.2f}, best {best_score(path):.2f}, {trainer.state.global_step} steps")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"settings": settings(plan), "path": path}, indent=1) + "\n")
@@ -236,15 +260,22 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 
 def best_score(path: list[dict[str, Any]]) -> float:
-    """Return the best STS score of a run after its first step. Step 0 is the untrained model, so it does not count."""
-    return max(point["spearman"] for point in path[1:] or path)
+    """Return the best STS score of a run after its first step, or NaN if a collapsed model has none.
+
+    Step 0 is the untrained model, so it does not count.
+    """
+    return max((score for point in path[1:] or path if (score := point["spearman"]) is not None), default=math.nan)
 
 
 def summary(paths: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return the mean, the smallest and the largest value of each metric over the runs of a variant."""
+    """Return the mean, the smallest and the largest value of each metric over the runs of a variant.
 
-    def mean_and_limits(values: list[Any]) -> list[float]:
-        return [round(value, 4) for value in (float(np.mean(values)), min(values), max(values))]
+    They are None if the metric is NaN in a run, because its model has collapsed.
+    """
+
+    def mean_and_limits(given: list[Any]) -> list[float | None]:
+        values = np.array(given, dtype=float)  # None becomes NaN
+        return [number(float(value), 4) for value in (values.mean(), values.min(), values.max())]
 
     last = {key: mean_and_limits([path[-1][key] for path in paths]) for key in METRICS}
     best = mean_and_limits([best_score(path) for path in paths])
@@ -259,15 +290,17 @@ def table(results: dict[str, Any]) -> list[str]:
     heads = f"{'STS, last step':>{span}}  {'STS, best step':>{span}}  {'alignment':>9}  {'uniformity':>10}"
     lines = [f"{'variant':{width}}  {'before':>6}  {heads}"]
     for name, result in results.items():
-        spans = [
-            f"{mean:.2f} ({low:.2f} to {high:.2f})" if several else f"{mean:.2f}"
-            for mean, low, high in (result["spearman"], result["best"])
-        ]
+        before, last, best, alignment, uniformity = numbers(result, "before", "spearman", "best", "alignment", "uniformity")
+        spans = [f"{mean:.2f} ({low:.2f} to {high:.2f})" if several else f"{mean:.2f}" for mean, low, high in (last, best)]
         lines.append(
-            f"{name:{width}}  {result['before']:6.2f}  {spans[0]:>{span}}  {spans[1]:>{span}}  {result['alignment'][0]:9.3f}  "
-            f"{result['uniformity'][0]:10.3f}"
+            f"{name:{width}}  {before:6.2f}  {spans[0]:>{span}}  {spans[1]:>{span}}  {alignment[0]:9.3f}  {uniformity[0]:10.3f}"
         )
     return lines
+
+
+def numbers(result: dict[str, Any], *keys: str) -> list[np.ndarray]:
+    """Return some scores of a variant as arrays. None becomes NaN."""
+    return [np.array(result[key], dtype=float) for key in keys]
 
 
 def plot_variants(results: dict[str, Any], path: str | Path) -> None:
@@ -283,18 +316,26 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     starts: set[tuple[float, float]] = set()
     for line, (name, result) in enumerate(results.items()):
         paths = list(result["seeds"].values())
-        y, x = (np.mean([[point[key] for point in path] for path in paths], axis=0) for key in ("alignment", "uniformity"))
+        measured = [[(point["uniformity"], point["alignment"]) for point in path] for path in paths]
+        points = np.array(measured, dtype=float).mean(axis=0)  # (evaluations, 2)
+        finite = np.flatnonzero(np.isfinite(points).all(axis=1))  # no point for a collapsed model without numbers
+        if not len(finite):
+            continue
+        x, y = points[finite].T
         color, marker = look(line)
-        label = f"{name}: STS {result['spearman'][0]:.1f} at the end, best {result['best'][0]:.1f}"
+        before, last, best = numbers(result, "before", "spearman", "best")
+        label = f"{name}: STS {last[0]:.1f} at the end, best {best[0]:.1f}"
         axes.plot(x, y, linewidth=1, label=label, color=color, marker=marker, markersize=6)
         arrow = {"arrowstyle": "-|>", "color": color, "mutation_scale": 12}
         for start, end in itertools.pairwise(zip(x, y)):
             middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
             axes.annotate("", xy=middle, xytext=start, arrowprops=arrow)
-        axes.annotate(f"step {paths[0][-1]['step']}", (x[-1], y[-1]), xytext=(7, 5), textcoords="offset points", color=color)
+        axes.annotate(
+            f"step {paths[0][finite[-1]]['step']}", (x[-1], y[-1]), xytext=(7, 5), textcoords="offset points", color=color
+        )
         if (x[0], y[0]) not in starts:  # variants with the same pooling start at the same point, which is labeled once
             starts.add((x[0], y[0]))
-            start_label = f"before training: STS {result['before']:.1f}"
+            start_label = f"before training: STS {before:.1f}"
             axes.annotate(start_label, (x[0], y[0]), xytext=(-7, -14), textcoords="offset points", ha="right")
     axes.margins(0.1)  # room for the labels
     axes.set_xlabel("uniformity: are all sentences spread out? (lower is better)", fontsize=11)

@@ -15,7 +15,7 @@ queries: those with the shortest relevant documents, those with medium ones, and
 Shapes: P parts of the cross-validation, Q queries of a retrieval set or pairs of an STS set.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from hf_embed.evaluation.sts import STS, spearman
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
 from hf_embed.progress import progress_bar
 from hf_embed.safe_files import writing
-from hf_embed.tempscale import fold_tempscale, tempscale
+from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
 
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+FOLDS = 5
 STEP = 0.05  # distance of the two additional temperatures from the best of these
 
 
@@ -116,7 +117,7 @@ def sweep(
     embed: Embed,
     tasks: Mapping[str, Task],
     temperatures: Iterable[float] = TEMPERATURES,
-    parts: int = 5,
+    parts: int = FOLDS,
 ) -> dict[str, Any]:
     """Find the temperature at which the model scores best on `tasks`.
 
@@ -205,6 +206,15 @@ def summarise(scores: dict[float, np.ndarray], names: list[str], parts: int) -> 
 def best_of(scores: Mapping[float, float]) -> float:
     """Return the temperature with the best score. If several have the same score, return the one nearest to 1."""
     return max(scores, key=lambda temperature: (round(scores[temperature], 6), -abs(temperature - 1)))
+
+
+def check_temperatures(temperature: float | None, grid: Sequence[float], folds: int) -> None:
+    """Raise InputError if a temperature is not possible, or if a temperature is given together with flags of the search."""
+    for wanted in grid if temperature is None else [temperature]:
+        TempScaleConfig(wanted)
+    for flag, changed in {"grid": tuple(grid) != TEMPERATURES, "folds": folds != FOLDS}.items():
+        if changed and temperature is not None:
+            raise InputError(f"--{flag} has no effect with --temperature, which needs no search; remove one of them")
 
 
 def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: Path, model: Path, overwrite: bool) -> None:

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from hf_embed.data.columns import column_names
 from hf_embed.data.mixture import Source
+from hf_embed.kit.positives import parse_positive
 from hf_embed.resume import hashed_rows, name_of, objective_facts
 from hf_embed.safe_files import hash_of
 
@@ -24,10 +25,10 @@ def content_of(plan: "Plan") -> dict[str, str]:
     The seed makes no difference: the rows are those before positives are made from them. As in `hf_embed.resume`, a large table
     is hashed by a sample, and a streaming dataset by its origin and settings only.
     """
-    rows = plan.rows if plan.given is None else plan.given
-    synonyms = plan.positive and plan.positive.synonyms
+    rows, positive = plan.rows if plan.given is None else plan.given, plan.positive
     given = [rows if isinstance(rows, Dataset) else [source_facts(source) for source in rows]]
-    given += [hash_of(Path(synonyms))] if synonyms else []
+    if positive and positive.synonyms and parse_positive(positive.positive)[0] == "synonym":
+        given.append(hash_of(Path(positive.synonyms)))
     return {"training rows": content_hash(given), "evaluation set": content_hash(plan.tasks)}
 
 

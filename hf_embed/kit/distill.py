@@ -35,12 +35,15 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
         work: the folder for the checkpoint.
 
     Raises:
-        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary, if --max_length is
-            larger than the teacher's, or if --vocab_size is too small for the letters of the text.
+        InputError: if --hidden_size is larger than the teacher's width or than the student's vocabulary, if --max_length or
+            --teacher_layer is larger than the teacher's, if --vocab_size is too small for the letters of the text, or if there
+            is too little text.
     """
     torch.manual_seed(args.seed)
     trusted = {"trust_remote_code": args.trust_remote_code}
     teacher = AutoModel.from_pretrained(str(args.teacher), dtype=torch.float32, **trusted).eval()
+    if args.teacher_layer > (layers := len(teacher.encoder.layer)):
+        raise InputError(f"--teacher_layer is {args.teacher_layer}, but the teacher has {layers} layers; give a smaller value")
     teacher.encoder.layer = teacher.encoder.layer[: args.teacher_layer]
     teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher, **trusted).backend_tokenizer
     tokenizer, teacher_ids = smaller_vocabulary(teacher_tokenizer, sentences[:200_000], args.vocab_size)
@@ -48,6 +51,10 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
 
     texts = tokenize(args, tokenizer, sentences)
     batches = two_stages(args, texts, random.Random(args.seed))
+    if not batches:
+        raise InputError(
+            f"--train_file {args.train_file} has {len(sentences)} sentence(s), too few to train on; give more text"
+        )
     say(f"{len(batches)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}")
     loss, seen = distill(args, teacher, student, torch.tensor(teacher_ids), batches, work / "checkpoint.pt")
     save(args, student, BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length), loss, seen)
@@ -131,10 +138,11 @@ def tokenize(args: PretrainArguments, tokenizer: Tokenizer, sentences: list[str]
 
 def two_stages(args: PretrainArguments, texts: list[list[int]], rng: random.Random) -> list[list[list[int]]]:
     """Make the batches of both stages: single sentences, then joined sentences."""
-    total, first_long = 0, len(texts)
+    total, first_long, needed = 0, len(texts), args.sentence_tokens + args.long_tokens
+    short = args.sentence_tokens * min(1, sum(map(len, texts)) / needed)  # both stages have their share of a short file
     for i, ids in enumerate(texts):
         total += len(ids)
-        if total >= args.sentence_tokens:
+        if total >= short:
             first_long = i
             break
     steps = batches_of([ids for ids in texts[:first_long] if ids], args.batch_tokens, rng)

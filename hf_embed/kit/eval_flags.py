@@ -1,6 +1,6 @@
 """The flags for evaluation sets, which all recipes share, and the reader of these sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hf_embed.errors import InputError
@@ -67,9 +67,11 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
     """Read the evaluation tasks that the flags name.
 
     Raises:
-        InputError: if a file cannot be read, if two sets have the same name, or if `--zero_shot_labels` names a set that
-            `--eval_zero_shot` does not.
+        InputError: if a file cannot be read, if two sets have the same name, if `--zero_shot_labels` names a set that
+            `--eval_zero_shot` does not, or if `--zero_shot_template` is given without such a set.
     """
+    if args.zero_shot_template != EvalArguments.zero_shot_template and not args.eval_zero_shot:
+        raise InputError("--zero_shot_template has no effect without --eval_zero_shot; remove it, or give a set")
     labels = named_paths(args.zero_shot_labels, "--zero_shot_labels")
     if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
         raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")
@@ -84,11 +86,16 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
     }
     tasks: dict[str, Task] = {}
     for flag, read in readers.items():
-        for name, path in named_paths(getattr(args, flag), f"--{flag}").items():
-            if name in tasks:
-                raise InputError(f"--{flag}: two sets are named '{name}'; names must differ")
-            tasks[name] = read(name, path)
+        paths = named_paths(getattr(args, flag), f"--{flag}")
+        tasks = joined(tasks, {name: read(name, path) for name, path in paths.items()}, f"--{flag}")
     return tasks
+
+
+def joined(tasks: Mapping[str, Task], more: Mapping[str, Task], flag: str) -> dict[str, Task]:
+    """Return both groups of evaluation sets together. Raise InputError if two sets have the same name."""
+    if twice := sorted(tasks.keys() & more.keys()):
+        raise InputError(f"{flag}: two sets are named '{twice[0]}'; names must differ")
+    return {**tasks, **more}
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ from hf_embed.evaluation.sts import STS, is_number, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
-from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.overwrite import (
     EarlierRun,
     earlier_files,
@@ -123,6 +123,9 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         read_columns(self.columns)
+        for name, default in {"dataset_config": None, "dataset_split": "train"}.items():
+            if not self.dataset_name and getattr(self, name) != default:
+                raise InputError(f"--{name} has no effect without --dataset_name; remove it, or name a dataset on the Hub")
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
@@ -196,6 +199,14 @@ class PositiveArguments:
     fill_model: str | None = field(
         default=None, metadata={"help": "For mask_fill: a masked language model. Default: the model itself."}
     )
+
+    def check_used(self) -> None:
+        """Raise InputError if the kind of positive does not use a flag that is given."""
+        for name, kind in (("synonyms", "synonym"), ("fill_model", "mask_fill")):
+            if getattr(self, name) is not None and parse_positive(self.positive)[0] != kind:
+                raise InputError(
+                    f"--{name} has no effect with --positive {self.positive}; remove it, or give --positive {kind}:0.1"
+                )
 
 
 class Rows(NamedTuple):
@@ -342,11 +353,7 @@ def read_evaluation(flags: cli.Flags, built_in: str | None = None) -> dict[str, 
     tasks, data = read_tasks(flags.make(EvalArguments)), flags.make(DataArguments)
     if built_in is not None and not tasks and uses_quickstart(flags):
         tasks = {"quickstart": STS(read_sts(str(QUICKSTART / built_in)))}
-    if data.eval_file:
-        if HELD_OUT in tasks:
-            raise InputError(f"--eval_file: another evaluation set has the name {HELD_OUT}; give it another name")
-        tasks[HELD_OUT] = read_held_out(data)
-    return tasks
+    return joined(tasks, {HELD_OUT: read_held_out(data)} if data.eval_file else {}, "--eval_file")
 
 
 def make_plan(

@@ -19,6 +19,7 @@ from hf_embed.data.training_rows import masks_answers
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
+from hf_embed.kit.eval_flags import joined
 from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
@@ -42,21 +43,21 @@ def read_files(paths: Sequence[str], data: DataArguments, tasks: dict[str, Task]
         InputError: if a file cannot be used, if there is no data at all, or if two sources have the same name.
     """
     given: list[Given] = []
-    tasks = dict(tasks)
     short = [Path(masked(path)).name for path in paths]
     for path, name in zip(paths, short):
         name = name if short.count(name) == 1 else masked(path)
         columns = {column.lower() for column in column_names(read_file(path, quoting=data.quoting))}
         if columns >= set(COLUMNS) and not (data.columns or data.ignore_columns):
-            tasks[name] = STS(read_sts(path))
+            tasks = joined(tasks, {name: STS(read_sts(path))}, path)
             continue
-        of_file = dataclasses.replace(data, train_file=path, dataset_name=None, sources=None)
+        alone: dict[str, Any] = {"dataset_name": None, "dataset_config": None, "dataset_split": "train", "sources": None}
+        of_file = dataclasses.replace(data, train_file=path, **alone)
         given += as_given(*read_train_rows(of_file), name, path)
     if data.train_file or data.dataset_name or data.sources:
         given += as_given(*read_train_rows(data), None, data.train_file)
     if data.eval_file:
-        alone = dataclasses.replace(data, train_file=data.train_file or (paths[0] if paths else None))
-        tasks[HELD_OUT] = read_held_out(alone)
+        beside = dataclasses.replace(data, train_file=data.train_file or (paths[0] if paths else None))
+        tasks = joined(tasks, {HELD_OUT: read_held_out(beside)}, "--eval_file")
     if not given and not tasks:
         raise InputError("there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE")
     if twice := [each[0].name for i, each in enumerate(given) if each[0].name in [other[0].name for other in given[:i]]]:

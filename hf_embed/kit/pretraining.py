@@ -81,8 +81,9 @@ class PretrainArguments:
             raise InputError(f"--num_heads is {self.num_heads}, which does not divide --hidden_size {self.hidden_size}")
         if self.objective == "distill" and self.teacher is None:
             raise InputError("--objective distill needs a teacher; give --teacher MODEL, or --objective mlm")
-        if self.objective == "mlm" and self.teacher is not None:
-            raise InputError("--objective mlm uses no teacher; remove --teacher, or give --objective distill")
+        for name in ("teacher", "teacher_layer", "trust_remote_code") if self.objective == "mlm" else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"--objective mlm uses no teacher; remove --{name}, or give --objective distill")
 
     def identity(self, sentences: list[str]) -> str:
         """Return what a resumed run must share: all settings and a hash of the sentences, but no input and output paths."""

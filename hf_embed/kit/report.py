@@ -1,8 +1,10 @@
 """The report of a finished run: results.json, the model card, the picture, and the printed scores."""
 
+import contextlib
 import dataclasses
 import logging
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.trainer_utils import TrainOutput
 
-from hf_embed.checkpoint.card import store_results, write_card
+from hf_embed.checkpoint.card import own_results, store_results, write_card
 from hf_embed.checkpoint.tables import comparison_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
+from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.retrieval import Retrieval
@@ -26,6 +29,7 @@ from hf_embed.kit.models import embed_with
 from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.progress import hidden_bars
+from hf_embed.read_files import read_json
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
@@ -115,6 +119,16 @@ def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, floa
         print("\n" + "\n".join(comparison_table(results)))
     write_card(trainer.encoder, plan.folder, results)
     store_results(plan.folder, results)
+
+
+def check_results(folder: str | Path, replaces: Iterable[str] = ("this package",)) -> None:
+    """Raise InputError if `folder` has a results.json that this package did not write, unless it has the keys `replaces`."""
+    path = Path(folder, "results.json")
+    if own_results(path) is None:
+        with contextlib.suppress(InputError):
+            if read_json(path, with_nan=True).keys() >= set(replaces):
+                return
+        raise InputError(f"{path} has other content than results of a model, which would be lost; give another folder")
 
 
 def saved_to(folder: Path, remote_code: bool = False) -> str:
