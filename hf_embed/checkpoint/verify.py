@@ -196,7 +196,7 @@ def verify_layers(encoder: Encoder, kind: type[PreTrainedModel], config: PreTrai
             remove_tied_weights_from_state_dict(weights, base)
             return
         except RuntimeError:
-            problem, mend = "layers share weights that its class keeps apart", "give each layer weights of its own (copy.deepcopy)"
+            problem, mend = "layers share weights that its class keeps apart", "give each layer its own (copy.deepcopy)"
     raise InputError(
         f"{type(base).__name__} could not be loaded after it is saved: {problem}; {mend}, or use the model as from_pretrained "
         "returns it"
