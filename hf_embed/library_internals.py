@@ -133,6 +133,11 @@ def first_step(trainer: "Trainer") -> int:
     return trainer._initial_global_step
 
 
+def run_folder(trainer: "Trainer", trial: Any) -> str:
+    """Return the folder of a training's checkpoints: a folder for each trial of a search, or the output folder."""
+    return trainer._get_output_dir(trial)
+
+
 def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":
     """Return the object that measures memory if `skip_memory_metrics=False`. Start and stop it around an evaluation."""
     return trainer._memory_tracker

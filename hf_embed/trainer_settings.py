@@ -287,6 +287,13 @@ def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             raise InputError(f"{what}, but there is no evaluation set; give one, or remove this setting")
 
 
+def check_reader(args: TrainingArguments, reader: str) -> None:
+    """Raise InputError if something that reads the evaluation metric, a callback or a schedule, would never read one."""
+    missing = "eval_strategy" if args.eval_strategy == "no" else "metric_for_best_model"
+    if args.eval_strategy == "no" or args.metric_for_best_model is None:
+        raise InputError(f"{reader} reads the evaluation metric, but there is none; set {missing}")
+
+
 def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:
     """Raise InputError if the run would train nothing, or if it would never evaluate because `eval_delay` is too large.
 

@@ -212,6 +212,11 @@ def saved(folder) -> SentenceTransformer:
     return SentenceTransformer(str(folder / "st"), device="cpu")
 
 
+def plateau() -> tuple:
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
 @pytest.mark.parametrize(
     "given, parts",
     [
@@ -243,6 +248,7 @@ def saved(folder) -> SentenceTransformer:
         ({"optimizers": (None, None, None)}, ["optimizers is a tuple"]),
         ({"optimizers": ("adamw", None)}, ["a str is not an optimizer"]),
         ({"optimizers": (None, "linear")}, ["a str is not a learning-rate schedule"]),
+        ({"optimizers": plateau()}, ["ReduceLROnPlateau reads the evaluation metric, but there is none; set eval_strategy"]),
     ],
     ids=lambda given: ",".join(f"{key}={value}"[:30] for key, value in given.items()) if isinstance(given, dict) else "",
 )  # fmt: skip
