@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The settings with which Trainer makes an optimizer.
+OF_OPTIMIZER = (
+    "optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"
+)  # fmt: skip
+
 
 class GuardedTrainer(CheckpointTrainer):
     """The part of `ContrastiveTrainer` that handles interruptions and failures of a training."""
@@ -55,6 +60,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
         super().__init__(*args, **kwargs)
         self.made_with, self.made_of = self._read_once(), self._parts()
+        self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
         self.check_caching()
         self.add_callback(self.stop_requests)
@@ -93,11 +99,24 @@ class GuardedTrainer(CheckpointTrainer):
             changed.append("model")
         if changed:
             raise InputError(f"{changed[0]} was replaced after the trainer was made; make a new ContrastiveTrainer with it")
+        self._renew_optimizer(trainer.step)
         check_settings(self.args, own_tasks(trainer))
         check_batch(self.args)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 check_reader(self.args, type(callback).__name__)
+
+    def _renew_optimizer(self, step: nn.Module) -> None:
+        """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
+
+        An optimizer that the user gave stays.
+        """
+        now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
+        now["weights"] = [name for name, parameter in step.named_parameters() if parameter.requires_grad]
+        if self.optimizer_of is not None and self.optimizer_of != now:
+            self.optimizer = None
+        if self.optimizer_of is not None or self.optimizer is None:
+            self.optimizer_of = now
 
     # ---- signals and ranks ----
 

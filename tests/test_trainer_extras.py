@@ -1,5 +1,6 @@
 """Test what a user of Trainer expects beside training: model_init, a hyperparameter search, compute_metrics, predict."""
 
+import copy
 import json
 
 import numpy as np
@@ -144,6 +145,30 @@ def test_parts_that_are_replaced_later_are_refused(tmp_path, name):
     made = trainer(tmp_path)
     setattr(made, name, {"train_dataset": PAIRS, "model": new_model(), "main_objective": SimCSE(0.5)}.get(name, list))
     assert f"{name} was replaced after the trainer was made" in error_of(made.train)
+
+
+def test_a_second_training_takes_the_present_settings_and_weights(tmp_path):
+    """BUG: it had the learning rate of the first one, and left weights alone that were frozen then, as a plain Trainer does."""
+    made = trainer(tmp_path, settings={"learning_rate": 1e-2, "lr_scheduler_type": "constant"})
+    first, second = made.encoder.backbone.encoder.layer[:2]
+    first.requires_grad_(False)
+    made.train()
+    made.train()
+    assert {int(state["step"]) for state in made.optimizer.state.values()} == {4}  # nothing has changed, so it goes on
+    first.requires_grad_(True)
+    before = copy.deepcopy(first.state_dict())
+    made.train()
+    assert all(not torch.equal(before[name], tensor) for name, tensor in first.state_dict().items() if "key.bias" not in name)
+    made.args.learning_rate, before = 1e-4, copy.deepcopy(second.state_dict())
+    made.train()
+    moved = max((before[name] - tensor).abs().max() for name, tensor in second.state_dict().items())
+    assert 0 < moved < 1e-3
+    given = torch.optim.SGD(made.model.parameters(), 0.1)
+    made = trainer(tmp_path, model=made.step, optimizers=(given, None))
+    made.train()
+    made.args.weight_decay = 0.1
+    made.train()
+    assert getattr(made.optimizer, "optimizer", made.optimizer) is given
 
 
 def test_evaluation_sets_and_metrics_may_be_replaced(tmp_path):
