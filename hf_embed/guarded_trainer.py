@@ -28,6 +28,7 @@ from hf_embed.library_internals import first_step, run_folder, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
+from hf_embed.trainer_inputs import refuse_uncalled
 from hf_embed.trainer_rows import own_tasks
 from hf_embed.trainer_settings import check_batch, check_reader, check_settings
 from hf_embed.training_record import ends_training
@@ -53,6 +54,7 @@ class GuardedTrainer(CheckpointTrainer):
     fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
 
     def __init__(self, *args: Any, **kwargs: Any):
+        refuse_uncalled(type(self))
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([])
         self.activations = Activations()

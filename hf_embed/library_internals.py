@@ -46,6 +46,15 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_prepare_input": ("data",),
 }
 # fmt: on
+# Methods of `Trainer` that `ContrastiveTrainer` never calls, and what a subclass can define in their place.
+NOT_CALLED = {
+    "_get_train_sampler": "get_train_dataloader",
+    "_get_eval_sampler": "evaluate",
+    "get_eval_dataloader": "evaluate",
+    "get_test_dataloader": "predict",
+    "prediction_step": "evaluate",
+    "evaluation_loop": "evaluate",
+}
 # Entries of the state of a learning-rate schedule that reads a metric. The other entries are its settings.
 COUNTED = (
     "best",

@@ -29,7 +29,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import COLUMNS, STS, check_sts
 from hf_embed.evaluation.tasks import Task
-from hf_embed.library_internals import uncompiled
+from hf_embed.library_internals import NOT_CALLED, uncompiled
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
@@ -113,6 +113,15 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'{hint}")
+
+
+def refuse_uncalled(kind: type) -> None:
+    """Raise InputError if a subclass of `ContrastiveTrainer` defines a method of `Trainer` that would never be called."""
+    for name, mend in NOT_CALLED.items():
+        if not getattr(kind, name).__module__.startswith(("transformers.", "hf_embed.")):
+            raise InputError(
+                f"{kind.__name__} defines {name}, which ContrastiveTrainer never calls; define {mend} in its place"
+            )
 
 
 # ---- args, objective, callbacks, optimizers ----

@@ -231,6 +231,11 @@ def test_save_checkpoint(tmp_path):
     }
 
 
+def test_methods_that_are_never_called_exist():
+    for name, mend in internals.NOT_CALLED.items():
+        assert callable(getattr(Trainer, name)) and callable(getattr(Trainer, mend))
+
+
 def test_run_folder(tmp_path):
     trainer = plain_trainer(tmp_path)
     assert internals.run_folder(trainer, None) == str(tmp_path)

@@ -276,6 +276,21 @@ def test_evaluation_sets_have_no_dataloader(tmp_path, name, sets):
     assert error_of(getattr(trainer(tmp_path), name), *sets) == expected
 
 
+@pytest.mark.parametrize("name", ["_get_train_sampler", "evaluation_loop"])
+def test_methods_that_are_never_called_are_refused(tmp_path, name):
+    """BUG: a subclass with its own order of the rows, or its own evaluation loop, was ignored."""
+
+    def define(self, *args):
+        return None
+
+    args = ContrastiveTrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    kind = type("Mine", (ContrastiveTrainer,), {name: define})
+    message = error_of(kind, tiny_model(), args, processing_class=quickstart_tokenizer())
+    assert message.startswith(f"Mine defines {name}, which ContrastiveTrainer never calls; define ")
+    kind = type("Mine", (ContrastiveTrainer,), {"evaluate": define, "get_train_dataloader": define})
+    kind(tiny_model(), args, processing_class=quickstart_tokenizer())
+
+
 # ---- predict ----
 
 
