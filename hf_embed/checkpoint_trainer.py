@@ -84,6 +84,11 @@ class CheckpointTrainer(HubTrainer):
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         self.check_unchanged()
+        if resume_from_checkpoint is None and self.args.resume_from_checkpoint and self.is_world_process_zero():
+            logger.warning(
+                "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
+                "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
+            )
         self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
         resume.check_ranks_alike(gather_objects(self.facts))
         checkpoint = None

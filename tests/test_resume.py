@@ -326,6 +326,12 @@ def test_a_callback_with_a_state_that_is_new_in_a_resumed_run(run):
     assert [state["attributes"]["steps"] for state in several.state.stateful_callbacks["Counter"]] == [4, 9]
 
 
+def test_arguments_alone_do_not_resume(run, caplog):
+    """BUG: a script that set `resume_from_checkpoint` in the arguments only trained from the start, and nothing said so."""
+    trainer(run, resume_from_checkpoint="latest").train()
+    assert "this training does not resume: resume_from_checkpoint of the arguments is only for your script" in caplog.text
+
+
 def test_a_schedule_that_cycles_the_momentum_goes_on_exactly(tmp_path):
     """BUG: the first step of the resumed run had the momentum of the first step of all."""
     runs = []
