@@ -45,6 +45,8 @@ FOREIGN = {
     "getattr(getattr(backbone, 'pooler', None), 'dense', None)": "many architectures have no such pooler",
     "hasattr(getattr(self.base, 'pooler', None), 'dense')": "the same",
     "getattr(backbone.config, 'hidden_size', None)": "some configurations call it otherwise",
+    "getattr(optimizer, 'optimizer', optimizer)": "accelerate wraps an optimizer, but not before the training",
+    "getattr(trainer.optimizer, 'optimizer', trainer.optimizer)": "the same",
 }
 
 

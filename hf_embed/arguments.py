@@ -160,3 +160,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
     def to_dict(self) -> dict:
         """Return the settings for logs (TensorBoard, wandb and the like), without tokens."""
         return super(ContrastiveTrainingArguments, without_secrets(self)).to_dict()
+
+
+# The settings that are read once, when a trainer is made. All others are read in each training.
+_READ_EACH_TIME = {field.name for field in dataclasses.fields(TrainingArguments)} - {"per_device_eval_batch_size"}
+_READ_EACH_TIME |= {"chunk_tokens", "gradient_caching", "allow_changed"}
+READ_ONCE = [field.name for field in dataclasses.fields(ContrastiveTrainingArguments) if field.name not in _READ_EACH_TIME]

@@ -29,6 +29,7 @@ from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
     first_step,
     keep_counts,
+    run_folder,
     save_optimization,
     save_without_push,
     set_base_rates,
@@ -58,6 +59,7 @@ class CheckpointTrainer(HubTrainer):
     """The part of `ContrastiveTrainer` that writes checkpoints and resumes from them."""
 
     args: ContrastiveTrainingArguments
+    check_unchanged: Callable[[], None]  # see `GuardedTrainer`
     facts: resume.Facts  # the description of this run; set when the training begins
 
     def train(
@@ -81,6 +83,12 @@ class CheckpointTrainer(HubTrainer):
         """
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
+        self.check_unchanged()
+        if resume_from_checkpoint is None and self.args.resume_from_checkpoint and self.is_world_process_zero():
+            logger.warning(
+                "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
+                "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
+            )
         self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
         resume.check_ranks_alike(gather_objects(self.facts))
         checkpoint = None
@@ -152,7 +160,7 @@ class CheckpointTrainer(HubTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under a temporary name, seal it after all ranks have written, and rename it to its final name."""
-        args, state, run_dir = self.args, self.state, Path(str(self.args.output_dir))
+        args, state, run_dir = self.args, self.state, Path(run_folder(self, trial))
         self.store_flos()
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         aside = run_dir / f"{whole.ASIDE}{state.global_step}"
@@ -217,6 +225,9 @@ class CheckpointTrainer(HubTrainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
+        if trial is not None:  # the trial has set some of the arguments
+            self.check_unchanged()
+            self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
         with without_messages(("transformers.trainer", "transformers.trainer_utils"), REPLACED_MESSAGES):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -249,7 +260,7 @@ class CheckpointTrainer(HubTrainer):
             self._settle_best(Path(self.state.best_model_checkpoint))
         best = self.state.best_model_checkpoint
         if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
-            for path in whole.checkpoints_in(Path(str(self.args.output_dir))):
+            for path in whole.checkpoints_in(Path(run_folder(self, trial))):
                 if not path.samefile(best):  # Trainer would remove it file by file, which could leave a damaged checkpoint
                     safe_files.remove_folder(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
@@ -295,8 +306,10 @@ class CheckpointTrainer(HubTrainer):
             raise unreadable(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME], error) from error
         check_shapes(checkpoint, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
         loaded = [group["lr"] for group in optimizer.param_groups]
-        for group, given, rate in zip(optimizer.param_groups, settings, loaded):
-            group.update(given | {"lr": rate})
+        cycled = ("momentum", "betas") if getattr(scheduler, "cycle_momentum", False) else ()  # the schedule sets them too
+        moved = [{name: group[name] for name in cycled if name in group} for group in optimizer.param_groups]
+        for group, given, rate, momentum in zip(optimizer.param_groups, settings, loaded, moved):
+            group.update(given | {"lr": rate} | momentum)
         if isinstance(scheduler, LambdaLR):
             set_base_rates(scheduler, rates)
         elif schedule:

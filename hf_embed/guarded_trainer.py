@@ -1,35 +1,48 @@
 """A Trainer that handles signals, lost ranks, NaN or infinite gradients, and full GPU memory during a training."""
 
+import copy
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import EarlyStoppingCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_embed.activations import AS_NEEDED, Activations, check_caching
-from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
 from hf_embed.disk import disk_errors
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
-from hf_embed.library_internals import first_step, save_checkpoint
+from hf_embed.library_internals import first_step, run_folder, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
+from hf_embed.trainer_inputs import refuse_uncalled
+from hf_embed.trainer_rows import own_tasks
+from hf_embed.trainer_settings import check_batch, check_reader, check_settings
 from hf_embed.training_record import ends_training
 from hf_embed.watch import Watch
 
+if TYPE_CHECKING:
+    from hf_embed.trainer import ContrastiveTrainer
+
 logger = logging.getLogger(__name__)
+
+# The settings with which Trainer makes an optimizer.
+OF_OPTIMIZER = (
+    "optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"
+)  # fmt: skip
 
 
 class GuardedTrainer(CheckpointTrainer):
@@ -41,18 +54,71 @@ class GuardedTrainer(CheckpointTrainer):
     fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
 
     def __init__(self, *args: Any, **kwargs: Any):
+        refuse_uncalled(type(self))
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([])
         self.activations = Activations()
         self.losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
         super().__init__(*args, **kwargs)
+        self.made_with, self.made_of = self._read_once(), self._parts()
+        self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
         self.check_caching()
         self.add_callback(self.stop_requests)
         # `enable_jit_checkpoint` adds this callback. It would end the run with exit status 0, so it is removed.
         if jit := self.pop_callback(JITCheckpointCallback):
             jit.on_train_end(self.args, self.state, self.control)  # restores the earlier signal handler
+
+    # ---- what may not change after the trainer was made ----
+
+    def _read_once(self) -> dict[str, Any]:
+        """Return the settings that are read only when a trainer is made."""
+        return {name: copy.deepcopy(getattr(self.args, name)) for name in READ_ONCE}
+
+    def _parts(self) -> dict[str, Any]:
+        """Return the attributes that cannot be replaced, because others were made from them."""
+        return {name: getattr(self, name) for name in ("train_dataset", "data_collator", "main_objective")}
+
+    def check_read(self) -> None:
+        """Raise InputError if a setting was changed after the trainer was made, and the change would have no effect."""
+        for name, now in self._read_once().items():
+            if now != self.made_with[name]:
+                raise InputError(
+                    f"{name} was {self.made_with[name]!r} when the trainer was made and is now {now!r}, which would have no "
+                    "effect; make a new ContrastiveTrainer with it (hyperparameter_search cannot search it)"
+                )
+
+    def check_unchanged(self) -> None:
+        """Check, before a training, what a script may have changed since the trainer was made.
+
+        Raises:
+            InputError: if a change would have no effect, or if the settings or the callbacks are wrong now.
+        """
+        trainer = cast("ContrastiveTrainer", self)
+        changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
+        if trainer.model_init is None and not trainer.sharded and trainer.model is not trainer.step:
+            changed.append("model")
+        if changed:
+            raise InputError(f"{changed[0]} was replaced after the trainer was made; make a new ContrastiveTrainer with it")
+        self._renew_optimizer(trainer.step)
+        check_settings(self.args, own_tasks(trainer))
+        check_batch(self.args)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                check_reader(self.args, type(callback).__name__)
+
+    def _renew_optimizer(self, step: nn.Module) -> None:
+        """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
+
+        An optimizer that the user gave stays.
+        """
+        now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
+        now["weights"] = [name for name, parameter in step.named_parameters() if parameter.requires_grad]
+        if self.optimizer_of is not None and self.optimizer_of != now:
+            self.optimizer = None
+        if self.optimizer_of is not None or self.optimizer is None:
+            self.optimizer_of = now
 
     # ---- signals and ranks ----
 
@@ -121,7 +187,7 @@ class GuardedTrainer(CheckpointTrainer):
         requests, step, checkpoint = self.stop_requests, self.state.global_step, None
         self.stopping = True
         if requests.saves:
-            checkpoint = str(Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
+            checkpoint = str(Path(run_folder(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
             if requests.saved_step != step:
                 self.watch.check(self.args, self.state, model, of_weights=True)
                 save_checkpoint(self, model, trial)

@@ -46,6 +46,15 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_prepare_input": ("data",),
 }
 # fmt: on
+# Methods of `Trainer` that `ContrastiveTrainer` never calls, and what a subclass can define in their place.
+NOT_CALLED = {
+    "_get_train_sampler": "get_train_dataloader",
+    "_get_eval_sampler": "evaluate",
+    "get_eval_dataloader": "evaluate",
+    "get_test_dataloader": "predict",
+    "prediction_step": "evaluate",
+    "evaluation_loop": "evaluate",
+}
 # Entries of the state of a learning-rate schedule that reads a metric. The other entries are its settings.
 COUNTED = (
     "best",
@@ -131,6 +140,11 @@ def train_batch_size(trainer: "Trainer") -> int:
 def first_step(trainer: "Trainer") -> int:
     """Return the step from which the last training was resumed, or 0 if it was not resumed."""
     return trainer._initial_global_step
+
+
+def run_folder(trainer: "Trainer", trial: Any) -> str:
+    """Return the folder of a training's checkpoints: a folder for each trial of a search, or the output folder."""
+    return trainer._get_output_dir(trial)
 
 
 def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":
@@ -227,6 +241,13 @@ def has_gradient_hook(tensor: Tensor) -> bool:
 def uncompiled(model: nn.Module) -> nn.Module | None:
     """Return the model that `torch.compile` was given; None if `model` is not compiled."""
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None
+
+
+def compile_modes() -> list[str]:
+    """Return the modes of `torch.compile`."""
+    import torch._inductor  # takes a second
+
+    return list(torch._inductor.list_mode_options())
 
 
 def set_group_timeout(timeout: timedelta) -> None:

@@ -172,7 +172,10 @@ class TrainingStep(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Turn on activation checkpointing, which recomputes each layer in the backward pass (--activation_checkpointing)."""
-        self.encoder.backbone.activation_checkpointing_enable(**kwargs)
+        try:
+            self.encoder.backbone.activation_checkpointing_enable(**kwargs)
+        except ValueError as error:
+            raise InputError(f"{str(error).rstrip('.')}; use gradient_caching, which works for every model") from error
 
 
 def bounded_temperature(log_temperature: Tensor) -> Tensor:

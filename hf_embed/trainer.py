@@ -86,8 +86,7 @@ class ContrastiveTrainer(GuardedTrainer):
             - a dict from names to these.
         processing_class: the tokenizer, or its name. An `Encoder` and a model that is given by name have their own.
         callbacks, optimizers: as for `Trainer`.
-        model_init: a function that returns the model, in place of `model`. Each training starts from a new model, as
-            `hyperparameter_search` needs it.
+        model_init: a function that returns a new model for each training, for `hyperparameter_search`, in place of `model`.
         compute_metrics: a function of an `EvalPrediction` with the cosines (`predictions`) and the scores (`label_ids`) of the
             pairs of an STS set. The metrics that it returns are logged as `eval_NAME_METRIC`.
 
@@ -130,7 +129,7 @@ class ContrastiveTrainer(GuardedTrainer):
         args = inputs.as_arguments(args, tasks)
         check_settings(args, tasks)
         self.main_objective = inputs.checked_objective(objective)
-        optimizers = inputs.checked_optimizers(optimizers)
+        optimizers = inputs.checked_optimizers(optimizers, args)
         model = inputs.first_model(model, model_init, optimizers)
         self.tokenizer_of_models = processing_class
         rows = inputs.as_train_data(train_dataset, train_name)
@@ -167,6 +166,7 @@ class ContrastiveTrainer(GuardedTrainer):
         self.unsharded = without_weights(self.encoder.backbone) if adapted else None  # adapters are merged into a copy of it
         check_kernel(self.encoder.backbone, args.device)
         self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
+        self.compute_metrics = cast(Any, compute_metrics)
         self.temperature: Tensor | None = None  # the learned temperature at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
@@ -282,7 +282,7 @@ class ContrastiveTrainer(GuardedTrainer):
         Raises:
             InputError: if there is no evaluation set, or none with the given name, or no metric `metric_for_best_model`.
         """
-        tasks = trainer_rows.choose_tasks(self.eval_dataset, eval_dataset, self.step, self.args, self.main_objective)
+        tasks = trainer_rows.choose_tasks(self, eval_dataset)
         memory = memory_tracker(self)
         memory.start()
         self.model.eval()

@@ -12,7 +12,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.optimization import GreedyLR
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder, load_tokenizer
@@ -27,11 +29,12 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import COLUMNS, STS, check_sts
 from hf_embed.evaluation.tasks import Task
-from hf_embed.library_internals import uncompiled
+from hf_embed.library_internals import NOT_CALLED, uncompiled
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
 from hf_embed.step import TrainingStep, reset_dense
+from hf_embed.trainer_settings import check_reader
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +71,14 @@ def with_metrics(
         return tasks
     if not callable(compute_metrics):
         raise InputError(f"compute_metrics is {described(compute_metrics)}; give a function")
-    if not any(isinstance(task, STS) for task in tasks.values()):
+    sets = {name: task for name, task in tasks.items() if isinstance(task, STS)}
+    if not sets:
         raise InputError(
             "compute_metrics gets the cosines and the scores of the pairs of an STS set, and eval_dataset has none; add an STS "
             "set, or remove compute_metrics"
         )
-    return {
-        name: replace(task, compute_metrics=compute_metrics) if isinstance(task, STS) else task for name, task in tasks.items()
-    }
+    others = {name: task for name, task in sets.items() if task.compute_metrics != compute_metrics}
+    return tasks | {name: replace(task, compute_metrics=compute_metrics) for name, task in others.items()}
 
 
 def first_model(model: Model | None, model_init: Callable[..., Model] | None, optimizers: tuple[Any, Any]) -> Model | None:
@@ -110,6 +113,15 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'{hint}")
+
+
+def refuse_uncalled(kind: type) -> None:
+    """Raise InputError if a subclass of `ContrastiveTrainer` defines a method of `Trainer` that would never be called."""
+    for name, mend in NOT_CALLED.items():
+        if not getattr(kind, name).__module__.startswith(("transformers.", "hf_embed.")):
+            raise InputError(
+                f"{kind.__name__} defines {name}, which ContrastiveTrainer never calls; define {mend} in its place"
+            )
 
 
 # ---- args, objective, callbacks, optimizers ----
@@ -179,8 +191,12 @@ def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
     return cast(list[TrainerCallback], given)
 
 
-def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None, Any]:
-    """Return the optimizer and the learning-rate schedule. Raises InputError if they are not such a pair."""
+def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[torch.optim.Optimizer | None, Any]:
+    """Return the optimizer and the learning-rate schedule.
+
+    Raises:
+        InputError: if they are not such a pair, or if the schedule reads a metric that it does not get.
+    """
     pair = tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
     if len(pair) != 2:
         raise InputError(
@@ -191,6 +207,14 @@ def checked_optimizers(optimizers: object) -> tuple[torch.optim.Optimizer | None
         raise InputError(f"optimizers: {described(pair[0])} is not an optimizer; give an object of torch.optim, or None")
     if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
         raise InputError(f"optimizers: {described(pair[1])} is not a learning-rate schedule; give one of torch.optim, or None")
+    if isinstance(pair[1], ReduceLROnPlateau | GreedyLR):
+        kind, wanted = f"optimizers: {type(pair[1]).__name__}", "max" if args.greater_is_better else "min"
+        check_reader(args, kind)
+        if pair[1].mode != wanted:
+            raise InputError(
+                f"{kind} has mode={pair[1].mode!r}, but {args.metric_for_best_model} is best at its {wanted}imum; give "
+                f"mode={wanted!r}"
+            )
     return cast(tuple[torch.optim.Optimizer | None, Any], pair)
 
 

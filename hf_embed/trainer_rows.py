@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset
@@ -19,41 +19,51 @@ from hf_embed.data.sources import plain_rows, rows_of_texts
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
+from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Embed, Task, embed_on_all_ranks
 from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep
 from hf_embed.teacher import teacher_of, with_teacher
-from hf_embed.trainer_inputs import EvalSets, as_tasks, stored_rows
+from hf_embed.trainer_inputs import EvalSets, as_tasks, stored_rows, with_metrics
 from hf_embed.trainer_settings import check_batch, check_training
+
+if TYPE_CHECKING:
+    from hf_embed.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def choose_tasks(
-    own: Mapping[str, Task] | None,
-    sets: EvalSets | str | None,
-    step: TrainingStep,
-    args: ContrastiveTrainingArguments,
-    objective: Objective,
-) -> dict[str, Task]:
+def own_tasks(trainer: "ContrastiveTrainer") -> dict[str, Task]:
+    """Return the evaluation sets of a trainer. Make them anew if a script has replaced `eval_dataset` or `compute_metrics`."""
+    trainer.check_read()
+    tasks = tasks_of(trainer, trainer.eval_dataset)
+    trainer.eval_dataset = tasks or None
+    return tasks
+
+
+def tasks_of(trainer: "ContrastiveTrainer", sets: EvalSets | None) -> dict[str, Task]:
+    """Return evaluation sets by name, as the trainer scores them. Sets that are ready stay as they are."""
+    tasks = make_held_out(as_tasks(sets), trainer.step, trainer.args, trainer.main_objective)
+    has_pairs = any(isinstance(task, STS) for task in tasks.values())
+    return with_metrics(tasks, trainer.compute_metrics) if has_pairs else tasks
+
+
+def choose_tasks(trainer: "ContrastiveTrainer", sets: EvalSets | str | None) -> dict[str, Task]:
     """Return the tasks to evaluate.
 
     Args:
-        own: the trainer's own tasks.
+        trainer: the trainer that evaluates them.
         sets: None for all of the trainer's own tasks, the name of one of them, or other evaluation sets to use instead.
-        step: the module that is trained.
-        args: the settings of the training.
-        objective: computes the loss of held-out rows.
 
     Raises:
         InputError: if there is no task, or none with that name.
     """
+    tasks = own_tasks(trainer) if sets is None or isinstance(sets, str) else tasks_of(trainer, sets)
     if isinstance(sets, str):
-        if sets not in (own or {}):
-            raise InputError(f"evaluate: there is no evaluation set '{sets}'; available: {', '.join(own or ['none'])}")
-        return {sets: cast(Mapping, own)[sets]}
-    tasks = dict(own or {}) if sets is None else make_held_out(as_tasks(sets), step, args, objective)
+        if sets not in tasks:
+            raise InputError(f"evaluate: there is no evaluation set '{sets}'; available: {', '.join(tasks or ['none'])}")
+        return {sets: tasks[sets]}
     if not tasks:
         raise InputError(
             "evaluation needs an eval_dataset, with the columns sentence1, sentence2 and score, or with anchor and positive"

@@ -13,6 +13,7 @@ import os
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -25,7 +26,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
-from hf_embed.library_internals import use_one_gpu
+from hf_embed.library_internals import compile_modes, use_one_gpu
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ OTHERS = {
     "batch_sampler": "remove it: a text that occurs twice in a batch is not used as a negative of itself",
     "multi_dataset_batch_sampler": "remove it: ContrastiveTrainingArguments(source_alpha=) sets how often a source is drawn",
 }
+
+# The keys of `activation_checkpointing_kwargs`: of transformers, and of `torch.utils.checkpoint.checkpoint`.
+RECOMPUTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}
+RECOMPUTING |= {"early_stop"}
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning-rate schedules that read the evaluation metric
 NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that need the model, so Trainer checks them later
@@ -163,8 +168,36 @@ def check_after(args: TrainingArguments) -> None:
         raise InputError("save_strategy is best, but eval_strategy is no, so nothing would be saved; set eval_strategy")
     if not args.dataloader_in_order and args.world_size > 1:
         raise InputError("dataloader_in_order is False, so processes could train on different batches in a step; remove it")
+    check_recomputing(args)
+    check_compiling(args)
     check_optimizer(args)
     check_schedule(args)
+
+
+def check_recomputing(args: TrainingArguments) -> None:
+    """Raise InputError if `activation_checkpointing_kwargs` has no effect, or holds what the first step would refuse."""
+    given: Any = args.activation_checkpointing_kwargs or {}
+    name = "activation_checkpointing_kwargs"
+    if not isinstance(given, dict):
+        raise InputError(f"{name} is {given!r}; give a dict, for example {{'every_n_layers': 2}}")
+    if given and not args.activation_checkpointing:
+        raise InputError(f"{name} is {given!r}, but activation_checkpointing is False; set it to True")
+    if unknown := set(given) - RECOMPUTING:
+        raise InputError(f"{name}: unknown key {min(map(str, unknown))}; the keys are {', '.join(sorted(RECOMPUTING))}")
+    if (every := given.get("every_n_layers", 1)) not in COUNT:
+        raise out_of_range(f"{name}: every_n_layers", every, COUNT)
+    if given.get("offload") and args.device.type == "cpu":
+        raise InputError(f"{name}: offload moves activations from a GPU to the CPU, but the model is on the CPU; remove it")
+
+
+def check_compiling(args: TrainingArguments) -> None:
+    """Raise InputError if the backend or the mode of `torch_compile` is unknown."""
+    backends = [backend.lower() for backend in DynamoBackend.__members__]
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    if backend is not None and backend.lower() not in backends:
+        raise InputError(f"torch_compile_backend is {backend!r}; it must be one of {', '.join(backends)}")
+    if mode is not None and mode not in (modes := compile_modes()):
+        raise InputError(f"torch_compile_mode is {mode!r}; it must be one of {', '.join(modes)}")
 
 
 def check_optimizer(args: TrainingArguments) -> None:
@@ -285,6 +318,13 @@ def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     ):
         if wanted and not tasks:
             raise InputError(f"{what}, but there is no evaluation set; give one, or remove this setting")
+
+
+def check_reader(args: TrainingArguments, reader: str) -> None:
+    """Raise InputError if something that reads the evaluation metric, a callback or a schedule, would never read one."""
+    missing = "eval_strategy" if args.eval_strategy == "no" else "metric_for_best_model"
+    if args.eval_strategy == "no" or args.metric_for_best_model is None:
+        raise InputError(f"{reader} reads the evaluation metric, but there is none; set {missing}")
 
 
 def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:

@@ -14,6 +14,7 @@ In these cases DDP has to search for unused parameters itself in every step: `dd
 
 import logging
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PretrainedConfig, TrainingArguments
@@ -24,6 +25,9 @@ from hf_embed.forward_check import touched
 
 logger = logging.getLogger(__name__)
 
+# The parameters that were frozen here, by name. Another training of the same model may use them.
+FROZEN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
 
 def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
     """Freeze the backbone's parameters that no embedding depends on, or let DDP find those that a batch does not use.
@@ -32,6 +36,10 @@ def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
     do not change. Weights that are not in memory yet, or only in part (FSDP with `cpu_ram_efficient_loading`, ZeRO-3), are not
     examined, because sharded training does not wait for missing gradients.
     """
+    frozen = FROZEN.pop(encoder.backbone, [])
+    for name, parameter in encoder.backbone.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(True)
     trainable = {name: p for name, p in encoder.backbone.named_parameters() if p.requires_grad}
     sharded = any(p.is_meta or hasattr(p, "ds_id") for p in encoder.backbone.parameters())
     if any(gather_objects(sharded)) or not trainable:
@@ -44,6 +52,7 @@ def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
     never = [name for name in unused if name not in sometimes]
     for name in never:
         trainable[name].requires_grad_(False)
+    FROZEN[encoder.backbone] = never
     if never:
         numbers = sum(trainable[name].numel() for name in never)
         logger.info(f"{len(never)} parameters ({numbers:,} numbers) do not affect the embedding and are frozen: {some(never)}")

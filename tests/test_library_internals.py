@@ -7,6 +7,7 @@ import argparse
 import ast
 import concurrent.futures
 import inspect
+import types
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import MODEL_MAPPING, AutoModel, BertConfig, BertModel, Trainer, TrainingArguments
 from transformers.optimization import GreedyLR
-from transformers.trainer_utils import TrainerMemoryTracker
+from transformers.trainer_utils import HPSearchBackend, TrainerMemoryTracker
 
 from hf_embed import ContrastiveTrainer
 from hf_embed import library_internals as internals
@@ -228,6 +229,22 @@ def test_save_checkpoint(tmp_path):
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
         path.name for path in (tmp_path / "checkpoint-3").iterdir()
     }
+
+
+def test_compile_modes():
+    assert {"default", "reduce-overhead", "max-autotune"} <= set(internals.compile_modes())
+
+
+def test_methods_that_are_never_called_exist():
+    for name, mend in internals.NOT_CALLED.items():
+        assert callable(getattr(Trainer, name)) and callable(getattr(Trainer, mend))
+
+
+def test_run_folder(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    assert internals.run_folder(trainer, None) == str(tmp_path)
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    assert internals.run_folder(trainer, types.SimpleNamespace(number=3)) == str(tmp_path / "run-3")
 
 
 def test_push_in_progress():

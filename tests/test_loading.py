@@ -240,6 +240,56 @@ def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_tra
     assert message.startswith("Other could not be loaded after it is saved, because AutoModel would make BertModel")
 
 
+def with_shared_layer():
+    model = tiny_model("bert")
+    model.encoder.layer[2] = model.encoder.layer[1]
+    return model
+
+
+def with_fewer_layers():
+    model = tiny_model("bert")
+    model.encoder.layer = model.encoder.layer[:2]
+    return model
+
+
+def with_another_layer():
+    model = tiny_model("bert")
+    model.projection = torch.nn.Linear(32, 8)
+    return model
+
+
+def with_wider_layer():
+    model = tiny_model("bert")
+    model.encoder.layer[0].intermediate.dense = torch.nn.Linear(32, 65)
+    model.encoder.layer[0].output.dense = torch.nn.Linear(65, 32)
+    return model
+
+
+def with_replicated_layers():
+    config = LoraConfig(target_modules=["query"], layer_replication=[[0, 2], [1, 3]])
+    return get_peft_model(tiny_model("bert"), config)
+
+
+@pytest.mark.parametrize(
+    "make, problem",
+    [
+        (with_fewer_layers, "its configuration is of a model with 'encoder.layer.2.attention.self.query.weight'"),
+        (with_another_layer, "its configuration is of a model without 'projection.weight'"),
+        (with_wider_layer, "a model with another shape of 'encoder.layer.0.intermediate.dense.weight'"),
+        (with_shared_layer, "layers share weights that its class keeps apart"),
+        (with_replicated_layers, "layers share weights that its class keeps apart"),
+    ],
+)
+def test_layers_that_were_changed_in_python_are_refused_before_the_training(tmp_path, make, problem):
+    """BUG: the run trained to its end, and then the model could not be saved."""
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, make(), args, processing_class=quickstart_tokenizer())
+    assert message.startswith("BertModel could not be loaded after it is saved: ") and problem in message
+    fewer = with_fewer_layers()
+    fewer.config.num_hidden_layers = 2
+    ContrastiveTrainer(fewer, args, processing_class=quickstart_tokenizer())
+
+
 # ---- texts without a token ----
 
 

@@ -175,6 +175,15 @@ def test_nothing_else_is_touched():
     }
 
 
+def test_a_later_training_may_use_what_an_earlier_one_froze():
+    """BUG: the pooler of a model that was first trained with mean pooling was not trained with the pooling cls_mlp."""
+    model, args = tiny_model(), ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
+    model.embeddings.requires_grad_(False)
+    for pooling, still in (("mean", ("embeddings", "pooler")), ("cls_mlp", "embeddings"), ("cls", ("embeddings", "pooler"))):
+        settle_unused(Encoder(model, quickstart_tokenizer(), pooling), args)
+        assert all(parameter.requires_grad != name.startswith(still) for name, parameter in model.named_parameters())
+
+
 def test_weights_that_are_not_in_memory_are_not_looked_at():
     """Under FSDP, all ranks except the first have such weights."""
     with torch.device("meta"):

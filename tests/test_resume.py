@@ -27,11 +27,13 @@ from hf_embed.evaluation.tasks import EvaluationTask
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seed": 3, "per_device_train_batch_size": 3}
 
 
-def trainer(folder, model=None, rows=ROWS, objective=None, eval_dataset=None, callbacks=None, **settings):
+def trainer(
+    folder, model=None, rows=ROWS, objective=None, eval_dataset=None, callbacks=None, optimizers=(None, None), **settings
+):
     return ContrastiveTrainer(
         model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **SAVING | settings),
         objective=objective, train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        eval_dataset=eval_dataset, callbacks=callbacks,
+        eval_dataset=eval_dataset, callbacks=callbacks, optimizers=optimizers,
     )  # fmt: skip
 
 
@@ -322,6 +324,25 @@ def test_a_callback_with_a_state_that_is_new_in_a_resumed_run(run):
     several = trainer(run, callbacks=[Counter(), Counter(5)], max_steps=8, save_steps=1)
     several.train(True)
     assert [state["attributes"]["steps"] for state in several.state.stateful_callbacks["Counter"]] == [4, 9]
+
+
+def test_arguments_alone_do_not_resume(run, caplog):
+    """BUG: a script that set `resume_from_checkpoint` in the arguments only trained from the start, and nothing said so."""
+    trainer(run, resume_from_checkpoint="latest").train()
+    assert "this training does not resume: resume_from_checkpoint of the arguments is only for your script" in caplog.text
+
+
+def test_a_schedule_that_cycles_the_momentum_goes_on_exactly(tmp_path):
+    """BUG: the first step of the resumed run had the momentum of the first step of all."""
+    runs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = tiny_model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=4)
+        made = trainer(tmp_path, model, optimizers=(optimizer, schedule))
+        made.train(checkpoint)
+        runs.append(weights(made))
+    assert same(*runs)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """Test what a user of Trainer expects beside training: model_init, a hyperparameter search, compute_metrics, predict."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from scipy.stats import pearsonr
-from transformers import AutoModel
+from transformers import AutoModel, EarlyStoppingCallback
 from worker import NO_DROPOUT
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
@@ -95,6 +98,99 @@ def test_hyperparameter_search(tmp_path):
     made.train()  # the trainer still has its objective
 
 
+def search(made, space) -> object:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return made.hyperparameter_search(
+        space, lambda metrics: metrics["eval_spearman"], n_trials=2, direction="maximize", backend="optuna",
+        sampler=optuna.samplers.BruteForceSampler(seed=0),
+    )  # fmt: skip
+
+
+def test_each_trial_keeps_its_checkpoints(tmp_path):
+    """BUG: all trials wrote to the same folders, and each checkpoint told the learning rate of the trial before."""
+    made = trainer(tmp_path, model_init=new_model, settings={"save_strategy": "steps", "save_steps": 2})
+    best = search(made, lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-6, 3e-2])})
+    assert {path.name for path in (tmp_path / "out").glob("*")} == {"run-0", "run-1"}
+    folder = tmp_path / "out" / f"run-{best.run_id}" / "checkpoint-2"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["run"]["settings"]["learning_rate"] == best.hyperparameters["learning_rate"]
+    single = trainer(tmp_path, model_init=new_model, settings=best.hyperparameters)
+    single.train()
+    assert np.array_equal(Encoder.from_pretrained(str(folder)).encode(WORDS), single.encoder.encode(WORDS))
+
+
+@pytest.mark.parametrize(
+    "name, value, problem",
+    [
+        ("pooling", "cls", "pooling was 'mean' when the trainer was made and is now 'cls', which would have no effect"),
+        ("max_length", 5, "max_length was None when the trainer was made and is now 5"),
+        ("per_device_eval_batch_size", 5, "per_device_eval_batch_size was 8 when the trainer was made and is now 5"),
+        ("per_device_train_batch_size", 1, "a batch of one row has no negatives"),
+        ("learning_rate", -1.0, "learning_rate is -1.0; it must be at least 0"),
+    ],
+)
+def test_settings_that_are_changed_later_count_or_are_refused(tmp_path, name, value, problem):
+    """BUG: a search over poolings trained each trial with the pooling of the trial before."""
+    made = trainer(tmp_path, model_init=new_model, settings={"pooling": "mean"})
+    assert problem in error_of(search, made, lambda trial: {name: trial.suggest_categorical(name, [value])})
+    made = trainer(tmp_path)
+    setattr(made.args, name, value)
+    assert problem.replace("'mean'", "None") in error_of(made.train)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "data_collator", "main_objective", "model"])
+def test_parts_that_are_replaced_later_are_refused(tmp_path, name):
+    """BUG: another model or objective was not trained, and other rows ended in a KeyError."""
+    made = trainer(tmp_path)
+    setattr(made, name, {"train_dataset": PAIRS, "model": new_model(), "main_objective": SimCSE(0.5)}.get(name, list))
+    assert f"{name} was replaced after the trainer was made" in error_of(made.train)
+
+
+def test_a_second_training_takes_the_present_settings_and_weights(tmp_path):
+    """BUG: it had the learning rate of the first one, and left weights alone that were frozen then, as a plain Trainer does."""
+    made = trainer(tmp_path, settings={"learning_rate": 1e-2, "lr_scheduler_type": "constant"})
+    first, second = made.encoder.backbone.encoder.layer[:2]
+    first.requires_grad_(False)
+    made.train()
+    made.train()
+    assert {int(state["step"]) for state in made.optimizer.state.values()} == {4}  # nothing has changed, so it goes on
+    first.requires_grad_(True)
+    before = copy.deepcopy(first.state_dict())
+    made.train()
+    assert all(not torch.equal(before[name], tensor) for name, tensor in first.state_dict().items() if "key.bias" not in name)
+    made.args.learning_rate, before = 1e-4, copy.deepcopy(second.state_dict())
+    made.train()
+    moved = max((before[name] - tensor).abs().max() for name, tensor in second.state_dict().items())
+    assert 0 < moved < 1e-3
+    given = torch.optim.SGD(made.model.parameters(), 0.1)
+    made = trainer(tmp_path, model=made.step, optimizers=(given, None))
+    made.train()
+    made.args.weight_decay = 0.1
+    made.train()
+    assert getattr(made.optimizer, "optimizer", made.optimizer) is given
+
+
+def test_evaluation_sets_and_metrics_may_be_replaced(tmp_path):
+    """BUG: other sets in `eval_dataset` ended in an AttributeError."""
+    made = trainer(tmp_path, settings={"eval_strategy": "steps", "eval_steps": 1})
+    made.eval_dataset, made.compute_metrics = {"other": GRADED, "held": PAIRS}, pearson
+    made.train()
+    assert {"eval_other_pearson", "eval_other_spearman", "eval_held_loss"} <= made.state.log_history[-2].keys()
+    assert made.evaluate("other")["eval_other_pearson"] == made.evaluate()["eval_pearson"]
+
+
+@pytest.mark.parametrize(
+    "settings, missing", [({"metric_for_best_model": "spearman"}, "eval_strategy"),
+                          ({"eval_strategy": "epoch"}, "metric_for_best_model")]
+)  # fmt: skip
+def test_early_stopping_without_a_metric(tmp_path, settings, missing):
+    """BUG: this was an AssertionError."""
+    made = trainer(tmp_path, callbacks=[EarlyStoppingCallback()], settings=settings)
+    expected = f"EarlyStoppingCallback reads the evaluation metric, but there is none; set {missing}"
+    assert error_of(made.train) == expected
+
+
 # ---- compute_metrics ----
 
 
@@ -108,6 +204,9 @@ def test_compute_metrics_gets_cosines_and_scores(tmp_path):
     first, second = (made.encoder.encode(GRADED[side][:], normalize=True) for side in ("sentence1", "sentence2"))
     expected = 100 * pearsonr((first * second).sum(1), GRADED["score"][:]).statistic
     assert metrics["eval_dev_pearson"] == metrics["eval_pearson"] == pytest.approx(expected, abs=1e-3)
+    # BUG: it was not called for sets that were given to `evaluate`.
+    assert made.evaluate({"later": GRADED})["eval_later_pearson"] == metrics["eval_pearson"]
+    assert made.evaluate({"held": PAIRS}).keys() >= {"eval_held_loss"}
 
 
 def test_a_metric_of_compute_metrics_chooses_the_model(tmp_path):
@@ -175,6 +274,21 @@ def test_evaluation_sets_have_no_dataloader(tmp_path, name, sets):
     """BUG: the error was about columns and the signature of `forward`."""
     expected = "an evaluation set has no dataloader; trainer.evaluate scores sets, trainer.predict embeds texts"
     assert error_of(getattr(trainer(tmp_path), name), *sets) == expected
+
+
+@pytest.mark.parametrize("name", ["_get_train_sampler", "evaluation_loop"])
+def test_methods_that_are_never_called_are_refused(tmp_path, name):
+    """BUG: a subclass with its own order of the rows, or its own evaluation loop, was ignored."""
+
+    def define(self, *args):
+        return None
+
+    args = ContrastiveTrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    kind = type("Mine", (ContrastiveTrainer,), {name: define})
+    message = error_of(kind, tiny_model(), args, processing_class=quickstart_tokenizer())
+    assert message.startswith(f"Mine defines {name}, which ContrastiveTrainer never calls; define ")
+    kind = type("Mine", (ContrastiveTrainer,), {"evaluate": define, "get_train_dataloader": define})
+    kind(tiny_model(), args, processing_class=quickstart_tokenizer())
 
 
 # ---- predict ----

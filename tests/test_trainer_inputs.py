@@ -46,6 +46,7 @@ KINDS = {
     "DataFrame of pandas' own texts": lambda: frame().astype("string"),
     "DataFrame of categories": lambda: frame().astype("category"),
     "list of tuples": lambda: [tuple(row.values()) for row in ROWS],
+    "Dataset in another order": lambda: Dataset.from_list(ROWS[::-1]).select(range(len(ROWS) - 1, -1, -1)),
     "list of lists": lambda: [list(row.values()) for row in ROWS],
 }
 
@@ -213,6 +214,11 @@ def saved(folder) -> SentenceTransformer:
     return SentenceTransformer(str(folder / "st"), device="cpu")
 
 
+def plateau() -> tuple:
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
 @pytest.mark.parametrize(
     "given, parts",
     [
@@ -244,6 +250,7 @@ def saved(folder) -> SentenceTransformer:
         ({"optimizers": (None, None, None)}, ["optimizers is a tuple"]),
         ({"optimizers": ("adamw", None)}, ["a str is not an optimizer"]),
         ({"optimizers": (None, "linear")}, ["a str is not a learning-rate schedule"]),
+        ({"optimizers": plateau()}, ["ReduceLROnPlateau reads the evaluation metric, but there is none; set eval_strategy"]),
     ],
     ids=lambda given: ",".join(f"{key}={value}"[:30] for key, value in given.items()) if isinstance(given, dict) else "",
 )  # fmt: skip

@@ -117,6 +117,11 @@ def check_names(folder: Path, repo: str) -> None:
     if not has_model(folder):
         raise InputError(f"{folder} holds no model (config.json and model.safetensors); give the folder of a finished run")
     Files(str(folder)).weight_files()  # which raises an error if a shard is missing
+    check_repository(repo)
+
+
+def check_repository(repo: str) -> None:
+    """Raise InputError if `repo` is not a valid repository name."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -130,6 +135,7 @@ def init_repository(make: Callable[[], None], args: TrainingArguments) -> None:
     """Create the repository of a training run by calling `make`. Raise InputError if the Hub refuses the name or the token."""
     folder = Path(str(args.output_dir))
     repo = args.hub_model_id or folder.absolute().name
+    check_repository(repo)
     with_retries(make, repo, command(folder, repo))
 
 

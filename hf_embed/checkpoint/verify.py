@@ -1,6 +1,7 @@
 """Check a saved folder: every loader must give the weights and the vectors of the encoder in memory."""
 
 import contextlib
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,8 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging as transformers_logging
 
+from hf_embed.adapters import has_adapters, in_4_bits, merge_adapters, without_weights
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
@@ -127,13 +130,14 @@ def verify_loadable(encoder: Encoder) -> None:
     This check runs before training, so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: as `load_saved_tokenizer` does.
+        InputError: as `load_saved_tokenizer` and `verify_layers` do.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with quiet(), own_code(encoder.base):
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        with own_code(encoder.base):
             encoder.config.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         load_saved_tokenizer(encoder, folder)
+        verify_layers(encoder, AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code))
 
 
 def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
@@ -163,8 +167,8 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Raise InputError unless transformers would make a model of the class of `base` from `config`."""
+def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of the model that transformers would make from `config`. Raise InputError unless `base` is one."""
     loader = loading_class(base.config)
     found, known = None, transformers.MODEL_MAPPING
     if loader != "AutoModel":
@@ -178,6 +182,40 @@ def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> None:
             f"{type(base).__name__} could not be loaded after it is saved, because {loader} would make {named} from its "
             f"configuration; use a model that {loader}.from_pretrained returns"
         )
+    return next((kind for kind in classes if isinstance(base, kind)), type(base))
+
+
+def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
+    """Raise InputError unless a model that is made from `config` has the weights that would be saved.
+
+    It has others if layers were removed, added, replaced or shared in Python, but not in the configuration.
+    """
+    backbone = encoder.backbone
+    if in_4_bits(backbone) or any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
+        return  # in memory, the shapes are not those that are saved
+    base = merge_adapters(without_weights(backbone)) if has_adapters(backbone) else encoder.base
+    kind = verify_class(base, config)
+    weights = base.state_dict()
+    with torch.device("meta"):
+        made = kind(copy.deepcopy(config)).state_dict()
+    # A part that is None, such as a pooler that was left out, may be missing.
+    missing = [name for name in made if name not in weights and getattr(base, name.split(".")[0], None) is not None]
+    other = [name for name in weights if name not in made or weights[name].shape != made[name].shape]
+    if missing or other:
+        name = (missing or other)[0]
+        kept = "with" if missing else "with another shape of" if name in made else "without"
+        problem = f"its configuration is of a model {kept} '{name}'"
+        mend = "change the configuration with the layers (num_hidden_layers, for example)"
+    else:
+        try:
+            remove_tied_weights_from_state_dict(weights, base)
+            return
+        except RuntimeError:
+            problem, mend = "layers share weights that its class keeps apart", "give each layer its own (copy.deepcopy)"
+    raise InputError(
+        f"{type(base).__name__} could not be loaded after it is saved: {problem}; {mend}, or use the model as from_pretrained "
+        "returns it"
+    )
 
 
 def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:

@@ -236,6 +236,8 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
     unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
     if isinstance(rows, Dataset):
         unused = [column for column in unused if isinstance(rows.features[column], Value)]
+        if not unused:  # a table with an order of its own (after `shuffle`) cannot be read without columns
+            return {}
         step = max(1, -(-len(rows) // LOOKED_AT))
         table = rows.select_columns(unused).select(range(0, len(rows), step))[:]
     else:
