@@ -51,7 +51,7 @@ def check_adapters(model: PreTrainedModel) -> None:
             "quantization_config), or in 4 bits with bitsandbytes"
         )
     try:
-        merge_adapters(copy.deepcopy(model))
+        merged_shape(model)
     except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise unmergeable(model, f" ({reason})") from error
@@ -108,16 +108,37 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def merged_shape(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` with its adapters merged, for its names and shapes. Its weights need no memory if possible."""
+    try:
+        return merge_adapters(without_weights(model))
+    except RuntimeError:  # some kinds of adapters compute with the numbers, for example VB-LoRA
+        return merge_adapters(copy_of(model))
+
+
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model whose parameters are on the meta device, so that they need no memory. Buffers are copied.
 
     A model that FSDP has sharded cannot be copied, so the copy into which its adapters are merged is made from this one.
     """
-    empty = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+    return copy_to_device(model, torch.device("meta"))
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model: on its device, or on the CPU if the device has no memory for a second one."""
+    try:
+        return copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        return copy_to_device(model, torch.device("cpu")).cpu()
+
+
+def copy_to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Return a copy of a model with its parameters on `device`. Buffers stay where they are."""
+    parameters = {
+        id(parameter): nn.Parameter(parameter.detach().to(device, copy=True), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, empty)
+    return copy.deepcopy(model, parameters)
 
 
 # ---- base weights in 4 bits ----

@@ -1,17 +1,21 @@
-"""Test a GPU whose memory is full: the step is repeated in smaller chunks and gives the same gradient."""
+"""Test a GPU whose memory is full: a step is repeated in smaller chunks with the same gradient, and a model can be saved."""
 
+import copy
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
+from test_export import CHECKS, TEXTS, shift
 from test_trainer import NO_DROPOUT, trainer
 from transformers import BertForMaskedLM
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
 from hf_embed.activations import Activations
+from hf_embed.checkpoint import verify
 from hf_embed.errors import RankError
 from hf_embed.kit.cli import parse
 
@@ -242,3 +246,57 @@ def test_caching_ends_in_the_same_weights(kind, bf16, tmp_path):
     expected = weights("kept")
     assert difference(weights("recomputed", gradient_caching=True), expected) == 0
     assert difference(weights("other", seed=2), expected) > 0
+
+
+# ---- saving ----
+
+GPU = torch.device("cpu", 0)  # PyTorch computes on it as on the CPU, but it is another device by name
+
+
+def full_on_gpu(function, device_of):
+    """Return `function`, which fails for lack of memory if `device_of` its arguments is the GPU."""
+
+    def changed(*args, **kwargs):
+        if device_of(args) == GPU:
+            raise FULL
+        return function(*args, **kwargs)
+
+    return changed
+
+
+@pytest.mark.parametrize("loader", CHECKS)
+@pytest.mark.parametrize("by", [0, 5e-5, 2e-4])
+def test_a_gpu_without_memory_for_a_second_model(tmp_path, monkeypatch, loader, by):
+    """BUG: a save ended in an OutOfMemoryError of the check, for example at the first checkpoint of a run."""
+    encoder = tiny_encoder()
+    monkeypatch.setattr(Encoder, "device", GPU)
+    shift(monkeypatch, loader, by * float(np.linalg.norm(encoder.encode("a cat"))) / 32**0.5)
+    monkeypatch.setattr(verify, loader, full_on_gpu(getattr(verify, loader), lambda args: args[-1]))
+    if by < 1e-4:  # two devices round differently
+        encoder.save_pretrained(tmp_path)
+        assert np.abs(Encoder.from_pretrained(tmp_path).encode("a cat") - encoder.encode("a cat")).max() < 1e-5
+    else:
+        with pytest.raises(verify.ExportError, match="tolerance 1e-04"):
+            encoder.save_pretrained(tmp_path)
+
+
+def test_a_cpu_without_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "through_automodel", full_on_gpu(verify.through_automodel, lambda args: GPU))
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny_encoder().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_merged_on_the_cpu_if_the_gpu_is_full(tmp_path, monkeypatch):
+    encoder = Encoder(get_peft_model(tiny_model(), LoraConfig(init_lora_weights=False)), quickstart_tokenizer())
+    expected, deepcopy = encoder.encode(TEXTS), copy.deepcopy
+
+    def on_gpu(model, memo=None):
+        if isinstance(model, torch.nn.Module) and not memo:
+            raise FULL
+        return deepcopy(model, memo)
+
+    monkeypatch.setattr("hf_embed.adapters.copy.deepcopy", on_gpu)
+    encoder.save_pretrained(tmp_path)
+    for saved in (encoder, Encoder.from_pretrained(tmp_path)):
+        np.testing.assert_allclose(saved.encode(TEXTS), expected, atol=1e-5)

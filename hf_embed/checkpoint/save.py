@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_embed.adapters import full_copy, has_adapters, in_4_bits, merge_adapters
+from hf_embed.adapters import copy_of, full_copy, has_adapters, in_4_bits, merge_adapters
 from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
@@ -202,7 +202,7 @@ def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None,
     The model in training is not changed. `state_dict` replaces the tensors of the copy.
     """
     scaling = applied_tempscale(backbone)
-    backbone = copy.deepcopy(backbone)
+    backbone = copy_of(backbone)
     if state_dict is not None:
         backbone.load_state_dict(strip_prefix(state_dict, "backbone."), strict=False, assign=True)
     if scaling:

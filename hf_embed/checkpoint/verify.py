@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedCon
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging as transformers_logging
 
-from hf_embed.adapters import has_adapters, in_4_bits, merge_adapters, without_weights
+from hf_embed.adapters import has_adapters, in_4_bits, merged_shape
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
@@ -25,6 +25,7 @@ from hf_embed.text_models import loading_class
 Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), on the CPU
 # The largest allowed difference between two vectors, as a share of their norm.
 TOLERANCE = 1e-5
+OTHER_DEVICE_TOLERANCE = 1e-4  # a CPU rounds differently than a GPU
 HALF_TOLERANCE = 1e-2  # for single texts; sentence-transformers also pools in half precision
 
 
@@ -37,33 +38,54 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor], tok
 
     The tensors must equal `weights` bit for bit. AutoModel and sentence-transformers (if installed) must give the encoder's
     vectors to within 1e-5 of their norm, for single texts and for a batch of texts with different lengths. In half precision,
-    only single texts are checked, to within 1e-2.
+    only single texts are checked, to within 1e-2. A model that does not fit beside the encoder is loaded on the CPU, where
+    1e-4 is allowed.
 
     Raises:
         ExportError: if one of these checks fails.
     """
-    dtype = next(encoder.backbone.parameters()).dtype
-    half = dtype in (torch.float16, torch.bfloat16)
+    half = dtype_of(encoder) in (torch.float16, torch.bfloat16)
     batches = [[text] for text in TEXTS] + ([] if half else [TEXTS])
-    with quiet():
-        trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
-        model = getattr(transformers, loading_class(encoder.config)).from_pretrained(folder, dtype=dtype, **trusted)
-    verify_weights(model, weights)
-    loaders = {"AutoModel": through_automodel(encoder, folder, model.to(encoder.device).eval(), tokenizer)}
+    loaders: dict[str, Callable[[torch.device], Encode]] = {
+        "AutoModel": lambda device: through_automodel(encoder, folder, weights, tokenizer, device)
+    }
     if importlib.util.find_spec("sentence_transformers"):
-        loaders["SentenceTransformer"] = through_sentence_transformers(encoder, folder, dtype)
-    tolerance = HALF_TOLERANCE if half else TOLERANCE
-    for texts in batches:
-        with undisturbed(encoder), without_flash(encoder.backbone):  # as the loaded models compute: exactly
-            expected = torch.as_tensor(encoder.encode(texts, convert_to_tensor=True)).cpu()
-            found = {loader: encode(texts) for loader, encode in loaders.items()}
-        for loader, vectors in found.items():
-            difference = ((vectors - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-            if not difference <= tolerance:  # also catches NaN
-                raise ExportError(
-                    f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
-                    f"trained model (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
-                )
+        loaders["SentenceTransformer"] = lambda device: through_sentence_transformers(encoder, folder, device)
+    with undisturbed(encoder), without_flash(encoder.backbone):  # as the loaded models compute: exactly
+        expected = [torch.as_tensor(encoder.encode(texts, convert_to_tensor=True)).cpu() for texts in batches]
+        for loader, load in loaders.items():  # one after the other, because the encoder and its optimizer fill the memory
+            found, device = vectors_through(load, batches, encoder.device)
+            tolerance = HALF_TOLERANCE if half else TOLERANCE if device == encoder.device else OTHER_DEVICE_TOLERANCE
+            for vectors, wanted in zip(found, expected):
+                difference = ((vectors - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+                if not difference <= tolerance:  # also catches NaN
+                    raise ExportError(
+                        f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
+                        f"trained model (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
+                    )
+
+
+def vectors_through(
+    load: Callable[[torch.device], Encode], batches: list[list[str]], device: torch.device
+) -> tuple[list[Tensor], torch.device]:
+    """Load a model and encode batches of texts with it. Return the vectors, and where they were computed.
+
+    That is `device`, or the CPU if `device` has no memory for another model.
+    """
+    cpu = torch.device("cpu")
+    try:
+        encode = load(device)
+        return [encode(texts) for texts in batches], device
+    except torch.OutOfMemoryError:
+        if device == cpu:
+            raise
+    encode = load(cpu)
+    return [encode(texts) for texts in batches], cpu
+
+
+def dtype_of(encoder: Encoder) -> torch.dtype:
+    """Return the precision in which the encoder is saved."""
+    return next(encoder.backbone.parameters()).dtype
 
 
 def verify_alike(full: Encoder, encoder: Encoder) -> None:
@@ -90,8 +112,15 @@ def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             raise ExportError(f"not saved: the saved tensor '{name}' differs from the trained one ({type(model).__name__})")
 
 
-def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """Return a function that encodes texts as the model card tells users to do it."""
+def through_automodel(
+    encoder: Encoder, folder: str, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Encode:
+    """Return a function that encodes texts as the model card tells users to do it. Check that the model has `weights`."""
+    with quiet():
+        loader = getattr(transformers, loading_class(encoder.config))
+        model = loader.from_pretrained(folder, dtype=dtype_of(encoder), trust_remote_code=encoder.remote_code)
+    verify_weights(model, weights)
+    model = model.to(device).eval()
     tokenizer.padding_side = "right"
     pooling = POOLINGS[saved_pooling(encoder.pooling)]
     dense = read_settings(folder, model).get("dense", [])
@@ -99,7 +128,7 @@ def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel, tok
     @torch.inference_mode()
     def encode(texts: list[str]) -> Tensor:
         texts = [encoder.prompt() + text for text in texts]
-        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
         if pooling.model_pooler:
             vectors = output.pooler_output
@@ -113,14 +142,13 @@ def through_automodel(encoder: Encoder, folder: str, model: PreTrainedModel, tok
     return encode
 
 
-def through_sentence_transformers(encoder: Encoder, folder: str, dtype: torch.dtype) -> Encode:
+def through_sentence_transformers(encoder: Encoder, folder: str, device: torch.device) -> Encode:
     """Return a function that encodes texts with sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
+    settings = {"dtype": dtype_of(encoder)}
     with quiet():
-        model = SentenceTransformer(
-            folder, device=str(encoder.device), trust_remote_code=encoder.remote_code, model_kwargs={"dtype": dtype}
-        )
+        model = SentenceTransformer(folder, device=str(device), trust_remote_code=encoder.remote_code, model_kwargs=settings)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
@@ -193,7 +221,7 @@ def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
     backbone = encoder.backbone
     if in_4_bits(backbone) or any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
         return  # in memory, the shapes are not those that are saved
-    base = merge_adapters(without_weights(backbone)) if has_adapters(backbone) else encoder.base
+    base = merged_shape(backbone) if has_adapters(backbone) else encoder.base
     kind = verify_class(base, config)
     weights = base.state_dict()
     with torch.device("meta"):
