@@ -1,6 +1,7 @@
 """Test a GPU whose memory is full: a step is repeated in smaller chunks with the same gradient, and a model can be saved."""
 
 import copy
+import gc
 import logging
 import re
 
@@ -11,7 +12,7 @@ from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_export import CHECKS, TEXTS, shift
 from test_trainer import NO_DROPOUT, trainer
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, PreTrainedModel
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
 from hf_embed.activations import Activations
@@ -278,6 +279,20 @@ def test_a_gpu_without_memory_for_a_second_model(tmp_path, monkeypatch, loader, 
     else:
         with pytest.raises(verify.ExportError, match="tolerance 1e-04"):
             encoder.save_pretrained(tmp_path)
+
+
+def test_no_copy_stays_on_the_gpu(tmp_path, monkeypatch):
+    """BUG: the model of sentence-transformers refers to itself, so it stayed until Python collected its garbage."""
+    encoder = tiny_encoder()
+    monkeypatch.setattr(Encoder, "device", GPU)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, PreTrainedModel) for each in gc.get_objects())
+        encoder.save_pretrained(tmp_path)
+        assert sum(isinstance(each, PreTrainedModel) for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_a_cpu_without_memory(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor], tok
                         f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
                         f"trained model (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
                     )
+    if encoder.device != torch.device("cpu"):
+        gc.collect()  # the model of sentence-transformers refers to itself, so it would stay in the memory of the GPU
 
 
 def vectors_through(
