@@ -140,7 +140,7 @@ class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     seeds: str | None = field(
         default=None,
-        metadata={"help": "Train with each seed of 1,2,3 and keep the best."},
+        metadata={"help": "Train with each seed of 1,2,3 (not with --seed) and keep the best."},
     )
     language: list[str] | None = field(default=None, metadata={"help": "For the card: languages of the texts, e.g. en de."})
     license: str | None = field(
