@@ -13,7 +13,8 @@ The command needs no network: the models have random weights, and the texts are 
     tempscale    TempScale, applied and folded, equals attention whose scores are divided: every backend
     loss         tiles do not change the improved contrastive loss; its memory and time for 65,536 pairs
     matrix       the rate of matrix products in bfloat16, TF32 and float32
-    step         the ten slowest kernels of a training step, and the places where the host waits for the GPU
+    step         the ten slowest kernels of a training step, the places where the host waits for the GPU, and a save while the
+                 memory of the GPU is full
     throughput   training beside sentence-transformers (if it is installed): models of the shapes of MiniLM and BERT-base, 512
                  rows a step, short and long texts; the share of the matrix rate that tokens other than padding reach
     attention    the time of each kernel that attends within texts, for texts of 16 to 256 tokens

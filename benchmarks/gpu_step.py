@@ -121,9 +121,32 @@ def synchronizations(bench: Bench) -> list[Result]:
     return [judged("step", name, found.total() <= 1 and not elsewhere, figures, "one: the gradient norm, before the update")]
 
 
+def full_memory_check(bench: Bench) -> list[Result]:
+    """Check that a model is saved after a step although the GPU has no memory for a copy of it."""
+    name, form = "a model is saved on a full GPU", list(bench.sizes.timed.values())[-1]
+    if not bench.cuda:
+        return [Result("step", name, "skipped", note="it needs the memory of a GPU")]
+    trainer = make_trainer(bench, make_model(form), make_rows(8, LENGTHS["NLI-like"]), max_steps=1)
+    trainer.train()
+    torch.cuda.empty_cache()
+    room = sum(tensor.nbytes for tensor in trainer.encoder.state_dict().values()) // 2  # for half a model
+    _, total = torch.cuda.mem_get_info()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+        trainer.save_model()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    saved = (bench.folder / "trainer" / "model.safetensors").is_file()
+    return [judged("step", name, saved, {"room, GiB": room / 2**30}, "the check of the saved model moves to the CPU")]
+
+
 def step_checks(bench: Bench) -> Tasks:
-    """Look into one training step."""
-    return {"kernels": partial(slowest_kernels, bench), "host synchronizations": partial(synchronizations, bench)}
+    """Look into one training step, and save the model after it."""
+    return {
+        "kernels": partial(slowest_kernels, bench),
+        "host synchronizations": partial(synchronizations, bench),
+        "full memory": partial(full_memory_check, bench),
+    }
 
 
 # ---- the kernels of attention ----
