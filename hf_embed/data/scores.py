@@ -70,8 +70,8 @@ def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
     """
     scores = []
     for column, cell in cells.items():
-        if cell is None and len(cells) > 1:
-            continue  # the row has fewer negatives
+        if cell is None and scores:
+            continue  # the row has fewer negatives. The score of the positive comes first, and must be there.
         for value in cell if isinstance(cell, list) else [cell]:
             try:
                 number = float(value)
