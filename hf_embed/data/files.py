@@ -225,9 +225,11 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
                 continue
         if len(cells) > width:
             separator = SEPARATOR_NAMES[SEPARATORS[kind_of(path)]]
+            quotes = table.quoting and kind_of(path) == "csv"
+            mend = f"quote a cell that contains {separator}" if quotes else f"remove {separator} from a cell that contains one"
             raise InputError(
                 f"{path}: line {first} has {len(cells)} cells, but the {'header' if table.header else 'first row'} has "
-                f"{width}; name every column, and quote a cell that contains {separator}"
+                f"{width}; name every column, and {mend}"
             )
         yield first, last, cells
 
@@ -309,11 +311,6 @@ def parsed(text: str, path: str, number: int) -> Any:
         raise unreadable(path, f"line {number}: {half} is only half of a character; correct or delete the text") from error
     except ValueError as error:
         raise unreadable(path, f"line {number}: {first_line(error)}") from error
-
-
-def survey_json(paths: list[str]) -> Features:
-    """Return the type of each column, determined from all rows."""
-    return features_of(row for path in paths for _, row in json_rows(path))
 
 
 def features_of(rows: Iterable[dict]) -> Features:
@@ -407,7 +404,7 @@ def survey(paths: list[str], table: Table) -> Features:
                 pass
         features = Features({"text": Value("string")})
     else:
-        features = survey_json(paths)
+        features = features_of(row for path in paths for _, row in json_rows(path))
     if not features:
         raise InputError(f"{paths[0]}: there are no rows")
     return features
