@@ -26,12 +26,7 @@ from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, ta
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import (
-    DROP_ADVICE,
-    refuse_lists,
-    rows_of_texts,
-    unformatted,
-)
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.errors import EmptyTextError, InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
