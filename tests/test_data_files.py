@@ -159,6 +159,13 @@ def test_a_quote_that_is_never_closed(tmp_path):
         )
 
 
+@pytest.mark.parametrize(("lines", "number"), [('"he said \\"hi\\"",a\n', 2), ('a,"b\nc,"d"\n', 3)])
+def test_a_quote_that_ends_a_cell_too_early(tmp_path, lines, number):
+    """BUG: a text with quotes after backslashes lost one of them, and cells around an open quote were joined."""
+    message = error_of(read_file, written(tmp_path / "a.csv", f"anchor,positive\n{lines}"))
+    assert f"line {number}: ',' expected after '\"'; write a quote within a quoted cell twice" in message
+
+
 def test_columns_of_a_table(tmp_path):
     # pandas writes the index of a DataFrame as a column without a name.
     assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]

@@ -48,7 +48,6 @@ BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # The number of first rows of a stream that determine its columns.
 PROBED_ROWS = 1000
 NO_QUOTING = " if quotes belong to the texts, set --no_quoting (quoting: false in a sources file), or save the file as tsv"
-END = "\ufdd0end of file"  # added after the last line of a csv, to detect a quote that is still open there
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,18 @@ def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
                 yield number, number, line.split(separator)
         return
     csv.field_size_limit(2**31 - 1)  # applies to the whole process; the default is 131,072 characters
-    reader = csv.reader(chain((line for _, line in lines(path)), [END]))
+    reader = csv.reader((line for _, line in lines(path)), strict=True)
     before = 0
     try:
         for cells in reader:
-            if cells and reader.line_num > before + 1 and cells[-1].endswith(END):
-                raise unreadable(path, f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}")
-            if cells and cells != [END]:
+            if cells:
                 yield before + 1, reader.line_num, cells
             before = reader.line_num
     except csv.Error as error:
-        raise unreadable(path, f"line {reader.line_num}: {error}") from error
+        if "end of data" in str(error):
+            raise unreadable(path, f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}") from error
+        mend = f"; write a quote within a quoted cell twice, or{NO_QUOTING}" if "expected after" in str(error) else ""
+        raise unreadable(path, f"line {reader.line_num}: {error}{mend}") from error
 
 
 def table_columns(path: str, table: Table) -> list[str]:
