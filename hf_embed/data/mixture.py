@@ -61,7 +61,7 @@ class Source:
 
     Raises:
         InputError: if a column does not exist, the weight is not above 0, negatives or max_length is too small, there are no
-            rows, or the number of rows of a stream is unknown.
+            rows, the number of rows of a stream is unknown, or an argument is of another kind.
     """
 
     name: str
