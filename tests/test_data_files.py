@@ -513,6 +513,8 @@ def test_text_lines_end_in_any_way(tmp_path):
     path = written(tmp_path / "a.txt", b"one\r\ntwo\rthree\n\nfour\x0c\xe2\x80\xa8five")
     assert [row["text"] for row in both_ways(path)] == ["one", "two", "three", "", "four\x0c\u2028five"]
     assert "carriage returns alone" in error_of(read_file, written(tmp_path / "a.tsv", b"text\tid\rone\t1\r"))
+    message = error_of(read_file, written(tmp_path / "a.csv", b"text,id\rone,1\r"))
+    assert message.endswith("line 1 has a carriage return outside of quotes; save the file with line feeds")
 
 
 @pytest.mark.parametrize("half", [r"\ud800", r"\uDFFF x", r"\ud83d\ud83d"])

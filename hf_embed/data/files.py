@@ -135,7 +135,11 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
-    """Read the rows, including the header, as (first line, last line, cells). Blank lines are skipped."""
+    """Read the rows, including the header, as (first line, last line, cells). Blank lines are skipped.
+
+    Raises:
+        InputError: if a quote in a csv file is not closed, or if text follows a closing quote.
+    """
     separator = SEPARATORS[kind_of(path)]
     if separator == "\t" or not table.quoting:
         for number, line in lines(path):
@@ -151,10 +155,12 @@ def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
                 yield before + 1, reader.line_num, cells
             before = reader.line_num
     except csv.Error as error:
+        reason = f"line {reader.line_num}: {error}; write a quote within a quoted cell twice, or{NO_QUOTING}"
         if "end of data" in str(error):
-            raise unreadable(path, f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}") from error
-        mend = f"; write a quote within a quoted cell twice, or{NO_QUOTING}" if "expected after" in str(error) else ""
-        raise unreadable(path, f"line {reader.line_num}: {error}{mend}") from error
+            reason = f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}"
+        elif "new-line character" in str(error):
+            reason = f"line {reader.line_num} has a carriage return outside of quotes; save the file with line feeds"
+        raise unreadable(path, reason) from error
 
 
 def table_columns(path: str, table: Table) -> list[str]:
@@ -385,8 +391,7 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
             for text in line.removesuffix("\n").removesuffix("\r").split("\r"):
                 yield {"text": text}
     else:
-        for _, row in json_rows(path):
-            yield row
+        yield from (row for _, row in json_rows(path))
 
 
 def survey(paths: list[str], table: Table) -> Features:
@@ -399,9 +404,8 @@ def survey(paths: list[str], table: Table) -> Features:
     if kind in SEPARATORS:
         features = survey_tables(paths, table)
     elif kind == "txt":
-        for path in paths:
-            for _ in lines(path):
-                pass
+        for _ in chain.from_iterable(map(lines, paths)):
+            pass
         features = Features({"text": Value("string")})
     else:
         features = features_of(row for path in paths for _, row in json_rows(path))
