@@ -266,8 +266,8 @@ def check_file(file: str | Path, name: str) -> None:
         InputError: if it cannot be written.
     """
     path = Path(file)
-    if path.is_dir():
-        raise InputError(f"{name} {shortened(file)}: this is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{name} {shortened(file)}: this is a {'folder' if path.is_dir() else 'device'}; name a file")
     check_folder(path.parent, f"the folder of {name}")
     check_length(Path(os.path.abspath(path)), nearest(path.parent), f"{name} {shortened(file)}")
 

@@ -33,7 +33,7 @@ def get_world_size() -> int:
 
 
 class _AllGather(torch.autograd.Function):
-    """Gather rows (B, ...) of each of R ranks to (R * B, ...), in rank order. B must be the same on every rank."""
+    """Gather rows (B, ...) of each of R ranks to (R * B, ...), in rank order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _AllGather(torch.autograd.Function):
 def gather_rows(rows: Tensor) -> Tensor:
     """Gather the rows (B, ...) of R ranks to (R * B, ...). With one rank, return `rows` unchanged.
 
-    Gradients flow back as the module docstring describes.
+    B must be the same on every rank. Gradients flow back as the module docstring describes.
     """
     return rows if get_world_size() == 1 else _AllGather.apply(rows)
 

@@ -69,7 +69,7 @@ def attend_by_text(
         others: further arguments of "sdpa".
 
     Returns:
-        (1, S, H, d) and None.
+        (1, S, H, d), or (b, T, H, d) for padded texts, and None.
 
     Raises:
         CannotPack: if the model needs more than scores within texts.

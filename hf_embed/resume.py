@@ -211,7 +211,8 @@ def name_of(function: Any) -> str:
 def config_facts(backbone: nn.Module) -> Facts:
     """Return the entries in the configs of a model and its adapters that decide what the model computes."""
     configs = configs_of(backbone)
-    facts = {key: value for config in configs for key, value in config.items() if isinstance(value, int | float | str)}
+    entries = [(key, value) for config in configs for key, value in config.items()]
+    facts = {key: value for key, value in entries if isinstance(value, int | float | str) or key == "rope_parameters"}
     return {key: value for key, value in facts.items() if not IGNORED_CONFIG_KEYS.search(key)}
 
 

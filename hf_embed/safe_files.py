@@ -49,8 +49,11 @@ def writing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         DiskError: if the disk is full, or if the file cannot be written.
+        InputError: if `path` is a folder or a device.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device would be gone after the rename
+        raise InputError(f"{path}: this is not a file; name a file")
     aside = path.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}{path.suffix}")
     try:
         with disk_errors(path):

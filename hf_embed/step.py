@@ -256,10 +256,10 @@ def make_encoder(
         if "prompts" in given:  # these are only the query and document prompts, so keep the model's other prompts
             others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
             given["prompts"] = others | given["prompts"]
-        if tokenizer is model.tokenizer and all(own[key] == value for key, value in given.items()):
-            return model
-        return Encoder(model.backbone, tokenizer, **(own | given))
-    encoder = Encoder(model, tokenizer, **given)
+        same = tokenizer is model.tokenizer and all(own[key] == value for key, value in given.items())
+        encoder = model if same else Encoder(model.backbone, tokenizer, **(own | given))
+    else:
+        encoder = Encoder(model, tokenizer, **given)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
         logger.warning(
             "the weights to train are in half precision, so every update would be rounded to it; load the model with "

@@ -159,13 +159,23 @@ def test_a_quote_that_is_never_closed(tmp_path):
         )
 
 
+@pytest.mark.parametrize(("lines", "number"), [('"he said \\"hi\\"",a\n', 2), ('a,"b\nc,"d"\n', 3)])
+def test_a_quote_that_ends_a_cell_too_early(tmp_path, lines, number):
+    """BUG: a text with quotes after backslashes lost one of them, and cells around an open quote were joined."""
+    message = error_of(read_file, written(tmp_path / "a.csv", f"anchor,positive\n{lines}"))
+    assert f"line {number}: ',' expected after '\"'; write a quote within a quoted cell twice" in message
+
+
 def test_columns_of_a_table(tmp_path):
     # pandas writes the index of a DataFrame as a column without a name.
     assert read_file(written(tmp_path / "a.csv", ",text\n0,a\n1,b\n")).column_names == ["Unnamed: 0", "text"]
     assert "two columns are named 'b'" in error_of(read_file, written(tmp_path / "b.csv", "a,b,b\nx,y,z\n"))
     path = written(tmp_path / "c.csv", "anchor,positive\na,b\n\nc,d,e\n")
     for streaming in (False, True):
-        assert "line 4 has 3 cells, but the header has 2" in error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+        message = error_of(lambda s: list(read_file(path, streaming=s)), streaming)
+        assert "line 4 has 3 cells, but the header has 2" in message and message.endswith("quote a cell that contains a comma")
+    message = error_of(read_file, written(tmp_path / "c.tsv", "anchor\tpositive\na\tb\tc\n"))
+    assert message.endswith("remove a tab from a cell that contains one")  # BUG: in a tsv file, quotes enclose nothing
     assert both_ways(written(tmp_path / "d.csv", "anchor,negative\na,b\nc\n"))[1] == {"anchor": "c", "negative": None}
 
 
@@ -503,6 +513,8 @@ def test_text_lines_end_in_any_way(tmp_path):
     path = written(tmp_path / "a.txt", b"one\r\ntwo\rthree\n\nfour\x0c\xe2\x80\xa8five")
     assert [row["text"] for row in both_ways(path)] == ["one", "two", "three", "", "four\x0c\u2028five"]
     assert "carriage returns alone" in error_of(read_file, written(tmp_path / "a.tsv", b"text\tid\rone\t1\r"))
+    message = error_of(read_file, written(tmp_path / "a.csv", b"text,id\rone,1\r"))
+    assert message.endswith("line 1 has a carriage return outside of quotes; save the file with line feeds")
 
 
 @pytest.mark.parametrize("half", [r"\ud800", r"\uDFFF x", r"\ud83d\ud83d"])

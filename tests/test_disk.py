@@ -207,6 +207,7 @@ def test_folders_that_cannot_be_written(tmp_path):
         message = error_of(check_folder, folder, "--output_dir")
         assert message.startswith("--output_dir ") and said in message and len(message) < 500
     assert "this is a folder; name a file" in error_of(check_file, tmp_path, "OUT")
+    assert "this is a device; name a file" in error_of(check_file, "/dev/null", "OUT")
     assert error_of(check_file, tmp_path / ("a" * 250 + ".npy"), "OUT").startswith("OUT ")
     assert sorted(os.listdir(tmp_path)) == ["file", "loop", "lost"]
 

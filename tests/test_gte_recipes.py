@@ -230,7 +230,7 @@ BAD = {
         ["--small_sources", "refuse", "--per_device_train_batch_size", "16"],
         "source 'a' .*12 rows, fewer than the 16",
     ),
-    "long prompt": (["--prompts", json.dumps({"query": "word " * 70})], "the query prompt has 72 tokens"),
+    "long prompt": (["--prompts", json.dumps({"query": "word " * 70})], "has 70 tokens, so max_length"),
     "no beir folder": (["--eval_retrieval_dir", "x={folder}/absent"], "absent: this folder does not exist"),
     "temperature": (["--temperature", "0"], "temperature is 0"),
 }

@@ -196,6 +196,7 @@ def test_rows_and_widths_that_do_not_suit_are_refused():
     assert error_of(SimCSE(hard_negative_weight=1.0).check_rows, 2, "rows") == message
     SimCSE(hard_negative_weight=1.0).check_rows(3, "rows")
     SimCSE().check_rows(2, "rows")
+    assert "<class 'hf_embed.objectives.simcse.SimCSE'>; give an instance" in error_of(Matryoshka, SimCSE, (2, 8))
     assert error_of(Matryoshka(SimCSE(), (2, 8)).check_width, 7) == (
         "Matryoshka dims contain 8, but the embedding has 7 dimensions; remove it"
     )

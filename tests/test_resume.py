@@ -102,6 +102,15 @@ def test_allow_changed_goes_on_and_says_so(folder, tmp_path, case, caplog):
     ]
 
 
+def test_rotary_positions_are_compared():
+    """BUG: since version 5, transformers keeps rope_theta in a dict, which was left out."""
+    then, now = tiny_model("modernbert"), tiny_model("modernbert")
+    assert resume.config_facts(now) == resume.config_facts(then)
+    now.config.rope_parameters["full_attention"]["rope_theta"] = 10
+    changes = resume.changes_of(resume.config_facts(then), resume.config_facts(now))
+    assert changes == ["rope_parameters: full_attention: rope_theta was 160000.0 and is 10"]
+
+
 def test_functions_are_told_apart_by_their_names():
     def first(embeddings, *rest):
         return embeddings.sum()

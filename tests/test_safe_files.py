@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import error_of
 
 from hf_embed import safe_files
 from hf_embed.errors import InputError
@@ -67,6 +68,13 @@ def test_a_written_file_is_the_old_or_the_new_one(tmp_path):
     assert number > 2 and path.read_text() == '{\n  "new": 1\n}\n'
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_only_files_are_replaced(tmp_path):
+    """BUG: for root, `--output_file /dev/null` put a file in the place of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: this is not a file; name a file" in error_of(write_text, tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_after_an_exception_nothing_has_changed(tmp_path):

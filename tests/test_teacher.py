@@ -115,6 +115,9 @@ def test_scores_of_a_row():
     assert row_scores({"score": "4.5"}, 2, "") == [4.5]
     assert row_scores({"pos_score": [1], "neg_score": [0.5, 0.25]}, 4, "") == [1, 0.5, 0.25]
     assert row_scores({"positive_score": 1, "negative_1_score": 0.5, "negative_2_score": None}, 3, "") == [1, 0.5]
+    # BUG: without its own score, the positive got that of the first negative.
+    cells = {"positive_score": None, "negative_1_score": 0.5, "negative_2_score": 0.25}
+    assert "column 'positive_score': None is not a score" in error_of(row_scores, cells, 3, "row 1")
     assert "there are 2 scores (scores) for 3 texts after the anchor" in error_of(row_scores, {"scores": [1, 2]}, 4, "")
 
 

@@ -268,6 +268,17 @@ def test_autocast_and_half_precision():
     assert states(model.bfloat16()).dtype == torch.bfloat16
 
 
+def test_the_weight_of_a_norm_is_folded_without_rounding_one_plus_weight():
+    """BUG: in bfloat16, 1 + weight was rounded before the division, ten times more than the folded weight has to be."""
+    model = make("gemma3_text").bfloat16()
+    norm = model.layers[0].self_attn.q_norm
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-0.1, 0.1, 8))
+    exact = (1 + norm.weight.double()) / 0.9 - 1
+    fold_tempscale(model, 0.9)
+    torch.testing.assert_close(norm.weight.double(), exact, rtol=2**-8, atol=1e-4)
+
+
 def test_peft():
     from peft import LoraConfig, get_peft_model
 

@@ -278,9 +278,12 @@ def test_evaluation_checks_a_set_given_later(tmp_path):
         run.evaluate(Dataset.from_list([STS[0] | {"score": float("nan")}, *STS]))
 
 
-def test_half_precision_weights_are_warned_of(tmp_path, caplog):
+@pytest.mark.parametrize("encoder", [False, True])
+def test_half_precision_weights_are_warned_of(tmp_path, caplog, encoder):
+    """BUG: there was no warning for an `Encoder`, which loads weights in the precision of their file."""
+    model = tiny_model().bfloat16()
     with caplog.at_level(logging.WARNING):
-        trainer(tmp_path, tiny_model().bfloat16())
+        trainer(tmp_path, Encoder(model, quickstart_tokenizer(), "mean") if encoder else model)
     assert "half precision" in caplog.text
 
 

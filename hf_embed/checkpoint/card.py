@@ -227,16 +227,13 @@ def store_results(folder: str | Path, results: Results) -> None:
     write_text(Path(folder, "results.json"), json.dumps(results, indent=2, default=str) + "\n")
 
 
-def model_card(
-    encoder: Encoder, results: Results | None = None, picture: bool = False, name: str = FOLDER, title: str = TITLE
-) -> str:
-    """Return the text of the model card of an encoder.
+def model_card(encoder: Encoder, results: Results | None = None, picture: bool = False, title: str = TITLE) -> str:
+    """Return the text of the model card of an encoder. Its snippets load `FOLDER`; see `with_repository`.
 
     Args:
         encoder: the model to describe.
         results: the content of results.json.
         picture: whether geometry.png is beside the card.
-        name: the model name that the snippets load.
         title: the title if `results` has none.
     """
     results = results or {}
@@ -267,31 +264,31 @@ def model_card(
         "sections": "\n".join(f"\n{section}" for section in sections if section),
     }
     template = read_text(Path(__file__).with_name("model_card.md"))
-    return with_mark(template.format(**fields, **snippet_fields(encoder, name)).rstrip() + "\n\n")
+    return with_mark(template.format(**fields, **snippet_fields(encoder)).rstrip() + "\n\n")
 
 
 # ---- the code that loads it ----
 
 
-def snippet_fields(encoder: Encoder, name: str) -> dict[str, str]:
+def snippet_fields(encoder: Encoder) -> dict[str, str]:
     """Return the values for the placeholders in the template's snippets."""
     loader = loading_class(encoder.config)
     return {
-        "name": json.dumps(name),
-        "folder": FOLDER_NOTE if name == FOLDER else "",
+        "name": json.dumps(FOLDER),
+        "folder": FOLDER_NOTE,
         "trust": ", trust_remote_code=True" if encoder.remote_code else "",
         "code": CODE if encoder.remote_code else "",
         "loader": loader,
         "imports": ", ".join(sorted([loader, "AutoTokenizer"])),
         "texts": json.dumps(TEXTS),
         "prompted": json.dumps([encoder.prompt() + text for text in TEXTS]).replace("`", "\\u0060"),
-        "vectors": "\n".join(vector_lines(encoder, json.dumps(name))),
+        "vectors": "\n".join(vector_lines(encoder)),
     }
 
 
-def vector_lines(encoder: Encoder, name: str) -> list[str]:
+def vector_lines(encoder: Encoder) -> list[str]:
     """Return code that turns the model's `output` into `vectors`, as `Encoder.encode` gives them."""
-    lines = [*POOLINGS[saved_pooling(encoder.pooling)].card, *dense_lines(encoder, name)]
+    lines = [*POOLINGS[saved_pooling(encoder.pooling)].card, *dense_lines(encoder)]
     if encoder.normalize:
         lines.append("vectors = torch.nn.functional.normalize(vectors, dim=-1)")
     if encoder.truncate_dim:
@@ -299,7 +296,7 @@ def vector_lines(encoder: Encoder, name: str) -> list[str]:
     return lines
 
 
-def dense_lines(encoder: Encoder, name: str) -> list[str]:
+def dense_lines(encoder: Encoder) -> list[str]:
     """Return code for the dense layers after the pooling, which AutoModel does not load."""
     if not encoder.dense:
         return []
@@ -307,7 +304,7 @@ def dense_lines(encoder: Encoder, name: str) -> list[str]:
     layers = cast("list[Dense]", list(encoder.dense))
     modules = of_kind(modules_of(encoder, {}), DenseModule)[-len(layers) :]  # the model's own pooler may come first
     for layer, module in zip(layers, modules):
-        lines.append(f'dense = load_file(cached_file({name}, "{module.path}/model.safetensors"))')
+        lines.append(f'dense = load_file(cached_file("{FOLDER}", "{module.path}/model.safetensors"))')
         lines.append('out = torch.nn.functional.linear(vectors, dense["linear.weight"], dense.get("linear.bias"))')
         out = f"torch.nn.{type(layer.activation).__name__}()(out)"
         if isinstance(layer.residual, torch.nn.Linear):

@@ -340,12 +340,6 @@ def write_sentence_transformers_files(encoder: Encoder, folder: str, state_dict:
 # ---- reading ----
 
 
-def transformer_folder(name: str, **hub: Any) -> dict[str, str]:
-    """Return the arguments with which `from_pretrained` finds the transformer and its tokenizer: {} or {"subfolder": ...}."""
-    modules = read_modules(Files(name, **hub))
-    return {"subfolder": modules[0].path} if modules and modules[0].path else {}
-
-
 def read_modules(files: Files) -> list[Module] | None:
     """Return the modules that modules.json lists, the transformer first, or None if there is no modules.json.
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from hf_embed.adapters import unpack
 from hf_embed.checkpoint.files import Files
-from hf_embed.checkpoint.layout import transformer_folder
+from hf_embed.checkpoint.layout import read_modules
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.checkpoint.sizes import check_counts, check_size
 from hf_embed.encoder import Encoder
@@ -113,13 +113,18 @@ def warn_of_similarity(name: str, similarity: str) -> None:
 
 
 def find_transformer(name: str, **hub: Any) -> dict[str, str]:
-    """Return the result of `transformer_folder`. Raise InputError if the model cannot be reached."""
+    """Return the arguments with which `from_pretrained` finds the transformer and its tokenizer: {} or {"subfolder": ...}.
+
+    Raises:
+        InputError: if the model cannot be reached, or if its list of modules is wrong or not supported.
+    """
     try:
-        return transformer_folder(name, **hub)
+        modules = read_modules(Files(name, **hub))
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # the Hub client raises many kinds of errors
         raise unreachable(name, error) from error
+    return {"subfolder": modules[0].path} if modules and modules[0].path else {}
 
 
 def length_of(encoder: Encoder, name: str, stated: int | None) -> int:

@@ -48,7 +48,6 @@ BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # The number of first rows of a stream that determine its columns.
 PROBED_ROWS = 1000
 NO_QUOTING = " if quotes belong to the texts, set --no_quoting (quoting: false in a sources file), or save the file as tsv"
-END = "\ufdd0end of file"  # added after the last line of a csv, to detect a quote that is still open there
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,11 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
-    """Read the rows, including the header, as (first line, last line, cells). Blank lines are skipped."""
+    """Read the rows, including the header, as (first line, last line, cells). Blank lines are skipped.
+
+    Raises:
+        InputError: if a quote in a csv file is not closed, or if text follows a closing quote.
+    """
     separator = SEPARATORS[kind_of(path)]
     if separator == "\t" or not table.quoting:
         for number, line in lines(path):
@@ -144,17 +147,20 @@ def table_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
                 yield number, number, line.split(separator)
         return
     csv.field_size_limit(2**31 - 1)  # applies to the whole process; the default is 131,072 characters
-    reader = csv.reader(chain((line for _, line in lines(path)), [END]))
+    reader = csv.reader((line for _, line in lines(path)), strict=True)
     before = 0
     try:
         for cells in reader:
-            if cells and reader.line_num > before + 1 and cells[-1].endswith(END):
-                raise unreadable(path, f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}")
-            if cells and cells != [END]:
+            if cells:
                 yield before + 1, reader.line_num, cells
             before = reader.line_num
     except csv.Error as error:
-        raise unreadable(path, f"line {reader.line_num}: {error}") from error
+        reason = f"line {reader.line_num}: {error}; write a quote within a quoted cell twice, or{NO_QUOTING}"
+        if "end of data" in str(error):
+            reason = f"a quote in line {before + 1} is not closed; close it, or{NO_QUOTING}"
+        elif "new-line character" in str(error):
+            reason = f"line {reader.line_num} has a carriage return outside of quotes; save the file with line feeds"
+        raise unreadable(path, reason) from error
 
 
 def table_columns(path: str, table: Table) -> list[str]:
@@ -225,9 +231,11 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
                 continue
         if len(cells) > width:
             separator = SEPARATOR_NAMES[SEPARATORS[kind_of(path)]]
+            quotes = table.quoting and kind_of(path) == "csv"
+            mend = f"quote a cell that contains {separator}" if quotes else f"remove {separator} from a cell that contains one"
             raise InputError(
                 f"{path}: line {first} has {len(cells)} cells, but the {'header' if table.header else 'first row'} has "
-                f"{width}; name every column, and quote a cell that contains {separator}"
+                f"{width}; name every column, and {mend}"
             )
         yield first, last, cells
 
@@ -311,11 +319,6 @@ def parsed(text: str, path: str, number: int) -> Any:
         raise unreadable(path, f"line {number}: {first_line(error)}") from error
 
 
-def survey_json(paths: list[str]) -> Features:
-    """Return the type of each column, determined from all rows."""
-    return features_of(row for path in paths for _, row in json_rows(path))
-
-
 def features_of(rows: Iterable[dict]) -> Features:
     """Return the type of each column that occurs in the rows."""
     kinds: dict[str, set[str | None]] = {}
@@ -388,8 +391,7 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
             for text in line.removesuffix("\n").removesuffix("\r").split("\r"):
                 yield {"text": text}
     else:
-        for _, row in json_rows(path):
-            yield row
+        yield from (row for _, row in json_rows(path))
 
 
 def survey(paths: list[str], table: Table) -> Features:
@@ -402,12 +404,11 @@ def survey(paths: list[str], table: Table) -> Features:
     if kind in SEPARATORS:
         features = survey_tables(paths, table)
     elif kind == "txt":
-        for path in paths:
-            for _ in lines(path):
-                pass
+        for _ in chain.from_iterable(map(lines, paths)):
+            pass
         features = Features({"text": Value("string")})
     else:
-        features = survey_json(paths)
+        features = features_of(row for path in paths for _, row in json_rows(path))
     if not features:
         raise InputError(f"{paths[0]}: there are no rows")
     return features

@@ -20,18 +20,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, take_columns, text_columns, warn_of_judgements
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import (
-    DROP_ADVICE,
-    refuse_lists,
-    rows_of_texts,
-    unformatted,
-)
+from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
 from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.errors import EmptyTextError, InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
@@ -67,7 +61,7 @@ class Source:
 
     Raises:
         InputError: if a column does not exist, the weight is not above 0, negatives or max_length is too small, there are no
-            rows, or the number of rows of a stream is unknown.
+            rows, the number of rows of a stream is unknown, or an argument is of another kind.
     """
 
     name: str
@@ -326,9 +320,11 @@ def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bo
             f"{source.label}: max_length {source.max_length} is larger than {encoder.max_length}, the one of the run; lower it"
         )
     own = {"query": source.query_prompt, "document": source.document_prompt}
-    prompts = {key: encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items()}
-    check_prompts(prompts, encoder.tokenizer, max_length, source.label)
-    return RowTokenizer(encoder.tokenizer, max_length, prompts["query"], prompts["document"], *reading)
+    query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())
+    try:
+        return RowTokenizer(encoder.tokenizer, max_length, query, document, *reading)
+    except InputError as error:
+        raise InputError(f"{source.label}: {error}") from error
 
 
 def tokenize_source(
@@ -373,13 +369,3 @@ def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") 
 def data_seed(args: "ContrastiveTrainingArguments") -> int:
     """Return the seed for the order of the rows."""
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def check_prompts(prompts: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> None:
-    """Check that each prompt leaves room for a text."""
-    for key, prompt in prompts.items():
-        tokens = len(tokenizer(prompt)["input_ids"])
-        if prompt and tokens >= max_length:
-            raise InputError(
-                f"{where}: the {key} prompt has {tokens} tokens, which leaves no room for text within max_length {max_length}"
-            )

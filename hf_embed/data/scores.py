@@ -68,10 +68,10 @@ def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
     Raises:
         InputError: if a score is missing or is not a finite number, or if the number of scores is wrong.
     """
-    scores = []
+    scores: list[float] = []
     for column, cell in cells.items():
-        if cell is None and len(cells) > 1:
-            continue  # the row has fewer negatives
+        if cell is None and scores:
+            continue  # the row has fewer negatives. The score of the positive comes first, and must be there.
         for value in cell if isinstance(cell, list) else [cell]:
             try:
                 number = float(value)

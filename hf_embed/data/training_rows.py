@@ -19,7 +19,6 @@ from hf_embed.data.mixture import (
     Mixture,
     Source,
     Stream,
-    check_prompts,
     data_seed,
     has_several_positives,
     make_mixture,
@@ -27,7 +26,14 @@ from hf_embed.data.mixture import (
 )
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.sources import unformatted
-from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
+from hf_embed.data.tokenization import (
+    RowTokenizer,
+    most_texts,
+    room_for_text,
+    tokenize_table,
+    truncated_share,
+    warn_of_truncation,
+)
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 from hf_embed.objectives import Matryoshka, SimCSE
@@ -66,7 +72,7 @@ def tokenize_all(
     Raises:
         InputError: if anything is wrong with the rows.
     """
-    check_prompts(encoder.prompts, encoder.tokenizer, encoder.max_length, "prompts")
+    room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # raises InputError if there is none
     if not isinstance(rows, Dataset):
         if args.same_dropout_mask:
             raise not_single(name)

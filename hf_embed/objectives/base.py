@@ -103,7 +103,7 @@ class Objective(Protocol):
         """Return the mean loss of the own rows, a scalar.
 
         Args:
-            embeddings: (B, V, D) embeddings of the own rows, not normalized.
+            embeddings: (B, V, D) embeddings of the own rows, not normalized, in float32 or float64.
             text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
             all_embeddings: (N, V, D) embeddings of the rows of all ranks, which include the own rows; default: the own rows.
             all_text_ids: (N, V) hashes of the texts of all ranks; default: those of the own rows.

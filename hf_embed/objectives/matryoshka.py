@@ -32,7 +32,7 @@ class Matryoshka:
     Raises:
         InputError: if a width is below 1 or given twice, or above the width of the embedding (found when the trainer is made);
             if the numbers of weights and widths differ; if a weight is below 0, or all weights are 0; if the inner objective
-            needs target vectors.
+            is a class, or needs target vectors.
     """
 
     equation: ClassVar[str] = ""
@@ -45,6 +45,8 @@ class Matryoshka:
     def __post_init__(self) -> None:
         if not all(isinstance(given, Sequence | None) and not isinstance(given, str) for given in (self.dims, self.weights)):
             raise InputError(f"Matryoshka dims are {self.dims!r} and its weights {self.weights!r}; give lists of numbers")
+        if isinstance(self.objective, type) or not callable(self.objective):
+            raise InputError(f"Matryoshka objective is {self.objective!r}; give an instance, for example SimCSE()")
         if "target" in self.inner.needs:
             raise InputError("Matryoshka cannot shorten the target vectors of a teacher; use the objective without Matryoshka")
         self.dims = tuple(self.dims)

@@ -126,16 +126,12 @@ class TeacherKL(ContrastiveObjective):
             student: logits (B, C).
             absent: (B, C) True for candidates that do not exist.
         """
-        teacher = teacher.to(student.dtype) / self.temperature_of_teacher
+        temperature = self.teacher_temperature or (1.0 if self.candidates == "row" else self.temperature)
+        teacher = teacher.to(student.dtype) / temperature
         expected = teacher.masked_fill(absent, float("-inf")).log_softmax(1)
         found = student.masked_fill(absent, float("-inf")).log_softmax(1)
         terms = expected.exp() * (expected - found)
         return terms.masked_fill(absent, 0).sum(1)
-
-    @property
-    def temperature_of_teacher(self) -> float:
-        """t', with its default filled in."""
-        return self.teacher_temperature or (1.0 if self.candidates == "row" else self.temperature)
 
 
 @dataclass

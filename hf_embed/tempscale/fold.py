@@ -80,26 +80,20 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
 
     `state_dict` replaces the model's own tensors, which FSDP has to gather. Raises InputError like `fold_tempscale`.
     """
-    applied = applied_for_folding(model)
+    applied = check_foldable(model)
     if model is not base_of(model):
         raise InputError("TempScale cannot be folded into a model with PEFT adapters; call merge_and_unload first")
-    check_foldable(model)
     tensors, settings = scaled(base_of(model), applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
 
 
-def applied_for_folding(model: nn.Module) -> Applied:
-    """Return what is applied to `model`. Raise InputError if nothing is."""
+def check_foldable(model: nn.Module) -> Applied:
+    """Return what is applied to `model`. Raise InputError if nothing is, or if the weights cannot hold it."""
     applied = applied_to(model)
     if applied is None:
         raise InputError("there is no TempScale to fold; call apply_tempscale first, or give a TempScaleConfig")
-    return applied
-
-
-def check_foldable(model: nn.Module) -> None:
-    """Raise InputError if the weights of `model` cannot hold what is applied to it."""
     base = base_of(model)
-    applied, found = applied_for_folding(base), attentions(base)
+    found = attentions(base)
     if applied.config.growth:
         raise InputError(
             "TempScale with growth cannot be folded, because it depends on the length of the text; use it without growth"
@@ -113,6 +107,7 @@ def check_foldable(model: nn.Module) -> None:
             )
     if len(set(applied.temperatures.values())) > 1 and (shared := shared_by_layers(base, found, applied.temperatures)):
         raise InputError(f"TempScale: {type(base).__name__} has one {shared} for several layers; use one temperature")
+    return applied
 
 
 def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: dict[str, float]) -> str | None:
@@ -175,7 +170,9 @@ def divided(
         if not tensor.is_floating_point():
             raise InputError(f"{name} holds quantized weights ({tensor.dtype}) and cannot be folded; load it in floating point")
         offset = norm_offset if key == "weight" else 0.0
-        new = (tensor + offset) / temperature - offset  # so that offset + new = (offset + old) / t
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        # So that offset + new = (offset + old) / t, without the rounding of offset + old.
+        new = (wide / temperature + offset * (1 / temperature - 1)).to(tensor.dtype)
         if part is not None:
             chosen = part(len(tensor), tensor.device)
             new = torch.where(chosen.view(-1, *[1] * (tensor.dim() - 1)), new, tensor)
