@@ -126,6 +126,7 @@ def like_a_gpu(monkeypatch):
     for module in ("arguments", "guarded_trainer"):
         monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
     monkeypatch.setattr("hf_embed.activations.unused", lambda device: 6000)
+    monkeypatch.setattr("hf_embed.activations.forget_peak", lambda device: None)
     monkeypatch.setattr(Activations, "keep", keep_100_bytes)
 
 
