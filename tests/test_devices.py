@@ -94,3 +94,10 @@ def test_a_model_on_several_devices_is_not_trained(tmp_path):
         assert "on several devices (cpu, disk), which is only for encoding; load the model w" in error_of(
             trainer, tmp_path / "out", model
         )
+
+
+def test_vectors_on_two_devices_are_compared():
+    """BUG: a query on a GPU and stored vectors in an array ended in an error of PyTorch."""
+    on_gpu, stored = torch.ones(2, 32, device="meta"), np.ones((2, 32), dtype=np.float32)
+    first, second, compare = tiny_encoder().comparable(on_gpu, stored, None)
+    assert first.device == second.device == compare(first, second).device == on_gpu.device
