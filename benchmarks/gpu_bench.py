@@ -58,6 +58,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
 from hf_embed.kit.plan import QUICKSTART
+from hf_embed.objectives import Objective
 
 disable_progress_bar()
 disable_progress_bars()
@@ -188,16 +189,17 @@ def make_trainer(
     model: PreTrainedModel,
     rows: list[dict[str, str]],
     callbacks: list[TrainerCallback] | None = None,
+    objective: Objective | None = None,
     **settings: Any,
 ) -> ContrastiveTrainer:
-    """Return a trainer with SimCSE's loss, which logs and saves nothing unless `settings` say so."""
+    """Return a trainer, by default with SimCSE's loss, which logs and saves nothing unless `settings` say so."""
     quiet = {"output_dir": str(bench.folder / "trainer"), "report_to": "none", "disable_tqdm": True, "logging_strategy": "no",
              "save_strategy": "no", "seed": 1, "use_cpu": not bench.cuda}  # fmt: skip
     return ContrastiveTrainer(
         model=model,
         processing_class=tokenizer(),
         args=ContrastiveTrainingArguments(**(quiet | settings)),
-        objective=SimCSE(temperature=0.05),
+        objective=objective or SimCSE(temperature=0.05),
         train_dataset=Dataset.from_list(rows),
         callbacks=callbacks,
     )

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from hf_embed import packed_attention, packing
 from hf_embed.library_internals import efficient_attention, flash_attention
+from hf_embed.objectives import ImprovedContrastive, Objective
 
 # ---- the slowest kernels, and host synchronizations ----
 
@@ -39,7 +40,7 @@ class AroundStep(TrainerCallback):
         self.stack.close()
 
 
-def one_step(bench: Bench, context: contextlib.AbstractContextManager) -> str:
+def one_step(bench: Bench, context: contextlib.AbstractContextManager, objective: Objective | None = None) -> str:
     """Run the step after the warm-up inside a context. Return the name of the case: the largest model, NLI-like texts.
 
     One more step follows, because the last step of a training also checks all weights.
@@ -47,8 +48,9 @@ def one_step(bench: Bench, context: contextlib.AbstractContextManager) -> str:
     sizes, (name, form) = bench.sizes, list(bench.sizes.timed.items())[-1]
     rows = make_rows(sizes.batch * (sizes.warm_up + 2), LENGTHS["NLI-like"])
     settings = {"per_device_train_batch_size": sizes.batch, "max_steps": sizes.warm_up + 2, "bf16": True, "max_length": 128}
-    make_trainer(bench, make_model(form), rows, [AroundStep(sizes.warm_up, context)], **settings).train()
-    return f"a step of {name}, {sizes.batch} NLI-like triplets, bfloat16"
+    make_trainer(bench, make_model(form), rows, [AroundStep(sizes.warm_up, context)], objective, **settings).train()
+    loss = "" if objective is None else f", {type(objective).__name__}"
+    return f"a step of {name}, {sizes.batch} NLI-like triplets, bfloat16{loss}"
 
 
 def slowest_kernels(bench: Bench) -> list[Result]:
@@ -110,10 +112,10 @@ def recorded_synchronizations(bench: Bench, found: Counter[str]) -> Iterator[Non
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def synchronizations(bench: Bench) -> list[Result]:
+def synchronizations(bench: Bench, objective: Objective | None = None) -> list[Result]:
     """Count the host synchronizations of a training step, with the places that cause them."""
     found: Counter[str] = Counter()
-    name = f"host synchronizations in {one_step(bench, recorded_synchronizations(bench, found))}"
+    name = f"host synchronizations in {one_step(bench, recorded_synchronizations(bench, found), objective)}"
     figures = {"count": found.total(), "places": dict(found.most_common())}
     if not bench.cuda:
         return [Result("step", name, "skipped", figures, "only a GPU has them")]
@@ -145,6 +147,7 @@ def step_checks(bench: Bench) -> Tasks:
     return {
         "kernels": partial(slowest_kernels, bench),
         "host synchronizations": partial(synchronizations, bench),
+        "host synchronizations, large loss": partial(synchronizations, bench, ImprovedContrastive()),
         "full memory": partial(full_memory_check, bench),
     }
 

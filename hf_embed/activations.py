@@ -60,6 +60,11 @@ def unused(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let the most memory that this process used on a GPU count from now on."""
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 class Activations:
     """Decides how many chunks of a step keep their activations.
 
@@ -76,6 +81,7 @@ class Activations:
         """Set the limit if `step` is the first one after an update. Call this at the beginning of every step."""
         if self.first_step is None:
             self.first_step = step
+            forget_peak(device)  # of an earlier training in this process, or of an evaluation
         elif not self.limit and step > self.first_step:
             self.limit = max(1.0, SHARE * unused(device))  # at least 1, so that it is measured only once
 

@@ -9,7 +9,7 @@ Merging into the original weights would give other vectors, and rounding the sum
 """
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from hf_embed.errors import InputError
 from hf_embed.library_internals import forget_adapters
 from hf_embed.read_files import first_line
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -124,7 +126,7 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy_to_device(model, torch.device("meta"))
 
 
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+def copy_of(model: Model) -> Model:
     """Return a copy of a model: on its device, or on the CPU if the device has no memory for a second one."""
     try:
         return copy.deepcopy(model)
@@ -132,7 +134,7 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
         return copy_to_device(model, torch.device("cpu")).cpu()
 
 
-def copy_to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def copy_to_device(model: Model, device: torch.device) -> Model:
     """Return a copy of a model with its parameters on `device`. Buffers stay where they are."""
     parameters = {
         id(parameter): nn.Parameter(parameter.detach().to(device, copy=True), requires_grad=parameter.requires_grad)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hf_embed.activations import Activations, ChunkEncoder, with_caching
-from hf_embed.distributed import gather_objects
 from hf_embed.packing import Numbering, Packing, copy_to, pack
+from hf_embed.ranks import largest
 
 # A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.
 MAX_PADDING = 0.15
@@ -143,7 +143,7 @@ def encode_in_chunks(
     else:
         lay_out, chunks = partial(pack_chunk, numbering=numbering), plan_packed(lengths, chunk_tokens)
     if equal_chunks:
-        chunks = split_chunks(chunks, max(gather_objects(len(chunks))))
+        chunks = split_chunks(chunks, largest(len(chunks)))
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])
     input_ids = input_ids[copy_to(move_tokens(sizes, order), input_ids.device)]  # now each chunk is a slice
     counts = [sum(lengths[i] for i in chunk) for chunk in chunks]

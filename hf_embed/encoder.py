@@ -404,14 +404,14 @@ class Encoder(nn.Module):
         return compare(first.unsqueeze(1), second.unsqueeze(1))[:, 0, 0]
 
     def comparable(self, a: Vectors, b: Vectors, precision: str | None) -> tuple[Tensor, Tensor, Compare]:
-        """Return both arguments as float32 vectors, and the function that compares them."""
+        """Return both arguments as float32 vectors on the device of `a`, and the function that compares them."""
         both, name = [], self.similarity_fn_name
         for vectors in map(as_matrix, (a, b)):
             kind = precision_of(vectors, self.dimension, self.full_dimension, precision)
             name = name if kind == "float32" else "cosine"
             both.append(as_floats(vectors, kind))
         check_widths(*both)
-        return both[0], both[1], SIMILARITIES[name]
+        return both[0], both[1].to(both[0].device), SIMILARITIES[name]
 
     @property
     def mteb_model_meta(self) -> "ModelMeta":

@@ -7,7 +7,6 @@ Shapes: N texts, n texts in a batch, D numbers per vector.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_embed.adapters import copy_of
 from hf_embed.errors import InputError, utf8
 from hf_embed.ranges import COUNT
 from hf_embed.read_files import first_line
@@ -236,7 +236,7 @@ def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | t
     if not devices:
         raise InputError("device is an empty list; name a device, or remove device")
     own = devices.index(encoder.device) if encoder.device in devices else None
-    return [encoder if i == own else copy.deepcopy(encoder).to(place) for i, place in enumerate(devices)]
+    return [encoder if i == own else copy_of(encoder).to(place) for i, place in enumerate(devices)]
 
 
 def usable_device(name: str | int | torch.device) -> torch.device:

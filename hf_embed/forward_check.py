@@ -351,9 +351,9 @@ def tokens_see_each_other(encoder: "Encoder", ids: list[int], others: Tensor) ->
 def distances(vectors: Tensor, reference: Tensor) -> Tensor:
     """Return the distance (N,) of each vector from its reference, both (N, D), relative to the norm of the reference.
 
-    It is NaN if one of them contains NaN, and 0 if both do.
+    It is NaN if one of them contains NaN, and 0 if both do. It is computed on the CPU, because Apple's GPU has no float64.
     """
-    vectors, reference = vectors.double(), reference.double()
+    vectors, reference = vectors.cpu().double(), reference.cpu().double()
     distance = (vectors - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
     return distance.masked_fill(vectors.isnan().any(-1) & reference.isnan().any(-1), 0)
 

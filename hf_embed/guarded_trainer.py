@@ -56,7 +56,7 @@ class GuardedTrainer(CheckpointTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         refuse_uncalled(type(self))
         self.stop_requests = StopRequests()
-        self.step_memory = StepMemory([])
+        self.step_memory = StepMemory([], torch.device("cpu"))
         self.activations = Activations()
         self.losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
@@ -158,7 +158,7 @@ class GuardedTrainer(CheckpointTrainer):
     ) -> tuple[list, Tensor | int | None]:
         """Return the micro-batches of a step, and keep them until the next step, in case the step must be repeated."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_memory = StepMemory(batches)
+        self.step_memory = StepMemory(batches, device)
         self.rows_trained += self.args.world_size * sum(len(batch["text_ids"]) for batch in batches)
         return batches, items
 
@@ -350,15 +350,16 @@ class FiniteLosses:
 class StepMemory:
     """The data that is needed to repeat a step: its micro-batches, and the random state at its start."""
 
-    def __init__(self, batches: list[dict[str, Any]]):
+    def __init__(self, batches: list[dict[str, Any]], device: torch.device):
         self.batches = batches
+        self.on_gpu = device.type == "cuda"
         self.begun = 0  # number of micro-batches that have begun
         self.random: list[Tensor] = []  # random states at the start of the step: CPU, then GPU
 
     def begin(self) -> int:
         """Record that a micro-batch begins, and return its number within the step, from 0."""
         if not self.begun:
-            self.random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+            self.random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.on_gpu else [])]
         self.begun += 1
         return self.begun - 1
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_embed.adapters import has_adapters
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.packing import copy_to
 
 
 def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrainedModel, nn.Module]:
@@ -39,7 +40,7 @@ def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: fl
     A token is chosen with probability `share`. Of the chosen tokens, 80% become [MASK], 10% become a random token, and 10%
     stay. The label of a chosen token is its id; all other labels are -100. Special tokens are never chosen.
     """
-    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
+    special = torch.isin(input_ids, copy_to(torch.tensor(tokenizer.all_special_ids), input_ids.device))
     chosen = (torch.rand(input_ids.shape, device=input_ids.device) < share) & ~special
     labels = input_ids.masked_fill(~chosen, -100)
     # Devlin et al. (2019), section 3.1: fate below 0.8 is [MASK], 0.8 to 0.9 stays, from 0.9 on is a random token.

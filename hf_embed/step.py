@@ -232,12 +232,14 @@ def make_encoder(
     """Return the encoder to train, with the settings in `args`.
 
     Raises:
-        InputError: if the model or the tokenizer is missing, if the adapters cannot be merged, or if the model does not support
-            a setting.
+        InputError: if the model or the tokenizer is missing, if the adapters cannot be merged, if the weights are on several
+            devices, or if the model does not support a setting.
     """
     if model is None:
         raise InputError("ContrastiveTrainer needs model=: a PreTrainedModel, an Encoder, or the name or folder of one")
-    check_adapters(model.backbone if isinstance(model, Encoder) else model)
+    backbone = model.backbone if isinstance(model, Encoder) else model
+    check_adapters(backbone)
+    check_one_device(backbone)
     settings: dict[str, Any] = {
         "pooling": args.pooling,
         "max_length": args.max_length,
@@ -266,6 +268,16 @@ def make_encoder(
             "dtype=torch.float32 and set bf16=True for speed"
         )
     return encoder
+
+
+def check_one_device(model: PreTrainedModel) -> None:
+    """Raise InputError if `device_map` has put the weights on several devices, since Trainer would move them to one."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise InputError(
+            f"device_map has put the model's weights on several devices ({', '.join(sorted(devices))}), which is only for "
+            "encoding; load the model without device_map to train it"
+        )
 
 
 def warn_of_last_token(encoder: Encoder) -> None:

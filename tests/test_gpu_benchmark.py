@@ -122,6 +122,7 @@ def test_activations_as_needed(gpu, monkeypatch, tmp_path):
     for module in ("arguments", "guarded_trainer"):
         monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
     monkeypatch.setattr("hf_embed.activations.unused", lambda device: 2**30)
+    monkeypatch.setattr("hf_embed.activations.forget_peak", lambda device: None)
     size = iter(range(0, 10**9, 1000))
     monkeypatch.setattr("hf_embed.activations.allocated", lambda device: next(size))
     bench = OnGPU("cpu", gpu.gpu_bench.TINY, tmp_path, 0)

@@ -126,6 +126,7 @@ def like_a_gpu(monkeypatch):
     for module in ("arguments", "guarded_trainer"):
         monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
     monkeypatch.setattr("hf_embed.activations.unused", lambda device: 6000)
+    monkeypatch.setattr("hf_embed.activations.forget_peak", lambda device: None)
     monkeypatch.setattr(Activations, "keep", keep_100_bytes)
 
 
@@ -312,6 +313,7 @@ def test_adapters_are_merged_on_the_cpu_if_the_gpu_is_full(tmp_path, monkeypatch
         return deepcopy(model, memo)
 
     monkeypatch.setattr("hf_embed.adapters.copy.deepcopy", on_gpu)
+    np.testing.assert_allclose(encoder.encode(TEXTS, device=["cpu", "cpu"]), expected, atol=1e-5)
     encoder.save_pretrained(tmp_path)
     for saved in (encoder, Encoder.from_pretrained(tmp_path)):
         np.testing.assert_allclose(saved.encode(TEXTS), expected, atol=1e-5)

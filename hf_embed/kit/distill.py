@@ -181,13 +181,14 @@ def distill(
     device = PartialState().device
     to_teacher = nn.Linear(args.hidden_size, teacher.config.hidden_size)
     teacher.to(device, torch.bfloat16)
+    teacher_ids = teacher_ids.to(device)
     both = nn.ModuleList([student, to_teacher]).to(device).eval()  # eval: no dropout while distilling
 
     def loss_of(step: int) -> tuple[Tensor, int]:
         tokens = sum(len(text) + 2 for text in batches[step])
         own = own_rows(batches[step])
         input_ids, mask = pad(own or batches[step][:1], device)  # a rank without a text takes part all the same, with weight 0
-        target = teacher_states(teacher, teacher_ids.to(device)[input_ids], mask)  # (S, E)
+        target = teacher_states(teacher, teacher_ids[input_ids], mask)  # (S, E)
         with torch.autocast(device.type, torch.bfloat16):
             states = student(input_ids, attention_mask=mask).last_hidden_state[mask]  # (S, D)
             predicted = to_teacher(states).float()

@@ -140,7 +140,7 @@ class ImprovedContrastive(ContrastiveObjective):
         if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
         if temperature is None:
-            temperature = all_embeddings.new_tensor(self.temperature)
+            temperature = all_embeddings.new_full((), self.temperature)  # `new_tensor` would wait for the GPU
         queries, documents = all_embeddings.split([1, all_embeddings.shape[1] - 1], dim=1)
         queries = F.normalize(queries.flatten(0, 1), dim=-1)  # (N, D)
         documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), row by row
