@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import logging
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -464,8 +465,13 @@ def test_a_list_of_objects_or_of_texts(name, tmp_path):
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path):
+    """BUG: the cached rows were those of the earlier file if the new one had its size and its time of change."""
     path = jsonl(tmp_path / "a.jsonl", [{"text": "old"}])
     assert read_file(path)["text"][:] == ["old"]
+    before = os.stat(path).st_mtime_ns
+    jsonl(tmp_path / "a.jsonl", [{"text": "new"}])
+    os.utime(path, ns=(before, before))
+    assert read_file(path)["text"][:] == ["new"]
     jsonl(tmp_path / "a.jsonl", [{"text": "newer"}])
     assert read_file(path)["text"][:] == ["newer"]
     first = read_file(path)
