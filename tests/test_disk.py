@@ -300,6 +300,18 @@ DAMAGES = {
 }
 
 
+def test_another_version_makes_its_own_tables(tmp_path, monkeypatch):
+    """BUG: after an upgrade, the tokens and the rows that the earlier version had stored were used."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("a\n")
+    rows, made, tables = stored(tmp_path / "rows"), [], []
+    for version in ("0.1.0", "0.1.0", "0.2.0"):
+        monkeypatch.setattr(cache, "__version__", version)
+        count_of(rows, made)
+        tables += cache.files_of(read_file(str(tmp_path / "a.txt")))
+    assert len(made) == 100 and tables[0] == tables[1] != tables[2]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_made_anew(tmp_path, damage, caplog):
     rows, made, expected = stored(tmp_path / "rows"), [], [len(text) for text in STORED["anchor"]]

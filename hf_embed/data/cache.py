@@ -1,4 +1,5 @@
-"""Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written.
+"""Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written, by the same
+versions of this package and of the tokenizers.
 
 A damaged table could hold other tokens or fewer rows without any error message. So the size and hash of each table are stored
 beside it, and a table that does not match them is made again. This happens, for example, after the machine crashed, or when
@@ -6,6 +7,7 @@ an earlier version of this package wrote the cache.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import time
@@ -16,6 +18,8 @@ from typing import Any
 
 import datasets
 import pyarrow
+import tokenizers
+import transformers
 from datasets import Dataset, Features, is_caching_enabled
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher, generate_random_fingerprint
@@ -25,6 +29,7 @@ from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
 from hf_embed.progress import table_bars
 from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, writing
+from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
         features: the columns.
         write: a function that writes the rows.
     """
+    identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
     path = cache_folder() / f"{identity}.arrow"
     if not found(path):
         with disk_errors(path):
@@ -118,12 +124,17 @@ def files_of(rows: Any) -> list[Path]:
 
 
 def identity_of(rows: Dataset, function: Callable[..., Any], settings: dict[str, Any]) -> str:
-    """Return a hash of the rows, the function and the settings. If the function cannot be hashed, return a random identity."""
+    """Return a hash of the rows, the function, the settings and the versions, or a random one if the function has no hash."""
     try:
         named = sorted((name, value) for name, value in settings.items() if name != "desc")
-        return Hasher.hash([fingerprint_of(rows), Hasher.hash(function), Hasher.hash(named)])
+        return Hasher.hash([fingerprint_of(rows), Hasher.hash(function), Hasher.hash(named), *versions()])
     except Exception:  # pickling the objects that the function holds can raise anything
         return generate_random_fingerprint()
+
+
+def versions() -> list[str]:
+    """Return the versions of the code that makes tables. The hash of a function covers only the names of what it calls."""
+    return [__version__, transformers.__version__, tokenizers.__version__]
 
 
 def found(path: Path) -> bool:
