@@ -37,6 +37,8 @@ CASES = {
     "the best": (BEST, ("on_step_begin", 4), 5),
     "an accumulated step": (EVERY_STEP | {"gradient_accumulation_steps": 2, "num_train_epochs": 4}, ("on_substep_end", 2), 3),
     "the last step": ({"save_strategy": "no"}, ("on_step_begin", 6), 7),
+    "the last step of epochs": (EPOCHS, ("on_step_begin", 6), 7),
+    "an evaluation at the start": (EVERY_STEP | {"eval_on_start": True}, ("on_step_begin", 2), 3),
     "the last step of all epochs": ({"save_strategy": "no", "max_steps": -1, "num_train_epochs": 2}, ("on_step_begin", 5), 6),
     "workers": ({"save_strategy": "no", "dataloader_num_workers": 1}, ("on_step_begin", 3), 4),
 }
