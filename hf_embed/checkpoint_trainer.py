@@ -279,9 +279,7 @@ class CheckpointTrainer(HubTrainer):
             logs["resumed_at_step"] = step
         super().log(logs, start_time)
 
-    def _evaluate(
-        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
-    ) -> dict[str, float]:
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
         """Evaluate as `Trainer` does, but not at the start of a resumed run: early stopping would count it as one more."""
         at_start = skip_scheduler  # Trainer sets it only there
         return {} if at_start and first_step(self) else super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)

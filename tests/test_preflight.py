@@ -57,7 +57,8 @@ def report_of(rows: list[dict] | Dataset, encoder: Encoder, tasks: dict | None =
 def test_dates_that_python_cannot_represent_are_not_read(encoder):
     """BUG: an unused column with a date before the year 1 ended a training and its preflight in a traceback."""
     days = pyarrow.array([-(10**7), 0], pyarrow.int32()).cast(pyarrow.date32())
-    rows = Dataset(pyarrow.table({"anchor": ["a", "b"], "positive": ["c", "d"], "day": days, "more": [{"day": d} for d in days]}))
+    more = [{"day": day} for day in days]
+    rows = Dataset(pyarrow.table({"anchor": ["a", "b"], "positive": ["c", "d"], "day": days, "more": more}))
     assert len(tokenize_rows(rows, encoder.tokenizer, 8)) == 2
     assert report_of(rows, encoder)["sources"]["mine"]["rows"] == 2
     assert content_hash(rows) != content_hash(rows.select([0]))

@@ -1,5 +1,6 @@
-"""Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written, by the same
-versions of this package and of the tokenizers.
+"""Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written.
+
+It must also have been written by the same versions of this package, transformers and tokenizers.
 
 A damaged table could hold other tokens or fewer rows without any error message. So the size and hash of each table are stored
 beside it, and a table that does not match them is made again. This happens, for example, after the machine crashed, or when
