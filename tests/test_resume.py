@@ -269,6 +269,17 @@ def test_the_figures_of_a_resumed_run_say_of_which_steps(folder, tmp_path):
     assert (tmp_path / "README.md").read_text().count("(from step 3 on, because the training was resumed)") == 2
 
 
+def test_a_resumed_run_reports_the_scores_before_it(tmp_path):
+    """BUG: results.json and the card of a resumed run had no scores from before the training."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_dataset": {"s": Dataset.from_list(STS)}}
+    first, resumed = trainer(tmp_path, **settings), trainer(tmp_path, **settings)
+    first.train()
+    resumed.train(str(tmp_path / "checkpoint-2"))
+    resumed.save_model()
+    before = json.loads((tmp_path / "results.json").read_text())["before"]["sts"]["s"]
+    assert before == round(first.scores_before["eval_s_spearman"], 2)
+
+
 @pytest.mark.slow
 def test_a_run_that_has_stopped_early_stays_so(tmp_path):
     from hf_embed.kit.finetune import EarlyStopping
