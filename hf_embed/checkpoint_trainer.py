@@ -97,6 +97,7 @@ class CheckpointTrainer(HubTrainer):
             self.check_on_each_node(checkpoint)
         if self.args.should_save:
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
+            self._finish_current_push()  # removes the copy that a killed run was uploading
         self.accelerator.wait_for_everyone()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
