@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import pandas
+import pyarrow.parquet
 import pytest
 import yaml
 from conftest import error_of, tokenize_rows
@@ -364,6 +365,35 @@ def test_late_negatives_add_to_those_of_the_row(tmp_path):
     jsonl(tmp_path / "b.jsonl", [row | {"negatives": ["own"]} for row in early] + [late])
     named = read_file(str(tmp_path / "b.jsonl"), streaming=True, optional=["negatives", "neg_1"])
     assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not requested
+
+
+NO_LIST = {"negatives": [[], []]}  # of no type
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ({}, {"negatives": ["x", "y"]}, True),
+        ({"negatives": [None, None]}, {"negatives": ["x", "y"]}, True),
+        (NO_LIST, {"negatives": [["x"], []]}, True),
+        ({"negatives": [["x"], []]}, NO_LIST, False),
+        (NO_LIST, NO_LIST, False),
+        ({"negatives": ["x", "y"]}, {}, False),
+    ],
+)
+def test_columns_of_several_parquet_files(first, second, refused, tmp_path):
+    """BUG: the message named the first file only, and no column; a stream ended in a traceback."""
+    paths = [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    for path, more in zip(paths, (first, second)):
+        pyarrow.parquet.write_table(pyarrow.table({"anchor": ["a", "b"], "positive": ["c", "d"]} | more), path)
+    for streaming in (False, True):
+        if refused:
+            message = error_of(read_file, paths, streaming=streaming)
+            assert message.startswith(f"{paths[1]}: the column 'negatives' has no values in {paths[0]}; give files with the")
+        else:
+            assert [bool(row["negatives"]) for row in read_file(paths, streaming=streaming)] == [
+                bool(cell) for more in (first, second) for cell in more.get("negatives", [None, None])
+            ]
 
 
 def test_an_unused_column_may_change_its_type(late, tokenizer):
