@@ -29,7 +29,7 @@ from hf_embed.disk import ASIDE, check_folder, disk_errors
 from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
 from hf_embed.progress import table_bars
-from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, writing
+from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of, writing
 from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,29 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
                 put(made, path)
             seal(path)
     return rows.map(function, cache_file_name=str(path), load_from_cache_file=True, **named)
+
+
+def map_anew(rows: Dataset, function: Callable[..., Any], **settings: Any) -> Dataset:
+    """Return `rows.map(function, **settings)`, made anew each time, but with a fingerprint of its content.
+
+    This is for a function whose results may change although its hash does not. Tables made from the result can be cached.
+    """
+    if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
+        return cached_map(rows, function, **settings)  # which caches nothing in these cases
+    folder = cache_folder()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_old(folder)
+        with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:
+            made = Path(new, "rows.arrow")
+            named = {"new_fingerprint": "anew", "load_from_cache_file": False, **settings}
+            rows.map(function, cache_file_name=str(made), **named)
+            identity = hash_of(made)
+            put(made, path := folder / f"{identity}.arrow")
+        seal(path)
+    loaded = Dataset.from_file(str(path))
+    set_fingerprint(loaded, identity)
+    return loaded
 
 
 def checked_load(path: str, **settings: Any) -> Any:

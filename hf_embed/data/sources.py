@@ -35,7 +35,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_embed.data import files
-from hf_embed.data.cache import cached_map, checked_load
+from hf_embed.data.cache import checked_load, map_anew
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError
@@ -200,7 +200,7 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     if rows.format["type"] == "custom":
-        return cached_map(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
+        return map_anew(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
     return rows.with_format(None).select_columns(rows.format["columns"])
 
 
