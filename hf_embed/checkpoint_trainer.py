@@ -196,8 +196,11 @@ class CheckpointTrainer(HubTrainer):
     def _mark_best(self, checkpoint: Path) -> None:
         """Mark the checkpoint that is being written as the best one if its score is better than that of the marked one.
 
-        Trainer marks only the step with the best score of all evaluations, even if no checkpoint is saved at that step.
+        Trainer marks only the step with the best score of all evaluations, even if no checkpoint is saved at that step. The
+        checkpoint of a stop is not marked, because a run without the stop would not have saved it.
         """
+        if self.stopping:
+            return
         metric, marked = str(self.args.metric_for_best_model), self.state.best_model_checkpoint
         key = metric if metric.startswith("eval_") else f"eval_{metric}"
         scores = {entry["step"]: entry[key] for entry in self.state.log_history if key in entry}
