@@ -97,6 +97,7 @@ class CheckpointTrainer(HubTrainer):
             self.check_on_each_node(checkpoint)
         if self.args.should_save:
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
+            self._finish_current_push()  # removes the copy that a killed run was uploading
         self.accelerator.wait_for_everyone()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
@@ -195,8 +196,11 @@ class CheckpointTrainer(HubTrainer):
     def _mark_best(self, checkpoint: Path) -> None:
         """Mark the checkpoint that is being written as the best one if its score is better than that of the marked one.
 
-        Trainer marks only the step with the best score of all evaluations, even if no checkpoint is saved at that step.
+        Trainer marks only the step with the best score of all evaluations, even if no checkpoint is saved at that step. The
+        checkpoint of a stop is not marked, because a run without the stop would not have saved it.
         """
+        if self.stopping:
+            return
         metric, marked = str(self.args.metric_for_best_model), self.state.best_model_checkpoint
         key = metric if metric.startswith("eval_") else f"eval_{metric}"
         scores = {entry["step"]: entry[key] for entry in self.state.log_history if key in entry}
@@ -278,6 +282,11 @@ class CheckpointTrainer(HubTrainer):
         if ends_training(logs) and (step := first_step(self)):
             logs["resumed_at_step"] = step
         super().log(logs, start_time)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
+        """Evaluate as `Trainer` does, but not at the start of a resumed run: early stopping would count it as one more."""
+        at_start = skip_scheduler  # Trainer sets it only there
+        return {} if at_start and first_step(self) else super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _run_epoch(self, *args: Any, **named: Any) -> None:
         """Train one epoch, or nothing if the resumed run is already finished."""

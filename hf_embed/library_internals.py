@@ -41,6 +41,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
+    "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
     "_maybe_log_save_evaluate": ("tr_loss", "grad_norm", "model", "trial"),
     "_get_grad_norm": ("model", "grad_norm"),
     "_prepare_input": ("data",),

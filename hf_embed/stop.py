@@ -106,10 +106,12 @@ class StopRequests(TrainerCallback):
     def due(self, state: TrainerState, control: TrainerControl) -> int:
         """Return the number of the signal to stop for now, or 0. The result is the same on every rank.
 
-        After the last step of an epoch, the stop waits until the work at the end of the epoch is done. If a callback has ended
-        the training early (early stopping), the training is complete and the result is 0: a resumed run would train further.
+        After the last step of an epoch or of the training, the stop waits until the work at the end of the epoch is done. If a
+        callback has ended the training early (early stopping), the training is complete and the result is 0: a resumed run
+        would train further.
         """
-        of_epoch = self.at_step_end and state.epoch is not None and float(state.epoch).is_integer()
+        last = state.global_step >= state.max_steps or (state.epoch is not None and float(state.epoch).is_integer())
+        of_epoch = self.at_step_end and last
         over = control.should_training_stop and state.global_step < state.max_steps
         if of_epoch or over:
             return 0

@@ -72,7 +72,8 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     trained = trainer.state.global_step > 0
     scores, step = last_scores(trainer)
     if scores:
-        before = summary(trainer.scores_before, trainer.scored) if trained else {}
+        at_start = metrics_of(entry for entry in trainer.state.log_history if entry.get("step") == 0)  # also of a resumed run
+        before = summary(trainer.scores_before or at_start, trainer.scored) if trained else {}
         results |= {"before": before, "after": summary(scores, trainer.scored)}
     if trained:
         results["train"] = about_training(trainer, scores)

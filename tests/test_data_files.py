@@ -8,12 +8,14 @@ import csv
 import gzip
 import json
 import logging
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import pandas
+import pyarrow.parquet
 import pytest
 import yaml
 from conftest import error_of, tokenize_rows
@@ -375,6 +377,35 @@ def test_late_negatives_add_to_those_of_the_row(tmp_path):
     assert list(named)[1001]["negatives"] == ["own"]  # neg_2 was not requested
 
 
+NO_LIST = {"negatives": [[], []]}  # of no type
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ({}, {"negatives": ["x", "y"]}, True),
+        ({"negatives": [None, None]}, {"negatives": ["x", "y"]}, True),
+        (NO_LIST, {"negatives": [["x"], []]}, True),
+        ({"negatives": [["x"], []]}, NO_LIST, False),
+        (NO_LIST, NO_LIST, False),
+        ({"negatives": ["x", "y"]}, {}, False),
+    ],
+)
+def test_columns_of_several_parquet_files(first, second, refused, tmp_path):
+    """BUG: the message named the first file only, and no column; a stream ended in a traceback."""
+    paths = [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    for path, more in zip(paths, (first, second)):
+        pyarrow.parquet.write_table(pyarrow.table({"anchor": ["a", "b"], "positive": ["c", "d"]} | more), path)
+    for streaming in (False, True):
+        if refused:
+            message = error_of(read_file, paths, streaming=streaming)
+            assert message.startswith(f"{paths[1]}: the column 'negatives' has no values in {paths[0]}; give files with the")
+        else:
+            assert [bool(row["negatives"]) for row in read_file(paths, streaming=streaming)] == [
+                bool(cell) for more in (first, second) for cell in more.get("negatives", [None, None])
+            ]
+
+
 def test_an_unused_column_may_change_its_type(late, tokenizer):
     rows = read_file(str(late / "id.jsonl"))
     assert rows[0]["id"] == 0 and rows[3501]["id"] == "x3501" and rows[3501]["positive"] == "p3501"
@@ -474,8 +505,13 @@ def test_a_list_of_objects_or_of_texts(name, tmp_path):
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path):
+    """BUG: the cached rows were those of the earlier file if the new one had its size and its time of change."""
     path = jsonl(tmp_path / "a.jsonl", [{"text": "old"}])
     assert read_file(path)["text"][:] == ["old"]
+    before = os.stat(path).st_mtime_ns
+    jsonl(tmp_path / "a.jsonl", [{"text": "new"}])
+    os.utime(path, ns=(before, before))
+    assert read_file(path)["text"][:] == ["new"]
     jsonl(tmp_path / "a.jsonl", [{"text": "newer"}])
     assert read_file(path)["text"][:] == ["newer"]
     first = read_file(path)

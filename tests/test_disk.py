@@ -1,6 +1,7 @@
 """Full disks, folders that are not writable and names that are too long: the error is one line, and old files stay intact."""
 
 import errno
+import importlib
 import os
 import re
 import resource
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, disk
 from hf_embed.data import cache
-from hf_embed.data.sources import read_file
+from hf_embed.data.sources import read_file, unformatted
 from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
 from hf_embed.output import check_output
 from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
@@ -299,6 +300,34 @@ DAMAGES = {
     "without a seal": lambda path: seal_of(path).unlink(),
     "with half a seal": lambda path: os.truncate(seal_of(path), 5),
 }
+
+
+def test_another_version_makes_its_own_tables(tmp_path, monkeypatch):
+    """BUG: after an upgrade, the tokens and the rows that the earlier version had stored were used."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("a\n")
+    rows, made, tables = stored(tmp_path / "rows"), [], []
+    for version in ("0.1.0", "0.1.0", "0.2.0"):
+        monkeypatch.setattr(cache, "__version__", version)
+        count_of(rows, made)
+        tables += cache.files_of(read_file(str(tmp_path / "a.txt")))
+    assert len(made) == 100 and tables[0] == tables[1] != tables[2]
+
+
+def test_a_transform_is_applied_anew(tmp_path, monkeypatch):
+    """BUG: if the code of an imported transform had changed, the rows that the earlier code had made were used."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prepared_rows.py").write_text(
+        "def mark(batch):\n    return {'text': [f'{WORD} {t}' for t in batch['anchor']]}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("prepared_rows")
+    rows, made = stored(tmp_path / "rows"), []
+    for word in ("one", "one", "two"):
+        module.WORD = word
+        made.append(unformatted(rows.with_transform(module.mark)))
+        assert made[-1]["text"][:] == [f"{word} {text}" for text in STORED["anchor"]]
+    assert made[0]._fingerprint == made[1]._fingerprint != made[2]._fingerprint  # so cached tokens are found
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

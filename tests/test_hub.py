@@ -26,6 +26,7 @@ from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.hub import push_folder
+from hf_embed.kit import overwrite
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -388,6 +389,14 @@ def test_a_checkpoint_that_does_not_arrive_does_not_end_the_training(server, tmp
     run.push_to_hub()
     assert "a checkpoint was not uploaded to the Hub: this token has no write access there" in caplog.text
     assert set(server.files("user/mine")) == OF_THE_MODEL - {"2_Normalize/config.json"}
+
+
+def test_the_copy_that_a_killed_run_was_uploading_is_removed(tmp_path):
+    """BUG: it stayed in the folder of the run, and in that of every run that replaced it."""
+    copy = tmp_path / "model" / hub.COPY
+    copy.mkdir(parents=True)
+    trainer(tmp_path / "model", max_steps=1).train()
+    assert not copy.exists() and overwrite.RUNNING.fullmatch(copy.name)
 
 
 @pytest.mark.slow

@@ -343,13 +343,18 @@ def test_a_number_in_a_stream_is_not_dropped_as_an_empty_text(late, tmp_path):
     assert "the text is not a string (5)" in message and "--drop_empty_rows" not in message
 
 
-def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path):
+def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path, caplog):
+    """BUG: dropped rows counted twice in the total, and a stream of which all rows are dropped was read without end."""
     lines = [json.dumps(row) for row in [*pairs("a", 3), {"query": "b", "positive": " "}, *pairs("c", 3)]]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    rows = stream([str(tmp_path / "a.jsonl")], drop=True).__getitems__(list(range(6)))
-    assert len(set(ids_of(rows))) == 6
+    rows = stream([str(tmp_path / "a.jsonl")], drop=True).__getitems__(list(range(7)))
+    assert len(set(ids_of(rows[:6]))) == 6
+    assert "1 of 7 rows had an empty text and were dropped" in caplog.text
     message = error_of(stream, [str(tmp_path / "a.jsonl")])
     assert message.startswith("source 'web' (part-*.jsonl), the row {'query': 'b'") and "column 'positive'" in message
+    (tmp_path / "b.jsonl").write_text(2 * (lines[3] + "\n"))
+    message = error_of(stream([str(tmp_path / "b.jsonl")], drop=True).__getitems__, [0])
+    assert "there are no rows for this process" in message and "2 of 2 rows had an empty text" in caplog.text
 
 
 # ---- rows without negatives ----

@@ -13,9 +13,10 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import yaml
-from conftest import error_of
+from conftest import error_of, tokenize_rows
 from datasets import Dataset, IterableDataset
 from test_recipes import QUIET, RECIPES, load_recipe
 
@@ -32,6 +33,7 @@ from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.triplets import Triplets
 from hf_embed.evaluation.zero_shot import ZeroShot
+from hf_embed.kit.content import content_hash
 from hf_embed.kit.false_negatives import guessing
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.kit.preflight_report import lines, preflight
@@ -50,6 +52,16 @@ def report_of(rows: list[dict] | Dataset, encoder: Encoder, tasks: dict | None =
     """Return the report of a single source named 'mine'."""
     table = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     return preflight([(Source("mine", table), "mine", paired)], encoder, Settings(**settings), tasks or {})
+
+
+def test_dates_that_python_cannot_represent_are_not_read(encoder):
+    """BUG: an unused column with a date before the year 1 ended a training and its preflight in a traceback."""
+    days = pyarrow.array([-(10**7), 0], pyarrow.int32()).cast(pyarrow.date32())
+    more = [{"day": day} for day in days]
+    rows = Dataset(pyarrow.table({"anchor": ["a", "b"], "positive": ["c", "d"], "day": days, "more": more}))
+    assert len(tokenize_rows(rows, encoder.tokenizer, 8)) == 2
+    assert report_of(rows, encoder)["sources"]["mine"]["rows"] == 2
+    assert content_hash(rows) != content_hash(rows.select([0]))
 
 
 # ---- the plain loops that the preflight is compared with ----

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_distributed import HERE, launch
 from test_distributed import run as launched
 from test_trainer import NO_DROPOUT, ROWS, STS, arguments
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from worker import BATCH
 
@@ -278,6 +278,17 @@ def test_the_figures_of_a_resumed_run_say_of_which_steps(folder, tmp_path):
     assert (tmp_path / "README.md").read_text().count("(from step 3 on, because the training was resumed)") == 2
 
 
+def test_a_resumed_run_reports_the_scores_before_it(tmp_path):
+    """BUG: results.json and the card of a resumed run had no scores from before the training."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_dataset": {"s": Dataset.from_list(STS)}}
+    first, resumed = trainer(tmp_path, **settings), trainer(tmp_path, **settings)
+    first.train()
+    resumed.train(str(tmp_path / "checkpoint-2"))
+    resumed.save_model()
+    before = json.loads((tmp_path / "results.json").read_text())["before"]["sts"]["s"]
+    assert before == round(first.scores_before["eval_s_spearman"], 2)
+
+
 @pytest.mark.slow
 def test_a_run_that_has_stopped_early_stays_so(tmp_path):
     from hf_embed.kit.finetune import EarlyStopping
@@ -294,6 +305,18 @@ def test_a_run_that_has_stopped_early_stays_so(tmp_path):
     more = trainer(tmp_path, eval_dataset=sets, callbacks=[EarlyStopping(4)], **settings)
     more.train(True)
     assert more.state.global_step > first.state.global_step  # control
+
+
+def test_early_stopping_of_a_resumed_run_starts_with_the_first_step(tmp_path):
+    """BUG: a resumed run compared its evaluations with that of `eval_on_start`, unlike a run without an interruption."""
+    from hf_embed.kit.finetune import EarlyStopping
+
+    args = arguments(tmp_path, eval_strategy="steps", metric_for_best_model="s_spearman", greater_is_better=True,
+                     eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True)  # fmt: skip
+    for scores, stops in (([90.0, 80.0], False), ([90.0, 80.0, 70.0], True)):
+        control, history = TrainerControl(), [{"step": i, "eval_s_spearman": score} for i, score in enumerate(scores)]
+        EarlyStopping(1).on_train_begin(args, TrainerState(log_history=history), control)
+        assert control.should_training_stop == stops
 
 
 def test_a_run_folder_that_was_moved_finds_its_best_checkpoint(tmp_path, caplog):

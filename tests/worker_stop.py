@@ -27,6 +27,9 @@ from hf_embed.stop import Stopped
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
+# The first step has the best score, but only the checkpoint of a stop.
+EARLY = EVERY_STEP | {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "sts_uniformity",
+                      "greater_is_better": False}  # fmt: skip
 CASES = {
     "a step": ({"save_strategy": "no"}, ("on_step_begin", 3), 4),
     "the first step": ({"save_strategy": "no"}, ("on_step_begin", 0), 1),
@@ -35,8 +38,11 @@ CASES = {
     "an evaluation": (EVERY_STEP, ("on_evaluate", 4), 4),
     "a save": (EVERY_STEP | {"eval_strategy": "no"}, ("on_save", 2), 2),
     "the best": (BEST, ("on_step_begin", 4), 5),
+    "a better step": (EARLY, ("on_step_begin", 0), 1),
     "an accumulated step": (EVERY_STEP | {"gradient_accumulation_steps": 2, "num_train_epochs": 4}, ("on_substep_end", 2), 3),
     "the last step": ({"save_strategy": "no"}, ("on_step_begin", 6), 7),
+    "the last step of epochs": (EPOCHS, ("on_step_begin", 6), 7),
+    "an evaluation at the start": (EVERY_STEP | {"eval_on_start": True}, ("on_step_begin", 2), 3),
     "the last step of all epochs": ({"save_strategy": "no", "max_steps": -1, "num_train_epochs": 2}, ("on_step_begin", 5), 6),
     "workers": ({"save_strategy": "no", "dataloader_num_workers": 1}, ("on_step_begin", 3), 4),
 }

@@ -1,11 +1,14 @@
 """Tables that `datasets` keeps on disk. A cached table is used again only if it is byte for byte what was written.
 
+It must also have been written by the same versions of this package, transformers and tokenizers.
+
 A damaged table could hold other tokens or fewer rows without any error message. So the size and hash of each table are stored
 beside it, and a table that does not match them is made again. This happens, for example, after the machine crashed, or when
 an earlier version of this package wrote the cache.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import time
@@ -16,6 +19,8 @@ from typing import Any
 
 import datasets
 import pyarrow
+import tokenizers
+import transformers
 from datasets import Dataset, Features, is_caching_enabled
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher, generate_random_fingerprint
@@ -24,7 +29,8 @@ from hf_embed.disk import ASIDE, check_folder, disk_errors
 from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
 from hf_embed.progress import table_bars
-from hf_embed.safe_files import is_sealed, put, remove_folder, seal, seal_of, writing
+from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of, writing
+from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
         features: the columns.
         write: a function that writes the rows.
     """
+    identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
     path = cache_folder() / f"{identity}.arrow"
     if not found(path):
         with disk_errors(path):
@@ -94,6 +101,29 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
     return rows.map(function, cache_file_name=str(path), load_from_cache_file=True, **named)
 
 
+def map_anew(rows: Dataset, function: Callable[..., Any], **settings: Any) -> Dataset:
+    """Return `rows.map(function, **settings)`, made anew each time, but with a fingerprint of its content.
+
+    This is for a function whose results may change although its hash does not. Tables made from the result can be cached.
+    """
+    if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
+        return cached_map(rows, function, **settings)  # which caches nothing in these cases
+    folder = cache_folder()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_old(folder)
+        with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:
+            made = Path(new, "rows.arrow")
+            named = {"new_fingerprint": "anew", "load_from_cache_file": False, **settings}
+            rows.map(function, cache_file_name=str(made), **named)
+            identity = hash_of(made)
+            put(made, path := folder / f"{identity}.arrow")
+        seal(path)
+    loaded = Dataset.from_file(str(path))
+    set_fingerprint(loaded, identity)
+    return loaded
+
+
 def checked_load(path: str, **settings: Any) -> Any:
     """Return `datasets.load_dataset(path, **settings)`. Make its cached tables again if they are damaged."""
     with disk_errors(datasets.config.HF_DATASETS_CACHE), table_bars():
@@ -118,12 +148,17 @@ def files_of(rows: Any) -> list[Path]:
 
 
 def identity_of(rows: Dataset, function: Callable[..., Any], settings: dict[str, Any]) -> str:
-    """Return a hash of the rows, the function and the settings. If the function cannot be hashed, return a random identity."""
+    """Return a hash of the rows, the function, the settings and the versions, or a random one if the function has no hash."""
     try:
         named = sorted((name, value) for name, value in settings.items() if name != "desc")
-        return Hasher.hash([fingerprint_of(rows), Hasher.hash(function), Hasher.hash(named)])
+        return Hasher.hash([fingerprint_of(rows), Hasher.hash(function), Hasher.hash(named), *versions()])
     except Exception:  # pickling the objects that the function holds can raise anything
         return generate_random_fingerprint()
+
+
+def versions() -> list[str]:
+    """Return the versions of the code that makes tables. The hash of a function covers only the names of what it calls."""
+    return [__version__, transformers.__version__, tokenizers.__version__]
 
 
 def found(path: Path) -> bool:

@@ -235,7 +235,7 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
     """
     unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
     if isinstance(rows, Dataset):
-        unused = [column for column in unused if isinstance(rows.features[column], Value)]
+        unused = [column for column in unused if isinstance(rows.features[column], Value) and not has_times(rows, column)]
         if not unused:  # a table with an order of its own (after `shuffle`) cannot be read without columns
             return {}
         step = max(1, -(-len(rows) // LOOKED_AT))
@@ -251,6 +251,11 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
         if 2 <= len(values) <= min(FEW_VALUES, len(words) // 2) and (numbers or TRUTHS.issuperset(values)):
             found[column] = values
     return found
+
+
+def has_times(rows: Dataset, column: str) -> bool:
+    """Return whether the cells of a column hold dates or times, some of which Python cannot represent."""
+    return re.search(r"Value\('(timestamp|date|time|duration)", repr(rows.features[column])) is not None
 
 
 def judged_in_words(column: str, values: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,6 +36,7 @@ from datasets.arrow_writer import ArrowWriter
 from hf_embed.data.cache import cached_table, check_cache
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, other_kind, parse_json
+from hf_embed.safe_files import hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -435,9 +435,8 @@ def load(paths: list[str], table: Table) -> Dataset:
             download(path)
     check_cache()
     features = survey(paths, table)
-    local = [os.path.abspath(DOWNLOADED.get(path, path)) for path in paths]
-    stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in local]
-    identity = hashlib.sha256(repr((stamps, table, features)).encode()).hexdigest()[:32]
+    hashes = [(kind_of(path), hash_of(Path(DOWNLOADED.get(path, path)))) for path in paths]
+    identity = hashlib.sha256(repr((hashes, table, features)).encode()).hexdigest()[:32]
     return cached_rows(identity, features, chain.from_iterable(rows_of(path, table) for path in paths))
 
 

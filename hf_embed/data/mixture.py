@@ -193,18 +193,18 @@ class Stream:
         """Read one pass after another, without end. Yield the texts of each row and its other positives."""
         turn = 0
         while True:
-            taken = dropped = 0
+            kept = dropped = 0
             # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
             batches = self.one_pass(turn).iter(batch_size=256)
             while (texts := self.next_texts(batches)) is not None:
-                taken += len(texts)
                 dropped += texts.count(None)
+                kept += len(texts) - texts.count(None)
                 for made in filter(None, texts):
                     yield from made
-            if not taken:
-                raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             if dropped and turn == 0:
-                logger.warning(f"{self.label}: {dropped:,} of {taken + dropped:,} rows had an empty text and were dropped")
+                logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
+            if not kept:
+                raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             turn += 1
 
     def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]] | None] | None:

@@ -35,7 +35,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_embed.data import files
-from hf_embed.data.cache import cached_map, checked_load
+from hf_embed.data.cache import checked_load, map_anew
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError
@@ -106,6 +106,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         for file in paths:
             check_parquet(file)
+        check_alike([file for file in paths if "://" not in file])
         data_files = [file if "://" in file else glob.escape(file) for file in paths]
         return checked_load("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
@@ -126,6 +127,22 @@ def check_parquet(path: str) -> None:
         raise InputError(f"{path}: there are no rows")
     if found.row_group(0).num_rows == 0:  # `datasets` uses this number as its batch size
         raise InputError(f"{path}: the first row group has no rows; write the file again")
+
+
+def check_alike(paths: list[str]) -> None:
+    """Raise InputError if a local parquet file has a column that the first one lacks, or that holds only nulls there.
+
+    A column may be missing in a later file. `datasets` then reads nulls.
+    """
+    schemas = [pyarrow.parquet.read_schema(path) for path in paths]
+    for path, schema in zip(paths[1:], schemas[1:]):
+        for column in schema:
+            first = schemas[0].field(column.name).type if column.name in schemas[0].names else pyarrow.null()
+            if first != column.type and "null" in str(first).replace("not null", ""):
+                raise InputError(
+                    f"{path}: the column '{column.name}' has no values in {paths[0]}; give files with the same columns, or "
+                    "name the one with most columns first"
+                )
 
 
 def check_files(paths: list[str]) -> str:
@@ -183,7 +200,7 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     if rows.format["type"] == "custom":
-        return cached_map(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
+        return map_anew(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
     return rows.with_format(None).select_columns(rows.format["columns"])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from datasets import Dataset
 
-from hf_embed.data.columns import column_names
+from hf_embed.data.columns import column_names, has_times
 from hf_embed.data.mixture import Source
 from hf_embed.kit.positives import parse_positive
 from hf_embed.resume import hashed_rows, name_of, objective_facts
@@ -23,7 +23,7 @@ def content_of(plan: "Plan") -> dict[str, str]:
     """Return hashes of the training rows and of the evaluation sets, by their names in messages.
 
     The seed makes no difference: the rows are those before positives are made from them. As in `hf_embed.resume`, a large table
-    is hashed by a sample, and a streaming dataset by its origin and settings only.
+    is hashed by a sample and without columns of dates, and a streaming dataset by its origin and settings only.
     """
     rows, positive = plan.rows if plan.given is None else plan.given, plan.positive
     given = [rows if isinstance(rows, Dataset) else [source_facts(source) for source in rows]]
@@ -54,7 +54,8 @@ def parts(value: Any) -> Iterator[str]:
     """Yield the texts to hash of a value. They hold kinds and lengths too, so that different values never have equal texts."""
     if isinstance(value, Dataset):
         yield f"table {len(value)} "
-        for batch in hashed_rows(value).iter(1_000):
+        read = [column for column in value.column_names if not has_times(value, column)]
+        for batch in hashed_rows(value).select_columns(read).iter(1_000):
             yield json.dumps(batch, default=str)
     elif isinstance(value, Mapping):
         yield f"dict {len(value)} "

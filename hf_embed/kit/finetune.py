@@ -76,7 +76,8 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         key = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         self.early_stopping_patience_counter, best = 0, math.nan
-        for value in [entry[key] for entry in state.log_history if key in entry]:
+        # Trainer does not compare with the evaluation at the start.
+        for value in [entry[key] for entry in state.log_history if key in entry and entry["step"] > 0]:
             if math.isnan(best) or (value > best if args.greater_is_better else value < best):
                 self.early_stopping_patience_counter, best = 0, value
             else:

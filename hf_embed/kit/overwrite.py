@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_embed.checkpoint.hub import FILES
+from hf_embed.checkpoint.hub import COPY, FILES
 from hf_embed.checkpoint.save import RESULTS, WEIGHTS
 from hf_embed.errors import InputError
 from hf_embed.safe_files import (
@@ -30,7 +30,7 @@ from hf_embed.safe_files import (
 )
 
 # What a run writes while it trains, and the temporary files of a killed run.
-RUNNING = re.compile(r"checkpoint-\d+|runs|\.(removing|saving)-.+")
+RUNNING = re.compile(rf"checkpoint-\d+|runs|{COPY}|\.(removing|saving)-.+")
 SEED = re.compile(r"seed-\d+")
 UNFINISHED = ".unfinished"
 

@@ -112,7 +112,7 @@ def make_subject(
     pairs = None if paired is False else labeled_layout(rows.column_names, where)
     taken = cast(Dataset, as_pairs(rows, where, paired, drop_empty_rows=True))
     columns = text_columns(taken.column_names, where, paired)
-    refuse_lists(islice(taken, 20), columns, where)
+    refuse_lists(islice(taken.select_columns(columns), 20), columns, where)
     known = columns
     if taken is not rows and pairs is not None:
         known = list(pairs)
