@@ -98,7 +98,7 @@ def small_vocabulary() -> str:
     return json.dumps(content)
 
 
-def quickstart_tokenizer():
+def small_tokenizer():
     """Load the tokenizer of the quickstart encoder with a small vocabulary, which is loaded, saved and hashed much faster."""
     with TemporaryDirectory() as folder:
         shutil.copy(QUICKSTART / "encoder" / "tokenizer_config.json", folder)
@@ -107,12 +107,12 @@ def quickstart_tokenizer():
 
 
 def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, **settings) -> Encoder:
-    return Encoder(tiny_model(name, seed), quickstart_tokenizer(), pooling, **settings).eval()
+    return Encoder(tiny_model(name, seed), small_tokenizer(), pooling, **settings).eval()
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return quickstart_tokenizer()
+    return small_tokenizer()
 
 
 def tokenize_rows(rows, tokenizer, max_length, name="train_dataset", paired=None, prompts=None, drop_empty_rows=False):

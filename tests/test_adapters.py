@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from peft import (
     AdaLoraConfig,
@@ -58,7 +58,7 @@ def trainer(folder, model, objective=None, **settings):
     defaults = {"per_device_train_batch_size": 4, "max_steps": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True,
                 "save_strategy": "no", "learning_rate": 3e-2, "seed": 3}  # fmt: skip
     return ContrastiveTrainer(
-        model=model, processing_class=quickstart_tokenizer(), objective=objective, train_dataset=Dataset.from_list(ROWS),
+        model=model, processing_class=small_tokenizer(), objective=objective, train_dataset=Dataset.from_list(ROWS),
         args=ContrastiveTrainingArguments(str(folder), **(defaults | settings)),
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_active_adapters_are_merged_and_others_left_out(active, tmp_path):
     for name in ("one", "other"):
         model.add_adapter(LoraConfig(target_modules=TARGETS, r=4), adapter_name=name)
     randomised(model).set_adapter(active)
-    encoder = Encoder(model, quickstart_tokenizer())
+    encoder = Encoder(model, small_tokenizer())
     expected = vectors(encoder)
     encoder.save_pretrained(tmp_path)
     assert apart(vectors(Encoder.from_pretrained(tmp_path)), expected) < 1e-5
@@ -134,9 +134,9 @@ def test_active_adapters_are_merged_and_others_left_out(active, tmp_path):
 @pytest.mark.parametrize("put", [wrapped, added])
 def test_adapters_that_are_switched_off_are_left_out(put, tmp_path):
     model = randomised(put(CONFIGS["lora"]))
-    on = vectors(Encoder(model, quickstart_tokenizer()))
+    on = vectors(Encoder(model, small_tokenizer()))
     (model.base_model.disable_adapter_layers if put is wrapped else model.disable_adapters)()
-    encoder = Encoder(model, quickstart_tokenizer())
+    encoder = Encoder(model, small_tokenizer())
     encoder.save_pretrained(tmp_path)
     assert apart(vectors(Encoder.from_pretrained(tmp_path)), vectors(encoder)) < 1e-5
     assert apart(on, vectors(encoder)) > 1e-3  # control: the adapters change the vectors
@@ -156,7 +156,7 @@ def test_injected_by_peft_and_scaled(tmp_path):
 def test_adapters_of_several_kinds_are_refused(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"], r=4), "one", mixed=True)
     model.add_adapter("other", LoHaConfig(target_modules=["value"], r=4))
-    for function, words in ((trainer, (tmp_path, model)), (Encoder, (model, quickstart_tokenizer()))):
+    for function, words in ((trainer, (tmp_path, model)), (Encoder, (model, small_tokenizer()))):
         assert "PeftMixedModel is not supported; use adapters of one kind" in error_of(function, *words)
 
 
@@ -172,7 +172,7 @@ def test_prompts_are_refused_by_name(kind, tmp_path):
     model = wrapped(PROMPTS[kind])
     message = error_of(trainer, tmp_path / "out", model)
     assert f"the kind {kind} cannot be merged" in message and "LoraConfig" in message
-    assert f"the kind {kind} cannot be merged" in error_of(Encoder, model, quickstart_tokenizer())
+    assert f"the kind {kind} cannot be merged" in error_of(Encoder, model, small_tokenizer())
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from test_recipes import load_recipe
@@ -123,12 +123,12 @@ def test_different_lengths_are_averaged_at_a_given_length(models, tmp_path):
 
 def test_other_configs_and_tokenizers_are_refused(tmp_path):
     start = saved(tmp_path / "start")
-    Encoder(tiny_model(layer_norm_eps=1e-5), quickstart_tokenizer()).save_pretrained(tmp_path / "config")
+    Encoder(tiny_model(layer_norm_eps=1e-5), small_tokenizer()).save_pretrained(tmp_path / "config")
     message = error_of(average_models, [start, str(tmp_path / "config")])
     assert "differ in architecture (layer_norm_eps in config.json): 1e-05 and 1e-12" in message
-    Encoder(tiny_model(hidden_dropout_prob=0.3), quickstart_tokenizer()).save_pretrained(tmp_path / "dropout")
+    Encoder(tiny_model(hidden_dropout_prob=0.3), small_tokenizer()).save_pretrained(tmp_path / "dropout")
     average_models([start, str(tmp_path / "dropout")])  # dropout changes no vector
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     for name in ("plain", "added"):
         Encoder(tiny_model(vocab_size=12001), tokenizer).save_pretrained(tmp_path / name)
         tokenizer.add_tokens(["zzzz"])

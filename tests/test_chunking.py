@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY, quickstart_tokenizer, tiny_model
+from conftest import TINY, small_tokenizer, tiny_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,7 +77,7 @@ CONFIGS = {"bert": {}, "qwen3": {"attention_dropout": 0.1}}  # BERT has dropout 
 
 
 def make_encoder(name):
-    return Encoder(tiny_model(name, **CONFIGS[name]), quickstart_tokenizer())
+    return Encoder(tiny_model(name, **CONFIGS[name]), small_tokenizer())
 
 
 def texts():
@@ -143,7 +143,7 @@ def with_dropout(encoder, caching, seed=0, bf16=False):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", TINY)
 def test_caching_is_bit_identical_under_dropout(name, bf16):
-    encoder = Encoder(tiny_model(name, **CONFIGS.get(name, {})), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(name, **CONFIGS.get(name, {})), small_tokenizer())
     assert torch.equal(with_dropout(encoder, True, bf16=bf16), with_dropout(encoder, False, bf16=bf16))
 
 
@@ -359,7 +359,7 @@ def test_split_chunks_gives_every_rank_the_same_count(count):
 
 def test_a_text_encoded_twice_changes_no_gradient(monkeypatch):
     """A rank with fewer texts than another rank has chunks encodes a text again, so that all ranks run the same collectives."""
-    encoder = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double(), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double(), small_tokenizer())
     ids, lengths = torch.arange(5, 17), [5, 4, 3]
     gradients = []
     for others in (1, 6):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import error_of, quickstart_tokenizer
+from conftest import error_of, small_tokenizer
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -161,9 +161,7 @@ def test_without_the_token_there_is_a_warning(tmp_path, tokenizers, caplog):
 
 
 def test_add_eos_token_is_refused_where_it_cannot_be_right(tmp_path, tokenizers):
-    assert "already ends each text with '[SEP]'" in error_of(
-        trainer, tmp_path, decoder("qwen3"), with_eos(quickstart_tokenizer())
-    )
+    assert "already ends each text with '[SEP]'" in error_of(trainer, tmp_path, decoder("qwen3"), with_eos(small_tokenizer()))
     nameless = trained_tokenizer()
     nameless.eos_token = None
     assert "has no end-of-text token" in error_of(trainer, tmp_path, decoder("qwen3"), nameless)

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from test_trainer import ROWS, trainer
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -79,7 +79,7 @@ def test_the_host_does_not_wait_for_the_gpu_in_an_objective(objective, monkeypat
 
 def test_the_host_does_not_wait_for_the_gpu_to_mask_tokens():
     with NoNumbersFromTheHost():
-        masked, labels = mask_tokens(torch.ones(9, device="meta", dtype=torch.long), quickstart_tokenizer())
+        masked, labels = mask_tokens(torch.ones(9, device="meta", dtype=torch.long), small_tokenizer())
     assert masked.shape == labels.shape == (9,)
 
 

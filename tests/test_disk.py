@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, small_tokenizer, tiny_model
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
@@ -434,7 +434,7 @@ ROWS = Dataset.from_dict({"anchor": [f"a cat {i}" for i in range(8)], "positive"
 
 def encoder_of_megabytes(name: str = "bert", seed: int = 0) -> Encoder:
     """Return an encoder with 1.6 MB of weights."""
-    return Encoder(tiny_model(name, seed, vocab_size=12_000), quickstart_tokenizer())
+    return Encoder(tiny_model(name, seed, vocab_size=12_000), small_tokenizer())
 
 
 def trainer_in(folder: Path, **settings) -> ContrastiveTrainer:
@@ -464,7 +464,7 @@ def test_a_script_s_output_is_checked_before_the_data(small_disk, caplog):
     small_disk("size=1m", "tiny")
     ContrastiveTrainer(  # a trainer that only evaluates writes nothing
         tiny_model(), ContrastiveTrainingArguments(str(folder.parent / "tiny"), use_cpu=True, report_to="none"),
-        processing_class=quickstart_tokenizer(),
+        processing_class=small_tokenizer(),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import small_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file
 from test_gte import formula
 from transformers import AutoModel
@@ -105,7 +105,7 @@ def test_gte_gradients_equal_the_formula(runs, ranks, negatives):
     rows = rows_with(negatives)
     order = next(iter(GlobalBatchSampler(len(rows), BATCH, 0, 1, seed=42)))
     texts = [[row["anchor"], row["positive"], *row.get("negatives", [])] for row in (rows[i] for i in order)]
-    encoder = Encoder(tiny_model(**NO_DROPOUT).double(), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(**NO_DROPOUT).double(), small_tokenizer())
 
     def embed(text):
         return encoder.backbone(torch.tensor([encoder.tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)

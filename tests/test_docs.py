@@ -19,7 +19,7 @@ import doc_blocks
 import numpy as np
 import pytest
 import yaml
-from conftest import quickstart_tokenizer, tiny_encoder
+from conftest import small_tokenizer, tiny_encoder
 from doc_blocks import ELSEWHERE, FILE, NOT_RUN, ROOT, RUN, SLOW, blocks_of, page_names, run_page
 from worker import WORDS
 
@@ -57,7 +57,7 @@ def prepare(page: str) -> None:
     if page in ("docs/use.md", "docs/guides/publishing.md"):
         tiny_encoder(normalize=True).save_pretrained("out", verify=False)
     if page == "docs/guides/lora.md":
-        quickstart_tokenizer().save_pretrained("encoder")
+        small_tokenizer().save_pretrained("encoder")
 
 
 def local(code: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
@@ -297,7 +297,7 @@ def growing_encoder():
 def adapted_encoder():
     torch.manual_seed(3)
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
-    return Encoder(model, quickstart_tokenizer()).eval()
+    return Encoder(model, small_tokenizer()).eval()
 
 
 def dense_encoder():
@@ -393,7 +393,7 @@ def test_a_batch_is_tokenized_while_the_model_encodes_the_one_before(monkeypatch
 
 def test_threads_that_share_an_encoder_in_training_mode_use_no_dropout():
     """BUG: the thread that came first turned dropout on again when it left, while the other one still computed."""
-    encoder = Encoder(tiny_model(hidden_dropout_prob=0.5), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(hidden_dropout_prob=0.5), small_tokenizer())
     encoder.train()
     encoder.dense.eval()
     expected = encoder.encode(TEXTS)

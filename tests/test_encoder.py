@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, TINY, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import DECODERS, TINY, small_tokenizer, tiny_encoder, tiny_model
 from tokenizers.processors import TemplateProcessing
 
 from hf_embed import Encoder, InputError
@@ -15,7 +15,7 @@ TEXTS = ["rain", "A cat sleeps on the warm windowsill.", LONG, "", "rain", "Two 
 
 def decoder_tokenizer():
     """Return a tokenizer like those of decoders: an end-of-text token, no padding token, no special tokens around a text."""
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.eos_token, tokenizer.pad_token = "[SEP]", None
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     return tokenizer
@@ -109,7 +109,7 @@ LIMITS = [("bert", {}, 66), ("distilbert", {}, 66), ("roberta", {}, 65), ("rober
 
 @pytest.mark.parametrize(("architecture", "config", "limit"), LIMITS)
 def test_max_length_is_by_default_what_the_model_has_positions_for(architecture, config, limit):
-    encoder = Encoder(tiny_model(architecture, **config), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(architecture, **config), small_tokenizer())
     assert encoder.max_length == limit
     assert np.isfinite(encoder.encode(LONG)).all()  # one position too many would raise an IndexError
 
@@ -117,17 +117,17 @@ def test_max_length_is_by_default_what_the_model_has_positions_for(architecture,
 @pytest.mark.parametrize(("architecture", "config", "limit"), LIMITS)
 def test_max_length_above_the_positions_is_refused(architecture, config, limit):
     model = tiny_model(architecture, **config)
-    assert Encoder(model, quickstart_tokenizer(), max_length=limit).max_length == limit
+    assert Encoder(model, small_tokenizer(), max_length=limit).max_length == limit
     with pytest.raises(InputError, match=f"max_length {limit + 1} .* set it to at most {limit}"):
-        Encoder(model, quickstart_tokenizer(), max_length=limit + 1)
+        Encoder(model, small_tokenizer(), max_length=limit + 1)
 
 
 def test_max_length_is_by_default_at_most_512():
-    assert Encoder(tiny_model(max_position_embeddings=1024), quickstart_tokenizer()).max_length == 512
+    assert Encoder(tiny_model(max_position_embeddings=1024), small_tokenizer()).max_length == 512
 
 
 def test_max_length_is_by_default_at_most_the_tokenizers():
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.model_max_length = 20
     assert Encoder(tiny_model(), tokenizer).max_length == 20
 
@@ -190,7 +190,7 @@ def test_half_precision_gives_float32_vectors_near_the_full_ones(dtype):
 # BUG: The sums over tokens were in float16, which cannot hold 1 + 2 + ... + 400. They must be in float32.
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
 def test_half_precision_holds_the_sum_over_a_long_text(pooling):
-    encoder = Encoder(tiny_model(max_position_embeddings=512), quickstart_tokenizer(), pooling).eval()
+    encoder = Encoder(tiny_model(max_position_embeddings=512), small_tokenizer(), pooling).eval()
     full = encoder.encode(LONG * 4)
     assert_close(encoder.half().encode(LONG * 4), full, tolerance=0.02)
 

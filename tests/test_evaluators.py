@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import ClassLabel, Dataset
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -599,7 +599,7 @@ def test_thresholds_keep_their_digits():
 
 def trainer_with(folder, tasks, **settings):
     return ContrastiveTrainer(
-        model=tiny_model(), processing_class=quickstart_tokenizer(), objective=SimCSE(),
+        model=tiny_model(), processing_class=small_tokenizer(), objective=SimCSE(),
         train_dataset=Dataset.from_dict({"text": [f"text {i}" for i in range(12)]}), eval_dataset=tasks,
         args=ContrastiveTrainingArguments(
             str(folder), per_device_train_batch_size=4, max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import SMALL, error_of, quickstart_tokenizer, tiny_model
+from conftest import SMALL, error_of, small_tokenizer, tiny_model
 from transformers import (
     BertConfig,
     BertModel,
@@ -47,14 +47,14 @@ def with_small_positions():
 def test_the_numbering_of_positions_is_found_in_half_precision(dtype):
     """BUG: another numbering was within the tolerance of half precision, and was tried first."""
     model = with_small_positions()
-    encoder = Encoder(copy.deepcopy(model).to(dtype), quickstart_tokenizer())
-    assert encoder.numbering is Encoder(model, quickstart_tokenizer()).numbering is after_padding
+    encoder = Encoder(copy.deepcopy(model).to(dtype), small_tokenizer())
+    assert encoder.numbering is Encoder(model, small_tokenizer()).numbering is after_padding
 
 
 def test_without_memory_the_nearest_numbering_is_taken(monkeypatch):
     monkeypatch.setattr("hf_embed.exact.free_memory", lambda device: 0)
-    assert Encoder(with_small_positions().bfloat16(), quickstart_tokenizer()).numbering is after_padding
-    assert Encoder(tiny_model().bfloat16(), quickstart_tokenizer()).numbering is from_zero
+    assert Encoder(with_small_positions().bfloat16(), small_tokenizer()).numbering is after_padding
+    assert Encoder(tiny_model().bfloat16(), small_tokenizer()).numbering is from_zero
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -69,7 +69,7 @@ def test_a_model_whose_texts_depend_on_each_other_is_refused_in_half_precision(m
     """BUG: these are refused in float32, but were accepted in bfloat16, where texts changed each other by 4% to 7%."""
     torch.manual_seed(0)
     model = scaled(model_class(config), 3).to(dtype)
-    assert "the embedding of a text depends on the other texts of its batch" in error_of(Encoder, model, quickstart_tokenizer())
+    assert "the embedding of a text depends on the other texts of its batch" in error_of(Encoder, model, small_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_no_position_is_read_that_does_not_exist(pad_id, tried, monkeypatch):
     monkeypatch.setattr("hf_embed.exact.free_memory", lambda device: 0)
     rounding = torch.tensor([0.01])  # so that both ways to number the tokens are tried
     monkeypatch.setattr("hf_embed.forward_check.distances", lambda vectors, reference: rounding)
-    tokenizer, seen, forward = quickstart_tokenizer(), [], Encoder.forward
+    tokenizer, seen, forward = small_tokenizer(), [], Encoder.forward
     tokenizer.pad_token_id = pad_id
 
     def recorded(self, *args, **named):
@@ -109,7 +109,7 @@ def test_a_model_that_attends_over_the_whole_row_is_padded_in_half_precision(dty
     """BUG: in bfloat16, the texts of a packed row changed each other by 5%, which was within the tolerance."""
     monkeypatch.setattr("transformers.models.bert.modeling_bert.BertSelfAttention.forward", own_attention)
     torch.manual_seed(0)
-    encoder = Encoder(BertModel(BertConfig(**SIZES)).eval().to(dtype), quickstart_tokenizer())
+    encoder = Encoder(BertModel(BertConfig(**SIZES)).eval().to(dtype), small_tokenizer())
     assert encoder.numbering is None
 
 
@@ -119,7 +119,7 @@ def test_the_weights_are_the_same_objects_afterwards(dtype):
     before = {name: (tensor, tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     with in_float32(model) as changed:
         assert changed and model.dtype == torch.float32
-    Encoder(model, quickstart_tokenizer())
+    Encoder(model, small_tokenizer())
     for name, tensor in model.state_dict(keep_vars=True).items():
         same, place, values = before[name]
         assert tensor is same and tensor.data_ptr() == place and torch.equal(tensor, values)
@@ -162,6 +162,6 @@ class NeedsItsDataType(BertModel):
 
 def test_a_model_that_needs_its_data_type_is_checked_in_it():
     torch.manual_seed(0)
-    encoder = Encoder(NeedsItsDataType(BertConfig(**SIZES)).eval().bfloat16(), quickstart_tokenizer())
+    encoder = Encoder(NeedsItsDataType(BertConfig(**SIZES)).eval().bfloat16(), small_tokenizer())
     assert encoder.numbering is from_zero and encoder.encode(TEXTS).shape == (4, 64)
-    assert "expected BFloat16" in error_of(Encoder, NeedsItsDataType(BertConfig(**SIZES)), quickstart_tokenizer())
+    assert "expected BFloat16" in error_of(Encoder, NeedsItsDataType(BertConfig(**SIZES)), small_tokenizer())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentence_transformers.sentence_transformer.modules as st
 import torch
-from conftest import DECODERS, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import DECODERS, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -179,7 +179,7 @@ def lora_encoder(pooling: str = "mean") -> Encoder:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # lora_B is zero at first, so the adapter would have no effect
             torch.nn.init.normal_(parameter, std=0.2)
-    return Encoder(model, quickstart_tokenizer(), pooling).eval()
+    return Encoder(model, small_tokenizer(), pooling).eval()
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -241,7 +241,7 @@ def test_sentence_transformers_puts_the_same_prompt(with_settings):
 
 def test_a_plain_checkpoint_loads_with_mean_pooling(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    quickstart_tokenizer().save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
     assert_close(Encoder.from_pretrained(tmp_path).encode(TEXTS), tiny_encoder().encode(TEXTS))
 
 
@@ -255,7 +255,7 @@ def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("architecture", ["bert", "qwen3"])
 def test_a_tokenizer_that_pads_on_the_left_does_not_matter(tmp_path, qwen_tokenizer, architecture, loader):
-    tokenizer = qwen_tokenizer if architecture in DECODERS else quickstart_tokenizer()
+    tokenizer = qwen_tokenizer if architecture in DECODERS else small_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
     encoder = Encoder(tiny_model(architecture), tokenizer, "last").eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import normalizers
 
@@ -20,7 +20,7 @@ from hf_embed.vector_files import read_vectors
 def with_adapters(alpha=8):
     torch.manual_seed(0)
     settings = LoraConfig(r=2, lora_alpha=alpha, target_modules=["query", "value", "key"], init_lora_weights=False)
-    return Encoder(get_peft_model(tiny_model(), settings), quickstart_tokenizer())
+    return Encoder(get_peft_model(tiny_model(), settings), small_tokenizer())
 
 
 def other_normalizer(encoder):

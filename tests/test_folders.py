@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentence_transformers.sentence_transformer.modules as st
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
@@ -59,7 +59,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     """
     root = tmp_path_factory.mktemp("bases")
     tiny_encoder(max_length=20).save_pretrained(root / "bert", verify=False)
-    long = Encoder(tiny_model(max_position_embeddings=700), quickstart_tokenizer(), max_length=700)
+    long = Encoder(tiny_model(max_position_embeddings=700), small_tokenizer(), max_length=700)
     long.save_pretrained(root / "long", verify=False)
     shutil.copytree(root / "bert", root / "layers")
     edit(root / "layers" / "config.json", output_hidden_states=True)
@@ -133,7 +133,7 @@ def transformer_in_a_folder(make):
     (folder / "0_Transformer").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", BERT):
         (folder / name).rename(folder / "0_Transformer" / name)
-    root = Encoder(tiny_model(seed=5, num_attention_heads=2), quickstart_tokenizer(), "cls", max_length=6)
+    root = Encoder(tiny_model(seed=5, num_attention_heads=2), small_tokenizer(), "cls", max_length=6)
     root.save_pretrained(folder.with_name("root"), verify=False)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", BERT):
         shutil.copy(folder.with_name("root") / name, folder)
@@ -229,7 +229,7 @@ def test_the_same_vectors_there_and_back(make, tmp_path, name):
     folder, texts = SAME[name](make), TEXTS
     if "700 positions" in name:
         texts = [*TEXTS, LONG * 5]
-        assert len(quickstart_tokenizer()(LONG * 5)["input_ids"]) > 600  # by default, the encoder keeps 512 of them
+        assert len(small_tokenizer()(LONG * 5)["input_ids"]) > 600  # by default, the encoder keeps 512 of them
     expected = load_st(folder).encode(texts)
     encoder = Encoder.from_pretrained(folder)
     assert_same(encoder.encode(texts), expected)

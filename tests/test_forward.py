@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, small_tokenizer, tiny_model
 from numpy.testing import assert_allclose
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -101,7 +101,7 @@ def mobile_bert(padding: float):
 
 
 def encoder_of(model, pooling="mean", **settings):
-    return Encoder(model, quickstart_tokenizer(), pooling, **settings).eval()
+    return Encoder(model, small_tokenizer(), pooling, **settings).eval()
 
 
 def trained(encoder, texts):
@@ -193,7 +193,7 @@ def test_the_check_disturbs_nothing():
     model.encoder.layer[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    Encoder(model, quickstart_tokenizer())
+    Encoder(model, small_tokenizer())
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -201,7 +201,7 @@ def test_the_check_disturbs_nothing():
 
 def test_weights_that_are_not_there_yet_are_left_alone():
     """While an FSDP rank waits for its weights, they are on the meta device."""
-    encoder = Encoder(tiny_model("bert").to("meta"), quickstart_tokenizer())
+    encoder = Encoder(tiny_model("bert").to("meta"), small_tokenizer())
     assert (encoder.dimension, encoder.max_length) == (32, 66)
 
 
@@ -225,7 +225,7 @@ def test_token_types_that_matter_are_refused():
     """XLNet treats its classification token as another segment. Its tokenizer says so in token_type_ids."""
     config = XLNetConfig(vocab_size=12000, d_model=32, n_layer=2, n_head=4, d_inner=64, pad_token_id=0)
     model = random_model(XLNetModel, config)
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A:0 [SEP]:0 [CLS]:2", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -252,7 +252,7 @@ def test_shapes_and_sounds_of_words_are_refused(tmp_path):
 
 
 def test_token_types_that_are_all_zero_are_fine():
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     assert "token_type_ids" in tokenizer("rain")
     assert Encoder(tiny_model("bert"), tokenizer).dimension == 32
@@ -310,7 +310,7 @@ def test_t5_is_trained_saved_and_loaded_as_an_encoder(name, tmp_path):
         save_strategy="no",
         report_to="none",
     )
-    trainer = ContrastiveTrainer(model, args, train_dataset=rows, processing_class=quickstart_tokenizer())
+    trainer = ContrastiveTrainer(model, args, train_dataset=rows, processing_class=small_tokenizer())
     trainer.train()
     trainer.save_model()
     expected = trainer.encoder.eval().encode(TEXTS)
@@ -331,7 +331,7 @@ def test_a_folder_with_the_whole_t5_loads_its_encoder(name, tmp_path):
     model_class, config_class, settings = T5_KIN[name]
     model = random_model(model_class, config_class(**settings))
     model.save_pretrained(tmp_path)
-    quickstart_tokenizer().save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(str(tmp_path))
     assert_allclose(encoder.encode(TEXTS), encoder_of(model).encode(TEXTS), rtol=1e-5, atol=1e-6)
 
@@ -340,7 +340,7 @@ def test_a_model_that_needs_a_processor_is_refused_before_the_training(tmp_path)
     config = MarkupLMConfig(**SMALL, xpath_unit_hidden_size=4)
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     model = random_model(MarkupLMModel, config)
-    message = error_of(ContrastiveTrainer, model, args, processing_class=quickstart_tokenizer())
+    message = error_of(ContrastiveTrainer, model, args, processing_class=small_tokenizer())
     assert message.startswith("MarkupLMModel needs a processor beside its tokenizer")
 
 
@@ -357,7 +357,7 @@ def test_states_that_are_not_those_of_tokens_are_refused():
 
 
 def test_model_input_names_are_saved(tmp_path):
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     Encoder(tiny_model("bert"), tokenizer).save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).model_input_names == ["input_ids", "attention_mask"]

@@ -26,7 +26,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_encoder, tokenize_rows
+from conftest import small_tokenizer, tiny_encoder, tokenize_rows
 from fuzz_strategies import st
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.strategies import SearchStrategy
@@ -105,7 +105,7 @@ def streamed(path: str) -> None:
 
 @cache
 def tokenizer():
-    return quickstart_tokenizer()
+    return small_tokenizer()
 
 
 READERS: dict[str, Callable[[str], Any]] = {

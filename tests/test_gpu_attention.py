@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, Trainer
@@ -151,7 +151,7 @@ def flash_model():
 def flash_trainer(folder):
     rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
     args = ContrastiveTrainingArguments(str(folder), use_cpu=True, report_to="none", pooling="mean")
-    return ContrastiveTrainer(flash_model(), args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    return ContrastiveTrainer(flash_model(), args, SimCSE(), rows, processing_class=small_tokenizer())
 
 
 def test_a_trainer_takes_a_model_with_flash_attention_that_is_still_on_the_cpu(tmp_path, flash_elsewhere, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_trainer_takes_a_model_with_flash_attention_that_is_still_on_the_cpu(t
     assert frozen == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
-@pytest.mark.parametrize("run", [flash_trainer, lambda folder: Encoder(flash_model(), quickstart_tokenizer()).encode("a")])
+@pytest.mark.parametrize("run", [flash_trainer, lambda folder: Encoder(flash_model(), small_tokenizer()).encode("a")])
 def test_flash_attention_on_a_cpu_is_refused_by_name(run, tmp_path, flash_elsewhere):
     """BUG: the first step, and `encode`, ended in the error of the kernel, which names neither the cause nor the mend."""
     with pytest.raises(InputError, match=r"^flash_attention_2 needs a GPU, .*\.to\(\"cuda\"\).*sdpa$"):
@@ -176,7 +176,7 @@ def test_flash_attention_on_a_cpu_is_refused_by_name(run, tmp_path, flash_elsewh
 def test_neighbors_of_flash_attention_are_refused_too(name, device, flash_elsewhere):
     model = flash_model()
     model.config._attn_implementation = name
-    encoder = Encoder(get_peft_model(model, LoraConfig(target_modules=["query"])), quickstart_tokenizer())
+    encoder = Encoder(get_peft_model(model, LoraConfig(target_modules=["query"])), small_tokenizer())
     with pytest.raises(InputError, match=f"^{name} needs a GPU"):
         encoder.encode(["a text", "two"], device=device)
 
@@ -184,20 +184,20 @@ def test_neighbors_of_flash_attention_are_refused_too(name, device, flash_elsewh
 def test_an_attention_with_a_kernel_for_the_cpu_is_not_refused():
     """A kernel of another name, such as one from the Hub, may know CPUs."""
     model = tiny_model()
-    expected = Encoder(copy.deepcopy(model), quickstart_tokenizer()).encode(["a text", "two"])
+    expected = Encoder(copy.deepcopy(model), small_tokenizer()).encode(["a text", "two"])
     AttentionInterface.register("owner/flash-attn", PADDED)
     model.config._attn_implementation = "owner/flash-attn"
     # transformers makes no mask for an attention that it does not know.
     with pytest.raises(InputError, match="depends on the other texts"):
-        Encoder(model, quickstart_tokenizer())
+        Encoder(model, small_tokenizer())
     AttentionMaskInterface.register("owner/flash-attn", sdpa_mask)
-    vectors = Encoder(model, quickstart_tokenizer()).encode(["a text", "two"])  # in bfloat16, as for all flash attention
+    vectors = Encoder(model, small_tokenizer()).encode(["a text", "two"])  # in bfloat16, as for all flash attention
     assert_close(vectors, expected, rtol=0, atol=0.03)
 
 
 def test_encode_checks_again_where_the_model_has_moved():
     """BUG: whether texts can share a row was found on the CPU, and not again on the GPU, so `encode` padded there."""
-    encoder = Encoder(tiny_model(attn_implementation="eager"), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(attn_implementation="eager"), small_tokenizer())
     assert encoder.numbering is None
     encoder.backbone.set_attn_implementation("sdpa")  # as another device, this can change how texts are packed
     vectors = encoder.encode(["a text", "another, longer text"])
@@ -220,7 +220,7 @@ def test_a_model_with_flash_attention_is_saved(tmp_path, attend, flash_elsewhere
     AttentionInterface.register("flash_attention_2", attend)
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    encoder = Encoder(model, quickstart_tokenizer())
+    encoder = Encoder(model, small_tokenizer())
     encoder.save_pretrained(str(tmp_path / "out"))
     assert attention_backend(encoder.config) == "flash_attention_2"
     again = Encoder.from_pretrained(str(tmp_path / "out"))
@@ -249,14 +249,14 @@ def test_a_new_encoder_is_exact_and_leaves_the_settings_of_products(all_products
     seen, embed = [], Encoder.embed
     monkeypatch.setattr(Encoder, "embed", lambda *args, **more: seen.append(settings_of_products()) or embed(*args, **more))
     before = settings_of_products()
-    Encoder(tiny_model(), quickstart_tokenizer())
+    Encoder(tiny_model(), small_tokenizer())
     assert settings_of_products() == before
     assert seen and all(set(each) == {"ieee"} for each in seen)
 
 
 def test_tf32_can_be_set_after_the_encoder_was_made():
     """BUG: the encoder left products at full precision, so `tf32=True` changed nothing."""
-    Encoder(tiny_model(), quickstart_tokenizer())
+    Encoder(tiny_model(), small_tokenizer())
     torch.backends.fp32_precision = "tf32"
     try:
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -270,7 +270,7 @@ def test_a_later_setting_means_the_same_with_an_encoder(value, of_cudnn):
     """BUG: cuDNN's convolutions and RNNs kept TF32 for good, because their default was written back as a value of their own."""
     level = torch.backends.cudnn if of_cudnn else torch.backends
     seen = []
-    for make in (lambda: None, lambda: Encoder(tiny_model(), quickstart_tokenizer())):
+    for make in (lambda: None, lambda: Encoder(tiny_model(), small_tokenizer())):
         own = level.fp32_precision
         make()
         level.fp32_precision = value
@@ -281,7 +281,7 @@ def test_a_later_setting_means_the_same_with_an_encoder(value, of_cudnn):
 
 def test_a_folder_is_compared_exactly(tmp_path, monkeypatch, all_products):
     """Vectors in TF32 differ from each other by more than 1e-5, for example in a packed and in a padded batch."""
-    seen, encode, encoder = [], Encoder.encode, Encoder(tiny_model(), quickstart_tokenizer())
+    seen, encode, encoder = [], Encoder.encode, Encoder(tiny_model(), small_tokenizer())
     monkeypatch.setattr(Encoder, "encode", lambda *args, **more: seen.append(settings_of_products()) or encode(*args, **more))
     encoder.save_pretrained(str(tmp_path / "out"))
     assert seen and all(set(each) == {"ieee"} for each in seen)
@@ -297,7 +297,7 @@ def test_chunks_are_larger_where_all_activations_are_kept():
 
 @pytest.mark.parametrize(("caching", "grad", "expected"), [(False, True, 65536), (True, True, 16384), (False, False, 16384)])
 def test_the_encoder_knows_whether_activations_are_kept(caching, grad, expected, monkeypatch):
-    encoder, seen = Encoder(tiny_model(), quickstart_tokenizer()), []
+    encoder, seen = Encoder(tiny_model(), small_tokenizer()), []
     sizes = {True: 65536, False: 16384}
     monkeypatch.setattr("hf_embed.encoder.default_chunk_tokens", lambda device, kept=False: sizes[kept])
     monkeypatch.setattr("hf_embed.encoder.encode_in_chunks", lambda *args, **_: seen.append(args[4]))
@@ -321,7 +321,7 @@ def test_losses_are_not_read_in_each_step(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda self, *_: seen.append(self.args.logging_nan_inf_filter) or train(self))
     rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
     args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, **settings)
-    trainer = ContrastiveTrainer(tiny_model(), args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    trainer = ContrastiveTrainer(tiny_model(), args, SimCSE(), rows, processing_class=small_tokenizer())
     trainer.train()
     assert seen == [False] and trainer.args.logging_nan_inf_filter
 
@@ -347,7 +347,7 @@ def test_the_kernels_attend_within_texts(lengths, dtype, tolerance):
 
 @on_a_gpu
 def test_a_model_is_packed_on_a_gpu():
-    encoder = Encoder(tiny_model(), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(), small_tokenizer())
     texts = ["a text", "another, longer text with more words in it", "rain"]
     expected = encoder.encode(texts)
     assert encoder.packable.device == "cpu"

@@ -5,7 +5,7 @@ import logging
 import pandas as pd
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from test_distributed import HERE, launch, run
 from transformers import BertForMaskedLM
@@ -24,7 +24,7 @@ QUIET = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": GLOBAL_
 def make(folder, model=None, rows=NEW, held_out=ROWS, objective=None, **settings) -> ContrastiveTrainer:
     args = ContrastiveTrainingArguments(str(folder), **(QUIET | settings))
     return ContrastiveTrainer(
-        model or Encoder(tiny_model(), quickstart_tokenizer()), args, objective, Dataset.from_list(rows), held_out
+        model or Encoder(tiny_model(), small_tokenizer()), args, objective, Dataset.from_list(rows), held_out
     )
 
 
@@ -69,7 +69,7 @@ def test_batches():
 
 @pytest.mark.parametrize("name", HELD_OUT)
 def test_the_loss_is_the_plain_computation(tmp_path, name):
-    encoder = Encoder(tiny_model().double(), quickstart_tokenizer())  # an evaluation switches its dropout off
+    encoder = Encoder(tiny_model().double(), small_tokenizer())  # an evaluation switches its dropout off
     trainer = make(tmp_path, encoder, held_out=HELD_OUT[name], objective=SimCSE(0.2), chunk_tokens=24)
     trainer.model.train()  # the mode of the model must not matter
     found = trainer.evaluate()["eval_loss"]
@@ -164,7 +164,7 @@ def test_the_masked_language_modelling_auxiliary_is_left_out(tmp_path):
     args = ContrastiveTrainingArguments(str(tmp_path), **QUIET)
     found = [
         ContrastiveTrainer(
-            masked_lm, args, SimCSE(mlm_weight=weight), NEW, ROWS, processing_class=quickstart_tokenizer()
+            masked_lm, args, SimCSE(mlm_weight=weight), NEW, ROWS, processing_class=small_tokenizer()
         ).evaluate()["eval_loss"]
         for weight in (0.5, 1e-9)
     ]  # fmt: skip

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
 from test_distributed import HERE, launch
 from test_recipes import QUIET, UNSUP, files, flags, load_recipe, recipe, sup  # noqa: F401 (files is a fixture)
@@ -236,7 +236,7 @@ def test_a_single_text_is_its_own_positive(tmp_path, same, words):
 
 def test_the_preview_names_two_dropout_masks_only_where_there_are_two(tmp_path):
     """BUG: it named them for a model without dropout, and for texts that only learn a teacher's vectors."""
-    still = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), quickstart_tokenizer(), "mean")
+    still = Encoder(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), small_tokenizer(), "mean")
     texts = [row["anchor"] for row in PAIRS]
     run = make(tmp_path, texts, still)
     assert run.preview()[-1].strip() == "the positive is the same text, with the same vector: the model has no dropout"
@@ -264,7 +264,7 @@ def test_the_preview_skips_no_rows_of_a_stream(tmp_path):
 
 def test_long_and_odd_texts_are_a_short_line(tmp_path):
     rows = [{"anchor": "word " * 60, "positive": "line\nbreak\tand tab"}] * 2
-    lines = preview(make(tmp_path, rows).train_dataset, Encoder(tiny_model(), quickstart_tokenizer()), "rows")
+    lines = preview(make(tmp_path, rows).train_dataset, Encoder(tiny_model(), small_tokenizer()), "rows")
     assert max(map(len, lines)) < 110 and not any("\n" in line or "\t" in line for line in lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, small_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,7 +22,7 @@ from hf_embed.checkpoint.load import load_model
 @pytest.fixture
 def folder(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path)
-    quickstart_tokenizer().save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -44,7 +44,7 @@ def test_an_attention_that_cannot_be_used_is_named(kind, attention, tmp_path):
     if attention == "flash_attention_2" and kind == "bert" and is_flash_attn_2_available():
         pytest.skip("flash attention is installed")
     tiny_model(kind).save_pretrained(tmp_path)
-    quickstart_tokenizer().save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
     message = error_of(Encoder.from_pretrained, str(tmp_path), attn_implementation=attention)
     assert f"attn_implementation {attention} cannot be used: " in message and message.endswith("or leave it out")
     assert "local folder" not in message
@@ -147,8 +147,8 @@ def test_a_pooler_that_is_the_head_may_not_be_missing(folder):
 def test_a_masked_lm_checkpoint_is_an_encoder(tmp_path):
     model = BertForMaskedLM(tiny_model("bert").config)
     model.save_pretrained(tmp_path)
-    quickstart_tokenizer().save_pretrained(tmp_path)
-    expected = Encoder(model.bert.eval(), quickstart_tokenizer()).encode("rain")
+    small_tokenizer().save_pretrained(tmp_path)
+    expected = Encoder(model.bert.eval(), small_tokenizer()).encode("rain")
     assert (Encoder.from_pretrained(str(tmp_path)).encode("rain") == expected).all()
 
 
@@ -192,7 +192,7 @@ def test_byte_pairs_without_merges_are_refused(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.add_tokens(["<product>"])
     tokenizer.save_pretrained(folder)
     message = error_of(Encoder.from_pretrained, str(folder))
@@ -216,7 +216,7 @@ def test_a_tokenizer_that_loads_as_another_is_refused_before_the_training(tmp_pa
 def test_an_adapter_without_its_base_is_one_line(tmp_path):
     model = get_peft_model(tiny_model("bert"), LoraConfig(target_modules="all-linear"))
     model.save_pretrained(tmp_path)
-    quickstart_tokenizer().save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
     assert "holds an adapter of an unnamed model, not a model" in error_of(Encoder.from_pretrained, str(tmp_path))
 
 
@@ -236,7 +236,7 @@ def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_tra
             return self.inner.get_input_embeddings()
 
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
-    message = error_of(ContrastiveTrainer, Other(), args, processing_class=quickstart_tokenizer())
+    message = error_of(ContrastiveTrainer, Other(), args, processing_class=small_tokenizer())
     assert message.startswith("Other could not be loaded after it is saved, because AutoModel would make BertModel")
 
 
@@ -283,11 +283,11 @@ def with_replicated_layers():
 def test_layers_that_were_changed_in_python_are_refused_before_the_training(tmp_path, make, problem):
     """BUG: the run trained to its end, and then the model could not be saved."""
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
-    message = error_of(ContrastiveTrainer, make(), args, processing_class=quickstart_tokenizer())
+    message = error_of(ContrastiveTrainer, make(), args, processing_class=small_tokenizer())
     assert message.startswith("BertModel could not be loaded after it is saved: ") and problem in message
     fewer = with_fewer_layers()
     fewer.config.num_hidden_layers = 2
-    ContrastiveTrainer(fewer, args, processing_class=quickstart_tokenizer())
+    ContrastiveTrainer(fewer, args, processing_class=small_tokenizer())
 
 
 # ---- texts without a token ----
@@ -295,8 +295,8 @@ def test_layers_that_were_changed_in_python_are_refused_before_the_training(tmp_
 
 def test_an_empty_text_that_is_no_token_is_refused(folder):
     """A tokenizer without special tokens returns no tokens for "". Loaders would then give zeros or NaN, or crash."""
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
     encoder = Encoder(tiny_model("bert"), tokenizer)
     assert "the tokenizer returns no tokens for text 2," in error_of(encoder.encode, ["rain", ""])
-    assert Encoder(tiny_model("bert"), quickstart_tokenizer()).encode(["rain", ""]).shape == (2, 32)
+    assert Encoder(tiny_model("bert"), small_tokenizer()).encode(["rain", ""]).shape == (2, 32)

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, TINY, quickstart_tokenizer, tiny_model
+from conftest import DECODERS, TINY, small_tokenizer, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
@@ -55,7 +55,7 @@ def test_trained_saved_and_loaded_everywhere(tmp_path, case):
     torch.manual_seed(1)
     dense = [Dense(torch.nn.Linear(32, 48), torch.nn.GELU()), Dense(torch.nn.Linear(48, 8, bias=False), torch.nn.Identity())]
     dense = dense if case["dense"] else []
-    before = Encoder(model, quickstart_tokenizer(), case["pooling"], normalize=case["normalize"], dense=dense).encode(TEXTS)
+    before = Encoder(model, small_tokenizer(), case["pooling"], normalize=case["normalize"], dense=dense).encode(TEXTS)
     if case["lora"]:
         settings = LoraConfig(target_modules="all-linear", modules_to_save=["pooler"] if case["pooling"] == "cls_mlp" else None)
         model = get_peft_model(model, settings)
@@ -64,7 +64,7 @@ def test_trained_saved_and_loaded_everywhere(tmp_path, case):
         disable_tqdm=True, save_strategy="no", **{key: case[key] for key in ("pooling", "normalize", "temp_scale")},
     )  # fmt: skip
     rows = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} here"} for word in WORDS])
-    encoder = Encoder(model, quickstart_tokenizer(), case["pooling"], dense=dense)
+    encoder = Encoder(model, small_tokenizer(), case["pooling"], dense=dense)
     trainer = ContrastiveTrainer(model=encoder, args=args, train_dataset=rows)
     trainer.train()
     trainer.save_model()

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_export import CHECKS, TEXTS, shift
 from test_trainer import NO_DROPOUT, trainer
@@ -180,7 +180,7 @@ def test_reentrant_checkpoints_of_layers(tmp_path, name):
 def test_a_value_that_a_script_sets_later_is_checked(tmp_path):
     args = ContrastiveTrainingArguments(tmp_path, use_cpu=True, report_to="none")
     args.gradient_caching = "as_needed"
-    assert "needs a GPU" in error_of(ContrastiveTrainer, tiny_model(), args, processing_class=quickstart_tokenizer())
+    assert "needs a GPU" in error_of(ContrastiveTrainer, tiny_model(), args, processing_class=small_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_cpu_without_memory(tmp_path, monkeypatch):
 
 
 def test_adapters_are_merged_on_the_cpu_if_the_gpu_is_full(tmp_path, monkeypatch):
-    encoder = Encoder(get_peft_model(tiny_model(), LoraConfig(init_lora_weights=False)), quickstart_tokenizer())
+    encoder = Encoder(get_peft_model(tiny_model(), LoraConfig(init_lora_weights=False)), small_tokenizer())
     expected, deepcopy = encoder.encode(TEXTS), copy.deepcopy
 
     def on_gpu(model, memo=None):

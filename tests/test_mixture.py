@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from torch.utils.data import DataLoader
 
@@ -36,7 +36,7 @@ def arguments(folder, **settings):
 
 def trainer(folder, rows, model=None, **settings):
     return ContrastiveTrainer(
-        model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **settings),
+        model=model or tiny_model(), processing_class=small_tokenizer(), args=arguments(folder, **settings),
         objective=ImprovedContrastive(0.1), train_dataset=rows,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def test_resume_is_exact(tmp_path):
 def test_learned_temperature_trains_and_resumes(tmp_path):
     def run(folder, resume=None):
         trained = ContrastiveTrainer(
-            model=tiny_model(), processing_class=quickstart_tokenizer(),
+            model=tiny_model(), processing_class=small_tokenizer(),
             args=arguments(folder, max_steps=6, save_strategy="steps", save_steps=3, logging_steps=1, weight_decay=0.1),
             objective=ImprovedContrastive(0.1, learn_temperature=True), train_dataset=Dataset.from_list(pairs("a", 12)),
         )  # fmt: skip
@@ -241,7 +241,7 @@ def stream_files(folder, count=3, rows=7):
 def stream(files, rank=0, ranks=1, seed=0, buffer_size=5, drop=False, **settings):
     rows = load_dataset("json", data_files=files, split="train", streaming=True)
     source = Source("web", rows, size=21, origin="part-*.jsonl", **settings)
-    return Stream(source, RowTokenizer(quickstart_tokenizer(), 16), rank, ranks, seed, buffer_size, drop)
+    return Stream(source, RowTokenizer(small_tokenizer(), 16), rank, ranks, seed, buffer_size, drop)
 
 
 def ids_of(rows):
@@ -255,7 +255,7 @@ def test_ranks_stream_disjoint_shares_that_cover_all(tmp_path, files, ranks):
     together = [i for share in shares for i in share]
     assert len(set(together)) == len(together) == count // ranks * ranks
     queries = [row["query"] for i in range(files) for row in pairs(f"f{i}", 7)]
-    assert set(together) <= {text_id(tokens) for tokens in quickstart_tokenizer()(queries)["input_ids"]}
+    assert set(together) <= {text_id(tokens) for tokens in small_tokenizer()(queries)["input_ids"]}
 
 
 def test_passes_are_reshuffled(tmp_path):
@@ -336,7 +336,7 @@ def test_a_number_in_a_stream_is_not_dropped_as_an_empty_text(late, tmp_path):
     (source,) = read_sources(str(tmp_path / "sources.yaml"))
 
     def read():
-        reader = Stream(source, RowTokenizer(quickstart_tokenizer(), 16), 0, 1, 0, 1, True)
+        reader = Stream(source, RowTokenizer(small_tokenizer(), 16), 0, 1, 0, 1, True)
         reader.__getitems__(list(range(len(rows))))
 
     message = error_of(read)
@@ -384,7 +384,7 @@ def test_rows_of_which_none_can_have_a_negative(change, settings, same, kind, tm
         given = given if kind == "source" else given.to_iterable_dataset()
         given = [Source("mine", given, size=12, negatives=1 if "negative" in change else None)]
     args = arguments(tmp_path, max_length=settings["max_length"])
-    ContrastiveTrainer(model=tiny_model(), processing_class=quickstart_tokenizer(), args=args,
+    ContrastiveTrainer(model=tiny_model(), processing_class=small_tokenizer(), args=args,
                        objective=settings["objective"], train_dataset=given)  # fmt: skip
     found = [message for message in caplog.messages if "nothing can be learned" in message]
     assert len(found) == (same is not None)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import worker_unused
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from test_distributed import HERE, launch, relative_error, run
 from transformers import (
@@ -41,7 +41,7 @@ def arguments(folder, **settings):
 
 def trainer(folder, model, objective=None, optimizers=(None, None), **settings):
     return ContrastiveTrainer(
-        model=model, processing_class=quickstart_tokenizer(), objective=objective, train_dataset=Dataset.from_list(ROWS),
+        model=model, processing_class=small_tokenizer(), objective=objective, train_dataset=Dataset.from_list(ROWS),
         args=arguments(folder, **settings), optimizers=optimizers,
     )  # fmt: skip
 
@@ -64,14 +64,14 @@ def test_a_head_is_left_out_and_said(name, kind, tmp_path, caplog):
     model = kind.from_config(plain.config)
     model.base_model.load_state_dict(plain.state_dict(), strict=False)
     pooling = "last" if name == "qwen3" else "mean"
-    expected = Encoder(plain, quickstart_tokenizer(), pooling).encode(TEXTS, convert_to_tensor=True)
+    expected = Encoder(plain, small_tokenizer(), pooling).encode(TEXTS, convert_to_tensor=True)
     run = trainer(tmp_path, model, pooling=pooling)
     warnings = [record.message for record in caplog.records if record.name == "hf_embed.text_models"]
     assert len(warnings) == 1 and type(model).__name__ in warnings[0]
     assert f"its {type(plain).__name__} is used, without the head" in warnings[0]
     assert torch.equal(run.encoder.encode(TEXTS, convert_to_tensor=True), expected)
     assert run.encoder.backbone is model.base_model
-    assert torch.equal(Encoder(model, quickstart_tokenizer(), pooling).encode(TEXTS, convert_to_tensor=True), expected)
+    assert torch.equal(Encoder(model, small_tokenizer(), pooling).encode(TEXTS, convert_to_tensor=True), expected)
 
 
 def test_what_was_taken_is_saved(tmp_path):
@@ -86,7 +86,7 @@ def test_what_was_taken_is_saved(tmp_path):
 def test_models_without_a_head_are_taken_as_they_are(caplog):
     for name in ("bert", "distilbert", "modernbert", "qwen3"):
         model = tiny_model(name)
-        assert Encoder(model, quickstart_tokenizer()).backbone is model
+        assert Encoder(model, small_tokenizer()).backbone is model
     assert not caplog.messages
 
 
@@ -96,7 +96,7 @@ def test_what_is_within_has_to_be_a_model_by_itself(tmp_path):
     model = DPRQuestionEncoder(DPRConfig(**worker_unused.SMALL))
     assert "its DPREncoder cannot be saved by itself" in error_of(trainer, tmp_path, model)
     t5 = T5Config(vocab_size=12000, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, pad_token_id=0)
-    assert type(Encoder(T5ForTokenClassification(t5), quickstart_tokenizer()).backbone) is T5EncoderModel
+    assert type(Encoder(T5ForTokenClassification(t5), small_tokenizer()).backbone) is T5EncoderModel
 
 
 def test_the_mlm_auxiliary_keeps_its_head(tmp_path, caplog):
@@ -180,7 +180,7 @@ def test_a_later_training_may_use_what_an_earlier_one_froze():
     model, args = tiny_model(), ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
     model.embeddings.requires_grad_(False)
     for pooling, still in (("mean", ("embeddings", "pooler")), ("cls_mlp", "embeddings"), ("cls", ("embeddings", "pooler"))):
-        settle_unused(Encoder(model, quickstart_tokenizer(), pooling), args)
+        settle_unused(Encoder(model, small_tokenizer(), pooling), args)
         assert all(parameter.requires_grad != name.startswith(still) for name, parameter in model.named_parameters())
 
 
@@ -188,7 +188,7 @@ def test_weights_that_are_not_in_memory_are_not_looked_at():
     """Under FSDP, all ranks except the first have such weights."""
     with torch.device("meta"):
         model = BertModel(tiny_model().config)
-    encoder = Encoder(model, quickstart_tokenizer())
+    encoder = Encoder(model, small_tokenizer())
     args = ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
     settle_unused(encoder, args)
     assert all(p.requires_grad for p in encoder.parameters()) and args.ddp_find_unused_parameters is False
@@ -196,7 +196,7 @@ def test_weights_that_are_not_in_memory_are_not_looked_at():
 
 @pytest.mark.slow
 def test_it_costs_less_than_a_second_on_bert_base():
-    encoder = Encoder(BertModel(AutoConfig.for_model("bert", vocab_size=12000)), quickstart_tokenizer())
+    encoder = Encoder(BertModel(AutoConfig.for_model("bert", vocab_size=12000)), small_tokenizer())
     args = ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
     start = time.process_time()
     settle_unused(encoder, args)
@@ -242,7 +242,7 @@ def test_the_training_head_has_the_models_precision(dtype, tmp_path):
 def test_the_training_head_is_where_the_model_is(tmp_path):
     with torch.device("meta"):
         model = BertModel(tiny_model().config)
-    step = make_step(model, quickstart_tokenizer(), arguments(tmp_path, pooling="cls_mlp_train"), SimCSE())
+    step = make_step(model, small_tokenizer(), arguments(tmp_path, pooling="cls_mlp_train"), SimCSE())
     assert {p.device.type for p in step.train_head.parameters()} == {"meta"}
 
 
@@ -330,7 +330,7 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
 
 def test_a_compiled_model_is_taken_as_it_was_before(caplog):
     model = tiny_model("bert")
-    encoder = Encoder(torch.compile(model, backend="eager"), quickstart_tokenizer())
+    encoder = Encoder(torch.compile(model, backend="eager"), small_tokenizer())
     assert encoder.backbone is model
     assert [record.message for record in caplog.records if "compiled" in record.message]
 
@@ -338,5 +338,5 @@ def test_a_compiled_model_is_taken_as_it_was_before(caplog):
 @pytest.mark.parametrize("model", [lambda: torch.nn.DataParallel(tiny_model("bert")), lambda: 3])
 def test_what_is_no_model_is_refused_by_its_type(model, tmp_path):
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
-    message = error_of(ContrastiveTrainer, model(), args, processing_class=quickstart_tokenizer())
+    message = error_of(ContrastiveTrainer, model(), args, processing_class=small_tokenizer())
     assert message.startswith(f"the model is of the type {type(model()).__name__}; give a PreTrainedModel")

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_recipes import load_recipe
 from tokenizers import Tokenizer
@@ -38,7 +38,7 @@ BATCHES = [
 
 def small_encoder(pooling: str = "mean", **settings) -> Encoder:
     """Return an encoder of one layer, which is exported in seconds."""
-    return Encoder(tiny_model("bert", num_hidden_layers=1), quickstart_tokenizer(), pooling, **settings).eval()
+    return Encoder(tiny_model("bert", num_hidden_layers=1), small_tokenizer(), pooling, **settings).eval()
 
 
 def run_graph(folder: Path, texts: list[str], output: str = "sentence_embedding", name: str = "model.onnx") -> np.ndarray:
@@ -340,7 +340,7 @@ def test_adapters_are_merged(tmp_path):
     model = get_peft_model(
         tiny_model("bert", num_hidden_layers=1), LoraConfig(target_modules=["query"], init_lora_weights=False)
     )
-    encoder = Encoder(model, quickstart_tokenizer()).eval()
+    encoder = Encoder(model, small_tokenizer()).eval()
     export_onnx(encoder, tmp_path / "model")
     check_vectors(encoder, tmp_path / "model")
 

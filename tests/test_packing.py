@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SMALL, TINY, quickstart_tokenizer, tiny_model
+from conftest import SMALL, TINY, small_tokenizer, tiny_model
 from torch.testing import assert_close
 from transformers import (
     AttentionInterface,
@@ -38,7 +38,7 @@ def flat_batch(seed=0):
 
 
 def encoder_of(name="bert", pooling="mean", **config):
-    return Encoder(tiny_model(name, **config), quickstart_tokenizer(), pooling).double()
+    return Encoder(tiny_model(name, **config), small_tokenizer(), pooling).double()
 
 
 def both_ways(encoder, **options):
@@ -59,7 +59,7 @@ def both_ways(encoder, **options):
 
 @pytest.mark.parametrize("name", TINY)
 def test_which_models_are_packed(name):
-    encoder = Encoder(tiny_model(name, pad_token_id=0), quickstart_tokenizer())
+    encoder = Encoder(tiny_model(name, pad_token_id=0), small_tokenizer())
     assert encoder.numbering is PACKED.get(name)  # MPNet adds position biases, ModernBERT has windows, decoders a causal mask
 
 
@@ -99,17 +99,17 @@ class ShortBert(BertModel):
 @pytest.mark.parametrize("kind", [WindowedBert, StaggeredBert, ShortBert])
 def test_a_model_with_other_vectors_or_an_error_is_padded(kind):
     model = kind(BertConfig(**SMALL, max_position_embeddings=66)).eval()
-    encoder = Encoder(model, quickstart_tokenizer())
+    encoder = Encoder(model, small_tokenizer())
     assert encoder.numbering is None
     assert encoder(flat_batch(), LENGTHS)["embeddings"].shape == (len(LENGTHS), 32)
 
 
 def test_a_model_that_counts_the_mask_tokens_of_a_row_is_padded():
     """BUG: ESM scales word embeddings by the share of mask tokens in the row, so texts in a packed row changed each other."""
-    mask = quickstart_tokenizer().mask_token_id
+    mask = small_tokenizer().mask_token_id
     sizes = SMALL | {"max_position_embeddings": 66, "pad_token_id": 0, "mask_token_id": mask}
     for counts in (True, False):
-        encoder = Encoder(EsmModel(EsmConfig(**sizes, token_dropout=counts)).eval(), quickstart_tokenizer()).eval()
+        encoder = Encoder(EsmModel(EsmConfig(**sizes, token_dropout=counts)).eval(), small_tokenizer()).eval()
         ids, text = torch.randint(5, 200, (30,)), torch.tensor([7, mask, mask, mask, 9])
         together = encoder(torch.cat([text, ids]), [5, 30])["embeddings"][0]
         assert_close(together, encoder(text, [5])["embeddings"][0], rtol=1e-4, atol=1e-5)
@@ -123,8 +123,8 @@ def test_a_model_that_counts_the_mask_tokens_of_a_row_is_padded():
 def test_half_precision_does_not_hide_that_mask_tokens_count(dtype):
     """BUG: in bfloat16 the effect of one mask token was within the tolerance, and texts in a packed row changed each other."""
     sizes = SMALL | {"hidden_size": 64, "max_position_embeddings": 66, "pad_token_id": 0}
-    config = EsmConfig(**sizes, mask_token_id=quickstart_tokenizer().mask_token_id, token_dropout=True)
-    encoder = Encoder(EsmModel(config, add_pooling_layer=False).to(dtype), quickstart_tokenizer()).eval()
+    config = EsmConfig(**sizes, mask_token_id=small_tokenizer().mask_token_id, token_dropout=True)
+    encoder = Encoder(EsmModel(config, add_pooling_layer=False).to(dtype), small_tokenizer()).eval()
     assert encoder.numbering is None
     text = "rain on the hills in the old park"
     together, alone = encoder.encode([text, "[MASK] " * 13])[0], encoder.encode([text])[0]
@@ -134,7 +134,7 @@ def test_half_precision_does_not_hide_that_mask_tokens_count(dtype):
 def test_a_model_that_masks_a_whole_row_is_padded():
     """StableLM does not pass the bounds of the texts on. transformers then masks the other texts of the row, which is slow."""
     model = StableLmModel(StableLmConfig(**SMALL, num_key_value_heads=4, max_position_embeddings=66)).eval()
-    assert Encoder(model, quickstart_tokenizer(), "last").numbering is None
+    assert Encoder(model, small_tokenizer(), "last").numbering is None
 
 
 class LocalBert(BertModel):
@@ -150,7 +150,7 @@ class LocalBert(BertModel):
 def test_a_model_that_cannot_pack_long_rows_is_padded_from_then_on(caplog, caching):
     """BUG: it passed the check, whose rows are short, and then `encode` raised an error."""
     model = LocalBert(BertConfig(**SMALL, max_position_embeddings=2000)).eval()
-    encoder = Encoder(model, quickstart_tokenizer()).eval()
+    encoder = Encoder(model, small_tokenizer()).eval()
     assert encoder.numbering is from_zero
     expected = encoder(flat_batch(), LENGTHS, packed=False)["embeddings"]
     found = encoder(flat_batch(), LENGTHS, gradient_caching=caching)["embeddings"]
@@ -188,7 +188,7 @@ def test_packed_equals_padded_with_tempscale(growth):
 
 
 def test_packed_equals_padded_in_bfloat16():
-    encoder = Encoder(tiny_model(), quickstart_tokenizer()).eval()
+    encoder = Encoder(tiny_model(), small_tokenizer()).eval()
     with torch.autocast("cpu", torch.bfloat16):
         (packed, _), (padded, _) = both_ways(encoder)
     assert torch.nn.functional.cosine_similarity(packed.float(), padded.float()).min() > 0.9995
@@ -200,7 +200,7 @@ def test_caching_gives_the_same_gradients_bit_for_bit(layers_recomputed, rate):
     """Also with dropout, and with transformers' own recomputation of each layer."""
     found, rates = [], {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
     for caching in (False, True):
-        encoder = Encoder(tiny_model(**rates), quickstart_tokenizer()).train()
+        encoder = Encoder(tiny_model(**rates), small_tokenizer()).train()
         use_fast_dropout(encoder.backbone)
         if layers_recomputed:
             encoder.backbone.gradient_checkpointing_enable()
@@ -264,7 +264,7 @@ def test_models_outside_of_this_package_compute_what_they_did():
 
 
 def test_a_copy_and_a_saved_encoder_are_packed(tmp_path):
-    encoder = Encoder(tiny_model("xlm-roberta", pad_token_id=0), quickstart_tokenizer()).eval()
+    encoder = Encoder(tiny_model("xlm-roberta", pad_token_id=0), small_tokenizer()).eval()
     expected = encoder(flat_batch(), LENGTHS)["embeddings"]
     assert copy.deepcopy(encoder).numbering is after_padding
     encoder.save_pretrained(str(tmp_path / "saved"))
@@ -518,9 +518,9 @@ def flash(monkeypatch):
 def test_flash_attention_is_packed_and_computes_in_half_precision(name, dtype, flash):
     """Weights in float32 need autocast, which training with bf16 turns on, and which the encoder turns on elsewhere."""
     model = tiny_model(name, pad_token_id=0)
-    expected = Encoder(copy.deepcopy(model), quickstart_tokenizer()).eval()(flat_batch(), LENGTHS)["embeddings"]
+    expected = Encoder(copy.deepcopy(model), small_tokenizer()).eval()(flat_batch(), LENGTHS)["embeddings"]
     model.config._attn_implementation = "flash_attention_2"
-    encoder = Encoder(model.to(dtype), quickstart_tokenizer()).eval()
+    encoder = Encoder(model.to(dtype), small_tokenizer()).eval()
     assert encoder.numbering is PACKED[name]
     vectors = encoder(flat_batch(), LENGTHS)["embeddings"]
     assert torch.nn.functional.cosine_similarity(vectors.float(), expected).min() > 0.999

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch.testing import assert_close
@@ -77,7 +77,7 @@ def test_states_at_padding_are_not_read(pooling):
     ("model", "pooling"), [*(("bert", p) for p in POOLINGS), ("qwen3", "last"), ("qwen3", "weighted_mean")]
 )
 def test_embedding_does_not_depend_on_padding(model, pooling):
-    encoder = Encoder(tiny_model(model), quickstart_tokenizer(), pooling).double().eval()
+    encoder = Encoder(tiny_model(model), small_tokenizer(), pooling).double().eval()
     ids = torch.randint(5, 200, (len(LENGTHS), 9), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[int(t < n) for t in range(9)] for n in LENGTHS])
     padded = encoder.embed(ids.masked_fill(mask == 0, 0), mask)
@@ -89,7 +89,7 @@ def test_embedding_does_not_depend_on_padding(model, pooling):
 def test_heads(pooling, training):
     """cls_mlp always uses the pooler, cls_mlp_train uses its head only in training, and cls uses no head."""
     model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    encoder = Encoder(model, quickstart_tokenizer(), pooling)
+    encoder = Encoder(model, small_tokenizer(), pooling)
     head = new_head(encoder.width, encoder.config) if pooling == "cls_mlp_train" else None
     step = TrainingStep(encoder, head).train(training)
     ids = torch.tensor([[2, 90, 91, 3]])
@@ -147,7 +147,7 @@ def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
         disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     rows = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word}"} for word in WORDS])
-    run = ContrastiveTrainer(tiny_model(), args, train_dataset=rows, processing_class=quickstart_tokenizer())
+    run = ContrastiveTrainer(tiny_model(), args, train_dataset=rows, processing_class=small_tokenizer())
     run.train()
     run.save_model()
     expected = run.encoder.encode(TEXTS, convert_to_tensor=True)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from transformers import BertForMaskedLM
 
@@ -95,14 +95,14 @@ def masked_lm(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("mlm")
     torch.manual_seed(0)
     BertForMaskedLM(tiny_model().config).save_pretrained(folder)
-    quickstart_tokenizer().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def test_a_mask_token_in_the_text_keeps_its_place(masked_lm):
     """BUG: its guess went to the next masked word, and all later guesses were shifted."""
     fill, words = MaskFill(masked_lm), ["I", "saw", "[MASK]", "today", "and", "left", "the", "house"]
-    model, tokenizer = BertForMaskedLM.from_pretrained(masked_lm).eval(), quickstart_tokenizer()
+    model, tokenizer = BertForMaskedLM.from_pretrained(masked_lm).eval(), small_tokenizer()
     for seed in range(10):
         chosen = sorted(places(words, 0.3, random.Random(seed)))
         ids = tokenizer(" ".join("[MASK]" if i in chosen else word for i, word in enumerate(words)), return_tensors="pt")
@@ -115,7 +115,7 @@ def test_a_mask_token_in_the_text_keeps_its_place(masked_lm):
 
 def test_masked_words_are_filled_by_the_model(masked_lm):
     texts = ["the cat sat on the mat by the door", "rain again", "a house by the river"] * 30
-    model, tokenizer = BertForMaskedLM.from_pretrained(masked_lm).eval(), quickstart_tokenizer()
+    model, tokenizer = BertForMaskedLM.from_pretrained(masked_lm).eval(), small_tokenizer()
     for anchor, positive in pairs("mask_fill:0.3", texts, model=masked_lm)[:9]:
         places = [i for i, (a, b) in enumerate(zip(anchor, positive, strict=True)) if a != b]
         assert 0 < len(places) <= min(max(1, round(0.3 * len(anchor))), len(anchor) - 1)

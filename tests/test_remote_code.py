@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder
+from conftest import error_of, small_tokenizer, tiny_encoder
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from test_recipes import flags, make_files, sup
@@ -157,7 +157,7 @@ def test_permission_reaches_every_way_of_training(toy, tmp_path, more):
 
 def test_a_model_that_is_loaded_already_has_its_permission(toy, tmp_path):
     model = AutoModel.from_pretrained(toy, trust_remote_code=True)
-    run = trainer(tmp_path / "out", Encoder(model, quickstart_tokenizer()), max_steps=1)
+    run = trainer(tmp_path / "out", Encoder(model, small_tokenizer()), max_steps=1)
     run.train()
     run.save_model()
     saved = Encoder.from_pretrained(tmp_path / "out", trust_remote_code=True)

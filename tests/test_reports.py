@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model, tokenize_rows
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model, tokenize_rows
 from datasets import Dataset, IterableDataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
@@ -35,7 +35,7 @@ def trainer(folder, model=None, rows=PAIRS, objective=None, tokenizer=None, call
     defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
                 "save_strategy": "no", "learning_rate": 1e-3}  # fmt: skip
     return ContrastiveTrainer(
-        model=model or tiny_model(**NO_DROPOUT), processing_class=tokenizer or quickstart_tokenizer(), objective=objective,
+        model=model or tiny_model(**NO_DROPOUT), processing_class=tokenizer or small_tokenizer(), objective=objective,
         args=ContrastiveTrainingArguments(str(folder), **(defaults | settings)), callbacks=callbacks,
         train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows, eval_dataset=eval_dataset,
     )  # fmt: skip
@@ -66,7 +66,7 @@ class Gradients(TrainerCallback):
 @pytest.mark.parametrize("pooling", ["cls", "weighted_mean"])
 def test_a_tokenizer_that_pads_on_the_left(tmp_path, pooling):
     """With a tokenizer that pads on the left, [CLS] pooling took a padding token (sentence-transformers #3208)."""
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.padding_side = "left"
     encoder = Encoder(tiny_model(), tokenizer, pooling).eval()
     alone = np.stack([encoder.encode(text) for text in TEXTS])
@@ -77,7 +77,7 @@ def test_a_tokenizer_that_pads_on_the_left(tmp_path, pooling):
 
 def test_padding_and_truncation_in_the_tokenizer_file(tmp_path):
     """A tokenizer.json that pads every text to 128 tokens made mean pooling include the padding (spiceai #13416)."""
-    backend = Tokenizer.from_str(quickstart_tokenizer().backend_tokenizer.to_str())
+    backend = Tokenizer.from_str(small_tokenizer().backend_tokenizer.to_str())
     backend.enable_padding(length=128)
     backend.enable_truncation(max_length=4)
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -86,7 +86,7 @@ def test_padding_and_truncation_in_the_tokenizer_file(tmp_path):
     encoder = Encoder(tiny_model(), tokenizer, "mean").eval()
     np.testing.assert_allclose(encoder.encode(TEXTS), tiny_encoder().encode(TEXTS), atol=1e-5)
     rows = tokenize_rows(Dataset.from_list(PAIRS), tokenizer, 64)
-    expected = tokenize_rows(Dataset.from_list(PAIRS), quickstart_tokenizer(), 64)
+    expected = tokenize_rows(Dataset.from_list(PAIRS), small_tokenizer(), 64)
     assert rows["input_ids"][:] == expected["input_ids"][:]
 
 
@@ -145,7 +145,7 @@ def test_texts_come_in_any_sequence():
 
 def test_bfloat16_vectors_reach_numpy():
     """A bfloat16 model failed in the evaluation, because NumPy has no such type (mteb #1297)."""
-    encoder = Encoder(tiny_model().bfloat16(), quickstart_tokenizer(), "mean").eval()
+    encoder = Encoder(tiny_model().bfloat16(), small_tokenizer(), "mean").eval()
     vectors = encoder.encode(TEXTS)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, tiny_encoder().encode(TEXTS), atol=0.05 * np.abs(vectors).max())
@@ -155,7 +155,7 @@ def test_bfloat16_vectors_reach_numpy():
 
 def test_dropout_is_off_in_encode():
     """Loading an adapter left the model in training mode, so each call gave other embeddings (transformers #34469)."""
-    encoder = Encoder(tiny_model().train(), quickstart_tokenizer(), "mean")
+    encoder = Encoder(tiny_model().train(), small_tokenizer(), "mean")
     encoder.train()
     vectors = encoder.encode(TEXTS)
     np.testing.assert_array_equal(vectors, encoder.encode(TEXTS))
@@ -181,7 +181,7 @@ def test_a_format_is_a_view_of_the_rows(form):
     rows = Dataset.from_list([row | {"negative": ["no rain", "no music"]} for row in PAIRS])
 
     def tokens(rows):
-        return tokenize_rows(rows, quickstart_tokenizer(), 64)["input_ids"][:]
+        return tokenize_rows(rows, small_tokenizer(), 64)["input_ids"][:]
 
     whole = tokens(rows)
     assert tokens(rows.with_format(form)) == whole
@@ -214,7 +214,7 @@ def test_words_that_look_like_missing_values_are_texts(tmp_path):
 def test_tokens_are_not_taken_from_another_tokenizer(tmp_path):
     """The cached token ids of one tokenizer were used for another tokenizer (axolotl #885)."""
     Dataset.from_list(PAIRS).save_to_disk(tmp_path / "rows")
-    tokenizer, other = quickstart_tokenizer(), quickstart_tokenizer()
+    tokenizer, other = small_tokenizer(), small_tokenizer()
     other.add_tokens(["the cat"], special_tokens=True)
     first = tokenize_rows(load_from_disk(tmp_path / "rows"), tokenizer, 16)
     second = tokenize_rows(load_from_disk(tmp_path / "rows"), other, 16)
@@ -425,7 +425,7 @@ def test_merged_adapters_of_a_half_precision_model(tmp_path):
 @pytest.mark.parametrize("how", ["modules_to_save", "trainable_token_indices"])
 def test_new_tokens_trained_beside_adapters(tmp_path, how):
     """New tokens that were trained with LoRA and merged were missing from the saved model (transformers #45127)."""
-    tokenizer, model = quickstart_tokenizer(), tiny_model(**NO_DROPOUT)
+    tokenizer, model = small_tokenizer(), tiny_model(**NO_DROPOUT)
     tokenizer.add_tokens(["zzqx"], special_tokens=True)
     model.resize_token_embeddings(len(tokenizer))
     new = (
@@ -452,7 +452,7 @@ def test_a_head_for_training_only_is_in_no_loader(tmp_path):
     run.train()
     run.save_model()
     model = AutoModel.from_pretrained(tmp_path).eval()
-    tokens = quickstart_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    tokens = small_tokenizer()(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         plain = model(**tokens).last_hidden_state[:, 0].numpy()
     for loaded in (run.encoder, Encoder.from_pretrained(tmp_path), SentenceTransformer(str(tmp_path), device="cpu")):

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import worker_resume
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, small_tokenizer, tiny_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ def trainer(
     folder, model=None, rows=ROWS, objective=None, eval_dataset=None, callbacks=None, optimizers=(None, None), **settings
 ):
     return ContrastiveTrainer(
-        model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **SAVING | settings),
+        model=model or tiny_model(), processing_class=small_tokenizer(), args=arguments(folder, **SAVING | settings),
         objective=objective, train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
         eval_dataset=eval_dataset, callbacks=callbacks, optimizers=optimizers,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from test_retrieval import embed
 
@@ -208,7 +208,7 @@ def test_no_score_is_never_the_best(tmp_path, monkeypatch):
 
     def run(folder):
         trainer = ContrastiveTrainer(
-            model=tiny_model(), processing_class=quickstart_tokenizer(), objective=SimCSE(),
+            model=tiny_model(), processing_class=small_tokenizer(), objective=SimCSE(),
             train_dataset=Dataset.from_dict({"text": [f"text {i}" for i in range(12)]}), eval_dataset=ROWS,
             args=ContrastiveTrainingArguments(
                 str(folder), per_device_train_batch_size=4, max_steps=3, eval_strategy="steps", eval_steps=1,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, DatasetInfo
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
@@ -270,7 +270,7 @@ def dense_layer() -> Dense:
 @pytest.mark.parametrize("pooling", sorted(POOLINGS))
 def test_who_is_served_other_vectors_is_told(tmp_path, caplog, pooling, normalize, dense):
     encoder = Encoder(
-        tiny_model(), quickstart_tokenizer(), pooling, normalize=normalize, dense=[dense_layer()] if dense else []
+        tiny_model(), small_tokenizer(), pooling, normalize=normalize, dense=[dense_layer()] if dense else []
     ).eval()
     warn_of_servers.cache_clear()
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model, tokenize_rows
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model, tokenize_rows
 from datasets import Dataset
 from test_gte import BOTH, DIRECTIONS, VANILLA, assert_same, formula
 
@@ -160,7 +160,7 @@ def trainer(folder, objective, rows, **settings):
     defaults = {"per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True, "max_steps": 2}
     return ContrastiveTrainer(
         tiny_model(), ContrastiveTrainingArguments(str(folder), **(defaults | settings)), objective, rows,
-        processing_class=quickstart_tokenizer(),
+        processing_class=small_tokenizer(),
     )  # fmt: skip
 
 

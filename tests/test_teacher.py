@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
 
 import hf_embed.teacher
@@ -54,9 +54,7 @@ def trainer(tmp_path, objective, rows, evaluation=None, **settings) -> Contrasti
     }  # fmt: skip
     args = ContrastiveTrainingArguments(tmp_path / "out", **(defaults | settings))
     rows = Dataset.from_list(rows) if isinstance(rows, list) and isinstance(rows[0], dict) else rows
-    return ContrastiveTrainer(
-        tiny_model(), args, objective, rows, processing_class=quickstart_tokenizer(), eval_dataset=evaluation
-    )
+    return ContrastiveTrainer(tiny_model(), args, objective, rows, processing_class=small_tokenizer(), eval_dataset=evaluation)
 
 
 # ---- columns of scores ----

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import small_tokenizer, tiny_encoder, tiny_model
 from transformers import AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 
 from hf_embed import Encoder, InputError
@@ -614,7 +614,7 @@ def test_training_at_a_temperature(tmp_path):
             str(tmp_path / folder), max_steps=2, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[],
             use_cpu=True, disable_tqdm=True, save_strategy="no", **settings,
         )  # fmt: skip
-        trainer = ContrastiveTrainer(model=model, processing_class=quickstart_tokenizer(), args=args, train_dataset=rows)
+        trainer = ContrastiveTrainer(model=model, processing_class=small_tokenizer(), args=args, train_dataset=rows)
         trainer.train()
         trainer.save_model()
         return trainer.encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ def arguments(folder, **settings) -> ContrastiveTrainingArguments:
 
 def trainer(folder, model=None, rows=ROWS, objective=None, eval_dataset=None, callbacks=None, **settings):
     return ContrastiveTrainer(
-        model=model or tiny_model(), processing_class=quickstart_tokenizer(), args=arguments(folder, **settings),
+        model=model or tiny_model(), processing_class=small_tokenizer(), args=arguments(folder, **settings),
         objective=objective, train_dataset=Dataset.from_list(rows), eval_dataset=eval_dataset, callbacks=callbacks,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_accumulated_batches_are_averaged(tmp_path):
 def test_unsupervised_views_differ_by_dropout_alone(tmp_path):
     rows = [{"text": f"the {word}"} for word in WORDS]
     with_dropout = trainer(tmp_path, tiny_encoder(), rows)
-    without = trainer(tmp_path, Encoder(tiny_model(**NO_DROPOUT), quickstart_tokenizer()), rows)
+    without = trainer(tmp_path, Encoder(tiny_model(**NO_DROPOUT), small_tokenizer()), rows)
     for run, same in ((with_dropout, False), (without, True)):
         run.model.train()
         batch = next(iter(run.get_train_dataloader()))
@@ -242,7 +242,7 @@ def test_mlm_auxiliary_adds_its_weighted_mean(tmp_path, monkeypatch):
         run = trainer(tmp_path, masked_lm, objective=SimCSE(mlm_weight=weight))
         batch = next(iter(run.get_train_dataloader()))
         losses[weight] = run.compute_loss(run.model, batch).item()
-    tokenizer, total, count = quickstart_tokenizer(), 0.0, 0
+    tokenizer, total, count = small_tokenizer(), 0.0, 0
     for text in torch.split(batch["input_ids"], batch["lengths"]):
         ids, labels = mask_some(text, tokenizer)
         logits = masked_lm(ids.unsqueeze(0)).logits[0]
@@ -283,7 +283,7 @@ def test_half_precision_weights_are_warned_of(tmp_path, caplog, encoder):
     """BUG: there was no warning for an `Encoder`, which loads weights in the precision of their file."""
     model = tiny_model().bfloat16()
     with caplog.at_level(logging.WARNING):
-        trainer(tmp_path, Encoder(model, quickstart_tokenizer(), "mean") if encoder else model)
+        trainer(tmp_path, Encoder(model, small_tokenizer(), "mean") if encoder else model)
     assert "half precision" in caplog.text
 
 
@@ -335,7 +335,7 @@ def test_a_trainer_trains_on_after_it_has_saved_its_model(resumed, tmp_path):
     args = ContrastiveTrainingArguments(
         tmp_path, use_cpu=True, report_to=[], max_steps=4, save_strategy="steps", save_steps=2, disable_tqdm=True
     )
-    run = ContrastiveTrainer(tiny_model(), args, SimCSE(), rows, processing_class=quickstart_tokenizer())
+    run = ContrastiveTrainer(tiny_model(), args, SimCSE(), rows, processing_class=small_tokenizer())
     run.train()
     run.save_model()
     before = {name: tensor.clone() for name, tensor in run.encoder.state_dict().items()}

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from scipy.stats import pearsonr
 from transformers import AutoModel, EarlyStoppingCallback
@@ -30,7 +30,7 @@ def trainer(tmp_path, **given) -> ContrastiveTrainer:
     args = ContrastiveTrainingArguments(tmp_path / "out", report_to=[], disable_tqdm=True, use_cpu=True, **own)
     if "model_init" not in given:
         given.setdefault("model", tiny_model())
-    given = {"train_dataset": PAIRS, "eval_dataset": {"dev": GRADED}, "processing_class": quickstart_tokenizer()} | given
+    given = {"train_dataset": PAIRS, "eval_dataset": {"dev": GRADED}, "processing_class": small_tokenizer()} | given
     return ContrastiveTrainer(args=args, **given)
 
 
@@ -285,10 +285,10 @@ def test_methods_that_are_never_called_are_refused(tmp_path, name):
 
     args = ContrastiveTrainingArguments(tmp_path, report_to=[], use_cpu=True)
     kind = type("Mine", (ContrastiveTrainer,), {name: define})
-    message = error_of(kind, tiny_model(), args, processing_class=quickstart_tokenizer())
+    message = error_of(kind, tiny_model(), args, processing_class=small_tokenizer())
     assert message.startswith(f"Mine defines {name}, which ContrastiveTrainer never calls; define ")
     kind = type("Mine", (ContrastiveTrainer,), {"evaluate": define, "get_train_dataloader": define})
-    kind(tiny_model(), args, processing_class=quickstart_tokenizer())
+    kind(tiny_model(), args, processing_class=small_tokenizer())
 
 
 # ---- predict ----

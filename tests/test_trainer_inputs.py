@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import BertModel, DataCollatorWithPadding, EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
@@ -202,7 +202,7 @@ def test_a_model_by_name_is_trained_in_float32(tmp_path):
 
 
 def test_a_tokenizer_that_is_given_counts(tmp_path):
-    tokenizer = quickstart_tokenizer()
+    tokenizer = small_tokenizer()
     assert make(tmp_path, model=tiny_encoder(), processing_class=tokenizer).encoder.tokenizer is tokenizer
     model = tiny_model(vocab_size=12_000)
     by_name = make(tmp_path, model=model, processing_class=str(QUICKSTART / "encoder")).encoder
@@ -229,8 +229,8 @@ def plateau() -> tuple:
         ({"model": torch.nn.Linear(2, 2)}, ["the type Linear", "PreTrainedModel"]),
         ({"model": tiny_model(), "processing_class": lambda text: text}, ["processing_class is a function"]),
         ({"model": tiny_model(), "processing_class": None}, ["processing_class="]),
-        ({"processing_class": type(quickstart_tokenizer())}, ["processing_class is the class"]),
-        ({"tokenizer": quickstart_tokenizer()}, ["no argument tokenizer", "processing_class="]),
+        ({"processing_class": type(small_tokenizer())}, ["processing_class is the class"]),
+        ({"tokenizer": small_tokenizer()}, ["no argument tokenizer", "processing_class="]),
         ({"loss": SimCSE()}, ["no argument loss", "objective="]),
         ({"evaluator": None}, ["no argument evaluator", "eval_dataset="]),
         ({"data_collator": None}, ["no argument data_collator"]),
@@ -243,7 +243,7 @@ def plateau() -> tuple:
         ({"objective": 3}, ["objective is a int"]),
         ({"objective": torch.nn.CrossEntropyLoss()}, ["a CrossEntropyLoss, which cannot be called with (embeddings", "SimCSE"]),
         ({"objective": lambda embeddings: embeddings.sum()}, ["a function, which cannot be called with (embeddings"]),
-        ({"objective": DataCollatorWithPadding(quickstart_tokenizer())}, ["a DataCollatorWithPadding, which cannot be called"]),
+        ({"objective": DataCollatorWithPadding(small_tokenizer())}, ["a DataCollatorWithPadding, which cannot be called"]),
         ({"callbacks": [3]}, ["callbacks holds a int"]),
         ({"callbacks": "mine"}, ["callbacks holds a str"]),
         ({"optimizers": 3}, ["optimizers is a int", "(optimizer, schedule)"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_model
+from conftest import error_of, small_tokenizer, tiny_model
 from datasets import Dataset
 from transformers import (
     BertConfig,
@@ -74,7 +74,7 @@ RECOMPUTING = {"activation_checkpointing": True}
 
 def ours(folder, callbacks=(), evaluate=True, model=None, **settings) -> ContrastiveTrainer:
     return ContrastiveTrainer(
-        model=model or tiny_model(), processing_class=quickstart_tokenizer(), train_dataset=Dataset.from_list(ROWS),
+        model=model or tiny_model(), processing_class=small_tokenizer(), train_dataset=Dataset.from_list(ROWS),
         args=ContrastiveTrainingArguments(str(folder), **(DEFAULTS | settings)), callbacks=list(callbacks),
         eval_dataset={"s": Scripted()} if evaluate else None,
     )  # fmt: skip

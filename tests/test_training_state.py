@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import error_of, quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -29,7 +29,7 @@ def encoder_of(kind: str, seed: int = 0) -> Encoder:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter)
-        return Encoder(model, quickstart_tokenizer())
+        return Encoder(model, small_tokenizer())
     encoder = tiny_encoder(seed=seed, dense=[Dense(nn.Linear(32, 8), nn.Tanh())])
     if kind == "tempscale":
         apply_tempscale(encoder.backbone, 0.8)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model, with_plain_dropout
+from conftest import small_tokenizer, tiny_model, with_plain_dropout
 from datasets import Dataset
 from reference_loops import POOLERS, Row, Settings, Words, embed, gte, mask_words, masked_word_loss, matryoshka, simcse, train
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -87,10 +87,10 @@ class Seeds(TrainerCallback):
 
 
 @functools.cache
-def small_tokenizer():
-    """Retrain the quickstart tokenizer on the few words of the rows. With its 12,000 tokens, the tests would be much slower."""
+def row_tokenizer():
+    """Retrain the tokenizer on the few words of the rows. With its own 3,000 tokens, the tests would be slower."""
     texts = [text for row in TRIPLETS for text in row.values()]
-    return quickstart_tokenizer().train_new_from_iterator(texts, vocab_size=120)
+    return small_tokenizer().train_new_from_iterator(texts, vocab_size=120)
 
 
 # ---- the trainer ----
@@ -101,7 +101,7 @@ def make_trainer(case: Case, model: nn.Module, folder: str) -> ContrastiveTraine
     args = ContrastiveTrainingArguments(folder, **settings)
     trainer = ContrastiveTrainer(
         model=model, args=args, objective=case.objective, train_dataset=Dataset.from_list(case.rows), callbacks=[Seeds()],
-        processing_class=small_tokenizer(),
+        processing_class=row_tokenizer(),
     )  # fmt: skip
     return with_plain_dropout(trainer) if case.dropout else trainer
 
@@ -127,7 +127,7 @@ def texts_of(row: dict[str, Any]) -> list[str]:
 
 
 def start_model(case: Case) -> nn.Module:
-    model = tiny_model("bert", vocab_size=len(small_tokenizer()), **TINY, **({} if case.dropout else NO_DROPOUT)).double()
+    model = tiny_model("bert", vocab_size=len(row_tokenizer()), **TINY, **({} if case.dropout else NO_DROPOUT)).double()
     if not case.objective.mlm_weight:
         return model
     masked_lm = BertForMaskedLM(model.config).double()
@@ -168,7 +168,7 @@ def trained(name: str) -> Trained:
 
 def loop_weights(case: Case, start: nn.Module, batches: list[list[Row]], settings: Settings = LOOP) -> dict[str, torch.Tensor]:
     model = deepcopy(start)
-    tokenizer = small_tokenizer()
+    tokenizer = row_tokenizer()
     words = Words(len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids)
     once = case.settings.get("same_dropout_mask", False)
 
@@ -322,7 +322,7 @@ class GivenBatches(DefaultBatchSampler):
 def peer_weights(start: nn.Module, case: Case, batches: list[list[int]], make_loss: Callable, folder: str) -> dict:
     """Train with sentence-transformers and mean pooling, and return the weights."""
     start.save_pretrained(f"{folder}/start")
-    small_tokenizer().save_pretrained(f"{folder}/start")
+    row_tokenizer().save_pretrained(f"{folder}/start")
     transformer = modules.Transformer(f"{folder}/start", max_seq_length=64)
     encoder = SentenceTransformer(modules=[transformer, modules.Pooling(WIDTH, "mean")], device="cpu").to(start.dtype)
     args = SentenceTransformerTrainingArguments(folder, batch_sampler=partial(GivenBatches, batches), **SETTINGS)

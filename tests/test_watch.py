@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from test_trainer import ROWS, arguments, trainer
 from transformers import TrainerCallback
@@ -229,7 +229,7 @@ def test_the_logged_loss_of_a_source_is_a_mean_of_the_finite_ones(tmp_path):
     objective = SpoilOne(2)
     run = ContrastiveTrainer(
         tiny_model(), arguments(tmp_path, max_steps=3, logging_steps=3, nan_steps="skip"), objective,
-        [Source("a", Dataset.from_list(ROWS))], processing_class=quickstart_tokenizer(),
+        [Source("a", Dataset.from_list(ROWS))], processing_class=small_tokenizer(),
     )  # fmt: skip
     run.train()
     (logged,) = [entry for entry in run.state.log_history if "loss" in entry]

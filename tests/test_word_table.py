@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY, quickstart_tokenizer, tiny_model
+from conftest import TINY, small_tokenizer, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -179,7 +179,7 @@ def test_nothing_is_kept_after_the_step(name):
 @pytest.mark.parametrize("architecture", TINY)
 def test_models(architecture, monkeypatch):
     """The vectors and gradients of every kind of model are those of plain lookups, and a step makes one gradient."""
-    encoder = Encoder(tiny_model(architecture), quickstart_tokenizer()).eval()
+    encoder = Encoder(tiny_model(architecture), small_tokenizer()).eval()
     ids, lengths = torch.arange(5, 25), [5, 9, 2, 4]
     weights = torch.randn(4, encoder.full_dimension, generator=torch.Generator().manual_seed(0))
     made, zeros = [], torch.zeros_like
@@ -205,7 +205,7 @@ def test_a_compiled_step_has_the_same_gradients():
     model = tiny_model("mpnet", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_layers=1)
     gradients = []
     for compiled in (False, True):
-        step = TrainingStep(Encoder(copy.deepcopy(model), quickstart_tokenizer()))
+        step = TrainingStep(Encoder(copy.deepcopy(model), small_tokenizer()))
         run = torch.compile(step, backend="eager") if compiled else step
         run(torch.arange(5, 25), [9, 7, 4], 10, True)["embeddings"].square().sum().backward()
         gradients.append(step.encoder.backbone.embeddings.word_embeddings.weight.grad)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from conftest import quickstart_tokenizer, tiny_encoder, tiny_model
+from conftest import small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import BertForMaskedLM, TrainerCallback
@@ -152,7 +152,7 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, evaluated: bool 
         folder, per_device_train_batch_size=BATCH // ranks, max_steps=2, **(SETTINGS | settings)
     )  # fmt: skip
     trainer = watch.trainer = ContrastiveTrainer(
-        model=model, processing_class=quickstart_tokenizer(), args=args, objective=objective,
+        model=model, processing_class=small_tokenizer(), args=args, objective=objective,
         train_dataset=Dataset.from_list(rows), eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH}, callbacks=[watch],
     )  # fmt: skip
     scores = trainer.evaluate() if evaluated else {}
@@ -194,7 +194,7 @@ def sources_of_each_rank(folder: str) -> list[list]:
     rows["negatives"] = Dataset.from_list(rows_with(3))
     args = ContrastiveTrainingArguments(folder, per_device_train_batch_size=BATCH // get_world_size(), max_steps=20, **SETTINGS)
     trainer = NoteSources(
-        model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, train_dataset=rows,
+        model=tiny_model(), processing_class=small_tokenizer(), args=args, train_dataset=rows,
         objective=ImprovedContrastive(0.2, learn_temperature=True),
     )  # fmt: skip
     trainer.train()
@@ -215,7 +215,7 @@ def views_of_each_rank(folder: str, **settings) -> list[list[bool]]:
         folder, per_device_train_batch_size=BATCH // get_world_size(), max_steps=2, **(SETTINGS | settings)
     )  # fmt: skip
     rows = Dataset.from_list([{"text": row["anchor"]} for row in ROWS])
-    NoteViews(model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, train_dataset=rows).train()
+    NoteViews(model=tiny_model(), processing_class=small_tokenizer(), args=args, train_dataset=rows).train()
     return gather_objects(noted)
 
 

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from worker import BATCH, NO_DROPOUT, SEARCH, SETTINGS, STS, rows_with
@@ -53,7 +53,7 @@ def main(folder: str, kind: str, checkpoint: str | None = None) -> None:
         os.environ.update(FSDP)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = ContrastiveTrainer(
-        model=make_model(kind == "lora"), processing_class=quickstart_tokenizer(), args=args,
+        model=make_model(kind == "lora"), processing_class=small_tokenizer(), args=args,
         objective=ImprovedContrastive(0.2, learn_temperature=True), train_dataset=Dataset.from_list(rows_with(3)),
         eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH, "h": rows_with(1)[:11]},
     )  # fmt: skip

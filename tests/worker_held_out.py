@@ -5,7 +5,7 @@ import sys
 
 import torch
 from accelerate import PartialState
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from worker import NO_DROPOUT, SETTINGS, WORDS, rows_with
 
@@ -39,7 +39,7 @@ def losses(folder: str, **settings) -> dict[str, dict[str, float]]:
             per_device_eval_batch_size=GLOBAL_BATCH // get_world_size(), **(SETTINGS | settings),
         )  # fmt: skip
         trainer = ContrastiveTrainer(
-            model=tiny_model(**NO_DROPOUT).double(), processing_class=quickstart_tokenizer(), args=args, objective=objective(),
+            model=tiny_model(**NO_DROPOUT).double(), processing_class=small_tokenizer(), args=args, objective=objective(),
             train_dataset=Dataset.from_list(rows_with(1)[12:]), eval_dataset=HELD_OUT,
         )  # fmt: skip
         before = trainer.evaluate()

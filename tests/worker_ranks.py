@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from transformers import TrainerCallback
 from worker import ROWS, STS
@@ -89,7 +89,7 @@ def train(kind: str, place: str, folder: Path) -> None:
     objective, task = FailingObjective(), FailingTask(Dataset.from_list(STS))
     objective.fails, task.fails = fails if place == "construction" else None, fails if place == "evaluation" else None
     ContrastiveTrainer(
-        model=tiny_model(), processing_class=quickstart_tokenizer(), args=args, objective=objective,
+        model=tiny_model(), processing_class=small_tokenizer(), args=args, objective=objective,
         train_dataset=Dataset.from_list(ROWS), eval_dataset={"sts": task}, callbacks=[Failing(fails, place)],
     ).train()  # fmt: skip
 

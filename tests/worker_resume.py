@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(__file__))
 import torch
 from accelerate import PartialState
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from worker import BATCH, NO_DROPOUT, ROWS
 
@@ -27,7 +27,7 @@ def make_trainer(folder, rows: list[dict] = ROWS, batch: int = BATCH // 2, **set
         str(folder), per_device_train_batch_size=batch, max_steps=5, save_steps=1, learning_rate=1e-3, report_to=[],
         disable_tqdm=True, use_cpu=True, **settings,
     )  # fmt: skip
-    model, tokenizer = tiny_model(**NO_DROPOUT).double(), quickstart_tokenizer()
+    model, tokenizer = tiny_model(**NO_DROPOUT).double(), small_tokenizer()
     return ContrastiveTrainer(model=model, processing_class=tokenizer, args=args, train_dataset=Dataset.from_list(rows))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(__file__))
 import torch
 from accelerate import PartialState
-from conftest import quickstart_tokenizer, tiny_model
+from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -69,7 +69,7 @@ def make_trainer(folder: Path, settings: dict, callbacks: list | None = None) ->
     if "num_train_epochs" in settings:
         defaults["max_steps"] = -1
     return ContrastiveTrainer(
-        model=tiny_model(), processing_class=quickstart_tokenizer(),
+        model=tiny_model(), processing_class=small_tokenizer(),
         args=ContrastiveTrainingArguments(str(folder), **(defaults | settings)), train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(STS) if settings.get("eval_strategy", "no") != "no" else None, callbacks=callbacks,
     )  # fmt: skip

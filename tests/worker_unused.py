@@ -11,7 +11,7 @@ import sys
 sys.path.insert(0, os.path.dirname(__file__))
 import torch
 from accelerate import PartialState
-from conftest import quickstart_tokenizer
+from conftest import small_tokenizer
 from datasets import Dataset
 from transformers import AutoConfig, AutoModel, SwitchTransformersConfig, SwitchTransformersEncoderModel
 from worker import BATCH, SETTINGS, rows_with
@@ -51,7 +51,7 @@ def trainer(kind: str, folder: str, **settings) -> ContrastiveTrainer:
         folder, per_device_train_batch_size=BATCH // get_world_size(), max_steps=3, **settings
     )  # fmt: skip
     return ContrastiveTrainer(
-        model=make(kind), processing_class=quickstart_tokenizer(), args=args, train_dataset=Dataset.from_list(rows_with(1))
+        model=make(kind), processing_class=small_tokenizer(), args=args, train_dataset=Dataset.from_list(rows_with(1))
     )
 
 

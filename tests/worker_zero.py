@@ -8,7 +8,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(__file__))
-from conftest import quickstart_tokenizer
+from conftest import small_tokenizer
 from datasets import Dataset
 from worker import BATCH, SEARCH, SETTINGS, STS, rows_with
 from worker_fsdp import make_model
@@ -25,7 +25,7 @@ def main(folder: str, kind: str, checkpoint: str | None = None) -> None:
         **(SETTINGS | {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}),
     )  # fmt: skip
     trainer = ContrastiveTrainer(
-        model=make_model(kind == "lora").float(), processing_class=quickstart_tokenizer(), args=args,
+        model=make_model(kind == "lora").float(), processing_class=small_tokenizer(), args=args,
         objective=ImprovedContrastive(0.2, learn_temperature=True), train_dataset=Dataset.from_list(rows_with(3)),
         eval_dataset={"s": Dataset.from_list(STS), "r": SEARCH, "h": rows_with(1)[:11]},
     )  # fmt: skip
