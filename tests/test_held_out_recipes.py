@@ -197,7 +197,9 @@ def test_the_patience_count_is_restored_from_the_log(losses, greater, count):
                                         load_best_model_at_end=True, metric_for_best_model="eval_loss",
                                         greater_is_better=greater)  # fmt: skip
     stopping = EarlyStopping(9)
-    stopping.on_train_begin(args, TrainerState(log_history=[{"eval_loss": loss} for loss in losses] + [{"loss": 9}]), None)
+    log = [{"eval_loss": loss, "step": step} for step, loss in enumerate(losses, 1)]
+    at_start = {"eval_loss": 0, "step": 0}  # Trainer does not compare with it
+    stopping.on_train_begin(args, TrainerState(log_history=[at_start, *log, {"loss": 9, "step": 9}]), None)
     assert stopping.early_stopping_patience_counter == count
 
 
