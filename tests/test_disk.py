@@ -595,7 +595,7 @@ def test_every_recipe_refuses_an_output_that_cannot_be_written(name, small_disk,
 def test_a_full_disk_of_two_ranks_is_said_once(small_disk, tmp_path):
     files = make_files(tmp_path)
     encoder_of_megabytes().save_pretrained(files["model"], verify=False)
-    out = small_disk("size=10m") / "out"
+    out = small_disk("size=8m") / "out"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/accelerate/cpu_2.yaml"]
     words = ["--report_to", "none", "--max_steps", 4, "--save_steps", 1, "--save_total_limit", 1, "--output_dir", out]
     command = [*map(str, [*launch, ROOT / "recipes/sup_simcse.py", *flags(files), *words])]
