@@ -111,7 +111,10 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merged_shape(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of `model` with its adapters merged, for its names and shapes. Its weights need no memory if possible."""
+    """Return a copy of `model` with its adapters merged, from which names and shapes can be read.
+
+    If possible, the copy has no values, so that it needs no memory.
+    """
     try:
         return merge_adapters(without_weights(model))
     except RuntimeError:  # some kinds of adapters compute with the numbers, for example VB-LoRA

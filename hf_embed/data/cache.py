@@ -81,7 +81,7 @@ def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> 
     memory, or in a process that has disabled caching.
     """
     if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
-        named = {"new_fingerprint": generate_random_fingerprint(), **settings}  # spares `datasets` to hash the tokenizer
+        named = {"new_fingerprint": generate_random_fingerprint(), **settings}  # else `datasets` hashes the tokenizer
         with disk_errors():
             return rows.map(function, **named)
     beside = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else cache_folder()
