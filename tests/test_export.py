@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentence_transformers.sentence_transformer.modules as st
 import torch
-from conftest import DECODERS, small_tokenizer, tiny_encoder, tiny_model
+from conftest import DECODERS, error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -371,6 +371,28 @@ def test_merged_weights_replace_an_adapter(tmp_path):
     encoder.backbone.save_pretrained(tmp_path / "saved")
     encoder.save_pretrained(tmp_path / "saved")
     assert_close(by_transformers(tmp_path / "saved", "mean"), encoder.encode(TEXTS))
+
+
+# BUG: files of an earlier tokenizer, processor or backend stayed, and loaders applied them to the new model.
+def test_files_of_an_earlier_tokenizer_are_removed(tmp_path):
+    tiny_encoder().save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"rain": 2999}')
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    (tmp_path / "openvino").mkdir()
+    encoder = tiny_encoder(seed=1)
+    encoder.save_pretrained(tmp_path)
+    assert not (tmp_path / "openvino").exists()
+    for loader in LOADERS.values():
+        assert_close(loader(tmp_path, encoder), encoder.encode(TEXTS))
+
+
+# BUG: the folder of the model took the place of the file, and the file was lost.
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_file_is_not_replaced_by_a_model(tmp_path, inside):
+    (tmp_path / "mine.csv").write_text("mine")
+    message = error_of(tiny_encoder().save_pretrained, tmp_path / "mine.csv" / inside)
+    assert "mine.csv is a file" in message and (tmp_path / "mine.csv").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.csv"]
 
 
 # BUG: the card of the earlier model stayed and named the pooling of that model.

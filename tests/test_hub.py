@@ -104,6 +104,19 @@ def test_a_title_that_is_given_stays_on_the_hub(server, model, tmp_path):
     assert "\n# named\n" in server.files("user/mine")["README.md"].decode()
 
 
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_files_of_an_earlier_model_do_not_stay(server, model, tmp_path, revision):
+    """BUG: weights, adapters and graphs of an earlier push stayed, and loaders preferred them to the new model."""
+    earlier = shutil.copytree(model, tmp_path / "earlier")
+    for name in ("adapter_config.json", "added_tokens.json", "onnx/model.onnx", "model-00001-of-00001.safetensors"):
+        (earlier / name).parent.mkdir(exist_ok=True)
+        (earlier / name).write_text("{}")
+    push_folder(earlier, "mine", revision=revision)
+    server.files("user/mine", revision or "main")["LICENSE"] = b"mine"
+    push_folder(model, "mine", revision=revision)
+    assert set(server.files("user/mine", revision or "main")) == OF_THE_MODEL | {"LICENSE"}
+
+
 def test_branch_pull_request_and_private(server, model):
     push_folder(model, "mine", private=True, revision="v2", commit_message="May's clicks")
     stored = server.repos["user/mine"]

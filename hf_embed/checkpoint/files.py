@@ -17,6 +17,21 @@ Allowed = Any
 # Values that are allowed for every key, because they set nothing.
 EMPTY: list[Any] = [None, False, "", [], {}]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Files of an earlier model that loaders would prefer to the new weights, or apply on top of them. The folders onnx and openvino
+# hold the earlier weights as graphs.
+OLD_WEIGHTS = re.compile(
+    r"model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model(-.*)?\.bin.*|adapter_.*|onnx|openvino|tf_model\.h5"
+    r"|flax_model\.msgpack"
+)
+# The same of its tokenizer and its processor.
+OLD_TOKENIZER = re.compile(
+    r"(tokenizer|added_tokens|special_tokens_map|processor_config|preprocessor_config|chat_template)\.json|chat_template\.jinja"
+)
+
+
+def is_old(name: str) -> bool:
+    """Return whether a file or folder of this name, in a model's folder, would change a new model that is put there."""
+    return bool(OLD_WEIGHTS.fullmatch(name) or OLD_TOKENIZER.fullmatch(name))
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

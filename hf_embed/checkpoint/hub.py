@@ -2,7 +2,8 @@
 
 Only the files of the model are uploaded. They are selected by exact names: no optimizer state, checkpoints, data, logs or
 links. Large files that an earlier, interrupted push has uploaded are recognized by their hash and are not sent again. Files
-that are already in the repository are not committed again.
+that are already in the repository are not committed again. Files of an earlier model in the repository that loaders would
+prefer to the new ones are removed by the same commit; they stay in the history.
 
 This module creates the commit itself and does not use `HfApi.upload_folder`, for three reasons. If Xet is installed,
 `upload_folder` splits a failed commit into smaller ones, so that users can see half a model. It refuses `create_pr` together
@@ -19,7 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -28,7 +29,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import stored_results, title_of, with_repository
-from hf_embed.checkpoint.files import Files
+from hf_embed.checkpoint.files import Files, is_old
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import first_line, read_json, read_text
@@ -104,9 +105,8 @@ def push_folder(
         repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = additions(folder, repo_id, everything)
-        commit = api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr)
-        return commit.pr_url or commit.commit_url
+        added = commit(api, repo_id, additions(folder, repo_id, everything), commit_message, revision, create_pr)
+        return added.pr_url or added.commit_url
 
     flags = {"private": private, "create_pr": create_pr, "everything": everything}
     return with_retries(upload, repo, command(folder, repo, revision, **flags))
@@ -151,14 +151,31 @@ def push_checkpoint(checkpoint: str, repo: str, args: TrainingArguments, step: i
     message = f"Training in progress, step {step}"
     api = HfApi(token=args.hub_token)
 
-    def commit(operations: list[CommitOperationAdd], message: str) -> Future[Any]:
-        return api.create_commit(repo, operations, commit_message=message, revision=args.hub_revision, run_as_future=True)
+    def start(operations: list[CommitOperationAdd], message: str) -> Future[Any]:
+        return api.run_as_future(commit, api, repo, operations, message, args.hub_revision)
 
-    jobs = [commit(additions(copy, repo), message)]
+    jobs = [start(additions(copy, repo), message)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
-        jobs.append(commit(additions(copy, repo, everything=True, inside=name), f"{message}, checkpoint"))
+        jobs.append(start(additions(copy, repo, everything=True, inside=name), f"{message}, checkpoint"))
     return PushInProgress(jobs)  # type: ignore[arg-type] # its hint says one Future
+
+
+def commit(
+    api: HfApi,
+    repo: str,
+    added: list[CommitOperationAdd],
+    message: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Commit the files of a model, and remove those of an earlier one that would change it."""
+    new = {operation.path_in_repo for operation in added}
+    removed: list[CommitOperationDelete] = []
+    if "config.json" in new:  # a model, and not an adapter or a checkpoint below the model
+        there = api.list_repo_files(repo, revision=revision)
+        removed = [CommitOperationDelete(name) for name in there if is_old(name.split("/")[0]) and name not in new]
+    return api.create_commit(repo, [*added, *removed], commit_message=message, revision=revision, create_pr=create_pr)
 
 
 def finish_push(push: PushInProgress | None, args: TrainingArguments) -> None:

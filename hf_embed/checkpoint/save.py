@@ -23,10 +23,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_embed.adapters import copy_of, full_copy, has_adapters, in_4_bits, merge_adapters
 from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
+from hf_embed.checkpoint.files import OLD_WEIGHTS, is_old
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_code
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder
+from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
+from hf_embed.disk import nearest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
@@ -38,9 +40,6 @@ from hf_embed.text_models import is_remote
 
 logger = logging.getLogger(__name__)
 
-# Files of an earlier save that loaders would prefer to the new weights, or apply on top of them. The folder onnx holds the
-# earlier weights as a graph.
-WEIGHTS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|pytorch_model(-.*)?\.bin.*|adapter_.*|onnx")
 # Files that belong to the weights in a folder: scores, pictures, extras and the modules after the transformer.
 RESULTS = re.compile(
     r"results\.json|(geometry|tempscale)\.png|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
@@ -75,13 +74,14 @@ def save_encoder(
     Raises:
         ExportError: if AutoModel or sentence-transformers (when installed) gives other weights, or vectors that differ by more
             than 1e-5 of their norm (1e-2 in half precision). The folder is unchanged.
-        InputError: if TempScale cannot be folded.
+        InputError: if TempScale cannot be folded, if the model could not be loaded after it is saved, or if `folder` is a file.
     """
     runtime = needs_runtime(encoder, allow_runtime)
     outdated = Path(folder, "onnx").is_dir()
     if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
         encoder = full_encoder(encoder, verify)
     if verify:
+        verify_layers(encoder, encoder.config)
         warn_of_servers(served_otherwise(encoder))
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
@@ -133,10 +133,15 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
     Args:
         folder: the target. After an exception it is unchanged, unless files were already moved into it.
         clear: leave out what belongs to the earlier model in `folder`: its scores and extras.
+
+    Raises:
+        InputError: if `folder` is a file or lies inside one.
     """
     folder = Path(os.path.realpath(folder))  # the target of a link is replaced, not the link
+    if not nearest(folder).is_dir():
+        raise InputError(f"{nearest(folder)} is a file, so nothing can be saved to {folder}; give another folder")
     there = os.listdir(folder) if folder.is_dir() else []
-    if folder.is_dir() and not (any(map(WEIGHTS.fullmatch, there)) and can_be_replaced(folder)):
+    if folder.is_dir() and not (any(map(OLD_WEIGHTS.fullmatch, there)) and can_be_replaced(folder)):
         for name in there:
             if clear and RESULTS.fullmatch(name):
                 remove(folder / name)
@@ -145,7 +150,7 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as new:
         for name in there:
-            if not (name.startswith(SAVING) or WEIGHTS.fullmatch(name) or (clear and RESULTS.fullmatch(name))):
+            if not (name.startswith(SAVING) or is_old(name) or (clear and RESULTS.fullmatch(name))):
                 link_tree(folder / name, new / name)
         if there:
             shutil.copymode(folder, new)
@@ -161,12 +166,12 @@ def remove(path: Path) -> None:
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Move the complete checkpoint `new` into `folder`. Earlier weights are removed first, and new weights are moved last."""
+    """Move the complete checkpoint `new` into `folder`. An earlier model is removed first, and new weights are moved last."""
     flush(new)
     for path in list(folder.iterdir()):
-        if WEIGHTS.fullmatch(path.name):
+        if is_old(path.name):
             remove(path)
-    for name in sorted(os.listdir(new), key=lambda name: WEIGHTS.fullmatch(name) is not None):
+    for name in sorted(os.listdir(new), key=lambda name: OLD_WEIGHTS.fullmatch(name) is not None):
         target = folder / name
         if target.is_dir():
             remove(target)
@@ -233,6 +238,8 @@ def write_tokenizer(encoder: Encoder, folder: str) -> None:
     if not is_remote(tokenizer):
         tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.model_max_length = encoder.max_length
+    # Without a mask, padding would count as text.
+    tokenizer.model_input_names = [*dict.fromkeys([*tokenizer.model_input_names, "attention_mask"])]
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else the value from loading is saved
     tokenizer.padding_side = "right"  # absolute positions and pooling "last" in the card count from the left
     tokenizer.save_pretrained(folder)

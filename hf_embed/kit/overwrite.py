@@ -15,8 +15,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_embed.checkpoint.files import is_old
 from hf_embed.checkpoint.hub import COPY, FILES
-from hf_embed.checkpoint.save import RESULTS, WEIGHTS
+from hf_embed.checkpoint.save import RESULTS
 from hf_embed.errors import InputError
 from hf_embed.safe_files import (
     can_be_replaced,
@@ -113,7 +114,8 @@ def clear_replaced(place: Path) -> None:
 
 def is_the_users(path: Path) -> bool:
     """Return True if a file or folder in a run's folder belongs neither to a run nor to a model."""
-    return path.name not in FILES and not any(kind.fullmatch(path.name) for kind in (RUNNING, SEED, RESULTS, WEIGHTS))
+    of_model = path.name in FILES or is_old(path.name)
+    return not of_model and not any(kind.fullmatch(path.name) for kind in (RUNNING, SEED, RESULTS))
 
 
 class EarlierRun(TrainerCallback):
