@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         self.similarity_fn_name = similarity_fn_name
         self.default_prompt_name = default_prompt_name
         self.prompt()  # raises InputError if the default prompt does not exist
-        self.config.use_cache = False
+        self.config.use_cache, self.config.return_dict = False, True
         if POOLINGS[pooling].model_pooler and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "
@@ -425,6 +425,7 @@ class Encoder(nn.Module):
 
         Raises:
             ExportError: if other loaders would compute other vectors.
+            InputError: if the folder is a file, or if the saved model could not be loaded.
             DiskError: if the disk is full or a file may not be written. The previous content of the folder is then unchanged.
         """
         from hf_embed.checkpoint.save import save_encoder

@@ -356,9 +356,11 @@ def test_states_that_are_not_those_of_tokens_are_refused():
     assert "no hidden states to pool" in message
 
 
-def test_model_input_names_are_saved(tmp_path):
+@pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
+def test_model_input_names_are_saved(tmp_path, names):
+    """BUG: without a mask, nothing could be saved: KeyError at the end of the training."""
     tokenizer = small_tokenizer()
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.model_input_names = names
     Encoder(tiny_model("bert"), tokenizer).save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).model_input_names == ["input_ids", "attention_mask"]
 

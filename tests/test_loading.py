@@ -11,7 +11,7 @@ import torch
 from conftest import error_of, small_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertForMaskedLM, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
@@ -210,6 +210,31 @@ def test_a_tokenizer_that_loads_as_another_is_refused_before_the_training(tmp_pa
     assert "returns other tokens after it is saved with a Qwen2Model" in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.BertNormalizer(strip_accents=False)),
+        lambda t: setattr(
+            t.backend_tokenizer,
+            "pre_tokenizer",
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.BertPreTokenizer()]),
+        ),
+        lambda t: setattr(t, "unk_token", "the"),
+        lambda t: setattr(t, "split_special_tokens", True),
+    ],
+)
+def test_a_tokenizer_changed_in_python_is_refused_if_its_files_do_not_hold_the_change(tmp_path, change):
+    """BUG: only English texts were compared, on which such tokenizers agree."""
+    tokenizer = small_tokenizer()
+    change(tokenizer)
+    assert "returns other tokens" in error_of(Encoder(tiny_model(), tokenizer).save_pretrained, tmp_path / "model")
+
+
+def test_the_older_name_of_dtype_is_heeded(folder):
+    """BUG: torch_dtype, which transformers still accepts, had no effect."""
+    assert Encoder.from_pretrained(folder, torch_dtype=torch.float16).dtype == torch.float16
+
+
 # ---- folders that do not hold a model ----
 
 
@@ -285,6 +310,7 @@ def test_layers_that_were_changed_in_python_are_refused_before_the_training(tmp_
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, make(), args, processing_class=small_tokenizer())
     assert message.startswith("BertModel could not be loaded after it is saved: ") and problem in message
+    assert error_of(Encoder(make(), small_tokenizer()).save_pretrained, tmp_path / "model") == message
     fewer = with_fewer_layers()
     fewer.config.num_hidden_layers = 2
     ContrastiveTrainer(fewer, args, processing_class=small_tokenizer())

@@ -165,7 +165,7 @@ def load_model(
     Raises:
         InputError: if the model cannot be reached, or if its weights are incomplete or belong to another model.
     """
-    kwargs = {"dtype": "auto"} | kwargs
+    kwargs = ({} if "torch_dtype" in kwargs else {"dtype": "auto"}) | kwargs
     if kwargs.get("local_files_only"):  # else transformers would ask the Hub for an adapter
         kwargs.setdefault("adapter_kwargs", {"local_files_only": True})
     try:

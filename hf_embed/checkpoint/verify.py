@@ -28,6 +28,8 @@ Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), 
 TOLERANCE = 1e-5
 OTHER_DEVICE_TOLERANCE = 1e-4  # a CPU rounds differently than a GPU
 HALF_TOLERANCE = 1e-2  # for single texts; sentence-transformers also pools in half precision
+# A text on which tokenizers differ that agree on English: accents, Chinese letters, numbers, symbols, invisible characters.
+UNUSUAL = "Naïve ÄRGER in İstanbul, 東京 12345 abc678, ﬁ, 😀; don't\u200b a\u00a0b\t c."
 
 
 class ExportError(RuntimeError):
@@ -251,12 +253,12 @@ def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
 
 def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
     """Raise InputError unless `loaded`, the saved and loaded tokenizer, gives the same tokens as the encoder's own."""
-    for text in TEXTS:
+    for text in [*TEXTS, UNUSUAL, " ".join(encoder.tokenizer.all_special_tokens)]:
         if loaded(text)["input_ids"] != encoder.tokenizer(text)["input_ids"]:
             raise InputError(
                 f"the tokenizer ({type(encoder.tokenizer).__name__}) returns other tokens after it is saved with a "
                 f"{type(encoder.base).__name__} and loaded by AutoTokenizer ({type(loaded).__name__}); use the model's own "
-                "tokenizer"
+                "tokenizer, as from_pretrained returns it"
             )
 
 
