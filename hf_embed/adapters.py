@@ -224,11 +224,11 @@ def full_linear(layer: nn.Module) -> nn.Linear:
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters that `model` has when it is saved: without adapters, and with 4-bit weights unpacked."""
-    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    kinds = {config.peft_type for part in model.modules() for config in getattr(part, "peft_config", {}).values()}
     added = [PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds if kind in PEFT_TYPE_TO_PREFIX_MAPPING]
     count = 0
     for name, parameter in model.named_parameters():
-        if not any(prefix in name for prefix in (*added, "modules_to_save.")):
+        if not any(prefix in name for prefix in (*added, "modules_to_save.", "trainable_tokens_", "ranknum")):
             state = getattr(parameter, "quant_state", None)
             count += parameter.numel() if state is None else state.shape.numel()
     return count

@@ -5,15 +5,18 @@ import re
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from conftest import tiny_encoder
+from conftest import small_tokenizer, tiny_encoder, tiny_model
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from peft import LoraConfig, get_peft_model
 
+from hf_embed import Encoder
 from hf_embed.checkpoint.card import is_generated, model_card, title_of, with_repository, write_card
 from hf_embed.checkpoint.tables import comparison_table, plain
 from hf_embed.objectives import OBJECTIVES
-from hf_embed.pooling import POOLINGS
+from hf_embed.pooling import POOLINGS, Dense
 from hf_embed.training_record import on_the_hub, shown
 
 TRAIN = {
@@ -40,7 +43,9 @@ def snippets(card: str) -> list[str]:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("pooling", sorted(POOLINGS))
 def test_every_snippet_gives_the_encoders_vectors(tmp_path, pooling, normalize):
-    encoder = tiny_encoder(pooling=pooling, normalize=normalize)
+    model = tiny_model()
+    model.config.return_dict = not normalize  # BUG: with False, the first snippet read attributes of a tuple
+    encoder = Encoder(model, small_tokenizer(), pooling, normalize=normalize).eval()
     encoder.save_pretrained(tmp_path)
     expected = encoder.encode(["a cat", "a dog sleeping by the fire"])
     found = snippets((tmp_path / "README.md").read_text())
@@ -61,6 +66,13 @@ def test_what_it_says():
         "query     'look: '", "slightly too optimistic", "arxiv.org/abs/2104.08821",
     ):  # fmt: skip
         assert part in card
+    dense = Dense(torch.nn.Linear(32, 8), torch.nn.Tanh())
+    tokens = LoraConfig(target_modules=["query"], trainable_token_indices=[5, 7])
+    for encoder in (
+        tiny_encoder(dense=[dense]),
+        Encoder(get_peft_model(tiny_model(), tokens), small_tokenizer(), dense=[dense]),
+    ):
+        assert "| Parameters | 125,192 |" in model_card(encoder)  # with the dense layer, without the adapters
     bare = model_card(tiny_encoder())
     assert "This model was not evaluated" in bare
     assert "## Results" not in bare and "## Training" not in bare and "Prompts" not in bare

@@ -253,7 +253,7 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
         "metadata": metadata(results),
         "title": plain(facts(results)["title"]),
         "architecture": type(encoder.base).__name__,
-        "parameters": f"{count_parameters(encoder.backbone):,}",
+        "parameters": f"{count_parameters(encoder):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",

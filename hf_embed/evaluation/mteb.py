@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HTTPError
 
+from hf_embed.adapters import count_parameters
 from hf_embed.disk import disk_errors
 from hf_embed.errors import InputError
 from hf_embed.fingerprint import fingerprint
@@ -62,7 +63,7 @@ def model_meta(encoder: "Encoder") -> "ModelMeta":
     about = {
         "name": name,
         "revision": fingerprint(encoder),
-        "n_parameters": sum(parameter.numel() for parameter in encoder.base.parameters()),
+        "n_parameters": count_parameters(encoder),
         "max_tokens": encoder.max_length,
         "embed_dim": encoder.dimension,
         "framework": ["PyTorch"],
