@@ -101,6 +101,14 @@ def test_broken_weights_are_refused(folder, case):
     assert message in error_of(Encoder.from_pretrained, str(folder))
 
 
+def test_a_mask_that_is_not_read_may_be_of_any_type(folder):
+    """BUG: weights of GPT-2 or GPT-NeoX that older releases of transformers saved hold masks in uint8, and were refused."""
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer.0.attention.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    Encoder.from_pretrained(folder)
+
+
 def test_more_layers_than_the_config_says_are_refused(folder):
     edit_json(folder / "config.json", num_hidden_layers=2)
     message = error_of(Encoder.from_pretrained, str(folder))

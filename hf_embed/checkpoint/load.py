@@ -240,9 +240,10 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     if further := [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in known]:
         raise InputError(f"model '{name}': its weights file has {listed(further)}, which does not fit config.json; {MEND}")
     if getattr(model.config, "quantization_config", None) is None:
+        floats = tuple(f".{key}" for key, tensor in model.state_dict().items() if tensor.is_floating_point())
         for file, path in files.weight_files().items():
             for key, dtype in tensor_dtypes(path, f"model '{name}': {file}").items():
-                if dtype not in PLAIN_DTYPES:
+                if dtype not in PLAIN_DTYPES and f".{key}".endswith(floats):  # others, such as old masks, are not read
                     raise InputError(
                         f"model '{name}': '{key}' is stored as {dtype}, but config.json names no quantization; save the model "
                         "in floating point"
