@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         self.similarity_fn_name = similarity_fn_name
         self.default_prompt_name = default_prompt_name
         self.prompt()  # raises InputError if the default prompt does not exist
-        self.config.use_cache, self.config.return_dict = False, True
+        self.config.use_cache, self.config.return_dict, self.config.output_attentions = False, True, False
         if POOLINGS[pooling].model_pooler and not hasattr(getattr(self.base, "pooler", None), "dense"):
             raise InputError(
                 f"{type(self.base).__name__} has no pooler (dense + tanh) that could hold the MLP head; "

@@ -215,6 +215,7 @@ SAME = {
     "a chat template that older folders do not use": chat_template_that_is_not_used,
     "trust_remote_code alone": keys(BERT, model_args={"trust_remote_code": True}, tokenizer_args={}, config_args={}),
     "unknown keys that are empty": keys(CONFIG, something=None, another={}, third=False),
+    "attentions, and outputs as a tuple": keys("config.json", output_attentions=True, return_dict=False),
     "unpad_inputs": keys(BERT, unpad_inputs=False, transformer_task="feature-extraction"),
     "a default prompt": lambda make: make(st.Pooling(32), prompts={"query": "search: "}, default_prompt_name="query"),
     "a default prompt by another name": lambda make: make(
