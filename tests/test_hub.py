@@ -105,7 +105,7 @@ def test_a_title_that_is_given_stays_on_the_hub(server, model, tmp_path):
 
 
 @pytest.mark.parametrize("revision", [None, "v2"])
-def test_files_of_an_earlier_model_do_not_stay(server, model, tmp_path, revision):
+def test_files_of_an_earlier_model_do_not_stay(server, model, tmp_path, revision, caplog):
     """BUG: weights, adapters and graphs of an earlier push stayed, and loaders preferred them to the new model."""
     earlier = shutil.copytree(model, tmp_path / "earlier")
     for name in ("adapter_config.json", "added_tokens.json", "onnx/model.onnx", "model-00001-of-00001.safetensors"):
@@ -115,6 +115,7 @@ def test_files_of_an_earlier_model_do_not_stay(server, model, tmp_path, revision
     server.files("user/mine", revision or "main")["LICENSE"] = b"mine"
     push_folder(model, "mine", revision=revision)
     assert set(server.files("user/mine", revision or "main")) == OF_THE_MODEL | {"LICENSE"}
+    assert "belong to an earlier model and are removed" in caplog.text
 
 
 def test_branch_pull_request_and_private(server, model):

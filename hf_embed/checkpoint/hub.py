@@ -175,6 +175,9 @@ def commit(
     if "config.json" in new:  # a model, and not an adapter or a checkpoint below the model
         there = api.list_repo_files(repo, revision=revision)
         removed = [CommitOperationDelete(name) for name in there if is_old(name.split("/")[0]) and name not in new]
+    if removed:
+        names = ", ".join(operation.path_in_repo for operation in removed)
+        logger.warning(f"{repo}: {names} belong to an earlier model and are removed; they stay in the history")
     return api.create_commit(repo, [*added, *removed], commit_message=message, revision=revision, create_pr=create_pr)
 
 

@@ -61,8 +61,8 @@ def save_encoder(
 
     Args:
         encoder: the model, which is not changed.
-        folder: created if it does not exist. An earlier model in it is replaced, and its ONNX files are removed. Other files
-            stay.
+        folder: created if it does not exist. An earlier model in it is replaced, with its tokenizer and its graphs (ONNX,
+            OpenVINO). Other files stay.
         verify: check the new files before they are put in place.
         state_dict: replaces the encoder's own tensors (FSDP gathers them).
         allow_runtime: keep TempScale out of the weights if it cannot be folded. The loader of this package then applies it,
@@ -77,7 +77,7 @@ def save_encoder(
         InputError: if TempScale cannot be folded, if the model could not be loaded after it is saved, or if `folder` is a file.
     """
     runtime = needs_runtime(encoder, allow_runtime)
-    outdated = Path(folder, "onnx").is_dir()
+    outdated = [name for name in ("onnx", "openvino") if Path(folder, name).is_dir()]
     if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
         encoder = full_encoder(encoder, verify)
     if verify:
@@ -94,7 +94,10 @@ def save_encoder(
             put_in_place(Path(new), place)
         write_card(encoder, place, keep_results(place, results) if results else None)
     if outdated:
-        logger.warning(f"{folder}: its ONNX files were of the earlier weights and have been removed; export the model again")
+        graphs = " and ".join(outdated)
+        logger.warning(
+            f"{folder}: the files in {graphs} were of the earlier weights and have been removed; export the model again"
+        )
 
 
 def full_encoder(encoder: Encoder, verify: bool = True) -> Encoder:
