@@ -1,10 +1,9 @@
 """Load an `Encoder` from a folder or from the Hub. Incomplete weights or tokenizer files are refused."""
 
-import contextlib
+import copy
 import logging
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -302,15 +301,12 @@ def listed(names: list[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-@contextlib.contextmanager
-def own_code(backbone: PreTrainedModel) -> Iterator[None]:
-    """Remove `auto_map` from the config temporarily if the model uses no custom code, because no such code is saved."""
-    auto_map = None if is_remote(backbone) or is_remote(backbone.config) else vars(backbone.config).pop("auto_map", None)
-    try:
-        yield
-    finally:
-        if auto_map is not None:
-            backbone.config.auto_map = auto_map
+def own_config(backbone: PreTrainedModel) -> PretrainedConfig:
+    """Return a copy of the config, without `auto_map` if the model uses no custom code, because no such code is saved."""
+    config = copy.deepcopy(backbone.config)
+    if not (is_remote(backbone) or is_remote(config)):
+        vars(config).pop("auto_map", None)
+    return config
 
 
 def unreachable(name: str, error: BaseException, what: str = "cannot be loaded") -> InputError:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_embed.adapters import copy_of, full_copy, has_adapters, in_4_bits, merge_adapters
 from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
 from hf_embed.checkpoint.files import OLD_WEIGHTS, is_old
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
-from hf_embed.checkpoint.load import own_code
+from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
 from hf_embed.disk import nearest
@@ -34,7 +34,7 @@ from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import quiet_libraries
 from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
-from hf_embed.tempscale import applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale import applied_tempscale, apply_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
 
@@ -191,24 +191,28 @@ def write_checkpoint(
 ) -> dict[str, Tensor]:
     """Write the weights, the config and the tokenizer. Return the written tensors by name. Arguments as for `save_encoder`."""
     backbone = encoder.backbone
-    settings: dict[str, Any] = {}
     if has_adapters(backbone):
-        backbone, state_dict = merged_copy(backbone if unsharded is None else unsharded, state_dict, fold), None
-    else:
-        state_dict, settings = tensors_to_save(backbone, state_dict, fold)
+        backbone, state_dict = merged_copy(backbone if unsharded is None else unsharded, state_dict), None
+    tensors = strip_prefix(state_dict, "backbone.") if state_dict else None
+    # Poolings over several layers need all hidden states, in every loader.
+    settings: dict[str, Any] = {} if POOLINGS[encoder.pooling].layers is None else {"output_hidden_states": True}
+    if fold and applied_tempscale(backbone):
+        changed, entries = folded(backbone, tensors)
+        tensors, settings = (tensors or backbone.state_dict()) | changed, settings | entries
     if type(backbone).__module__.startswith("transformers_modules."):
         type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever auto class loaded it
-    with config_for_saving(backbone.config, encoder.pooling, settings), own_code(backbone), quiet_libraries():
-        backbone.save_pretrained(folder, state_dict=state_dict)
+    with quiet_libraries():
+        backbone.save_pretrained(folder, state_dict=tensors)
+    config = own_config(backbone)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    config.save_pretrained(folder)
     write_tokenizer(encoder, folder)
-    return backbone.state_dict() if state_dict is None else state_dict
+    return backbone.state_dict() if tensors is None else tensors
 
 
-def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool) -> PreTrainedModel:
-    """Return a copy of `backbone` with its adapters merged, and with TempScale folded or recorded in its config.
-
-    The model in training is not changed. `state_dict` replaces the tensors of the copy.
-    """
+def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> PreTrainedModel:
+    """Return a copy of `backbone` with its adapters merged. `state_dict` replaces the tensors of the copy."""
     scaling = applied_tempscale(backbone)
     backbone = copy_of(backbone)
     if state_dict is not None:
@@ -216,22 +220,9 @@ def merged_copy(backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None,
     if scaling:
         remove_tempscale(backbone)
     backbone = merge_adapters(backbone)
-    if scaling and fold:
-        fold_tempscale(backbone, scaling)
-    elif scaling:
-        backbone.config.temp_scale = scaling.to_dict()
+    if scaling:
+        apply_tempscale(backbone, scaling)
     return backbone
-
-
-def tensors_to_save(
-    backbone: PreTrainedModel, state_dict: dict[str, Tensor] | None, fold: bool
-) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    """Return tensors to save instead of the model's own (None: no others) and config settings, with TempScale folded."""
-    tensors = strip_prefix(state_dict, "backbone.") if state_dict else None
-    if not (applied_tempscale(backbone) and fold):
-        return tensors, {}
-    changed, settings = folded(backbone, tensors)
-    return (tensors or backbone.state_dict()) | changed, settings
 
 
 def write_tokenizer(encoder: Encoder, folder: str) -> None:
@@ -246,24 +237,6 @@ def write_tokenizer(encoder: Encoder, folder: str) -> None:
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else the value from loading is saved
     tokenizer.padding_side = "right"  # absolute positions and pooling "last" in the card count from the left
     tokenizer.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def config_for_saving(config: PreTrainedConfig, pooling: str, settings: dict[str, Any]) -> Iterator[None]:
-    """Set `settings` in the config temporarily.
-
-    Poolings over several layers also need `output_hidden_states`, so that the model returns all hidden states in every loader.
-    """
-    all_layers = POOLINGS[pooling].layers is not None
-    settings = {"output_hidden_states": config.output_hidden_states or all_layers} | settings
-    before = {key: getattr(config, key) for key in settings}
-    try:
-        for key, value in settings.items():
-            setattr(config, key, value)
-        yield
-    finally:
-        for key, value in before.items():
-            setattr(config, key, value)
 
 
 def needs_runtime(encoder: Encoder, allowed: bool) -> bool:

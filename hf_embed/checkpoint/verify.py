@@ -15,7 +15,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging as transformers_logging
 
 from hf_embed.adapters import has_adapters, in_4_bits, merged_shape
-from hf_embed.checkpoint.load import own_code
+from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -166,8 +166,7 @@ def verify_loadable(encoder: Encoder) -> None:
         InputError: as `load_saved_tokenizer` and `verify_layers` do.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
-        with own_code(encoder.base):
-            encoder.config.save_pretrained(folder)
+        own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         load_saved_tokenizer(encoder, folder)
         verify_layers(encoder, AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code))
