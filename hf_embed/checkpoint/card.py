@@ -61,8 +61,13 @@ EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {
     "TempScale": "Zhou et al.: Length-Induced Embedding Collapse in PLM-based Models, https://arxiv.org/abs/2410.24200",
 }
-# The names of some kinds of evaluation sets on the Hub, as in sentence-transformers: task type, task name and metrics.
+# The names of kinds of evaluation sets on the Hub, as in sentence-transformers: task type, task name and metrics.
 AS_SENTENCE_TRANSFORMERS = {
+    "retrieval": (
+        "information-retrieval", "Information Retrieval",
+        {"ndcg@10": "ndcg_at_10", "mrr@10": "mrr_at_10", "recall@100": "recall_at_100"},
+    ),
+    "zero_shot": ("zero-shot-classification", "Zero-Shot Classification", {"accuracy": "accuracy"}),
     "triplet": ("triplet", "Triplet", {"triplet_accuracy": "cosine_accuracy"}),
     "pair_classification": (
         "binary-classification", "Binary Classification",
@@ -116,8 +121,10 @@ def write_card(
         language: the language of the texts, as the Hub writes it.
         license: the license, as the Hub writes it.
     """
-    path = Path(folder, "README.md")
-    if path.is_file() and not overwrite and not is_generated(card_text(path)):
+    path, found = Path(folder, "README.md"), ""
+    with suppress(InputError):  # a file that is not text does not come from this package
+        found = read_text(path) if path.is_file() else found
+    if path.is_file() and not overwrite and not is_generated(found):
         return
     if results is None:
         results = stored_results(folder)
@@ -140,13 +147,6 @@ def title_of(folder: str | Path) -> str:
         if not PART.fullmatch(name):
             return name[:100] or TITLE
     return TITLE
-
-
-def card_text(path: Path) -> str:
-    """Return the text of a card, or "" if the file is not text. Such a file does not come from this package."""
-    with suppress(InputError):
-        return read_text(path)
-    return ""
 
 
 def is_generated(text: str) -> bool:
@@ -371,12 +371,6 @@ def eval_results(results: Results) -> list[EvalResult]:
         eval_result("semantic-similarity", "Semantic Similarity", name, "spearman_cosine", score)
         for name, score in after.get("sts", {}).items()
     ]
-    for name, scores in after.get("retrieval", {}).items():
-        for metric in ("ndcg@10", "mrr@10", "recall@100"):
-            label = metric.replace("@", "_at_")
-            found.append(eval_result("information-retrieval", "Information Retrieval", name, label, scores.get(metric)))
-    for name, scores in after.get("zero_shot", {}).items():
-        found.append(eval_result("zero-shot-classification", "Zero-Shot Classification", name, "accuracy", scores["accuracy"]))
     for kind, (task_type, task, metrics) in AS_SENTENCE_TRANSFORMERS.items():
         for name, scores in after.get(kind, {}).items():
             found += [eval_result(task_type, task, name, label, scores.get(metric)) for metric, label in metrics.items()]

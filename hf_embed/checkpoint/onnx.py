@@ -136,7 +136,7 @@ def is_same(encoder: Encoder, saved: Encoder) -> bool:
     """Return whether two encoders compute the same vectors, up to the precision of the weights of the first."""
     if (encoder.max_length, encoder.dimension) != (saved.max_length, saved.dimension):
         return False
-    difference, _ = compare(lambda texts: np.asarray(encoder.encode(texts)), lambda texts: np.asarray(saved.encode(texts)))
+    difference, _ = compare(encoder, lambda texts: np.asarray(saved.encode(texts)), prompt=None)
     return difference <= TOLERANCES[encoder.dtype]
 
 
@@ -186,6 +186,8 @@ def write_graph(encoder: Encoder, path: Path) -> None:
     Raises:
         InputError: if PyTorch cannot trace the architecture with variable shapes, or has no ONNX operator for a part of it.
     """
+    import onnx
+
     inputs = tokenize(encoder, TEXTS, "pt")
     shape = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=encoder.positions)}
     shapes = (shape,) * len(inputs)
@@ -204,17 +206,9 @@ def write_graph(encoder: Encoder, path: Path) -> None:
         assert program is not None
         if size < MOST_BYTES:
             program.save(path, external_data=False)
-        else:
-            write_external(program, path)
-
-
-def write_external(program: torch.onnx.ONNXProgram, path: Path) -> None:
-    """Write a graph whose weights exceed the size of one file. They are in a file beside it, which loaders expect there."""
-    import onnx
-
-    onnx.save_model(
-        program.model_proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}_data"
-    )
+        else:  # the weights are in a file beside the graph, where loaders expect them
+            data = f"{path.name}_data"
+            onnx.save_model(program.model_proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data)
 
 
 def reason_of(error: BaseException) -> BaseException:
@@ -269,7 +263,7 @@ def verify_graph(encoder: Encoder, path: Path) -> float:
         InputError: if onnxruntime cannot run the graph, or if the difference is above 1e-5.
     """
     try:
-        difference, _ = compare(lambda texts: np.asarray(encoder.encode(texts, prompt="")), through_onnx(encoder, path))
+        difference, _ = compare(encoder, through_onnx(encoder, path))
     except InputError:
         raise
     except Exception as error:  # onnxruntime raises many kinds of errors
@@ -285,8 +279,7 @@ def write_int8(encoder: Encoder, path: Path, int8_path: Path) -> float:
 
     with silent():  # a scale for each channel is far more exact; 7 bits do not overflow on processors without VNNI
         quantize_dynamic(path, int8_path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-    _, cosine = compare(lambda texts: np.asarray(encoder.encode(texts, prompt="")), through_onnx(encoder, int8_path))
-    return cosine
+    return compare(encoder, through_onnx(encoder, int8_path))[1]
 
 
 def through_onnx(encoder: Encoder, path: Path) -> Encode:
@@ -297,11 +290,14 @@ def through_onnx(encoder: Encoder, path: Path) -> Encode:
     return lambda texts: session.run(["sentence_embedding"], tokenize(encoder, texts, "np"))[0]
 
 
-def compare(expected: Encode, other: Encode) -> tuple[float, float]:
-    """Return the largest difference as a share of the norm, and the smallest cosine, of two functions on all batches."""
+def compare(encoder: Encoder, other: Encode, prompt: str | None = "") -> tuple[float, float]:
+    """Return the largest difference as a share of the norm, and the smallest cosine, between vectors on all batches.
+
+    `prompt` is put before the texts of the encoder; None: its default prompt.
+    """
     differences, cosines = [], []
     for texts in BATCHES:
-        vectors, others = expected(texts), other(texts)
+        vectors, others = np.asarray(encoder.encode(texts, prompt=prompt)), other(texts)
         norms = np.linalg.norm(vectors, axis=-1)
         differences.append((np.linalg.norm(others - vectors, axis=-1) / norms).max())
         cosines.append(((vectors * others).sum(-1) / norms / np.linalg.norm(others, axis=-1)).min())

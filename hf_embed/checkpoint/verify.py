@@ -47,7 +47,7 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor], tok
     Raises:
         ExportError: if one of these checks fails.
     """
-    half = dtype_of(encoder) in (torch.float16, torch.bfloat16)
+    half = encoder.dtype in (torch.float16, torch.bfloat16)
     batches = [[text] for text in TEXTS] + ([] if half else [TEXTS])
     loaders: dict[str, Callable[[torch.device], Encode]] = {
         "AutoModel": lambda device: through_automodel(encoder, folder, weights, tokenizer, device)
@@ -77,20 +77,13 @@ def vectors_through(
 
     That is `device`, or the CPU if `device` has no memory for another model.
     """
-    cpu = torch.device("cpu")
     try:
         encode = load(device)
         return [encode(texts) for texts in batches], device
     except torch.OutOfMemoryError:
-        if device == cpu:
+        if device == torch.device("cpu"):
             raise
-    encode = load(cpu)
-    return [encode(texts) for texts in batches], cpu
-
-
-def dtype_of(encoder: Encoder) -> torch.dtype:
-    """Return the precision in which the encoder is saved."""
-    return next(encoder.backbone.parameters()).dtype
+    return vectors_through(load, batches, torch.device("cpu"))
 
 
 def verify_alike(full: Encoder, encoder: Encoder) -> None:
@@ -109,22 +102,21 @@ def verify_alike(full: Encoder, encoder: Encoder) -> None:
             )
 
 
-def verify_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Raise ExportError unless `model` has exactly the tensors `weights`, bit for bit."""
+def through_automodel(
+    encoder: Encoder, folder: str, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Encode:
+    """Return a function that encodes texts as the model card tells users to do it.
+
+    Raises:
+        ExportError: unless the model has exactly the tensors `weights`, bit for bit.
+    """
+    with quiet():
+        loader = getattr(transformers, loading_class(encoder.config))
+        model = loader.from_pretrained(folder, dtype=encoder.dtype, trust_remote_code=encoder.remote_code)
     loaded = model.state_dict()
     for name, tensor in weights.items():
         if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].device)):
             raise ExportError(f"not saved: the saved tensor '{name}' differs from the trained one ({type(model).__name__})")
-
-
-def through_automodel(
-    encoder: Encoder, folder: str, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> Encode:
-    """Return a function that encodes texts as the model card tells users to do it. Check that the model has `weights`."""
-    with quiet():
-        loader = getattr(transformers, loading_class(encoder.config))
-        model = loader.from_pretrained(folder, dtype=dtype_of(encoder), trust_remote_code=encoder.remote_code)
-    verify_weights(model, weights)
     model = model.to(device).eval()
     tokenizer.padding_side = "right"
     pooling = POOLINGS[saved_pooling(encoder.pooling)]
@@ -151,7 +143,7 @@ def through_sentence_transformers(encoder: Encoder, folder: str, device: torch.d
     """Return a function that encodes texts with sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
-    settings = {"dtype": dtype_of(encoder)}
+    settings = {"dtype": encoder.dtype}
     with quiet():
         model = SentenceTransformer(folder, device=str(device), trust_remote_code=encoder.remote_code, model_kwargs=settings)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
