@@ -37,7 +37,6 @@ from hf_embed.read_files import first_line, read_json, read_text
 logger = logging.getLogger(__name__)
 
 # The exact names of the files in a model folder. A pattern such as vocab* could also upload a user's private files.
-WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # The files of all tokenizers in transformers (their `vocab_files_names`), and those that every tokenizer has.
 TOKENIZER = {
@@ -50,7 +49,7 @@ TOKENIZER = {
 FILES = frozenset({
     "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json",
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "results.json", "geometry.png",
-    "tempscale.png", *WEIGHTS, *TOKENIZER,
+    "tempscale.png", "model.safetensors", "adapter_model.safetensors", *TOKENIZER,
 })  # fmt: skip
 MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
 MODULE_FILES = ("config.json", "model.safetensors")
@@ -113,8 +112,10 @@ def push_folder(
 
 
 def check_names(folder: Path, repo: str) -> None:
-    """Raise InputError if the folder does not hold a model, or if `repo` is not a valid repository name."""
-    if not has_model(folder):
+    """Raise InputError if the folder does not hold a model or an adapter, or if `repo` is not a valid repository name."""
+    names = {path.name for path in folder.glob("*")}
+    weights = any(name == "model.safetensors" or SHARD.fullmatch(name) for name in names)
+    if not {"adapter_config.json", "adapter_model.safetensors"} <= names and not (weights and "config.json" in names):
         raise InputError(f"{folder} holds no model (config.json and model.safetensors); give the folder of a finished run")
     Files(str(folder)).weight_files()  # which raises an error if a shard is missing
     check_repository(repo)
@@ -193,21 +194,14 @@ def finish_push(push: PushInProgress | None, args: TrainingArguments) -> None:
 # ---- the files ----
 
 
-def has_model(folder: Path) -> bool:
-    """Return whether a folder holds a model or an adapter, with its weights file or at least one shard."""
-    names = {path.name for path in folder.glob("*")}
-    adapter, model = ({"adapter_config.json", "adapter_model.safetensors"}, {"config.json", "model.safetensors"})
-    return adapter <= names or model <= names or ("config.json" in names and any(map(SHARD.fullmatch, names)))
-
-
 def additions(folder: Path, repo: str, everything: bool = False, inside: str = "") -> list[CommitOperationAdd]:
     """Return the upload operations for a folder, with paths below `inside`. The model card gets the name of the repository.
 
     Raises:
         InputError: if one of the model's own files is a link. This holds even if `everything` is uploaded.
     """
-    paths = model_files(folder)
-    paths = all_files(folder) if everything else paths
+    of_model = model_files(folder)  # also if everything is uploaded, for its checks
+    paths = all_files(folder) if everything else of_model
     named = {path.relative_to(folder).as_posix(): path for path in paths}
     card = named.pop("README.md", None)
     added = [CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items()]
@@ -244,24 +238,17 @@ def model_files(folder: Path) -> list[Path]:
 
 def module_folders(folder: Path) -> list[Path]:
     """Return the folders of the modules in modules.json, except the transformer, which is in the folder itself."""
-    listed = read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []
-    if wrong := [module for module in listed if not (isinstance(module, dict) and are_texts(module, "path", "type"))]:
-        raise InputError(f"{folder}: modules.json lists {wrong[0]!r}, which lacks a path or a type; save the model again")
-    modules = [module for module in listed if module["path"]]
-    folders = [folder / module["path"] for module in modules]
-    for module, path in zip(modules, folders):
-        if not MODULE.fullmatch(module["path"]) or path.is_symlink() or not path.is_dir():
-            raise InputError(f"{folder}: modules.json names '{module['path']}', which is not a subfolder such as 1_Pooling")
-        if module["type"].endswith("Transformer"):
-            raise InputError(
-                f"{folder}: the transformer is in '{module['path']}'; save the model again, into the folder itself"
-            )
+    folders = []
+    for module in read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []:
+        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("path", "type")):
+            raise InputError(f"{folder}: modules.json lists {module!r}, which lacks a path or a type; save the model again")
+        name, path = module["path"], folder / module["path"]
+        if name and (not MODULE.fullmatch(name) or path.is_symlink() or not path.is_dir()):
+            raise InputError(f"{folder}: modules.json names '{name}', which is not a subfolder such as 1_Pooling")
+        if name and module["type"].endswith("Transformer"):
+            raise InputError(f"{folder}: the transformer is in '{name}'; save the model again, into the folder itself")
+        folders += [path] if name else []
     return folders
-
-
-def are_texts(content: dict[str, Any], *keys: str) -> bool:
-    """Return whether all these keys exist and their values are strings."""
-    return all(isinstance(content.get(key), str) for key in keys)
 
 
 def code_files(folder: Path) -> list[Path]:
