@@ -8,13 +8,7 @@ import logging
 from typing import Any, cast
 
 import transformers
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import check_kinds, has_adapters
 from hf_embed.errors import InputError
@@ -94,8 +88,8 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
             f"the adapters are on a {type(whole).__name__}, whose head returns no hidden states; load the model with "
             "AutoModel, and add the adapters to that"
         )
-    loaded = loaded_classes(base.config)
-    if loaded and type(base) not in loaded:  # unknown for a model with its own code
+    loaded = loaded_classes(base.config)  # unknown for a model with its own code
+    if loaded and type(base) not in loaded and base.config.model_type not in ENCODERS:
         raise InputError(
             f"{type(whole).__name__} returns no hidden states to pool, and its {type(base).__name__} cannot be saved by "
             "itself; load its weights into a model that AutoModel supports"
@@ -105,9 +99,13 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def loaded_classes(config: PreTrainedConfig) -> list[type]:
-    """Return the classes that transformers' loaders of text encoders would create from a configuration."""
-    found = [mapping[type(config)] for mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING) if type(config) in mapping]
-    return [kind for kinds in found for kind in (kinds if isinstance(kinds, tuple) else (kinds,)) if kind is not None]
+    """Return the classes of which `loading_class` would create one from a configuration, if they are in transformers."""
+    loader, found = loading_class(config), None
+    if loader != "AutoModel":
+        found = getattr(transformers, loader)
+    elif type(config) in MODEL_MAPPING:  # the same test as in AutoModel; get() would find more classes
+        found = MODEL_MAPPING[type(config)]
+    return [*found] if isinstance(found, list | tuple) else [found] if found else []
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -41,26 +41,15 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         InputError: if the folder has no weights, or if a weights file is missing, damaged, or lacks a tensor that the index
             lists for it.
     """
-    files = Files(str(folder))
-    listed = files.weight_map()
-    names = sorted(set(listed.values())) if listed else [WEIGHTS]
-    shards = {name: read_tensors(Path(folder, name)) for name in names}
+    listed = Files(str(folder)).weight_map()
     if listed is None:
-        return shards[WEIGHTS]
+        return read_tensors(Path(folder, WEIGHTS))
+    shards = {name: read_tensors(Path(folder, name)) for name in sorted(set(listed.values()))}
     if missing := [key for key, name in listed.items() if key not in shards[name]]:
         raise InputError(
             f"{folder}: '{missing[0]}' is not in {listed[missing[0]]}, although {INDEX} lists it there; copy both files again"
         )
     return {key: shards[name][key] for key, name in listed.items()}
-
-
-def check_numbers(tensors: dict[str, Tensor], name: str) -> None:
-    """Raise InputError if a tensor is not floating-point, or holds NaN or infinity. `name` begins the message."""
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise InputError(f"{name}: '{key}' is stored as {tensor.dtype}; save it as floating-point numbers")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{name}: '{key}' has NaN or infinite values; use undamaged weights")
 
 
 class Files:
@@ -100,11 +89,15 @@ class Files:
                 raise self.refused(f"{key} {shown if len(shown) < 100 else shown[:100] + ' ...'} in {file}")
 
     def tensors(self, folder: str) -> dict[str, Tensor]:
-        """Return the weights of a module from the module's folder. Raise InputError if there are none."""
+        """Return the weights of a module from its folder. Raise InputError if they are missing or no finite numbers."""
         for name in (WEIGHTS, "pytorch_model.bin"):
             if path := self.path(f"{folder}/{name}"):
-                tensors = read_tensors(path, f"model '{self.name}': {folder}/{name}")
-                check_numbers(tensors, f"model '{self.name}': {folder}/{name}")
+                tensors = read_tensors(path, where := f"model '{self.name}': {folder}/{name}")
+                for key, tensor in tensors.items():
+                    if not tensor.is_floating_point():
+                        raise InputError(f"{where}: '{key}' is stored as {tensor.dtype}; save it as floating-point numbers")
+                    if not torch.isfinite(tensor).all():
+                        raise InputError(f"{where}: '{key}' has NaN or infinite values; use undamaged weights")
                 return tensors
         raise InputError(
             f"model '{self.name}': '{folder}' has no weights (model.safetensors or pytorch_model.bin); copy it again"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_embed.checkpoint.files import Allowed, Files, read_weights
+from hf_embed.checkpoint.files import Allowed, Files
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS, Dense, saved_pooling
@@ -302,26 +302,16 @@ def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
         modules.append(DenseModule.of(layer, strip_prefix(tensors, f"dense.{i}.")))
     if encoder.normalize:
         modules.append(NormalizeModule())
-    number_folders(modules)
-    return modules
-
-
-def number_folders(modules: list[Module]) -> None:
-    """Set the folder of each module after the transformer: 1_Pooling, 2_Dense, 3_Normalize.
-
-    Layer pooling comes before the pooling and is not counted, so its folder is 1_LayerPooling.
-    """
     counted = 1
     for module in modules[1:]:
         module.path = f"{counted}_{module.kind.removeprefix('Weighted')}"
-        counted += not isinstance(module, LayerPoolingModule)
+        counted += not isinstance(module, LayerPoolingModule)  # it comes before the pooling: 1_LayerPooling, 1_Pooling, 2_Dense
+    return modules
 
 
-def write_sentence_transformers_files(encoder: Encoder, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the modules and configs beside the checkpoint in `folder`. `state_dict` replaces the encoder's own tensors."""
-    tensors = encoder.state_dict() if state_dict is None else state_dict
-    pooler = read_weights(folder) if POOLINGS[saved_pooling(encoder.pooling)].model_pooler else {}
-    modules = modules_of(encoder, tensors | {name: pooler[name] for name in pooler if name.startswith("pooler.dense.")})
+def write_sentence_transformers_files(encoder: Encoder, folder: str, tensors: dict[str, Tensor]) -> None:
+    """Write the modules and configs beside the checkpoint in `folder`. `tensors` as for `modules_of`."""
+    modules = modules_of(encoder, tensors)
     for module in modules:
         module.write(folder)
     listed = [

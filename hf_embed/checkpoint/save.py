@@ -86,7 +86,8 @@ def save_encoder(
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
             weights = write_checkpoint(encoder, new, state_dict, not runtime, unsharded)
-            write_sentence_transformers_files(encoder, new, state_dict)
+            tensors = encoder.state_dict() if state_dict is None else state_dict
+            write_sentence_transformers_files(encoder, new, weights | tensors)  # the pooler and the dense layers
             if verify:
                 tokenizer = load_saved_tokenizer(encoder, new)
                 if not runtime:  # other loaders do not apply TempScale at runtime

@@ -84,19 +84,19 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
     expected = {name for name in names if not name.startswith("backbone.")} | training_names(trained, encoder)
     if other := sorted((set(tensors) - set(names)) | (expected - set(tensors))):
         raise InputError(f"{file}: the checkpoint belongs to another model ({other[:3]} ...)")
-    put(tensors, trained, names, file)
+    put({names[name]: tensor for name, tensor in tensors.items()}, trained, file)
 
 
 def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
     """Load the plain checkpoint in `folder` into `backbone`. Raise InputError if it belongs to another model."""
-    missing, unexpected = put(read_weights(folder), backbone, {}, folder)
+    missing, unexpected = put(read_weights(folder), backbone, folder)
     tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
         raise InputError(f"{folder}: the checkpoint belongs to another model ({(list(missing) + unexpected)[:3]} ...)")
 
 
-def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, str], where: Path) -> tuple[list[str], list[str]]:
-    """Load tensors into a module. `names` gives the module's own name for a tensor where it differs.
+def put(tensors: Mapping[str, Tensor], module: nn.Module, where: Path) -> tuple[list[str], list[str]]:
+    """Load tensors into a module.
 
     Returns:
         The names of the module's tensors that are missing, and the names of tensors that the module does not have.
@@ -105,7 +105,7 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, names: Mapping[str, st
         InputError: if a tensor has another shape. `where` begins the message.
     """
     try:
-        result = module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)
+        result = module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise InputError(f"{where}: the checkpoint belongs to another model ({in_short(error)})") from error
     return list(result.missing_keys), list(result.unexpected_keys)

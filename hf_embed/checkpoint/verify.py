@@ -21,7 +21,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import TEXTS, undisturbed, without_flash
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
-from hf_embed.text_models import loading_class
+from hf_embed.text_models import loaded_classes, loading_class
 
 Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), on the CPU
 # The largest allowed difference between two vectors, as a share of their norm.
@@ -193,13 +193,7 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
 
 def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the model that transformers would make from `config`. Raise InputError unless `base` is one."""
-    loader = loading_class(base.config)
-    found, known = None, transformers.MODEL_MAPPING
-    if loader != "AutoModel":
-        found = getattr(transformers, loader)
-    elif type(config) in known:  # the same test as in AutoModel; get() would find more classes
-        found = known[type(config)]
-    classes = found if isinstance(found, list | tuple) else [found] if found else []
+    loader, classes = loading_class(config), loaded_classes(config)
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
         named = " or ".join(model_class.__name__ for model_class in classes) or "nothing"
         raise InputError(
