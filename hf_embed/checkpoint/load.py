@@ -79,7 +79,11 @@ def load_encoder(
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
     settings |= {} if normalize is None else {"normalize": normalize}
     stated = settings.pop("max_length", None)
-    warn_of_similarity(name, settings.get("similarity_fn_name", "cosine"))
+    if (similarity := settings.get("similarity_fn_name", "cosine")) != "cosine":
+        logger.warning(
+            f"model '{name}': similarity() and mteb compare its vectors by {similarity}, the model's own similarity function; "
+            "training and evaluation in hf_embed use the cosine"
+        )
     encoder = cls(backbone, tokenizer, **settings, max_length=max_length).eval()
     if max_length is None:
         encoder.max_length = length_of(encoder, name, stated)
@@ -100,15 +104,6 @@ def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
     if entry and not entry.get("folded"):
         del backbone.config.temp_scale
         apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
-
-
-def warn_of_similarity(name: str, similarity: str) -> None:
-    """Warn if the model's own similarity is not the cosine, by which this package trains and evaluates."""
-    if similarity != "cosine":
-        logger.warning(
-            f"model '{name}': similarity() and mteb compare its vectors by {similarity}, the model's own similarity function; "
-            "training and evaluation in hf_embed use the cosine"
-        )
 
 
 def find_transformer(name: str, **hub: Any) -> dict[str, str]:

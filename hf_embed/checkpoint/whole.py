@@ -86,9 +86,9 @@ def rotate(folder: Path, limit: int | None, keep: set[str], step: int) -> None:
 
 
 def checkpoints_in(folder: Path) -> dict[Path, int]:
-    """Return the checkpoint-N folders of a run, and the step of each."""
-    found = {path: step_of(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return {path: step for path, step in found.items() if step is not None and path.is_dir()}
+    """Return the checkpoint-N folders of a run and the step of each, the latest step first."""
+    found = [(step, path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := step_of(path)) is not None]
+    return {path: step for step, path in sorted(found, reverse=True) if path.is_dir()}
 
 
 def step_of(checkpoint: str | Path) -> int | None:
@@ -104,7 +104,7 @@ def newest_whole(folder: Path) -> Path | None:
         InputError: if there are checkpoints and none is complete.
     """
     skipped: list[str] = []
-    for path in newest_first(folder):
+    for path in checkpoints_in(folder):
         reason = damage(path)
         if reason is None:
             for line in skipped:
@@ -116,18 +116,12 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoint-N folders of a run, the latest step first."""
-    found = checkpoints_in(folder)
-    return sorted(found, key=lambda path: found[path], reverse=True)
-
-
 def check_whole(folder: Path) -> None:
     """Raise InputError if a checkpoint is damaged. The message names a complete checkpoint beside it, if there is one."""
     reason = damage(folder)
     if reason is None:
         return
-    others = (path for path in newest_first(folder.parent) if path.resolve() != folder.resolve())
+    others = (path for path in checkpoints_in(folder.parent) if path.resolve() != folder.resolve())
     whole = next((path for path in others if damage(path) is None), None)
     mend = "start again in another folder" if whole is None else f"resume with --resume_from_checkpoint latest ({whole.name})"
     raise InputError(f"{folder}: the checkpoint is damaged ({reason}); {mend}")
