@@ -99,11 +99,6 @@ class TransformerModule(Module):
     }
     file: str = TRANSFORMER_CONFIGS[0]  # the path of the file of `config`, below the model's folder
 
-    @classmethod
-    def of(cls, max_length: int) -> Self:
-        """Return the module of a model that truncates texts to `max_length` tokens."""
-        return cls(config={"max_seq_length": max_length, "do_lower_case": False})
-
     def write(self, folder: str) -> None:
         """Write the settings. Their file is not called config.json, because that is the model's own config."""
         write_json(Path(folder, self.file), self.config)
@@ -170,11 +165,6 @@ class PoolingModule(Module):
     kind = "Pooling"
     keys = {"pooling_mode": str | list, "include_prompt": bool} | WIDTH_KEYS | {f"pooling_mode_{flag}": bool for flag in FLAGS}
 
-    @classmethod
-    def of(cls, width: int, flag: str) -> Self:
-        """Return the module with one flag of `FLAGS` set."""
-        return cls(config={"word_embedding_dimension": width} | {f"pooling_mode_{known}": known == flag for known in FLAGS})
-
     def modes(self) -> list[str]:
         """Return the pooling modes: flags, or names of sentence-transformers 6. Several modes mean concatenated vectors."""
         flags = [flag for flag in FLAGS if self.config.get(f"pooling_mode_{flag}")]
@@ -201,12 +191,6 @@ class DenseModule(Module):
             "activation_function": f"{activation.__module__}.{activation.__qualname__}",
         }
         return cls(config=config | ({"use_residual": True} if layer.residual is not None else {}), tensors=tensors)
-
-    @classmethod
-    def of_pooler(cls, width: int, tensors: dict[str, Tensor]) -> Self:
-        """Return the module that stands for the model's own pooler, with its tensors: weight, bias."""
-        config = {"in_features": width, "out_features": width, "bias": True, "activation_function": TANH}
-        return cls(config=config, tensors={f"linear.{name}": tensor for name, tensor in tensors.items()})
 
     def layer(self, files: Files) -> Dense:
         """Build the layer. Raise InputError if the config and the weights do not fit together."""
@@ -292,12 +276,15 @@ def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
             also `pooler.dense.weight` and `pooler.dense.bias`. {} if the caller needs only the folders.
     """
     pooling, width = POOLINGS[saved_pooling(encoder.pooling)], encoder.width
-    modules: list[Module] = [TransformerModule.of(encoder.max_length)]
+    modules: list[Module] = [TransformerModule(config={"max_seq_length": encoder.max_length, "do_lower_case": False})]
     if pooling.layers is not None:
         modules.append(LayerPoolingModule.of(width, encoder.config.num_hidden_layers, pooling.layers))
-    modules.append(PoolingModule.of(width, pooling.flag))
+    flags = {f"pooling_mode_{flag}": flag == pooling.flag for flag in FLAGS}
+    modules.append(PoolingModule(config={"word_embedding_dimension": width} | flags))
     if pooling.model_pooler:
-        modules.append(DenseModule.of_pooler(width, strip_prefix(tensors, "pooler.dense.")))
+        config = {"in_features": width, "out_features": width, "bias": True, "activation_function": TANH}
+        pooler = {f"linear.{name}": tensor for name, tensor in strip_prefix(tensors, "pooler.dense.").items()}
+        modules.append(DenseModule(config=config, tensors=pooler))
     for i, layer in enumerate(cast("list[Dense]", list(encoder.dense))):
         modules.append(DenseModule.of(layer, strip_prefix(tensors, f"dense.{i}.")))
     if encoder.normalize:

@@ -33,7 +33,7 @@ from hf_embed.disk import check_folder, disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, in_short
 from hf_embed.forward_check import TEXTS, TOLERANCES
-from hf_embed.pooling import POOLINGS
+from hf_embed.pooling import POOLINGS, states_to_pool
 from hf_embed.safe_files import SAVING, put
 
 FOLDER, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
@@ -158,9 +158,7 @@ class Graph(nn.Module):
         output = self.encoder.backbone(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=several, **further
         )
-        states = output[0]
-        if entry.layers is not None:
-            states = sum(output.hidden_states[layer] for layer in entry.layers) / 2
+        states = states_to_pool(entry.name, output.hidden_states if several else (output[0],))
         vectors = output.pooler_output if entry.model_pooler else entry.function(states, attention_mask)
         return states, self.encoder.finish(self.encoder.dense(vectors))
 
