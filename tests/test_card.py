@@ -124,6 +124,16 @@ def test_names_stay_text():
     assert "\n# title" not in body and "\nlicense:" not in body
 
 
+@pytest.mark.parametrize(
+    "results", [{"train": {"objective": "SimCSE"}}, {"train": {"chosen_by": "loss"}}, {"tempscale": {"temperature": 1}}]
+)
+def test_results_that_a_user_has_edited_are_left_out(tmp_path, caplog, results):
+    """BUG: the model could not be saved, with a traceback."""
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_card(tiny_encoder(), tmp_path)
+    assert "results.json is damaged" in caplog.text and (tmp_path / "results.json").read_text() == json.dumps(results)
+
+
 def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     encoder, path = tiny_encoder(), tmp_path / "README.md"
     write_card(encoder, tmp_path)

@@ -196,8 +196,7 @@ def own_results(path: Path) -> Results | None:
         found = read_json(path, with_nan=True)
         if not found.keys() <= RESULT_KEYS:
             return None
-        metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
-        averaged_section(found.get("averaged", []))
+        metadata(found), sections(found, temp_scale=found.get("tempscale"))
     except Exception as error:  # a user may have edited it, and any value may have another type
         logger.warning(f"{path} is damaged ({first_line(error)}); it is left unchanged, and the card does not show its content")
         return None
@@ -239,19 +238,11 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
     results = results or {}
     named = results.get("card", {})
     results = results | {"card": named | {"title": named.get("title") or title}}
-    sections = [
-        results_section(results, picture),
-        sweep_section(encoder, results.get("tempscale")),
-        code_section("MTEB", mteb_table(results.get("mteb", []))),
-        averaged_section(results.get("averaged", [])),
-        training_section(facts(results) if results.get("train") else None),
-        prompts_section(encoder),
-        limits_section(encoder, results),
-        papers_section(encoder, results),
-    ]
+    temp_scale = getattr(encoder.base.config, "temp_scale", None)
+    shown = sections(results, temp_scale, picture, prompts_section(encoder), encoder.max_length)
     fields = {
         "metadata": metadata(results),
-        "title": plain(facts(results)["title"]),
+        "title": plain(str(facts(results)["title"])),
         "architecture": type(encoder.base).__name__,
         "parameters": f"{count_parameters(encoder):,}",
         "dimension": encoder.dimension,
@@ -261,7 +252,7 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
         "similarity": plain(encoder.similarity_fn_name),
         "servers": f"\n**{note}**\n" if (note := served_otherwise(encoder)) else "",
         "tempscale": tempscale_note(encoder),
-        "sections": "\n".join(f"\n{section}" for section in sections if section),
+        "sections": "\n".join(f"\n{section}" for section in shown if section),
     }
     template = read_text(Path(__file__).with_name("model_card.md"))
     return with_mark(template.format(**fields, **snippet_fields(encoder)).rstrip() + "\n\n")
@@ -420,6 +411,22 @@ def served_otherwise(encoder: Encoder) -> str:
 # ---- sections; each is "" if it has no content ----
 
 
+def sections(
+    results: Results, temp_scale: dict[str, Any] | None, picture: bool = False, prompts: str = "", max_length: int = 0
+) -> list[str]:
+    """Return the sections of a card. `temp_scale` is the entry of the model's config."""
+    return [
+        results_section(results, picture),
+        sweep_section(results.get("tempscale"), temp_scale),
+        code_section("MTEB", mteb_table(results.get("mteb", []))),
+        averaged_section(results.get("averaged", [])),
+        training_section(facts(results) if results.get("train") else None),
+        prompts,
+        limits_section(results, max_length),
+        papers_section(results, temp_scale),
+    ]
+
+
 def training_section(train: dict[str, Any] | None) -> str:
     """Return the section on the training data and settings, or "" if too little is known."""
     if not train or not train.keys() >= {"model", "data", "rows", "objective", "steps", "batch_size", "seed", "versions"}:
@@ -438,9 +445,9 @@ def prompts_section(encoder: Encoder) -> str:
     return code_section("Prompts", lines, PROMPTS)
 
 
-def limits_section(encoder: Encoder, results: Results) -> str:
+def limits_section(results: Results, max_length: int) -> str:
     """Return the section on what the model cannot do and what its scores do not show."""
-    lines = [f"Texts are truncated to {encoder.max_length} tokens."]
+    lines = [f"Texts are truncated to {max_length} tokens."]
     if results.get("after") or results.get("mteb"):
         lines.append("The scores above hold only for the evaluation sets named there. Evaluate the model on your own texts.")
         if (step := results.get("train", {}).get("scored_step")) is not None:
@@ -455,11 +462,11 @@ def limits_section(encoder: Encoder, results: Results) -> str:
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 
 
-def papers_section(encoder: Encoder, results: Results) -> str:
+def papers_section(results: Results, temp_scale: dict[str, Any] | None) -> str:
     """Return the section with the papers of the objective and of TempScale."""
     objective = results.get("train", {}).get("objective", {})
     names = [objective.get("name"), inner_name(objective)]
-    names += ["TempScale"] if getattr(encoder.base.config, "temp_scale", None) else []
+    names += ["TempScale"] if temp_scale else []
     found = [PAPERS[name] for name in names if PAPERS.get(name)]
     return "\n".join(["## Papers", "", *(f"- {paper}" for paper in found)]) if found else ""
 
@@ -479,9 +486,8 @@ def tempscale_note(encoder: Encoder) -> str:
     )
 
 
-def sweep_section(encoder: Encoder, sweep: dict[str, Any] | None) -> str:
+def sweep_section(sweep: dict[str, Any] | None, temp_scale: dict[str, Any] | None) -> str:
     """Return the section on the temperature search, or "" if the model has another temperature than the search chose."""
-    entry = getattr(encoder.base.config, "temp_scale", None) or {"temperature": 1}
-    if not sweep or entry["temperature"] != sweep["temperature"]:
+    if not sweep or (temp_scale or {"temperature": 1})["temperature"] != sweep["temperature"]:
         return ""
     return code_section("Temperature search", sweep_table(sweep))
