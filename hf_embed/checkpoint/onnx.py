@@ -86,18 +86,16 @@ def export_onnx(
     folder = Path(folder)
     check_output(folder, overwrite)
     with disk_errors(folder):
-        if holds_model(folder):
-            saved = load(encoder, folder)
-            if is_same(encoder, saved):
-                return add_graphs(saved, folder, int8)
-            if not overwrite:
-                raise InputError(f"{folder} holds another model than the exported one; give another folder")
-        with renewed(folder, clear=True) as place:
-            save_encoder(encoder, str(place), results=results)
-            exported = add_graphs(load(encoder, place), place, int8)
-    exported.path = folder / FOLDER / FLOAT
-    exported.int8_path = folder / FOLDER / INT8 if int8 else None
-    return exported
+        saved = load(encoder, folder) if holds_model(folder) else None
+        if saved is not None and is_same(encoder, saved):
+            difference, cosine = add_graphs(saved, folder, int8)
+        elif saved is not None and not overwrite:
+            raise InputError(f"{folder} holds another model than the exported one; give another folder")
+        else:
+            with renewed(folder, clear=True) as place:
+                save_encoder(encoder, str(place), results=results)
+                difference, cosine = add_graphs(load(encoder, place), place, int8)
+    return Exported(folder / FOLDER / FLOAT, difference, folder / FOLDER / INT8 if int8 else None, cosine)
 
 
 def check_output(folder: Path, overwrite: bool = False) -> None:
@@ -238,20 +236,22 @@ def silent() -> Iterator[None]:
 # ---- files ----
 
 
-def add_graphs(encoder: Encoder, folder: Path, int8: bool) -> Exported:
-    """Write the graphs, check them, and move them to the subfolder of `folder` when they are right."""
+def add_graphs(encoder: Encoder, folder: Path, int8: bool) -> tuple[float, float | None]:
+    """Write the graphs, check them, and move them to the subfolder of `folder` when they are right.
+
+    Returns:
+        The difference and the cosine of `Exported`.
+    """
     target = folder / FOLDER
     with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder) as name:
         new = Path(name)
         write_graph(encoder, new / FLOAT)
-        exported = Exported(target / FLOAT, verify_graph(encoder, new / FLOAT))
-        if int8:
-            exported.int8_path = target / INT8
-            exported.cosine = write_int8(encoder, new / FLOAT, new / INT8)
+        difference = verify_graph(encoder, new / FLOAT)
+        cosine = write_int8(encoder, new / FLOAT, new / INT8) if int8 else None
         target.mkdir(exist_ok=True)
         for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".onnx"):  # each graph after its weights
             put(path, target / path.name)
-    return exported
+    return difference, cosine
 
 
 def verify_graph(encoder: Encoder, path: Path) -> float:
