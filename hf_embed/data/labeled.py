@@ -219,6 +219,23 @@ def written_as(label: Any, feature: Any) -> str:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
 
 
+def check_label_names(rows: Dataset, column: str, name: str) -> None:
+    """Raise InputError if a `ClassLabel` gives its lowest number to texts that belong together, as GLUE's RTE to entailment.
+
+    Names that are numbers, such as 1 to 5, must be in ascending order.
+    """
+    kind = rows.features[column]
+    if not isinstance(kind, ClassLabel):
+        return
+    first = kind.names[0]
+    numbers = all(map(str.isdecimal, kind.names))
+    if kind.names != sorted(kind.names, key=int) if numbers else plain(first) in (*MATCHES, "relevant"):
+        raise InputError(
+            f"{name}: the label 0 of column '{column}' is named {first}, but 1 must mean that two texts belong "
+            "together, and 0 that they do not; exchange the two labels"
+        )
+
+
 def mend_of(words: set[str], layout: Layout) -> str:
     """Return advice for labels whose meaning is unknown."""
     if words and words <= {"0", "1"} and layout.inference:

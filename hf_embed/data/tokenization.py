@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
+from hf_embed.data.labeled import check_label_names
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
 from hf_embed.distributed import get_rank
@@ -172,6 +173,8 @@ def tokenize_table(
         InputError: if the columns are not recognized, a text is empty, a score is wrong, or there are too few rows.
     """
     scores = score_columns(rows.column_names, name) if tokenizer.scored else []
+    for column in scores:
+        check_label_names(rows, column, name)
     columns = text_columns(rows.column_names, name, paired, scores)
     if len(columns) > 1 and not scores:
         warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)

@@ -4,11 +4,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from hf_embed.data.columns import plain
 from hf_embed.data.files import kind_of, shortened
-from hf_embed.data.labeled import MATCHES
 from hf_embed.data.sources import KINDS, cell_text, is_list, read_file, read_hub
 from hf_embed.errors import InputError
 
@@ -63,16 +62,6 @@ def label_number(label: object, where: str) -> int:
     if number is None:
         raise InputError(f"{where}: the label is {label!r}, not 0 or 1; correct it or delete the row")
     return number
-
-
-def check_label_names(rows: Dataset, column: str, name: str) -> None:
-    """Raise InputError if a `ClassLabel` names label 0 as one of texts that belong together, as entailment in GLUE's RTE."""
-    kind = rows.features[column]
-    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in (*MATCHES, "relevant"):
-        raise InputError(
-            f"{name}: the label 0 of column '{column}' is named {kind.names[0]}, but 1 must mean that two texts belong "
-            "together, and 0 that they do not; exchange the two labels"
-        )
 
 
 def as_list(values: Iterable, name: str) -> list:
