@@ -50,7 +50,7 @@ from torch.nn import functional as F
 
 from hf_embed.data.labeled import as_pairs, pair_columns
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts, unformatted
+from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -188,7 +188,6 @@ def read_dataset(
     table = as_rows(dataset, "dataset")
     if not isinstance(table, Dataset):
         raise InputError("dataset: mining needs all rows at once, so a streaming dataset is not supported; give a Dataset")
-    table = unformatted(table)
     names = [anchor_column, positive_column]
     if None in names:
         table = as_pairs(table, "dataset", paired=True)

@@ -114,7 +114,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
         InputError: if no columns match, if more than one choice is possible, or if an unused column judges the pairs, because
             then some pairs may not be positives.
     """
-    found = {column.lower(): column for column in names}
+    found = {plain(column): column for column in reversed(names)}
     single = next((found[column] for column in SINGLE if column in found), None)
     if single is None and len(names) == 1:
         single = names[0]

@@ -26,10 +26,18 @@ from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
 from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
-from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
+from hf_embed.data.tokenization import (
+    RowTokenizer,
+    most_texts,
+    tokenize_table,
+    too_few_rows,
+    truncated_share,
+    warn_of_truncation,
+)
 from hf_embed.errors import EmptyTextError, InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
+from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
 from hf_embed.read_files import first_line
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ class Source:
         negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
         weight: a factor on how often the source is drawn.
         objective: the loss of this source's rows; default: the objective of the trainer. It cannot learn its temperature.
-        size: the number of rows, if `rows` does not provide it.
+        size: the approximate number of rows of an `IterableDataset`.
         origin: where the rows come from, for messages.
         columns: which columns hold what, for example {"anchor": "question", "positive": "answer"}; also with "negative" (one
             column or a list), or only "text". Default: the columns are recognized by the names in `hf_embed.data.sources`.
@@ -77,14 +85,12 @@ class Source:
     columns: InitVar[dict[str, str | list[str]] | None] = None
 
     def __post_init__(self, columns: dict[str, str | list[str]] | None) -> None:
-        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not (number and math.isfinite(self.weight) and self.weight > 0):
+        if self.weight not in POSITIVE:
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (or remove the source)")
-        for key, least in (("negatives", 0), ("max_length", 1), ("size", 1)):
+        for key, allowed in (("negatives", Range(least=0, whole=True)), ("max_length", COUNT), ("size", COUNT)):
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                key = "rows" if key == "size" else key
-                raise InputError(f"{self.label}: {key} is {value!r}; it must be a whole number of at least {least}")
+            if value is not None and value not in allowed:
+                raise InputError(f"{self.label}: {out_of_range('rows' if key == 'size' else key, value, allowed)}")
         for key in ("query_prompt", "document_prompt"):
             if not isinstance(getattr(self, key), str | None):
                 raise InputError(f"{self.label}: {key} is {getattr(self, key)!r}; it must be a text, in quotes")
@@ -105,14 +111,11 @@ class Source:
                 raise InputError(f"{self.label}: {error}") from error
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
-        elif self.size is None:
-            splits = self.rows.info.splits or {}
-            self.size = getattr(splits.get(str(self.rows.split)), "num_examples", None)
-            if not self.size:
-                raise InputError(
-                    f"{self.label}: the number of rows of a streaming dataset is unknown; give an approximate number (rows: in "
-                    "a sources file, Source(name, rows, size=...) in a script), or pass the dataset alone and set max_steps"
-                )
+        elif self.size is None:  # the number in `rows.info` stays the same after take() and filter()
+            raise InputError(
+                f"{self.label}: the number of rows of a streaming dataset is unknown; give an approximate number (rows: in "
+                "a sources file, Source(name, rows, size=...) in a script), or pass the dataset alone and set max_steps"
+            )
         if self.size == 0:
             raise InputError(f"{self.label}: there are no rows")
 
@@ -157,7 +160,10 @@ class Stream:
         self.endless: Iterator[tuple[list[str], list[str]]] | None = None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
-            raise InputError(f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row)")
+            raise InputError(
+                f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row), or "
+                "Source(name, rows, negatives=...) in a script"
+            )
         first = list(islice(source.rows, FIRST_ROWS))
         refuse_lists(first, self.columns, source.label)
         if len(self.columns) > 1:
@@ -165,6 +171,8 @@ class Stream:
             warn_of_judgements(first, list(unused), self.label)
         self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])  # positives
         probe = [texts for row in first for texts, _ in self.texts(row) or []]
+        if max(len(first), len(probe)) < 2:
+            raise too_few_rows(len(probe), source.label)
         tokens = tokenizer(probe)
         self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
         self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
@@ -252,8 +260,8 @@ class Mixture(torch.utils.data.Dataset):
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
         self.several = any(has_several_positives(table) for table in tables)
-        weights = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
-        self.probabilities = [weight / sum(weights) for weight in weights]
+        logs = [math.log(source.weight) + alpha * math.log(size) for source, size in zip(sources, self.sizes)]
+        self.probabilities = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
 
     def __len__(self) -> int:
         return sum(self.sizes)

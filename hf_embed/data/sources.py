@@ -25,7 +25,6 @@ because then some pairs may not be positives. If only its values look like judgm
 """
 
 import glob
-import gzip
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -97,12 +96,12 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     """Read parquet files. Raise InputError if one cannot be read."""
     path = paths[0]
     try:
-        if path.endswith(".gz"):  # `datasets` does not decompress these files
+        if any(map(files.is_packed, paths)):  # `datasets` does not decompress these files
             if len(paths) > 1 or streaming:
                 raise InputError(
                     f"{path}: a gzipped parquet file cannot be streamed or combined with other files; decompress it"
                 )
-            with gzip.open(path) as unpacked:
+            with files.opened(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         for file in paths:
             check_parquet(file)

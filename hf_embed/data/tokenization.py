@@ -56,12 +56,14 @@ def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], ma
     """Return how many of `max_length` tokens the longest of these prompts leaves for the text, with its special tokens.
 
     Raises:
-        InputError: if a prompt leaves no room, so that all texts would have the same vector.
+        InputError: if no room is left for a text, so that all texts would have the same vector.
     """
     lengths = {prompt: len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) for prompt in prompts}
     longest = max(lengths, key=lambda prompt: lengths[prompt])
     left = max_length - lengths[longest]
-    if lengths[longest] and left <= tokenizer.num_special_tokens_to_add():
+    if left <= tokenizer.num_special_tokens_to_add():
+        if not lengths[longest]:
+            raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
         raise InputError(
             f"the prompt {longest[:40]!r} has {lengths[longest]} tokens, so max_length {max_length} leaves no room for a text; "
             "shorten the prompt, or increase max_length"
@@ -281,7 +283,12 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
             f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )
     if len(tokens) < 2:
-        raise InputError(f"{name}: there are {len(tokens)} row(s), but in-batch negatives need at least 2; give more rows")
+        raise too_few_rows(len(tokens), name)
+
+
+def too_few_rows(rows: int, name: str) -> InputError:
+    """Return the error for rows that are too few to be negatives of each other."""
+    return InputError(f"{name}: there are {rows} row(s), but in-batch negatives need at least 2; give more rows")
 
 
 def different_rows(tokens: Dataset) -> int:

@@ -25,7 +25,6 @@ from hf_embed.data.mixture import (
     what_to_read,
 )
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
-from hf_embed.data.sources import unformatted
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,
@@ -78,7 +77,6 @@ def tokenize_all(
             raise not_single(name)
         mixture = make_mixture(as_sources(rows, args, name), encoder, args, objective)
         return mixture, mixture.views
-    rows = unformatted(rows)
     prompts, reading = encoder.prompts, what_to_read(objective, rows.column_names, args.teacher)
     query, document = prompts.get("query", ""), prompts.get("document", "")
     tokenizer = RowTokenizer(encoder.tokenizer, encoder.max_length, query, document, *reading)
