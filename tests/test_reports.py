@@ -193,6 +193,10 @@ def test_a_format_is_a_view_of_the_rows(form):
     # A transform is not only a view: it computes the rows that are trained on.
     swapped = rows.with_transform(lambda batch: {"anchor": batch["positive"], "positive": batch["anchor"]})
     assert tokens(swapped) == [[row[1], row[0]] for row in whole]
+    # BUG: without the positives, an anchor became its own positive.
+    assert tokens(rows.with_format(form, columns=["anchor"], output_all_columns=True)) == whole
+    upper = rows.with_transform(lambda batch: {"anchor": list(map(str.upper, batch["anchor"]))}, ["anchor"], True)
+    assert tokens(upper) == whole
     # BUG: evaluation sets, and rows to embed, kept their format.
     graded = Dataset.from_dict({"sentence1": rows["anchor"][:], "sentence2": rows["positive"][:], "score": range(len(rows))})
     assert columns_of_texts(rows.with_format(form, columns=["anchor", "positive"]), "rows")[0] == rows["anchor"][:]

@@ -194,13 +194,15 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
 def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the rows as plain Python values.
 
-    Only the columns that `with_format` selected are kept. The function of `with_transform` is applied.
+    Only the columns that the format shows are kept. The function of `with_transform` is applied.
     """
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
+    chosen, shows_all = rows.format["columns"], rows.format["output_all_columns"]
     if rows.format["type"] == "custom":
-        return map_anew(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
-    return rows.with_format(None).select_columns(rows.format["columns"])
+        replaced = chosen if shows_all else rows.column_names
+        return map_anew(rows, dict, batched=True, remove_columns=replaced).with_format(None)
+    return rows.with_format(None).select_columns(rows.column_names if shows_all else chosen)
 
 
 def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
