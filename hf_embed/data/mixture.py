@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import pyarrow
@@ -25,7 +25,7 @@ from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, ta
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
+from hf_embed.data.sources import kept_rows, refuse_lists, unformatted
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,
@@ -34,7 +34,7 @@ from hf_embed.data.tokenization import (
     truncated_share,
     warn_of_truncation,
 )
-from hf_embed.errors import EmptyTextError, InputError, RankError
+from hf_embed.errors import InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
@@ -170,7 +170,7 @@ class Stream:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)
         self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])  # positives
-        probe = [texts for row in first for texts, _ in self.texts(row) or []]
+        probe = [texts for row in first for texts, _ in self.texts(row)]
         if max(len(first), len(probe)) < 2:
             raise too_few_rows(len(probe), source.label)
         tokens = tokenizer(probe)
@@ -205,17 +205,16 @@ class Stream:
             # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
             batches = self.one_pass(turn).iter(batch_size=256)
             while (texts := self.next_texts(batches)) is not None:
-                dropped += texts.count(None)
-                kept += len(texts) - texts.count(None)
-                for made in filter(None, texts):
-                    yield from made
+                dropped += texts.count([])
+                kept += len(texts) - texts.count([])
+                yield from chain.from_iterable(texts)
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
             if not kept:
                 raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             turn += 1
 
-    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]] | None] | None:
+    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]]] | None:
         """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
         try:
             batch = next(batches, None)
@@ -233,21 +232,16 @@ class Stream:
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors
             raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
 
-    def texts(self, row: dict) -> list[tuple[list[str], list[str]]] | None:
-        """Return (texts, other positives) for each positive of a row, or None if the row is dropped."""
+    def texts(self, row: dict) -> list[tuple[list[str], list[str]]]:
+        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped."""
         where = f"{self.label}, the row {str(row)[:60]}..."
-        try:
-            made = rows_of_texts(row, self.columns, where)
-        except EmptyTextError as error:
-            if self.drop:
-                return None
-            raise InputError(f"{error} ({DROP_ADVICE})") from error
+        made = kept_rows(row, self.columns, where, self.drop)
         if len(made) > (MOST_POSITIVES if self.several else 1):
             most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
             raise InputError(
                 f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
             )
-        return [(texts[: self.views] if len(texts) > 1 else texts, others) for texts, others in made]
+        return [(texts[: self.views], others) for texts, others in made]
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -259,7 +253,6 @@ class Mixture(torch.utils.data.Dataset):
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
-        self.several = any(has_several_positives(table) for table in tables)
         logs = [math.log(source.weight) + alpha * math.log(size) for source, size in zip(sources, self.sizes)]
         self.probabilities = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
 

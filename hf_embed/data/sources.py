@@ -283,6 +283,16 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
 
 
+def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[tuple[list[str], list[str]]]:
+    """Return what `rows_of_texts` returns, or nothing for a row with an empty text if such rows are dropped."""
+    try:
+        return rows_of_texts(row, columns, where)
+    except EmptyTextError as error:
+        if not drop:
+            raise InputError(f"{error} ({DROP_ADVICE})") from error
+        return []
+
+
 def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
     """Yield the rows of a table with only these columns.
 

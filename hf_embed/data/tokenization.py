@@ -3,10 +3,10 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute
@@ -17,9 +17,9 @@ from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
 from hf_embed.data.labeled import check_label_names
 from hf_embed.data.scores import row_scores, score_columns
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
+from hf_embed.data.sources import kept_rows, refuse_lists
 from hf_embed.distributed import get_rank
-from hf_embed.errors import EmptyTextError, InputError
+from hf_embed.errors import InputError
 from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
@@ -184,10 +184,9 @@ def tokenize_table(
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
     most = None if negatives is None else 2 + negatives
-    reader = RowReader(columns, scores, name, most, drop_empty_rows)
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        found = reader(batch, numbers)
+        found = list(read_rows(batch, numbers, columns, scores, name, most, drop_empty_rows))
         texts = [row.texts for row in found]
         made = tokenizer(texts, [row.others for row in found], others) if others else tokenizer(texts)
         further = {
@@ -213,54 +212,33 @@ class Row(NamedTuple):
     scores: list[float]  # one for each text after the anchor, or nothing if the rows have no scores
 
 
-@dataclass
-class RowReader:
-    """Read the texts and the scores of rows.
+def read_rows(
+    batch: dict[str, list], numbers: list[int], columns: list[str], scores: list[str], name: str, most: int | None, drop: bool
+) -> Iterator[Row]:
+    """Read the rows of a batch of cells. A row with a list of positives becomes one row for each positive.
 
     Args:
+        batch: the cells by column.
+        numbers: the numbers of the rows in the table, from 0.
         columns: the columns of the texts, in the order anchor, positive, negatives.
         scores: the columns of the scores.
         name: the name of the rows in messages.
         most: the number of texts of a row to use, from the first one on; None: all.
         drop: leave out rows with an empty text.
+
+    Raises:
+        InputError: if a text is empty and such rows are not left out, if a score is wrong, or if a row with scores has several
+            positives.
     """
-
-    columns: list[str]
-    scores: list[str]
-    name: str
-    most: int | None
-    drop: bool
-
-    def __call__(self, batch: dict[str, list], numbers: list[int]) -> list[Row]:
-        """Return the rows of a batch of cells. A row with a list of positives becomes one row for each positive.
-
-        Raises:
-            InputError: if a text is empty and such rows are not left out, or if a score is wrong.
-        """
-        made = []
-        for i, number in enumerate(numbers):
-            cells = {column: values[i] for column, values in batch.items()}
-            where = f"{self.name}, row {number + 1}"
-            try:
-                texts_of_rows = rows_of_texts(cells, self.columns, where)
-            except EmptyTextError as error:
-                if not self.drop:
-                    raise InputError(f"{error} ({DROP_ADVICE})") from error
-                continue
-            scores = self.scores_of(cells, texts_of_rows, where) if self.scores else []
-            for texts, others in texts_of_rows:
-                texts = texts[: self.most]
-                made.append(Row(number, texts, others, scores[: len(texts) - 1]))
-        return made
-
-    def scores_of(self, cells: dict[str, Any], texts_of_rows: list[tuple[list[str], list[str]]], where: str) -> list[float]:
-        """Return the scores of a row. Raises InputError if one is wrong, or if the row has several positives."""
-        if len(texts_of_rows) > 1:
-            raise InputError(
-                f"{where}: there are {len(texts_of_rows)} positives, but scores need one positive per row; split the row"
-            )
-        texts, _ = texts_of_rows[0]
-        return row_scores({column: cells[column] for column in self.scores}, len(texts), where)
+    for i, number in enumerate(numbers):
+        cells = {column: values[i] for column, values in batch.items()}
+        where = f"{name}, row {number + 1}"
+        made = kept_rows(cells, columns, where, drop)
+        if scores and len(made) > 1:
+            raise InputError(f"{where}: there are {len(made)} positives, but scores need one positive per row; split the row")
+        for texts, others in made:
+            graded = row_scores({column: cells[column] for column in scores}, len(texts), where) if scores else []
+            yield Row(number, texts[:most], others, graded[: len(texts[:most]) - 1])
 
 
 def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
