@@ -34,7 +34,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_embed.data import files
-from hf_embed.data.cache import checked_load, map_anew
+from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError
@@ -201,7 +201,7 @@ def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     chosen, shows_all = rows.format["columns"], rows.format["output_all_columns"]
     if rows.format["type"] == "custom":
         replaced = chosen if shows_all else rows.column_names
-        return map_anew(rows, dict, batched=True, remove_columns=replaced).with_format(None)
+        return cached_map(rows, dict, anew=True, batched=True, remove_columns=replaced).with_format(None)
     return rows.with_format(None).select_columns(rows.column_names if shows_all else chosen)
 
 
