@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")
 
 Model: TypeAlias = PreTrainedModel | Encoder | TrainingStep | str | Path
-TrainRows: TypeAlias = TrainData | RowData | dict[str, RowData]
+TrainRows: TypeAlias = RowData | dict[str, RowData] | Source | list[Source]
 EvalSet: TypeAlias = Task | RowData
 EvalSets: TypeAlias = EvalSet | Mapping[str, EvalSet]
 
@@ -278,16 +278,30 @@ def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) 
 # ---- rows to train on, and evaluation sets ----
 
 
-def as_train_data(rows: Any, name: str) -> TrainData | None:
-    """Return the training rows as datasets, or as a list of sources. Raises InputError if `rows` holds no rows."""
+def as_train_data(rows: Any, name: str, args: ContrastiveTrainingArguments) -> TrainData | None:
+    """Return the training rows as one table, or as a list of sources.
+
+    Raises:
+        InputError: if `rows` holds no rows, or if the keys of a dict are the splits of one dataset.
+    """
     if rows is None or (isinstance(rows, list) and rows and all(isinstance(source, Source) for source in rows)):
         return rows
     if isinstance(rows, Source):
         return [rows]
-    if not isinstance(rows, Mapping) or isinstance(rows, DatasetDict):
-        return rows if isinstance(rows, DatasetDict) else as_rows(rows, name)
-    refuse_columns(rows, name)
-    return {str(key): as_rows(table, f"{name}['{key}']") for key, table in rows.items()}
+    if isinstance(rows, Mapping):
+        refuse_columns(rows, name)
+        if splits := {"train", "validation", "test"} & set(rows):
+            raise InputError(
+                f"{name}: the keys of a dict name sources, but '{min(splits)}' looks like a split; choose one split"
+            )
+        return [Source(str(key), as_rows(table, f"{name}['{key}']")) for key, table in rows.items()]
+    table = as_rows(rows, name)
+    if isinstance(table, Dataset):
+        return table
+    # One epoch lasts the whole run. A shorter epoch could end with an update that accumulates fewer batches than others.
+    batches = args.max_steps * args.gradient_accumulation_steps
+    size = batches * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
+    return [Source(name, table, size=size)]
 
 
 def refuse_columns(rows: Mapping[str, object], name: str) -> None:
