@@ -249,13 +249,9 @@ def as_model(
         )
     if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
         mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
-        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
+        kind = described(model) if isinstance(model, type) else f"of the type {type(model).__name__}"
+        raise InputError(f"the model is {kind}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
     return model, tokenizer
-
-
-def of_type(thing: object) -> str:
-    """Describe the type of an object that is not a model, for the error message."""
-    return described(thing) if isinstance(thing, type) else f"of the type {type(thing).__name__}"
 
 
 def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) -> Encoder:

@@ -174,7 +174,12 @@ def negative_columns(names: list[str]) -> list[str]:
     negatives = [column for column in names if NEGATIVE.fullmatch(column)]
     if "entailment" in map(plain, names):
         negatives += [column for column in names if plain(column) == "contradiction"]
-    return sorted(negatives, key=lambda column: [int(digits) for digits in re.findall(r"\d+", column)])
+    return sorted(negatives, key=numbers_in)
+
+
+def numbers_in(name: str) -> list[int]:
+    """Return the numbers in a name: 2 of negative_2_score. They sort negative_10 after negative_9."""
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def refuse_twins(names: list[str], columns: list[str], name: str) -> None:

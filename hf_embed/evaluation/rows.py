@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset
 
-from hf_embed.data.columns import plain
+from hf_embed.data.columns import numbers_in, plain
 from hf_embed.data.files import kind_of, shortened
 from hf_embed.data.sources import KINDS, cell_text, is_list, read_file, read_hub
 from hf_embed.errors import InputError
@@ -42,7 +42,7 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
     A pattern may match the name itself, or the form that `plain` returns.
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
-    return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+    return sorted(next(filter(None, found), []), key=numbers_in)
 
 
 def cell_texts(cell: object, where: str) -> list[str]:
