@@ -149,8 +149,6 @@ class Stream:
     an earlier row again starts from the beginning of the first pass.
     """
 
-    several = False  # whether the cells of positives are lists
-
     def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
@@ -169,7 +167,8 @@ class Stream:
         if len(self.columns) > 1:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)
-        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])  # positives
+        # Whether the cells of positives are lists.
+        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
         probe = [texts for row in first for texts, _ in self.texts(row)]
         if max(len(first), len(probe)) < 2:
             raise too_few_rows(len(probe), source.label)
@@ -315,10 +314,10 @@ def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bo
     Raises:
         InputError: if a setting does not suit the model.
     """
-    max_length = min(source.max_length or encoder.max_length, encoder.max_length)
-    if source.max_length and source.max_length > encoder.max_length:
+    max_length = source.max_length or encoder.max_length
+    if max_length > encoder.max_length:
         raise InputError(
-            f"{source.label}: max_length {source.max_length} is larger than {encoder.max_length}, the one of the run; lower it"
+            f"{source.label}: max_length {max_length} is larger than {encoder.max_length}, the one of the run; lower it"
         )
     own = {"query": source.query_prompt, "document": source.document_prompt}
     query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())

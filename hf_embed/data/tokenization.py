@@ -188,13 +188,14 @@ def tokenize_table(
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         found = list(read_rows(batch, numbers, columns, scores, name, most, drop_empty_rows))
         texts = [row.texts for row in found]
-        made = tokenizer(texts, [row.others for row in found], others) if others else tokenizer(texts)
-        further = {
-            "row": [row.number for row in found] if others else None,
-            "scores": [row.scores for row in found] if scores else None,
-            "texts": texts if tokenizer.keeps_texts else None,
-        }
-        return made | {column: cells for column, cells in further.items() if cells is not None}
+        made = tokenizer(texts, [row.others for row in found] if others else None, others)
+        if others:
+            made["row"] = [row.number for row in found]
+        if scores:
+            made["scores"] = [row.scores for row in found]
+        if tokenizer.keeps_texts:
+            made["texts"] = texts
+        return made
 
     with table_bars():
         settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "desc": f"Tokenizing {name}"}
