@@ -330,20 +330,15 @@ def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
         return {}
     if not isinstance(sets, Mapping):
         task = as_task(sets, name)
-        sets = {"sts" if isinstance(task, Dataset) else task.kind: task}
-    else:
-        if sets:
-            refuse_columns(sets, name)
-        sets = {str(key): as_task(value, str(key)) for key, value in sets.items()}
-    tasks = {key: STS(check_sts(task, key)) if isinstance(task, Dataset) else task for key, task in sets.items()}
+        return {task.kind: task}
+    if sets:
+        refuse_columns(sets, name)
+    tasks = {str(key): as_task(value, str(key)) for key, value in sets.items()}
     return dict(sorted(tasks.items(), key=lambda named: isinstance(named[1], HeldOut)))
 
 
-def as_task(given: Any, name: str) -> Task | Dataset:
-    """Convert one evaluation set.
-
-    Returns:
-        A task as it is, a table with an STS set as a `Dataset`, and a table of training rows as `HeldOut`.
+def as_task(given: Any, name: str) -> Task:
+    """Return one evaluation set as a task. A table of training rows becomes `HeldOut`.
 
     Raises:
         InputError: if `given` is a class, or a table that could be both kinds or neither.
@@ -359,7 +354,7 @@ def as_task(given: Any, name: str) -> Task | Dataset:
     try:
         pair = text_columns(others, name, paired=True)[:2]
     except InputError:
-        return rows
+        return STS(check_sts(rows, name))
     raise InputError(
         f"{name}: the columns {' and '.join(pair)} make it held-out rows, but {', '.join(COLUMNS)} make it an STS set; remove "
         "the columns of one of them (remove_columns)"
@@ -374,14 +369,12 @@ def stored_rows(given: Any, name: str) -> Dataset:
     return rows
 
 
-def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
+def held_out(rows: Dataset, name: str) -> Task:
     """Return a table of held-out training rows as `HeldOut`.
 
-    A table that has sentence1 and sentence2 but is not a complete STS set is returned unchanged. The check of STS sets then
-    reports what is wrong.
-
     Raises:
-        InputError: if the columns are not those of training rows with pairs.
+        InputError: if the columns are not those of training rows with pairs. If sentence1 and sentence2 are there, the message
+            says what an STS set lacks.
     """
     layout = labeled_layout(rows.column_names, name)
     if layout is not None:
@@ -393,7 +386,7 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
     except InputError as error:
         names = [column.lower() for column in rows.column_names]
         if {"sentence1", "sentence2"} <= set(names):
-            return rows
+            return STS(check_sts(rows, name))
         if len(names) == 1 or {"text", "sentence"} & set(names):
             raise InputError(
                 f"{name}: rows of a single text cannot be held out, because without dropout a text is its own positive and "

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
-from datasets import Dataset, DatasetDict, IterableDataset, SplitDict, SplitInfo, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, SplitDict, SplitInfo, load_dataset
 from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
@@ -545,7 +545,10 @@ def test_small_source_is_said_and_repeated(tmp_path, caplog):
 
 def test_splits_are_no_sources(tmp_path):
     splits = DatasetDict({"test": Dataset.from_list(pairs("a", 8))})
-    assert "source 'a': the dataset has the splits test" in error_of(Source, "a", splits)
+    for rows in (splits, IterableDatasetDict(splits)):
+        assert "source 'a': a" in error_of(Source, "a", rows) and "choose one of its splits, test" in error_of(
+            Source, "a", rows
+        )
     rows = Dataset.from_list(pairs("a", 8))
     with pytest.raises(InputError, match="'test' looks like a split"):
         trainer(tmp_path, DatasetDict({"test": rows, "train": rows}))

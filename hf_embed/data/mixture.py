@@ -23,9 +23,10 @@ from torch import Tensor
 
 from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, take_columns, text_columns, warn_of_judgements
 from hf_embed.data.labeled import as_pairs
+from hf_embed.data.python_rows import as_rows
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import kept_rows, refuse_lists, unformatted
+from hf_embed.data.sources import kept_rows, refuse_lists
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,
@@ -56,7 +57,8 @@ class Source:
 
     Args:
         name: the name in messages and logs (`loss_NAME`).
-        rows: a `Dataset` or an `IterableDataset`, with the columns that `hf_embed.data.sources` accepts.
+        rows: an `IterableDataset`, or rows of a kind that `hf_embed.data.python_rows` lists; their columns are those that
+            `hf_embed.data.sources` lists.
         query_prompt, document_prompt: text to put before queries and documents; default: the prompts of the model.
         max_length: the maximum number of tokens of a text; default: that of the run.
         negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
@@ -94,16 +96,9 @@ class Source:
         for key in ("query_prompt", "document_prompt"):
             if not isinstance(getattr(self, key), str | None):
                 raise InputError(f"{self.label}: {key} is {getattr(self, key)!r}; it must be a text, in quotes")
-        if isinstance(self.rows, dict):
-            raise InputError(f"{self.label}: the dataset has the splits {', '.join(self.rows)}; choose a split")
-        if not isinstance(self.rows, Dataset | IterableDataset):
-            raise InputError(
-                f"{self.label}: a {type(self.rows).__name__} cannot be used as rows; give a datasets.Dataset, for example "
-                "from Dataset.from_list or Dataset.from_pandas"
-            )
         if self.objective is not None and (isinstance(self.objective, type) or not callable(self.objective)):
             raise InputError(f"{self.label}: objective is {self.objective!r}; give an instance, for example CoSENT()")
-        self.rows = unformatted(self.rows)
+        self.rows = as_rows(self.rows, self.label)
         if columns is not None:
             try:
                 self.rows = take_columns(self.rows, columns)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from hf_embed.data.files import shortened
 from hf_embed.data.sources import read_file, unformatted
@@ -58,7 +58,7 @@ def no_rows(data: object, name: str) -> InputError:
     """Return the error for an object that does not hold rows. Its message says what to give instead."""
     kind = type(data)
     mend = f"give {ACCEPTED_ROWS}"
-    if isinstance(data, DatasetDict):
+    if isinstance(data, DatasetDict | IterableDatasetDict):
         mend = f"choose one of its splits, {', '.join(map(str, data))}"
     elif hasattr(data, "to_pandas"):
         mend = "convert it with to_pandas()"
