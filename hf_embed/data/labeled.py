@@ -44,7 +44,7 @@ from hf_embed.data.columns import (
     plain,
     text_columns,
 )
-from hf_embed.data.sources import DROP_ADVICE, plain_rows, row_texts, rows_of_texts
+from hf_embed.data.sources import DROP_ADVICE, row_texts, texts_of
 from hf_embed.distributed import get_rank
 from hf_embed.errors import EmptyTextError, InputError
 
@@ -330,11 +330,7 @@ def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
         InputError: if the columns are not recognized, or a text is empty.
     """
     rows = as_pairs(rows, name, paired=True)
-    columns = pair_columns(rows, name)
-    pairs = []
-    for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
-    return pairs
+    return [(anchor, positive) for anchor, positive in texts_of(rows, pair_columns(rows, name), name)]
 
 
 def pair_columns(rows: Dataset, name: str) -> list[str]:

@@ -307,6 +307,12 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
         ) from error
 
 
+def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]]:
+    """Yield the texts of the rows of a table, as `rows_of_texts` returns them. Raise InputError if a text is empty or wrong."""
+    for number, row in enumerate(plain_rows(rows, columns, name), 1):
+        yield from (texts for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}"))
+
+
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
     """Raise InputError if all anchors, or all positives, in some first rows are lists that were written as texts.
 
