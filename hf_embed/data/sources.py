@@ -242,6 +242,17 @@ def cell_text(cell: object, where: str) -> str:
     return cell
 
 
+def cell_texts(cell: object, where: str) -> list[str]:
+    """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Raise errors as `cell_text` does."""
+    if isinstance(cell, str) and is_list(cell):
+        raise InputError(
+            f"{where}: the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or parquet, or put each "
+            "text into its own column, negative_1, negative_2 ..."
+        )
+    cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
+    return [cell_text(text, where) for text in cells]
+
+
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """Return the texts of one row: anchor, positive, negatives.
 
@@ -251,16 +262,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """
     texts = []
     for i, column in enumerate(columns):
-        cell, is_negative = row.get(column), i >= 2  # a row of a stream may lack a column
-        if cell is None and is_negative:
-            continue
-        if is_negative and isinstance(cell, str) and is_list(cell):
-            raise InputError(
-                f"{where}, column '{column}': the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or "
-                "parquet, or put each negative into its own column, negative_1, negative_2 ..."
-            )
-        for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
-            texts.append(cell_text(text, f"{where}, column '{column}'"))
+        cell, place = row.get(column), f"{where}, column '{column}'"  # a row of a stream may lack a column
+        texts += cell_texts(cell, place) if i >= 2 else [cell_text(cell, place)]  # only negatives may be several
     return texts
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_embed.data.columns import numbers_in, plain
 from hf_embed.data.files import kind_of, shortened
-from hf_embed.data.sources import KINDS, cell_text, is_list, read_file, read_hub
+from hf_embed.data.sources import KINDS, cell_text, read_file, read_hub
 from hf_embed.errors import InputError
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -43,17 +43,6 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
     return sorted(next(filter(None, found), []), key=numbers_in)
-
-
-def cell_texts(cell: object, where: str) -> list[str]:
-    """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Otherwise raise InputError."""
-    if isinstance(cell, str) and is_list(cell):
-        raise InputError(
-            f"{where}: the text looks like a list, {shortened(cell)}; write the rows as jsonl or parquet, or put each text "
-            "into its own column, negative_1, negative_2 ..."
-        )
-    cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
-    return [cell_text(text, where) for text in cells]
 
 
 def label_number(label: object, where: str) -> int:
