@@ -95,8 +95,8 @@ def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Pat
 
     Without an identity, `write` is always called, and the hash of the file that it writes becomes the identity.
     """
-    path = folder / f"{prefix}{identity}.arrow"
-    if identity is None or not found(path):
+    path = folder / f"{prefix}{identity}.arrow" if identity else folder
+    if not identity or not found(path):
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             remove_old(folder)
