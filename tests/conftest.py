@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ from transformers import (
 
 from hf_embed import ContrastiveTrainer, Encoder, InputError
 from hf_embed.data.labeled import as_pairs
-from hf_embed.data.sources import unformatted
+from hf_embed.data.python_rows import as_rows
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.kit.plan import QUICKSTART
 
@@ -69,6 +70,7 @@ TINY = {
     "qwen3": (Qwen3Model, Qwen3Config, ROPE | {"head_dim": 8}),
 }
 DECODERS = {"qwen2", "qwen3"}
+WITHOUT_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -119,7 +121,7 @@ def tokenize_rows(rows, tokenizer, max_length, name="train_dataset", paired=None
     """Tokenize a table as a training without scores and without a teacher does."""
     prompts = prompts or {}
     row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
-    pairs = as_pairs(unformatted(rows), name, paired, drop_empty_rows)
+    pairs = as_pairs(as_rows(rows, name), name, paired, drop_empty_rows)
     return tokenize_table(pairs, row_tokenizer, name, paired, drop_empty_rows)
 
 
