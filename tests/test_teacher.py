@@ -132,7 +132,7 @@ def test_scores_go_with_the_texts_of_their_row(tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "score", "there"),
-    [(None, None, ""), (None, 0.5, "negative_1_score"), ("", 0.5, "negative_1_score"), ("a b", None, "negative_1")],
+    [(None, None, ""), (None, 0.5, "negative_1_score"), ("a b", None, "negative_1")],
 )
 def test_a_text_and_its_score_are_both_there_or_absent(tokenizer, text, score, there):
     """BUG: with negative_1 and the score of negative_2 missing, negative_2 got the score of negative_1."""
