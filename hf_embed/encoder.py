@@ -38,7 +38,7 @@ from hf_embed.packed_attention import CannotPack
 from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.ranges import is_one_of
-from hf_embed.tempscale.attention import base_of
+from hf_embed.tempscale.attention import apply_stated, base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 
@@ -104,6 +104,7 @@ class Encoder(nn.Module):
         if truncate_dim is not None and not (isinstance(truncate_dim, int) and truncate_dim > 0):
             raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
         self.backbone = text_encoder(without_head(backbone))
+        apply_stated(self.base)
         self.tokenizer = with_padding(tokenizer)
         self.pooling = pooling
         self.normalize = normalize

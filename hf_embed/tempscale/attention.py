@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.read_files import COPY_ANEW
 from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.registry import Attentions, Handler, attentions, is_cross
 
@@ -33,7 +34,8 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
     Afterwards the model can be trained, compiled, wrapped in DDP or given PEFT adapters. It keeps its attention backend.
-    `model.config.temp_scale` records the settings. Cross-attention of a decoder is not changed.
+    `model.config.temp_scale` records the settings. Cross-attention of a decoder is not changed. `model` may also be an
+    `Encoder`, a `SentenceTransformer`, or another module around one transformers model.
 
     Raises:
         InputError: if an attention class is unknown (the message names it); if the model lacks a named layer; if the model is
@@ -41,7 +43,7 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
             scores are not just queries times keys or no submodule outputs the queries.
     """
     config = config if isinstance(config, TempScaleConfig) else TempScaleConfig(config)
-    base = base_of(model)
+    base = model_in(model)
     check_unscaled(base)
     found = attentions(base)
     temperatures = temperatures_of(base, found, config)
@@ -66,7 +68,7 @@ def remove_tempscale(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if no TempScale is applied to the model.
     """
-    base = base_of(model)
+    base = model_in(model)
     applied = applied_to(base)
     if applied is None:
         raise InputError("there is no TempScale to remove: it was not applied, or it is folded")
@@ -114,8 +116,8 @@ class Applied:
 
 
 def applied_to(model: nn.Module) -> Applied | None:
-    """Return what `apply_tempscale` did to `model`, or to the model inside a PEFT model; None if it is not scaled."""
-    return getattr(base_of(model), STATE, None)
+    """Return what `apply_tempscale` did to `model`, or to the model inside it; None if it is not scaled."""
+    return getattr(model_in(model), STATE, None)
 
 
 def applied_tempscale(model: nn.Module) -> TempScaleConfig | None:
@@ -128,9 +130,48 @@ def check_unscaled(model: PreTrainedModel) -> None:
     """Raise InputError if TempScale is applied to `model` or folded into it."""
     if applied := applied_to(model):
         raise InputError(f"TempScale is already applied to this model ({applied.config}); call remove_tempscale first")
-    entry = getattr(model.config, "temp_scale", None)
-    if entry and entry.get("folded"):
+    entry = stated(model)
+    if entry.get("folded"):
         raise InputError(f"TempScale is already folded into this model's weights ({entry}); call unfold_tempscale first")
+
+
+def stated(model: PreTrainedModel) -> dict[str, Any]:
+    """Return a copy of what the config of `model` states about TempScale; {} if nothing."""
+    entry = getattr(model.config, "temp_scale", None) or {}
+    if not isinstance(entry, dict):
+        raise InputError(
+            f"model '{model.name_or_path}': temp_scale in config.json is {entry!r}, which is not an object; {COPY_ANEW}"
+        )
+    return dict(entry)
+
+
+def apply_stated(model: PreTrainedModel) -> None:
+    """Apply the TempScale that the config of `model` states, unless it is applied already or folded into the weights."""
+    entry = stated(model)
+    if entry and not entry.get("folded") and applied_to(model) is None:
+        apply_tempscale(model, TempScaleConfig.from_dict(entry))
+
+
+def model_in(module: nn.Module) -> PreTrainedModel:
+    """Return the transformers model in a module, without its head.
+
+    Everything that is applied to the model belongs to this part, because an `Encoder` takes it out of the rest.
+
+    Raises:
+        InputError: if there is no such model, or if there are several.
+    """
+    found = models_in(module)
+    if len(found) != 1:
+        raise InputError(f"TempScale: {len(found)} transformers models are in the {type(module).__name__}; give one model")
+    base: Any = found[0].base_model
+    return base if isinstance(base, PreTrainedModel) else found[0]
+
+
+def models_in(module: nn.Module) -> list[PreTrainedModel]:
+    """Return the outermost transformers models in a module."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in models_in(child)]
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

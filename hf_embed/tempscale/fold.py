@@ -24,10 +24,11 @@ from hf_embed.tempscale.attention import (
     applied_tempscale,
     applied_to,
     apply_tempscale,
-    base_of,
     bias_tables,
+    model_in,
     projections,
     remove_tempscale,
+    stated,
     temperatures_of,
 )
 from hf_embed.tempscale.config import TempScaleConfig
@@ -54,7 +55,7 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
             raise
     tensors, settings = folded(model)
     remove_tempscale(model)
-    write(base_of(model), tensors, settings)
+    write(model_in(model), tensors, settings)
     return model
 
 
@@ -64,14 +65,13 @@ def unfold_tempscale(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if nothing is folded into the model.
     """
-    config: Any = model.config
-    entry = dict(getattr(config, "temp_scale", None) or {})
+    base = model_in(model)
+    entry = stated(base)
     if not entry.pop("folded", False):
         raise InputError("no TempScale is folded into this model")
-    base = base_of(model)
     temperatures = temperatures_of(base, attentions(base), TempScaleConfig.from_dict(entry))
     write(base, *scaled(base, {name: 1 / temperature for name, temperature in temperatures.items()}))
-    del config.temp_scale
+    del base.config.temp_scale
     return model
 
 
@@ -81,9 +81,9 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
     `state_dict` replaces the model's own tensors, which FSDP has to gather. Raises InputError like `fold_tempscale`.
     """
     applied = check_foldable(model)
-    if model is not base_of(model):
+    if hasattr(model, "get_base_model"):
         raise InputError("TempScale cannot be folded into a model with PEFT adapters; call merge_and_unload first")
-    tensors, settings = scaled(base_of(model), applied.temperatures, state_dict)
+    tensors, settings = scaled(model_in(model), applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
 
 
@@ -92,7 +92,7 @@ def check_foldable(model: nn.Module) -> Applied:
     applied = applied_to(model)
     if applied is None:
         raise InputError("there is no TempScale to fold; call apply_tempscale first, or give a TempScaleConfig")
-    base = base_of(model)
+    base = model_in(model)
     found = attentions(base)
     if applied.config.growth:
         raise InputError(
