@@ -125,7 +125,8 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
             )
         return "ubinary"
     if given is not None:
-        check_precision(given)
+        if not is_one_of(given, ("int8", "binary")):
+            raise InputError(f"precision is {given!r}, but int8 vectors have the precision int8 or binary; set one of these")
         return given
     if width == dimension or not can_be_packed:
         return "int8"

@@ -127,7 +127,8 @@ def test_arguments_that_change_nothing_are_taken():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size is 0; it must be at least 1"), ({"batch_size": -5}, "at least 1"),
-     ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'")],
+     ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'"),
+     ({"prompt": 5}, "prompt is 5; give the text"), ({"prompt": "a\ud800"}, r"'a\ud800' holds half of a character")],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_refused(options, message):
     """BUG: With a negative batch_size, `encode` returned no vectors."""
@@ -245,6 +246,9 @@ def test_int8_vectors_that_may_be_packed_need_a_word():
     assert "could not distinguish" in error_of(encoder.encode, TEXTS, precision="int8", truncate_dim=4)
     assert "cannot be compared" in error_of(encoder.similarity, cut, encoder.encode(TEXTS))
     assert "not the packed signs" in error_of(encoder.similarity, cut.view(np.uint8), cut)
+    assert "int8 vectors have the precision int8 or binary" in error_of(encoder.similarity, packed, packed, "ubinary")
+    assert "4 vectors cannot be compared with 3 row by row" in error_of(encoder.similarity_pairwise, cut, cut[:3])
+    same(encoder.similarity_pairwise(cut, cut[:1]).numpy(), encoder.similarity(cut, cut[:1])[:, 0].numpy())
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
