@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -581,6 +582,22 @@ def test_export_folds(tmp_path, lora):
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(vectors(Encoder.from_pretrained(tmp_path / "again")), vectors(loaded))
     assert torch.equal(vectors(remove_and_return(encoder)), before)
+
+
+def test_adapters_that_come_later_are_scaled_too(tmp_path):
+    """BUG: what they added to the queries was not divided, and the model could not be saved."""
+    from peft import LoraConfig, get_peft_model
+
+    found = []
+    for adapted_first in (True, False):
+        model = large_encoder().backbone
+        torch.manual_seed(0)
+        adapt = partial(get_peft_model, peft_config=LoraConfig(target_modules=["query"], init_lora_weights=False))
+        for change in (adapt, apply_tempscale) if adapted_first else (apply_tempscale, adapt):
+            model = change(model)
+        found.append(Encoder(model.eval(), small_tokenizer()))
+    assert torch.equal(*map(vectors, found))
+    found[1].save_pretrained(tmp_path)
 
 
 def remove_and_return(encoder):

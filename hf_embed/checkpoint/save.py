@@ -32,7 +32,7 @@ from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import quiet_libraries
 from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
-from hf_embed.tempscale import applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import check_foldable, folded
 from hf_embed.text_models import is_remote
 
@@ -103,12 +103,8 @@ def full_encoder(encoder: Encoder, verify: bool = True) -> Encoder:
     Raises:
         ExportError: if `verify` is set and the copy gives other vectors.
     """
-    backbone, scaling = full_copy(encoder.backbone), applied_tempscale(encoder.backbone)
-    if scaling:  # the hooks of the layers that were replaced are lost
-        remove_tempscale(backbone)
-        apply_tempscale(backbone, scaling)
     settings = encoder.settings | {"dense": copy.deepcopy(encoder.dense).to("cpu")}
-    full = Encoder(backbone, encoder.tokenizer, **settings).eval()
+    full = Encoder(full_copy(encoder.backbone), encoder.tokenizer, **settings).eval()
     if verify:
         verify_alike(full, encoder)
     return full

@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
     """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
-    Afterwards the model can be trained, compiled, wrapped in DDP or given PEFT adapters. It keeps its attention backend.
-    `model.config.temp_scale` records the settings. Cross-attention of a decoder is not changed. `model` may also be an
-    `Encoder`, a `SentenceTransformer`, or another module around one transformers model.
+    Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. Give it PEFT adapters before,
+    or make an `Encoder` or a trainer of it afterwards, which applies the temperature to the adapters too. Cross-attention of a
+    decoder is not changed. `model.config.temp_scale` records the settings. `model` may also be an `Encoder`, a
+    `SentenceTransformer`, or another module around one transformers model.
 
     Raises:
         InputError: if an attention class is unknown (the message names it); if the model lacks a named layer; if the model is
@@ -146,10 +147,15 @@ def stated(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def apply_stated(model: PreTrainedModel) -> None:
-    """Apply the TempScale that the config of `model` states, unless it is applied already or folded into the weights."""
+    """Apply the TempScale that the config of `model` states, unless it is folded into the weights.
+
+    If it is applied already, it is applied anew, because adapters may have taken the place of a layer with a hook.
+    """
     entry = stated(model)
-    if entry and not entry.get("folded") and applied_to(model) is None:
-        apply_tempscale(model, TempScaleConfig.from_dict(entry))
+    if applied := applied_to(model):
+        remove_tempscale(model)
+    if entry and not entry.get("folded"):
+        apply_tempscale(model, applied.config if applied else TempScaleConfig.from_dict(entry))
 
 
 def model_in(module: nn.Module) -> PreTrainedModel:
