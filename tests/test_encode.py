@@ -6,6 +6,7 @@ Where sentence-transformers has the same option, the results are compared on the
 import copy
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ from sentence_transformers.util import quantize_embeddings
 from torch import nn
 from torch.nn import functional as F
 
-from hf_embed import Encoder, apply_tempscale
+from hf_embed import Encoder, TempScaleConfig, apply_tempscale
 from hf_embed import encoder as encoder_module
 from hf_embed.pooling import Dense
 from hf_embed.vectors import as_floats, quantize
@@ -424,6 +425,17 @@ def test_threads_that_share_an_encoder_in_training_mode_use_no_dropout():
         np.testing.assert_allclose(found[thread.name], expected, rtol=1e-5, atol=1e-6)
         assert encoder.training == encoder.backbone.training == (thread.name == "second")
     assert not encoder.dense.training
+
+
+def test_threads_that_share_an_encoder_scale_each_text_by_its_own_length():
+    """BUG: the lengths of the texts of one thread were those of another one."""
+    encoder = apply_tempscale(tiny_encoder(), TempScaleConfig(0.5, growth="log", reference_length=4))
+    parts = [MANY[start : start + 10] for start in range(0, 40, 10)]
+    expected = [encoder.encode(part, chunk_tokens=20) for part in parts]
+    with ThreadPoolExecutor(len(parts)) as threads:
+        for _ in range(3):
+            for found, wanted in zip(threads.map(partial(encoder.encode, chunk_tokens=20), parts), expected):
+                same(found, wanted)
 
 
 def test_a_tokenizer_is_used_by_one_thread_at_a_time(monkeypatch):

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ logger = logging.getLogger(__name__)
 def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
     """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
-    Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. Give it PEFT adapters before,
-    or make an `Encoder` or a trainer of it afterwards, which applies the temperature to the adapters too. Cross-attention of a
-    decoder is not changed. `model.config.temp_scale` records the settings. `model` may also be an `Encoder`, a
+    Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. Add PEFT adapters before, or
+    make an `Encoder` or a trainer of the model afterwards, which applies the temperature to the adapters too. Cross-attention of
+    a decoder is not changed. `model.config.temp_scale` records the settings. `model` may also be an `Encoder`, a
     `SentenceTransformer`, or another module around one transformers model.
 
     Raises:
@@ -336,7 +337,8 @@ class Lengths:
 
     def __init__(self, config: TempScaleConfig):
         self.config = config
-        self.tokens = torch.zeros(0, 1)  # (B, 1); for a packed row of S tokens (1, S): the length of the text of each token
+        # For each thread that uses the model: (B, 1); for a packed row of S tokens (1, S), the length of the text of each token.
+        self.tokens: dict[int, Tensor] = {}
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Count the tokens of each text, padded or packed (`hf_embed.packing`).
@@ -350,7 +352,7 @@ class Lengths:
             raise RuntimeError("TempScale with growth cannot be trained with activation checkpointing; use gradient_caching")
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
             lengths = bounds.diff()
-            self.tokens = lengths.repeat_interleave(lengths).unsqueeze(0)
+            self.tokens[get_ident()] = lengths.repeat_interleave(lengths).unsqueeze(0)
             return
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         mask = given.get("attention_mask")
@@ -359,7 +361,7 @@ class Lengths:
         if mask is None:
             inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
             mask = torch.ones(inputs.shape[:2], device=inputs.device)
-        self.tokens = mask.sum(1, keepdim=True)
+        self.tokens[get_ident()] = mask.sum(1, keepdim=True)
 
     def factor(self, output: Tensor) -> Tensor:
         """Return the factor for the temperature of each text, (B, 1, ...), for an output (B, T, ...); see `TempScaleConfig`.
@@ -367,7 +369,7 @@ class Lengths:
         For the output (1, S, ...) of a packed row, it is (1, S, 1, ...).
         """
         reference = self.config.reference_length
-        tokens = self.tokens.clamp(min=reference).float()
+        tokens = self.tokens[get_ident()].clamp(min=reference).float()
         if self.config.growth == "log":
             factor = math.log(reference) / tokens.log()
         else:
