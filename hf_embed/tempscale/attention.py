@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
     """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
-    Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. PEFT adapters that are added
-    later are scaled as soon as an `Encoder` or a trainer is made of the model. Cross-attention of a decoder is not changed.
-    `model.config.temp_scale` records the settings. `model` may also be an `Encoder`, a `SentenceTransformer`, or another module
-    around one transformers model.
+    Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. PEFT adapters that are
+    added later are scaled as soon as an `Encoder` or a trainer is made of the model. Cross-attention of a decoder is not
+    changed. `model.config.temp_scale` records the settings. `model` may also be an `Encoder`, a `SentenceTransformer`, or
+    another module around one transformers model.
 
     Raises:
         InputError: if an attention class is unknown (the message names it); if the model lacks a named layer; if the model is
