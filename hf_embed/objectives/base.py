@@ -178,10 +178,21 @@ class FunctionObjective(ContrastiveObjective):
         other_ids: Tensor | None = None,
         **needed: Tensor,
     ) -> Tensor:
-        """Return the loss that the callable computes."""
+        """Return the loss that the callable computes.
+
+        Raises:
+            InputError: if it returns anything but a number with a gradient.
+        """
         given = {"temperature": temperature, "other_ids": other_ids, **needed}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        return self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
+        loss = self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or (embeddings.requires_grad and not loss.requires_grad):
+            shape = f" of shape {tuple(loss.shape)}, gradient {loss.requires_grad}" if isinstance(loss, Tensor) else ""
+            raise InputError(
+                f"the objective {called(self)} returns a {type(loss).__name__}{shape}; return the mean loss of the rows, a "
+                "tensor of one number that is computed from the embeddings"
+            )
+        return loss
 
 
 def has_parameter(function: Callable[..., Tensor], name: str) -> bool:
@@ -198,6 +209,12 @@ def parameters_of(function: Callable[..., Tensor]) -> Mapping[str, inspect.Param
         return {}
 
 
+def called(objective: Objective) -> str:
+    """Return what error messages call an objective: the name of its class, or of the function that it wraps."""
+    loss = objective.function if isinstance(objective, FunctionObjective) else objective
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
 def check_other_positives(objective: Objective, name: str) -> None:
     """Refuse an objective that does not accept `other_ids`; `name` is what error messages call the rows.
 
@@ -205,11 +222,10 @@ def check_other_positives(objective: Objective, name: str) -> None:
         InputError: if the call of the objective has no parameter `other_ids`.
     """
     if not objective.takes_other_ids:
-        loss = objective.function if isinstance(objective, FunctionObjective) else objective
-        called = getattr(loss, "__name__", type(loss).__name__)
         raise InputError(
-            f"{name}: rows have several positives, but the objective {called} has no parameter other_ids, so a row's other "
-            "positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row one positive"
+            f"{name}: rows have several positives, but the objective {called(objective)} has no parameter other_ids, so a "
+            "row's other positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row "
+            "one positive"
         )
 
 

@@ -119,8 +119,9 @@ class Matryoshka:
         assert self.weights is not None  # __post_init__ has set them
         given = {"temperature": temperature, "other_ids": other_ids, **needed}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        inner = self.inner
         loss = embeddings.new_zeros(())
         for dim, weight in zip(self.dims, self.weights):  # equation 1: the sum over widths m of c_m L
             everyone = None if all_embeddings is None else all_embeddings[..., :dim]
-            loss = loss + weight * self.objective(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **given)
+            loss = loss + weight * inner(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **given)
         return loss
