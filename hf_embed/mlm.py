@@ -35,6 +35,12 @@ def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrained
     return model.base_model, head  # type: ignore[union-attr,return-value]  # a model with a head is not None
 
 
+def check_mask_token(tokenizer: PreTrainedTokenizerBase, user: str) -> None:
+    """Raise InputError if a tokenizer has no mask token; `user` is what needs it."""
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"{user} masks tokens, but the tokenizer has no mask token; set tokenizer.mask_token and save it")
+
+
 def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: float = 0.15) -> tuple[Tensor, Tensor]:
     """Return masked ids and labels, both (S,), of token ids (S,), by the rule of BERT.
 

@@ -31,7 +31,7 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError
 from hf_embed.library_internals import layers_to_wrap
-from hf_embed.mlm import split_masked_lm
+from hf_embed.mlm import check_mask_token, split_masked_lm
 from hf_embed.objectives.base import Objective
 from hf_embed.packing import Packing, precision
 from hf_embed.pooling import POOLINGS
@@ -209,6 +209,8 @@ def make_step(
     if objective.mlm_weight and mlm_head is None:
         model, mlm_head = split_masked_lm(model)
     encoder = make_encoder(model, tokenizer, args)
+    if objective.mlm_weight:
+        check_mask_token(encoder.tokenizer, "mlm_weight")
     if args.temp_scale is not None:
         apply_tempscale(encoder.backbone, args.temp_scale)
     needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training

@@ -353,3 +353,12 @@ def test_a_head_that_judges_pairs_is_no_head_of_masked_language_modeling(kind, t
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, model, args, processing_class=small_tokenizer(), objective=SimCSE(mlm_weight=0.1))
     assert f"{kind} has none: load AutoModelForMaskedLM" in message
+
+
+def test_a_tokenizer_without_a_mask_token_masks_no_words(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.mask_token = None
+    model = transformers.BertForMaskedLM(tiny_model("bert").config)
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, model, args, processing_class=tokenizer, objective=SimCSE(mlm_weight=0.1))
+    assert message.startswith("mlm_weight masks tokens, but the tokenizer has no mask token")
