@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from hf_embed.errors import InputError
 from hf_embed.read_files import COPY_ANEW
 from hf_embed.tempscale.config import TempScaleConfig
-from hf_embed.tempscale.registry import Attentions, Handler, attentions, is_cross
+from hf_embed.tempscale.registry import Attentions, attentions, is_cross
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,23 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     check_unscaled(base)
     found = attentions(base)
     temperatures = temperatures_of(base, found, config)
-    hooks, pre_hooks = hooks_of(base, found, config, temperatures)
+    outputs, numbers = divided_outputs(base, found, temperatures), divided_numbers(found)
+    tables = bias_tables(base, found, temperatures)
+    if config.growth and (tables or numbers or any(len(handler.query) > 1 for _, handler in found.values())):
+        raise InputError(
+            f"TempScale with growth: the scores of {type(base).__name__} cannot be divided by another number for each text; "
+            "use it without growth"
+        )
     # All checks have passed. The model is changed only from here on.
     applied = Applied(config, temperatures)
-    applied.handles += [module.register_forward_hook(hook) for module, hook in hooks]
+    lengths = Lengths(config) if config.growth else None
+    pre_hooks: list[tuple[nn.Module, ScaleBias | Lengths]] = [(base, lengths)] if lengths else []
+    for name, factor in handed_biases(found, tables, temperatures):
+        pre_hooks.append((found[name][0], ScaleBias(found[name][0], factor)))
     applied.handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pre_hooks]
-    for name, (attribute, number) in divided_numbers(found).items():
+    for output in outputs:
+        applied.handles.append(base.get_submodule(output.module).register_forward_hook(Divide(output, lengths)))
+    for name, (attribute, number) in numbers.items():
         applied.numbers.append((found[name][0], attribute, number))
         setattr(found[name][0], attribute, number / temperatures[name])
     if any(is_cross(name) for name, _ in base.named_modules()):
@@ -206,40 +217,30 @@ def temperatures_of(model: PreTrainedModel, found: Attentions, config: TempScale
     return {name: temperatures[number] for name, number in zip(found, numbers)}
 
 
-def projections(attention: nn.Module, handler: Handler) -> dict[str, nn.Module]:
-    """Return the submodules whose outputs are divided, by name.
+class Output(NamedTuple):
+    """The output of a submodule that is divided by a temperature, or a part of the output."""
 
-    The first one must exist. Others may be missing, because they belong to options of the model.
+    module: str  # the name of the submodule
+    temperature: float
+    part: Callable[[int, torch.device], Tensor] | None = None
+    norm_offset: float = 0.0
+
+
+def divided_outputs(model: nn.Module, found: Attentions, temperatures: dict[str, float]) -> list[Output]:
+    """Return the outputs that are divided: those of tables of position biases, and those that the registry names.
+
+    Of the submodules that the registry names for a class, the first one must exist. Others may be missing, because they belong
+    to options of the model.
     """
-    found = {name: getattr(attention, name, None) for name in handler.query}
-    if handler.query and found[handler.query[0]] is None:
-        raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{handler.query[0]}'")
-    return {name: module for name, module in found.items() if module is not None}
-
-
-def hooks_of(
-    model: PreTrainedModel, found: Attentions, config: TempScaleConfig, temperatures: dict[str, float]
-) -> tuple[list[tuple[nn.Module, "Divide"]], list[tuple[nn.Module, "ScaleBias | Lengths"]]]:
-    """Return the forward hooks and the forward pre-hooks that scale a model, each with its module.
-
-    Raise InputError if a submodule is missing, or for growth if the scores are not just queries times keys.
-    """
-    tables = bias_tables(model, found, temperatures)
-    if config.growth and (tables or divided_numbers(found) or any(len(handler.query) > 1 for _, handler in found.values())):
-        raise InputError(
-            f"TempScale with growth: the scores of {type(model).__name__} cannot be divided by another number for each text; "
-            "use it without growth"
-        )
-    lengths = Lengths(config) if config.growth else None
-    hooks = [(model.get_submodule(name), Divide(temperature)) for name, temperature in tables.items()]
+    outputs = [Output(name, temperature) for name, temperature in bias_tables(model, found, temperatures).items()]
     for name, (attention, handler) in found.items():
         part = partial(handler.part, attention) if handler.part else None
-        divide = Divide(temperatures[name], part, lengths)
-        hooks += [(projection, divide) for projection in projections(attention, handler).values()]
-    pre_hooks: list[tuple[nn.Module, ScaleBias | Lengths]] = [(model, lengths)] if lengths else []
-    for name, factor in handed_biases(found, tables, temperatures):
-        pre_hooks.append((found[name][0], ScaleBias(found[name][0], factor)))
-    return hooks, pre_hooks
+        for child in handler.query:
+            if getattr(attention, child, None) is not None:
+                outputs.append(Output(f"{name}.{child}", temperatures[name], part, handler.norm_offset))
+            elif child == handler.query[0]:
+                raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{child}'")
+    return outputs
 
 
 def bias_tables(model: nn.Module, found: Attentions, temperatures: dict[str, float]) -> dict[str, float]:
@@ -287,12 +288,11 @@ def handed_biases(found: Attentions, tables: dict[str, float], temperatures: dic
 
 def divided_numbers(found: Attentions) -> dict[str, tuple[str, float]]:
     """Return the numbers that are divided, as (attribute, number), by the name of the attention module that holds them."""
-    numbers = {}
-    for name, (attention, handler) in found.items():
-        number = getattr(attention, handler.attribute, None) if handler.attribute else None
-        if handler.attribute and number is not None:
-            numbers[name] = handler.attribute, number
-    return numbers
+    return {
+        name: (handler.attribute, number)
+        for name, (attention, handler) in found.items()
+        if handler.attribute and (number := getattr(attention, handler.attribute, None)) is not None
+    }
 
 
 # ---- hooks ----
@@ -301,13 +301,8 @@ def divided_numbers(found: Attentions) -> dict[str, tuple[str, float]]:
 class Divide:
     """A forward hook that divides the output of a submodule, or a part of its last dimension, by the temperature."""
 
-    def __init__(
-        self,
-        temperature: float,
-        part: Callable[[int, torch.device], Tensor] | None = None,
-        lengths: "Lengths | None" = None,
-    ):
-        self.temperature, self.part, self.lengths = temperature, part, lengths
+    def __init__(self, divided: Output, lengths: "Lengths | None"):
+        self.temperature, self.part, self.lengths = divided.temperature, divided.part, lengths
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Return the output to use instead."""

@@ -10,8 +10,7 @@ the projection, its weight is divided instead.
 Shapes: a weight is (out, in) or, of a norm, (out,); a bias is (out,). `out` is the width of a submodule's output.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,12 +20,13 @@ from transformers import PreTrainedModel
 from hf_embed.errors import InputError
 from hf_embed.tempscale.attention import (
     Applied,
+    Output,
     applied_tempscale,
     applied_to,
     apply_tempscale,
     bias_tables,
+    divided_outputs,
     model_in,
-    projections,
     remove_tempscale,
     stated,
     temperatures_of,
@@ -120,14 +120,14 @@ def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: di
     return min(shared, default=None)
 
 
-def is_foldable(model: nn.Module) -> bool:
-    """Return whether the weights of `model` can hold what is applied to it; True if nothing is applied."""
+def why_not_foldable(model: nn.Module) -> InputError | None:
+    """Return the error if the weights of `model` cannot hold what is applied to it; None if they can, or nothing is applied."""
     try:
         if applied_tempscale(model) is not None:
             check_foldable(model)
-    except InputError:
-        return False
-    return True
+    except InputError as error:
+        return error
+    return None
 
 
 def scaled(
@@ -137,29 +137,20 @@ def scaled(
     state_dict = dict(model.named_parameters()) if state_dict is None else state_dict
     found = attentions(model)
     tensors: dict[str, Tensor] = {}
-    caps: dict[str, float] = {}
-    for name, (attention, handler) in found.items():
-        part = partial(handler.part, attention) if handler.part else None
-        for child in projections(attention, handler):
-            tensors |= divided(model, f"{name}.{child}", temperatures[name], state_dict, part, handler.norm_offset)
-        cap = getattr(model.config, handler.attribute, None) if handler.attribute else None
-        if handler.attribute and cap is not None:
-            caps[handler.attribute] = cap / temperatures[name]
-    for name, temperature in bias_tables(model, found, temperatures).items():
-        tensors |= divided(model, name, temperature, state_dict)
+    for output in divided_outputs(model, found, temperatures):
+        tensors |= divided(model, output, state_dict)
+    caps = {
+        handler.attribute: cap / temperatures[name]
+        for name, (_, handler) in found.items()
+        if handler.attribute and (cap := getattr(model.config, handler.attribute, None)) is not None
+    }
     return tensors, caps
 
 
 @torch.no_grad()
-def divided(
-    model: nn.Module,
-    name: str,
-    temperature: float,
-    state_dict: Mapping[str, Tensor],
-    part: Callable[[int, torch.device], Tensor] | None = None,
-    norm_offset: float = 0.0,
-) -> dict[str, Tensor]:
+def divided(model: nn.Module, output: Output, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return new parameters of a linear layer, a norm or an embedding that divide its output, or a part of it."""
+    name, temperature, part, norm_offset = output
     module = model.get_submodule(name)
     tensors: dict[str, Tensor] = {}
     keys = dict(module.named_parameters())
