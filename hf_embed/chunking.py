@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_embed.activations import Activations, ChunkEncoder, with_caching
-from hf_embed.packing import Numbering, Packing, copy_to, pack
+from hf_embed.packing import Numbering, copy_to, pack
 from hf_embed.ranks import largest
 
 # A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.
@@ -81,16 +81,6 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
     return chunks
 
 
-def pack_chunk(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Tensor, Packing]:
-    """Pack the texts of one chunk. Arguments as for `pad_chunk`; `numbering` gives each token its position.
-
-    Returns:
-        Token ids (1, S), attention mask (b, T) of the padded texts, and the packing.
-    """
-    row, packing = pack(ids, lengths, pad_id, numbering)
-    return row, packing.mask, packing
-
-
 def pad_chunk(ids: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad the texts of one chunk. Here S is the number of tokens in the chunk.
 
@@ -141,7 +131,7 @@ def encode_in_chunks(
     if numbering is None:
         lay_out, chunks = pad_chunk, plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
     else:
-        lay_out, chunks = partial(pack_chunk, numbering=numbering), plan_packed(lengths, chunk_tokens)
+        lay_out, chunks = partial(pack, numbering=numbering), plan_packed(lengths, chunk_tokens)
     if equal_chunks:
         chunks = split_chunks(chunks, largest(len(chunks)))
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])

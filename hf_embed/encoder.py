@@ -123,8 +123,7 @@ class Encoder(nn.Module):
 
     def check_forward(self) -> None:
         """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
-        measured = measure(self)
-        self.width, self.positions, self.packable = measured.width, measured.positions, measured.packable
+        self.width, self.positions, self.packable = measure(self)
         self.checked_at = place_of(self.base)
 
     def check_place(self) -> None:

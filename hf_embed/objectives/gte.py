@@ -156,11 +156,6 @@ class RowIds(NamedTuple):
     others: Tensor | None  # (N, W) or (T, W) hashes of the other positives, filled up with 0; None if no row has any
     guide: Tensor | None  # (N, V, E) or (T, V, E) a teacher's unit vectors of the texts; None without a guide
 
-    def of_rows(self, rows: slice) -> "RowIds":
-        """Return the same for some of the rows."""
-        others = None if self.others is None else self.others[rows]
-        return RowIds(self.texts[rows], others, None if self.guide is None else self.guide[rows])
-
 
 class _MeanLoss(torch.autograd.Function):
     """Map unit queries (N, D), unit documents (N * (V - 1), D) and the temperature () to the mean loss () of the own rows."""
@@ -213,7 +208,7 @@ def tile_loss(
     # The improved contrastive loss of arXiv 2308.03281, with log Z_i as a logsumexp over the terms of each direction.
     sides = candidates_of(queries, documents, ids, rows)
     tile = slice(rows.start, rows.stop)
-    tile_ids = ids.of_rows(tile)
+    tile_ids = RowIds(ids.texts[tile], *(None if part is None else part[tile] for part in ids[1:]))
     positive = (sides["query"].tile_vectors * sides["doc"].tile_vectors).sum(-1)  # s(q_i, d_i), (T,)
     limit = None if objective.margin is None else positive - objective.margin
     if tile_ids.guide is not None and objective.guide_margin is not None:
