@@ -100,11 +100,13 @@ class TrainingStep(nn.Module):
 
         Returns:
             A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
-            masked tokens. With a learned temperature it also has "temperature", a scalar.
+            masked tokens. With a learned temperature it also has "temperature", a scalar of at least `MIN_TEMPERATURE`.
         """
         outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, trained=self)
         if self.log_temperature is not None:
-            outputs["temperature"] = bounded_temperature(self.log_temperature)
+            # The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
+            below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)
+            outputs["temperature"] = (self.log_temperature + below).exp().squeeze(0)
         if mlm is not None:
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
             losses = encode_in_chunks(
@@ -176,15 +178,6 @@ class TrainingStep(nn.Module):
             self.encoder.backbone.activation_checkpointing_enable(**kwargs)
         except ValueError as error:
             raise InputError(f"{str(error).rstrip('.')}; use gradient_caching, which works for every model") from error
-
-
-def bounded_temperature(log_temperature: Tensor) -> Tensor:
-    """Return the temperature, a scalar of at least `MIN_TEMPERATURE`.
-
-    The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
-    """
-    below = (math.log(MIN_TEMPERATURE) - log_temperature.detach()).clamp(min=0)
-    return (log_temperature + below).exp().squeeze(0)
 
 
 def make_step(

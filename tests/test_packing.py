@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale, packed_attention
-from hf_embed.chunking import plan_packed
+from hf_embed.chunking import plan_chunks
 from hf_embed.dropout import dropout, use_fast_dropout
 from hf_embed.packed_attention import PADDED, SHORT, ByHead, attend_by_text
 from hf_embed.packing import Packing, after_padding, from_zero, pack
@@ -332,14 +332,14 @@ def test_a_rounded_row_changes_nothing(name, monkeypatch):
 
 
 def test_plan_packed():
-    chunks = plan_packed(LENGTHS, 50)
+    chunks = plan_chunks(LENGTHS, 50, min_tokens=None)
     assert sorted(i for chunk in chunks for i in chunk) == list(range(len(LENGTHS)))
     sizes = [sum(LENGTHS[i] for i in chunk) for chunk in chunks]
     assert all(size <= 50 for size in sizes)
     assert all(size + LENGTHS[following[0]] > 50 for size, following in zip(sizes, chunks[1:]))
     order = [LENGTHS[i] for chunk in chunks for i in chunk]
     assert order == sorted(order, reverse=True)
-    assert plan_packed([], 10) == [] and plan_packed([30, 4], 10) == [[0], [1]]
+    assert plan_chunks([], 10, None) == [] and plan_chunks([30, 4], 10, None) == [[0], [1]]
 
 
 @pytest.mark.parametrize(
