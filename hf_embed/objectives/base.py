@@ -1,8 +1,8 @@
 """The interface of an objective, defaults for its optional parts, and a wrapper for plain functions.
 
-A new objective is a dataclass that derives from `ContrastiveObjective`. It computes a loss from embeddings and text ids. It
-does not gather, does not run a model and does not log. `Objective` is the protocol that the trainer relies on, and
-`FunctionObjective` turns a plain function into an objective.
+A new objective is a dataclass that derives from `ContrastiveObjective` and defines `mean_loss`. It computes a loss from
+embeddings and text ids. It does not gather, does not run a model and does not log. `Objective` is the protocol that the trainer
+relies on, and `FunctionObjective` turns a plain function into an objective.
 
 The loss is the mean over the rows of one rank, because DDP and FSDP average the gradients over the ranks. A term that depends
 on all rows, and that every rank computes alike from `all_embeddings`, needs no correction: its average over the ranks is the
@@ -14,7 +14,7 @@ numbers per embedding.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -117,8 +117,21 @@ class Objective(Protocol):
         ...
 
 
+class Batch(NamedTuple):
+    """What the loss of a step is computed from: the arguments of an `Objective`, with their defaults filled in."""
+
+    embeddings: Tensor  # (B, V, D) embeddings of the own rows
+    text_ids: Tensor  # (B, V) hash of each text; 0 for an absent text
+    all_embeddings: Tensor  # (N, V, D) the same of the rows of all ranks
+    all_text_ids: Tensor  # (N, V)
+    own: slice  # where the own rows are among the rows of all ranks
+    temperature: Tensor | float  # the learned temperature, or the fixed one
+    other_ids: Tensor | None  # (N, W) hashes of the other positives of each row; None if no row has any
+    needed: dict[str, Tensor]  # the further arguments, by name: see `NEEDS`
+
+
 class ContrastiveObjective:
-    """The base class of objectives, with a default for every part of `Objective` except the call."""
+    """The base class of objectives, with a default for every part of `Objective` except the loss: define `mean_loss`."""
 
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -141,6 +154,27 @@ class ContrastiveObjective:
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Accept rows with any number of texts."""
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        text_ids: Tensor,
+        all_embeddings: Tensor | None = None,
+        all_text_ids: Tensor | None = None,
+        first_row: int = 0,
+        temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
+        **needed: Tensor,
+    ) -> Tensor:
+        """Return the mean loss of the own rows, a scalar; see `Objective`."""
+        if all_embeddings is None or all_text_ids is None:
+            all_embeddings, all_text_ids = embeddings, text_ids
+        own, divisor = slice(first_row, first_row + len(embeddings)), self.temperature if temperature is None else temperature
+        return self.mean_loss(Batch(embeddings, text_ids, all_embeddings, all_text_ids, own, divisor, other_ids, needed))
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar. The texts of `batch.other_ids` are not negatives of their row."""
+        raise NotImplementedError
 
 
 class FunctionObjective(ContrastiveObjective):
