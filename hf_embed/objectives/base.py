@@ -48,27 +48,22 @@ class Objective(Protocol):
     @property
     def temperature(self) -> float:
         """The number that similarities are divided by. If the temperature is learned, this is its initial value."""
-        ...
 
     @property
     def learn_temperature(self) -> bool:
         """Whether the trainer learns the temperature and passes it to each call."""
-        ...
 
     @property
     def mlm_weight(self) -> float:
         """The weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss."""
-        ...
 
     @property
     def takes_other_ids(self) -> bool:
         """Whether the call accepts `other_ids`. Data whose rows have several positives requires it."""
-        ...
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The names of further arguments that the call needs, each one of `NEEDS`."""
-        ...
 
     def check_width(self, width: int) -> None:
         """Check that the objective accepts embeddings of `width` numbers.
@@ -76,7 +71,6 @@ class Objective(Protocol):
         Raises:
             InputError: if it does not.
         """
-        ...
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Check that the objective accepts the rows of a dataset.
@@ -88,7 +82,6 @@ class Objective(Protocol):
         Raises:
             InputError: if it does not accept them.
         """
-        ...
 
     def __call__(
         self,
@@ -114,7 +107,6 @@ class Objective(Protocol):
 
         The arguments that the objective `needs` are passed by name, for the rows of all ranks: see `NEEDS`.
         """
-        ...
 
 
 class Batch(NamedTuple):
@@ -128,6 +120,12 @@ class Batch(NamedTuple):
     temperature: Tensor | float  # the learned temperature, or the fixed one
     other_ids: Tensor | None  # (N, W) hashes of the other positives of each row; None if no row has any
     needed: dict[str, Tensor]  # the further arguments, by name: see `NEEDS`
+
+    def given(self) -> dict[str, Tensor]:
+        """Return the arguments that are passed by name, and only if there are any."""
+        learned = self.temperature if isinstance(self.temperature, Tensor) else None
+        given = {"temperature": learned, "other_ids": self.other_ids, **self.needed}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 class ContrastiveObjective:
@@ -201,26 +199,15 @@ class FunctionObjective(ContrastiveObjective):
         """Whether the callable has a parameter `other_ids`."""
         return has_parameter(self.function, "other_ids")
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        **needed: Tensor,
-    ) -> Tensor:
+    def mean_loss(self, batch: Batch) -> Tensor:
         """Return the loss that the callable computes.
 
         Raises:
             InputError: if it returns anything but a number with a gradient.
         """
-        given = {"temperature": temperature, "other_ids": other_ids, **needed}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        loss = self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or (embeddings.requires_grad and not loss.requires_grad):
+        rows = batch.embeddings, batch.text_ids, batch.all_embeddings, batch.all_text_ids, batch.own.start
+        loss = self.function(*rows, **batch.given())
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or (batch.embeddings.requires_grad and not loss.requires_grad):
             shape = f" of shape {tuple(loss.shape)}, gradient {loss.requires_grad}" if isinstance(loss, Tensor) else ""
             raise InputError(
                 f"the objective {called(self)} returns a {type(loss).__name__}{shape}; return the mean loss of the rows, a "
