@@ -74,7 +74,7 @@ class Passes:
 
 
 def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
-    """Check the forward pass of `encoder`, and measure it.
+    """Check the forward pass of `encoder`, if possible with float32 weights, and measure it.
 
     Returns:
         The width of the vectors; the number of tokens that have positions, or None if there is no limit; and how the model can
@@ -87,19 +87,6 @@ def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
     if not is_measurable(encoder.backbone):
         return encoder.config.hidden_size, stated_positions(encoder.config), None
     check_vocabulary(encoder)
-    passes = checked_passes(encoder)
-    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
-    width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
-    positions = table_of_positions(passes.lookups, passes.rows, word_table(encoder.base))
-    return width, positions or stated_positions(encoder.config), passes.packable
-
-
-def checked_passes(encoder: "Encoder") -> Passes:
-    """Compute the vectors of the texts in every way, and check them. If possible, this is done with float32 weights.
-
-    Raises:
-        InputError: as described in `measure`.
-    """
     passes = None
     with in_float32(encoder) as changed:
         failures = (InputError, torch.OutOfMemoryError) if changed else ()  # the code of a model may need its data type
@@ -110,7 +97,10 @@ def checked_passes(encoder: "Encoder") -> Passes:
     if passes is None:
         passes = run_passes(encoder)
         check_passes(passes, encoder)
-    return passes
+    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
+    width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
+    positions = table_of_positions(passes.lookups, passes.rows, word_table(encoder.base))
+    return width, positions or stated_positions(encoder.config), passes.packable
 
 
 def run_passes(encoder: "Encoder") -> Passes:

@@ -104,9 +104,8 @@ def share_gradient(table: nn.Embedding | None) -> tuple[SharedGradient | None, T
 
     There is no shared gradient if the table needs none, or is of a special kind. The empty tensor then connects nothing.
     """
-    if table is None or not torch.is_grad_enabled() or not table.weight.requires_grad:
-        return None, torch.empty(0)
-    if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+    special = table is not None and (table.max_norm is not None or table.scale_grad_by_freq or table.sparse)
+    if table is None or special or not torch.is_grad_enabled() or not table.weight.requires_grad:
         return None, torch.empty(0)
     gradient = SharedGradient(table)
     return gradient, _Share.apply(table.weight, gradient)
