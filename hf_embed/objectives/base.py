@@ -14,7 +14,7 @@ numbers per embedding.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, Protocol, cast, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -145,7 +145,7 @@ class ContrastiveObjective:
     @property
     def takes_other_ids(self) -> bool:
         """Whether the call has a parameter `other_ids`."""
-        return has_parameter(cast(Callable[..., Tensor], self), "other_ids")
+        return has_parameter(self, "other_ids")
 
     def check_width(self, width: int) -> None:
         """Accept embeddings of any width."""
