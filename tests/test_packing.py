@@ -331,7 +331,7 @@ def test_a_rounded_row_changes_nothing(name, monkeypatch):
     assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
-def test_plan_packed():
+def test_plan_of_packed_chunks():
     chunks = plan_chunks(LENGTHS, 50, min_tokens=None)
     assert sorted(i for chunk in chunks for i in chunk) == list(range(len(LENGTHS)))
     sizes = [sum(LENGTHS[i] for i in chunk) for chunk in chunks]
