@@ -113,8 +113,13 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return the tokenizer with a padding token. Padding is masked, so any token can serve as one.
 
     Raises:
-        InputError: if the tokenizer has no token that could serve.
+        InputError: if the argument is not a tokenizer, or has no token that could serve.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"the tokenizer is of the type {type(tokenizer).__name__}; give the model's tokenizer, from "
+            "AutoTokenizer.from_pretrained"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")

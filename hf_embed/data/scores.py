@@ -79,3 +79,23 @@ def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
             "score for the positive and one for each negative"
         )
     return scores
+
+
+def check_gaps(cells: dict[str, Any], texts: list[str], scores: list[str], where: str) -> None:
+    """Check that each text with its own column of scores has a score, and that each score has its text.
+
+    The number of scores alone would not show that the score of another text is missing.
+
+    Args:
+        cells: the cells of the row by column.
+        texts: the columns of the positive and the negatives.
+        scores: the columns of the scores, in the same order.
+        where: the place of the row in messages.
+
+    Raises:
+        InputError: if only one of the two is there.
+    """
+    for text, score in zip(texts, scores) if len(texts) == len(scores) > 1 else ():
+        if (cells[score] is None) != (not cells[text]):
+            absent, there = (score, text) if cells[score] is None else (text, score)
+            raise InputError(f"{where}: there is a value in column '{there}', but none in column '{absent}'; give both or none")

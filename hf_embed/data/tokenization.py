@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
 from hf_embed.data.labeled import check_label_names
-from hf_embed.data.scores import row_scores, score_columns
+from hf_embed.data.scores import check_gaps, row_scores, score_columns
 from hf_embed.data.sources import kept_rows, refuse_lists
 from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
@@ -237,6 +237,8 @@ def read_rows(
         made = kept_rows(cells, columns, where, drop)
         if scores and len(made) > 1:
             raise InputError(f"{where}: there are {len(made)} positives, but scores need one positive per row; split the row")
+        if made:
+            check_gaps(cells, columns[1:], scores, where)
         for texts, others in made:
             graded = row_scores({column: cells[column] for column in scores}, len(texts), where) if scores else []
             yield Row(number, texts[:most], others, graded[: len(texts[:most]) - 1])
