@@ -35,6 +35,7 @@ from hf_embed.library_internals import (
     set_base_rates,
     train_batch_size,
 )
+from hf_embed.progress import hidden_bars
 from hf_embed.read_files import read_json
 from hf_embed.trainer_settings import METRIC_SCHEDULES
 from hf_embed.training_record import ends_training
@@ -156,8 +157,30 @@ class CheckpointTrainer(HubTrainer):
         Raises:
             DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.
         """
+        self.use_final_weights()
         with disk_errors(str(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
+
+    def use_final_weights(self) -> None:
+        """Let an optimizer that trains other weights than those of the final model, such as schedulefree's, put in the latter.
+
+        Trainer puts back the weights to train at the next step.
+
+        Raises:
+            InputError: if there is no model, because a hyperparameter search ends without one.
+        """
+        if self.model is None:
+            raise InputError("no model is left after a hyperparameter search; set the best trial's settings in args, and train")
+        if hasattr(self.optimizer, "eval"):
+            cast(Any, self.optimizer).eval()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside a `with` block, compute embeddings as the final model would: without dropout and without gradients."""
+        self.use_final_weights()
+        cast(nn.Module, self.model).eval()
+        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
+            yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under a temporary name, seal it after all ranks have written, and rename it to its final name."""
@@ -260,6 +283,7 @@ class CheckpointTrainer(HubTrainer):
 
         In that case, the model keeps the weights of the last step.
         """
+        self.use_final_weights()
         if self.state.best_model_checkpoint is not None:
             self._settle_best(Path(self.state.best_model_checkpoint))
         best = self.state.best_model_checkpoint
@@ -307,7 +331,7 @@ class CheckpointTrainer(HubTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        settings = settings_of_groups(optimizer, self.args)
         rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if self._reads_a_metric else {}
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -336,6 +360,21 @@ class CheckpointTrainer(HubTrainer):
         except Exception as error:
             names = [path.name for path in Path(str(checkpoint)).glob("rng_state*.pth")]
             raise unreadable(str(checkpoint), names, error) from error
+
+
+def settings_of_groups(optimizer: Any, args: ContrastiveTrainingArguments) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group.
+
+    Optimizers of PyTorch and transformers keep only settings in a group, besides its parameters. Others also count there (for
+    example schedulefree its steps, and Prodigy its estimate), so of theirs only the known settings are returned.
+    """
+    kind = type(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+    known = {"lr", "weight_decay", "betas", "eps"} | {part.split("=")[0].strip() for part in (args.optim_args or "").split(",")}
+    plain = kind.__module__.startswith(("torch.", "transformers."))
+    return [
+        {key: value for key, value in group.items() if key in known or (plain and key != "params")}
+        for group in optimizer.param_groups
+    ]
 
 
 # ---- checks of the files of a checkpoint ----

@@ -24,6 +24,7 @@ from hf_embed.disk import disk_errors
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
+from hf_embed.evaluation.tasks import logged_by, main_metric
 from hf_embed.library_internals import first_step, run_folder, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
@@ -119,6 +120,21 @@ class GuardedTrainer(CheckpointTrainer):
             self.optimizer = None
         if self.optimizer_of is not None or self.optimizer is None:
             self.optimizer_of = now
+
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **named: Any) -> Any:
+        """Search as `Trainer.hyperparameter_search` does.
+
+        Raises:
+            InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss.
+        """
+        tasks = own_tasks(cast("ContrastiveTrainer", self))
+        if compute_objective is None and any(logged_by(task) != {"loss"} for task in tasks.values()):
+            raise InputError(
+                "hyperparameter_search needs compute_objective, because the default of transformers is the sum of all metrics; "
+                f"give, for example, compute_objective=lambda metrics: metrics['eval_{main_metric(tasks)}'] and "
+                "direction='maximize'"
+            )
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **named)
 
     # ---- signals and ranks ----
 

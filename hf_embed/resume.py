@@ -237,9 +237,12 @@ def base_model_hash(backbone: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-def optimizer_class(trainer: Trainer) -> str:
-    """Return the name of the optimizer's class. For an optimizer that cannot be built without a model, return `optim`."""
-    if trainer.optimizer is not None:
+def optimizer_class(trainer: "ContrastiveTrainer") -> str:
+    """Return the name of the class of the user's own optimizer, or else of the one that `optim` names.
+
+    For an optimizer that cannot be built without a model, return `optim`.
+    """
+    if trainer.optimizer is not None and trainer.optimizer_of is None:
         return type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__  # accelerate wraps it
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if name.startswith(NEED_A_MODEL):

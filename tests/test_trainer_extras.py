@@ -98,6 +98,19 @@ def test_hyperparameter_search(tmp_path):
     made.train()  # the trainer still has its objective
 
 
+def test_a_search_without_an_objective_is_refused(tmp_path):
+    """BUG: the default of transformers minimizes the sum of all metrics, so the search returned the worst trial."""
+    pytest.importorskip("optuna")
+    made = trainer(tmp_path, model_init=new_model)
+    assert "needs compute_objective" in error_of(made.hyperparameter_search, n_trials=1, backend="optuna")
+    made.eval_dataset = {"loss": PAIRS.select(range(4))}
+    best = made.hyperparameter_search(lambda trial: {}, n_trials=1, backend="optuna")
+    for method in (made.evaluate, made.save_model):
+        assert "no model is left after a hyperparameter search" in error_of(method)
+    made.train()
+    assert best.objective == made.evaluate()["eval_loss"]
+
+
 def search(made, space) -> object:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
