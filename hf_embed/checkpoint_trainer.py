@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from hf_embed import resume, safe_files
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
 from hf_embed.disk import disk_errors
-from hf_embed.distributed import gather_objects
+from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
-Made = TypeVar("Made")
 
 LATEST = "latest"  # the same as True, but easier to read on a command line
 # Beginnings of transformers' messages about a resumed run that this package replaces, or that are wrong here.
@@ -94,7 +93,7 @@ class CheckpointTrainer(HubTrainer):
         resume.check_ranks_alike(gather_objects(self.facts))
         checkpoint = None
         if resume_from_checkpoint:
-            checkpoint = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
+            checkpoint = on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
             self.check_on_each_node(checkpoint)
         if self.args.should_save:
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
@@ -128,19 +127,6 @@ class CheckpointTrainer(HubTrainer):
         if anew := starting_anew(checkpoint):
             logger.warning(f"{checkpoint}: {anew}")
         return str(checkpoint)
-
-    def on_main(self, make: Callable[[], Made]) -> Made:
-        """Call `make` on the main process, and return its result on every rank, or raise its error on every rank."""
-        made, problem = None, None
-        if self.is_world_process_zero():
-            try:
-                made = make()
-            except Exception as error:
-                problem = error
-        made, reason = gather_objects((made, None if problem is None else str(problem)))[0]
-        if reason is not None:
-            raise problem or InputError(reason)
-        return cast(Made, made)
 
     def check_on_each_node(self, checkpoint: str) -> None:
         """Raise InputError if a machine has its own copy of the checkpoint (`save_on_each_node`) and that copy is damaged."""
@@ -271,7 +257,7 @@ class CheckpointTrainer(HubTrainer):
 
     def _settle_best(self, best: Path) -> None:
         """Record a folder as the best checkpoint so far, or record None if the checkpoint is incomplete."""
-        reason = self.on_main(lambda: whole.damage(best))
+        reason = on_main(lambda: whole.damage(best))
         self.state.best_model_checkpoint = str(best)
         if reason is not None:
             self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
