@@ -241,7 +241,7 @@ class CheckpointTrainer(HubTrainer):
         if trial is not None:  # the trial has set some of the arguments
             self.check_unchanged()
             self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
-        with without_messages(("transformers.trainer", "transformers.trainer_utils"), REPLACED_MESSAGES):
+        with without_replaced_messages():
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
@@ -318,7 +318,8 @@ class CheckpointTrainer(HubTrainer):
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         settings = settings_of_groups(optimizer, self.args)
-        rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if self._reads_a_metric else {}
+        reads_metric = self.args.lr_scheduler_type in METRIC_SCHEDULES
+        rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if reads_metric else {}
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
@@ -334,11 +335,6 @@ class CheckpointTrainer(HubTrainer):
         elif schedule:
             given_rates = [given["lr"] for given in settings]
             keep_counts(scheduler, schedule, metric_rates(checkpoint, self.facts, loaded, given_rates))
-
-    @property
-    def _reads_a_metric(self) -> bool:
-        """Whether the learning-rate schedule reads the evaluation metric."""
-        return self.args.lr_scheduler_type in METRIC_SCHEDULES
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
@@ -419,21 +415,17 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def without_messages(names: tuple[str, ...], beginnings: tuple[str, ...]) -> Iterator[None]:
-    """Suppress log messages for a while.
-
-    Args:
-        names: the loggers.
-        beginnings: how the suppressed messages begin.
-    """
+def without_replaced_messages() -> Iterator[None]:
+    """Inside a `with` block, suppress the messages of transformers that begin as in `REPLACED_MESSAGES`."""
 
     def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(beginnings)
+        return not record.getMessage().startswith(REPLACED_MESSAGES)
 
-    for name in names:
-        logging.getLogger(name).addFilter(wanted)
+    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "transformers.trainer_utils")]
+    for each in loggers:
+        each.addFilter(wanted)
     try:
         yield
     finally:
-        for name in names:
-            logging.getLogger(name).removeFilter(wanted)
+        for each in loggers:
+            each.removeFilter(wanted)

@@ -4,7 +4,6 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -154,11 +153,15 @@ class GuardedTrainer(CheckpointTrainer):
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
         self.rows_trained, self.losses = 0, FiniteLosses()
+        # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
+        # NaN or infinite one. `FiniteLosses` leaves these out.
+        filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
             alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
-            with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
+            with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers:
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
+            self.args.logging_nan_inf_filter = filtered
             use_plain_dropout(self.encoder.backbone)
 
     def _maybe_log_save_evaluate(
@@ -313,19 +316,6 @@ class GuardedTrainer(CheckpointTrainer):
 def goes_on_after_nan(args: ContrastiveTrainingArguments) -> bool:
     """Return whether a training goes on after a NaN or infinite loss: if it skips these steps, and in fp16."""
     return args.nan_steps == "skip" or args.fp16
-
-
-@contextmanager
-def losses_not_read(args: ContrastiveTrainingArguments) -> Iterator[None]:
-    """Inside a `with` block, keep Trainer from reading the loss of each micro-batch, for which the host waits for the GPU.
-
-    Trainer looks for losses that are NaN or infinite, and logs others in their place. `FiniteLosses` leaves them out.
-    """
-    before, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
-    try:
-        yield
-    finally:
-        args.logging_nan_inf_filter = before
 
 
 class FiniteLosses:

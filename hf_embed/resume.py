@@ -72,11 +72,13 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
     """
     args, encoder = trainer.args, trainer.encoder
     scaling = applied_tempscale(encoder.backbone)
+    # What the vectors of a teacher depend on. The scores of a teacher are part of the rows.
+    teacher = {"teacher": trainer.teacher_identity} if trainer.teacher_identity else {}
     facts = {
         "data": data_facts(trainer.train_dataset, args),
         "order": order_of(trainer.train_dataset, args),
         "seed_of_rows": data_seed(args),
-        "objective": objective_facts(trainer.main_objective) | teacher_facts(trainer),
+        "objective": objective_facts(trainer.main_objective) | teacher,
         "encoder": {
             "pooling": encoder.pooling, "max_length": encoder.max_length, "prompts": encoder.prompts,
             "temp_scale": None if scaling is None else scaling.to_dict(), "same_dropout_mask": args.same_dropout_mask,
@@ -180,11 +182,6 @@ def rows_of_epoch(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -
     batch = args.per_device_train_batch_size
     sampler = GlobalBatchSampler(len(rows), batch, 0, args.world_size, 0, args.dataloader_drop_last)
     return len(rows) - sampler.left_out
-
-
-def teacher_facts(trainer: "ContrastiveTrainer") -> Facts:
-    """Return what the vectors of a teacher depend on, or {} without such vectors. Scores of a teacher are part of the rows."""
-    return {"teacher": vectors_hash} if (vectors_hash := trainer.teacher_identity) else {}
 
 
 def objective_facts(objective: Objective) -> Facts:

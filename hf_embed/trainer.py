@@ -144,7 +144,6 @@ class ContrastiveTrainer(GuardedTrainer):
             warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
-        self.scores_before: dict[str, float] = {}  # metrics from before the first step
         self.left_out: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`
         self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
         # No warning of a bad geometry where the scores or the vectors of the data decide it, and not the loss.
@@ -294,7 +293,7 @@ class ContrastiveTrainer(GuardedTrainer):
         due = self.control.should_log, self.control.should_evaluate
         self.log(metrics)
         if metric_key_prefix == "eval":
-            note_scores(self, tasks, metrics)
+            note_scores(self, tasks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if eval_dataset is not None:  # a callback may call this in the middle of a step, whose own log and evaluation stay due
             self.control.should_log, self.control.should_evaluate = due

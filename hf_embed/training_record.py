@@ -77,9 +77,10 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     trained = trainer.state.global_step > 0
     scores, step = last_scores(trainer)
     if scores:
-        at_start = metrics_of(entry for entry in trainer.state.log_history if entry.get("step") == 0)  # also of a resumed run
-        before = summary(trainer.scores_before or at_start, trainer.scored) if trained else {}
-        results |= {"before": before, "after": summary(scores, trainer.scored)}
+        # The log of this process also has the entries from before the training, and that of the run those of a resumed run.
+        logged = [*trainer.state.log_history, *trainer.watch.history] if trained else []
+        before = metrics_of(entry for entry in logged if entry.get("step") == 0 and entry not in trainer.left_out)
+        results |= {"before": summary(before, trainer.scored), "after": summary(scores, trainer.scored)}
     if trained:
         results["train"] = about_training(trainer, scores)
         if scores and step is not None:
@@ -87,7 +88,7 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     return results
 
 
-def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task], metrics: Mapping[str, float]) -> None:
+def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task]) -> None:
     """Note an evaluation, which was logged last, for the record.
 
     If `evaluate` was given other rows under the name of one of the trainer's own sets, the record leaves them out, because it
@@ -101,10 +102,8 @@ def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task], metric
                 f"evaluate: '{others[0]}' is the name of the trainer's own evaluation set, so the scores of these other rows "
                 'are not in the model card; give them another name, for example {"test": rows}'
             )
-        return
-    trainer.scored |= tasks
-    if not trainer.state.global_step:
-        trainer.scores_before |= metrics
+    else:
+        trainer.scored |= tasks
 
 
 def same_rows(one: Task, other: Task) -> bool:
@@ -152,7 +151,8 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     end = next((entry for entry in reversed(state.log_history) if ends_training(entry)), {})
     name = encoder.config.name_or_path
     score = score_of(args, trainer.eval_dataset or trainer.scored, scores)
-    chosen = args.load_best_model_at_end and chose_a_step(state)
+    evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None and len(evaluations) > 1
     settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
     return {
         "model": shown(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
@@ -192,12 +192,6 @@ def loss_and_time(end: Mapping[str, Any], steps: int) -> dict[str, Any]:
     if resumed:
         told = {key: None if resumed >= steps else value for key, value in told.items()} | {"resumed_at_step": resumed}
     return told
-
-
-def chose_a_step(state: transformers.TrainerState) -> bool:
-    """Return whether evaluations chose the best model among several steps."""
-    evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
-    return state.best_model_checkpoint is not None and len(evaluated) > 1
 
 
 def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scores: Mapping[str, float]) -> dict[str, Any]:

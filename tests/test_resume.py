@@ -286,7 +286,7 @@ def test_a_resumed_run_reports_the_scores_before_it(tmp_path):
     resumed.train(str(tmp_path / "checkpoint-2"))
     resumed.save_model()
     before = json.loads((tmp_path / "results.json").read_text())["before"]["sts"]["s"]
-    assert before == round(first.scores_before["eval_s_spearman"], 2)
+    assert before == round(first.state.log_history[0]["eval_s_spearman"], 2)
 
 
 @pytest.mark.slow
