@@ -38,7 +38,6 @@ from hf_embed.library_internals import (
 from hf_embed.progress import hidden_bars
 from hf_embed.read_files import read_json
 from hf_embed.trainer_settings import METRIC_SCHEDULES
-from hf_embed.training_record import ends_training
 
 if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
@@ -286,12 +285,6 @@ class CheckpointTrainer(HubTrainer):
         best = str(self.state.best_model_checkpoint)
         logger.info(f"loading the best model, {best}")
         self._load_from_checkpoint(best)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does. For a resumed training, the last entry also says from which step its time and loss count."""
-        if ends_training(logs) and (step := first_step(self)):
-            logs["resumed_at_step"] = step
-        super().log(logs, start_time)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
         """Evaluate as `Trainer` does, but not at the start of a resumed run: early stopping would count it as one more."""

@@ -189,11 +189,16 @@ class GuardedTrainer(CheckpointTrainer):
         return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))  # see `log`
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this."""
+        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this.
+
+        For a resumed training, the last entry also says from which step its time and loss count.
+        """
         if "loss" in logs:
             logs["loss"] *= self.losses.factor(self.accelerator)
         if ends_training(logs):
             logs["train_loss"] *= self.losses.factor(self.accelerator, of_all=True)
+            if step := first_step(self):
+                logs["resumed_at_step"] = step
         super().log(logs, start_time)
 
     def _prepare_input(self, data: Any) -> Any:

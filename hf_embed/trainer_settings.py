@@ -102,10 +102,14 @@ NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that need t
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimizers that ignore `optim_args`
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default of a field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def changed_from_default(args: TrainingArguments, name: str) -> bool:
     """Return whether a field of TrainingArguments has a value other than its default."""
-    field = TrainingArguments.__dataclass_fields__[name]
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = default_of(TrainingArguments.__dataclass_fields__[name])
     return getattr(args, name) not in (default, [], None)  # TrainingArguments and its parser turn "" into [] or None
 
 
@@ -114,8 +118,7 @@ def refuse_other_fields(args: TrainingArguments) -> None:
     kind = type(args).__name__
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(args):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = getattr(args, field.name)
+        default, value = default_of(field), getattr(args, field.name)
         if field.name not in known and value is not default and value != default and value not in (None, [], {}):
             mend = OTHERS.get(field.name, "remove it, or use ContrastiveTrainingArguments")
             raise InputError(f"args: {field.name} is {value!r}, a setting of {kind} that is not supported; {mend}")

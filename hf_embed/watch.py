@@ -103,16 +103,6 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     return None
 
 
-def part_here(parameter: Tensor) -> Tensor:
-    """Return the part of a parameter that this rank holds: under FSDP a shard, otherwise all of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def all_true(values: list[Tensor]) -> bool:
-    """Return whether all scalars are true. They are read at once, because each reading would wait for the GPU."""
-    return not values or bool(torch.stack([value.to(values[0].device) for value in values]).all())
-
-
 class Watch(TrainerCallback):
     """The callback that watches a training. Every `ContrastiveTrainer` has one."""
 
@@ -197,8 +187,12 @@ class Watch(TrainerCallback):
         """
         finite = [] if self.finite is None else [self.finite]
         if of_weights:  # the update after a finite loss may have made them NaN or infinite
-            finite += [part_here(parameter).isfinite().all() for parameter in model.parameters() if parameter.requires_grad]
-        if not all(gather_objects(all_true(finite))):
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            shards = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]  # FSDP
+            finite += [shard.isfinite().all() for shard in shards]
+        # All are read at once, because each reading would wait for the GPU.
+        here = not finite or bool(torch.stack([value.to(finite[0].device) for value in finite]).all())
+        if not all(gather_objects(here)):
             found = f"the loss or a weight is NaN or infinite at step {state.global_step} or shortly before"
             raise self.error(args, found)
         self.finite = None
