@@ -102,9 +102,14 @@ def as_json(facts: Facts) -> Facts:
 
 
 def same_settings(then: Facts, args: ContrastiveTrainingArguments, objective: Objective) -> bool:
-    """Return whether these arguments and this objective equal those of a checkpoint's run (`then`), except for the seed."""
+    """Return whether these arguments and this objective equal those of a checkpoint's run (`then`), except for the seed.
+
+    The direction of a schedule that reads the metric (`mode`) is not compared, because the trainer sets it.
+    """
     now = as_json({name: getattr(args, name) for name in WARNED_SETTINGS} | {"seed": None})
     settings = now | {name: value for name, value in then["settings"].items() if name in now} | {"seed": None}
+    for each in (now, settings):
+        each["lr_scheduler_kwargs"] = (each["lr_scheduler_kwargs"] or {}) | {"mode": None}
     return settings == now and then["objective"] == as_json(objective_facts(objective))
 
 

@@ -226,20 +226,12 @@ def check_optimizer(args: TrainingArguments) -> None:
 def check_schedule(args: TrainingArguments) -> None:
     """Check the settings of the learning-rate schedule by building the schedule for a single weight.
 
-    For a schedule that reads the evaluation metric, this also sets `mode`: whether a larger or a smaller metric is better.
-
     Raises:
         InputError: if the schedule does not accept the settings.
     """
     name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs is {given!r}, but {name} does not use it; remove it")
-    if name in METRIC_SCHEDULES:
-        mode = "max" if args.greater_is_better else "min"
-        if given.get("mode", mode) != mode:
-            metric = args.metric_for_best_model
-            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum; remove it")
-        given = args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers would always use "min"
     steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
@@ -287,10 +279,12 @@ def check_batch(args: TrainingArguments) -> None:
 def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool = False) -> None:
     """Resolve which metric of the evaluation sets chooses the best model ("auto": their main metric).
 
+    For a schedule that reads the metric, this also sets `mode`: whether a larger or a smaller metric is better.
+
     With `compute_metrics`, any name is accepted until the sets are scored, because the names of its metrics are not known.
 
     Raises:
-        InputError: if no evaluation set logs the metric.
+        InputError: if no evaluation set logs the metric, or if `mode` was given and is the wrong one.
     """
     if not tasks or args.metric_for_best_model is None:
         return
@@ -298,8 +292,6 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
         args.metric_for_best_model = main_metric(tasks)
         if args.metric_for_best_model == "loss":
             args.greater_is_better = False
-            if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
-                args.lr_scheduler_kwargs = cast(dict, args.lr_scheduler_kwargs or {}) | {"mode": "min"}
     names = metric_names(tasks)
     unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
     if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
@@ -307,6 +299,12 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
             f"metric_for_best_model is '{args.metric_for_best_model}', which no evaluation set logs; set it to one of "
             f"{', '.join(sorted(names))}"
         )
+    if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
+        mode, given = "max" if args.greater_is_better else "min", cast(dict, args.lr_scheduler_kwargs or {})
+        if given.get("mode", mode) != mode:
+            metric = args.metric_for_best_model
+            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum; remove it")
+        args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers would always use "min"
 
 
 def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
