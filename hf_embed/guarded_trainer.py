@@ -313,8 +313,9 @@ class GuardedTrainer(CheckpointTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of a step, which is the same on every rank, and pass it to the watch."""
         norm = super()._get_grad_norm(model, grad_norm)
-        scaled = self.accelerator.mixed_precision == "fp16"  # the gradient scaler of fp16 already skips such steps
-        self.watch.norm = None if scaled else whole_norm(norm)
+        self.watch.norm = None
+        if self.accelerator.mixed_precision != "fp16":  # the gradient scaler of fp16 already skips such steps
+            self.watch.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP may leave it distributed
         return norm
 
 
@@ -380,8 +381,3 @@ class StepMemory:
         torch.set_rng_state(self.random[0])
         for state in self.random[1:]:
             torch.cuda.set_rng_state(state)
-
-
-def whole_norm(norm: Tensor | float | None) -> Tensor | float | None:
-    """Return a gradient norm as a plain value. FSDP may leave it distributed over the ranks as a DTensor."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -224,17 +224,12 @@ class ContrastiveTrainer(GuardedTrainer):
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
             loss = loss + self.main_objective.mlm_weight * outputs["mlm"] * args.world_size / masked
-        if model.training:
-            self._note(loss, rows, inputs, outputs)
+        if model.training:  # store the values that the next log needs
+            self.watch.see(loss, rows, text_ids)
+            self.temperature = outputs["temperature"].detach() if "temperature" in outputs else None
+            if isinstance(self.train_dataset, Mixture):
+                self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
         return (loss, {"embeddings": rows}) if return_outputs else loss
-
-    def _note(self, loss: Tensor, rows: Tensor, inputs: dict, outputs: dict[str, Tensor]) -> None:
-        """Store the values that the next log needs."""
-        self.watch.see(loss, rows, inputs["text_ids"])
-        if "temperature" in outputs:
-            self.temperature = outputs["temperature"].detach()
-        if isinstance(self.train_dataset, Mixture):
-            self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each source, the learned temperature and the statistics of `hf_embed.watch` to a training log."""

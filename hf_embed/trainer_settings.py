@@ -246,25 +246,17 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     Raises:
         InputError: if a setting is not available here, or needs an evaluation set and there is none.
     """
-    check_world(args)
+    if get_world_size() != args.world_size:  # each process would silently train a model of its own
+        raise InputError(
+            f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
+            "with a GPU, set --use_cpu for processes on the CPU"
+        )
     check_before(args)  # a second time, because a script may have changed the arguments after they were made
     check_evaluation(args, tasks)
     check_metric(args, tasks)
     if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts
         logger.warning(f"{args.n_gpu} GPUs, but one process: only one GPU is used; `accelerate launch --quiet` uses them all")
         use_one_gpu(args)
-
-
-def check_world(args: TrainingArguments) -> None:
-    """Raise InputError if the process group and the training arguments disagree about the number of processes.
-
-    Each process would then silently train a model of its own.
-    """
-    if get_world_size() != args.world_size:
-        raise InputError(
-            f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
-            "with a GPU, set --use_cpu for processes on the CPU"
-        )
 
 
 def check_batch(args: TrainingArguments) -> None:
