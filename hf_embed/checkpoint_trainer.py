@@ -35,7 +35,7 @@ from hf_embed.library_internals import (
     set_base_rates,
     train_batch_size,
 )
-from hf_embed.progress import hidden_bars
+from hf_embed.progress import hidden_bars, hidden_messages
 from hf_embed.read_files import read_json
 from hf_embed.trainer_settings import METRIC_SCHEDULES
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"  # the same as True, but easier to read on a command line
-# Beginnings of transformers' messages about a resumed run that this package replaces, or that are wrong here.
+# Parts of transformers' messages about a resumed run that this package replaces, or that are wrong here.
 REPLACED_MESSAGES = (
     "The best checkpoint ",
     "Warning: The following arguments do not match the ones in the `trainer_state.json`",
@@ -240,7 +240,7 @@ class CheckpointTrainer(HubTrainer):
         if trial is not None:  # the trial has set some of the arguments
             self.check_unchanged()
             self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
-        with without_replaced_messages():
+        with hidden_messages(REPLACED_MESSAGES, "transformers.trainer", "transformers.trainer_utils"):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
@@ -405,20 +405,3 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
                     f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, but its weight "
                     f"has {tuple(parameter.shape)}; give another checkpoint"
                 )
-
-
-@contextlib.contextmanager
-def without_replaced_messages() -> Iterator[None]:
-    """Inside a `with` block, suppress the messages of transformers that begin as in `REPLACED_MESSAGES`."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(REPLACED_MESSAGES)
-
-    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "transformers.trainer_utils")]
-    for each in loggers:
-        each.addFilter(wanted)
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.removeFilter(wanted)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_embed.checkpoint.whole import damage, newest_first
+from hf_embed.checkpoint.whole import last_good
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
 from hf_embed.objectives.masking import false_negatives
@@ -199,7 +199,7 @@ class Watch(TrainerCallback):
 
     def error(self, args: TrainingArguments, found: str) -> InputError:
         """Return the error that ends the run. Its message names the last undamaged checkpoint."""
-        last = next((path for path in newest_first(Path(str(args.output_dir))) if damage(path) is None), None)
+        last = last_good(Path(str(args.output_dir)))
         kept = f"the last good checkpoint is {last}; resume" if last else "no checkpoint was saved before; start again"
         mend = "a lower learning_rate, a higher temperature, or bf16 instead of fp16"
         return InputError(f"{found}; {kept} with {mend}")
