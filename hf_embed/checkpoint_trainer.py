@@ -61,6 +61,11 @@ class CheckpointTrainer(HubTrainer):
     check_unchanged: Callable[[], None]  # see `GuardedTrainer`
     facts: resume.Facts  # the description of this run; set when the training begins
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each layer's forward pass is a collective (FSDP, ZeRO-3), so all ranks must encode equally many chunks."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -279,7 +284,7 @@ class CheckpointTrainer(HubTrainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.sharded:
             super()._load_best_model()
             return
         best = str(self.state.best_model_checkpoint)

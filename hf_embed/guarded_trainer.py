@@ -97,7 +97,7 @@ class GuardedTrainer(CheckpointTrainer):
         """
         trainer = cast("ContrastiveTrainer", self)
         changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
-        if trainer.model_init is None and not trainer.sharded and trainer.model is not trainer.step:
+        if trainer.model_init is None and not self.sharded and trainer.model is not trainer.step:
             changed.append("model")
         if changed:
             raise InputError(f"{changed[0]} was replaced after the trainer was made; make a new ContrastiveTrainer with it")
@@ -226,7 +226,7 @@ class GuardedTrainer(CheckpointTrainer):
     def check_caching(self) -> None:
         """Raise InputError if `gradient_caching` is not supported on this device, or together with other settings."""
         check_caching(self.args.gradient_caching, self.args.device)  # again: a script may have changed the arguments
-        if self.args.gradient_caching == AS_NEEDED and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.args.gradient_caching == AS_NEEDED and self.sharded:
             raise InputError(
                 "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "
                 "recompute the same layers; set it to true or false"
@@ -286,7 +286,7 @@ class GuardedTrainer(CheckpointTrainer):
         args, step = self.args, self.state.global_step + 1
         budget = args.chunk_tokens or default_chunk_tokens(args.device, kept=not args.gradient_caching)
         mend = "set a smaller chunk_tokens, gradient_caching to true, or a smaller per_device_train_batch_size"
-        if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if args.world_size > 1 or self.sharded:
             raise RankError(f"GPU memory of process {args.process_index} is full at step {step}; {mend}") from error
         shortest = min(length for batch in self.step_memory.batches for length in batch["lengths"])
         if budget < 2 * shortest and args.gradient_caching is True:

@@ -181,11 +181,6 @@ class ContrastiveTrainer(GuardedTrainer):
 
     # ---- the step ----
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each layer's forward pass is a collective (FSDP, ZeRO-3), so all ranks must encode equally many chunks."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of this rank's batches, which depend only on (seed, epoch, step)."""
         if self.train_dataset is None:
