@@ -163,6 +163,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
 
 # The settings that are read once, when a trainer is made. All others are read in each training.
-_READ_EACH_TIME = {field.name for field in dataclasses.fields(TrainingArguments)} - {"per_device_eval_batch_size"}
+_READ_EACH_TIME = {field.name for field in dataclasses.fields(TrainingArguments)} - {
+    "per_device_eval_batch_size", "bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "accelerator_config", "report_to", "skip_memory_metrics",
+}  # fmt: skip
 _READ_EACH_TIME |= {"chunk_tokens", "gradient_caching", "allow_changed"}
 READ_ONCE = [field.name for field in dataclasses.fields(ContrastiveTrainingArguments) if field.name not in _READ_EACH_TIME]

@@ -104,6 +104,8 @@ class GuardedTrainer(CheckpointTrainer):
         self._renew_optimizer(trainer.step)
         check_settings(self.args, own_tasks(trainer))
         check_batch(self.args)
+        self.check_skipping()
+        self.check_caching()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 check_reader(self.args, type(callback).__name__)
@@ -225,7 +227,7 @@ class GuardedTrainer(CheckpointTrainer):
 
     def check_caching(self) -> None:
         """Raise InputError if `gradient_caching` is not supported on this device, or together with other settings."""
-        check_caching(self.args.gradient_caching, self.args.device)  # again: a script may have changed the arguments
+        check_caching(self.args.gradient_caching, self.args.device)
         if self.args.gradient_caching == AS_NEEDED and self.sharded:
             raise InputError(
                 "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "

@@ -132,6 +132,11 @@ def check_before(args: TrainingArguments) -> None:
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
             raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
+    for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        try:
+            kind(getattr(args, name))
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
     for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
         if getattr(args, name) and not args.dataloader_num_workers:
             raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
@@ -252,6 +257,7 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             "with a GPU, set --use_cpu for processes on the CPU"
         )
     check_before(args)  # a second time, because a script may have changed the arguments after they were made
+    check_after(args)
     check_evaluation(args, tasks)
     check_metric(args, tasks)
     if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts

@@ -141,6 +141,8 @@ def test_each_trial_keeps_its_checkpoints(tmp_path):
         ("per_device_eval_batch_size", 5, "per_device_eval_batch_size was 8 when the trainer was made and is now 5"),
         ("per_device_train_batch_size", 1, "a batch of one row has no negatives"),
         ("learning_rate", -1.0, "learning_rate is -1.0; it must be at least 0"),
+        ("bf16", True, "bf16 was False when the trainer was made and is now True"),
+        ("optim_args", "momentum=0.5", "optim_args is 'momentum=0.5', but adamw_torch"),
     ],
 )
 def test_settings_that_are_changed_later_count_or_are_refused(tmp_path, name, value, problem):
@@ -150,6 +152,17 @@ def test_settings_that_are_changed_later_count_or_are_refused(tmp_path, name, va
     made = trainer(tmp_path)
     setattr(made.args, name, value)
     assert problem.replace("'mean'", "None") in error_of(made.train)
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [("gradient_caching", "gradient_caching is 'no'; it must be True, False"), ("lr_scheduler_type", "no is not a valid Sch")],
+)
+def test_a_wrong_value_that_is_set_later_is_refused(tmp_path, name, problem):
+    """BUG: any text turned gradient caching on, and an unknown schedule ended in a traceback."""
+    made = trainer(tmp_path)
+    setattr(made.args, name, "no")
+    assert problem in error_of(made.train)
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "data_collator", "main_objective", "model"])
