@@ -131,6 +131,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
     def of(cls, args: TrainingArguments, has_loss: bool = False) -> Self:
         """Convert plain `TrainingArguments`: add the fields that an embedding model needs, at their defaults.
 
+        The trainer checks the result.
+
         Values stay as they are, and derived values are not derived again. There are two exceptions. An unset
         `ddp_find_unused_parameters` becomes False. If the loss would choose the best model, which is the default of
         transformers, but no evaluation set logs a loss, then the main metric of the evaluation sets chooses it.
@@ -148,12 +150,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
         others = {field.name for field in dataclasses.fields(args)} - known
         own = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in known}
         vars(made).update(own | {name: value for name, value in vars(args).items() if name not in others})
-        check_before(made)
         if made.ddp_find_unused_parameters is None:
             made.ddp_find_unused_parameters = False
         if made.metric_for_best_model in ("loss", "eval_loss") and not has_loss:
             made.metric_for_best_model, made.greater_is_better = "auto", True
-        check_after(made)
         limit_waiting(made.ddp_timeout)
         return made
 
