@@ -145,7 +145,7 @@ class ContrastiveTrainer(GuardedTrainer):
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
         self.left_out: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`
-        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
         # No warning of a bad geometry where the scores or the vectors of the data decide it, and not the loss.
         self.watch.warned = not {"scores", "target"}.isdisjoint(self.main_objective.needs)
         super().__init__(

@@ -19,7 +19,7 @@ Shapes: B rows, V texts per row, D width of an embedding.
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.whole import last_good
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
@@ -106,14 +107,13 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
 class Watch(TrainerCallback):
     """The callback that watches a training. Every `ContrastiveTrainer` has one."""
 
-    def __init__(self, batches_alike: bool = True, skips: bool = False):
+    def __init__(self, batches_alike: bool = True):
         self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
         # True while all losses since the last check were finite. A tensor, because reading it makes the step wait for the GPU.
         self.finite: Tensor | None = None
         self.history: list[dict] = []  # all log entries, including those from before the first step
         self.warned = False
         self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
-        self.skips = skips  # True: skip the update if the gradient is NaN or infinite. False: end the run.
         self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
         self.skipped = 0  # skipped steps since the last log
         self.skipped_in_a_row = 0
@@ -154,7 +154,7 @@ class Watch(TrainerCallback):
             self.skipped_in_a_row = 0
             return
         step = state.global_step + 1
-        if not self.skips:
+        if cast(ContrastiveTrainingArguments, args).nan_steps != "skip":
             raise self.error(args, f"the loss or its gradient is NaN or infinite at step {step} (its update was not applied)")
         model.zero_grad()  # sets gradients to None, so that the optimizer changes neither the weights nor its own averages
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
