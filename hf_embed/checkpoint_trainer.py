@@ -66,19 +66,11 @@ class CheckpointTrainer(HubTrainer):
         """Whether each layer's forward pass is a collective (FSDP, ZeRO-3), so all ranks must encode equally many chunks."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train, as `Trainer.train` does.
+    def prepare_to_train(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Check what a training needs, remove what a killed run left, and return the checkpoint to resume from.
 
         Args:
-            resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in
-                `args.output_dir`.
-            trial: leave it None.
-            ignore_keys_for_eval: not used here.
+            resume_from_checkpoint: as for `train`.
 
         Raises:
             InputError: if there are no training rows, if the checkpoint does not exist, is damaged or belongs to another model,
@@ -103,13 +95,13 @@ class CheckpointTrainer(HubTrainer):
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
             self._finish_current_push()  # removes the copy that a killed run was uploading
         self.accelerator.wait_for_everyone()
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        return checkpoint
 
     def find_checkpoint(self, given: str | bool) -> str:
         """Return the checkpoint to resume from, after checking that it is complete and fits this run. Warn about changes.
 
         Raises:
-            InputError: as described in `train`.
+            InputError: as described in `prepare_to_train`.
         """
         folder, latest = Path(str(self.args.output_dir)), given is True or given == LATEST
         checkpoint = whole.newest_whole(folder) if latest else Path(str(given))

@@ -147,10 +147,17 @@ class GuardedTrainer(CheckpointTrainer):
     ) -> TrainOutput:
         """Train. SIGTERM, SIGUSR1 and SIGINT save a checkpoint and end the training, as `hf_embed.stop` describes.
 
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in
+                `args.output_dir`.
+            trial: leave it None.
+            ignore_keys_for_eval: not used here.
+
         Raises:
             Stopped: if such a signal ended the training. It is a `SystemExit`.
-            InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a loss, a
-                gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
+            InputError: as described in `prepare_to_train`. Also if another run writes to the output folder, if another rank has
+                ended or does not answer, if a loss, a gradient or a weight is NaN or infinite, or if GPU memory is full even
+                with a single text at a time.
             DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
@@ -161,7 +168,7 @@ class GuardedTrainer(CheckpointTrainer):
         try:
             alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
             with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers:
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                return super().train(self.prepare_to_train(resume_from_checkpoint), trial, ignore_keys_for_eval)
         finally:
             self.args.logging_nan_inf_filter = filtered
             use_plain_dropout(self.encoder.backbone)
