@@ -50,7 +50,7 @@ from torch.nn import functional as F
 
 from hf_embed.data.labeled import as_pairs, pair_columns
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts, unformatted
+from hf_embed.data.sources import FILL_IN, texts_of
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -188,7 +188,6 @@ def read_dataset(
     table = as_rows(dataset, "dataset")
     if not isinstance(table, Dataset):
         raise InputError("dataset: mining needs all rows at once, so a streaming dataset is not supported; give a Dataset")
-    table = unformatted(table)
     names = [anchor_column, positive_column]
     if None in names:
         table = as_pairs(table, "dataset", paired=True)
@@ -196,10 +195,7 @@ def read_dataset(
     columns = [str(name) for name in names]
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: there is no column '{missing[0]}'; found {', '.join(table.column_names)}")
-    pairs = []
-    for number, row in enumerate(plain_rows(table, columns, "dataset"), 1):
-        pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"dataset, row {number}")]
-    return pairs, columns
+    return [(anchor, positive) for anchor, positive in texts_of(table, columns, "dataset")], columns
 
 
 def write_hard_negatives(
