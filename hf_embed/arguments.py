@@ -131,6 +131,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
     def of(cls, args: TrainingArguments, has_loss: bool = False) -> Self:
         """Convert plain `TrainingArguments`: add the fields that an embedding model needs, at their defaults.
 
+        The trainer checks the result.
+
         Values stay as they are, and derived values are not derived again. There are two exceptions. An unset
         `ddp_find_unused_parameters` becomes False. If the loss would choose the best model, which is the default of
         transformers, but no evaluation set logs a loss, then the main metric of the evaluation sets chooses it.
@@ -148,12 +150,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
         others = {field.name for field in dataclasses.fields(args)} - known
         own = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in known}
         vars(made).update(own | {name: value for name, value in vars(args).items() if name not in others})
-        check_before(made)
         if made.ddp_find_unused_parameters is None:
             made.ddp_find_unused_parameters = False
         if made.metric_for_best_model in ("loss", "eval_loss") and not has_loss:
             made.metric_for_best_model, made.greater_is_better = "auto", True
-        check_after(made)
         limit_waiting(made.ddp_timeout)
         return made
 
@@ -163,6 +163,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
 
 # The settings that are read once, when a trainer is made. All others are read in each training.
-_READ_EACH_TIME = {field.name for field in dataclasses.fields(TrainingArguments)} - {"per_device_eval_batch_size"}
+_READ_EACH_TIME = {field.name for field in dataclasses.fields(TrainingArguments)} - {
+    "per_device_eval_batch_size", "bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "accelerator_config", "report_to", "skip_memory_metrics",
+}  # fmt: skip
 _READ_EACH_TIME |= {"chunk_tokens", "gradient_caching", "allow_changed"}
 READ_ONCE = [field.name for field in dataclasses.fields(ContrastiveTrainingArguments) if field.name not in _READ_EACH_TIME]

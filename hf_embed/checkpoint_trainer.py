@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from hf_embed import resume, safe_files
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
 from hf_embed.disk import disk_errors
-from hf_embed.distributed import gather_objects
+from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
@@ -35,18 +35,17 @@ from hf_embed.library_internals import (
     set_base_rates,
     train_batch_size,
 )
+from hf_embed.progress import hidden_bars, hidden_messages
 from hf_embed.read_files import read_json
 from hf_embed.trainer_settings import METRIC_SCHEDULES
-from hf_embed.training_record import ends_training
 
 if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
-Made = TypeVar("Made")
 
 LATEST = "latest"  # the same as True, but easier to read on a command line
-# Beginnings of transformers' messages about a resumed run that this package replaces, or that are wrong here.
+# Parts of transformers' messages about a resumed run that this package replaces, or that are wrong here.
 REPLACED_MESSAGES = (
     "The best checkpoint ",
     "Warning: The following arguments do not match the ones in the `trainer_state.json`",
@@ -62,19 +61,16 @@ class CheckpointTrainer(HubTrainer):
     check_unchanged: Callable[[], None]  # see `GuardedTrainer`
     facts: resume.Facts  # the description of this run; set when the training begins
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train, as `Trainer.train` does.
+    @property
+    def sharded(self) -> bool:
+        """Whether each layer's forward pass is a collective (FSDP, ZeRO-3), so all ranks must encode equally many chunks."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def prepare_to_train(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Check what a training needs, remove what a killed run left, and return the checkpoint to resume from.
 
         Args:
-            resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in
-                `args.output_dir`.
-            trial: leave it None.
-            ignore_keys_for_eval: not used here.
+            resume_from_checkpoint: as for `train`.
 
         Raises:
             InputError: if there are no training rows, if the checkpoint does not exist, is damaged or belongs to another model,
@@ -93,19 +89,19 @@ class CheckpointTrainer(HubTrainer):
         resume.check_ranks_alike(gather_objects(self.facts))
         checkpoint = None
         if resume_from_checkpoint:
-            checkpoint = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
+            checkpoint = on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
             self.check_on_each_node(checkpoint)
         if self.args.should_save:
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
             self._finish_current_push()  # removes the copy that a killed run was uploading
         self.accelerator.wait_for_everyone()
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        return checkpoint
 
     def find_checkpoint(self, given: str | bool) -> str:
         """Return the checkpoint to resume from, after checking that it is complete and fits this run. Warn about changes.
 
         Raises:
-            InputError: as described in `train`.
+            InputError: as described in `prepare_to_train`.
         """
         folder, latest = Path(str(self.args.output_dir)), given is True or given == LATEST
         checkpoint = whole.newest_whole(folder) if latest else Path(str(given))
@@ -128,19 +124,6 @@ class CheckpointTrainer(HubTrainer):
             logger.warning(f"{checkpoint}: {anew}")
         return str(checkpoint)
 
-    def on_main(self, make: Callable[[], Made]) -> Made:
-        """Call `make` on the main process, and return its result on every rank, or raise its error on every rank."""
-        made, problem = None, None
-        if self.is_world_process_zero():
-            try:
-                made = make()
-            except Exception as error:
-                problem = error
-        made, reason = gather_objects((made, None if problem is None else str(problem)))[0]
-        if reason is not None:
-            raise problem or InputError(reason)
-        return cast(Made, made)
-
     def check_on_each_node(self, checkpoint: str) -> None:
         """Raise InputError if a machine has its own copy of the checkpoint (`save_on_each_node`) and that copy is damaged."""
         own = self.args.save_on_each_node and self.args.local_process_index == 0
@@ -156,8 +139,30 @@ class CheckpointTrainer(HubTrainer):
         Raises:
             DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.
         """
+        self.use_final_weights()
         with disk_errors(str(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
+
+    def use_final_weights(self) -> None:
+        """Let an optimizer that trains other weights than those of the final model, such as schedulefree's, put in the latter.
+
+        Trainer puts back the weights to train at the next step.
+
+        Raises:
+            InputError: if there is no model, because a hyperparameter search ends without one.
+        """
+        if self.model is None:
+            raise InputError("no model is left after a hyperparameter search; set the best trial's settings in args, and train")
+        if hasattr(self.optimizer, "eval"):
+            cast(Any, self.optimizer).eval()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside a `with` block, compute embeddings as the final model would: without dropout and without gradients."""
+        self.use_final_weights()
+        cast(nn.Module, self.model).eval()
+        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
+            yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under a temporary name, seal it after all ranks have written, and rename it to its final name."""
@@ -232,7 +237,7 @@ class CheckpointTrainer(HubTrainer):
         if trial is not None:  # the trial has set some of the arguments
             self.check_unchanged()
             self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
-        with without_messages(("transformers.trainer", "transformers.trainer_utils"), REPLACED_MESSAGES):
+        with hidden_messages(REPLACED_MESSAGES, "transformers.trainer", "transformers.trainer_utils"):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
@@ -248,7 +253,7 @@ class CheckpointTrainer(HubTrainer):
 
     def _settle_best(self, best: Path) -> None:
         """Record a folder as the best checkpoint so far, or record None if the checkpoint is incomplete."""
-        reason = self.on_main(lambda: whole.damage(best))
+        reason = on_main(lambda: whole.damage(best))
         self.state.best_model_checkpoint = str(best)
         if reason is not None:
             self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
@@ -260,6 +265,7 @@ class CheckpointTrainer(HubTrainer):
 
         In that case, the model keeps the weights of the last step.
         """
+        self.use_final_weights()
         if self.state.best_model_checkpoint is not None:
             self._settle_best(Path(self.state.best_model_checkpoint))
         best = self.state.best_model_checkpoint
@@ -270,18 +276,12 @@ class CheckpointTrainer(HubTrainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.sharded:
             super()._load_best_model()
             return
         best = str(self.state.best_model_checkpoint)
         logger.info(f"loading the best model, {best}")
         self._load_from_checkpoint(best)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does. For a resumed training, the last entry also says from which step its time and loss count."""
-        if ends_training(logs) and (step := first_step(self)):
-            logs["resumed_at_step"] = step
-        super().log(logs, start_time)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
         """Evaluate as `Trainer` does, but not at the start of a resumed run: early stopping would count it as one more."""
@@ -307,8 +307,9 @@ class CheckpointTrainer(HubTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if self._reads_a_metric else {}
+        settings = settings_of_groups(optimizer, self.args)
+        reads_metric = self.args.lr_scheduler_type in METRIC_SCHEDULES
+        rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if reads_metric else {}
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
@@ -325,17 +326,27 @@ class CheckpointTrainer(HubTrainer):
             given_rates = [given["lr"] for given in settings]
             keep_counts(scheduler, schedule, metric_rates(checkpoint, self.facts, loaded, given_rates))
 
-    @property
-    def _reads_a_metric(self) -> bool:
-        """Whether the learning-rate schedule reads the evaluation metric."""
-        return self.args.lr_scheduler_type in METRIC_SCHEDULES
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
             super()._load_rng_state(checkpoint)
         except Exception as error:
             names = [path.name for path in Path(str(checkpoint)).glob("rng_state*.pth")]
             raise unreadable(str(checkpoint), names, error) from error
+
+
+def settings_of_groups(optimizer: Any, args: ContrastiveTrainingArguments) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group.
+
+    Optimizers of PyTorch and transformers keep only settings in a group, besides its parameters. Others also count there (for
+    example schedulefree its steps, and Prodigy its estimate), so of theirs only the known settings are returned.
+    """
+    kind = type(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+    known = {"lr", "weight_decay", "betas", "eps"} | {part.split("=")[0].strip() for part in (args.optim_args or "").split(",")}
+    plain = kind.__module__.startswith(("torch.", "transformers."))
+    return [
+        {key: value for key, value in group.items() if key in known or (plain and key != "params")}
+        for group in optimizer.param_groups
+    ]
 
 
 # ---- checks of the files of a checkpoint ----
@@ -391,24 +402,3 @@ def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
                     f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, but its weight "
                     f"has {tuple(parameter.shape)}; give another checkpoint"
                 )
-
-
-@contextlib.contextmanager
-def without_messages(names: tuple[str, ...], beginnings: tuple[str, ...]) -> Iterator[None]:
-    """Suppress log messages for a while.
-
-    Args:
-        names: the loggers.
-        beginnings: how the suppressed messages begin.
-    """
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(beginnings)
-
-    for name in names:
-        logging.getLogger(name).addFilter(wanted)
-    try:
-        yield
-    finally:
-        for name in names:
-            logging.getLogger(name).removeFilter(wanted)

@@ -11,11 +11,14 @@ import atexit
 import functools
 import os
 import time
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_embed.errors import InputError
 
 Gathered = TypeVar("Gathered")
 MOMENT = 0.2  # seconds
@@ -85,6 +88,20 @@ def gather_objects(thing: Gathered) -> list[Gathered]:
     gathered = [thing] * ranks  # placeholders that `all_gather_object` overwrites
     dist.all_gather_object(gathered, thing)
     return gathered
+
+
+def on_main(make: Callable[[], Gathered]) -> Gathered:
+    """Call `make` on the main process, and return its result on every rank, or raise its error on every rank."""
+    made, problem = None, None
+    if is_main_process():
+        try:
+            made = make()
+        except Exception as error:
+            problem = error
+    made, reason = gather_objects((made, None if problem is None else str(problem)))[0]
+    if reason is not None:
+        raise problem or InputError(reason)
+    return cast(Gathered, made)
 
 
 @functools.cache

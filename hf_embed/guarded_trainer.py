@@ -4,7 +4,6 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +23,7 @@ from hf_embed.disk import disk_errors
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
+from hf_embed.evaluation.tasks import logged_by, main_metric
 from hf_embed.library_internals import first_step, run_folder, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
@@ -97,13 +97,15 @@ class GuardedTrainer(CheckpointTrainer):
         """
         trainer = cast("ContrastiveTrainer", self)
         changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
-        if trainer.model_init is None and not trainer.sharded and trainer.model is not trainer.step:
+        if trainer.model_init is None and not self.sharded and trainer.model is not trainer.step:
             changed.append("model")
         if changed:
             raise InputError(f"{changed[0]} was replaced after the trainer was made; make a new ContrastiveTrainer with it")
         self._renew_optimizer(trainer.step)
         check_settings(self.args, own_tasks(trainer))
         check_batch(self.args)
+        self.check_skipping()
+        self.check_caching()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 check_reader(self.args, type(callback).__name__)
@@ -120,6 +122,21 @@ class GuardedTrainer(CheckpointTrainer):
         if self.optimizer_of is not None or self.optimizer is None:
             self.optimizer_of = now
 
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **named: Any) -> Any:
+        """Search as `Trainer.hyperparameter_search` does.
+
+        Raises:
+            InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss.
+        """
+        tasks = own_tasks(cast("ContrastiveTrainer", self))
+        if compute_objective is None and any(logged_by(task) != {"loss"} for task in tasks.values()):
+            raise InputError(
+                "hyperparameter_search needs compute_objective, because the default of transformers is the sum of all metrics; "
+                f"give, for example, compute_objective=lambda metrics: metrics['eval_{main_metric(tasks)}'] and "
+                "direction='maximize'"
+            )
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **named)
+
     # ---- signals and ranks ----
 
     def train(
@@ -130,19 +147,30 @@ class GuardedTrainer(CheckpointTrainer):
     ) -> TrainOutput:
         """Train. SIGTERM, SIGUSR1 and SIGINT save a checkpoint and end the training, as `hf_embed.stop` describes.
 
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in
+                `args.output_dir`.
+            trial: leave it None.
+            ignore_keys_for_eval: not used here.
+
         Raises:
             Stopped: if such a signal ended the training. It is a `SystemExit`.
-            InputError: if another run writes to the output folder, if another rank has ended or does not answer, if a loss, a
-                gradient or a weight is NaN or infinite, or if GPU memory is full even with a single text at a time.
+            InputError: as described in `prepare_to_train`. Also if another run writes to the output folder, if another rank has
+                ended or does not answer, if a loss, a gradient or a weight is NaN or infinite, or if GPU memory is full even
+                with a single text at a time.
             DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
         self.rows_trained, self.losses = 0, FiniteLosses()
+        # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
+        # NaN or infinite one. `FiniteLosses` leaves these out.
+        filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
             alone, peers = writing_alone(folder), peers_in_one_line(self.args.ddp_timeout)
-            with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers, losses_not_read(self.args):
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with disk_errors(folder), alone, self.stop_requests, PeerWatch(), peers:
+                return super().train(self.prepare_to_train(resume_from_checkpoint), trial, ignore_keys_for_eval)
         finally:
+            self.args.logging_nan_inf_filter = filtered
             use_plain_dropout(self.encoder.backbone)
 
     def _maybe_log_save_evaluate(
@@ -170,11 +198,16 @@ class GuardedTrainer(CheckpointTrainer):
         return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))  # see `log`
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this."""
+        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this.
+
+        For a resumed training, the last entry also says from which step its time and loss count.
+        """
         if "loss" in logs:
             logs["loss"] *= self.losses.factor(self.accelerator)
         if ends_training(logs):
             logs["train_loss"] *= self.losses.factor(self.accelerator, of_all=True)
+            if step := first_step(self):
+                logs["resumed_at_step"] = step
         super().log(logs, start_time)
 
     def _prepare_input(self, data: Any) -> Any:
@@ -201,8 +234,8 @@ class GuardedTrainer(CheckpointTrainer):
 
     def check_caching(self) -> None:
         """Raise InputError if `gradient_caching` is not supported on this device, or together with other settings."""
-        check_caching(self.args.gradient_caching, self.args.device)  # again: a script may have changed the arguments
-        if self.args.gradient_caching == AS_NEEDED and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        check_caching(self.args.gradient_caching, self.args.device)
+        if self.args.gradient_caching == AS_NEEDED and self.sharded:
             raise InputError(
                 "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "
                 "recompute the same layers; set it to true or false"
@@ -262,7 +295,7 @@ class GuardedTrainer(CheckpointTrainer):
         args, step = self.args, self.state.global_step + 1
         budget = args.chunk_tokens or default_chunk_tokens(args.device, kept=not args.gradient_caching)
         mend = "set a smaller chunk_tokens, gradient_caching to true, or a smaller per_device_train_batch_size"
-        if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if args.world_size > 1 or self.sharded:
             raise RankError(f"GPU memory of process {args.process_index} is full at step {step}; {mend}") from error
         shortest = min(length for batch in self.step_memory.batches for length in batch["lengths"])
         if budget < 2 * shortest and args.gradient_caching is True:
@@ -289,27 +322,15 @@ class GuardedTrainer(CheckpointTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of a step, which is the same on every rank, and pass it to the watch."""
         norm = super()._get_grad_norm(model, grad_norm)
-        scaled = self.accelerator.mixed_precision == "fp16"  # the gradient scaler of fp16 already skips such steps
-        self.watch.norm = None if scaled else whole_norm(norm)
+        self.watch.norm = None
+        if self.accelerator.mixed_precision != "fp16":  # the gradient scaler of fp16 already skips such steps
+            self.watch.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP may leave it distributed
         return norm
 
 
 def goes_on_after_nan(args: ContrastiveTrainingArguments) -> bool:
     """Return whether a training goes on after a NaN or infinite loss: if it skips these steps, and in fp16."""
     return args.nan_steps == "skip" or args.fp16
-
-
-@contextmanager
-def losses_not_read(args: ContrastiveTrainingArguments) -> Iterator[None]:
-    """Inside a `with` block, keep Trainer from reading the loss of each micro-batch, for which the host waits for the GPU.
-
-    Trainer looks for losses that are NaN or infinite, and logs others in their place. `FiniteLosses` leaves them out.
-    """
-    before, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
-    try:
-        yield
-    finally:
-        args.logging_nan_inf_filter = before
 
 
 class FiniteLosses:
@@ -369,8 +390,3 @@ class StepMemory:
         torch.set_rng_state(self.random[0])
         for state in self.random[1:]:
             torch.cuda.set_rng_state(state)
-
-
-def whole_norm(norm: Tensor | float | None) -> Tensor | float | None:
-    """Return a gradient norm as a plain value. FSDP may leave it distributed over the ranks as a DTensor."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

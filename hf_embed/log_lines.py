@@ -144,37 +144,12 @@ def write(lines: list[str]) -> None:
     sys.stdout.flush()
 
 
-class Printer(PrinterCallback):
-    """Prints the lines without a progress bar. This is used with `disable_tqdm`."""
+class Writer(TrainerCallback):
+    """Prints the lines; without `lines`, nothing."""
 
-    def __init__(self, lines: LogLines):
-        self.lines = lines
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
-    ) -> None:
-        """Print the lines that can be shown after a log entry."""
-        if state.is_world_process_zero:
-            write(self.lines.add(logs or {}, args, state, control))
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print the line that waits, if its evaluation did not follow."""
-        if state.is_world_process_zero and self.lines.waiting:
-            write(self.lines.flush(state))
-
-
-class Progress(ProgressCallback):
-    """Prints the lines above a progress bar of the steps. Without `lines`, it shows only the bar."""
-
-    def __init__(self, lines: LogLines | None = None, desc: str | None = None):
+    def __init__(self, lines: LogLines | None):
         super().__init__()
-        self.lines, self.desc = lines, desc
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the progress bar, unless bars are hidden (see `hf_embed.progress`)."""
-        if state.is_world_process_zero:
-            self.training_bar = progress_bar(total=state.max_steps, desc=self.desc, unit="step")
-        self.current_step = 0
+        self.lines = lines
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
@@ -187,6 +162,24 @@ class Progress(ProgressCallback):
         """Print the line that waits, if its evaluation did not follow."""
         if state.is_world_process_zero and self.lines is not None and self.lines.waiting:
             write(self.lines.flush(state))
+
+
+class Printer(Writer, PrinterCallback):
+    """Prints the lines without a progress bar. This is used with `disable_tqdm`."""
+
+
+class Progress(Writer, ProgressCallback):
+    """Prints the lines above a progress bar of the steps. Without `lines`, it shows only the bar."""
+
+    def __init__(self, lines: LogLines | None = None, desc: str | None = None):
+        super().__init__(lines)
+        self.desc = desc
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the progress bar, unless bars are hidden (see `hf_embed.progress`)."""
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(total=state.max_steps, desc=self.desc, unit="step")
+        self.current_step = 0
 
 
 def notebook_table(lines: LogLines) -> "NotebookProgressCallback":

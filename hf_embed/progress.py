@@ -1,4 +1,4 @@
-"""Progress bars, and durations for people.
+"""Progress bars and messages of libraries, and durations for people.
 
 All bars are made in the same way: on stderr, on the main process only, and cleared when they are done. No bar is shown if
 stderr is not a terminal (for example a log file), except in notebooks, nor inside `hidden_bars`.
@@ -60,6 +60,23 @@ def hidden_bars(hidden: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hidden_messages(parts: Iterable[str], *loggers: str) -> Iterator[None]:
+    """Hide the messages of some loggers that contain one of `parts`, inside the `with` block."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not any(part in record.getMessage() for part in parts)
+
+    found = [logging.getLogger(name) for name in loggers]
+    for each in found:
+        each.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for each in found:
+            each.removeFilter(wanted)
+
+
+@contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Show transformers' bars for loading weights and writing shards only if they take long. Downloads are not affected.
 
@@ -70,15 +87,11 @@ def quiet_libraries() -> Iterator[None]:
     def calm(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return bar(*args, **(kwargs | {"delay": DELAY, "leave": False, "disable": not bars_shown()}))
 
-    def no_table(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    before, loader = set_tqdm_hook(calm), logging.getLogger("transformers.modeling_utils")
-    loader.addFilter(no_table)
+    before = set_tqdm_hook(calm)
     try:
-        yield
+        with hidden_messages(["LOAD REPORT"], "transformers.modeling_utils"):
+            yield
     finally:
-        loader.removeFilter(no_table)
         set_tqdm_hook(before)
 
 

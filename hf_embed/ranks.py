@@ -21,7 +21,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from hf_embed.distributed import gather_objects, get_world_size, is_main_process
+from hf_embed.distributed import gather_objects, get_world_size, is_main_process, on_main
 from hf_embed.errors import InputError, RankError
 from hf_embed.library_internals import set_group_timeout
 from hf_embed.safe_files import key_of, lock_folder, locks, release
@@ -154,28 +154,16 @@ def exists(process: int) -> bool:
 
 
 def claim_folder(folder: Path) -> list[Path]:
-    """Lock a folder so that no other run writes to it, and create it if needed. Every rank of this run must call this.
+    """Lock a folder so that no other run writes to it, and create it if needed. Return the folders that were created.
 
-    The main process holds the lock. The lock ends when that process ends, or with `safe_files.release`.
-
-    Returns:
-        The folders that were created, on the main process; on other ranks, an empty list.
+    The lock ends when this process ends, or with `safe_files.release`.
 
     Raises:
-        InputError: on every rank, if another run has locked the folder.
+        InputError: if another run has locked the folder.
     """
-    problem: Exception | None = None
-    made: list[Path] = []
-    if is_main_process():
-        try:
-            made = [path for path in [folder, *folder.parents] if not path.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(folder)
-        except (InputError, OSError) as error:
-            problem = error
-    reason = gather_objects(None if problem is None else str(problem))[0]
-    if reason is not None:
-        raise problem or InputError(reason)
+    made = [path for path in [folder, *folder.parents] if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
     return made
 
 
@@ -183,16 +171,17 @@ def claim_folder(folder: Path) -> list[Path]:
 def writing_alone(*folders: Path) -> Iterator[None]:
     """Claim folders, and release them at the end. Folders that were created for this and are still empty are then removed.
 
-    Folders that this process had already claimed stay claimed.
+    Every rank of this run must call this. The main process holds the locks. Folders that it had already claimed stay claimed.
 
     Raises:
-        InputError: if another run has locked a folder.
+        InputError: on every rank, if another run has locked a folder.
     """
     with contextlib.ExitStack() as at_end:
         for folder in folders:
             held = key_of(folder) in locks
-            made = claim_folder(folder)
-            at_end.callback(remove_empty, made)
+            made = on_main(functools.partial(claim_folder, folder))
+            if is_main_process():
+                at_end.callback(remove_empty, made)
             if not held:
                 at_end.callback(release, folder)
         yield

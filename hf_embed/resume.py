@@ -72,11 +72,13 @@ def facts_of(trainer: "ContrastiveTrainer") -> Facts:
     """
     args, encoder = trainer.args, trainer.encoder
     scaling = applied_tempscale(encoder.backbone)
+    # What the vectors of a teacher depend on. The scores of a teacher are part of the rows.
+    teacher = {"teacher": trainer.teacher_identity} if trainer.teacher_identity else {}
     facts = {
         "data": data_facts(trainer.train_dataset, args),
         "order": order_of(trainer.train_dataset, args),
         "seed_of_rows": data_seed(args),
-        "objective": objective_facts(trainer.main_objective) | teacher_facts(trainer),
+        "objective": objective_facts(trainer.main_objective) | teacher,
         "encoder": {
             "pooling": encoder.pooling, "max_length": encoder.max_length, "prompts": encoder.prompts,
             "temp_scale": None if scaling is None else scaling.to_dict(), "same_dropout_mask": args.same_dropout_mask,
@@ -100,9 +102,14 @@ def as_json(facts: Facts) -> Facts:
 
 
 def same_settings(then: Facts, args: ContrastiveTrainingArguments, objective: Objective) -> bool:
-    """Return whether these arguments and this objective equal those of a checkpoint's run (`then`), except for the seed."""
+    """Return whether these arguments and this objective equal those of a checkpoint's run (`then`), except for the seed.
+
+    The direction of a schedule that reads the metric (`mode`) is not compared, because the trainer sets it.
+    """
     now = as_json({name: getattr(args, name) for name in WARNED_SETTINGS} | {"seed": None})
     settings = now | {name: value for name, value in then["settings"].items() if name in now} | {"seed": None}
+    for each in (now, settings):
+        each["lr_scheduler_kwargs"] = (each["lr_scheduler_kwargs"] or {}) | {"mode": None}
     return settings == now and then["objective"] == as_json(objective_facts(objective))
 
 
@@ -182,11 +189,6 @@ def rows_of_epoch(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -
     return len(rows) - sampler.left_out
 
 
-def teacher_facts(trainer: "ContrastiveTrainer") -> Facts:
-    """Return what the vectors of a teacher depend on, or {} without such vectors. Scores of a teacher are part of the rows."""
-    return {"teacher": vectors_hash} if (vectors_hash := trainer.teacher_identity) else {}
-
-
 def objective_facts(objective: Objective) -> Facts:
     """Return the name and the settings of an objective. For a function, the name includes arguments bound by `partial`."""
     facts = settings_of(objective)
@@ -237,9 +239,12 @@ def base_model_hash(backbone: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-def optimizer_class(trainer: Trainer) -> str:
-    """Return the name of the optimizer's class. For an optimizer that cannot be built without a model, return `optim`."""
-    if trainer.optimizer is not None:
+def optimizer_class(trainer: "ContrastiveTrainer") -> str:
+    """Return the name of the class of the user's own optimizer, or else of the one that `optim` names.
+
+    For an optimizer that cannot be built without a model, return `optim`.
+    """
+    if trainer.optimizer is not None and trainer.optimizer_of is None:
         return type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__  # accelerate wraps it
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if name.startswith(NEED_A_MODEL):

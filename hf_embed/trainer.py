@@ -47,11 +47,10 @@ from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective
 from hf_embed.output import check_output
 from hf_embed.preview import preview
-from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
 from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
 from hf_embed.trainer_settings import check_metric, check_settings, warn_of_ignored
-from hf_embed.training_record import origin_of, training_results
+from hf_embed.training_record import note_scores, origin_of, training_results
 from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -145,8 +144,8 @@ class ContrastiveTrainer(GuardedTrainer):
             warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
-        self.scores_before: dict[str, float] = {}  # metrics from before the first step
-        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture), skips=args.nan_steps == "skip")
+        self.left_out: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`
+        self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
         # No warning of a bad geometry where the scores or the vectors of the data decide it, and not the loss.
         self.watch.warned = not {"scores", "target"}.isdisjoint(self.main_objective.needs)
         super().__init__(
@@ -181,11 +180,6 @@ class ContrastiveTrainer(GuardedTrainer):
         return self.step
 
     # ---- the step ----
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each layer's forward pass is a collective (FSDP, ZeRO-3), so all ranks must encode equally many chunks."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of this rank's batches, which depend only on (seed, epoch, step)."""
@@ -225,17 +219,12 @@ class ContrastiveTrainer(GuardedTrainer):
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
             loss = loss + self.main_objective.mlm_weight * outputs["mlm"] * args.world_size / masked
-        if model.training:
-            self._note(loss, rows, inputs, outputs)
+        if model.training:  # store the values that the next log needs
+            self.watch.see(loss, rows, text_ids)
+            self.temperature = outputs["temperature"].detach() if "temperature" in outputs else None
+            if isinstance(self.train_dataset, Mixture):
+                self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
         return (loss, {"embeddings": rows}) if return_outputs else loss
-
-    def _note(self, loss: Tensor, rows: Tensor, inputs: dict, outputs: dict[str, Tensor]) -> None:
-        """Store the values that the next log needs."""
-        self.watch.see(loss, rows, inputs["text_ids"])
-        if "temperature" in outputs:
-            self.temperature = outputs["temperature"].detach()
-        if isinstance(self.train_dataset, Mixture):
-            self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each source, the learned temperature and the statistics of `hf_embed.watch` to a training log."""
@@ -285,19 +274,19 @@ class ContrastiveTrainer(GuardedTrainer):
         tasks = trainer_rows.choose_tasks(self, eval_dataset)
         memory = memory_tracker(self)
         memory.start()
-        self.model.eval()
-        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
+        with self.evaluating():
             scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
         if eval_dataset is None:
             check_metric(self.args, tasks, scored=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
-        if metric_key_prefix == "eval":
-            self.scored |= tasks
-            if not self.state.global_step:
-                self.scores_before |= metrics
         self.lines.scored(tasks, metric_key_prefix)
+        due = self.control.should_log, self.control.should_evaluate
         self.log(metrics)
+        if metric_key_prefix == "eval":
+            note_scores(self, tasks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if eval_dataset is not None:  # a callback may call this in the middle of a step, whose own log and evaluation stay due
+            self.control.should_log, self.control.should_evaluate = due
         memory.stop_and_update_metrics(metrics)
         return metrics
 
@@ -305,8 +294,7 @@ class ContrastiveTrainer(GuardedTrainer):
         self, test_dataset: RowData, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """Embed the texts of a dataset; see `hf_embed.trainer_rows.predict`. `ignore_keys` is not used here."""
-        self.model.eval()
-        with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
+        with self.evaluating():
             return trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
 
     def get_eval_dataloader(self, *sets: Any) -> DataLoader:

@@ -102,10 +102,14 @@ NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that need t
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimizers that ignore `optim_args`
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default of a field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def changed_from_default(args: TrainingArguments, name: str) -> bool:
     """Return whether a field of TrainingArguments has a value other than its default."""
-    field = TrainingArguments.__dataclass_fields__[name]
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = default_of(TrainingArguments.__dataclass_fields__[name])
     return getattr(args, name) not in (default, [], None)  # TrainingArguments and its parser turn "" into [] or None
 
 
@@ -114,8 +118,7 @@ def refuse_other_fields(args: TrainingArguments) -> None:
     kind = type(args).__name__
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(args):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = getattr(args, field.name)
+        default, value = default_of(field), getattr(args, field.name)
         if field.name not in known and value is not default and value != default and value not in (None, [], {}):
             mend = OTHERS.get(field.name, "remove it, or use ContrastiveTrainingArguments")
             raise InputError(f"args: {field.name} is {value!r}, a setting of {kind} that is not supported; {mend}")
@@ -129,6 +132,11 @@ def check_before(args: TrainingArguments) -> None:
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
             raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
+    for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        try:
+            kind(getattr(args, name))
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
     for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
         if getattr(args, name) and not args.dataloader_num_workers:
             raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
@@ -223,20 +231,12 @@ def check_optimizer(args: TrainingArguments) -> None:
 def check_schedule(args: TrainingArguments) -> None:
     """Check the settings of the learning-rate schedule by building the schedule for a single weight.
 
-    For a schedule that reads the evaluation metric, this also sets `mode`: whether a larger or a smaller metric is better.
-
     Raises:
         InputError: if the schedule does not accept the settings.
     """
     name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs is {given!r}, but {name} does not use it; remove it")
-    if name in METRIC_SCHEDULES:
-        mode = "max" if args.greater_is_better else "min"
-        if given.get("mode", mode) != mode:
-            metric = args.metric_for_best_model
-            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum; remove it")
-        given = args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers would always use "min"
     steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
@@ -251,25 +251,18 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     Raises:
         InputError: if a setting is not available here, or needs an evaluation set and there is none.
     """
-    check_world(args)
+    if get_world_size() != args.world_size:  # each process would silently train a model of its own
+        raise InputError(
+            f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
+            "with a GPU, set --use_cpu for processes on the CPU"
+        )
     check_before(args)  # a second time, because a script may have changed the arguments after they were made
+    check_after(args)
     check_evaluation(args, tasks)
     check_metric(args, tasks)
     if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts
         logger.warning(f"{args.n_gpu} GPUs, but one process: only one GPU is used; `accelerate launch --quiet` uses them all")
         use_one_gpu(args)
-
-
-def check_world(args: TrainingArguments) -> None:
-    """Raise InputError if the process group and the training arguments disagree about the number of processes.
-
-    Each process would then silently train a model of its own.
-    """
-    if get_world_size() != args.world_size:
-        raise InputError(
-            f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
-            "with a GPU, set --use_cpu for processes on the CPU"
-        )
 
 
 def check_batch(args: TrainingArguments) -> None:
@@ -284,10 +277,12 @@ def check_batch(args: TrainingArguments) -> None:
 def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool = False) -> None:
     """Resolve which metric of the evaluation sets chooses the best model ("auto": their main metric).
 
+    For a schedule that reads the metric, this also sets `mode`: whether a larger or a smaller metric is better.
+
     With `compute_metrics`, any name is accepted until the sets are scored, because the names of its metrics are not known.
 
     Raises:
-        InputError: if no evaluation set logs the metric.
+        InputError: if no evaluation set logs the metric, or if `mode` was given and is the wrong one.
     """
     if not tasks or args.metric_for_best_model is None:
         return
@@ -295,8 +290,6 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
         args.metric_for_best_model = main_metric(tasks)
         if args.metric_for_best_model == "loss":
             args.greater_is_better = False
-            if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
-                args.lr_scheduler_kwargs = cast(dict, args.lr_scheduler_kwargs or {}) | {"mode": "min"}
     names = metric_names(tasks)
     unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
     if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
@@ -304,6 +297,12 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
             f"metric_for_best_model is '{args.metric_for_best_model}', which no evaluation set logs; set it to one of "
             f"{', '.join(sorted(names))}"
         )
+    if SchedulerType(args.lr_scheduler_type).value in METRIC_SCHEDULES:
+        mode, given = "max" if args.greater_is_better else "min", cast(dict, args.lr_scheduler_kwargs or {})
+        if given.get("mode", mode) != mode:
+            metric = args.metric_for_best_model
+            raise InputError(f"lr_scheduler_kwargs: mode is {given['mode']}, but {metric} is best at its {mode}imum; remove it")
+        args.lr_scheduler_kwargs = given | {"mode": mode}  # transformers would always use "min"
 
 
 def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:

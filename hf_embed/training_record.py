@@ -1,6 +1,7 @@
 """The record of a finished training for results.json: the model, the data, the settings and the scores."""
 
 import dataclasses
+import logging
 import math
 import os
 import platform
@@ -19,6 +20,8 @@ from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.whole import step_of
 from hf_embed.data.mixture import Mixture, Source
 from hf_embed.errors import masked
+from hf_embed.evaluation.held_out import HeldOutLoss
+from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric
 from hf_embed.library_internals import same_accelerator
 from hf_embed.objectives import Matryoshka, Objective
@@ -27,6 +30,8 @@ from hf_embed.version import __version__
 
 if TYPE_CHECKING:
     from hf_embed.trainer import ContrastiveTrainer
+
+logger = logging.getLogger(__name__)
 
 # The settings that a result depends on. results.json and the model card list those that are not at their default.
 # tests/test_report.py lists the other settings by name, so that each new field of TrainingArguments must be classified.
@@ -72,9 +77,10 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     trained = trainer.state.global_step > 0
     scores, step = last_scores(trainer)
     if scores:
-        at_start = metrics_of(entry for entry in trainer.state.log_history if entry.get("step") == 0)  # also of a resumed run
-        before = summary(trainer.scores_before or at_start, trainer.scored) if trained else {}
-        results |= {"before": before, "after": summary(scores, trainer.scored)}
+        # The log of this process also has the entries from before the training, and that of the run those of a resumed run.
+        logged = [*trainer.state.log_history, *trainer.watch.history] if trained else []
+        before = metrics_of(entry for entry in logged if entry.get("step") == 0 and entry not in trainer.left_out)
+        results |= {"before": summary(before, trainer.scored), "after": summary(scores, trainer.scored)}
     if trained:
         results["train"] = about_training(trainer, scores)
         if scores and step is not None:
@@ -82,12 +88,37 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     return results
 
 
+def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task]) -> None:
+    """Note an evaluation, which was logged last, for the record.
+
+    If `evaluate` was given other rows under the name of one of the trainer's own sets, the record leaves them out, because it
+    would mix them up with the scores of that set.
+    """
+    own = trainer.eval_dataset or {}
+    if others := [name for name, task in tasks.items() if name in own and not same_rows(task, own[name])]:
+        trainer.left_out.append(trainer.state.log_history[-1])
+        if trainer.is_world_process_zero():
+            logger.warning(
+                f"evaluate: '{others[0]}' is the name of the trainer's own evaluation set, so the scores of these other rows "
+                'are not in the model card; give them another name, for example {"test": rows}'
+            )
+    else:
+        trainer.scored |= tasks
+
+
+def same_rows(one: Task, other: Task) -> bool:
+    """Return whether two tasks are the same, or have equal rows."""
+    if isinstance(one, STS | HeldOutLoss) and isinstance(other, STS | HeldOutLoss):
+        return bool(one.rows.with_format("arrow")[:].equals(other.rows.with_format("arrow")[:]))
+    return one is other
+
+
 def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float | None]:
     """Return metrics, and the step of the evaluation that they come from.
 
     The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation.
     """
-    history = trainer.state.log_history
+    history = [entry for entry in trainer.state.log_history if entry not in trainer.left_out]
     ends = [i for i, entry in enumerate(history) if ends_training(entry)]
     behind = history[ends[-1] + 1 :] if ends else []
     best = trainer.state.best_model_checkpoint if ends and trainer.args.load_best_model_at_end else None
@@ -120,7 +151,8 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     end = next((entry for entry in reversed(state.log_history) if ends_training(entry)), {})
     name = encoder.config.name_or_path
     score = score_of(args, trainer.eval_dataset or trainer.scored, scores)
-    chosen = args.load_best_model_at_end and chose_a_step(state)
+    evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None and len(evaluations) > 1
     settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
     return {
         "model": shown(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
@@ -162,20 +194,25 @@ def loss_and_time(end: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return told
 
 
-def chose_a_step(state: transformers.TrainerState) -> bool:
-    """Return whether evaluations chose the best model among several steps."""
-    evaluated = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
-    return state.best_model_checkpoint is not None and len(evaluated) > 1
-
-
 def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return the metric that chooses the best model, its value, and whether a greater value is better."""
+    """Return the metric that chooses the best model, its value, and whether a greater value is better.
+
+    The value is that of the evaluation sets in `tasks`, also if other sets, or only one of them, were evaluated later.
+    """
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     greater = args.greater_is_better
     if args.metric_for_best_model is None:
         greater = not str(metric).endswith(("loss", "alignment", "uniformity"))
-    return {"metric": metric, "score": number(scores.get(f"eval_{metric}", math.nan), 4),
-            "greater_is_better": greater is not False}  # fmt: skip
+    of_one = any(str(metric).startswith(f"{name}_") for name in tasks)
+    keys = [f"eval_{metric}"] if of_one else [f"eval_{name}_{metric}" for name in tasks]
+    score = finite_mean([scores[key] for key in keys if key in scores])
+    return {"metric": metric, "score": number(score, 4), "greater_is_better": greater is not False}
+
+
+def finite_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are finite, or NaN if there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str, Any]:
@@ -217,8 +254,7 @@ def summary(metrics: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str
             reported = {key: number(metrics[f"eval_{name}_{key}"], digits[key]) for key in task.reported}
             scores.setdefault(task.kind, {})[name] = reported["spearman"] if task.kind == "sts" else reported
     for key in ("alignment", "uniformity") if "sts" in scores else ():
-        values = [value for name in scores["sts"] if math.isfinite(value := metrics[f"eval_{name}_{key}"])]
-        scores[key] = number(sum(values) / len(values) if values else math.nan, 4)
+        scores[key] = number(finite_mean(metrics[f"eval_{name}_{key}"] for name in scores["sts"]), 4)
     return scores
 
 

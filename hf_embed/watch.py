@@ -19,7 +19,7 @@ Shapes: B rows, V texts per row, D width of an embedding.
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_embed.checkpoint.whole import checkpoints_in, damage
+from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.whole import last_good
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
 from hf_embed.objectives.masking import false_negatives
@@ -103,27 +104,16 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     return None
 
 
-def part_here(parameter: Tensor) -> Tensor:
-    """Return the part of a parameter that this rank holds: under FSDP a shard, otherwise all of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def all_true(values: list[Tensor]) -> bool:
-    """Return whether all scalars are true. They are read at once, because each reading would wait for the GPU."""
-    return not values or bool(torch.stack([value.to(values[0].device) for value in values]).all())
-
-
 class Watch(TrainerCallback):
     """The callback that watches a training. Every `ContrastiveTrainer` has one."""
 
-    def __init__(self, batches_alike: bool = True, skips: bool = False):
+    def __init__(self, batches_alike: bool = True):
         self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
         # True while all losses since the last check were finite. A tensor, because reading it makes the step wait for the GPU.
         self.finite: Tensor | None = None
         self.history: list[dict] = []  # all log entries, including those from before the first step
         self.warned = False
         self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
-        self.skips = skips  # True: skip the update if the gradient is NaN or infinite. False: end the run.
         self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
         self.skipped = 0  # skipped steps since the last log
         self.skipped_in_a_row = 0
@@ -164,7 +154,7 @@ class Watch(TrainerCallback):
             self.skipped_in_a_row = 0
             return
         step = state.global_step + 1
-        if not self.skips:
+        if cast(ContrastiveTrainingArguments, args).nan_steps != "skip":
             raise self.error(args, f"the loss or its gradient is NaN or infinite at step {step} (its update was not applied)")
         model.zero_grad()  # sets gradients to None, so that the optimizer changes neither the weights nor its own averages
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -197,15 +187,19 @@ class Watch(TrainerCallback):
         """
         finite = [] if self.finite is None else [self.finite]
         if of_weights:  # the update after a finite loss may have made them NaN or infinite
-            finite += [part_here(parameter).isfinite().all() for parameter in model.parameters() if parameter.requires_grad]
-        if not all(gather_objects(all_true(finite))):
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            shards = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]  # FSDP
+            finite += [shard.isfinite().all() for shard in shards]
+        # All are read at once, because each reading would wait for the GPU.
+        here = not finite or bool(torch.stack([value.to(finite[0].device) for value in finite]).all())
+        if not all(gather_objects(here)):
             found = f"the loss or a weight is NaN or infinite at step {state.global_step} or shortly before"
             raise self.error(args, found)
         self.finite = None
 
     def error(self, args: TrainingArguments, found: str) -> InputError:
         """Return the error that ends the run. Its message names the last undamaged checkpoint."""
-        last = next((path for path in checkpoints_in(Path(str(args.output_dir))) if damage(path) is None), None)
+        last = last_good(Path(str(args.output_dir)))
         kept = f"the last good checkpoint is {last}; resume" if last else "no checkpoint was saved before; start again"
         mend = "a lower learning_rate, a higher temperature, or bf16 instead of fp16"
         return InputError(f"{found}; {kept} with {mend}")

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from worker import BATCH
 
-from hf_embed import ContrastiveTrainer, ImprovedContrastive, SimCSE, resume
+from hf_embed import ContrastiveTrainer, Encoder, ImprovedContrastive, SimCSE, resume
 from hf_embed.evaluation.tasks import EvaluationTask
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seed": 3, "per_device_train_batch_size": 3}
@@ -286,7 +286,7 @@ def test_a_resumed_run_reports_the_scores_before_it(tmp_path):
     resumed.train(str(tmp_path / "checkpoint-2"))
     resumed.save_model()
     before = json.loads((tmp_path / "results.json").read_text())["before"]["sts"]["s"]
-    assert before == round(first.scores_before["eval_s_spearman"], 2)
+    assert before == round(first.state.log_history[0]["eval_s_spearman"], 2)
 
 
 @pytest.mark.slow
@@ -375,6 +375,78 @@ def test_a_schedule_that_cycles_the_momentum_goes_on_exactly(tmp_path):
         made.train(checkpoint)
         runs.append(weights(made))
     assert same(*runs)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD: it trains other weights than it evaluates, and it counts its steps in its groups."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05, "k": 0, "training": False})
+
+    def train(self):
+        self.swap(True, 0.1)
+
+    def eval(self):
+        self.swap(False, 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def swap(self, training, weight):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "z" in self.state[p] and group["training"] != training:
+                    p.lerp_(self.state[p]["z"], weight)
+            group["training"] = training
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["training"]
+            part = 1 / (group["k"] + 1)
+            for p in (p for p in group["params"] if p.grad is not None):
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, part).add_(p.grad, alpha=group["lr"] * (0.9 * (1 - part) - 1))
+                z.sub_(p.grad, alpha=group["lr"])
+            group["k"] += 1
+
+
+def test_a_schedule_free_optimizer_evaluates_and_saves_its_final_weights_and_goes_on_exactly(tmp_path):
+    """BUG: evaluations and checkpoints had the weights that are trained, and a resumed run counted from step 0."""
+    runs, vectors = [], []
+
+    class Vectors(EvaluationTask):
+        kind, main, reported = "vectors", "first", ("first",)
+
+        def score(self, embed):
+            vectors.append(embed(["the cat"])[0])
+            return {"first": 0.0}
+
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = tiny_model()
+        made = trainer(tmp_path, model, optimizers=(ScheduleFree(model.parameters()), None), eval_dataset={"s": Vectors()},
+                       lr_scheduler_type="constant", eval_strategy="steps", eval_steps=2)  # fmt: skip
+        made.train(checkpoint)
+        assert [group["k"] for group in made.optimizer.param_groups] == [4]
+        runs.append(weights(made))
+    assert same(*runs)
+    for step, found in zip((2, 4), vectors):
+        saved = Encoder.from_pretrained(str(tmp_path / f"checkpoint-{step}")).encode(["the cat"], convert_to_tensor=True)[0]
+        assert torch.allclose(saved, found, atol=1e-6)
+    assert torch.allclose(made.encoder.encode(["the cat"], convert_to_tensor=True)[0], vectors[1], atol=1e-6)
+
+
+def test_an_optimizer_of_a_subclass_resumes_in_the_same_process(folder, tmp_path):
+    """BUG: a second training of the trainer was refused: "the optimizer was AdamW and is SGD"."""
+
+    class Own(ContrastiveTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = self.optimizer or torch.optim.SGD(self.model.parameters(), 0.1)
+            return self.optimizer
+
+    made = Own(tiny_model(), arguments(tmp_path, **SAVING), None, ROWS, None, small_tokenizer())
+    made.train()
+    trained = weights(made)
+    made.train(str(tmp_path / "checkpoint-2"))
+    assert same(weights(made), trained)
 
 
 @pytest.mark.slow

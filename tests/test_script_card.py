@@ -141,6 +141,31 @@ def test_sets_that_are_given_to_evaluate_are_in_the_card(tmp_path):
     assert "later (Spearman x 100)" in card(tmp_path)
 
 
+def test_other_rows_under_the_name_of_an_own_set_are_not_mixed_up_with_it(tmp_path, caplog):
+    """BUG: "before" had the scores of the own set, and "after" those of the other rows."""
+    run = make(tmp_path, {"dev": SETS["dev"]})
+    before = run.evaluate()["eval_dev_spearman"]
+    run.train()
+    after = run.evaluate({"dev": list(SETS["dev"])})["eval_dev_spearman"]  # the same rows
+    assert not caplog.records
+    test = run.evaluate({"dev": STS[:5]})["eval_dev_spearman"]
+    assert "evaluate: 'dev' is the name of the trainer's own evaluation set" in caplog.text
+    run.save_model()
+    found = [stored(tmp_path)[part]["sts"]["dev"] for part in ("before", "after")]
+    assert found == [round(before, 2), round(after, 2)] and found[1] != round(test, 2)
+
+
+def test_the_score_is_that_of_all_own_sets(tmp_path):
+    """BUG: after an evaluation of one set, or of other sets, the mean of these was the score that had chosen the model."""
+    run = make(tmp_path, {"a": SETS["dev"], "b": STS[:5]}, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+               **EACH_STEP)  # fmt: skip
+    run.train()
+    best = run.evaluate()["eval_spearman"]
+    assert run.evaluate("b")["eval_spearman"] != best != run.evaluate({"test": STS[3:]})["eval_spearman"]
+    run.save_model()
+    assert stored(tmp_path)["train"]["chosen_by"]["score"] == stored(tmp_path)["train"]["score"]["score"] == round(best, 4)
+
+
 def test_a_second_training_in_the_folder_replaces_what_the_first_said(tmp_path):
     for steps in (3, 2):
         run = make(tmp_path, SETS, max_steps=steps)

@@ -175,6 +175,20 @@ def test_evaluation_keys_and_best_model(tmp_path):
     assert {"eval_a_alignment", "eval_b_uniformity", "eval_alignment", "eval_uniformity"} <= final.keys()
 
 
+def test_a_callback_that_evaluates_other_sets_leaves_the_own_evaluation_due(tmp_path):
+    """BUG: the log and the evaluation of that step, which were due, did not take place."""
+
+    class Other(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            run.evaluate(Dataset.from_list(STS[:9]), metric_key_prefix="other")
+
+    run = trainer(tmp_path, eval_dataset=Dataset.from_list(STS), eval_strategy="epoch", logging_strategy="epoch", max_steps=3)
+    run.add_callback(Other())
+    run.train()
+    logged = {key for entry in run.state.log_history for key in entry}
+    assert {"loss", "eval_spearman", "other_spearman"} <= logged
+
+
 def test_lower_alignment_is_better():
     args = ContrastiveTrainingArguments("x", metric_for_best_model="alignment", use_cpu=True)
     assert args.greater_is_better is False

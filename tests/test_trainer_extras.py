@@ -98,6 +98,19 @@ def test_hyperparameter_search(tmp_path):
     made.train()  # the trainer still has its objective
 
 
+def test_a_search_without_an_objective_is_refused(tmp_path):
+    """BUG: the default of transformers minimizes the sum of all metrics, so the search returned the worst trial."""
+    pytest.importorskip("optuna")
+    made = trainer(tmp_path, model_init=new_model)
+    assert "needs compute_objective" in error_of(made.hyperparameter_search, n_trials=1, backend="optuna")
+    made.eval_dataset = {"loss": PAIRS.select(range(4))}
+    best = made.hyperparameter_search(lambda trial: {}, n_trials=1, backend="optuna")
+    for method in (made.evaluate, made.save_model):
+        assert "no model is left after a hyperparameter search" in error_of(method)
+    made.train()
+    assert best.objective == made.evaluate()["eval_loss"]
+
+
 def search(made, space) -> object:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -128,6 +141,8 @@ def test_each_trial_keeps_its_checkpoints(tmp_path):
         ("per_device_eval_batch_size", 5, "per_device_eval_batch_size was 8 when the trainer was made and is now 5"),
         ("per_device_train_batch_size", 1, "a batch of one row has no negatives"),
         ("learning_rate", -1.0, "learning_rate is -1.0; it must be at least 0"),
+        ("bf16", True, "bf16 was False when the trainer was made and is now True"),
+        ("optim_args", "momentum=0.5", "optim_args is 'momentum=0.5', but adamw_torch"),
     ],
 )
 def test_settings_that_are_changed_later_count_or_are_refused(tmp_path, name, value, problem):
@@ -137,6 +152,17 @@ def test_settings_that_are_changed_later_count_or_are_refused(tmp_path, name, va
     made = trainer(tmp_path)
     setattr(made.args, name, value)
     assert problem.replace("'mean'", "None") in error_of(made.train)
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [("gradient_caching", "gradient_caching is 'no'; it must be True, False"), ("lr_scheduler_type", "no is not a valid Sch")],
+)
+def test_a_wrong_value_that_is_set_later_is_refused(tmp_path, name, problem):
+    """BUG: any text turned gradient caching on, and an unknown schedule ended in a traceback."""
+    made = trainer(tmp_path)
+    setattr(made.args, name, "no")
+    assert problem in error_of(made.train)
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "data_collator", "main_objective", "model"])

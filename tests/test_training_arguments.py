@@ -554,7 +554,7 @@ def test_plateau_lowers_the_rate_when_the_metric_stops_rising(tmp_path, metric, 
 
 def test_plateau_refuses_the_wrong_direction(tmp_path):
     settings = EVERY_STEP | {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"mode": "min"}}
-    assert "mode is min, but auto is best at its maximum" in error_of(ours, tmp_path, **settings)
+    assert "mode is min, but spearman is best at its maximum" in error_of(ours, tmp_path, **settings)
     assert "reduce_lr_on_plateau requires an eval strategy" in error_of(
         ours, tmp_path, lr_scheduler_type="reduce_lr_on_plateau"
     )

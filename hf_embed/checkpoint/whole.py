@@ -116,13 +116,17 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def last_good(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None if there is none."""
+    return next((path for path in checkpoints_in(folder) if damage(path) is None), None)
+
+
 def check_whole(folder: Path) -> None:
     """Raise InputError if a checkpoint is damaged. The message names a complete checkpoint beside it, if there is one."""
     reason = damage(folder)
     if reason is None:
         return
-    others = (path for path in checkpoints_in(folder.parent) if path.resolve() != folder.resolve())
-    whole = next((path for path in others if damage(path) is None), None)
+    whole = last_good(folder.parent)
     mend = "start again in another folder" if whole is None else f"resume with --resume_from_checkpoint latest ({whole.name})"
     raise InputError(f"{folder}: the checkpoint is damaged ({reason}); {mend}")
 
