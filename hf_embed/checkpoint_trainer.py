@@ -80,7 +80,7 @@ class CheckpointTrainer(HubTrainer):
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         self.check_unchanged()
-        if resume_from_checkpoint is None and self.args.resume_from_checkpoint and self.is_world_process_zero():
+        if resume_from_checkpoint is None and self.args.resume_from_checkpoint:
             logger.warning(
                 "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
                 "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
@@ -257,8 +257,7 @@ class CheckpointTrainer(HubTrainer):
         self.state.best_model_checkpoint = str(best)
         if reason is not None:
             self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
-            if self.is_world_process_zero():
-                logger.warning(f"{best}: the best checkpoint is damaged ({reason}), so it is not used")
+            logger.warning(f"{best}: the best checkpoint is damaged ({reason}), so it is not used")
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         """Finish the training as `Trainer` does, but ignore the best checkpoint if it is damaged.

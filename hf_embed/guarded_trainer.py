@@ -226,8 +226,7 @@ class GuardedTrainer(CheckpointTrainer):
                 save_checkpoint(self, model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            logger.warning(how_to_go_on(number, step, checkpoint))
+        logger.warning(how_to_go_on(number, step, checkpoint))
         raise Stopped(number)
 
     # ---- memory ----

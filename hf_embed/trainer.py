@@ -140,8 +140,7 @@ class ContrastiveTrainer(GuardedTrainer):
         tokens, self.objectives = training.tokens, training.objectives  # one for each source
         self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # "" without vectors
         tasks = trainer_rows.make_held_out(tasks, self.step, args, self.main_objective, tokens)
-        if args.process_index == 0:
-            warn_of_ignored(args, tasks)
+        warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
         self.left_out: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`

@@ -27,6 +27,7 @@ from transformers.hf_argparser import string_to_bool
 from hf_embed.activations import caching_mode
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.disk import disk_errors
+from hf_embed.distributed import warn_on_main_only
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
@@ -458,6 +459,7 @@ def run(main: Callable[[], object]) -> None:
             "--hub_token is visible in the process list and in the launcher's error messages; set the environment variable "
             "HF_TOKEN instead"
         )
+    warn_on_main_only()
     use_all_cores()
     try:
         with speaking_in_turn(main_process), disk_errors(), peers_in_one_line():
