@@ -277,8 +277,13 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
         logger.warning(
             f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )
-    if len(tokens) < 2:
-        raise InputError(f"{name}: there are {len(tokens)} row(s), but in-batch negatives need at least 2; give more rows")
+    check_enough(len(tokens), name)
+
+
+def check_enough(rows: int, name: str) -> None:
+    """Raise InputError if there are fewer than two rows. `name` is the name of the rows in messages."""
+    if rows < 2:
+        raise InputError(f"{name}: there are {rows} row(s), but in-batch negatives need at least 2; give more rows")
 
 
 def different_rows(tokens: Dataset) -> int:
