@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = (
-    "--max_steps 6 --per_device_train_batch_size 8 --learning_rate 3e-4 --warmup_steps 2 --logging_steps 2 --seed 1 "
+    "--max_steps 6 --per_device_train_batch_size 8 --learning_rate 3e-4 --warmup_steps 2 --logging_steps 2 "
     "--max_length 48 --use_cpu --disable_tqdm true --report_to none --eval_sts_file dev=DATA/dev.tsv"
 )
 SAVE = "--eval_strategy steps --eval_steps 3 --save_strategy steps --save_steps 3 --load_best_model_at_end"

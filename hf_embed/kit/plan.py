@@ -261,6 +261,8 @@ def read_flags(
     kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     flags = settle_schedule(flags)
+    if "seeds" in flags.given and (seed := flags.values["seed"]) != ContrastiveTrainingArguments.seed:
+        raise InputError(f"--seed {seed} has no effect with --seeds; remove one of them")
     for kind in kinds:
         flags.make(kind)  # each dataclass checks its values
     for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long
