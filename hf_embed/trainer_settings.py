@@ -18,7 +18,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
@@ -261,15 +261,17 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
 
 
 def check_world(args: TrainingArguments) -> None:
-    """Raise InputError if the process group and the training arguments disagree about the number of processes.
+    """Raise InputError if the process group and the training arguments disagree about the processes.
 
-    Each process would then silently train a model of its own.
+    If the numbers of processes differ, each process would silently train a model of its own.
     """
     if get_world_size() != args.world_size:
         raise InputError(
             f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
             "with a GPU, set --use_cpu for processes on the CPU"
         )
+    if args.fsdp and args.parallel_mode in (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED):
+        raise InputError("fsdp is set, but there is a single process; start several with accelerate launch, or remove fsdp")
 
 
 def check_batch(args: TrainingArguments) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -207,7 +208,17 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
         if parser.action_of(rest[0]):
             raise InputError(f"{rest[0]} has no dashes before it; give --{rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
-    return Flags(parser, vars(namespace), frozenset(given), further)
+    return Flags(parser, {name: with_home(value) for name, value in vars(namespace).items()}, frozenset(given), further)
+
+
+def with_home(value: Any) -> Any:
+    """Return a value, or a list of values, with the user's home folder in place of "~" in "~/PATH" and "NAME=~/PATH".
+
+    A shell replaces it neither in a YAML file nor in --output_dir=~/mine.
+    """
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    return re.sub(r"^(\w+=)?~(?=/)", rf"\1{Path.home()}", value) if isinstance(value, str) else value
 
 
 def flag_class(kind: type) -> Any:
@@ -446,7 +457,8 @@ def end_group() -> None:
 def run(main: Callable[[], object]) -> None:
     """Run a recipe.
 
-    A mistake of the user or a full disk ends the recipe with one line and exit status 2. Secrets are never printed.
+    A mistake of the user or a full disk ends the recipe with one line and exit status 2. If the program that reads the output
+    has ended, the recipe ends without a message. Secrets are never printed.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter("%(message)s"))
@@ -463,9 +475,17 @@ def run(main: Callable[[], object]) -> None:
         with speaking_in_turn(main_process), disk_errors(), peers_in_one_line():
             check_processes()
             main()
+            sys.stdout.flush()
         end_group()
     except Stopped:
         end_group()  # all ranks have stopped, so no rank has to wait
+        raise
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
+            raise SystemExit(128 + signal.SIGPIPE) from None
         raise
     except InputError as error:
         # An error in a worker of the dataloader arrives as a traceback. Its last line is the error.
