@@ -448,7 +448,10 @@ BAD_YAML = {
     "no name": ("- file: one.txt", "source 1 has no name"),
     "unknown key": ("- name: a\n  file: one.txt\n  wieght: 2", "source 'a': unknown key 'wieght' (did you mean 'weight'?)"),
     "neither file nor dataset": ("- name: a", "give either file: or dataset:"),
-    "a split of a file": ("- name: a\n  file: one.txt\n  split: test", "source 'a': split: has no effect with file:; remove it"),
+    "a split of a file": (
+        "- name: a\n  file: one.txt\n  split: test",
+        "source 'a': split: has no effect with file:; remove it",
+    ),
     "quotes of a dataset": ("- name: a\n  dataset: x/y\n  quoting: false", "quoting: has no effect with dataset:; remove it"),
     "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give either file: or dataset:"),
     "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: this file does not exist"),

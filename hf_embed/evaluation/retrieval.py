@@ -26,6 +26,7 @@ from hf_embed.data.sources import read_hub
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.rows import is_number
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks, embed_own_share
 from hf_embed.ranges import COUNT
 from hf_embed.search import exact_search
@@ -217,7 +218,7 @@ def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterab
             absent["documents"].add(document)
         elif query not in query_texts:
             absent["queries"].add(query)
-        elif not is_number(str(grade)) or float(grade) % 1:
+        elif not is_number(str(grade)) or float(grade) % 1:  # inf % 1 is NaN
             raise InputError(f"{name}: query {query} and document {document} have the grade {grade!r}, not a whole number")
         elif int(grade) > 0:
             qrels.setdefault(query, {})[document] = int(grade)
@@ -274,14 +275,6 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
                 f"{path}, line {number}: query {query} and document {document} are judged twice, with different grades"
             )
     return [(query, document, grade) for (query, document), grade in grades.items()]
-
-
-def is_number(text: str) -> bool:
-    """Return whether a text is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def read_jsonl(path: Path) -> list[Row]:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from datasets import ClassLabel, Dataset
 
@@ -55,6 +56,15 @@ def cell_texts(cell: object, where: str) -> list[str]:
         )
     cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
     return [cell_text(text, where) for text in cells]
+
+
+def is_number(cell: Any) -> bool:
+    """Return whether a cell is, or holds as text, a number, which may be NaN or infinite."""
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def label_number(label: object, where: str) -> int:

@@ -22,7 +22,8 @@ from hf_embed.data.sources import first_cells, leave_out, read_file, read_hub
 from hf_embed.entry import is_first_process
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
-from hf_embed.evaluation.sts import STS, is_number, read_sts
+from hf_embed.evaluation.rows import is_number
+from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
