@@ -49,6 +49,13 @@ LANGUAGE_MODEL = QUICKSTART / "language_model"  # a built-in model that has only
 TRUST = "Run the model's own Python code, if it has any; read this code first."
 
 
+def refuse_unused(flags: Any, names: Sequence[str], needed: str, mend: str) -> None:
+    """Raise InputError if one of the flags `names` is not at its default, although the flag that it needs is not given."""
+    for name in names:
+        if not getattr(flags, needed) and getattr(flags, name) != type(flags).__dataclass_fields__[name].default:
+            raise InputError(f"--{name} has no effect without --{needed}; {mend}")
+
+
 @dataclass
 class ModelArguments:
     """Flags of the model."""
@@ -84,10 +91,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         rate, whole = Range(least=0, below=1), Range(least=0, whole=True)
         check_ranges(self, {"dropout": rate, "lora_r": whole, "lora_alpha": COUNT, "lora_dropout": rate})
-        defaults = {name: field_.default for name, field_ in type(self).__dataclass_fields__.items()}
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"):
-            if not self.lora_r and getattr(self, name) != defaults[name]:
-                raise InputError(f"--{name} has no effect without --lora_r; set the rank of the adapters, such as --lora_r 16")
+        settings = ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit")
+        refuse_unused(self, settings, "lora_r", "set the rank of the adapters, such as --lora_r 16")
         if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--load_in_4bit: the package bitsandbytes is not installed; run pip install bitsandbytes")
 
@@ -124,9 +129,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         read_columns(self.columns)
-        for name, default in {"dataset_config": None, "dataset_split": "train"}.items():
-            if not self.dataset_name and getattr(self, name) != default:
-                raise InputError(f"--{name} has no effect without --dataset_name; remove it, or name a dataset on the Hub")
+        mend = "remove it, or name a dataset on the Hub"
+        refuse_unused(self, ("dataset_config", "dataset_split"), "dataset_name", mend)
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
@@ -168,9 +172,7 @@ class RunArguments:
     def __post_init__(self) -> None:
         whole = Range(least=0, whole=True)
         check_ranges(self, {"show_searches": whole, "early_stopping_patience": COUNT, "preflight_sample": whole})
-        for name in ("preflight_sample", "preflight_file", "strict"):
-            if not self.preflight and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise InputError(f"--{name} has no effect without --preflight; add --preflight")
+        refuse_unused(self, ("preflight_sample", "preflight_file", "strict"), "preflight", "add --preflight")
 
 
 @dataclass

@@ -175,7 +175,7 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
         "texts": len(ids.everything("exact")),
         "negatives_per_row": round(len(ids.owners) / max(1, len(ids.origins)), 4),
         "repeated_anchors": len(ids.origins) - len(np.unique(ids.anchors.exact)),
-        "empty": numbered(found_empty(subject, ids)),
+        "empty": numbered(np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)),
         "odd": {name: {"count": ids.odd[name], "rows": [ids.first_odd[name] + 1]} for name in ids.odd},
     }
     if not found["empty"]["count"]:
@@ -194,11 +194,6 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
 def numbered(rows: np.ndarray) -> dict[str, Any]:
     """Return the number of rows, and the numbers of the first five rows, counted from 1."""
     return {"count": len(rows), "rows": [int(row) + 1 for row in rows[:5]]}
-
-
-def found_empty(subject: Subject, ids: RowIds) -> np.ndarray:
-    """Return the numbers, from 0, of the rows with an empty text, or of the pairs if the source has labeled pairs."""
-    return np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)
 
 
 def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
