@@ -99,11 +99,8 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         anew = ": training it again, because its earlier run had other settings or data" if other else ""
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
-        of_seed = read_plan(
-            flags.override(
-                seeds=None, seed=seed, output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=checkpoint
-            )
-        )
+        own = {"seeds": None, "seed": seed, "output_dir": str(folder), "overwrite_output_dir": True}
+        of_seed = read_plan(flags.override(**own, resume_from_checkpoint=checkpoint))
         if anew:  # after its first step, the new run removes the files of the seed's earlier run
             earlier = EarlierRun([*of_seed.earlier.paths, folder / "results.json"])
         runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
