@@ -7,7 +7,10 @@ The gradient of a training step is that of the mean loss over the global batch, 
 3. DDP and FSDP average the gradients over the ranks.
 """
 
+import atexit
+import functools
 import os
+import time
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Gathered = TypeVar("Gathered")
+MOMENT = 0.2  # seconds
 
 
 def get_rank() -> int:
@@ -77,6 +81,18 @@ def gather_objects(thing: Gathered) -> list[Gathered]:
     ranks = get_world_size()
     if ranks == 1:
         return [thing]
+    wait_at_exit()
     gathered = [thing] * ranks  # placeholders that `all_gather_object` overwrites
     dist.all_gather_object(gathered, thing)
     return gathered
+
+
+@functools.cache
+def wait_at_exit() -> None:
+    """Let this process wait a moment before it exits, so that the threads of gloo can release their last tensors.
+
+    A thread of gloo holds the tensors of a collective a little longer than the collective takes, and needs the interpreter to
+    release them. If the interpreter has ended by then, the thread aborts the process ("terminate called without an active
+    exception", SIGABRT). A run that had saved everything would then count as failed.
+    """
+    atexit.register(time.sleep, MOMENT)

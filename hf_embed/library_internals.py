@@ -252,8 +252,13 @@ def compile_modes() -> list[str]:
 
 
 def set_group_timeout(timeout: timedelta) -> None:
-    """Set how long a collective of the default group waits for other ranks, for both gloo and NCCL."""
-    torch.distributed.distributed_c10d._set_pg_timeout(timeout)
+    """Set how long a collective of the default group waits for other ranks, for both gloo and NCCL.
+
+    The name is public from PyTorch 2.14 on, where the private name prints a warning.
+    """
+    group = torch.distributed.distributed_c10d
+    set_timeout = group.set_timeout if hasattr(group, "set_timeout") else group._set_pg_timeout
+    set_timeout(timeout)
 
 
 def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -69,6 +70,7 @@ TINY = {
     "qwen3": (Qwen3Model, Qwen3Config, ROPE | {"head_dim": 8}),
 }
 DECODERS = {"qwen2", "qwen3"}
+WITHOUT_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,14 +6,19 @@ Every code block runs or says why not. Commands use flags that exist. Links have
 import ast
 import configparser
 import csv
+import dataclasses
 import functools
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import doc_blocks
 import numpy as np
@@ -306,6 +311,36 @@ def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     named = re.findall(r"(?m)^::: hf_embed\.[\w.]+\.(\w+)$", text)
     assert set(hf_embed.__all__) <= set(named) and len(named) == len(set(named))
+
+
+def documented() -> dict[str, Any]:
+    """Return every function and class that the API pages show, by its name; methods as CLASS.METHOD."""
+    found: dict[str, Any] = {}
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for path, options in re.findall(r"(?m)^::: (hf_embed\.[\w.]+)\n((?: .*\n)*)", page.read_text(encoding="utf-8") + "\n"):
+            thing, name = pkgutil.resolve_name(path), path.rpartition(".")[2]
+            members = (yaml.safe_load(options) or {"options": {}})["options"].get("members") or []
+            found |= {name: thing} | {f"{name}.{member}": getattr(thing, member) for member in members}
+    return {name: thing for name, thing in found.items() if callable(thing) and not dataclasses.is_dataclass(thing)}
+
+
+def undescribed(thing: Callable) -> list[str]:
+    """Return the parameters of a function or class that its docstring does not mention."""
+    text = inspect.getdoc(thing) or ""
+    names = [name for name, given in inspect.signature(thing).parameters.items() if given.kind is not given.VAR_KEYWORD]
+    return [name for name in names if name != "self" and not re.search(rf"\b{name}\b", text)]
+
+
+@pytest.mark.parametrize("name", documented())
+def test_every_parameter_in_the_reference_is_described(name):
+    assert not undescribed(documented()[name])
+
+
+def test_a_parameter_without_a_description_is_found():
+    def scale(vector, factor):
+        """Multiply a vector by a number."""
+
+    assert undescribed(scale) == ["factor"]
 
 
 # ---- the notebook ----

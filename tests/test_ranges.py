@@ -9,7 +9,7 @@ import math
 import sys
 
 import pytest
-from conftest import error_of, tiny_encoder, tiny_model
+from conftest import WITHOUT_DEEPSPEED, error_of, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
 from test_gte_recipes import files as gte_files  # noqa: F401
 from test_gte_recipes import flags as gte_flags
@@ -349,7 +349,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("case", FLAGS)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=WITHOUT_DEEPSPEED if case == "deepspeed" else ()) for case in FLAGS])
 def test_a_wrong_flag_leaves_the_finished_run_alone(tmp_path, monkeypatch, files, case):  # noqa: F811
     words, message = FLAGS[case]
     out = tmp_path / "out"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import error_of
 from worker_ranks import MESSAGE
 from worker_stop import make_trainer
 
-from hf_embed import InputError, ranks
+from hf_embed import InputError, distributed, ranks
 from hf_embed.errors import RankError
 from hf_embed.safe_files import locks
 from hf_embed.work_files import claimed
@@ -62,6 +63,36 @@ def test_all_ranks_end_wherever_one_fails_or_stalls(tmp_path):
     assert list(found) == SLOW
     for case, of_case in found.items():
         check(case, of_case)
+
+
+BUSY_AT_EXIT = """
+import torch, torch.distributed as dist
+from hf_embed.distributed import wait_at_exit
+if {waits}:
+    wait_at_exit()
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+for _ in range(1000):  # the threads of gloo still run these when the script has ended
+    dist.all_reduce(torch.ones(9), async_op=True).get_future().then(lambda future: sum(range(3000)))
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_threads_of_gloo_do_not_abort_a_process_that_has_ended(waits):
+    done = [subprocess.run([sys.executable, "-c", BUSY_AT_EXIT.format(waits=waits)], capture_output=True) for _ in range(2)]
+    aborted = [run for run in done if b"terminate called" in run.stderr]
+    assert bool(aborted) is not waits, done  # without the wait, nearly every run is aborted
+
+
+def test_a_process_that_has_gathered_waits_once(monkeypatch):
+    registered = []
+    monkeypatch.setattr(distributed.atexit, "register", lambda *call: registered.append(call))
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, thing: None)
+    distributed.wait_at_exit.cache_clear()
+    distributed.gather_objects("a")
+    distributed.gather_objects("b")
+    assert registered == [(time.sleep, distributed.MOMENT)]
+    distributed.wait_at_exit.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, small_tokenizer, tiny_model
+from conftest import WITHOUT_DEEPSPEED, error_of, small_tokenizer, tiny_model
 from datasets import Dataset
 from transformers import (
     BertConfig,
@@ -413,8 +413,8 @@ def test_loader_settings_of_accelerate_are_refused(tmp_path, setting, value):
         pytest.param({"tf32": True}, "requires Ampere", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
         ({"optim_target_modules": "all-linear"}, "only for galore and apollo, but optim is adamw_torch"),
         ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "galore_torch"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "pip install deepspeed"),
-        ({"deepspeed": "zero.json"}, "pip install deepspeed"),
+        pytest.param({"deepspeed": {"zero_optimization": {"stage": 2}}}, "pip install deepspeed", marks=WITHOUT_DEEPSPEED),
+        pytest.param({"deepspeed": "zero.json"}, "pip install deepspeed", marks=WITHOUT_DEEPSPEED),
     ],
 )
 def test_refused_where_it_means_nothing(tmp_path, settings, message):

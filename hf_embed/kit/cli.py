@@ -218,7 +218,9 @@ def with_home(value: Any) -> Any:
     """
     if isinstance(value, list):
         return [with_home(each) for each in value]
-    return re.sub(r"^(\w+=)?~(?=/)", rf"\1{Path.home()}", value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"^(\w+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", value)
 
 
 def flag_class(kind: type) -> Any:
@@ -449,7 +451,7 @@ def speaking_in_turn(main_process: bool) -> Iterator[None]:
 
 
 def end_group() -> None:
-    """End the process group. At the exit of the interpreter, threads of a running group sometimes abort the process."""
+    """End the process group. Otherwise NCCL warns of resources that it could not free."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
