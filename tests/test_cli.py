@@ -174,7 +174,12 @@ def test_bad_prompts_say_what_is_wanted(value, parse):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: this file does not exist"), ([], "needs a file")]
+    ("flags", "expected"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: this file does not exist"),
+        ([], "needs a file"),
+        (["a.yaml", "--config=b.yaml"], "--config is given twice; give a single file"),  # BUG: "unknown flag --config"
+    ],
 )
 def test_bad_config_flag(flags, expected):
     assert expected in error_of(cli.parse, [SimCSE], argv=["--config", *flags])

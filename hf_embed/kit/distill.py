@@ -67,10 +67,11 @@ def load_teacher(name: str, layers: int, trust_remote_code: bool) -> tuple[BertM
     """
     found = find_model(name)
     where: dict[str, Any] = find_transformer(name, **found) | found
-    teacher, _ = load_model(name, trust_remote_code=trust_remote_code, dtype=torch.float32, **where)
+    loaded, _ = load_model(name, trust_remote_code=trust_remote_code, dtype=torch.float32, **where)
+    teacher = cast(BertModel, loaded)
     tokenizer = load_tokenizer(name, trust_remote_code, **where).backend_tokenizer
     try:
-        stack = cast(BertModel, teacher).encoder.layer
+        stack = teacher.encoder.layer
     except AttributeError:
         stack = None
     if stack is None or not isinstance(tokenizer.model, WordPiece):
@@ -78,7 +79,7 @@ def load_teacher(name: str, layers: int, trust_remote_code: bool) -> tuple[BertM
     if layers > len(stack):
         raise InputError(f"--teacher_layer is {layers}, but the teacher has {len(stack)} layers; give a smaller value")
     teacher.encoder.layer = stack[:layers]
-    return cast(BertModel, teacher.eval()), tokenizer
+    return teacher.eval(), tokenizer
 
 
 def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> tuple[Tokenizer, list[int]]:

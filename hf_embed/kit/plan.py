@@ -335,7 +335,8 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
         raise InputError(NO_DATA)
     data = flags.make(DataArguments)
     rows, name = read_train_rows(data)
-    return Rows(rows, name, hub_datasets(data, rows))
+    origins = [data.dataset_name] if isinstance(rows, Dataset) else [source.origin for source in rows]
+    return Rows(rows, name, sorted({origin for origin in origins if origin and on_the_hub(origin)}))
 
 
 def read_scored_rows(flags: cli.Flags, built_in: str) -> Rows:
@@ -473,9 +474,3 @@ def read_held_out(data: DataArguments) -> Task:
     if not isinstance(task, HeldOut):
         raise InputError(f"--eval_file {name}: the columns are those of an STS set; give it by --eval_sts_file NAME=PATH")
     return task
-
-
-def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:
-    """Return the names, OWNER/NAME, of the Hub datasets among the rows."""
-    names = [data.dataset_name or ""] if isinstance(rows, Dataset) else [source.origin or "" for source in rows]
-    return sorted({name for name in names if on_the_hub(name)})
