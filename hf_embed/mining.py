@@ -37,6 +37,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -48,9 +49,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.labeled import as_pairs, pair_columns
+from hf_embed.data.labeled import as_pairs, pair_columns, pairs_of
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import FILL_IN, plain_rows, rows_of_texts, unformatted
+from hf_embed.data.sources import FILL_IN, unformatted
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -159,10 +160,7 @@ def mine_hard_negatives(
     if output_file is None and get_world_size() > 1:
         raise InputError("mine_hard_negatives runs on several ranks; give an output_file that all of them can write")
     pairs, columns = read_dataset(dataset, anchor_column_name, positive_column_name)
-
-    def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
-        return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))
-
+    embed = cast(Embed, partial(encoder.encode, convert_to_tensor=True))
     with TemporaryDirectory() as folder:
         output = Path(output_file or Path(folder, "mined.jsonl"))
         counts = write_hard_negatives(pairs, corpus, embed, output, args, fingerprint(encoder))
@@ -196,10 +194,7 @@ def read_dataset(
     columns = [str(name) for name in names]
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: there is no column '{missing[0]}'; found {', '.join(table.column_names)}")
-    pairs = []
-    for number, row in enumerate(plain_rows(table, columns, "dataset"), 1):
-        pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"dataset, row {number}")]
-    return pairs, columns
+    return pairs_of(table, columns, "dataset"), columns
 
 
 def write_hard_negatives(

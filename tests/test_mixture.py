@@ -452,7 +452,6 @@ BAD_YAML = {
         "- name: a\n  file: one.txt\n  split: test",
         "source 'a': split: has no effect with file:; remove it",
     ),
-    "quotes of a dataset": ("- name: a\n  dataset: x/y\n  quoting: false", "quoting: has no effect with dataset:; remove it"),
     "both": ("- name: a\n  file: one.txt\n  dataset: x/y", "give either file: or dataset:"),
     "missing file": ("- name: a\n  file: absent.jsonl", "source 'a': {folder}/absent.jsonl: this file does not exist"),
     "no rows": ("- name: a\n  file: empty.jsonl", "source 'a': {folder}/empty.jsonl: the file is empty"),

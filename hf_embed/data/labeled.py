@@ -313,7 +313,11 @@ def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
         InputError: if the columns are not recognized, or a text is empty.
     """
     rows = as_pairs(rows, name, paired=True)
-    columns = pair_columns(rows, name)
+    return pairs_of(rows, pair_columns(rows, name), name)
+
+
+def pairs_of(rows: Dataset, columns: list[str], name: str) -> list[tuple[str, str]]:
+    """Return the pairs in the columns of anchors and positives. Raise InputError if a text is empty."""
     pairs = []
     for number, row in enumerate(plain_rows(rows, columns, name), 1):
         pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}")]

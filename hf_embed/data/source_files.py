@@ -124,9 +124,8 @@ def check_entry(entry: dict, where: str) -> None:
             raise InputError(f"{where}: unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
     if ("file" in entry) == ("dataset" in entry):
         raise InputError(f"{where}: give either file: or dataset:")
-    kind_of_rows, unused = ("file", ("config", "split")) if "file" in entry else ("dataset", ("quoting",))
-    if given := [key for key in unused if key in entry]:
-        raise InputError(f"{where}: {given[0]}: has no effect with {kind_of_rows}:; remove it")
+    if "file" in entry and (unused := [key for key in ("config", "split") if key in entry]):
+        raise InputError(f"{where}: {unused[0]}: has no effect with file:; remove it")
     for key, (kind, words) in TYPES.items():
         value = entry.get(key)
         only_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)

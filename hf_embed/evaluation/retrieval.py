@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -193,16 +194,16 @@ def read_retrieval(path: str) -> Retrieval:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
         trouble = "this is not a folder" if os.path.exists(folder) else "this folder does not exist"
         raise InputError(f"{path}: {trouble}; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
-    corpus, queries = read_hub(folder, "corpus", "corpus"), read_hub(folder, "queries", "queries")
-    for part, rows in (("corpus", corpus), ("queries", queries)):
-        if not {"_id", "text"} <= set(rows.column_names):
-            raise InputError(f"{folder}, {part}: found the columns {', '.join(rows.column_names)}; expected _id and text")
-    qrels = read_hub(folder, "default", split or "test")
-    if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
-        raise InputError(
-            f"{folder}, default: found the columns {', '.join(qrels.column_names)}; expected query-id, corpus-id and score"
-        )
-    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in qrels]
+
+    def part(config: str, split: str, *columns: str) -> Dataset:
+        rows = read_hub(folder, config, split)
+        if not set(columns) <= set(rows.column_names):
+            wanted = f"{', '.join(columns[:-1])} and {columns[-1]}"
+            raise InputError(f"{folder}, {config}: found the columns {', '.join(rows.column_names)}; expected {wanted}")
+        return rows
+
+    corpus, queries = part("corpus", "corpus", "_id", "text"), part("queries", "queries", "_id", "text")
+    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in part("default", split or "test", *QRELS)]
     return make_retrieval(queries, corpus, judged, folder)
 
 
