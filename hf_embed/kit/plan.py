@@ -243,11 +243,6 @@ class Plan:
         """The folder in which the run trains; see `hf_embed.kit.overwrite`."""
         return Path(str(self.args.output_dir))
 
-    @property
-    def replaces(self) -> bool:
-        """True if the run replaces an earlier run in its folder."""
-        return self.run.overwrite_output_dir and not self.args.resume_from_checkpoint
-
 
 def read_flags(
     own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = DATA_FLAGS, argv: list[str] | None = None
@@ -383,7 +378,7 @@ def make_plan(
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
     plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets, given=given)
-    if plan.replaces:
+    if run.overwrite_output_dir and not args.resume_from_checkpoint:
         plan = dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder), plan.folder))
     return plan
 
