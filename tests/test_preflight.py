@@ -515,7 +515,7 @@ def test_sources_of_different_shapes(tmp_path, encoder, caplog):
     assert f"{'total':21}" not in lines(report)[0] and any(line.startswith("total ") for line in lines(report))
 
 
-@pytest.mark.parametrize("sample, rows", [(5, 5), (0, 30), (None, 20)])
+@pytest.mark.parametrize("sample, rows", [(1, 1), (5, 5), (0, 30), (None, 20)])
 def test_how_many_rows_of_a_stream_are_read(sample, rows, encoder, monkeypatch):
     """BUG: With a sample of 0, only the first rows of a stream were read, although 0 means all rows."""
     monkeypatch.setattr("hf_embed.kit.preflight_source.SAMPLE", 20)

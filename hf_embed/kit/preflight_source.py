@@ -178,7 +178,7 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
         "empty": numbered(np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)),
         "odd": {name: {"count": ids.odd[name], "rows": [ids.first_odd[name] + 1]} for name in ids.odd},
     }
-    if not found["empty"]["count"]:
+    if not found["empty"]["count"] and "first_rows_of_a_stream" not in found:
         check_enough(len(ids.origins), subject.where)
     found |= {name: numbered(ids.origins[places]) for name, places in equal_texts(ids, whole).items()}
     size = (
