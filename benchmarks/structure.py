@@ -36,9 +36,7 @@ NO_CORE = ("tempscale", "kit", "recipes")
 
 # Allowed uses of getattr and hasattr: the object is not ours, but a class of ours has an attribute of the same name.
 FOREIGN = {
-    "getattr(config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
     "getattr(model.config, 'temp_scale', None)": "an entry in config.json, which other models do not have",
-    "getattr(backbone.config, 'temp_scale', None)": "the same",
     "getattr(encoder.base.config, 'temp_scale', None)": "the same",
     "hasattr(model, 'config')": "whatever a user gives as a model",
     "hasattr(texts, 'columns')": "whatever a user gives as texts",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_embed.activations import Activations, ChunkEncoder, with_caching
-from hf_embed.packing import Numbering, Packing, copy_to, pack
+from hf_embed.packing import Numbering, copy_to, pack
 from hf_embed.ranks import largest
 
 # A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.
@@ -30,44 +30,26 @@ MAX_PADDING = 0.15
 MIN_CHUNK_TOKENS = {"cpu": 512, "default": 8192}
 
 
-def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int) -> list[list[int]]:
+def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int | None) -> list[list[int]]:
     """Divide texts with the given lengths into chunks. Each chunk is a list of indices of texts, longest text first.
 
     >>> plan_chunks([3, 9, 3, 8], chunk_tokens=18, min_tokens=4)
     [[1, 3], [0, 2]]
 
-    A chunk has at most `chunk_tokens` tokens, padding included. A text that is longer than that gets a chunk of its own.
+    A chunk has at most `chunk_tokens` tokens, padding included. A text that is longer than that gets a chunk of its own. A
+    chunk of at least `min_tokens` tokens ends early to save padding. None: the chunks are not padded.
     """
     chunks: list[list[int]] = []
-    chunk: list[int] = []
+    longest = tokens = 0  # of the last chunk; with its padding
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if chunk:
-            longest = lengths[chunk[0]]
-            full = (len(chunk) + 1) * longest > chunk_tokens
-            wasteful = len(chunk) * longest >= min_tokens and lengths[i] < (1 - MAX_PADDING) * longest
-            if full or wasteful:
-                chunks.append(chunk)
-                chunk = []
-        chunk.append(i)
-    if chunk:
-        chunks.append(chunk)
-    return chunks
-
-
-def plan_packed(lengths: list[int], chunk_tokens: int) -> list[list[int]]:
-    """Divide texts into chunks that will not be padded: at most `chunk_tokens` tokens. Otherwise as `plan_chunks`.
-
-    >>> plan_packed([3, 9, 3, 8], chunk_tokens=18)
-    [[1, 3], [0, 2]]
-    """
-    chunks: list[list[int]] = []
-    tokens = chunk_tokens
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if tokens + lengths[i] > chunk_tokens:
+        size = lengths[i] if min_tokens is None else longest
+        wasteful = min_tokens is not None and tokens >= min_tokens and lengths[i] < (1 - MAX_PADDING) * longest
+        if not chunks or tokens + size > chunk_tokens or wasteful:
             chunks.append([])
+            longest = size = lengths[i]
             tokens = 0
         chunks[-1].append(i)
-        tokens += lengths[i]
+        tokens += size
     return chunks
 
 
@@ -79,16 +61,6 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
         half = len(chunks[i]) // 2
         chunks[i : i + 1] = [chunks[i][:half], chunks[i][half:]] if half else [chunks[i], chunks[i]]
     return chunks
-
-
-def pack_chunk(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Tensor, Packing]:
-    """Pack the texts of one chunk. Arguments as for `pad_chunk`; `numbering` gives each token its position.
-
-    Returns:
-        Token ids (1, S), attention mask (b, T) of the padded texts, and the packing.
-    """
-    row, packing = pack(ids, lengths, pad_id, numbering)
-    return row, packing.mask, packing
 
 
 def pad_chunk(ids: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +113,7 @@ def encode_in_chunks(
     if numbering is None:
         lay_out, chunks = pad_chunk, plan_chunks(lengths, chunk_tokens, min(min_tokens, chunk_tokens))
     else:
-        lay_out, chunks = partial(pack_chunk, numbering=numbering), plan_packed(lengths, chunk_tokens)
+        lay_out, chunks = partial(pack, numbering=numbering), plan_chunks(lengths, chunk_tokens, min_tokens=None)
     if equal_chunks:
         chunks = split_chunks(chunks, largest(len(chunks)))
     sizes, order = torch.tensor(lengths), torch.tensor([i for chunk in chunks for i in chunk])

@@ -130,7 +130,7 @@ def place_of(error: BaseException, places: list[Path]) -> Path:
     if re.search(OF_WORKERS, str(error)):
         return SHARED_MEMORY
     file = file_of(error)
-    if file is not None and not (places and file.name.startswith(ASIDE)):
+    if file is not None and not (places and any(part.startswith(ASIDE) for part in file.parts)):
         return file
     if places:
         return places[0]

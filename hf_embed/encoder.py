@@ -25,7 +25,8 @@ from hf_embed.encoding import (
     Tokens,
     check_arguments,
     check_output,
-    check_prompts,
+    check_prompt,
+    check_settings,
     check_sizes,
     encode_by_length,
     evaluating,
@@ -37,8 +38,7 @@ from hf_embed.forward_check import check_kernel, measure
 from hf_embed.packed_attention import CannotPack
 from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
-from hf_embed.ranges import is_one_of
-from hf_embed.tempscale.attention import base_of
+from hf_embed.tempscale.attention import apply_stated, base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 
@@ -98,12 +98,9 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        check_prompts(prompts)
-        if not is_one_of(similarity_fn_name, SIMILARITIES):
-            raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; use one of {', '.join(SIMILARITIES)}")
-        if truncate_dim is not None and not (isinstance(truncate_dim, int) and truncate_dim > 0):
-            raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
+        check_settings(normalize, prompts, truncate_dim, similarity_fn_name)
         self.backbone = text_encoder(without_head(backbone))
+        apply_stated(self.base)
         self.tokenizer = with_padding(tokenizer)
         self.pooling = pooling
         self.normalize = normalize
@@ -126,8 +123,7 @@ class Encoder(nn.Module):
 
     def check_forward(self) -> None:
         """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
-        measured = measure(self)
-        self.width, self.positions, self.packable = measured.width, measured.positions, measured.packable
+        self.width, self.positions, self.packable = measure(self)
         self.checked_at = place_of(self.base)
 
     def check_place(self) -> None:
@@ -336,6 +332,7 @@ class Encoder(nn.Module):
         check_sizes(batch_size, chunk_tokens)
         check_output(self, truncate_dim, normalize, precision)
         before = self.prompt(prompt_name) if prompt is None else prompt
+        check_prompt(before)
         if before:
             room_for_text(self.tokenizer, [before], self.max_length)  # raises InputError if there is none
         listed = text_list(texts)
@@ -401,6 +398,8 @@ class Encoder(nn.Module):
     def similarity_pairwise(self, a: Vectors, b: Vectors, precision: str | None = None) -> Tensor:
         """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,). Otherwise as `similarity`."""
         first, second, compare = self.comparable(a, b, precision)
+        if len(first) != len(second) and 1 not in (len(first), len(second)):
+            raise InputError(f"{len(first)} vectors cannot be compared with {len(second)} row by row; use similarity")
         return compare(first.unsqueeze(1), second.unsqueeze(1))[:, 0, 0]
 
     def comparable(self, a: Vectors, b: Vectors, precision: str | None) -> tuple[Tensor, Tensor, Compare]:

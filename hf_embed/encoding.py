@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from hf_embed.adapters import copy_of
 from hf_embed.errors import InputError, utf8
-from hf_embed.ranges import COUNT
+from hf_embed.ranges import COUNT, is_one_of
 from hf_embed.read_files import first_line
-from hf_embed.vectors import check_packable, check_precision
+from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
 if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
@@ -76,13 +76,26 @@ def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
             raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
-def check_prompts(prompts: Any) -> None:
-    """Raise InputError if `prompts` is neither None nor a mapping from names to texts."""
-    if prompts is None or (
-        isinstance(prompts, Mapping) and all(isinstance(word, str) for pair in prompts.items() for word in pair)
-    ):
-        return
-    raise InputError(f'prompts are {prompts!r}; give texts by name, for example {{"query": "query: "}}')
+def check_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_fn_name: Any) -> None:
+    """Raise InputError for settings that no `Encoder` can have; the arguments are those of `Encoder`."""
+    if normalize not in (True, False):
+        raise InputError(f"normalize is {normalize!r}; it must be True or False")
+    prompts = {} if prompts is None else prompts
+    if not isinstance(prompts, Mapping) or not all(isinstance(word, str) for pair in prompts.items() for word in pair):
+        raise InputError(f'prompts are {prompts!r}; give texts by name, for example {{"query": "query: "}}')
+    for prompt in prompts.values():
+        check_prompt(prompt)
+    if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
+        raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
+    if not is_one_of(similarity_fn_name, SIMILARITIES):
+        raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; use one of {', '.join(SIMILARITIES)}")
+
+
+def check_prompt(prompt: Any) -> None:
+    """Raise InputError if `prompt` is not a text, or holds half of a character."""
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt is {prompt!r}; give the text to put before each text")
+    utf8(prompt)
 
 
 def text_list(texts: Any) -> list[str]:

@@ -23,7 +23,7 @@ Shapes: N texts of T tokens, D numbers per vector.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_embed.errors import InputError
@@ -41,7 +40,7 @@ from hf_embed.packing import Packable, after_padding, precision, rounds_to_half,
 from hf_embed.pooling import Dense
 from hf_embed.read_files import first_line
 from hf_embed.tempscale.attention import base_of
-from hf_embed.word_table import word_table
+from hf_embed.word_table import Replaced, word_table
 
 if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
@@ -60,21 +59,6 @@ Row = dict[str, list[int]]  # the outputs of a tokenizer for one text, by name
 
 
 @dataclass
-class Measured:
-    """What the passes measure.
-
-    Attributes:
-        width: the width of the vectors.
-        positions: the number of tokens that have positions; None: no limit.
-        packable: how the model can be packed; None: it cannot.
-    """
-
-    width: int
-    positions: int | None
-    packable: Packable | None = None
-
-
-@dataclass
 class Passes:
     """The vectors of the texts, (N, D), computed in several ways, and what was observed on the way."""
 
@@ -86,32 +70,23 @@ class Passes:
     training: Tensor  # as in training
     packable: Packable | None  # how the model can be packed, so that its vectors equal the reference
     attends: bool  # whether tokens see each other
-    lookups: "LookupRecorder"  # the lookups of the reference pass
+    lookups: list[tuple[Tensor, Tensor]]  # the indices and the table of each lookup of the reference pass
 
 
-def measure(encoder: "Encoder") -> Measured:
-    """Check the forward pass of `encoder`, and measure its width and its positions.
+def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
+    """Check the forward pass of `encoder`, if possible with float32 weights, and measure it.
+
+    Returns:
+        The width of the vectors; the number of tokens that have positions, or None if there is no limit; and how the model can
+        be packed, or None if it cannot.
 
     Raises:
         InputError: if the model cannot encode plain text; if its vectors depend on the other texts of a batch, on chance, or on
             outputs of its tokenizer other than the token ids; or if training would compute other vectors.
     """
     if not is_measurable(encoder.backbone):
-        return Measured(encoder.config.hidden_size, stated_positions(encoder.config))
+        return encoder.config.hidden_size, stated_positions(encoder.config), None
     check_vocabulary(encoder)
-    passes = checked_passes(encoder)
-    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
-    width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
-    positions = passes.lookups.positions(passes.rows, word_table(encoder.base)) or stated_positions(encoder.config)
-    return Measured(width, positions, passes.packable)
-
-
-def checked_passes(encoder: "Encoder") -> Passes:
-    """Compute the vectors of the texts in every way, and check them. If possible, this is done with float32 weights.
-
-    Raises:
-        InputError: as described in `measure`.
-    """
     passes = None
     with in_float32(encoder) as changed:
         failures = (InputError, torch.OutOfMemoryError) if changed else ()  # the code of a model may need its data type
@@ -122,7 +97,10 @@ def checked_passes(encoder: "Encoder") -> Passes:
     if passes is None:
         passes = run_passes(encoder)
         check_passes(passes, encoder)
-    return passes
+    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
+    width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
+    positions = table_of_positions(passes.lookups, passes.rows, word_table(encoder.base))
+    return width, positions or stated_positions(encoder.config), passes.packable
 
 
 def run_passes(encoder: "Encoder") -> Passes:
@@ -150,8 +128,14 @@ def compute_passes(encoder: "Encoder") -> Passes:
     further = sorted({key for row in rows for key in row} - {"input_ids"})
     flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
     lengths = [len(row["input_ids"]) for row in rows]
+    lookups: list[tuple[Tensor, Tensor]] = []
+
+    def lookup(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lookups.append((input, weight))
+        return F.embedding(input, weight, *args, **kwargs)
+
     with torch.no_grad():
-        with LookupRecorder() as lookups:
+        with Replaced(F.embedding, lookup):
             reference = torch.cat([alone(encoder, row, row.keys()) for row in rows])
         plain = torch.cat([alone(encoder, row, ()) for row in rows]) if further else reference
         batch = encoder(flat, lengths, packed=False)["embeddings"]
@@ -180,14 +164,21 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
     odd = odd_neighbors(encoder)
     row, sizes = torch.cat([flat.repeat(times), *odd]), [*(lengths * times), *map(len, odd)]
     found, nearest = None, 2 * tolerance_of(encoder.backbone)
+    queries: set[int] = set()  # how many are passed to PyTorch's attention at a time
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        queries.add(query.shape[-2])
+        return F.scaled_dot_product_attention(query, *args, **kwargs)
+
     for way in ways_to_pack(encoder.base):
         if nearest <= TOLERANCES[torch.float32]:
             break
         if way.numbering is after_padding and 0 < stated <= encoder.tokenizer.pad_token_id + MOST_TOKENS:
             continue  # there are no such positions, and a GPU would not recover from reading one
         encoder.packable = way
+        queries.clear()
         try:
-            with WholeRows(row_size(len(row), row.device.type)) as whole:
+            with Replaced(F.scaled_dot_product_attention, attend):
                 packed = encoder(row, sizes, chunk_tokens=len(row), packed=True)["embeddings"][: times * len(lengths)]
         except torch.OutOfMemoryError:
             raise
@@ -195,7 +186,7 @@ def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], referenc
             break
         distance = distances(packed, reference.repeat(times, 1)).max().item()
         if packed.isfinite().all() and distance < nearest / 2:
-            found, nearest = None if whole.seen else way, distance
+            found, nearest = None if row_size(len(row), row.device.type) in queries else way, distance
     return found
 
 
@@ -427,49 +418,23 @@ def stated_positions(config: PretrainedConfig) -> int | None:
     return min((number for number in stated if isinstance(number, int) and number > 0), default=None)
 
 
-class WholeRows(TorchFunctionMode):
-    """A context that records whether PyTorch's attention is called with queries of all `tokens` of a packed row."""
+def table_of_positions(lookups: list[tuple[Tensor, Tensor]], rows: list[Row], words: nn.Embedding | None) -> int | None:
+    """Return the number of tokens that the table of positions has rows for; None if no such table was read.
 
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens, self.seen = tokens, False
+    The indices show which table holds positions: a text of T tokens reads its rows i, i + 1, ..., i + T - 1. The first i rows
+    are reserved. For example, RoBERTa's table has 514 rows and i = 2, so a text may have 512 tokens.
 
-    def __torch_function__(
-        self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        """Call the function."""
-        if function is F.scaled_dot_product_attention and args and args[0].shape[-2] == self.tokens:
-            self.seen = True
-        return function(*args, **(kwargs or {}))
-
-
-class LookupRecorder(TorchFunctionMode):
-    """A context that records every lookup in an embedding table: the indices, and the table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lookups: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(
-        self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        """Call the function, and record the call if it is a lookup."""
-        if function is F.embedding and len(args) > 1:
-            self.lookups.append((args[0], args[1]))
-        return function(*args, **(kwargs or {}))
-
-    def positions(self, rows: list[Row], words: nn.Embedding | None) -> int | None:
-        """Return the number of tokens that the table of positions has rows for; None if no such table was read.
-
-        The indices show which table holds positions: a text of T tokens reads its rows i, i + 1, ..., i + T - 1. The first i
-        rows are reserved. For example, RoBERTa's table has 514 rows and i = 2, so a text may have 512 tokens.
-        """
-        tokens = sorted(len(row["input_ids"]) for row in rows)[-2]  # the longest text has a padding token: maybe no position
-        found = []
-        for indices, table in self.lookups:
-            if words is not None and table is words.weight or indices.dim() > 2 or indices.dim() == 2 and len(indices) > 1:
-                continue
-            first, *following = indices.flatten()[:tokens].tolist()
-            if 1 + len(following) == tokens > 3 and following == list(range(first + 1, first + tokens)):
-                found.append(len(table) - first)
-        return min(found, default=None)
+    Args:
+        lookups: the indices and the table of each lookup of the reference pass.
+        rows: the texts.
+        words: the table of token embeddings.
+    """
+    tokens = sorted(len(row["input_ids"]) for row in rows)[-2]  # the longest text has a padding token: maybe no position
+    found = []
+    for indices, table in lookups:
+        if words is not None and table is words.weight or indices.dim() > 2 or indices.dim() == 2 and len(indices) > 1:
+            continue
+        first, *following = indices.flatten()[:tokens].tolist()
+        if 1 + len(following) == tokens > 3 and following == list(range(first + 1, first + tokens)):
+            found.append(len(table) - first)
+    return min(found, default=None)

@@ -49,9 +49,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.labeled import as_pairs, pair_columns, pairs_of
+from hf_embed.data.labeled import as_pairs, pair_columns
 from hf_embed.data.python_rows import RowData, as_rows
-from hf_embed.data.sources import FILL_IN, unformatted
+from hf_embed.data.sources import FILL_IN, texts_of
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -186,7 +186,6 @@ def read_dataset(
     table = as_rows(dataset, "dataset")
     if not isinstance(table, Dataset):
         raise InputError("dataset: mining needs all rows at once, so a streaming dataset is not supported; give a Dataset")
-    table = unformatted(table)
     names = [anchor_column, positive_column]
     if None in names:
         table = as_pairs(table, "dataset", paired=True)
@@ -194,7 +193,7 @@ def read_dataset(
     columns = [str(name) for name in names]
     if missing := [column for column in columns if column not in table.column_names]:
         raise InputError(f"dataset: there is no column '{missing[0]}'; found {', '.join(table.column_names)}")
-    return pairs_of(table, columns, "dataset"), columns
+    return [(anchor, positive) for anchor, positive in texts_of(table, columns, "dataset")], columns
 
 
 def write_hard_negatives(

@@ -26,12 +26,19 @@ def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrained
     if model is not None and has_adapters(model.backbone if isinstance(model, Encoder) else model):
         raise InputError("mlm_weight trains all weights and cannot be combined with PEFT adapters; remove one of them")
     head = getattr(model, "cls", None) or getattr(model, "lm_head", None)
-    if not isinstance(head, nn.Module) or isinstance(head, nn.Linear) or not hasattr(model, "base_model"):
+    judges_pairs = hasattr(head, "seq_relationship")  # as in BertForPreTraining; such a head needs pooled vectors too
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Linear) or judges_pairs or not hasattr(model, "base_model"):
         raise InputError(
             f"mlm_weight needs a model with a masked-language-modeling head of the BERT or RoBERTa kind; "
             f"{type(model).__name__} has none: load AutoModelForMaskedLM, or set mlm_weight to 0"
         )
     return model.base_model, head  # type: ignore[union-attr,return-value]  # a model with a head is not None
+
+
+def check_mask_token(tokenizer: PreTrainedTokenizerBase, user: str) -> None:
+    """Raise InputError if a tokenizer has no mask token; `user` is what needs it."""
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"{user} masks tokens, but the tokenizer has no mask token; set tokenizer.mask_token and save it")
 
 
 def mask_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, share: float = 0.15) -> tuple[Tensor, Tensor]:

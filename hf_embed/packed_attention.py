@@ -193,10 +193,7 @@ class ByHead:
         return [part.view(-1, length, states.shape[1]) for part, (length, _) in zip(parts, self.groups)]
 
 
-@lru_cache(maxsize=2)  # all layers of a chunk need the same one
-def by_head(lengths: tuple[int, ...], heads: int) -> ByHead:
-    """Return the order for texts of these lengths."""
-    return ByHead(lengths, heads)
+by_head = lru_cache(maxsize=2)(ByHead)  # all layers of a chunk need the same one
 
 
 class _Attend(torch.autograd.Function):

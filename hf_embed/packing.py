@@ -108,14 +108,12 @@ class Packing(NamedTuple):
         cu_seq_lens: (b + 1,) the first token of each text, and S. With padding tokens at the end, (b + 2,).
         longest: the number of tokens of the longest text.
         places: (b, T) the place of each token in the row. Padding has the place 0.
-        mask: (b, T) 1 on tokens and 0 on padding.
     """
 
     position_ids: Tensor
     cu_seq_lens: Tensor
     longest: int
     places: Tensor
-    mask: Tensor
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that make a model of transformers attend within texts: with flash_attn, and with "sdpa"."""
@@ -141,7 +139,7 @@ def row_size(tokens: int, device: str) -> int:
     return tokens + -tokens % MULTIPLE if rounded else tokens
 
 
-def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Packing]:
+def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tuple[Tensor, Tensor, Packing]:
     """Pack a chunk. If its size has to be rounded up (`row_size`), the padding tokens at its end are a text of their own.
 
     Args:
@@ -151,7 +149,7 @@ def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tup
         numbering: what gives each token its position.
 
     Returns:
-        Token ids (1, S), with the padding tokens, and the packing.
+        Token ids (1, S), with the padding tokens; attention mask (b, T) of the padded texts; and the packing.
     """
     ends = lengths.cumsum(0)
     columns = torch.arange(int(lengths.max()))
@@ -164,6 +162,5 @@ def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tup
         cu_seq_lens=copy_to(F.pad(lengths.cumsum(0), (1, 0)).int(), ids.device),
         longest=max(len(columns), filler),
         places=copy_to(places, ids.device),
-        mask=copy_to(mask.long(), ids.device),
     )
-    return ids.unsqueeze(0), packing
+    return ids.unsqueeze(0), copy_to(mask.long(), ids.device), packing

@@ -9,8 +9,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,9 @@ def has_more_levels(value: Any, most: int) -> bool:
     """Return whether lists and dicts in a value are nested in more than `most` levels."""
     level = [value]
     for _ in range(most + 1):
-        level = [child for item in level if isinstance(item, dict | list) for child in children(item)]
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = list(chain.from_iterable(inner))
     return bool(level)
-
-
-def children(item: dict | list) -> Iterator[Any]:
-    """Return the values in a list or a dict."""
-    return iter(item.values() if isinstance(item, dict) else item)
 
 
 def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str = "", with_nan: bool = False) -> Any:

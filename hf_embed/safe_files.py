@@ -13,6 +13,7 @@ one atomic rename. However the process ends, either the complete old or the comp
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -58,13 +59,11 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield aside
-            flush_one(aside)
-            aside.replace(path)
+            put(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-    flush_one(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -166,7 +165,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def new_folder_beside(folder: Path) -> Path:
     """Create an empty folder beside `folder` and lock it. Remove such folders that killed processes have left."""
     prefix = f"{SAVING}{folder.name[:100]}-"
-    for left in folder.parent.glob(f"{escaped(prefix)}*"):
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
         if left.is_dir() and take_lock(left):
             release(left)
             shutil.rmtree(left, ignore_errors=True)
@@ -174,11 +173,6 @@ def new_folder_beside(folder: Path) -> Path:
     new.mkdir()
     take_lock(new)
     return new
-
-
-def escaped(name: str) -> str:
-    """Return a pattern for `Path.glob` that matches only `name`."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -31,7 +31,7 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError
 from hf_embed.library_internals import layers_to_wrap
-from hf_embed.mlm import split_masked_lm
+from hf_embed.mlm import check_mask_token, split_masked_lm
 from hf_embed.objectives.base import Objective
 from hf_embed.packing import Packing, precision
 from hf_embed.pooling import POOLINGS
@@ -100,11 +100,13 @@ class TrainingStep(nn.Module):
 
         Returns:
             A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
-            masked tokens. With a learned temperature it also has "temperature", a scalar.
+            masked tokens. With a learned temperature it also has "temperature", a scalar of at least `MIN_TEMPERATURE`.
         """
         outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, trained=self)
         if self.log_temperature is not None:
-            outputs["temperature"] = bounded_temperature(self.log_temperature)
+            # The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
+            below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)
+            outputs["temperature"] = (self.log_temperature + below).exp().squeeze(0)
         if mlm is not None:
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
             losses = encode_in_chunks(
@@ -178,15 +180,6 @@ class TrainingStep(nn.Module):
             raise InputError(f"{str(error).rstrip('.')}; use gradient_caching, which works for every model") from error
 
 
-def bounded_temperature(log_temperature: Tensor) -> Tensor:
-    """Return the temperature, a scalar of at least `MIN_TEMPERATURE`.
-
-    The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
-    """
-    below = (math.log(MIN_TEMPERATURE) - log_temperature.detach()).clamp(min=0)
-    return (log_temperature + below).exp().squeeze(0)
-
-
 def make_step(
     model: PreTrainedModel | Encoder | TrainingStep | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -209,6 +202,8 @@ def make_step(
     if objective.mlm_weight and mlm_head is None:
         model, mlm_head = split_masked_lm(model)
     encoder = make_encoder(model, tokenizer, args)
+    if objective.mlm_weight:
+        check_mask_token(encoder.tokenizer, "mlm_weight")
     if args.temp_scale is not None:
         apply_tempscale(encoder.backbone, args.temp_scale)
     needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training

@@ -32,6 +32,7 @@ from hf_embed.distributed import gather_objects, get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
+from hf_embed.objectives.base import called
 from hf_embed.read_files import read_array
 from hf_embed.safe_files import BUSY
 from hf_embed.vector_files import identity_of, read_vectors, write_vectors
@@ -135,8 +136,8 @@ def with_teacher(
     """
     waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
     if waiting and teacher is None:
-        called = type(objectives[waiting[0]]).__name__
-        raise InputError(f"the objective {called} needs the vectors of a teacher; set teacher to a model (--teacher MODEL)")
+        objective = called(objectives[waiting[0]])
+        raise InputError(f"the objective {objective} needs the vectors of a teacher; set teacher to a model (--teacher MODEL)")
     if teacher is None:
         return tables, {}
     if not waiting:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hf_embed.adapters import check_kinds, has_adapters
+from hf_embed.data.tokenization import room_for_text
 from hf_embed.errors import InputError
 from hf_embed.library_internals import saves_its_code, uncompiled
 from hf_embed.ranges import COUNT, out_of_range
@@ -114,8 +115,13 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return the tokenizer with a padding token. Padding is masked, so any token can serve as one.
 
     Raises:
-        InputError: if the tokenizer has no token that could serve.
+        InputError: if the argument is not a tokenizer, or has no token that could serve.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"the tokenizer is of the type {type(tokenizer).__name__}; give the model's tokenizer, from "
+            "AutoTokenizer.from_pretrained"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
@@ -183,6 +189,5 @@ def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTr
         return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
     if limit is not None and max_length > limit:
         raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set it to at most {limit}")
-    if max_length < tokenizer.num_special_tokens_to_add() + 1:
-        raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
+    room_for_text(tokenizer, [""], max_length)
     return max_length

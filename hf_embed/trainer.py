@@ -132,7 +132,7 @@ class ContrastiveTrainer(GuardedTrainer):
         optimizers = inputs.checked_optimizers(optimizers, args)
         model = inputs.first_model(model, model_init, optimizers)
         self.tokenizer_of_models = processing_class
-        rows = inputs.as_train_data(train_dataset, train_name)
+        rows = inputs.as_train_data(train_dataset, train_name, args)
         self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.main_objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")
 
 Model: TypeAlias = PreTrainedModel | Encoder | TrainingStep | str | Path
-TrainRows: TypeAlias = TrainData | RowData | dict[str, RowData]
+TrainRows: TypeAlias = RowData | dict[str, RowData] | Source | list[Source]
 EvalSet: TypeAlias = Task | RowData
 EvalSets: TypeAlias = EvalSet | Mapping[str, EvalSet]
 
@@ -249,13 +249,9 @@ def as_model(
         )
     if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
         mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
-        raise InputError(f"the model is {of_type(model)}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
+        kind = described(model) if isinstance(model, type) else f"of the type {type(model).__name__}"
+        raise InputError(f"the model is {kind}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
     return model, tokenizer
-
-
-def of_type(thing: object) -> str:
-    """Describe the type of an object that is not a model, for the error message."""
-    return described(thing) if isinstance(thing, type) else f"of the type {type(thing).__name__}"
 
 
 def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) -> Encoder:
@@ -278,16 +274,30 @@ def load_to_train(name: str, args: ContrastiveTrainingArguments, **kwargs: Any) 
 # ---- rows to train on, and evaluation sets ----
 
 
-def as_train_data(rows: Any, name: str) -> TrainData | None:
-    """Return the training rows as datasets, or as a list of sources. Raises InputError if `rows` holds no rows."""
+def as_train_data(rows: Any, name: str, args: ContrastiveTrainingArguments) -> TrainData | None:
+    """Return the training rows as one table, or as a list of sources.
+
+    Raises:
+        InputError: if `rows` holds no rows, or if the keys of a dict are the splits of one dataset.
+    """
     if rows is None or (isinstance(rows, list) and rows and all(isinstance(source, Source) for source in rows)):
         return rows
     if isinstance(rows, Source):
         return [rows]
-    if not isinstance(rows, Mapping) or isinstance(rows, DatasetDict):
-        return rows if isinstance(rows, DatasetDict) else as_rows(rows, name)
-    refuse_columns(rows, name)
-    return {str(key): as_rows(table, f"{name}['{key}']") for key, table in rows.items()}
+    if isinstance(rows, Mapping):
+        refuse_columns(rows, name)
+        if splits := {"train", "validation", "test"} & set(rows):
+            raise InputError(
+                f"{name}: the keys of a dict name sources, but '{min(splits)}' looks like a split; choose one split"
+            )
+        return [Source(str(key), as_rows(table, f"{name}['{key}']")) for key, table in rows.items()]
+    table = as_rows(rows, name)
+    if isinstance(table, Dataset):
+        return table
+    # One epoch lasts the whole run. A shorter epoch could end with an update that accumulates fewer batches than others.
+    batches = args.max_steps * args.gradient_accumulation_steps
+    size = batches * args.per_device_train_batch_size * args.world_size if args.max_steps > 0 else None
+    return [Source(name, table, size=size)]
 
 
 def refuse_columns(rows: Mapping[str, object], name: str) -> None:
@@ -320,20 +330,15 @@ def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
         return {}
     if not isinstance(sets, Mapping):
         task = as_task(sets, name)
-        sets = {"sts" if isinstance(task, Dataset) else task.kind: task}
-    else:
-        if sets:
-            refuse_columns(sets, name)
-        sets = {str(key): as_task(value, str(key)) for key, value in sets.items()}
-    tasks = {key: STS(check_sts(task, key)) if isinstance(task, Dataset) else task for key, task in sets.items()}
+        return {task.kind: task}
+    if sets:
+        refuse_columns(sets, name)
+    tasks = {str(key): as_task(value, str(key)) for key, value in sets.items()}
     return dict(sorted(tasks.items(), key=lambda named: isinstance(named[1], HeldOut)))
 
 
-def as_task(given: Any, name: str) -> Task | Dataset:
-    """Convert one evaluation set.
-
-    Returns:
-        A task as it is, a table with an STS set as a `Dataset`, and a table of training rows as `HeldOut`.
+def as_task(given: Any, name: str) -> Task:
+    """Return one evaluation set as a task. A table of training rows becomes `HeldOut`.
 
     Raises:
         InputError: if `given` is a class, or a table that could be both kinds or neither.
@@ -349,7 +354,7 @@ def as_task(given: Any, name: str) -> Task | Dataset:
     try:
         pair = text_columns(others, name, paired=True)[:2]
     except InputError:
-        return rows
+        return STS(check_sts(rows, name))
     raise InputError(
         f"{name}: the columns {' and '.join(pair)} make it held-out rows, but {', '.join(COLUMNS)} make it an STS set; remove "
         "the columns of one of them (remove_columns)"
@@ -364,14 +369,12 @@ def stored_rows(given: Any, name: str) -> Dataset:
     return rows
 
 
-def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
+def held_out(rows: Dataset, name: str) -> Task:
     """Return a table of held-out training rows as `HeldOut`.
 
-    A table that has sentence1 and sentence2 but is not a complete STS set is returned unchanged. The check of STS sets then
-    reports what is wrong.
-
     Raises:
-        InputError: if the columns are not those of training rows with pairs.
+        InputError: if the columns are not those of training rows with pairs. If sentence1 and sentence2 are there, the message
+            says what an STS set lacks.
     """
     layout = labeled_layout(rows.column_names, name)
     if layout is not None:
@@ -383,7 +386,7 @@ def held_out(rows: Dataset, name: str) -> Dataset | HeldOut:
     except InputError as error:
         names = [column.lower() for column in rows.column_names]
         if {"sentence1", "sentence2"} <= set(names):
-            return rows
+            return STS(check_sts(rows, name))
         if len(names) == 1 or {"text", "sentence"} & set(names):
             raise InputError(
                 f"{name}: rows of a single text cannot be held out, because without dropout a text is its own positive and "

@@ -15,7 +15,7 @@ from hf_embed.data.collator import VectorRows
 from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Mixture, Stream
 from hf_embed.data.python_rows import RowData
-from hf_embed.data.sources import plain_rows, rows_of_texts
+from hf_embed.data.sources import texts_of
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
@@ -212,10 +212,7 @@ def columns_of_texts(given: RowData, name: str) -> list[list[str]]:
         InputError: if the columns are not recognized, a text is empty, or the rows have different numbers of texts.
     """
     rows = stored_rows(given, name)
-    columns = text_columns(rows.column_names, name)
-    texts: list[list[str]] = []
-    for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        texts += [own for own, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
+    texts = list(texts_of(rows, text_columns(rows.column_names, name), name))
     if len(set(map(len, texts))) > 1:
         raise InputError(f"{name}: the rows have different numbers of texts; give one column of texts, or rows of equal length")
     return list(map(list, zip(*texts)))

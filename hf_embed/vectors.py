@@ -68,7 +68,7 @@ def check_packable(precision: str, width: int) -> None:
 
 
 def quantize(vectors: Tensor, precision: str) -> Tensor:
-    """Reduce vectors (N, D) to one of `PRECISIONS`: (N, D), or packed (N, D / 8).
+    """Reduce vectors (N, D) to one of `PRECISIONS`: (N, D), or packed (N, D / 8), for which D has to be a multiple of 8.
 
     >>> quantize(torch.tensor([[0.5, -1.0, 0.25, 0.0, 1.0, 1.0, -1.0, 2.0]]), "int8")
     tensor([[ 32, -64,  16,   0,  64,  64, -64, 127]], dtype=torch.int8)
@@ -76,10 +76,8 @@ def quantize(vectors: Tensor, precision: str) -> Tensor:
     tensor([[173]], dtype=torch.uint8)
 
     Raises:
-        InputError: if the precision is unknown; if a number is not finite and the precision is not float32, which alone can
-            represent it; or if D is not a multiple of 8 and the precision is packed.
+        InputError: if a number is not finite and the precision is not float32, which alone can represent it.
     """
-    check_precision(precision)
     if precision == "float32":
         return vectors
     if not bool(torch.isfinite(vectors).all()):
@@ -87,7 +85,6 @@ def quantize(vectors: Tensor, precision: str) -> Tensor:
     if precision == "int8":
         largest = vectors.abs().amax(dim=-1, keepdim=True) if vectors.numel() else vectors
         return (vectors * (127 / largest.clamp(min=torch.finfo(vectors.dtype).tiny))).round().to(torch.int8)
-    check_packable(precision, vectors.shape[-1])
     bits = (vectors > 0).view(*vectors.shape[:-1], vectors.shape[-1] // 8, 8)
     packed = (bits * 2 ** torch.arange(7, -1, -1, device=vectors.device)).sum(-1)  # the first number is the highest bit
     return packed.to(torch.uint8) if precision == "ubinary" else (packed - 128).to(torch.int8)
@@ -125,7 +122,8 @@ def precision_of(vectors: Tensor, dimension: int, most: int, given: str | None =
             )
         return "ubinary"
     if given is not None:
-        check_precision(given)
+        if not is_one_of(given, ("int8", "binary")):
+            raise InputError(f"precision is {given!r}, but int8 vectors have the precision int8 or binary; set one of these")
         return given
     if width == dimension or not can_be_packed:
         return "int8"

@@ -85,25 +85,18 @@ class _Lookup(torch.autograd.Function):
         return ctx.gradient.module.weight.new_empty(0), None, None
 
 
-class Lookups(TorchFunctionMode):
-    """A context in which the lookups in a word table share one gradient.
+class Replaced(TorchFunctionMode):
+    """A context in which calls of `function`, which is one of PyTorch's, are calls of `other`. Inside `other`, they are not."""
 
-    Args:
-        gradient: the gradient.
-        shared: the empty tensor from `share_gradient`, which every lookup takes as an input.
-    """
-
-    def __init__(self, gradient: SharedGradient, shared: Tensor):
+    def __init__(self, function: Callable, other: Callable):
         super().__init__()
-        self.gradient, self.shared = gradient, shared
+        self.function, self.other = function, other
 
     def __torch_function__(
         self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Call the function, or look up."""
-        if function is F.embedding and len(args) > 1 and args[1] is self.gradient.module.weight:
-            return _Lookup.apply(self.shared, args[0], self.gradient)
-        return function(*args, **(kwargs or {}))
+        """Call the function, or the other one."""
+        return (self.other if function is self.function else function)(*args, **(kwargs or {}))
 
 
 def share_gradient(table: nn.Embedding | None) -> tuple[SharedGradient | None, Tensor]:
@@ -111,9 +104,8 @@ def share_gradient(table: nn.Embedding | None) -> tuple[SharedGradient | None, T
 
     There is no shared gradient if the table needs none, or is of a special kind. The empty tensor then connects nothing.
     """
-    if table is None or not torch.is_grad_enabled() or not table.weight.requires_grad:
-        return None, torch.empty(0)
-    if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+    special = table is not None and (table.max_norm is not None or table.scale_grad_by_freq or table.sparse)
+    if table is None or special or not torch.is_grad_enabled() or not table.weight.requires_grad:
         return None, torch.empty(0)
     gradient = SharedGradient(table)
     return gradient, _Share.apply(table.weight, gradient)
@@ -128,8 +120,13 @@ def sharing(gradient: SharedGradient | None, shared: Tensor) -> Iterator[None]:
     table = gradient.module
     own, call = vars(table).get("forward"), table.forward
 
+    def lookup(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if weight is table.weight:
+            return _Lookup.apply(shared, input, gradient)
+        return F.embedding(input, weight, *args, **kwargs)
+
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        with Lookups(gradient, shared):
+        with Replaced(F.embedding, lookup):
             return call(*args, **kwargs)
 
     table.forward = forward  # type: ignore[method-assign]

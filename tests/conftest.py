@@ -39,7 +39,7 @@ from transformers import (
 
 from hf_embed import ContrastiveTrainer, Encoder, InputError
 from hf_embed.data.labeled import as_pairs
-from hf_embed.data.sources import unformatted
+from hf_embed.data.python_rows import as_rows
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.kit.plan import QUICKSTART
 
@@ -121,7 +121,7 @@ def tokenize_rows(rows, tokenizer, max_length, name="train_dataset", paired=None
     """Tokenize a table as a training without scores and without a teacher does."""
     prompts = prompts or {}
     row_tokenizer = RowTokenizer(tokenizer, max_length, prompts.get("query", ""), prompts.get("document", ""))
-    pairs = as_pairs(unformatted(rows), name, paired, drop_empty_rows)
+    pairs = as_pairs(as_rows(rows, name), name, paired, drop_empty_rows)
     return tokenize_table(pairs, row_tokenizer, name, paired, drop_empty_rows)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_embed import Encoder
 from hf_embed.activations import Activations
-from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, plan_packed, split_chunks
+from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
 
 # ---- splitting texts into chunks ----
 
@@ -338,7 +338,7 @@ def test_measured_activations_are_those_that_stay():
                 del embeddings
             peaks.append(before - live.now)
         measured.append(activations.per_token)
-    kept = sum(LENGTHS) - sum(LENGTHS[i] for i in plan_packed(LENGTHS, 100)[-1])
+    kept = sum(LENGTHS) - sum(LENGTHS[i] for i in plan_chunks(LENGTHS, 100, None)[-1])
     assert 1 <= measured[1] * kept / (peaks[1] - peaks[0]) < 1.3
 
 

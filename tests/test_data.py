@@ -20,6 +20,7 @@ from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import ACCEPTED, text_columns
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file, row_texts
 from hf_embed.data.tokenization import text_id, truncated_share, warn_of_truncation
 
@@ -50,7 +51,7 @@ TEXTS = [["plain", "007"], ["NA", "1e5"], ['he said "hi"', "null"], ['"open', "c
 
 def write_table(path, columns=tuple(COLUMNS), rows=TEXTS):
     """Write a file of the kind that its name says, gzipped if the name ends in .gz. A txt file has only the first column."""
-    kind = path.name.split(".")[1]
+    kind = path.name.split(".")[1].lower()
     plain = path.with_name(f"plain.{kind}")
     if kind == "parquet":
         pandas.DataFrame(rows, columns=list(columns)).to_parquet(plain)
@@ -65,7 +66,7 @@ def write_table(path, columns=tuple(COLUMNS), rows=TEXTS):
             else:
                 items = [dict(zip(columns, row)) for row in rows]
                 file.write(json.dumps(items) if kind == "json" else "".join(json.dumps(i) + "\n" for i in items))
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         with plain.open("rb") as source, gzip.open(path, "wb") as target:
             shutil.copyfileobj(source, target)
     else:
@@ -74,11 +75,11 @@ def write_table(path, columns=tuple(COLUMNS), rows=TEXTS):
 
 
 # BUG: The docstring and a message promised that parquet.gz can be read, but it could not be read.
-@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("gz", ["", ".gz", ".GZ"])  # BUG: PARQUET.GZ was read as an uncompressed file
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
 def test_read_file_keeps_every_text(kind, gz, tmp_path):
     """Quotes, "NA" and "007" stay as they are."""
-    rows = read_file(write_table(tmp_path / f"file.{kind}{gz}"))
+    rows = read_file(write_table(tmp_path / f"file.{kind.upper() if gz == '.GZ' else kind}{gz}"))
     assert rows.column_names == (["text"] if kind == "txt" else COLUMNS)
     assert [list(row.values()) for row in rows] == [row[: len(rows.column_names)] for row in TEXTS]
 
@@ -145,6 +146,10 @@ def test_byte_order_mark_is_no_text(tmp_path):
 def test_name_with_brackets_is_no_pattern(tmp_path):
     # BUG: `datasets` treats the name as a glob pattern. This one matches no file, and a*.txt would match other files as well.
     assert read_file(written(tmp_path / "a[1].txt", "one\ntwo\n"))["text"][:] == ["one", "two"]
+    # BUG: In a sources file, this name meant a1.txt, if there was such a file.
+    written(tmp_path / "a1.txt", "other\ntexts\n")
+    (source,) = read_sources(written(tmp_path / "s.yaml", "- {name: a, file: 'a[1].txt'}"))
+    assert source.rows["text"][:] == ["one", "two"]
 
 
 # ---- columns ----
@@ -154,6 +159,7 @@ LAYOUTS = [
     # found columns, paired, columns that are used
     (["text"], None, ["text"]),
     (["Sentence", "id"], None, ["Sentence"]),
+    (["id", " text"], None, [" text"]),
     (["whatever"], None, ["whatever"]),
     (["sent0", "sent1"], None, ["sent0", "sent1"]),
     (["hard_neg", "sent1", "sent0"], None, ["sent0", "sent1", "hard_neg"]),

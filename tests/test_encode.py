@@ -6,6 +6,7 @@ Where sentence-transformers has the same option, the results are compared on the
 import copy
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ from sentence_transformers.util import quantize_embeddings
 from torch import nn
 from torch.nn import functional as F
 
-from hf_embed import Encoder, apply_tempscale
+from hf_embed import Encoder, TempScaleConfig, apply_tempscale
 from hf_embed import encoder as encoder_module
 from hf_embed.pooling import Dense
 from hf_embed.vectors import as_floats, quantize
@@ -127,7 +128,8 @@ def test_arguments_that_change_nothing_are_taken():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size is 0; it must be at least 1"), ({"batch_size": -5}, "at least 1"),
-     ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'")],
+     ({"chunk_tokens": 0}, "chunk_tokens is 0"), ({"normalize": "l2"}, "normalize is 'l2'"),
+     ({"prompt": 5}, "prompt is 5; give the text"), ({"prompt": "a\ud800"}, r"'a\ud800' holds half of a character")],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_refused(options, message):
     """BUG: With a negative batch_size, `encode` returned no vectors."""
@@ -245,6 +247,9 @@ def test_int8_vectors_that_may_be_packed_need_a_word():
     assert "could not distinguish" in error_of(encoder.encode, TEXTS, precision="int8", truncate_dim=4)
     assert "cannot be compared" in error_of(encoder.similarity, cut, encoder.encode(TEXTS))
     assert "not the packed signs" in error_of(encoder.similarity, cut.view(np.uint8), cut)
+    assert "int8 vectors have the precision int8 or binary" in error_of(encoder.similarity, packed, packed, "ubinary")
+    assert "4 vectors cannot be compared with 3 row by row" in error_of(encoder.similarity_pairwise, cut, cut[:3])
+    same(encoder.similarity_pairwise(cut, cut[:1]).numpy(), encoder.similarity(cut, cut[:1])[:, 0].numpy())
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
@@ -420,6 +425,17 @@ def test_threads_that_share_an_encoder_in_training_mode_use_no_dropout():
         np.testing.assert_allclose(found[thread.name], expected, rtol=1e-5, atol=1e-6)
         assert encoder.training == encoder.backbone.training == (thread.name == "second")
     assert not encoder.dense.training
+
+
+def test_threads_that_share_an_encoder_scale_each_text_by_its_own_length():
+    """BUG: the lengths of the texts of one thread were those of another one."""
+    encoder = apply_tempscale(tiny_encoder(), TempScaleConfig(0.5, growth="log", reference_length=4))
+    parts = [MANY[start : start + 10] for start in range(0, 40, 10)]
+    expected = [encoder.encode(part, chunk_tokens=20) for part in parts]
+    with ThreadPoolExecutor(len(parts)) as threads:
+        for _ in range(3):
+            for found, wanted in zip(threads.map(partial(encoder.encode, chunk_tokens=20), parts), expected):
+                same(found, wanted)
 
 
 def test_a_tokenizer_is_used_by_one_thread_at_a_time(monkeypatch):

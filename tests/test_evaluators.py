@@ -42,6 +42,7 @@ from hf_embed import (
     ZeroShot,
 )
 from hf_embed.data.columns import DESCRIBED, LAYOUTS, text_columns
+from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.evaluation import rows as rows_module
 from hf_embed.evaluation.judged import Judged
 from hf_embed.evaluation.pair_classification import read_pair_classification
@@ -310,11 +311,13 @@ def test_labels(tmp_path, labels):
     assert PairClassification(READ_PAIRS.sentences1, READ_PAIRS.sentences2, np.array(labels)) == READ_PAIRS
 
 
-def test_labels_that_are_named_the_other_way_round(tmp_path):
+def test_labels_that_are_named_the_other_way_round(tmp_path, tokenizer):
+    """BUG: an objective that learns from scores read GLUE's RTE, where 0 is the entailment, as the lowest score."""
     rows = Dataset.from_list([dict(zip(HEADER, row)) for row in PAIRS])
     for names, is_right in (
         (["not_duplicate", "duplicate"], True),
         (["0", "1"], True),
+        (["1", "2", "10"], True),
         (["entailment", "not_entailment"], False),
         (["1", "0"], False),
         (["relevant", "irrelevant"], False),
@@ -323,6 +326,8 @@ def test_labels_that_are_named_the_other_way_round(tmp_path):
         labeled.to_parquet(str(tmp_path / "a.parquet"))
         if is_right:
             assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
+            scored = tokenize_table(labeled, RowTokenizer(tokenizer, 16, scored=True), "rows")["scores"][:]
+            assert scored == [[label] for label in labeled["label"]]
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
             assert (
@@ -330,6 +335,8 @@ def test_labels_that_are_named_the_other_way_round(tmp_path):
             )
             documents = labeled.rename_columns({"sentence1": "query", "sentence2": "document"})
             assert f"the label 0 of column 'label' is named {names[0]}" in error_of(Reranking, documents)
+            message = error_of(tokenize_table, labeled, RowTokenizer(tokenizer, 16, scored=True), "rows")
+            assert f"rows: the label 0 of column 'label' is named {names[0]}" in message
 
 
 def pairs_with(*labels):

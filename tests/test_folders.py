@@ -649,6 +649,8 @@ def test_mteb_takes_the_prompts_that_it_takes_with_sentence_transformers(make, t
 @pytest.mark.parametrize(
     ("settings", "says"),
     [({"truncate_dim": 0}, "truncate_dim is 0"), ({"similarity_fn_name": "max"}, "'max'; use one of cosine"),
+     ({"truncate_dim": True}, "truncate_dim is True"), ({"normalize": "no"}, "normalize is 'no'; it must be True or False"),
+     ({"prompts": {"query": "a\ud800"}}, r"'a\ud800' holds half of a character"),
      ({"default_prompt_name": "x"}, "unknown prompt_name 'x'")],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, says):

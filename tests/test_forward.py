@@ -164,7 +164,7 @@ def test_the_check_sees_a_single_leak():
     assert "depends on the other texts of its batch" in error_of(encoder_of, model)
 
 
-@pytest.mark.parametrize(("lay_out", "architecture"), [("pad_chunk", "qwen3"), ("pack_chunk", "bert")])
+@pytest.mark.parametrize(("lay_out", "architecture"), [("pad_chunk", "qwen3"), ("pack", "bert")])
 def test_the_check_sees_training_that_differs(lay_out, architecture, monkeypatch):
     """Negative control: the check finds tokens that training puts in the wrong place."""
     from hf_embed import chunking

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import transformers
 import worker_unused
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
@@ -340,3 +341,24 @@ def test_what_is_no_model_is_refused_by_its_type(model, tmp_path):
     args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
     message = error_of(ContrastiveTrainer, model(), args, processing_class=small_tokenizer())
     assert message.startswith(f"the model is of the type {type(model()).__name__}; give a PreTrainedModel")
+
+
+def test_what_is_no_tokenizer_is_refused_by_its_type():
+    assert "the tokenizer is of the type str; give the model's tokenizer" in error_of(Encoder, tiny_model("bert"), "bert")
+
+
+@pytest.mark.parametrize("kind", ["BertForPreTraining", "BertForNextSentencePrediction"])
+def test_a_head_that_judges_pairs_is_no_head_of_masked_language_modeling(kind, tmp_path):
+    model = getattr(transformers, kind)(tiny_model("bert").config)
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, model, args, processing_class=small_tokenizer(), objective=SimCSE(mlm_weight=0.1))
+    assert f"{kind} has none: load AutoModelForMaskedLM" in message
+
+
+def test_a_tokenizer_without_a_mask_token_masks_no_words(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.mask_token = None
+    model = transformers.BertForMaskedLM(tiny_model("bert").config)
+    args = ContrastiveTrainingArguments(str(tmp_path), report_to="none")
+    message = error_of(ContrastiveTrainer, model, args, processing_class=tokenizer, objective=SimCSE(mlm_weight=0.1))
+    assert message.startswith("mlm_weight masks tokens, but the tokenizer has no mask token")

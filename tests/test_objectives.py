@@ -10,7 +10,7 @@ import torch
 from conftest import error_of
 from torch.testing import assert_close
 
-from hf_embed import Matryoshka, SimCSE, objectives
+from hf_embed import InputError, Matryoshka, SimCSE, objectives
 from hf_embed.objectives import OBJECTIVES, ContrastiveObjective, Objective, as_objective
 
 ROWS, DIM = 6, 5
@@ -156,6 +156,20 @@ def test_a_plain_function_is_an_objective():
     objective.check_rows(2, "rows")
     assert torch.equal(objective(z[:3], ids[:3], z, ids, 0), SimCSE(0.5)(z[:3], ids[:3], z, ids, 0))
     assert torch.equal(Matryoshka(loss, (2,))(z, ids, z, ids), SimCSE(0.5)(z[..., :2], ids))
+
+
+@pytest.mark.parametrize(
+    ("result", "what"),
+    [(1.0, "a float"), (None, "a NoneType"), (torch.tensor(1.0), r"a Tensor of shape \(\), gradient False"),
+     (torch.ones(3, requires_grad=True), r"a Tensor of shape \(3,\), gradient True")],
+)  # fmt: skip
+def test_a_function_that_returns_no_loss_is_refused(result, what):
+    def loss(z, ids, all_z, all_ids, first_row):
+        return result
+
+    for objective in (as_objective(loss), Matryoshka(loss, (2,))):
+        with pytest.raises(InputError, match=f"the objective loss returns {what}; return the mean loss of the rows"):
+            objective(embeddings(3).requires_grad_(), distinct(3))
 
 
 def test_what_a_callable_says_of_itself_is_kept():

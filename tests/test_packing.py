@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale, packed_attention
-from hf_embed.chunking import plan_packed
+from hf_embed.chunking import plan_chunks
 from hf_embed.dropout import dropout, use_fast_dropout
 from hf_embed.packed_attention import PADDED, SHORT, ByHead, attend_by_text
 from hf_embed.packing import Packing, after_padding, from_zero, pack
@@ -278,12 +278,12 @@ def test_a_copy_and_a_saved_encoder_are_packed(tmp_path):
 
 def test_pack():
     ids = torch.tensor([4, 5, 6, 7, 8, 9])
-    row, packing = pack(ids, torch.tensor([3, 2, 1]), pad_id=0, numbering=from_zero)
+    row, mask, packing = pack(ids, torch.tensor([3, 2, 1]), pad_id=0, numbering=from_zero)
     assert row.tolist() == [ids.tolist()]
     assert packing.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert packing.cu_seq_lens.tolist() == [0, 3, 5, 6] and packing.cu_seq_lens.dtype == torch.int32
     assert packing.longest == 3
-    assert packing.mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
     states = torch.arange(6.0).view(1, 6, 1)
     assert packing.unpack(states).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 0], [5, 0, 0]]
 
@@ -304,12 +304,12 @@ def test_a_row_is_rounded_up():
     ids, lengths = torch.arange(5, 305), torch.tensor([200, 100])
     assert pack(ids, lengths, pad_id=1, numbering=from_zero)[0].tolist() == [ids.tolist()]
     with torch.autocast("cpu", torch.bfloat16):
-        row, packing = pack(ids, lengths, pad_id=1, numbering=from_zero)
-        small, _ = pack(ids[:255], torch.tensor([255]), pad_id=1, numbering=from_zero)
+        row, mask, packing = pack(ids, lengths, pad_id=1, numbering=from_zero)
+        small, *_ = pack(ids[:255], torch.tensor([255]), pad_id=1, numbering=from_zero)
     assert row.tolist() == [[*range(5, 305), *[1] * 4]]
     assert packing.position_ids.tolist() == [[*range(200), *range(100), *range(4)]]
     assert packing.cu_seq_lens.tolist() == [0, 200, 300, 304] and packing.longest == 200
-    assert packing.mask.shape == (2, 200) and packing.places.max() == 299
+    assert mask.shape == (2, 200) and packing.places.max() == 299
     assert small.shape == (1, 255)
 
 
@@ -331,15 +331,15 @@ def test_a_rounded_row_changes_nothing(name, monkeypatch):
     assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
-def test_plan_packed():
-    chunks = plan_packed(LENGTHS, 50)
+def test_plan_of_packed_chunks():
+    chunks = plan_chunks(LENGTHS, 50, min_tokens=None)
     assert sorted(i for chunk in chunks for i in chunk) == list(range(len(LENGTHS)))
     sizes = [sum(LENGTHS[i] for i in chunk) for chunk in chunks]
     assert all(size <= 50 for size in sizes)
     assert all(size + LENGTHS[following[0]] > 50 for size, following in zip(sizes, chunks[1:]))
     order = [LENGTHS[i] for chunk in chunks for i in chunk]
     assert order == sorted(order, reverse=True)
-    assert plan_packed([], 10) == [] and plan_packed([30, 4], 10) == [[0], [1]]
+    assert plan_chunks([], 10, None) == [] and plan_chunks([30, 4], 10, None) == [[0], [1]]
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,8 @@ def test_bad_input(tmp_path, masked_lm):
     )
     with pytest.raises(InputError, match="is not a masked language model"):
         add_positives(rows, "mask_fill:0.1", model=str(tmp_path / "absent"))
+    without = small_tokenizer()
+    without.mask_token = None
+    without.save_pretrained(masked_lm)
+    assert "the tokenizer has no mask token" in error_of(add_positives, rows, "mask_fill:0.1", model=masked_lm)
+    small_tokenizer().save_pretrained(masked_lm)

@@ -29,7 +29,6 @@ OTHERS = {
     "read_files": "the readers themselves",
     "checkpoint_trainer": "torch.load: which file of a checkpoint it is that cannot be read",
     "data.files": "open: rows of any size, a line at a time",
-    "data.sources": "gzip.open: a packed parquet file",
     "data.yaml_files": "YAML, from the text of read_text",
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
     "resume": "the same",

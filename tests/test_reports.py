@@ -24,6 +24,8 @@ from hf_embed.data.sources import read_file
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.evaluation.sts import STS
 from hf_embed.mining import MiningArguments, write_hard_negatives
+from hf_embed.trainer_inputs import as_tasks
+from hf_embed.trainer_rows import columns_of_texts
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -189,16 +191,25 @@ def test_a_format_is_a_view_of_the_rows(form):
     stream = Source("stream", rows.to_iterable_dataset().with_format(form), negatives=2, size=10)
     assert next(iter(stream.rows)) == rows[0]
     # A transform is not only a view: it computes the rows that are trained on.
-    fewer = rows.with_transform(lambda batch: {"anchor": batch["positive"], "positive": batch["anchor"]})
-    assert tokens(fewer) == [[row[1], row[0]] for row in whole]
+    swapped = rows.with_transform(lambda batch: {"anchor": batch["positive"], "positive": batch["anchor"]})
+    assert tokens(swapped) == [[row[1], row[0]] for row in whole]
+    # BUG: without the positives, an anchor became its own positive.
+    assert tokens(rows.with_format(form, columns=["anchor"], output_all_columns=True)) == whole
+    upper = rows.with_transform(lambda batch: {"anchor": list(map(str.upper, batch["anchor"]))}, ["anchor"], True)
+    assert tokens(upper) == whole
+    # BUG: evaluation sets, and rows to embed, kept their format.
+    graded = Dataset.from_dict({"sentence1": rows["anchor"][:], "sentence2": rows["positive"][:], "score": range(len(rows))})
+    assert columns_of_texts(rows.with_format(form, columns=["anchor", "positive"]), "rows")[0] == rows["anchor"][:]
+    assert columns_of_texts(swapped, "rows")[1] == rows["anchor"][:]
+    assert as_tasks(graded.with_format(form))["sts"].rows[:] == graded[:]
 
 
 def test_rows_that_are_no_dataset_are_refused(tmp_path):
     """A list, a table or another kind of dataset ended in "no attribute 'column_names'" (sentence-transformers #3082)."""
-    for rows in (tuple(PAIRS), pandas.DataFrame(PAIRS), torch.utils.data.ConcatDataset([PAIRS])):
+    for rows in (tuple(PAIRS), torch.utils.data.ConcatDataset([PAIRS])):  # test_trainer_inputs.py has what is accepted
         assert f"a {type(rows).__name__} cannot be used as rows" in error_of(Source, "mine", rows)
-        if not isinstance(rows, pandas.DataFrame):  # the trainer accepts a DataFrame: tests/test_trainer_inputs.py
-            assert f"a {type(rows).__name__} cannot be used as rows" in error_of(trainer, tmp_path, rows=rows)
+        assert f"a {type(rows).__name__} cannot be used as rows" in error_of(trainer, tmp_path, rows=rows)
+    assert Source("mine", pandas.DataFrame(PAIRS)).rows.to_list() == PAIRS
 
 
 def test_words_that_look_like_missing_values_are_texts(tmp_path):

@@ -16,7 +16,7 @@ from test_gte import BOTH, DIRECTIONS, VANILLA, assert_same, formula
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.data.collator import RaggedCollator, used_columns
-from hf_embed.data.mixture import MOST_POSITIVES, Mixture, Source, Stream, make_mixture
+from hf_embed.data.mixture import MOST_POSITIVES, Mixture, Source, Stream, has_several_positives, make_mixture
 from hf_embed.data.sources import read_file, rows_of_texts
 from hf_embed.data.tokenization import RowTokenizer, text_id
 from hf_embed.objectives import ContrastiveObjective, as_objective
@@ -282,7 +282,7 @@ def test_sources_with_and_without_train_together_and_resume(tmp_path):
             Source("stream", read_file(str(tmp_path / "a.jsonl"), streaming=True), size=8, negatives=1),
         ]  # fmt: skip
         run = trainer(folder, ImprovedContrastive(0.2), sources, max_steps=8, save_steps=4)
-        assert isinstance(run.train_dataset, Mixture) and run.train_dataset.several
+        assert isinstance(run.train_dataset, Mixture) and any(map(has_several_positives, run.train_dataset.tables))
         run.train(resume_from_checkpoint=resume)
         return {name: parameter.detach().clone() for name, parameter in run.step.named_parameters()}
 
@@ -294,4 +294,4 @@ def test_sources_with_and_without_train_together_and_resume(tmp_path):
 def test_a_mixture_without_has_none(tmp_path):
     plain = Dataset.from_list([{"query": f"q {i}", "pos": f"p {i}"} for i in range(8)])
     args = ContrastiveTrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[])
-    assert not make_mixture([Source("plain", plain)], tiny_encoder(), args, SimCSE()).several
+    assert not any(map(has_several_positives, make_mixture([Source("plain", plain)], tiny_encoder(), args, SimCSE()).tables))

@@ -19,10 +19,6 @@ LONG = {
     "chunking.encode_in_chunks": "a batch (four), and how it is cut (five)",
     "packed_attention.attend_by_text": "the arguments of an attention function of transformers (eight), and the bounds",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
-    "objectives.cosent.__call__": "the arguments of an objective (seven), and the scores",
-    "objectives.gte.__call__": "the arguments of an objective (seven), and the teacher's vectors",
-    "objectives.simcse.__call__": "the arguments of an objective (seven), and the teacher's vectors",
-    "objectives.teacher.__call__": "the arguments of an objective (seven), and what a teacher gives",
 }
 # Names of methods that write a file, on any object; and library functions that write a file.
 WRITERS = {"write_text", "write_bytes", "savefig", "save_pretrained", "to_csv", "to_parquet", "save_to_disk", "rename"}

@@ -130,6 +130,24 @@ def test_scores_go_with_the_texts_of_their_row(tokenizer):
     assert batch["further"]["scores"].tolist() == torch.tensor([[0.9, 0.0, 0.2], [0.9, 0.7, 0.0]]).tolist()
 
 
+@pytest.mark.parametrize(
+    ("text", "score", "there"),
+    [(None, None, ""), (None, 0.5, "negative_1_score"), ("a b", None, "negative_1")],
+)
+def test_a_text_and_its_score_are_both_there_or_absent(tokenizer, text, score, there):
+    """BUG: with negative_1 and the score of negative_2 missing, negative_2 got the score of negative_1."""
+    rows = [{"anchor": f"the {word}", "positive": word, "negative_1": "a", "negative_2": "b", "positive_score": 0.9,
+             "negative_1_score": 0.3, "negative_2_score": 0.2} for word in WORDS]  # fmt: skip
+    rows[1] |= {"negative_1": text, "negative_1_score": score}
+    if there:
+        rows[1] |= {"negative_2": "b" if text != "a b" else None, "negative_2_score": None if text != "a b" else 0.2}
+        message = error_of(tokenize_table, Dataset.from_list(rows), RowTokenizer(tokenizer, 16, scored=True), "rows")
+        assert message.startswith(f"rows, row 2: there is a value in column '{there}', but none in column '")
+        return
+    tokens = tokenize_table(Dataset.from_list(rows), RowTokenizer(tokenizer, 16, scored=True), "rows")
+    assert tokens["scores"][:2] == [[0.9, 0.3, 0.2], [0.9, 0.2]]
+
+
 def test_scores_stay_with_their_rows_when_rows_are_dropped(tokenizer):
     rows = [{"sentence1": f"the {word}", "sentence2": " " if i == 1 else "a b", "score": i} for i, word in enumerate(WORDS)]
     read = RowTokenizer(tokenizer, 16, scored=True)

@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -583,6 +584,22 @@ def test_export_folds(tmp_path, lora):
     assert torch.equal(vectors(remove_and_return(encoder)), before)
 
 
+def test_adapters_that_come_later_are_scaled_too(tmp_path):
+    """BUG: what they added to the queries was not divided, and the model could not be saved."""
+    from peft import LoraConfig, get_peft_model
+
+    found = []
+    for adapted_first in (True, False):
+        model = large_encoder().backbone
+        torch.manual_seed(0)
+        adapt = partial(get_peft_model, peft_config=LoraConfig(target_modules=["query"], init_lora_weights=False))
+        for change in (adapt, apply_tempscale) if adapted_first else (apply_tempscale, adapt):
+            model = change(model)
+        found.append(Encoder(model.eval(), small_tokenizer()))
+    assert torch.equal(*map(vectors, found))
+    found[1].save_pretrained(tmp_path)
+
+
 def remove_and_return(encoder):
     remove_tempscale(encoder.backbone)
     return encoder
@@ -600,6 +617,52 @@ def test_what_cannot_be_folded_is_saved_only_on_demand(tmp_path):
     assert "apply_tempscale(model, hf_embed.TempScaleConfig(temperature=0.7, growth='log', reference_length=4" in card
     loaded = Encoder.from_pretrained(tmp_path / "runtime")
     assert apart(vectors(loaded), vectors(encoder)) < 1e-5 < 1e-3 < apart(vectors(loaded), before)
+
+
+def test_a_folder_for_the_runtime_is_scaled_whoever_loads_it(tmp_path):
+    encoder = large_encoder()
+    apply_tempscale(encoder, TempScaleConfig(T, growth="log", reference_length=4))
+    encoder.save_pretrained(tmp_path, allow_runtime=True)
+    model = AutoModel.from_pretrained(tmp_path)  # which does not apply it
+    assert apart(vectors(Encoder(model, encoder.tokenizer).eval()), vectors(encoder)) < 1e-5
+    remove_tempscale(model).config.temp_scale = 0.7
+    with pytest.raises(InputError, match=r"temp_scale in config.json is 0.7, which is not an object"):
+        apply_tempscale(model, T)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "head", "t5"])
+def test_what_is_applied_to_the_whole_holds_for_the_part_that_an_encoder_takes(kind, tmp_path):
+    from transformers import BertForMaskedLM, T5Model
+
+    if kind == "t5":
+        torch.manual_seed(0)
+        whole = T5Model(AutoConfig.for_model("t5", **T5 | {"vocab_size": 12000}, decoder_start_token_id=0)).eval()
+    else:
+        whole = large_encoder()
+    if kind == "head":
+        model = whole.backbone
+        whole = BertForMaskedLM(model.config)
+        whole.bert = model
+
+    def encoder_of(whole):
+        return whole if kind == "encoder" else Encoder(whole, small_tokenizer()).eval()
+
+    expected = encoder_of(copy.deepcopy(whole))
+    apply_tempscale(expected.backbone, T)
+    encoder = encoder_of(apply_tempscale(whole, T))
+    assert apart(vectors(encoder), vectors(expected)) < 1e-5
+    with pytest.raises(InputError, match="TempScale is already applied"):
+        apply_tempscale(encoder.backbone, T)
+    encoder.save_pretrained(tmp_path)
+    assert apart(vectors(Encoder.from_pretrained(tmp_path)), vectors(expected)) < 1e-5
+    assert apart(vectors(remove_and_return(encoder)), vectors(expected)) > 1e-3
+
+
+def test_one_model_is_scaled():
+    with pytest.raises(InputError, match="TempScale: 0 transformers models are in the Linear"):
+        apply_tempscale(torch.nn.Linear(2, 2), T)
+    with pytest.raises(InputError, match="2 transformers models are in the ModuleList; give one"):
+        apply_tempscale(torch.nn.ModuleList([tiny_model("bert"), tiny_model("bert")]), T)
 
 
 def test_training_at_a_temperature(tmp_path):

@@ -46,6 +46,7 @@ KINDS = {
     "DataFrame of pandas' own texts": lambda: frame().astype("string"),
     "DataFrame of categories": lambda: frame().astype("category"),
     "list of tuples": lambda: [tuple(row.values()) for row in ROWS],
+    "named tuples": lambda: list(frame()[["positive", "negative", "anchor"]].itertuples()),  # BUG: read by their positions
     "Dataset in another order": lambda: Dataset.from_list(ROWS[::-1]).select(range(len(ROWS) - 1, -1, -1)),
     "list of lists": lambda: [list(row.values()) for row in ROWS],
 }

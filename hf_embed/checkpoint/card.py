@@ -47,7 +47,7 @@ from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.read_files import first_line, read_json, read_text
 from hf_embed.safe_files import SAVING, write_text
 from hf_embed.tempscale import TempScaleConfig
-from hf_embed.tempscale.fold import is_foldable
+from hf_embed.tempscale.fold import why_not_foldable
 from hf_embed.text_models import loading_class
 
 logger = logging.getLogger(__name__)
@@ -477,7 +477,7 @@ def tempscale_note(encoder: Encoder) -> str:
         return ""
     config = TempScaleConfig.from_dict({key: value for key, value in entry.items() if key != "folded"})
     title = "[TempScale](https://arxiv.org/abs/2410.24200)"
-    if entry.get("folded") or is_foldable(encoder.backbone):
+    if entry.get("folded") or why_not_foldable(encoder.backbone) is None:
         return f"\n\n{title} with temperature {config.temperature} is folded into the attention weights."
     return (
         f"\n\n**This model uses {title}, which its weights do not contain.** `hf_embed.Encoder` applies it. After any other "

@@ -23,8 +23,7 @@ from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import quiet_libraries
-from hf_embed.read_files import COPY_ANEW, first_line, read_json, tensor_dtypes
-from hf_embed.tempscale import TempScaleConfig, apply_tempscale
+from hf_embed.read_files import first_line, read_json, tensor_dtypes
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
@@ -76,7 +75,6 @@ def load_encoder(
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
     unpack(backbone)
     tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
-    apply_stated_tempscale(backbone)
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
     settings |= {} if normalize is None else {"normalize": normalize}
     stated = settings.pop("max_length", None)
@@ -89,18 +87,6 @@ def load_encoder(
     if random := influences(encoder, missing):
         raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would have random values; {MEND}")
     return encoder
-
-
-def apply_stated_tempscale(backbone: PreTrainedModel) -> None:
-    """Apply the TempScale that the config states, unless it is already folded into the weights."""
-    entry = getattr(backbone.config, "temp_scale", None)
-    if entry and not isinstance(entry, dict):
-        raise InputError(
-            f"model '{backbone.name_or_path}': temp_scale in config.json is {entry!r}, which is not an object; {COPY_ANEW}"
-        )
-    if entry and not entry.get("folded"):
-        del backbone.config.temp_scale
-        apply_tempscale(backbone, TempScaleConfig.from_dict(entry))
 
 
 def warn_of_similarity(name: str, similarity: str) -> None:

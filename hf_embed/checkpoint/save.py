@@ -32,8 +32,8 @@ from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import quiet_libraries
 from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
-from hf_embed.tempscale import applied_tempscale, apply_tempscale, fold_tempscale, remove_tempscale
-from hf_embed.tempscale.fold import check_foldable, folded
+from hf_embed.tempscale import applied_tempscale, fold_tempscale, remove_tempscale
+from hf_embed.tempscale.fold import folded, why_not_foldable
 from hf_embed.text_models import is_remote
 
 logger = logging.getLogger(__name__)
@@ -103,12 +103,8 @@ def full_encoder(encoder: Encoder, verify: bool = True) -> Encoder:
     Raises:
         ExportError: if `verify` is set and the copy gives other vectors.
     """
-    backbone, scaling = full_copy(encoder.backbone), applied_tempscale(encoder.backbone)
-    if scaling:  # the hooks of the layers that were replaced are lost
-        remove_tempscale(backbone)
-        apply_tempscale(backbone, scaling)
     settings = encoder.settings | {"dense": copy.deepcopy(encoder.dense).to("cpu")}
-    full = Encoder(backbone, encoder.tokenizer, **settings).eval()
+    full = Encoder(full_copy(encoder.backbone), encoder.tokenizer, **settings).eval()
     if verify:
         verify_alike(full, encoder)
     return full
@@ -258,12 +254,7 @@ def config_for_saving(config: PreTrainedConfig, pooling: str, settings: dict[str
 
 def needs_runtime(encoder: Encoder, allowed: bool) -> bool:
     """Return whether TempScale must stay out of the weights. Raise InputError if it must and that is not allowed."""
-    if applied_tempscale(encoder.backbone) is None:
-        return False
-    try:
-        check_foldable(encoder.backbone)
-    except InputError as error:
-        if not allowed:
-            raise InputError(f"{error}; save_pretrained(allow_runtime=True) saves it for loaders of hf_embed only") from error
-        return True
-    return False
+    error = why_not_foldable(encoder.backbone)
+    if error and not allowed:
+        raise InputError(f"{error}; save_pretrained(allow_runtime=True) saves it for loaders of hf_embed only") from error
+    return error is not None

@@ -29,7 +29,7 @@ from hf_embed.disk import ASIDE, check_folder, disk_errors
 from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
 from hf_embed.progress import table_bars
-from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of, writing
+from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of
 from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -58,67 +58,54 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
         features: the columns.
         write: a function that writes the rows.
     """
+
+    def write_to(path: Path) -> None:
+        with ArrowWriter(features=features, path=str(path)) as writer:
+            write(writer)
+            writer.finalize()
+
     identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{identity}.arrow"
-    if not found(path):
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_old(path.parent)
-            with writing(path) as aside, ArrowWriter(features=features, path=str(aside)) as writer:
-                write(writer)
-                writer.finalize()
-            seal(path)
-    loaded = Dataset.from_file(str(path))
-    set_fingerprint(loaded, identity)
-    return loaded
+    return stored(cache_folder(), "", identity, write_to)
 
 
-def cached_map(rows: Dataset, function: Callable[..., Any], **settings: Any) -> Dataset:
+def cached_map(rows: Dataset, function: Callable[..., Any], anew: bool = False, **settings: Any) -> Dataset:
     """Return `rows.map(function, **settings)`, and check the cached result before it is used again.
 
     The result is stored beside the file that holds the rows, as `datasets` does it. If that folder is not writable, or if the
     rows are in memory, the result goes into the cache of `datasets`. Nothing is cached for fewer than `FEW_ROWS` rows in
     memory, or in a process that has disabled caching.
+
+    With `anew`, the result is made in each call, always in the cache of `datasets`. This is for a function whose results may
+    change although its hash does not. The fingerprint of the result is the hash of its content, so tables made from it can be
+    cached.
     """
     if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
         named = {"new_fingerprint": generate_random_fingerprint(), **settings}  # else `datasets` hashes the tokenizer
         with disk_errors():
             return rows.map(function, **named)
     beside = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else cache_folder()
-    folder = beside if os.access(beside, os.W_OK) else cache_folder()
-    identity = identity_of(rows, function, settings)
-    path = folder / f"cache-{identity}.arrow"
-    named = {"new_fingerprint": identity, **settings}
-    if not found(path):
+    folder = cache_folder() if anew or not os.access(beside, os.W_OK) else beside
+    identity = None if anew else identity_of(rows, function, settings)
+    named = {"new_fingerprint": "not-used", "load_from_cache_file": False, **settings}
+    return stored(folder, "cache-", identity, lambda path: rows.map(function, cache_file_name=str(path), **named))
+
+
+def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Path], Any]) -> Dataset:
+    """Return the table with this identity from a file in `folder`. Call `write` first if there is no such file.
+
+    Without an identity, `write` is always called, and the hash of the file that it writes becomes the identity.
+    """
+    path = folder / f"{prefix}{identity}.arrow" if identity else folder
+    if not identity or not found(path):
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             remove_old(folder)
             with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:  # if `map` fails, it leaves files behind
                 made = Path(new, "rows.arrow")
-                rows.map(function, cache_file_name=str(made), load_from_cache_file=False, **named)
-                put(made, path)
+                write(made)
+                identity = identity or hash_of(made)
+                put(made, path := folder / f"{prefix}{identity}.arrow")
             seal(path)
-    return rows.map(function, cache_file_name=str(path), load_from_cache_file=True, **named)
-
-
-def map_anew(rows: Dataset, function: Callable[..., Any], **settings: Any) -> Dataset:
-    """Return `rows.map(function, **settings)`, made anew each time, but with a fingerprint of its content.
-
-    This is for a function whose results may change although its hash does not. Tables made from the result can be cached.
-    """
-    if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
-        return cached_map(rows, function, **settings)  # which caches nothing in these cases
-    folder = cache_folder()
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_old(folder)
-        with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:
-            made = Path(new, "rows.arrow")
-            named = {"new_fingerprint": "anew", "load_from_cache_file": False, **settings}
-            rows.map(function, cache_file_name=str(made), **named)
-            identity = hash_of(made)
-            put(made, path := folder / f"{identity}.arrow")
-        seal(path)
     loaded = Dataset.from_file(str(path))
     set_fingerprint(loaded, identity)
     return loaded

@@ -114,7 +114,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
         InputError: if no columns match, if more than one choice is possible, or if an unused column judges the pairs, because
             then some pairs may not be positives.
     """
-    found = {column.lower(): column for column in names}
+    found = {plain(column): column for column in reversed(names)}
     single = next((found[column] for column in SINGLE if column in found), None)
     if single is None and len(names) == 1:
         single = names[0]
@@ -174,7 +174,12 @@ def negative_columns(names: list[str]) -> list[str]:
     negatives = [column for column in names if NEGATIVE.fullmatch(column)]
     if "entailment" in map(plain, names):
         negatives += [column for column in names if plain(column) == "contradiction"]
-    return sorted(negatives, key=lambda column: [int(digits) for digits in re.findall(r"\d+", column)])
+    return sorted(negatives, key=numbers_in)
+
+
+def numbers_in(name: str) -> list[int]:
+    """Return the numbers in a name: 2 of negative_2_score. They sort negative_10 after negative_9."""
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def refuse_twins(names: list[str], columns: list[str], name: str) -> None:

@@ -20,7 +20,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
@@ -71,6 +70,11 @@ def kind_of(path: str) -> str:
     return suffixes[-1][1:] if suffixes else ""
 
 
+def is_packed(path: str) -> bool:
+    """Return whether the name of a path or URL ends in .gz."""
+    return (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
+
+
 def unreadable(path: str, reason: str) -> InputError:
     """Return the error for a file that cannot be read."""
     if reason.startswith("Not a gzipped file"):  # gzip.BadGzipFile
@@ -94,10 +98,9 @@ def download(address: str) -> None:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BufferedReader]:
     """Open a file or URL as bytes. Decompress it if its name ends in .gz."""
-    packed = (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
     local = DOWNLOADED.get(path, path)
     with fsspec.open(local, "rb") if "://" in local else open(local, "rb") as file:
-        yield BufferedReader(gzip.GzipFile(fileobj=file) if packed else file, 1 << 20)
+        yield BufferedReader(gzip.GzipFile(fileobj=file) if is_packed(path) else file, 1 << 20)
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
@@ -442,14 +445,13 @@ def load(paths: list[str], table: Table) -> Dataset:
 
 def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Dataset:
     """Return the cached table with this identity. If the cache has none, write `rows` to it first."""
-    return cached_table(identity, features, partial(write_rows, rows, features))
 
+    def write(writer: ArrowWriter) -> None:
+        for batch in batches(rows):
+            columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
+            writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
 
-def write_rows(rows: Iterable[dict], features: Features, writer: ArrowWriter) -> None:
-    """Write rows to an Arrow file."""
-    for batch in batches(rows):
-        columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
-        writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+    return cached_table(identity, features, write)
 
 
 def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:

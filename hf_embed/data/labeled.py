@@ -44,7 +44,7 @@ from hf_embed.data.columns import (
     plain,
     text_columns,
 )
-from hf_embed.data.sources import DROP_ADVICE, plain_rows, row_texts, rows_of_texts
+from hf_embed.data.sources import DROP_ADVICE, row_texts, texts_of
 from hf_embed.distributed import get_rank
 from hf_embed.errors import EmptyTextError, InputError
 
@@ -219,6 +219,23 @@ def written_as(label: Any, feature: Any) -> str:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
 
 
+def check_label_names(rows: Dataset, column: str, name: str) -> None:
+    """Raise InputError if a `ClassLabel` gives its lowest number to texts that belong together, as GLUE's RTE to entailment.
+
+    Names that are numbers, such as 1 to 5, must be in ascending order.
+    """
+    kind = rows.features[column]
+    if not isinstance(kind, ClassLabel):
+        return
+    first = kind.names[0]
+    numbers = all(map(str.isdecimal, kind.names))
+    if kind.names != sorted(kind.names, key=int) if numbers else plain(first) in (*MATCHES, "relevant"):
+        raise InputError(
+            f"{name}: the label 0 of column '{column}' is named {first}, but 1 must mean that two texts belong "
+            "together, and 0 that they do not; exchange the two labels"
+        )
+
+
 def mend_of(words: set[str], layout: Layout) -> str:
     """Return advice for labels whose meaning is unknown."""
     if words and words <= {"0", "1"} and layout.inference:
@@ -313,15 +330,7 @@ def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:
         InputError: if the columns are not recognized, or a text is empty.
     """
     rows = as_pairs(rows, name, paired=True)
-    return pairs_of(rows, pair_columns(rows, name), name)
-
-
-def pairs_of(rows: Dataset, columns: list[str], name: str) -> list[tuple[str, str]]:
-    """Return the pairs in the columns of anchors and positives. Raise InputError if a text is empty."""
-    pairs = []
-    for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        pairs += [(texts[0], texts[1]) for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}")]
-    return pairs
+    return [(anchor, positive) for anchor, positive in texts_of(rows, pair_columns(rows, name), name)]
 
 
 def pair_columns(rows: Dataset, name: str) -> list[str]:

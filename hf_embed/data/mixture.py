@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import pyarrow
@@ -23,13 +23,22 @@ from torch import Tensor
 
 from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, take_columns, text_columns, warn_of_judgements
 from hf_embed.data.labeled import as_pairs
+from hf_embed.data.python_rows import as_rows
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts, unformatted
-from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
-from hf_embed.errors import EmptyTextError, InputError, RankError
+from hf_embed.data.sources import kept_rows, refuse_lists
+from hf_embed.data.tokenization import (
+    RowTokenizer,
+    most_texts,
+    tokenize_table,
+    too_few_rows,
+    truncated_share,
+    warn_of_truncation,
+)
+from hf_embed.errors import InputError, RankError
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
+from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
 from hf_embed.read_files import first_line
 
 if TYPE_CHECKING:
@@ -48,13 +57,14 @@ class Source:
 
     Args:
         name: the name in messages and logs (`loss_NAME`).
-        rows: a `Dataset` or an `IterableDataset`, with the columns that `hf_embed.data.sources` accepts.
+        rows: an `IterableDataset`, or rows of a kind that `hf_embed.data.python_rows` lists; their columns are those that
+            `hf_embed.data.sources` lists.
         query_prompt, document_prompt: text to put before queries and documents; default: the prompts of the model.
         max_length: the maximum number of tokens of a text; default: that of the run.
         negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
         weight: a factor on how often the source is drawn.
         objective: the loss of this source's rows; default: the objective of the trainer. It cannot learn its temperature.
-        size: the number of rows, if `rows` does not provide it.
+        size: the approximate number of rows of an `IterableDataset`.
         origin: where the rows come from, for messages.
         columns: which columns hold what, for example {"anchor": "question", "positive": "answer"}; also with "negative" (one
             column or a list), or only "text". Default: the columns are recognized by the names in `hf_embed.data.sources`.
@@ -77,27 +87,18 @@ class Source:
     columns: InitVar[dict[str, str | list[str]] | None] = None
 
     def __post_init__(self, columns: dict[str, str | list[str]] | None) -> None:
-        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not (number and math.isfinite(self.weight) and self.weight > 0):
+        if self.weight not in POSITIVE:
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (or remove the source)")
-        for key, least in (("negatives", 0), ("max_length", 1), ("size", 1)):
+        for key, allowed in (("negatives", Range(least=0, whole=True)), ("max_length", COUNT), ("size", COUNT)):
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                key = "rows" if key == "size" else key
-                raise InputError(f"{self.label}: {key} is {value!r}; it must be a whole number of at least {least}")
+            if value is not None and value not in allowed:
+                raise InputError(f"{self.label}: {out_of_range('rows' if key == 'size' else key, value, allowed)}")
         for key in ("query_prompt", "document_prompt"):
             if not isinstance(getattr(self, key), str | None):
                 raise InputError(f"{self.label}: {key} is {getattr(self, key)!r}; it must be a text, in quotes")
-        if isinstance(self.rows, dict):
-            raise InputError(f"{self.label}: the dataset has the splits {', '.join(self.rows)}; choose a split")
-        if not isinstance(self.rows, Dataset | IterableDataset):
-            raise InputError(
-                f"{self.label}: a {type(self.rows).__name__} cannot be used as rows; give a datasets.Dataset, for example "
-                "from Dataset.from_list or Dataset.from_pandas"
-            )
         if self.objective is not None and (isinstance(self.objective, type) or not callable(self.objective)):
             raise InputError(f"{self.label}: objective is {self.objective!r}; give an instance, for example CoSENT()")
-        self.rows = unformatted(self.rows)
+        self.rows = as_rows(self.rows, self.label)
         if columns is not None:
             try:
                 self.rows = take_columns(self.rows, columns)
@@ -105,14 +106,11 @@ class Source:
                 raise InputError(f"{self.label}: {error}") from error
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
-        elif self.size is None:
-            splits = self.rows.info.splits or {}
-            self.size = getattr(splits.get(str(self.rows.split)), "num_examples", None)
-            if not self.size:
-                raise InputError(
-                    f"{self.label}: the number of rows of a streaming dataset is unknown; give an approximate number (rows: in "
-                    "a sources file, Source(name, rows, size=...) in a script), or pass the dataset alone and set max_steps"
-                )
+        elif self.size is None:  # the number in `rows.info` stays the same after take() and filter()
+            raise InputError(
+                f"{self.label}: the number of rows of a streaming dataset is unknown; give an approximate number (rows: in "
+                "a sources file, Source(name, rows, size=...) in a script), or pass the dataset alone and set max_steps"
+            )
         if self.size == 0:
             raise InputError(f"{self.label}: there are no rows")
 
@@ -146,8 +144,6 @@ class Stream:
     an earlier row again starts from the beginning of the first pass.
     """
 
-    several = False  # whether the cells of positives are lists
-
     def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
         self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
         self.columns = text_columns(column_names(source.rows), source.label)
@@ -157,14 +153,20 @@ class Stream:
         self.endless: Iterator[tuple[list[str], list[str]]] | None = None
         self.views = 2 + (source.negatives or 0)
         if len(self.columns) > 2 and source.negatives is None:
-            raise InputError(f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row)")
+            raise InputError(
+                f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row), or "
+                "Source(name, rows, negatives=...) in a script"
+            )
         first = list(islice(source.rows, FIRST_ROWS))
         refuse_lists(first, self.columns, source.label)
         if len(self.columns) > 1:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)
-        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])  # positives
-        probe = [texts for row in first for texts, _ in self.texts(row) or []]
+        # Whether the cells of positives are lists.
+        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
+        probe = [texts for row in first for texts, _ in self.texts(row)]
+        if max(len(first), len(probe)) < 2:
+            raise too_few_rows(len(probe), source.label)
         tokens = tokenizer(probe)
         self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
         self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
@@ -197,17 +199,16 @@ class Stream:
             # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
             batches = self.one_pass(turn).iter(batch_size=256)
             while (texts := self.next_texts(batches)) is not None:
-                dropped += texts.count(None)
-                kept += len(texts) - texts.count(None)
-                for made in filter(None, texts):
-                    yield from made
+                dropped += texts.count([])
+                kept += len(texts) - texts.count([])
+                yield from chain.from_iterable(texts)
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
             if not kept:
                 raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             turn += 1
 
-    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]] | None] | None:
+    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]]] | None:
         """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
         try:
             batch = next(batches, None)
@@ -225,21 +226,16 @@ class Stream:
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors
             raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
 
-    def texts(self, row: dict) -> list[tuple[list[str], list[str]]] | None:
-        """Return (texts, other positives) for each positive of a row, or None if the row is dropped."""
+    def texts(self, row: dict) -> list[tuple[list[str], list[str]]]:
+        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped."""
         where = f"{self.label}, the row {str(row)[:60]}..."
-        try:
-            made = rows_of_texts(row, self.columns, where)
-        except EmptyTextError as error:
-            if self.drop:
-                return None
-            raise InputError(f"{error} ({DROP_ADVICE})") from error
+        made = kept_rows(row, self.columns, where, self.drop)
         if len(made) > (MOST_POSITIVES if self.several else 1):
             most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
             raise InputError(
                 f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
             )
-        return [(texts[: self.views] if len(texts) > 1 else texts, others) for texts, others in made]
+        return [(texts[: self.views], others) for texts, others in made]
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -251,9 +247,8 @@ class Mixture(torch.utils.data.Dataset):
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
         self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
-        self.several = any(has_several_positives(table) for table in tables)
-        weights = [source.weight * size**alpha for source, size in zip(sources, self.sizes)]
-        self.probabilities = [weight / sum(weights) for weight in weights]
+        logs = [math.log(source.weight) + alpha * math.log(size) for source, size in zip(sources, self.sizes)]
+        self.probabilities = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -314,10 +309,10 @@ def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bo
     Raises:
         InputError: if a setting does not suit the model.
     """
-    max_length = min(source.max_length or encoder.max_length, encoder.max_length)
-    if source.max_length and source.max_length > encoder.max_length:
+    max_length = source.max_length or encoder.max_length
+    if max_length > encoder.max_length:
         raise InputError(
-            f"{source.label}: max_length {source.max_length} is larger than {encoder.max_length}, the one of the run; lower it"
+            f"{source.label}: max_length {max_length} is larger than {encoder.max_length}, the one of the run; lower it"
         )
     own = {"query": source.query_prompt, "document": source.document_prompt}
     query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())

@@ -1,7 +1,7 @@
 """Conversion of rows that a script holds in memory, for example a DataFrame or a list, to a `Dataset`.
 
     a list of dicts             each dict is a row; a key that a dict lacks is a missing value
-    a list of lists or tuples   each is a row: anchor, positive and any negatives, by position
+    a list of lists or tuples   each is a row: anchor, positive and any negatives, by position; a named tuple by its names
     a list of texts             each text is a row of a single text
     a pandas DataFrame          its columns, without the index
     a path                      a file, which `hf_embed.data.sources.read_file` reads
@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from hf_embed.data.files import shortened
-from hf_embed.data.sources import read_file
+from hf_embed.data.sources import read_file, unformatted
 from hf_embed.errors import InputError
 from hf_embed.read_files import first_line
 
@@ -30,14 +30,14 @@ ACCEPTED_ROWS = (
 
 
 def as_rows(data: RowData, name: str) -> Dataset | IterableDataset:
-    """Return rows of any of the kinds above as a `Dataset`. A `Dataset` or `IterableDataset` is returned unchanged.
+    """Return rows of any of the kinds above as a `Dataset`. Of a `Dataset` or `IterableDataset`, only the format is removed.
 
     Raises:
         InputError: if `data` is of another kind, has no rows, mixes rows of several kinds, or has a column that mixes texts
             with other values. The message names the row.
     """
     if isinstance(data, Dataset | IterableDataset):
-        return data
+        return unformatted(data)
     if isinstance(data, str | Path):
         return read_file(str(data))
     if is_frame(data):
@@ -58,7 +58,7 @@ def no_rows(data: object, name: str) -> InputError:
     """Return the error for an object that does not hold rows. Its message says what to give instead."""
     kind = type(data)
     mend = f"give {ACCEPTED_ROWS}"
-    if isinstance(data, DatasetDict):
+    if isinstance(data, DatasetDict | IterableDatasetDict):
         mend = f"choose one of its splits, {', '.join(map(str, data))}"
     elif hasattr(data, "to_pandas"):
         mend = "convert it with to_pandas()"
@@ -89,6 +89,7 @@ def from_frame(frame: Any, name: str) -> Dataset:
 
 def columns_of(rows: list, name: str) -> dict[str, list]:
     """Return the columns of a list of dicts, a list of lists or tuples, or a list of texts."""
+    rows = [row._asdict() if hasattr(row, "_asdict") else row for row in rows]  # named tuples, such as those of itertuples()
     kinds: dict[type, str] = {str: "a text", dict: "a dict", list: "a list", tuple: "a tuple"}
     first = next((kind for kind in kinds if isinstance(rows[0], kind)), None)
     for number, row in enumerate(rows, 1):

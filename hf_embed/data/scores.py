@@ -9,10 +9,9 @@ Scores are read only for an objective that needs them (`Objective.needs`). Other
 """
 
 import math
-import re
 from typing import Any
 
-from hf_embed.data.columns import NAMED_OTHERWISE, TEACHER, judging_columns, negative_columns, pair_of
+from hf_embed.data.columns import NAMED_OTHERWISE, TEACHER, judging_columns, negative_columns, numbers_in, pair_of
 from hf_embed.errors import InputError
 
 
@@ -29,7 +28,7 @@ def score_columns(names: list[str], name: str) -> list[str]:
     if "score" in names or "scores" in names:
         return ["score" if "score" in names else "scores"]
     if teacher := [column for column in names if TEACHER.fullmatch(column)]:
-        return sorted(teacher, key=lambda column: (not column.lower().startswith("pos"), number_of(column)))
+        return sorted(teacher, key=lambda column: (not column.lower().startswith("pos"), numbers_in(column)))
     judging = judging_columns(names)
     if len(judging) == 1:
         return judging
@@ -49,12 +48,6 @@ def score_columns(names: list[str], name: str) -> list[str]:
 def has_scores(names: list[str]) -> bool:
     """Return whether a table has columns that are certainly scores: score, scores, or a teacher's scores."""
     return any(column in ("score", "scores") or TEACHER.fullmatch(column) for column in names)
-
-
-def number_of(column: str) -> int:
-    """Return the number in a column name, 0 if there is none: 2 of negative_score_2."""
-    digits = re.search(r"\d+", column)
-    return int(digits[0]) if digits else 0
 
 
 def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
@@ -86,3 +79,23 @@ def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
             "score for the positive and one for each negative"
         )
     return scores
+
+
+def check_gaps(cells: dict[str, Any], texts: list[str], scores: list[str], where: str) -> None:
+    """Check that each text with its own column of scores has a score, and that each score has its text.
+
+    The number of scores alone would not show that the score of another text is missing.
+
+    Args:
+        cells: the cells of the row by column.
+        texts: the columns of the positive and the negatives.
+        scores: the columns of the scores, in the same order.
+        where: the place of the row in messages.
+
+    Raises:
+        InputError: if only one of the two is there.
+    """
+    for text, score in zip(texts, scores) if len(texts) == len(scores) > 1 else ():
+        if (cells[score] is None) != (not cells[text]):
+            absent, there = (score, text) if cells[score] is None else (text, score)
+            raise InputError(f"{where}: there is a value in column '{there}', but none in column '{absent}'; give both or none")

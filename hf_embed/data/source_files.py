@@ -29,6 +29,7 @@ Paths in the file are relative to the file:
 import dataclasses
 import difflib
 import glob
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,8 +125,9 @@ def check_entry(entry: dict, where: str) -> None:
             raise InputError(f"{where}: unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
     if ("file" in entry) == ("dataset" in entry):
         raise InputError(f"{where}: give either file: or dataset:")
-    if "file" in entry and (unused := [key for key in ("config", "split") if key in entry]):
-        raise InputError(f"{where}: {unused[0]}: has no effect with file:; remove it")
+    for key, needed in (("config", "dataset"), ("split", "dataset"), ("rows", "streaming")):
+        if entry.get(key) is not None and not entry.get(needed):
+            raise InputError(f"{where}: {key}: has no effect without {needed}:; remove it")
     for key, (kind, words) in TYPES.items():
         value = entry.get(key)
         only_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
@@ -166,5 +168,5 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
     found = []
     for file in [files] if isinstance(files, str) else files:
         full = file if "://" in file else str(folder / file)
-        found += sorted(glob.glob(full)) or [full]
+        found += ([] if os.path.exists(full) else sorted(glob.glob(full))) or [full]  # a name may contain brackets
     return found

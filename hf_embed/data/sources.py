@@ -25,7 +25,6 @@ because then some pairs may not be positives. If only its values look like judgm
 """
 
 import glob
-import gzip
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -35,7 +34,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_embed.data import files
-from hf_embed.data.cache import checked_load, map_anew
+from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError
@@ -97,12 +96,12 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     """Read parquet files. Raise InputError if one cannot be read."""
     path = paths[0]
     try:
-        if path.endswith(".gz"):  # `datasets` does not decompress these files
+        if any(map(files.is_packed, paths)):  # `datasets` does not decompress these files
             if len(paths) > 1 or streaming:
                 raise InputError(
                     f"{path}: a gzipped parquet file cannot be streamed or combined with other files; decompress it"
                 )
-            with gzip.open(path) as unpacked:
+            with files.opened(path) as unpacked:
                 return Dataset(pyarrow.parquet.read_table(unpacked))
         for file in paths:
             check_parquet(file)
@@ -195,13 +194,15 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
 def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the rows as plain Python values.
 
-    Only the columns that `with_format` selected are kept. The function of `with_transform` is applied.
+    Only the columns that the format shows are kept. The function of `with_transform` is applied.
     """
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
+    chosen, shows_all = rows.format["columns"], rows.format["output_all_columns"]
     if rows.format["type"] == "custom":
-        return map_anew(rows, dict, batched=True, remove_columns=rows.column_names).with_format(None)
-    return rows.with_format(None).select_columns(rows.format["columns"])
+        replaced = chosen if shows_all else rows.column_names
+        return cached_map(rows, dict, anew=True, batched=True, remove_columns=replaced).with_format(None)
+    return rows.with_format(None).select_columns(rows.column_names if shows_all else chosen)
 
 
 def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
@@ -241,6 +242,17 @@ def cell_text(cell: object, where: str) -> str:
     return cell
 
 
+def cell_texts(cell: object, where: str) -> list[str]:
+    """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Raise errors as `cell_text` does."""
+    if isinstance(cell, str) and is_list(cell):
+        raise InputError(
+            f"{where}: the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or parquet, or put each "
+            "text into its own column, negative_1, negative_2 ..."
+        )
+    cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
+    return [cell_text(text, where) for text in cells]
+
+
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """Return the texts of one row: anchor, positive, negatives.
 
@@ -250,16 +262,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     """
     texts = []
     for i, column in enumerate(columns):
-        cell, is_negative = row.get(column), i >= 2  # a row of a stream may lack a column
-        if cell is None and is_negative:
-            continue
-        if is_negative and isinstance(cell, str) and is_list(cell):
-            raise InputError(
-                f"{where}, column '{column}': the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or "
-                "parquet, or put each negative into its own column, negative_1, negative_2 ..."
-            )
-        for text in cell if is_negative and isinstance(cell, list) else [cell]:  # only negatives may be several
-            texts.append(cell_text(text, f"{where}, column '{column}'"))
+        cell, place = row.get(column), f"{where}, column '{column}'"  # a row of a stream may lack a column
+        texts += cell_texts(cell, place) if i >= 2 else [cell_text(cell, place)]  # only negatives may be several
     return texts
 
 
@@ -282,6 +286,16 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
     return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
 
 
+def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[tuple[list[str], list[str]]]:
+    """Return what `rows_of_texts` returns, or nothing for a row with an empty text if such rows are dropped."""
+    try:
+        return rows_of_texts(row, columns, where)
+    except EmptyTextError as error:
+        if not drop:
+            raise InputError(f"{error} ({DROP_ADVICE})") from error
+        return []
+
+
 def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
     """Yield the rows of a table with only these columns.
 
@@ -294,6 +308,12 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
         raise InputError(
             f"{name}: a cell of {', '.join(columns)} cannot be read: {first_line(error)}; correct the cell"
         ) from error
+
+
+def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]]:
+    """Yield the texts of the rows of a table, as `rows_of_texts` returns them. Raise InputError if a text is empty or wrong."""
+    for number, row in enumerate(plain_rows(rows, columns, name), 1):
+        yield from (texts for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}"))
 
 
 def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:

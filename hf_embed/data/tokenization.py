@@ -3,10 +3,10 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute
@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
-from hf_embed.data.scores import row_scores, score_columns
-from hf_embed.data.sources import DROP_ADVICE, refuse_lists, rows_of_texts
+from hf_embed.data.labeled import check_label_names
+from hf_embed.data.scores import check_gaps, row_scores, score_columns
+from hf_embed.data.sources import kept_rows, refuse_lists
 from hf_embed.distributed import get_rank
-from hf_embed.errors import EmptyTextError, InputError
+from hf_embed.errors import InputError
 from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,14 @@ def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], ma
     """Return how many of `max_length` tokens the longest of these prompts leaves for the text, with its special tokens.
 
     Raises:
-        InputError: if a prompt leaves no room, so that all texts would have the same vector.
+        InputError: if no room is left for a text, so that all texts would have the same vector.
     """
     lengths = {prompt: len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) for prompt in prompts}
     longest = max(lengths, key=lambda prompt: lengths[prompt])
     left = max_length - lengths[longest]
-    if lengths[longest] and left <= tokenizer.num_special_tokens_to_add():
+    if left <= tokenizer.num_special_tokens_to_add():
+        if not lengths[longest]:
+            raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
         raise InputError(
             f"the prompt {longest[:40]!r} has {lengths[longest]} tokens, so max_length {max_length} leaves no room for a text; "
             "shorten the prompt, or increase max_length"
@@ -172,6 +175,8 @@ def tokenize_table(
         InputError: if the columns are not recognized, a text is empty, a score is wrong, or there are too few rows.
     """
     scores = score_columns(rows.column_names, name) if tokenizer.scored else []
+    for column in scores:
+        check_label_names(rows, column, name)
     columns = text_columns(rows.column_names, name, paired, scores)
     if len(columns) > 1 and not scores:
         warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)
@@ -179,18 +184,18 @@ def tokenize_table(
     refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
     most = None if negatives is None else 2 + negatives
-    reader = RowReader(columns, scores, name, most, drop_empty_rows)
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        found = reader(batch, numbers)
+        found = list(read_rows(batch, numbers, columns, scores, name, most, drop_empty_rows))
         texts = [row.texts for row in found]
-        made = tokenizer(texts, [row.others for row in found], others) if others else tokenizer(texts)
-        further = {
-            "row": [row.number for row in found] if others else None,
-            "scores": [row.scores for row in found] if scores else None,
-            "texts": texts if tokenizer.keeps_texts else None,
-        }
-        return made | {column: cells for column, cells in further.items() if cells is not None}
+        made = tokenizer(texts, [row.others for row in found] if others else None, others)
+        if others:
+            made["row"] = [row.number for row in found]
+        if scores:
+            made["scores"] = [row.scores for row in found]
+        if tokenizer.keeps_texts:
+            made["texts"] = texts
+        return made
 
     with table_bars():
         settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "desc": f"Tokenizing {name}"}
@@ -208,54 +213,35 @@ class Row(NamedTuple):
     scores: list[float]  # one for each text after the anchor, or nothing if the rows have no scores
 
 
-@dataclass
-class RowReader:
-    """Read the texts and the scores of rows.
+def read_rows(
+    batch: dict[str, list], numbers: list[int], columns: list[str], scores: list[str], name: str, most: int | None, drop: bool
+) -> Iterator[Row]:
+    """Read the rows of a batch of cells. A row with a list of positives becomes one row for each positive.
 
     Args:
+        batch: the cells by column.
+        numbers: the numbers of the rows in the table, from 0.
         columns: the columns of the texts, in the order anchor, positive, negatives.
         scores: the columns of the scores.
         name: the name of the rows in messages.
         most: the number of texts of a row to use, from the first one on; None: all.
         drop: leave out rows with an empty text.
+
+    Raises:
+        InputError: if a text is empty and such rows are not left out, if a score is wrong, or if a row with scores has several
+            positives.
     """
-
-    columns: list[str]
-    scores: list[str]
-    name: str
-    most: int | None
-    drop: bool
-
-    def __call__(self, batch: dict[str, list], numbers: list[int]) -> list[Row]:
-        """Return the rows of a batch of cells. A row with a list of positives becomes one row for each positive.
-
-        Raises:
-            InputError: if a text is empty and such rows are not left out, or if a score is wrong.
-        """
-        made = []
-        for i, number in enumerate(numbers):
-            cells = {column: values[i] for column, values in batch.items()}
-            where = f"{self.name}, row {number + 1}"
-            try:
-                texts_of_rows = rows_of_texts(cells, self.columns, where)
-            except EmptyTextError as error:
-                if not self.drop:
-                    raise InputError(f"{error} ({DROP_ADVICE})") from error
-                continue
-            scores = self.scores_of(cells, texts_of_rows, where) if self.scores else []
-            for texts, others in texts_of_rows:
-                texts = texts[: self.most]
-                made.append(Row(number, texts, others, scores[: len(texts) - 1]))
-        return made
-
-    def scores_of(self, cells: dict[str, Any], texts_of_rows: list[tuple[list[str], list[str]]], where: str) -> list[float]:
-        """Return the scores of a row. Raises InputError if one is wrong, or if the row has several positives."""
-        if len(texts_of_rows) > 1:
-            raise InputError(
-                f"{where}: there are {len(texts_of_rows)} positives, but scores need one positive per row; split the row"
-            )
-        texts, _ = texts_of_rows[0]
-        return row_scores({column: cells[column] for column in self.scores}, len(texts), where)
+    for i, number in enumerate(numbers):
+        cells = {column: values[i] for column, values in batch.items()}
+        where = f"{name}, row {number + 1}"
+        made = kept_rows(cells, columns, where, drop)
+        if scores and len(made) > 1:
+            raise InputError(f"{where}: there are {len(made)} positives, but scores need one positive per row; split the row")
+        if made:
+            check_gaps(cells, columns[1:], scores, where)
+        for texts, others in made:
+            graded = row_scores({column: cells[column] for column in scores}, len(texts), where) if scores else []
+            yield Row(number, texts[:most], others, graded[: len(texts[:most]) - 1])
 
 
 def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
@@ -277,13 +263,13 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
         logger.warning(
             f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )
-    check_enough(len(tokens), name)
+    if len(tokens) < 2:
+        raise too_few_rows(len(tokens), name)
 
 
-def check_enough(rows: int, name: str) -> None:
-    """Raise InputError if there are fewer than two rows. `name` is the name of the rows in messages."""
-    if rows < 2:
-        raise InputError(f"{name}: there are {rows} row(s), but in-batch negatives need at least 2; give more rows")
+def too_few_rows(rows: int, name: str) -> InputError:
+    """Return the error for rows that are too few to be negatives of each other."""
+    return InputError(f"{name}: there are {rows} row(s), but in-batch negatives need at least 2; give more rows")
 
 
 def different_rows(tokens: Dataset) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow.compute
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
@@ -25,7 +25,6 @@ from hf_embed.data.mixture import (
     what_to_read,
 )
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
-from hf_embed.data.sources import unformatted
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TrainData: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | list[Source]
+TrainData: TypeAlias = Dataset | list[Source]
 
 
 def tokenize_all(
@@ -59,7 +58,7 @@ def tokenize_all(
     """Tokenize the rows to train on.
 
     Args:
-        rows: one table. Or a stream, a dict of sources by name, or a list of sources: these become a `Mixture`.
+        rows: one table, or a list of sources, which become a `Mixture`.
         encoder: the encoder whose tokenizer, maximum length and prompts are used.
         args: the training arguments.
         objective: the objective of rows whose source has none of its own.
@@ -76,9 +75,8 @@ def tokenize_all(
     if not isinstance(rows, Dataset):
         if args.same_dropout_mask:
             raise not_single(name)
-        mixture = make_mixture(as_sources(rows, args, name), encoder, args, objective)
+        mixture = make_mixture(rows, encoder, args, objective)
         return mixture, mixture.views
-    rows = unformatted(rows)
     prompts, reading = encoder.prompts, what_to_read(objective, rows.column_names, args.teacher)
     query, document = prompts.get("query", ""), prompts.get("document", "")
     tokenizer = RowTokenizer(encoder.tokenizer, encoder.max_length, query, document, *reading)
@@ -164,31 +162,6 @@ def are_equal(numbers: pyarrow.ChunkedArray) -> bool:
     """Return whether all numbers are equal."""
     limits = pyarrow.compute.min_max(numbers).as_py()
     return limits["min"] == limits["max"]
-
-
-def as_sources(
-    rows: IterableDataset | dict[str, Dataset | IterableDataset] | list[Source],
-    args: "ContrastiveTrainingArguments",
-    name: str,
-) -> list[Source]:
-    """Return `rows` as a list of sources.
-
-    Raises:
-        InputError: if the keys of a dict are the splits of one dataset, or if the rows are of another kind.
-    """
-    if isinstance(rows, list) and all(isinstance(source, Source) for source in rows):
-        return rows
-    if isinstance(rows, dict):
-        if splits := {"train", "validation", "test"} & set(rows):
-            raise InputError(
-                f"{name}: the keys of a dict name sources, but '{min(splits)}' looks like a split; choose one split"
-            )
-        return [Source(key, table) for key, table in rows.items()]
-    if isinstance(rows, IterableDataset) and args.max_steps > 0:
-        # One epoch lasts the whole run. A shorter epoch could end with an update that accumulates fewer batches than others.
-        batches = args.max_steps * args.gradient_accumulation_steps
-        return [Source(name, rows, size=batches * args.per_device_train_batch_size * args.world_size)]
-    return [Source(name, rows)]  # `Source` raises an error if the rows are of another kind
 
 
 def batch_sampler(

@@ -25,9 +25,10 @@ from datasets import Dataset
 
 from hf_embed.data.columns import negative_columns, pair_of
 from hf_embed.data.files import NEGATIVE
-from hf_embed.data.sources import plain_rows
+from hf_embed.data.labeled import check_label_names
+from hf_embed.data.sources import cell_text, cell_texts, plain_rows
 from hf_embed.errors import InputError, masked
-from hf_embed.evaluation.rows import cell_text, cell_texts, check_label_names, first_match, label_number
+from hf_embed.evaluation.rows import first_match, label_number
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import numpy as np
 from datasets import Dataset
 
 from hf_embed.data.columns import ALIKE
-from hf_embed.data.labeled import LABELS
+from hf_embed.data.labeled import LABELS, check_label_names
 from hf_embed.data.sources import first_cells, plain_rows, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import as_list, cell_text, check_label_names, hub_rows, label_number, plain, text_lists
+from hf_embed.evaluation.rows import as_list, cell_text, hub_rows, label_number, plain, text_lists
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
-from hf_embed.data.columns import plain
+from hf_embed.data.columns import numbers_in, plain
 from hf_embed.data.files import kind_of, shortened
-from hf_embed.data.labeled import MATCHES
-from hf_embed.data.sources import KINDS, cell_text, is_list, read_file, read_hub
+from hf_embed.data.sources import KINDS, cell_text, read_file, read_hub
 from hf_embed.errors import InputError
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -44,18 +43,7 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
     A pattern may match the name itself, or the form that `plain` returns.
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
-    return sorted(next(filter(None, found), []), key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-
-
-def cell_texts(cell: object, where: str) -> list[str]:
-    """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Otherwise raise InputError."""
-    if isinstance(cell, str) and is_list(cell):
-        raise InputError(
-            f"{where}: the text looks like a list, {shortened(cell)}; write the rows as jsonl or parquet, or put each text "
-            "into its own column, negative_1, negative_2 ..."
-        )
-    cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
-    return [cell_text(text, where) for text in cells]
+    return sorted(next(filter(None, found), []), key=numbers_in)
 
 
 def is_number(cell: Any) -> bool:
@@ -73,16 +61,6 @@ def label_number(label: object, where: str) -> int:
     if number is None:
         raise InputError(f"{where}: the label is {label!r}, not 0 or 1; correct it or delete the row")
     return number
-
-
-def check_label_names(rows: Dataset, column: str, name: str) -> None:
-    """Raise InputError if a `ClassLabel` names label 0 as one of texts that belong together, as entailment in GLUE's RTE."""
-    kind = rows.features[column]
-    if isinstance(kind, ClassLabel) and plain(kind.names[0]) in (*MATCHES, "relevant"):
-        raise InputError(
-            f"{name}: the label 0 of column '{column}' is named {kind.names[0]}, but 1 must mean that two texts belong "
-            "together, and 0 that they do not; exchange the two labels"
-        )
 
 
 def as_list(values: Iterable, name: str) -> list:

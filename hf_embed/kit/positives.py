@@ -30,6 +30,7 @@ from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError
 from hf_embed.hub_access import find_model
+from hf_embed.mlm import check_mask_token
 from hf_embed.progress import progress_bar, quiet_libraries, table_bars
 from hf_embed.read_files import first_line, read_text
 
@@ -238,6 +239,7 @@ class MaskFill:
         if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
             raise InputError(f"positive mask_fill: '{name}' has no masked-language-modeling head ({missing[0]} is missing)")
         self.model, self.tokenizer = model.eval().to(PartialState().device), AutoTokenizer.from_pretrained(name, **trusted)
+        check_mask_token(self.tokenizer, f"positive mask_fill with '{name}'")
 
     @torch.inference_mode()
     def __call__(self, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """The interface of an objective, defaults for its optional parts, and a wrapper for plain functions.
 
-A new objective is a dataclass that derives from `ContrastiveObjective`. It computes a loss from embeddings and text ids. It
-does not gather, does not run a model and does not log. `Objective` is the protocol that the trainer relies on, and
-`FunctionObjective` turns a plain function into an objective.
+A new objective is a dataclass that derives from `ContrastiveObjective` and defines `mean_loss`. It computes a loss from
+embeddings and text ids. It does not gather, does not run a model and does not log. `Objective` is the protocol that the trainer
+relies on, and `FunctionObjective` turns a plain function into an objective.
 
 The loss is the mean over the rows of one rank, because DDP and FSDP average the gradients over the ranks. A term that depends
 on all rows, and that every rank computes alike from `all_embeddings`, needs no correction: its average over the ranks is the
@@ -14,7 +14,7 @@ numbers per embedding.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -48,27 +48,22 @@ class Objective(Protocol):
     @property
     def temperature(self) -> float:
         """The number that similarities are divided by. If the temperature is learned, this is its initial value."""
-        ...
 
     @property
     def learn_temperature(self) -> bool:
         """Whether the trainer learns the temperature and passes it to each call."""
-        ...
 
     @property
     def mlm_weight(self) -> float:
         """The weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss."""
-        ...
 
     @property
     def takes_other_ids(self) -> bool:
         """Whether the call accepts `other_ids`. Data whose rows have several positives requires it."""
-        ...
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The names of further arguments that the call needs, each one of `NEEDS`."""
-        ...
 
     def check_width(self, width: int) -> None:
         """Check that the objective accepts embeddings of `width` numbers.
@@ -76,7 +71,6 @@ class Objective(Protocol):
         Raises:
             InputError: if it does not.
         """
-        ...
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Check that the objective accepts the rows of a dataset.
@@ -88,7 +82,6 @@ class Objective(Protocol):
         Raises:
             InputError: if it does not accept them.
         """
-        ...
 
     def __call__(
         self,
@@ -114,11 +107,29 @@ class Objective(Protocol):
 
         The arguments that the objective `needs` are passed by name, for the rows of all ranks: see `NEEDS`.
         """
-        ...
+
+
+class Batch(NamedTuple):
+    """What the loss of a step is computed from: the arguments of an `Objective`, with their defaults filled in."""
+
+    embeddings: Tensor  # (B, V, D) embeddings of the own rows
+    text_ids: Tensor  # (B, V) hash of each text; 0 for an absent text
+    all_embeddings: Tensor  # (N, V, D) the same of the rows of all ranks
+    all_text_ids: Tensor  # (N, V)
+    own: slice  # where the own rows are among the rows of all ranks
+    temperature: Tensor | float  # the learned temperature, or the fixed one
+    other_ids: Tensor | None  # (N, W) hashes of the other positives of each row; None if no row has any
+    needed: dict[str, Tensor]  # the further arguments, by name: see `NEEDS`
+
+    def given(self) -> dict[str, Tensor]:
+        """Return the arguments that are passed by name, and only if there are any."""
+        learned = self.temperature if isinstance(self.temperature, Tensor) else None
+        given = {"temperature": learned, "other_ids": self.other_ids, **self.needed}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 class ContrastiveObjective:
-    """The base class of objectives, with a default for every part of `Objective` except the call."""
+    """The base class of objectives, with a default for every part of `Objective` except the loss: define `mean_loss`."""
 
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -134,13 +145,34 @@ class ContrastiveObjective:
     @property
     def takes_other_ids(self) -> bool:
         """Whether the call has a parameter `other_ids`."""
-        return has_parameter(cast(Callable[..., Tensor], self), "other_ids")
+        return has_parameter(self, "other_ids")
 
     def check_width(self, width: int) -> None:
         """Accept embeddings of any width."""
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Accept rows with any number of texts."""
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        text_ids: Tensor,
+        all_embeddings: Tensor | None = None,
+        all_text_ids: Tensor | None = None,
+        first_row: int = 0,
+        temperature: Tensor | None = None,
+        other_ids: Tensor | None = None,
+        **needed: Tensor,
+    ) -> Tensor:
+        """Return the mean loss of the own rows, a scalar; see `Objective`."""
+        if all_embeddings is None or all_text_ids is None:
+            all_embeddings, all_text_ids = embeddings, text_ids
+        own, divisor = slice(first_row, first_row + len(embeddings)), self.temperature if temperature is None else temperature
+        return self.mean_loss(Batch(embeddings, text_ids, all_embeddings, all_text_ids, own, divisor, other_ids, needed))
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar. The texts of `batch.other_ids` are not negatives of their row."""
+        raise NotImplementedError
 
 
 class FunctionObjective(ContrastiveObjective):
@@ -167,21 +199,21 @@ class FunctionObjective(ContrastiveObjective):
         """Whether the callable has a parameter `other_ids`."""
         return has_parameter(self.function, "other_ids")
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        **needed: Tensor,
-    ) -> Tensor:
-        """Return the loss that the callable computes."""
-        given = {"temperature": temperature, "other_ids": other_ids, **needed}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        return self.function(embeddings, text_ids, all_embeddings, all_text_ids, first_row, **given)
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the loss that the callable computes.
+
+        Raises:
+            InputError: if it returns anything but a number with a gradient.
+        """
+        rows = batch.embeddings, batch.text_ids, batch.all_embeddings, batch.all_text_ids, batch.own.start
+        loss = self.function(*rows, **batch.given())
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or (batch.embeddings.requires_grad and not loss.requires_grad):
+            shape = f" of shape {tuple(loss.shape)}, gradient {loss.requires_grad}" if isinstance(loss, Tensor) else ""
+            raise InputError(
+                f"the objective {called(self)} returns a {type(loss).__name__}{shape}; return the mean loss of the rows, a "
+                "tensor of one number that is computed from the embeddings"
+            )
+        return loss
 
 
 def has_parameter(function: Callable[..., Tensor], name: str) -> bool:
@@ -198,6 +230,12 @@ def parameters_of(function: Callable[..., Tensor]) -> Mapping[str, inspect.Param
         return {}
 
 
+def called(objective: Objective) -> str:
+    """Return what error messages call an objective: the name of its class, or of the function that it wraps."""
+    loss = objective.function if isinstance(objective, FunctionObjective) else objective
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
 def check_other_positives(objective: Objective, name: str) -> None:
     """Refuse an objective that does not accept `other_ids`; `name` is what error messages call the rows.
 
@@ -205,11 +243,10 @@ def check_other_positives(objective: Objective, name: str) -> None:
         InputError: if the call of the objective has no parameter `other_ids`.
     """
     if not objective.takes_other_ids:
-        loss = objective.function if isinstance(objective, FunctionObjective) else objective
-        called = getattr(loss, "__name__", type(loss).__name__)
         raise InputError(
-            f"{name}: rows have several positives, but the objective {called} has no parameter other_ids, so a row's other "
-            "positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row one positive"
+            f"{name}: rows have several positives, but the objective {called(objective)} has no parameter other_ids, so a "
+            "row's other positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row "
+            "one positive"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.objectives.base import Batch, ContrastiveObjective
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import POSITIVE, check_ranges
 
@@ -59,30 +59,17 @@ class CoSENT(ContrastiveObjective):
         if texts_per_row > 2:
             raise InputError(f"{name}: CoSENT trains on pairs with one score each, and some rows have negatives; remove them")
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of the pairs of all ranks, a scalar.
-
-        The arguments are those of `hf_embed.objectives.base.Objective`, with `scores` (N, 1) of the pairs of all ranks.
-        """
-        assert scores is not None  # the trainer checks that the rows have scores
-        pairs = F.normalize(embeddings if all_embeddings is None else all_embeddings, dim=-1)  # (N, 2, D)
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of the pairs of all ranks, a scalar."""
+        scores = batch.needed["scores"]  # (N, 1)
+        pairs = F.normalize(batch.all_embeddings, dim=-1)  # (N, 2, D)
         cosines = (pairs[:, 0] * pairs[:, 1]).sum(-1)  # (N,)
         lowest = torch.finfo(cosines.dtype).min
 
         def row_terms(rows: slice) -> Tensor:
             """Return the log of the sum of the terms of each of the T pairs i of a tile, (T,)."""
             higher = scores[rows, :1] > scores[:, 0]  # (T, N): entry (i, j) is True if pair i has a higher score than pair j
-            differences = (cosines - cosines[rows].unsqueeze(1)) / (self.temperature if temperature is None else temperature)
+            differences = (cosines - cosines[rows].unsqueeze(1)) / batch.temperature
             return differences.masked_fill(~higher, lowest).logsumexp(1)
 
         terms = by_tiles(row_terms, len(cosines), len(cosines))

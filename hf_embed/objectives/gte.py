@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.objectives.base import Batch, ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of
 
@@ -122,31 +122,20 @@ class ImprovedContrastive(ContrastiveObjective):
         """The vectors of the teacher, if it guides the choice of negatives."""
         return () if self.guide_margin is None else ("teacher",)
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        teacher: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar.
 
         The backward pass can run only once. The gradient flows only through `all_embeddings`, which contains the own rows.
         """
-        if all_embeddings is None or all_text_ids is None:
-            all_embeddings, all_text_ids = embeddings, text_ids
-        if temperature is None:
-            temperature = all_embeddings.new_full((), self.temperature)  # `new_tensor` would wait for the GPU
-        queries, documents = all_embeddings.split([1, all_embeddings.shape[1] - 1], dim=1)
+        temperature = batch.temperature
+        if not isinstance(temperature, Tensor):
+            temperature = batch.all_embeddings.new_full((), temperature)  # `new_tensor` would wait for the GPU
+        queries, documents = batch.all_embeddings.split([1, batch.all_embeddings.shape[1] - 1], dim=1)
         queries = F.normalize(queries.flatten(0, 1), dim=-1)  # (N, D)
         documents = F.normalize(documents.flatten(0, 1), dim=-1)  # (N * (V - 1), D), row by row
-        own_rows = range(first_row, first_row + len(embeddings))
-        guide = teacher if self.guide_margin is not None else None
-        return _MeanLoss.apply(queries, documents, temperature, RowIds(all_text_ids, other_ids, guide), own_rows, self)
+        guide = batch.needed.get("teacher") if self.guide_margin is not None else None
+        ids = RowIds(batch.all_text_ids, batch.other_ids, guide)
+        return _MeanLoss.apply(queries, documents, temperature, ids, range(batch.own.start, batch.own.stop), self)
 
 
 class RowIds(NamedTuple):
@@ -155,11 +144,6 @@ class RowIds(NamedTuple):
     texts: Tensor  # (N, V), or (T, V) for one tile: hashes of the texts; 0 for an absent text
     others: Tensor | None  # (N, W) or (T, W) hashes of the other positives, filled up with 0; None if no row has any
     guide: Tensor | None  # (N, V, E) or (T, V, E) a teacher's unit vectors of the texts; None without a guide
-
-    def of_rows(self, rows: slice) -> "RowIds":
-        """Return the same for some of the rows."""
-        others = None if self.others is None else self.others[rows]
-        return RowIds(self.texts[rows], others, None if self.guide is None else self.guide[rows])
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -213,7 +197,7 @@ def tile_loss(
     # The improved contrastive loss of arXiv 2308.03281, with log Z_i as a logsumexp over the terms of each direction.
     sides = candidates_of(queries, documents, ids, rows)
     tile = slice(rows.start, rows.stop)
-    tile_ids = ids.of_rows(tile)
+    tile_ids = RowIds(ids.texts[tile], *(None if part is None else part[tile] for part in ids[1:]))
     positive = (sides["query"].tile_vectors * sides["doc"].tile_vectors).sum(-1)  # s(q_i, d_i), (T,)
     limit = None if objective.margin is None else positive - objective.margin
     if tile_ids.guide is not None and objective.guide_margin is not None:

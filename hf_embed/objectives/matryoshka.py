@@ -10,12 +10,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import Objective, as_objective
+from hf_embed.objectives.base import Batch, ContrastiveObjective, Objective, as_objective
 from hf_embed.ranges import COUNT, Range
 
 
 @dataclass
-class Matryoshka:
+class Matryoshka(ContrastiveObjective):
     """The weighted sum of an objective's losses on prefixes of the embeddings (equation 1 of the paper).
 
         loss = sum_{m in dims} c_m L(embeddings[..., :m])        c_m: weight of width m, 1 by default; L: the inner objective
@@ -49,6 +49,8 @@ class Matryoshka:
             raise InputError(f"Matryoshka objective is {self.objective!r}; give an instance, for example SimCSE()")
         if "target" in self.inner.needs:
             raise InputError("Matryoshka cannot shorten the target vectors of a teacher; use the objective without Matryoshka")
+        inner = self.inner
+        self.temperature, self.learn_temperature, self.mlm_weight = inner.temperature, inner.learn_temperature, inner.mlm_weight
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
         if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):
@@ -64,21 +66,6 @@ class Matryoshka:
     def inner(self) -> Objective:
         """The inner objective, whose losses are summed."""
         return as_objective(self.objective)
-
-    @property
-    def temperature(self) -> float:
-        """The temperature of the inner objective."""
-        return self.inner.temperature
-
-    @property
-    def learn_temperature(self) -> bool:
-        """Whether the inner objective learns its temperature."""
-        return self.inner.learn_temperature
-
-    @property
-    def mlm_weight(self) -> float:
-        """The weight of the masked-language-modeling loss in the inner objective."""
-        return self.inner.mlm_weight
 
     @property
     def takes_other_ids(self) -> bool:
@@ -103,24 +90,12 @@ class Matryoshka:
         """Check the rows as the inner objective does."""
         self.inner.check_rows(texts_per_row, name)
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        **needed: Tensor,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
-        self.check_width(embeddings.shape[-1])
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar."""
+        self.check_width(batch.embeddings.shape[-1])
         assert self.weights is not None  # __post_init__ has set them
-        given = {"temperature": temperature, "other_ids": other_ids, **needed}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        loss = embeddings.new_zeros(())
+        loss, inner, given = batch.embeddings.new_zeros(()), self.inner, batch.given()
         for dim, weight in zip(self.dims, self.weights):  # equation 1: the sum over widths m of c_m L
-            everyone = None if all_embeddings is None else all_embeddings[..., :dim]
-            loss = loss + weight * self.objective(embeddings[..., :dim], text_ids, everyone, all_text_ids, first_row, **given)
+            own, everyone = batch.embeddings[..., :dim], batch.all_embeddings[..., :dim]
+            loss = loss + weight * inner(own, batch.text_ids, everyone, batch.all_text_ids, batch.own.start, **given)
         return loss

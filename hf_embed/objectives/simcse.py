@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.objectives.base import Batch, ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
@@ -90,51 +90,40 @@ class SimCSE(ContrastiveObjective):
         if self.hard_negative_weight and texts_per_row < 3:
             raise InputError(f"{name}: hard_negative_weight is set, but no row has a negative; remove it")
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        teacher: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
-        if all_embeddings is None or all_text_ids is None:
-            all_embeddings, all_text_ids = embeddings, text_ids
-        labels = first_row + torch.arange(len(embeddings), device=embeddings.device)  # (B,) each positive among the candidates
-        anchors = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar."""
+        everyone, ids, teacher = batch.all_embeddings, batch.all_text_ids, batch.needed.get("teacher")
+        labels = torch.arange(batch.own.start, batch.own.stop, device=ids.device)  # (B,) each positive among the candidates
+        anchors = F.normalize(batch.embeddings[:, 0], dim=-1)  # (B, D)
         # Candidates: all positives, then all first negatives, then all second negatives, and so on.
-        candidates = F.normalize(by_view(all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
-        candidate_ids, divisor = by_view(all_text_ids[:, 1:]), self.temperature if temperature is None else temperature
+        candidates = F.normalize(by_view(everyone[:, 1:]), dim=-1)  # ((V - 1) * N, D)
+        candidate_ids = by_view(ids[:, 1:])
         partners = None
         if self.mask_other_positives:
-            partners = torch.zeros_like(all_text_ids[:, 1:])  # hard negatives have no partner
-            partners[:, 0] = all_text_ids[:, 0]
+            partners = torch.zeros_like(ids[:, 1:])  # hard negatives have no partner
+            partners[:, 0] = ids[:, 0]
             partners = by_view(partners)
 
         def losses(own: slice) -> Tensor:
             """Return the losses of the T own rows of a tile, (T,)."""
             places = labels[own]
             rows = torch.arange(len(places), device=places.device)
-            logits = anchors[own] @ candidates.T / divisor  # (T, (V - 1) * N)
+            logits = anchors[own] @ candidates.T / batch.temperature  # (T, (V - 1) * N)
             if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
-                views = torch.arange(1, all_embeddings.shape[1] - 1, device=places.device)
-                own_negatives = rows.unsqueeze(1), places.unsqueeze(1) + len(all_embeddings) * views  # (T, 1) and (T, V - 2)
+                views = torch.arange(1, everyone.shape[1] - 1, device=places.device)
+                own_negatives = rows.unsqueeze(1), places.unsqueeze(1) + len(everyone) * views  # (T, 1) and (T, V - 2)
                 logits = logits.index_put(own_negatives, logits.new_full((), self.hard_negative_weight), accumulate=True)
             judged = limit = others = None
             if self.guide_margin is not None and teacher is not None:
                 judged = teacher[places, 0] @ by_view(teacher[:, 1:]).T  # (T, (V - 1) * N)
                 limit = judged[rows, places] - self.guide_margin
-            if self.mask_other_positives and other_ids is not None:
-                others = other_ids[places]
-            dropped = false_negatives(text_ids[own], candidate_ids, places, partners, judged, limit, others)
+            if self.mask_other_positives and batch.other_ids is not None:
+                others = batch.other_ids[places]
+            dropped = false_negatives(batch.text_ids[own], candidate_ids, places, partners, judged, limit, others)
             # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate gets -inf.
             return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), places, reduction="none")
 
-        return by_tiles(losses, len(embeddings), len(candidates)).mean()
+        return by_tiles(losses, len(anchors), len(candidates)).mean()
 
 
 def by_view(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import ContrastiveObjective
+from hf_embed.objectives.base import Batch, ContrastiveObjective
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import POSITIVE, check_ranges, is_one_of
 
@@ -85,35 +85,20 @@ class TeacherKL(ContrastiveObjective):
         if self.candidates == "row":
             check_candidates(texts_per_row, "TeacherKL", name)
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        scores: Tensor | None = None,
-        teacher: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
-        own = slice(first_row, first_row + len(embeddings))
-        divisor = self.temperature if temperature is None else temperature
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar."""
         if self.candidates == "row":
-            assert scores is not None  # the trainer checks that the rows have scores
-            return self.divergence(scores[own], cosines(embeddings) / divisor, text_ids[:, 1:] == 0).mean()
-        assert teacher is not None
-        everyone = embeddings if all_embeddings is None else all_embeddings
-        ids = text_ids if all_text_ids is None else all_text_ids
-        queries = F.normalize(embeddings[:, 0], dim=-1)  # (B, D)
-        documents = F.normalize(everyone[:, 1:].flatten(0, 1), dim=-1)  # (N * (V - 1), D)
-        judges, judged = teacher[own, 0], teacher[:, 1:].flatten(0, 1)  # (B, E) and (N * (V - 1), E)
-        absent = (ids[:, 1:] == 0).flatten()
+            student = cosines(batch.embeddings) / batch.temperature
+            return self.divergence(batch.needed["scores"][batch.own], student, batch.text_ids[:, 1:] == 0).mean()
+        teacher = batch.needed["teacher"]
+        queries = F.normalize(batch.embeddings[:, 0], dim=-1)  # (B, D)
+        documents = F.normalize(batch.all_embeddings[:, 1:].flatten(0, 1), dim=-1)  # (N * (V - 1), D)
+        judges, judged = teacher[batch.own, 0], teacher[:, 1:].flatten(0, 1)  # (B, E) and (N * (V - 1), E)
+        absent = (batch.all_text_ids[:, 1:] == 0).flatten()
 
         def losses(rows: slice) -> Tensor:
             """Return the losses of the T rows of a tile, (T,)."""
-            student = queries[rows] @ documents.T / divisor  # (T, N * (V - 1))
+            student = queries[rows] @ documents.T / batch.temperature  # (T, N * (V - 1))
             return self.divergence(judges[rows] @ judged.T, student, absent.expand_as(student))
 
         return by_tiles(losses, len(queries), len(documents)).mean()
@@ -176,25 +161,14 @@ class MarginMSE(ContrastiveObjective):
         """
         check_candidates(texts_per_row, "MarginMSE", name)
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`.
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar.
 
         The loss of a row without negatives is 0.
         """
-        assert scores is not None  # the trainer checks that the rows have scores
-        there = text_ids[:, 2:] != 0  # (B, V - 2)
-        student = cosines(embeddings) if self.similarity == "cosine" else dots(embeddings)
-        own = scores[first_row : first_row + len(embeddings)].to(student.dtype)
+        there = batch.text_ids[:, 2:] != 0  # (B, V - 2)
+        student = cosines(batch.embeddings) if self.similarity == "cosine" else dots(batch.embeddings)
+        own = batch.needed["scores"][batch.own].to(student.dtype)
         errors = (student[:, :1] - student[:, 1:]) - (own[:, :1] - own[:, 1:])
         squares = errors.masked_fill(~there, 0).square().sum(1) / there.sum(1).clamp(min=1)
         return squares.mean()
@@ -238,21 +212,11 @@ class VectorDistillation(ContrastiveObjective):
         """The teacher's vectors in the width of the model that is trained."""
         return ("target",)
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-        target: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `hf_embed.objectives.base.Objective`."""
-        assert target is not None  # the trainer requires a teacher
-        own = target[first_row : first_row + len(embeddings)].to(embeddings.dtype)
-        there = text_ids != 0  # (B, V)
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the own rows, a scalar."""
+        embeddings = batch.embeddings
+        own = batch.needed["target"][batch.own].to(embeddings.dtype)
+        there = batch.text_ids != 0  # (B, V)
         if self.loss == "cosine":
             distances = 1 - F.cosine_similarity(embeddings, own, dim=-1)  # (B, V)
         else:

@@ -15,7 +15,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.read_files import COPY_ANEW
 from hf_embed.tempscale.config import TempScaleConfig
-from hf_embed.tempscale.registry import Attentions, Handler, attentions, is_cross
+from hf_embed.tempscale.registry import Attentions, attentions, is_cross
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,10 @@ logger = logging.getLogger(__name__)
 def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
     """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
-    Afterwards the model can be trained, compiled, wrapped in DDP or given PEFT adapters. It keeps its attention backend.
-    `model.config.temp_scale` records the settings. Cross-attention of a decoder is not changed.
+    Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. PEFT adapters that are
+    added later are scaled as soon as an `Encoder` or a trainer is made of the model. Cross-attention of a decoder is not
+    changed. `model.config.temp_scale` records the settings. `model` may also be an `Encoder`, a `SentenceTransformer`, or
+    another module around one transformers model.
 
     Raises:
         InputError: if an attention class is unknown (the message names it); if the model lacks a named layer; if the model is
@@ -41,16 +45,27 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
             scores are not just queries times keys or no submodule outputs the queries.
     """
     config = config if isinstance(config, TempScaleConfig) else TempScaleConfig(config)
-    base = base_of(model)
+    base = model_in(model)
     check_unscaled(base)
     found = attentions(base)
     temperatures = temperatures_of(base, found, config)
-    hooks, pre_hooks = hooks_of(base, found, config, temperatures)
+    outputs, numbers = divided_outputs(base, found, temperatures), divided_numbers(found)
+    tables = bias_tables(base, found, temperatures)
+    if config.growth and (tables or numbers or any(len(handler.query) > 1 for _, handler in found.values())):
+        raise InputError(
+            f"TempScale with growth: the scores of {type(base).__name__} cannot be divided by another number for each text; "
+            "use it without growth"
+        )
     # All checks have passed. The model is changed only from here on.
     applied = Applied(config, temperatures)
-    applied.handles += [module.register_forward_hook(hook) for module, hook in hooks]
+    lengths = Lengths(config) if config.growth else None
+    pre_hooks: list[tuple[nn.Module, ScaleBias | Lengths]] = [(base, lengths)] if lengths else []
+    for name, factor in handed_biases(found, tables, temperatures):
+        pre_hooks.append((found[name][0], ScaleBias(found[name][0], factor)))
     applied.handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pre_hooks]
-    for name, (attribute, number) in divided_numbers(found).items():
+    for output in outputs:
+        applied.handles.append(base.get_submodule(output.module).register_forward_hook(Divide(output, lengths)))
+    for name, (attribute, number) in numbers.items():
         applied.numbers.append((found[name][0], attribute, number))
         setattr(found[name][0], attribute, number / temperatures[name])
     if any(is_cross(name) for name, _ in base.named_modules()):
@@ -66,7 +81,7 @@ def remove_tempscale(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if no TempScale is applied to the model.
     """
-    base = base_of(model)
+    base = model_in(model)
     applied = applied_to(base)
     if applied is None:
         raise InputError("there is no TempScale to remove: it was not applied, or it is folded")
@@ -114,8 +129,8 @@ class Applied:
 
 
 def applied_to(model: nn.Module) -> Applied | None:
-    """Return what `apply_tempscale` did to `model`, or to the model inside a PEFT model; None if it is not scaled."""
-    return getattr(base_of(model), STATE, None)
+    """Return what `apply_tempscale` did to `model`, or to the model inside it; None if it is not scaled."""
+    return getattr(model_in(model), STATE, None)
 
 
 def applied_tempscale(model: nn.Module) -> TempScaleConfig | None:
@@ -128,9 +143,53 @@ def check_unscaled(model: PreTrainedModel) -> None:
     """Raise InputError if TempScale is applied to `model` or folded into it."""
     if applied := applied_to(model):
         raise InputError(f"TempScale is already applied to this model ({applied.config}); call remove_tempscale first")
-    entry = getattr(model.config, "temp_scale", None)
-    if entry and entry.get("folded"):
+    entry = stated(model)
+    if entry.get("folded"):
         raise InputError(f"TempScale is already folded into this model's weights ({entry}); call unfold_tempscale first")
+
+
+def stated(model: PreTrainedModel) -> dict[str, Any]:
+    """Return a copy of what the config of `model` states about TempScale; {} if nothing."""
+    entry = getattr(model.config, "temp_scale", None) or {}
+    if not isinstance(entry, dict):
+        raise InputError(
+            f"model '{model.name_or_path}': temp_scale in config.json is {entry!r}, which is not an object; {COPY_ANEW}"
+        )
+    return dict(entry)
+
+
+def apply_stated(model: PreTrainedModel) -> None:
+    """Apply the TempScale that the config of `model` states, unless it is folded into the weights.
+
+    If it is applied already, it is applied anew, because adapters may have taken the place of a layer with a hook.
+    """
+    entry = stated(model)
+    if applied := applied_to(model):
+        remove_tempscale(model)
+    if entry and not entry.get("folded"):
+        apply_tempscale(model, applied.config if applied else TempScaleConfig.from_dict(entry))
+
+
+def model_in(module: nn.Module) -> PreTrainedModel:
+    """Return the transformers model in a module, without its head.
+
+    Everything that is applied to the model belongs to this part, because an `Encoder` takes it out of the rest.
+
+    Raises:
+        InputError: if there is no such model, or if there are several.
+    """
+    found = models_in(module)
+    if len(found) != 1:
+        raise InputError(f"TempScale: {len(found)} transformers models are in the {type(module).__name__}; give one model")
+    base: Any = found[0].base_model
+    return base if isinstance(base, PreTrainedModel) else found[0]
+
+
+def models_in(module: nn.Module) -> list[PreTrainedModel]:
+    """Return the outermost transformers models in a module."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in models_in(child)]
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -158,40 +217,30 @@ def temperatures_of(model: PreTrainedModel, found: Attentions, config: TempScale
     return {name: temperatures[number] for name, number in zip(found, numbers)}
 
 
-def projections(attention: nn.Module, handler: Handler) -> dict[str, nn.Module]:
-    """Return the submodules whose outputs are divided, by name.
+class Output(NamedTuple):
+    """The output of a submodule that is divided by a temperature, or a part of the output."""
 
-    The first one must exist. Others may be missing, because they belong to options of the model.
+    module: str  # the name of the submodule
+    temperature: float
+    part: Callable[[int, torch.device], Tensor] | None = None
+    norm_offset: float = 0.0
+
+
+def divided_outputs(model: nn.Module, found: Attentions, temperatures: dict[str, float]) -> list[Output]:
+    """Return the outputs that are divided: those of tables of position biases, and those that the registry names.
+
+    Of the submodules that the registry names for a class, the first one must exist. Others may be missing, because they belong
+    to options of the model.
     """
-    found = {name: getattr(attention, name, None) for name in handler.query}
-    if handler.query and found[handler.query[0]] is None:
-        raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{handler.query[0]}'")
-    return {name: module for name, module in found.items() if module is not None}
-
-
-def hooks_of(
-    model: PreTrainedModel, found: Attentions, config: TempScaleConfig, temperatures: dict[str, float]
-) -> tuple[list[tuple[nn.Module, "Divide"]], list[tuple[nn.Module, "ScaleBias | Lengths"]]]:
-    """Return the forward hooks and the forward pre-hooks that scale a model, each with its module.
-
-    Raise InputError if a submodule is missing, or for growth if the scores are not just queries times keys.
-    """
-    tables = bias_tables(model, found, temperatures)
-    if config.growth and (tables or divided_numbers(found) or any(len(handler.query) > 1 for _, handler in found.values())):
-        raise InputError(
-            f"TempScale with growth: the scores of {type(model).__name__} cannot be divided by another number for each text; "
-            "use it without growth"
-        )
-    lengths = Lengths(config) if config.growth else None
-    hooks = [(model.get_submodule(name), Divide(temperature)) for name, temperature in tables.items()]
+    outputs = [Output(name, temperature) for name, temperature in bias_tables(model, found, temperatures).items()]
     for name, (attention, handler) in found.items():
         part = partial(handler.part, attention) if handler.part else None
-        divide = Divide(temperatures[name], part, lengths)
-        hooks += [(projection, divide) for projection in projections(attention, handler).values()]
-    pre_hooks: list[tuple[nn.Module, ScaleBias | Lengths]] = [(model, lengths)] if lengths else []
-    for name, factor in handed_biases(found, tables, temperatures):
-        pre_hooks.append((found[name][0], ScaleBias(found[name][0], factor)))
-    return hooks, pre_hooks
+        for child in handler.query:
+            if getattr(attention, child, None) is not None:
+                outputs.append(Output(f"{name}.{child}", temperatures[name], part, handler.norm_offset))
+            elif child == handler.query[0]:
+                raise InputError(f"TempScale: {type(attention).__name__} has no submodule '{child}'")
+    return outputs
 
 
 def bias_tables(model: nn.Module, found: Attentions, temperatures: dict[str, float]) -> dict[str, float]:
@@ -239,12 +288,11 @@ def handed_biases(found: Attentions, tables: dict[str, float], temperatures: dic
 
 def divided_numbers(found: Attentions) -> dict[str, tuple[str, float]]:
     """Return the numbers that are divided, as (attribute, number), by the name of the attention module that holds them."""
-    numbers = {}
-    for name, (attention, handler) in found.items():
-        number = getattr(attention, handler.attribute, None) if handler.attribute else None
-        if handler.attribute and number is not None:
-            numbers[name] = handler.attribute, number
-    return numbers
+    return {
+        name: (handler.attribute, number)
+        for name, (attention, handler) in found.items()
+        if handler.attribute and (number := getattr(attention, handler.attribute, None)) is not None
+    }
 
 
 # ---- hooks ----
@@ -253,13 +301,8 @@ def divided_numbers(found: Attentions) -> dict[str, tuple[str, float]]:
 class Divide:
     """A forward hook that divides the output of a submodule, or a part of its last dimension, by the temperature."""
 
-    def __init__(
-        self,
-        temperature: float,
-        part: Callable[[int, torch.device], Tensor] | None = None,
-        lengths: "Lengths | None" = None,
-    ):
-        self.temperature, self.part, self.lengths = temperature, part, lengths
+    def __init__(self, divided: Output, lengths: "Lengths | None"):
+        self.temperature, self.part, self.lengths = divided.temperature, divided.part, lengths
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Return the output to use instead."""
@@ -289,7 +332,8 @@ class Lengths:
 
     def __init__(self, config: TempScaleConfig):
         self.config = config
-        self.tokens = torch.zeros(0, 1)  # (B, 1); for a packed row of S tokens (1, S): the length of the text of each token
+        # For each thread: (B, 1), or for a packed row of S tokens (1, S), the length of the text of each token.
+        self.tokens: dict[int, Tensor] = {}
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Count the tokens of each text, padded or packed (`hf_embed.packing`).
@@ -303,7 +347,7 @@ class Lengths:
             raise RuntimeError("TempScale with growth cannot be trained with activation checkpointing; use gradient_caching")
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
             lengths = bounds.diff()
-            self.tokens = lengths.repeat_interleave(lengths).unsqueeze(0)
+            self.tokens[get_ident()] = lengths.repeat_interleave(lengths).unsqueeze(0)
             return
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         mask = given.get("attention_mask")
@@ -312,7 +356,7 @@ class Lengths:
         if mask is None:
             inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
             mask = torch.ones(inputs.shape[:2], device=inputs.device)
-        self.tokens = mask.sum(1, keepdim=True)
+        self.tokens[get_ident()] = mask.sum(1, keepdim=True)
 
     def factor(self, output: Tensor) -> Tensor:
         """Return the factor for the temperature of each text, (B, 1, ...), for an output (B, T, ...); see `TempScaleConfig`.
@@ -320,7 +364,7 @@ class Lengths:
         For the output (1, S, ...) of a packed row, it is (1, S, 1, ...).
         """
         reference = self.config.reference_length
-        tokens = self.tokens.clamp(min=reference).float()
+        tokens = self.tokens[get_ident()].clamp(min=reference).float()
         if self.config.growth == "log":
             factor = math.log(reference) / tokens.log()
         else:

@@ -10,8 +10,7 @@ the projection, its weight is divided instead.
 Shapes: a weight is (out, in) or, of a norm, (out,); a bias is (out,). `out` is the width of a submodule's output.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,13 +20,15 @@ from transformers import PreTrainedModel
 from hf_embed.errors import InputError
 from hf_embed.tempscale.attention import (
     Applied,
+    Output,
     applied_tempscale,
     applied_to,
     apply_tempscale,
-    base_of,
     bias_tables,
-    projections,
+    divided_outputs,
+    model_in,
     remove_tempscale,
+    stated,
     temperatures_of,
 )
 from hf_embed.tempscale.config import TempScaleConfig
@@ -54,7 +55,7 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
             raise
     tensors, settings = folded(model)
     remove_tempscale(model)
-    write(base_of(model), tensors, settings)
+    write(model_in(model), tensors, settings)
     return model
 
 
@@ -64,14 +65,13 @@ def unfold_tempscale(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if nothing is folded into the model.
     """
-    config: Any = model.config
-    entry = dict(getattr(config, "temp_scale", None) or {})
+    base = model_in(model)
+    entry = stated(base)
     if not entry.pop("folded", False):
         raise InputError("no TempScale is folded into this model")
-    base = base_of(model)
     temperatures = temperatures_of(base, attentions(base), TempScaleConfig.from_dict(entry))
     write(base, *scaled(base, {name: 1 / temperature for name, temperature in temperatures.items()}))
-    del config.temp_scale
+    del base.config.temp_scale
     return model
 
 
@@ -81,9 +81,9 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
     `state_dict` replaces the model's own tensors, which FSDP has to gather. Raises InputError like `fold_tempscale`.
     """
     applied = check_foldable(model)
-    if model is not base_of(model):
+    if hasattr(model, "get_base_model"):
         raise InputError("TempScale cannot be folded into a model with PEFT adapters; call merge_and_unload first")
-    tensors, settings = scaled(base_of(model), applied.temperatures, state_dict)
+    tensors, settings = scaled(model_in(model), applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
 
 
@@ -92,7 +92,7 @@ def check_foldable(model: nn.Module) -> Applied:
     applied = applied_to(model)
     if applied is None:
         raise InputError("there is no TempScale to fold; call apply_tempscale first, or give a TempScaleConfig")
-    base = base_of(model)
+    base = model_in(model)
     found = attentions(base)
     if applied.config.growth:
         raise InputError(
@@ -120,14 +120,14 @@ def shared_by_layers(model: PreTrainedModel, found: Attentions, temperatures: di
     return min(shared, default=None)
 
 
-def is_foldable(model: nn.Module) -> bool:
-    """Return whether the weights of `model` can hold what is applied to it; True if nothing is applied."""
+def why_not_foldable(model: nn.Module) -> InputError | None:
+    """Return the error if the weights of `model` cannot hold what is applied to it; None if they can, or nothing is applied."""
     try:
         if applied_tempscale(model) is not None:
             check_foldable(model)
-    except InputError:
-        return False
-    return True
+    except InputError as error:
+        return error
+    return None
 
 
 def scaled(
@@ -137,29 +137,20 @@ def scaled(
     state_dict = dict(model.named_parameters()) if state_dict is None else state_dict
     found = attentions(model)
     tensors: dict[str, Tensor] = {}
-    caps: dict[str, float] = {}
-    for name, (attention, handler) in found.items():
-        part = partial(handler.part, attention) if handler.part else None
-        for child in projections(attention, handler):
-            tensors |= divided(model, f"{name}.{child}", temperatures[name], state_dict, part, handler.norm_offset)
-        cap = getattr(model.config, handler.attribute, None) if handler.attribute else None
-        if handler.attribute and cap is not None:
-            caps[handler.attribute] = cap / temperatures[name]
-    for name, temperature in bias_tables(model, found, temperatures).items():
-        tensors |= divided(model, name, temperature, state_dict)
+    for output in divided_outputs(model, found, temperatures):
+        tensors |= divided(model, output, state_dict)
+    caps = {
+        handler.attribute: cap / temperatures[name]
+        for name, (_, handler) in found.items()
+        if handler.attribute and (cap := getattr(model.config, handler.attribute, None)) is not None
+    }
     return tensors, caps
 
 
 @torch.no_grad()
-def divided(
-    model: nn.Module,
-    name: str,
-    temperature: float,
-    state_dict: Mapping[str, Tensor],
-    part: Callable[[int, torch.device], Tensor] | None = None,
-    norm_offset: float = 0.0,
-) -> dict[str, Tensor]:
+def divided(model: nn.Module, output: Output, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return new parameters of a linear layer, a norm or an embedding that divide its output, or a part of it."""
+    name, temperature, part, norm_offset = output
     module = model.get_submodule(name)
     tensors: dict[str, Tensor] = {}
     keys = dict(module.named_parameters())
