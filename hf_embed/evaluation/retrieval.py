@@ -110,7 +110,7 @@ class Retrieval(EvaluationTask):
         return [f"{metric}@{k}" for k in self.cutoffs for metric in ("ndcg", "map", "recall", "mrr")]
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return ndcg@k, map@k, recall@k and mrr@k, x 100, as means over the queries that have a relevant document.
+        """Return ndcg@k, map@k, recall@k and mrr@k of `embed`, x 100, as means over the queries that have a relevant document.
 
         They are NaN, with a warning, if no query is nearer to one document than to another, or a cosine is not finite.
         Otherwise the order of the documents in the file would decide the result.
