@@ -33,7 +33,6 @@ from hf_embed.checkpoint.tables import (
     code_section,
     inner_name,
     markdown_table,
-    mteb_table,
     plain,
     results_section,
     slug,
@@ -42,6 +41,7 @@ from hf_embed.checkpoint.tables import (
 )
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import task_lines
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.read_files import first_line, read_json, read_text
@@ -196,7 +196,7 @@ def own_results(path: Path) -> Results | None:
         found = read_json(path, with_nan=True)
         if not found.keys() <= RESULT_KEYS:
             return None
-        metadata(found), results_section(found, False), training_section(found.get("train")), mteb_table(found.get("mteb", []))
+        metadata(found), results_section(found, False), training_section(found.get("train")), task_lines(found.get("mteb", []))
         averaged_section(found.get("averaged", []))
     except Exception as error:  # a user may have edited it, and any value may have another type
         logger.warning(f"{path} is damaged ({first_line(error)}); it is left unchanged, and the card does not show its content")
@@ -242,7 +242,7 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
     sections = [
         results_section(results, picture),
         sweep_section(encoder, results.get("tempscale")),
-        code_section("MTEB", mteb_table(results.get("mteb", []))),
+        code_section("MTEB", task_lines(results.get("mteb", []))),
         averaged_section(results.get("averaged", [])),
         training_section(facts(results) if results.get("train") else None),
         prompts_section(encoder),
