@@ -134,7 +134,11 @@ class CheckpointTrainer(HubTrainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, as `Trainer.save_model` does.
+        """Save the model, as `Trainer.save_model` does. Every rank must call this.
+
+        Args:
+            output_dir: the folder. Default: `args.output_dir`.
+            _internal_call: leave it False; Trainer sets it where it calls this method itself, so that nothing is pushed.
 
         Raises:
             DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.

@@ -85,6 +85,9 @@ class ContrastiveTrainer(GuardedTrainer):
             - a dict from names to these.
         processing_class: the tokenizer, or its name. An `Encoder` and a model that is given by name have their own.
         callbacks, optimizers: as for `Trainer`.
+        train_name: what messages and the card call the training rows. Default: "train_dataset" in messages, and what is known
+            of their origin in the card.
+        paired: True requires rows with anchor and positive, and False single texts. Default: the columns decide.
         model_init: a function that returns a new model for each training, for `hyperparameter_search`, in place of `model`.
         compute_metrics: a function of an `EvalPrediction` with the cosines (`predictions`) and the scores (`label_ids`) of the
             pairs of an STS set. The metrics that it returns are logged as `eval_NAME_METRIC`.
