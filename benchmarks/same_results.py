@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = (
-    "--max_steps 6 --per_device_train_batch_size 8 --learning_rate 3e-4 --warmup_steps 2 --logging_steps 2 --seed 1 "
+    "--max_steps 6 --per_device_train_batch_size 8 --learning_rate 3e-4 --warmup_steps 2 --logging_steps 2 "
     "--max_length 48 --use_cpu --disable_tqdm true --report_to none --eval_sts_file dev=DATA/dev.tsv"
 )
 SAVE = "--eval_strategy steps --eval_steps 3 --save_strategy steps --save_steps 3 --load_best_model_at_end"
@@ -38,7 +38,7 @@ RUNS = {
     "scaled": "sup_simcse --train_file DATA/triplets.csv --pooling mean --temp_scale 0.9",
 }
 VOLATILE = re.compile(r"seconds|versions|hardware|target_modules|\w*_runtime|\w*_per_second")  # target_modules is a set
-VOLATILE_LINES = re.compile(r"(?m)^ +(took|with) .*$|<!-- hf_embed made this card: .* -->")
+VOLATILE_LINES = re.compile(r"(?m)^\| Training time \|.*$|<!-- hf_embed made this card: .* -->")
 LEFT_OUT = ("events.out.tfevents", "training_args.bin", ".pt", ".pth")  # they contain times, or pickled names of modules
 
 
@@ -59,7 +59,8 @@ def run_all(checkout: Path, data: Path, out: Path) -> None:
     out.mkdir()
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name, words in RUNS.items():
-        recipe, *flags = [word.replace("DATA", str(data)) for word in f"{words} {TRAIN}".split()]
+        seed = "" if "--seeds" in words else "--seed 1"
+        recipe, *flags = [word.replace("DATA", str(data)) for word in f"{words} {TRAIN} {seed}".split()]
         flags += SAVE.split() if recipe.endswith("simcse") and name != "mlm" else []
         command = [sys.executable, str(checkout / "recipes" / f"{recipe}.py"), *flags, "--output_dir", name]
         done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from hf_embed.activations import check_caching
+from hf_embed.distributed import warn_on_main_only
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranks import limit_waiting
@@ -111,7 +112,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             raise InputError(" ".join(str(error).split())) from error
         check_after(self)
-        limit_waiting(self.ddp_timeout)
+        join_ranks(self)
         self._check_own()
 
     def _check_own(self) -> None:
@@ -154,12 +155,19 @@ class ContrastiveTrainingArguments(TrainingArguments):
             made.ddp_find_unused_parameters = False
         if made.metric_for_best_model in ("loss", "eval_loss") and not has_loss:
             made.metric_for_best_model, made.greater_is_better = "auto", True
-        limit_waiting(made.ddp_timeout)
+        join_ranks(made)
         return made
 
     def to_dict(self) -> dict:
         """Return the settings for logs (TensorBoard, wandb and the like), without tokens."""
         return super(ContrastiveTrainingArguments, without_secrets(self)).to_dict()
+
+
+def join_ranks(args: TrainingArguments) -> None:
+    """Limit how long this process waits for others, and let only the main process warn (more with `log_level_replica`)."""
+    limit_waiting(args.ddp_timeout)
+    if args.log_level_replica not in ("debug", "info"):
+        warn_on_main_only()
 
 
 # The settings that are read once, when a trainer is made. All others are read in each training.

@@ -80,7 +80,7 @@ class CheckpointTrainer(HubTrainer):
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         self.check_unchanged()
-        if resume_from_checkpoint is None and self.args.resume_from_checkpoint and self.is_world_process_zero():
+        if resume_from_checkpoint is None and self.args.resume_from_checkpoint:
             logger.warning(
                 "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
                 "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
@@ -134,7 +134,11 @@ class CheckpointTrainer(HubTrainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, as `Trainer.save_model` does.
+        """Save the model, as `Trainer.save_model` does. Every rank must call this.
+
+        Args:
+            output_dir: the folder. Default: `args.output_dir`.
+            _internal_call: leave it False; Trainer sets it where it calls this method itself, so that nothing is pushed.
 
         Raises:
             DiskError: if the disk is full, or if something cannot be written. An earlier model there stays complete.
@@ -257,8 +261,7 @@ class CheckpointTrainer(HubTrainer):
         self.state.best_model_checkpoint = str(best)
         if reason is not None:
             self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
-            if self.is_world_process_zero():
-                logger.warning(f"{best}: the best checkpoint is damaged ({reason}), so it is not used")
+            logger.warning(f"{best}: the best checkpoint is damaged ({reason}), so it is not used")
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         """Finish the training as `Trainer` does, but ignore the best checkpoint if it is damaged.

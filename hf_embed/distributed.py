@@ -9,6 +9,7 @@ The gradient of a training step is that of the mean loss over the global batch, 
 
 import atexit
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,16 @@ def get_rank() -> int:
 def is_main_process() -> bool:
     """Return whether this is the main process, also before a launcher's processes have formed a process group."""
     return get_rank() == 0 and os.environ.get("RANK", "0") == "0"
+
+
+def warn_on_main_only() -> None:
+    """Let only the main process warn. The others read the same rows and settings, and would repeat each warning.
+
+    A level that the user has set for the logger "hf_embed" stays.
+    """
+    package = logging.getLogger("hf_embed")
+    if not is_main_process() and package.level == logging.NOTSET:
+        package.setLevel(logging.ERROR)
 
 
 def get_world_size() -> int:

@@ -358,13 +358,13 @@ class Encoder(nn.Module):
         return result[0] if isinstance(texts, str) else result
 
     def encode_query(self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any) -> np.ndarray | Tensor:
-        """Encode queries: like `encode`, but with the prompt "query" by default, if the model has one."""
+        """Encode queries as `encode` does `texts`. `prompt_name` is "query" by default, if the model has such a prompt."""
         return self.encode(texts, prompt_name or "query", **options)
 
     def encode_document(
         self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any
     ) -> np.ndarray | Tensor:
-        """Encode documents: like `encode`, but with the prompt "document" by default, if the model has one."""
+        """Encode documents as `encode` does `texts`. `prompt_name` is "document" by default, if the model has such a prompt."""
         return self.encode(texts, prompt_name or "document", **options)
 
     def finish(self, embeddings: Tensor, truncate_dim: int | None = None, normalize: bool | None = None) -> Tensor:
@@ -396,7 +396,7 @@ class Encoder(nn.Module):
         return compare(first, second)
 
     def similarity_pairwise(self, a: Vectors, b: Vectors, precision: str | None = None) -> Tensor:
-        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,). Otherwise as `similarity`."""
+        """Compare the vectors of `a` and `b`, both (N, D), row by row: (N,). `precision` and the rest as for `similarity`."""
         first, second, compare = self.comparable(a, b, precision)
         if len(first) != len(second) and 1 not in (len(first), len(second)):
             raise InputError(f"{len(first)} vectors cannot be compared with {len(second)} row by row; use similarity")
@@ -420,11 +420,12 @@ class Encoder(nn.Module):
         return model_meta(self)
 
     def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
-        """Write an ordinary checkpoint; see `hf_embed.checkpoint.save`.
+        """Write an ordinary checkpoint to `folder`; see `hf_embed.checkpoint.save`.
+
+        `verify` compares the vectors of other loaders. `allow_runtime` accepts a TempScale that cannot be folded.
 
         Raises:
-            ExportError: if other loaders would compute other vectors.
-            InputError: if the folder is a file, or if the saved model could not be loaded.
+            ExportError, InputError: if other loaders would compute other vectors, or none; or if the folder is a file.
             DiskError: if the disk is full or a file may not be written. The previous content of the folder is then unchanged.
         """
         from hf_embed.checkpoint.save import save_encoder

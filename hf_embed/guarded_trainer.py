@@ -20,6 +20,7 @@ from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
 from hf_embed.disk import disk_errors
+from hf_embed.distributed import gather_objects
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
@@ -205,7 +206,8 @@ class GuardedTrainer(CheckpointTrainer):
         if "loss" in logs:
             logs["loss"] *= self.losses.factor(self.accelerator)
         if ends_training(logs):
-            logs["train_loss"] *= self.losses.factor(self.accelerator, of_all=True)
+            losses = gather_objects(logs["train_loss"])  # since the last log, Trainer has added up this rank's losses only
+            logs["train_loss"] = self.losses.factor(self.accelerator, of_all=True) * sum(losses) / len(losses)
             if step := first_step(self):
                 logs["resumed_at_step"] = step
         super().log(logs, start_time)
@@ -226,8 +228,7 @@ class GuardedTrainer(CheckpointTrainer):
                 save_checkpoint(self, model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            logger.warning(how_to_go_on(number, step, checkpoint))
+        logger.warning(how_to_go_on(number, step, checkpoint))
         raise Stopped(number)
 
     # ---- memory ----

@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_embed.distributed import is_main_process
 from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -68,8 +67,7 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
     if trouble is None:
         return {}
     if isinstance(trouble, Unreachable) and is_cached(name, hub):
-        if is_main_process():
-            logger.warning(f"{trouble}; using model '{name}' from the cache")
+        logger.warning(f"{trouble}; using model '{name}' from the cache")
         return {"local_files_only": True}
     raise InputError(
         f"model '{name}' cannot be loaded: there is no such local folder{similar(name)}, and {trouble}. {WHAT_TO_GIVE}"

@@ -40,7 +40,13 @@ class HubTrainer(Trainer):
     ) -> str | Future[str] | None:
         """Save the model, and upload its own files to `args.hub_model_id`; see `hf_embed.checkpoint.hub`.
 
-        `named` holds facts for the card, as in `create_model_card`.
+        Args:
+            commit_message: the message of the commit.
+            blocking: wait until the files are uploaded.
+            token: a token of the Hub. Default: `args.hub_token`, or the one of the login.
+            revision: the branch. Default: `args.hub_revision`, or the main branch.
+            private: whether a new repository is private. Default: `args.hub_private_repo`.
+            named: facts for the card, as in `create_model_card`.
 
         Returns:
             The address of the commit, a Future of it if `blocking` is False, or None on all ranks except the main process.
@@ -54,8 +60,9 @@ class HubTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
+        private = args.hub_private_repo if private is None else private
         push = partial(
-            hub.push_folder, str(args.output_dir), str(self.hub_model_id), bool(private or args.hub_private_repo),
+            hub.push_folder, str(args.output_dir), str(self.hub_model_id), bool(private),
             revision or args.hub_revision, commit_message=str(commit_message), token=token or args.hub_token,
         )  # fmt: skip
         return push() if blocking else HfApi().run_as_future(push)

@@ -37,6 +37,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -159,10 +160,7 @@ def mine_hard_negatives(
     if output_file is None and get_world_size() > 1:
         raise InputError("mine_hard_negatives runs on several ranks; give an output_file that all of them can write")
     pairs, columns = read_dataset(dataset, anchor_column_name, positive_column_name)
-
-    def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
-        return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))
-
+    embed = cast(Embed, partial(encoder.encode, convert_to_tensor=True))
     with TemporaryDirectory() as folder:
         output = Path(output_file or Path(folder, "mined.jsonl"))
         counts = write_hard_negatives(pairs, corpus, embed, output, args, fingerprint(encoder))

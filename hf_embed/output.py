@@ -55,7 +55,7 @@ def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.opt
     if lack := lack_of_room(folder, needed, what):
         raise InputError(f"output_dir {lack}; free some space there, or {another_place(Path(folder))}")
     most = lack_of_room(folder, 2 * checkpoint + model, "two checkpoints and the model need")
-    if saves(args) and most and args.process_index == 0:
+    if saves(args) and most:
         logger.warning(
             f"output_dir {most}; a new checkpoint is written before an old one is removed, so the disk may become full"
         )

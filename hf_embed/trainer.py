@@ -85,6 +85,9 @@ class ContrastiveTrainer(GuardedTrainer):
             - a dict from names to these.
         processing_class: the tokenizer, or its name. An `Encoder` and a model that is given by name have their own.
         callbacks, optimizers: as for `Trainer`.
+        train_name: what messages and the card call the training rows. Default: "train_dataset" in messages, and what is known
+            of their origin in the card.
+        paired: True requires rows with anchor and positive, and False single texts. Default: the columns decide.
         model_init: a function that returns a new model for each training, for `hyperparameter_search`, in place of `model`.
         compute_metrics: a function of an `EvalPrediction` with the cosines (`predictions`) and the scores (`label_ids`) of the
             pairs of an STS set. The metrics that it returns are logged as `eval_NAME_METRIC`.
@@ -140,8 +143,7 @@ class ContrastiveTrainer(GuardedTrainer):
         tokens, self.objectives = training.tokens, training.objectives  # one for each source
         self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # "" without vectors
         tasks = trainer_rows.make_held_out(tasks, self.step, args, self.main_objective, tokens)
-        if args.process_index == 0:
-            warn_of_ignored(args, tasks)
+        warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
         self.left_out: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`

@@ -18,7 +18,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_embed.distributed import get_world_size
 from hf_embed.encoder import Encoder
@@ -256,6 +256,8 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             f"{get_world_size()} processes were launched, but the training arguments count {args.world_size}; on a machine "
             "with a GPU, set --use_cpu for processes on the CPU"
         )
+    if args.fsdp and args.parallel_mode in (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED):
+        raise InputError("fsdp is set, but there is a single process; start several with accelerate launch, or remove fsdp")
     check_before(args)  # a second time, because a script may have changed the arguments after they were made
     check_after(args)
     check_evaluation(args, tasks)

@@ -97,11 +97,10 @@ def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task]) -> Non
     own = trainer.eval_dataset or {}
     if others := [name for name, task in tasks.items() if name in own and not same_rows(task, own[name])]:
         trainer.left_out.append(trainer.state.log_history[-1])
-        if trainer.is_world_process_zero():
-            logger.warning(
-                f"evaluate: '{others[0]}' is the name of the trainer's own evaluation set, so the scores of these other rows "
-                'are not in the model card; give them another name, for example {"test": rows}'
-            )
+        logger.warning(
+            f"evaluate: '{others[0]}' is the name of the trainer's own evaluation set, so the scores of these other rows "
+            'are not in the model card; give them another name, for example {"test": rows}'
+        )
     else:
         trainer.scored |= tasks
 

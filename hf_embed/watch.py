@@ -211,6 +211,6 @@ class Watch(TrainerCallback):
     ) -> None:
         """Add the entry to the history, and warn once if the embeddings collapse."""
         self.history.append({"step": state.global_step} | (logs or {}))
-        if not self.warned and state.is_world_process_zero and (message := warning_of(self.history, self.batches_alike)):
+        if not self.warned and (message := warning_of(self.history, self.batches_alike)):
             self.warned = True
             logger.warning(f"step {state.global_step}: {message}")

@@ -70,7 +70,12 @@ def claimed(folder: Path, identity: str) -> Iterator[None]:
         if get_rank() == 0:
             write_text(path, identity)
         barrier()
-        yield
+        try:
+            yield
+        except InputError:  # the user may correct a flag: a run that has done no work leaves no claim
+            if get_rank() == 0 and not any(each.is_file() for each in folder.rglob("*") if each != path):
+                path.unlink(missing_ok=True)
+            raise
 
 
 def make_files(folder: Path, ending: str, items: int, size: int, make: Callable[[range, Path], None], title: str) -> list[Path]:

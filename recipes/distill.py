@@ -58,7 +58,7 @@ def read_objective(flags: Flags) -> Objective:
     """Make the chosen objective. Refuse flags of the others, which would have no effect."""
     chosen = flags.values["objective"]
     for name, own in [(name, own) for name, kind in OBJECTIVES.items() if name != chosen for own in fields(kind)]:
-        if flags.values[own.name] != own.default:
+        if own.name in flags.given:
             raise InputError(f"--{own.name} is a setting of {name}, but --objective is {chosen}; remove the flag")
     return cast(Objective, flags.make(OBJECTIVES[chosen]))
 

@@ -25,7 +25,7 @@ from hf_embed.kit.preflight import check_outputs, finish, read_files
 from hf_embed.kit.preflight_report import preflight
 from hf_embed.kit.preflight_source import Settings
 from hf_embed.objectives import ImprovedContrastive, Objective, SimCSE
-from hf_embed.ranges import COUNT, Range, check_ranges
+from hf_embed.ranges import Range, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class Arguments(EncodingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, {"batch_size": COUNT, "sample": Range(least=0, whole=True)})
+        check_ranges(self, {"batch_size": Range(least=2, whole=True), "sample": Range(least=0, whole=True)})
         check_outputs(self.output_file, self.picture)
 
 

@@ -151,6 +151,7 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
         (["--seeds", "0,x"], "--seeds '0,x' is not a list of seeds; give different whole numbers"),
         (["--seeds", ","], "give different whole"),
         (["--seeds", "1,1"], "give different whole numbers"),
+        (["--seeds", "1,2", "--seed", "3"], "--seed 3 has no effect with --seeds; remove one of them"),
         (["--push_to_hub"], "--push_to_hub has no effect in an ablation"),
         (["--eval_strategy", "epoch"], "--eval_strategy has no effect in an ablation"),
     ):  # fmt: skip

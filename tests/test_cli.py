@@ -1,7 +1,9 @@
 """Tests of flags and YAML files: which of the two wins, how values are read, and what is refused in one line."""
 
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from conftest import error_of
@@ -60,6 +62,9 @@ def parse(tmp_path):
         ("quoting: no", "quoting", False),
         ("ignore_columns: [-1, label]", "ignore_columns", ["-1", "label"]),
         ("max_length: [32]", "max_length", 32),
+        # BUG: "~" was a folder of this name, in which a recipe wrote its output.
+        ("train_file: ~/a.txt", "train_file", str(Path.home() / "a.txt")),
+        ("eval_sts_file: [a=~/1.tsv, b=2~/3.tsv]", "eval_sts_file", [f"a={Path.home()}/1.tsv", "b=2~/3.tsv"]),
     ],
 )
 def test_yaml_value(yaml, key, value, parse):
@@ -169,7 +174,12 @@ def test_bad_prompts_say_what_is_wanted(value, parse):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [(["nowhere.yaml"], "nowhere.yaml: this file does not exist"), ([], "needs a file")]
+    ("flags", "expected"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: this file does not exist"),
+        ([], "needs a file"),
+        (["a.yaml", "--config=b.yaml"], "--config is given twice; give a single file"),  # BUG: "unknown flag --config"
+    ],
 )
 def test_bad_config_flag(flags, expected):
     assert expected in error_of(cli.parse, [SimCSE], argv=["--config", *flags])
@@ -211,6 +221,23 @@ def test_run_ends_in_one_line_and_code_2(capsys):
 def test_run_hides_no_other_error():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)
+
+
+def test_a_reader_that_has_ended_ends_the_run(monkeypatch):
+    """BUG: `hf-embed sup-simcse --help | head` printed a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: print("a line"))
+        assert end.value.code == 141
+
+    def main():
+        raise BrokenPipeError("of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        cli.run(main)
 
 
 @dataclass

@@ -168,6 +168,8 @@ def test_everything_is_scored_once(runs, ranks):
     for key, value in one.items():
         assert several[key] == pytest.approx(value, abs=1e-5), key
     assert 0 < one["eval_r_ndcg@10"] < 100
+    # BUG: steps after the last log counted with the loss of the first rank's rows only.
+    assert runs[ranks]["plain"]["loss"] == pytest.approx(runs[1]["plain"]["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [2, THREE])

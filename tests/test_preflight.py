@@ -418,6 +418,12 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     assert "a picture's name must end in .png" in error_of(run, good, "--picture", tmp_path / "lengths")
     assert error_of(run, good, good) == f"two sources have the name '{good}'; give each file once"
     assert "sample is -1" in error_of(run, good, "--sample", "-1")
+    assert "batch_size is 1; it must be at least 2" in error_of(run, good, "--batch_size", "1")
+    one = write(tmp_path / "one.csv", [["anchor", "positive"], ["a", "b"]])
+    assert error_of(run, one) == f"{one}: there are 1 row(s), but in-batch negatives need at least 2; give more rows"
+    before = good.read_text()
+    assert "has other content than a report, which would be lost" in error_of(run, good, "--output_file", good)
+    assert good.read_text() == before
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -509,7 +515,7 @@ def test_sources_of_different_shapes(tmp_path, encoder, caplog):
     assert f"{'total':21}" not in lines(report)[0] and any(line.startswith("total ") for line in lines(report))
 
 
-@pytest.mark.parametrize("sample, rows", [(5, 5), (0, 30), (None, 20)])
+@pytest.mark.parametrize("sample, rows", [(1, 1), (5, 5), (0, 30), (None, 20)])
 def test_how_many_rows_of_a_stream_are_read(sample, rows, encoder, monkeypatch):
     """BUG: With a sample of 0, only the first rows of a stream were read, although 0 means all rows."""
     monkeypatch.setattr("hf_embed.kit.preflight_source.SAMPLE", 20)
@@ -644,11 +650,13 @@ def test_preflight_of_a_recipe_ends_before_the_training(tmp_path, monkeypatch, n
     assert end.value.code == 1
 
 
-def test_flags_without_preflight_are_refused(tmp_path, monkeypatch):
+def test_flags_that_do_not_suit_a_preflight_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flag in (["--strict"], ["--preflight_sample", "5"], ["--preflight_file", "x.json"]):
         message = error_of(load_recipe("sup_simcse").main, [*QUIET, *flag])
         assert message.startswith(f"{flag[0]} has no effect without --preflight")
+    single = error_of(load_recipe("sup_simcse").main, [*QUIET, "--preflight", "--per_device_train_batch_size", "1"])
+    assert single.startswith("per_device_train_batch_size is 1, but a batch of one row has no negatives")
 
 
 def test_preflight_takes_the_positives_that_are_made(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of
+from conftest import error_of, tiny_encoder
 from safetensors.torch import load_file
 from test_distributed import launch
 from test_recipes import load_recipe
@@ -120,6 +120,8 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
         ([*TEACHER, "--max_length", 600], "--max_length is 600, but the teacher has 512 positions; give a smaller"),
         ([*TEACHER[:2], "--teacher_layer", 40], "--teacher_layer is 40, but the teacher has 4 layers"),
         ([*TEACHER, "--train_file", "{one}", "--hidden_size", 2], "one.txt has 1 sentence(s), too few to train on"),
+        (["--teacher", "{none}/model"], "none/model' cannot be loaded: this folder does not exist"),
+        (["--teacher", "{qwen}"], "the teacher must be a BERT with a WordPiece tokenizer; give another model"),
         (["--objective", "mlm", *TEACHER], "--objective mlm uses no teacher"),
         (["--objective", "mlm", "--teacher_layer", 3], "--objective mlm uses no teacher; remove --teacher_layer"),
         (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
@@ -129,8 +131,11 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
 )
 def test_flags_that_do_not_fit(train, tmp_path, words, message):
     (tmp_path / "one.txt").write_text("a single sentence\n")
-    words = [str(word).format(one=tmp_path / "one.txt") for word in words]
+    if "{qwen}" in words:
+        tiny_encoder("qwen3").save_pretrained(tmp_path / "qwen", verify=False)
+    words = [str(word).format(one=tmp_path / "one.txt", none=tmp_path / "none", qwen=tmp_path / "qwen") for word in words]
     assert message in error_of(train, tmp_path / "out", *words)
+    assert not list(tmp_path.glob("out*"))  # so the corrected command can run
 
 
 @pytest.mark.parametrize("sentences", [40, 4000])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import error_of
 from worker_ranks import MESSAGE
 from worker_stop import make_trainer
 
-from hf_embed import InputError, distributed, ranks
+from hf_embed import ContrastiveTrainingArguments, InputError, distributed, ranks
 from hf_embed.errors import RankError
 from hf_embed.safe_files import locks
 from hf_embed.work_files import claimed
@@ -93,6 +94,24 @@ def test_a_process_that_has_gathered_waits_once(monkeypatch):
     distributed.gather_objects("b")
     assert registered == [(time.sleep, distributed.MOMENT)]
     distributed.wait_at_exit.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("main", "replica", "own", "level"),
+    [
+        (False, "warning", logging.NOTSET, logging.ERROR),
+        (False, "info", logging.NOTSET, logging.NOTSET),
+        (False, "warning", logging.INFO, logging.INFO),  # the user has set a level
+        (True, "warning", logging.NOTSET, logging.NOTSET),
+    ],
+)
+def test_only_the_main_process_warns(tmp_path, monkeypatch, main, replica, own, level):
+    """BUG: a warning about the rows was printed by each process."""
+    package = logging.getLogger("hf_embed")
+    monkeypatch.setattr(package, "level", own)
+    monkeypatch.setattr(distributed, "is_main_process", lambda: main)
+    ContrastiveTrainingArguments(str(tmp_path), log_level_replica=replica)
+    assert package.level == level
 
 
 @pytest.mark.parametrize(

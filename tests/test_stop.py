@@ -180,7 +180,7 @@ def test_a_fork_of_the_training_neither_saves_nor_outlives_a_signal():
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-FLAGS = ["--output_dir", "out", "--report_to", "none", "--use_cpu", "--logging_steps", "1", "--seed", "3",
+FLAGS = ["--output_dir", "out", "--report_to", "none", "--use_cpu", "--logging_steps", "1",
          "--per_device_train_batch_size", "8", "--load_best_model_at_end", "false", "--eval_strategy", "no"]  # fmt: skip
 HF_EMBED = [sys.executable, "-c", "from hf_embed.kit.command import main; main()"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]

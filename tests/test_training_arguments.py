@@ -395,6 +395,7 @@ def test_loader_settings_of_accelerate_are_refused(tmp_path, setting, value):
     ("settings", "message"),
     [
         ({"fp16": True}, "it is not supported on a CPU"),
+        ({"fsdp": True}, "fsdp is set, but there is a single process; start several with accelerate launch, or remove fsdp"),
         (
             {"activation_checkpointing_kwargs": {"use_reentrant": False}},
             "but activation_checkpointing is False; set it to True",

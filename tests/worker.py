@@ -166,13 +166,13 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, evaluated: bool 
             return plain_gather(parts, rows, *a, **k)
 
         dist.all_gather = counted
-    trainer.train()
+    loss = trainer.train().training_loss
     if ranks > 1:
         dist.all_gather = plain_gather
     weights = {name.removeprefix("encoder."): p.detach().clone() for name, p in trainer.step.named_parameters()}
     return {
         "gradients": watch.gradients, "weights": weights, "scores": scores, "reductions": watch.reductions,
-        "embedding_gathers": sum(gathers), "ranks": ranks,
+        "embedding_gathers": sum(gathers), "ranks": ranks, "loss": loss,
     }  # fmt: skip
 
 

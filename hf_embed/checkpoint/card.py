@@ -33,7 +33,6 @@ from hf_embed.checkpoint.tables import (
     code_section,
     inner_name,
     markdown_table,
-    mteb_table,
     plain,
     results_section,
     slug,
@@ -42,6 +41,7 @@ from hf_embed.checkpoint.tables import (
 )
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.mteb import task_lines
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.read_files import first_line, read_json, read_text
@@ -418,7 +418,7 @@ def sections(
     return [
         results_section(results, picture),
         sweep_section(results.get("tempscale"), temp_scale),
-        code_section("MTEB", mteb_table(results.get("mteb", []))),
+        code_section("MTEB", task_lines(results.get("mteb", []))),
         averaged_section(results.get("averaged", [])),
         training_section(facts(results) if results.get("train") else None),
         prompts,

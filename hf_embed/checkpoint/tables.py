@@ -60,12 +60,6 @@ def seeds_table(results: Results) -> list[str]:
     return lines
 
 
-def mteb_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each MTEB task."""
-    width = max((len(row["task"]) for row in rows), default=0)
-    return [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
-
-
 def sweep_table(sweep: dict[str, Any]) -> list[str]:
     """Return a line for each temperature that was tried, with a star at the chosen one, and then the gain of that one."""
     names = swept_columns(sweep)

@@ -26,7 +26,6 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
 from hf_embed.disk import ASIDE, check_folder, disk_errors
-from hf_embed.distributed import is_main_process
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
 from hf_embed.progress import table_bars
 from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of
@@ -152,7 +151,7 @@ def found(path: Path) -> bool:
     """Return whether the cache holds the table as it was written. Log a warning if the table has changed since then."""
     if is_sealed(path):
         return True
-    if path.is_file() and seal_of(path).is_file() and is_main_process():
+    if path.is_file() and seal_of(path).is_file():
         logger.warning(f"{path}: the cached file has changed since it was written; it will be made again")
     return False
 

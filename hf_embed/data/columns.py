@@ -19,7 +19,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value
 
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
-from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 from hf_embed.ranges import is_one_of
 
@@ -137,7 +136,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
     ignored = [column for column in names if column not in columns and column not in scores]
     if len(columns) > 1:
         refuse_judgements(ignored, name)
-    if ignored and get_rank() == 0:
+    if ignored:
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
     return columns
 
@@ -274,9 +273,8 @@ def judged_in_words(column: str, values: Sequence[str]) -> str:
 
 def warn_of_judgements(rows: Dataset | list[dict], unused: Sequence[str], name: str) -> None:
     """Log a warning for each unused column of pairs whose values look like judgments of the pairs."""
-    if get_rank() == 0:
-        for column, values in judging_values(rows, unused).items():
-            logger.warning(f"{name}: {judged_in_words(column, values)}")
+    for column, values in judging_values(rows, unused).items():
+        logger.warning(f"{name}: {judged_in_words(column, values)}")
 
 
 def refuse_judgements(unused: list[str], name: str) -> None:

@@ -45,7 +45,6 @@ from hf_embed.data.columns import (
     text_columns,
 )
 from hf_embed.data.sources import DROP_ADVICE, row_texts, texts_of
-from hf_embed.distributed import get_rank
 from hf_embed.errors import EmptyTextError, InputError
 
 logger = logging.getLogger(__name__)
@@ -130,9 +129,8 @@ def as_pairs(
             f"{name}: no {layout.first} has {wanted}: {made}; if every pair is a positive, give "
             f"--ignore_columns {layout.label} --columns anchor={layout.first} positive={layout.second}"
         )
-    if get_rank() == 0:
-        unused = ", ".join(column for column in names if column not in layout)
-        logger.warning(f"{name}: {made}" + (f"; columns {unused} are not used" if unused else ""))
+    unused = ", ".join(column for column in names if column not in layout)
+    logger.warning(f"{name}: {made}" + (f"; columns {unused} are not used" if unused else ""))
     return cached(kept)
 
 

@@ -18,7 +18,6 @@ from hf_embed.data.columns import text_columns, warn_of_judgements
 from hf_embed.data.labeled import check_label_names
 from hf_embed.data.scores import check_gaps, row_scores, score_columns
 from hf_embed.data.sources import kept_rows, refuse_lists
-from hf_embed.distributed import get_rank
 from hf_embed.errors import InputError
 from hf_embed.progress import table_bars
 
@@ -257,9 +256,9 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
         InputError: if fewer than two rows are left.
     """
     kept = different_rows(tokens) if others else len(tokens)
-    if kept < rows and get_rank() == 0:
+    if kept < rows:
         logger.warning(f"{name}: {rows - kept:,} of {rows:,} rows had an empty text and were dropped")
-    if others and get_rank() == 0:
+    if others:
         logger.warning(
             f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )

@@ -151,9 +151,13 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
 
     The score of a task is the mean over its splits.
     """
-    width = max(len(row["task"]) for row in rows)
-    out = [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
     scores: dict[str, list[float]] = {}
     for row in rows:
         scores.setdefault(row["task"], []).append(row["score"])
-    return [*out, f"{'mean':{width}}  {'':>10}  {fmean(map(fmean, scores.values())):>6.2f}"]
+    return [*task_lines(rows), f"{'mean':{max(map(len, scores))}}  {'':>10}  {fmean(map(fmean, scores.values())):>6.2f}"]
+
+
+def task_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each task and split."""
+    width = max((len(row["task"]) for row in rows), default=0)
+    return [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]

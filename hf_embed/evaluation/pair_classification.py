@@ -57,10 +57,10 @@ class PairClassification(EvaluationTask):
         self.labels = label_numbers(labels, "PairClassification")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return the average precision x 100 (pair_ap), and the best pair_accuracy and pair_f1 x 100 with their thresholds.
+        """Return the average precision of `embed` (pair_ap), and the best pair_accuracy and pair_f1 with their thresholds.
 
-        A threshold is a cosine, from -1 to 1. Pairs with this cosine or a higher one are predicted to belong together. All
-        metrics are NaN, with a warning, if all cosines are equal or one is not finite.
+        All metrics but the thresholds are x 100. A threshold is a cosine, from -1 to 1. Pairs with this cosine or a higher one
+        are predicted to belong together. All metrics are NaN, with a warning, if all cosines are equal or one is not finite.
         """
         vectors = embed_once([*self.sentences1, *self.sentences2], embed)
         cosines, labels = pair_cosines(self.sentences1, self.sentences2, vectors, vectors), np.array(self.labels)

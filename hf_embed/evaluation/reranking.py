@@ -53,7 +53,7 @@ class Reranking(EvaluationTask):
         self.judged = without_one_sided_queries(cast("list[Judged]", self.samples), "Reranking")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10, x 100, as means over the queries.
+        """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10 of `embed`, x 100, as means over the queries.
 
         If a positive and a negative have equal cosines, the positive comes first in the mean reciprocal rank, as in
         sentence-transformers. The order of equal cosines does not matter for the other two metrics. All metrics are NaN, with a

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ from hf_embed.data.sources import read_hub
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
+from hf_embed.evaluation.rows import is_number
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks, embed_own_share
 from hf_embed.ranges import COUNT
 from hf_embed.search import exact_search
@@ -108,7 +110,7 @@ class Retrieval(EvaluationTask):
         return [f"{metric}@{k}" for k in self.cutoffs for metric in ("ndcg", "map", "recall", "mrr")]
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return ndcg@k, map@k, recall@k and mrr@k, x 100, as means over the queries that have a relevant document.
+        """Return ndcg@k, map@k, recall@k and mrr@k of `embed`, x 100, as means over the queries that have a relevant document.
 
         They are NaN, with a warning, if no query is nearer to one document than to another, or a cosine is not finite.
         Otherwise the order of the documents in the file would decide the result.
@@ -192,16 +194,16 @@ def read_retrieval(path: str) -> Retrieval:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
         trouble = "this is not a folder" if os.path.exists(folder) else "this folder does not exist"
         raise InputError(f"{path}: {trouble}; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
-    corpus, queries = read_hub(folder, "corpus", "corpus"), read_hub(folder, "queries", "queries")
-    for part, rows in (("corpus", corpus), ("queries", queries)):
-        if not {"_id", "text"} <= set(rows.column_names):
-            raise InputError(f"{folder}, {part}: found the columns {', '.join(rows.column_names)}; expected _id and text")
-    qrels = read_hub(folder, "default", split or "test")
-    if not {"query-id", "corpus-id", "score"} <= set(qrels.column_names):
-        raise InputError(
-            f"{folder}, default: found the columns {', '.join(qrels.column_names)}; expected query-id, corpus-id and score"
-        )
-    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in qrels]
+
+    def part(config: str, split: str, *columns: str) -> Dataset:
+        rows = read_hub(folder, config, split)
+        if not set(columns) <= set(rows.column_names):
+            wanted = f"{', '.join(columns[:-1])} and {columns[-1]}"
+            raise InputError(f"{folder}, {config}: found the columns {', '.join(rows.column_names)}; expected {wanted}")
+        return rows
+
+    corpus, queries = part("corpus", "corpus", "_id", "text"), part("queries", "queries", "_id", "text")
+    judged = [(row["query-id"], row["corpus-id"], row["score"]) for row in part("default", split or "test", *QRELS)]
     return make_retrieval(queries, corpus, judged, folder)
 
 
@@ -217,7 +219,7 @@ def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterab
             absent["documents"].add(document)
         elif query not in query_texts:
             absent["queries"].add(query)
-        elif not is_number(str(grade)) or float(grade) % 1:
+        elif not is_number(str(grade)) or float(grade) % 1:  # inf % 1 is NaN
             raise InputError(f"{name}: query {query} and document {document} have the grade {grade!r}, not a whole number")
         elif int(grade) > 0:
             qrels.setdefault(query, {})[document] = int(grade)
@@ -274,14 +276,6 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
                 f"{path}, line {number}: query {query} and document {document} are judged twice, with different grades"
             )
     return [(query, document, grade) for (query, document), grade in grades.items()]
-
-
-def is_number(text: str) -> bool:
-    """Return whether a text is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def read_jsonl(path: Path) -> list[Row]:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from datasets import Dataset
 
@@ -43,6 +44,15 @@ def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> li
     """
     found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
     return sorted(next(filter(None, found), []), key=numbers_in)
+
+
+def is_number(cell: Any) -> bool:
+    """Return whether a cell is, or holds as text, a number, which may be NaN or infinite."""
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def label_number(label: object, where: str) -> int:

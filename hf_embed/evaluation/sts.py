@@ -19,9 +19,9 @@ from transformers import EvalPrediction
 
 from hf_embed.data.sources import cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity, unit
-from hf_embed.evaluation.rows import hub_rows
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
+from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity
+from hf_embed.evaluation.rows import hub_rows, is_number
+from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +75,6 @@ def read_sts(path: str) -> Dataset:
     return check_sts(rows, path)
 
 
-def is_number(cell: str) -> bool:
-    """Return whether a cell holds a number."""
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
 def check_sts(rows: Dataset, name: str) -> Dataset:
     """Return `rows` with their scores as floats. `name` is the name of the rows in messages.
 
@@ -97,16 +88,12 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
             "an STS dataset has sentence1, sentence2 and score; rename the columns"
         )
     rows = rows[:]
-    scores = []
     for i, (first, second, score) in enumerate(zip(rows["sentence1"], rows["sentence2"], rows["score"]), 1):
-        try:
-            scores.append(float(score))
-        except (TypeError, ValueError):
-            scores.append(math.nan)
-        if not math.isfinite(scores[-1]):
+        if not is_number(score) or not math.isfinite(float(score)):
             raise InputError(f"{name}, row {i}: the score is {score!r}, not a number; correct it or delete the row")
         for column, text in (("sentence1", first), ("sentence2", second)):
             cell_text(text, f"{name}, row {i}, column '{column}'")
+    scores = list(map(float, rows["score"]))
     if len(scores) < 2:
         raise InputError(f"{name}: there are {len(scores)} row(s), but a rank correlation needs at least 2; give more rows")
     if min(scores) == max(scores):
@@ -183,8 +170,6 @@ class STS(EvaluationTask):
     def vectors(self, embed: Embed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return normalized embeddings of the different sentences (N, D), and of the pairs' first and second ones (P, D)."""
         rows = self.rows[:]  # columns as lists, because iterating over a Dataset column formats each row separately
-        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))  # each text once, in order
-        vectors = unit(embed_on_all_ranks(texts, embed))
-        place = {text: i for i, text in enumerate(texts)}
-        first, second = ([place[text] for text in rows[column]] for column in ("sentence1", "sentence2"))
-        return vectors, vectors[first], vectors[second]
+        texts = list(dict.fromkeys(rows["sentence1"] + rows["sentence2"]))
+        vectors = embed_once(texts, embed)
+        return vectors(texts), vectors(rows["sentence1"]), vectors(rows["sentence2"])

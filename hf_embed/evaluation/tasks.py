@@ -91,7 +91,7 @@ class EvaluationTask:
         return self.reported
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return the metrics by name, the same on every rank."""
+        """Return the metrics of `embed` by name, the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__}.score")
 
 

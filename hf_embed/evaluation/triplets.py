@@ -46,7 +46,7 @@ class Triplets(EvaluationTask):
         self.anchors, self.positives, self.negatives = text_lists(lists, "Triplets")
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return triplet_accuracy x 100: the share of triplets whose positive has a higher cosine than the negative.
+        """Return triplet_accuracy of `embed` x 100: the share of triplets whose positive has a higher cosine than the negative.
 
         A triplet with two equal cosines counts as wrong. The metric is NaN, with a warning, if the two cosines are equal in all
         triplets, or a cosine is not finite.

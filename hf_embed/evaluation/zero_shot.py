@@ -25,7 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ZeroShot(EvaluationTask):
-    """Texts, the index of the label of each text, and the texts of the labels."""
+    """Texts, whose labels are predicted from the texts of the labels.
+
+    Args:
+        texts: the texts to classify.
+        labels: for each text the index of its label in `label_texts`.
+        label_texts: a text for each label, such as "this is an example of sport".
+    """
 
     texts: list[str]
     labels: list[int]
@@ -47,7 +53,7 @@ class ZeroShot(EvaluationTask):
             )
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return accuracy and f1 (the mean over the labels), x 100.
+        """Return accuracy and f1 (the mean over the labels) of `embed`, x 100.
 
         They are NaN, with a warning, if each text has equal cosines with all labels, or a cosine is not finite.
         """

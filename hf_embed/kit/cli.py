@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ from transformers.hf_argparser import string_to_bool
 from hf_embed.activations import caching_mode
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.disk import disk_errors
+from hf_embed.distributed import warn_on_main_only
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
@@ -70,7 +72,7 @@ class Parser(HfArgumentParser):
             raise InputError(
                 f"two of {', '.join(kind.__name__ for kind in kinds)} define the same field ({error}); rename one"
             ) from error
-        self.actions = {option: action for action in parser_actions(self) for option in action.option_strings}
+        self.actions = {option[2:]: action for action in parser_actions(self) for option in action.option_strings}
         self.kinds = list(kinds)
         for action in self.actions.values():
             if action.dest == "resume_from_checkpoint":  # without a value, the flag means the newest checkpoint
@@ -90,7 +92,7 @@ class Parser(HfArgumentParser):
         The value of a positional flag may come first on the command line, without the flag.
         """
         fields = [field for kind in self.kinds for field in dataclasses.fields(kind) if field.metadata.get("positional")]
-        return {field.name: str(self.actions[f"--{field.name}"].metavar or field.name.upper()) for field in fields}
+        return {field.name: str(self.actions[field.name].metavar or field.name.upper()) for field in fields}
 
     @property
     def usage_line(self) -> str:
@@ -102,17 +104,13 @@ class Parser(HfArgumentParser):
         """The positional words in the general form of the command line, optional ones in brackets: "MODEL", "[FILE ...]"."""
         shown = []
         for name, word in self.positionals.items():
-            word = f"{word} ..." if self.actions[f"--{name}"].nargs == "+" else word
-            shown.append(word if self.actions[f"--{name}"].required else f"[{word}]")
+            word = f"{word} ..." if self.actions[name].nargs == "+" else word
+            shown.append(word if self.actions[name].required else f"[{word}]")
         return shown
 
     def help(self, full: bool = False) -> str:
         """Return the text of --help or, with `full`, of --help all."""
         return help_text(self.usage_line, sections(self.kinds, self.actions, full))
-
-    def action_of(self, flag: str) -> argparse.Action | None:
-        """Return the argparse action of `--FLAG`, or None if there is no such flag."""
-        return self.actions.get(f"--{flag}")
 
     def names(self) -> set[str]:
         """Return the names of the flags that a YAML file may set."""
@@ -160,7 +158,7 @@ class Flags:
         """
         converted = {}
         for flag, value in values.items():
-            action = self.parser.action_of(flag)
+            action = self.parser.actions.get(flag)
             if action is None:
                 raise InputError(f"unknown flag --{flag}={value}{self.parser.suggestion(flag)}; --help lists the flags")
             converted[action.dest] = convert(self.parser, action, value)
@@ -204,10 +202,22 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     if rest:
         if not rest[0].startswith("-") and "train_file" in parser.names() and Path(rest[0]).suffix:
             raise InputError(f"{rest[0]} has no flag before it; give --train_file {rest[0]} (--help lists the flags)")
-        if parser.action_of(rest[0]):
+        if rest[0] in parser.actions:
             raise InputError(f"{rest[0]} has no dashes before it; give --{rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
-    return Flags(parser, vars(namespace), frozenset(given), further)
+    return Flags(parser, {name: with_home(value) for name, value in vars(namespace).items()}, frozenset(given), further)
+
+
+def with_home(value: Any) -> Any:
+    """Return a value, or a list of values, with the user's home folder in place of "~" in "~/PATH" and "NAME=~/PATH".
+
+    A shell replaces it neither in a YAML file nor in --output_dir=~/mine.
+    """
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"^(\w+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", value)
 
 
 def flag_class(kind: type) -> Any:
@@ -260,7 +270,7 @@ def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
     """
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, rest, known = argv[:count], argv[count:], parser.positionals
-    more = words[len(known) :] if known and parser.actions[f"--{list(known)[-1]}"].nargs == "+" else []
+    more = words[len(known) :] if known and parser.actions[list(known)[-1]].nargs == "+" else []
     if known and len(words) > len(known) and not more:
         raise InputError(f"unexpected argument '{words[len(known)]}'; usage: {parser.usage_line}")
     named = []
@@ -274,7 +284,7 @@ def name_positionals(parser: Parser, argv: list[str]) -> list[str]:
 def check_positionals(parser: Parser, argv: list[str]) -> None:
     """Raise InputError if a required positional value is missing."""
     given = given_flags(argv)
-    missing = [word for name, word in parser.positionals.items() if parser.actions[f"--{name}"].required and name not in given]
+    missing = [word for name, word in parser.positionals.items() if parser.actions[name].required and name not in given]
     if missing:
         raise InputError(f"missing: {' and '.join(missing)}; usage: {parser.usage_line} (--help lists the flags)")
 
@@ -283,16 +293,19 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     """Return the value of `option` (`--x V` or `--x=V`), None if it is not given, and the other arguments.
 
     Raises:
-        InputError: if the option is the last word, without a value.
+        InputError: if the option is the last word, without a value, or is given twice.
     """
-    for i, word in enumerate(argv):
-        if word == option:
-            if i + 1 == len(argv):
-                raise InputError(f"{option} needs a file; give {option} FILE")
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        if word.startswith(option + "="):
-            return word.removeprefix(option + "="), argv[:i] + argv[i + 1 :]
-    return None, argv
+    places = [i for i, word in enumerate(argv) if word.partition("=")[0] == option]
+    if not places:
+        return None, argv
+    if len(places) > 1:
+        raise InputError(f"{option} is given twice; give a single file")
+    before, (word, *after) = argv[: places[0]], argv[places[0] :]
+    if "=" in word:
+        return word.partition("=")[2], before + after
+    if not after:
+        raise InputError(f"{option} needs a file; give {option} FILE")
+    return after[0], before + after[1:]
 
 
 def given_flags(argv: list[str]) -> list[str]:
@@ -319,7 +332,7 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> li
     for key, value in settings.items():
         if str(key).replace("-", "_") == FROM_HAND:
             raise InputError(f"{source}: {FROM_HAND} allows a model's own code to run; give it on the command line")
-        action = parser.action_of(key)
+        action = parser.actions.get(key)
         if action is None or key not in parser.names():
             raise InputError(f"{source}: unknown key '{key}'{parser.suggestion(str(key))}")
         if value is False and action.type not in (string_to_bool, caching_mode):  # YAML reads a bare `no` as False
@@ -446,7 +459,8 @@ def end_group() -> None:
 def run(main: Callable[[], object]) -> None:
     """Run a recipe.
 
-    A mistake of the user or a full disk ends the recipe with one line and exit status 2. Secrets are never printed.
+    A mistake of the user or a full disk ends the recipe with one line and exit status 2. If the program that reads the output
+    has ended, the recipe ends without a message. Secrets are never printed.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter("%(message)s"))
@@ -458,14 +472,23 @@ def run(main: Callable[[], object]) -> None:
             "--hub_token is visible in the process list and in the launcher's error messages; set the environment variable "
             "HF_TOKEN instead"
         )
+    warn_on_main_only()
     use_all_cores()
     try:
         with speaking_in_turn(main_process), disk_errors(), peers_in_one_line():
             check_processes()
             main()
+            sys.stdout.flush()
         end_group()
     except Stopped:
         end_group()  # all ranks have stopped, so no rank has to wait
+        raise
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
+            raise SystemExit(128 + signal.SIGPIPE) from None
         raise
     except InputError as error:
         # An error in a worker of the dataloader arrives as a traceback. Its last line is the error.

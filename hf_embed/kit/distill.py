@@ -13,16 +13,20 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer
 
+from hf_embed.checkpoint.load import find_transformer, load_model, load_tokenizer
 from hf_embed.distributed import get_world_size
 from hf_embed.errors import InputError
+from hf_embed.hub_access import find_model
 from hf_embed.kit.pretraining import SPECIAL, PretrainArguments, own_rows, save, say, train
 
 
@@ -40,12 +44,7 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
             is too little text.
     """
     torch.manual_seed(args.seed)
-    trusted = {"trust_remote_code": args.trust_remote_code}
-    teacher = AutoModel.from_pretrained(str(args.teacher), dtype=torch.float32, **trusted).eval()
-    if args.teacher_layer > (layers := len(teacher.encoder.layer)):
-        raise InputError(f"--teacher_layer is {args.teacher_layer}, but the teacher has {layers} layers; give a smaller value")
-    teacher.encoder.layer = teacher.encoder.layer[: args.teacher_layer]
-    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher, **trusted).backend_tokenizer
+    teacher, teacher_tokenizer = load_teacher(str(args.teacher), args.teacher_layer, args.trust_remote_code)
     tokenizer, teacher_ids = smaller_vocabulary(teacher_tokenizer, sentences[:200_000], args.vocab_size)
     student = new_student(args, teacher, torch.tensor(teacher_ids))
 
@@ -58,6 +57,29 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
     say(f"{len(batches)} steps, {sum(map(len, texts)):,} tokens, vocabulary {tokenizer.get_vocab_size():,}")
     loss, seen = distill(args, teacher, student, torch.tensor(teacher_ids), batches, work / "checkpoint.pt")
     save(args, student, BertTokenizer(tokenizer_object=tokenizer, model_max_length=args.max_length), loss, seen)
+
+
+def load_teacher(name: str, layers: int, trust_remote_code: bool) -> tuple[BertModel, Tokenizer]:
+    """Load a BERT in float32, with its first layers only, and its tokenizer.
+
+    Raises:
+        InputError: if the model cannot be loaded, is not a BERT with WordPiece, or has fewer layers.
+    """
+    found = find_model(name)
+    where: dict[str, Any] = find_transformer(name, **found) | found
+    loaded, _ = load_model(name, trust_remote_code=trust_remote_code, dtype=torch.float32, **where)
+    teacher = cast(BertModel, loaded)
+    tokenizer = load_tokenizer(name, trust_remote_code, **where).backend_tokenizer
+    try:
+        stack = teacher.encoder.layer
+    except AttributeError:
+        stack = None
+    if stack is None or not isinstance(tokenizer.model, WordPiece):
+        raise InputError(f"--teacher {name}: the teacher must be a BERT with a WordPiece tokenizer; give another model")
+    if layers > len(stack):
+        raise InputError(f"--teacher_layer is {layers}, but the teacher has {len(stack)} layers; give a smaller value")
+    teacher.encoder.layer = stack[:layers]
+    return teacher.eval(), tokenizer
 
 
 def smaller_vocabulary(teacher: Tokenizer, sentences: list[str], size: int) -> tuple[Tokenizer, list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_embed.data.mixture import Mixture
@@ -44,10 +44,11 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
     Raises:
         InputError: if the model cannot be trained or saved as the plan asks.
     """
+    patience = plan.run.early_stopping_patience
     trainer = ContrastiveTrainer(
         model=loaded.model, processing_class=loaded.tokenizer, args=loaded.args, objective=plan.objective,
         train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
-        callbacks=stopping(plan),
+        callbacks=[EarlyStopping(patience)] if patience else [],
     )  # fmt: skip
     trainer.describes_itself = False  # `hf_embed.kit.report` writes the results, with the scores of the saved folder
     if plan.model_args.save_adapter:
@@ -57,12 +58,6 @@ def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
     if plan.shows_rows and trainer.is_world_process_zero():
         print("\n".join(trainer.preview()))
     return trainer
-
-
-def stopping(plan: Plan) -> list[TrainerCallback]:
-    """Return the callback for early stopping if the plan asks for it, else an empty list."""
-    patience = plan.run.early_stopping_patience
-    return [] if patience is None else [EarlyStopping(patience)]
 
 
 class EarlyStopping(EarlyStoppingCallback):

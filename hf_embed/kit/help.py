@@ -107,23 +107,23 @@ def sections(kinds: Sequence[type], actions: dict[str, argparse.Action], full: b
 
     Args:
         kinds: the dataclasses.
-        actions: the argparse action of each option.
+        actions: the argparse action of each flag, by its name without dashes.
         full: show all settings of Trainer, not only those in `USUAL`.
     """
     found, trainer, others = [], [], 0
     for kind in kinds:
         get_type_hints(kind)  # fails if an annotation of the recipe names an unknown type
-        fields = [field for field in dataclasses.fields(kind) if f"--{field.name}" in actions]
+        fields = [field for field in dataclasses.fields(kind) if field.name in actions]
         inherited = TrainingArguments.__dataclass_fields__ if issubclass(kind, TrainingArguments) else {}
         of_trainer = [field for field in fields if field.name in inherited and field.name not in kind.__annotations__]
         own = [field for field in fields if field not in of_trainer]
         own.sort(key=lambda field: (not field.metadata.get("positional"), field.name not in kind.__annotations__))
         if own:
             heading = TRAINING if inherited else heading_of(kind)
-            found.append(Section(heading, [flag_of(field, actions[f"--{field.name}"]) for field in own]))
+            found.append(Section(heading, [flag_of(field, actions[field.name]) for field in own]))
         usual = [field for field in of_trainer if full or field.name in USUAL]
         usual.sort(key=lambda field: USUAL.index(field.name) if field.name in USUAL else len(USUAL))
-        trainer += [flag_of(field, actions[f"--{field.name}"], brief=not full) for field in usual]
+        trainer += [flag_of(field, actions[field.name], brief=not full) for field in usual]
         others += len(of_trainer) - len(usual)
     if trainer:
         more = f"; --help all shows the other {others}" if others else ""

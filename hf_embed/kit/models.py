@@ -1,11 +1,12 @@
 """Loading of the model that a plan names, with the dropout, LoRA adapters and heads that the flags ask for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_embed.arguments import ContrastiveTrainingArguments
@@ -14,6 +15,7 @@ from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.evaluation.tasks import Embed
 from hf_embed.hub_access import find_model
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, Plan, settled
 from hf_embed.pooling import uses_pooler
@@ -107,10 +109,8 @@ def with_dropout(name: str, rate: float, trust_remote_code: bool = False) -> Pre
     """Load the configuration of a model, and set all its dropout rates to `rate`.
 
     Raises:
-        InputError: if the rate is out of range, or if the configuration has no dropout rate.
+        InputError: if the configuration has no dropout rate.
     """
-    if not 0 <= rate < 1:
-        raise InputError(f"--dropout {rate}: a rate must be at least 0 and below 1")
     found = find_model(name)
     folder: dict[str, Any] = find_transformer(name, **found) | found
     config = read_config(name, trust_remote_code, **folder)
@@ -152,10 +152,6 @@ def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def embed_with(encoder: Encoder) -> Callable[..., Tensor]:
+def embed_with(encoder: Encoder) -> Embed:
     """Return a function from texts to embeddings, in the form in which evaluation tasks call it."""
-
-    def embed(texts: list[str], prompt_name: str | None = None) -> Tensor:
-        return cast(Tensor, encoder.encode(texts, prompt_name, convert_to_tensor=True))
-
-    return embed
+    return cast(Embed, partial(encoder.encode, convert_to_tensor=True))

@@ -22,7 +22,8 @@ from hf_embed.data.sources import first_cells, leave_out, read_file, read_hub
 from hf_embed.entry import is_first_process
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
-from hf_embed.evaluation.sts import STS, is_number, read_sts
+from hf_embed.evaluation.rows import is_number
+from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
@@ -46,6 +47,13 @@ logger = logging.getLogger(__name__)
 QUICKSTART = Path(hf_embed.__file__).parent / "quickstart"
 LANGUAGE_MODEL = QUICKSTART / "language_model"  # a built-in model that has only learned to fill in masked tokens
 TRUST = "Run the model's own Python code, if it has any; read this code first."
+
+
+def refuse_unused(flags: Any, names: Sequence[str], needed: str, mend: str) -> None:
+    """Raise InputError if one of the flags `names` is not at its default, although the flag that it needs is not given."""
+    for name in names:
+        if not getattr(flags, needed) and getattr(flags, name) != type(flags).__dataclass_fields__[name].default:
+            raise InputError(f"--{name} has no effect without --{needed}; {mend}")
 
 
 @dataclass
@@ -83,10 +91,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         rate, whole = Range(least=0, below=1), Range(least=0, whole=True)
         check_ranges(self, {"dropout": rate, "lora_r": whole, "lora_alpha": COUNT, "lora_dropout": rate})
-        defaults = {name: field_.default for name, field_ in type(self).__dataclass_fields__.items()}
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"):
-            if not self.lora_r and getattr(self, name) != defaults[name]:
-                raise InputError(f"--{name} has no effect without --lora_r; set the rank of the adapters, such as --lora_r 16")
+        settings = ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit")
+        refuse_unused(self, settings, "lora_r", "set the rank of the adapters, such as --lora_r 16")
         if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--load_in_4bit: the package bitsandbytes is not installed; run pip install bitsandbytes")
 
@@ -123,9 +129,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         read_columns(self.columns)
-        for name, default in {"dataset_config": None, "dataset_split": "train"}.items():
-            if not self.dataset_name and getattr(self, name) != default:
-                raise InputError(f"--{name} has no effect without --dataset_name; remove it, or name a dataset on the Hub")
+        mend = "remove it, or name a dataset on the Hub"
+        refuse_unused(self, ("dataset_config", "dataset_split"), "dataset_name", mend)
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
@@ -167,9 +172,7 @@ class RunArguments:
     def __post_init__(self) -> None:
         whole = Range(least=0, whole=True)
         check_ranges(self, {"show_searches": whole, "early_stopping_patience": COUNT, "preflight_sample": whole})
-        for name in ("preflight_sample", "preflight_file", "strict"):
-            if not self.preflight and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise InputError(f"--{name} has no effect without --preflight; add --preflight")
+        refuse_unused(self, ("preflight_sample", "preflight_file", "strict"), "preflight", "add --preflight")
 
 
 @dataclass
@@ -240,11 +243,6 @@ class Plan:
         """The folder in which the run trains; see `hf_embed.kit.overwrite`."""
         return Path(str(self.args.output_dir))
 
-    @property
-    def replaces(self) -> bool:
-        """True if the run replaces an earlier run in its folder."""
-        return self.run.overwrite_output_dir and not self.args.resume_from_checkpoint
-
 
 def read_flags(
     own: Sequence[type], preset: Path | None = None, unless: Sequence[str] = DATA_FLAGS, argv: list[str] | None = None
@@ -261,6 +259,8 @@ def read_flags(
     kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
     flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
     flags = settle_schedule(flags)
+    if "seeds" in flags.given and (seed := flags.values["seed"]) != ContrastiveTrainingArguments.seed:
+        raise InputError(f"--seed {seed} has no effect with --seeds; remove one of them")
     for kind in kinds:
         flags.make(kind)  # each dataclass checks its values
     for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long
@@ -330,7 +330,8 @@ def read_rows(flags: cli.Flags, built_in: str | None = None) -> Rows:
         raise InputError(NO_DATA)
     data = flags.make(DataArguments)
     rows, name = read_train_rows(data)
-    return Rows(rows, name, hub_datasets(data, rows))
+    origins = [data.dataset_name] if isinstance(rows, Dataset) else [source.origin for source in rows]
+    return Rows(rows, name, sorted({origin for origin in origins if origin and on_the_hub(origin)}))
 
 
 def read_scored_rows(flags: cli.Flags, built_in: str) -> Rows:
@@ -377,7 +378,7 @@ def make_plan(
         args = settled(args, same_dropout_mask=args.same_dropout_mask or kind == "same_mask")
         rows, paired = pair_up(rows, positive, model_args, args), kind not in WITHOUT_ROWS
     plan = Plan(model_args, run, args, objective, rows.data, rows.name, tasks, paired, positive, rows.datasets, given=given)
-    if plan.replaces:
+    if run.overwrite_output_dir and not args.resume_from_checkpoint:
         plan = dataclasses.replace(plan, earlier=EarlierRun(earlier_files(plan.folder), plan.folder))
     return plan
 
@@ -468,9 +469,3 @@ def read_held_out(data: DataArguments) -> Task:
     if not isinstance(task, HeldOut):
         raise InputError(f"--eval_file {name}: the columns are those of an STS set; give it by --eval_sts_file NAME=PATH")
     return task
-
-
-def hub_datasets(data: DataArguments, rows: Dataset | list[Source]) -> list[str]:
-    """Return the names, OWNER/NAME, of the Hub datasets among the rows."""
-    names = [data.dataset_name or ""] if isinstance(rows, Dataset) else [source.origin or "" for source in rows]
-    return sorted({name for name in names if on_the_hub(name)})

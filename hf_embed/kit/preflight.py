@@ -3,6 +3,7 @@
 recipes/preflight.py checks files. The flag `--preflight` checks the rows that a fine-tuning recipe would train on.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,11 @@ from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_he
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
+from hf_embed.read_files import read_json
 from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
+from hf_embed.trainer_settings import check_batch
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -86,6 +89,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     check_outputs(plan.run.preflight_file)
+    check_batch(plan.args)
     if plan.objective.needs and not isinstance(plan.objective, SimCSE | ImprovedContrastive | Matryoshka):
         raise InputError(
             f"--preflight looks for false negatives among the texts of a batch, which {type(plan.objective).__name__} does not "
@@ -114,8 +118,17 @@ def check_outputs(output_file: str | None, picture: str | None = None) -> None:
             raise InputError(f"{path}: the folder {Path(path).parent} does not exist; create it first")
         if Path(path).is_dir():
             raise InputError(f"{path}: this is a folder; give the name of a file")
+    if output_file is not None and Path(output_file).exists() and not is_report(output_file):
+        raise InputError(f"{output_file}: this file has other content than a report, which would be lost; give another file")
     if picture is not None and Path(picture).suffix.lower() not in PICTURES:
         raise InputError(f"{picture}: a picture's name must end in {', '.join(PICTURES)}; change its ending")
+
+
+def is_report(path: str) -> bool:
+    """Return whether a file is a report of a preflight, which a new report may replace."""
+    with contextlib.suppress(InputError):
+        return read_json(path, with_nan=True).keys() >= {"sources", "findings"}
+    return False
 
 
 def finish(report: Report, output_file: str | None, picture: str | None, strict: bool) -> None:

@@ -350,13 +350,9 @@ def evaluation_table(tasks: Mapping[str, Report]) -> list[str]:
         elif "matches" in task:
             about = f"{task['pairs']:,} pairs, {task['matches']:,} match"
         for part, counts in task["texts"].items():
-            body.append([f"{name}: {part}", counts["different"], counts["seen"], share_of(counts), about])
+            share = f"{counts['seen'] / max(1, counts['different']):.2%}"
+            body.append([f"{name}: {part}", counts["different"], counts["seen"], share, about])
     return aligned(["evaluation sets", "different texts", "in training rows", "share", ""], body)
-
-
-def share_of(counts: Report) -> str:
-    """Return the share of an evaluation set's texts that are trained on, in percent."""
-    return f"{counts['seen'] / max(1, counts['different']):.2%}"
 
 
 def aligned(heads: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:

@@ -23,7 +23,7 @@ from hf_embed.data.files import as_column, features_of, kind_of, opened
 from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
 from hf_embed.data.mixture import Source, source_tokenizer
 from hf_embed.data.sources import refuse_lists
-from hf_embed.data.tokenization import RowTokenizer, beginning, text_id
+from hf_embed.data.tokenization import RowTokenizer, beginning, text_id, too_few_rows
 from hf_embed.encoder import Encoder
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch
 from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
@@ -175,9 +175,11 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
         "texts": len(ids.everything("exact")),
         "negatives_per_row": round(len(ids.owners) / max(1, len(ids.origins)), 4),
         "repeated_anchors": len(ids.origins) - len(np.unique(ids.anchors.exact)),
-        "empty": numbered(found_empty(subject, ids)),
+        "empty": numbered(np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)),
         "odd": {name: {"count": ids.odd[name], "rows": [ids.first_odd[name] + 1]} for name in ids.odd},
     }
+    if len(ids.origins) < 2 and not found["empty"]["count"] and "first_rows_of_a_stream" not in found:
+        raise too_few_rows(len(ids.origins), subject.where)
     found |= {name: numbered(ids.origins[places]) for name, places in equal_texts(ids, whole).items()}
     size = (
         min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
@@ -192,11 +194,6 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
 def numbered(rows: np.ndarray) -> dict[str, Any]:
     """Return the number of rows, and the numbers of the first five rows, counted from 1."""
     return {"count": len(rows), "rows": [int(row) + 1 for row in rows[:5]]}
-
-
-def found_empty(subject: Subject, ids: RowIds) -> np.ndarray:
-    """Return the numbers, from 0, of the rows with an empty text, or of the pairs if the source has labeled pairs."""
-    return np.array(subject.about.get("empty_pairs", ids.empty), dtype=int)
 
 
 def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:

@@ -49,7 +49,7 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
         saved = trainer.encoder if plan.model_args.load_in_4bit else load_saved(plan)
         tasks = with_model(trainer.eval_dataset or {}, saved, temperature=learned_temperature(trainer))
         with hidden_bars(bool(plan.args.disable_tqdm)):
-            after = score_encoder(saved, tasks)
+            after = {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(saved)).items()}
     about = about_run(plan, trainer, trained, after)
     results: dict[str, Any] = {"before": summary(before, plan.tasks), "after": summary(after, plan.tasks), "train": about}
     if plan.run.title:
@@ -104,11 +104,6 @@ def learned_temperature(trainer: ContrastiveTrainer) -> Tensor | None:
     ids = torch.tensor(trainer.encoder.tokenizer("a")["input_ids"], device=trainer.encoder.device)
     with torch.inference_mode():
         return trainer.model(ids, [len(ids)], sharded=trainer.sharded)["temperature"]
-
-
-def score_encoder(encoder: Encoder, tasks: dict[str, Task]) -> dict[str, float]:
-    """Score an encoder. The metrics have the names that the trainer gives them."""
-    return {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(encoder)).items()}
 
 
 def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], results: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The folder in which a run trains, and the checkpoint from which it resumes: what `--output_dir` and its relatives mean."""
 
-import os
 from pathlib import Path
 
 from hf_embed.checkpoint.whole import check_whole, newest_whole
@@ -22,7 +21,7 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
     """
     given, resume = flags.values["output_dir"], flags.values["resume_from_checkpoint"] or None
     default = given in (None, "trainer_output")
-    folder = Path(f"outputs/{name}" if default else os.path.expanduser(given))
+    folder = Path(f"outputs/{name}" if default else given)
     overwrite = flags.values["overwrite_output_dir"] or (default and made_anew)
     check_folder(folder, "--output_dir")
     if is_working(folder):

@@ -99,20 +99,14 @@ def train_alone(flags: Flags, read_plan: Callable[[Flags], Plan], train: Callabl
         anew = ": training it again, because its earlier run had other settings or data" if other else ""
         if PartialState().is_main_process:
             print(f"\nseed {seed}{anew}")
-        of_seed = read_plan(seed_flags(flags, seed, folder, checkpoint))
+        own = {"seeds": None, "seed": seed, "output_dir": str(folder), "overwrite_output_dir": True}
+        of_seed = read_plan(flags.override(**own, resume_from_checkpoint=checkpoint))
         if anew:  # after its first step, the new run removes the files of the seed's earlier run
             earlier = EarlierRun([*of_seed.earlier.paths, folder / "results.json"])
         runs[seed] = train(dataclasses.replace(of_seed, earlier=earlier, shows_rows=seed == seeds[0]))
         gc.collect()  # frees the memory of the trainer and its model, which refer to each other
     with plan.args.main_process_first():
         return keep_best(plan.folder, runs, plan.model_args.trust_remote_code)
-
-
-def seed_flags(flags: Flags, seed: int, folder: Path, checkpoint: str | None) -> Flags:
-    """Make the flags of the run with one seed, which trains in its own folder."""
-    return flags.override(
-        seeds=None, seed=seed, output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=checkpoint
-    )
 
 
 def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
