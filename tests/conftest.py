@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -71,6 +72,15 @@ TINY = {
 }
 DECODERS = {"qwen2", "qwen3"}
 WITHOUT_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+
+
+@pytest.fixture(autouse=True)
+def same_warnings() -> Iterator[None]:
+    """Let the package warn after a test that took this process for another one than the main process."""
+    package = logging.getLogger("hf_embed")
+    before = package.level
+    yield
+    package.setLevel(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

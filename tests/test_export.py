@@ -13,15 +13,16 @@ import sentence_transformers.sentence_transformer.modules as st
 import torch
 from conftest import DECODERS, error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from test_pooling import by_loop
 from test_safe_files import killed_at
 from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
 
-from hf_embed import Encoder, InputError
-from hf_embed.checkpoint import verify
+from hf_embed import Encoder, InputError, TempScaleConfig, apply_tempscale
+from hf_embed.checkpoint import save, verify
 from hf_embed.checkpoint.save import save_encoder
+from hf_embed.checkpoint.verify import ExportError
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.pooling import POOLINGS
 
@@ -306,6 +307,25 @@ def test_rounding_is_saved(tmp_path, monkeypatch, check):
 def test_nothing_but_the_files_remains(tmp_path):
     tiny_encoder().save_pretrained(tmp_path)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["plain", "folded", "gathered"])
+def test_every_saved_tensor_is_compared(tmp_path, monkeypatch, how):
+    """BUG: no tensor was compared if TempScale was folded, or if FSDP had gathered the tensors: transformers empties their dict."""
+    encoder, write = tiny_encoder(), save.write_tokenizer
+    if how == "folded":
+        apply_tempscale(encoder.backbone, TempScaleConfig(0.9))
+
+    def change_a_weight(encoder, folder):
+        """Change a position that no text of the check reaches, so the vectors stay equal."""
+        write(encoder, folder)
+        file, tensors = f"{folder}/model.safetensors", load_file(f"{folder}/model.safetensors")
+        tensors["embeddings.position_embeddings.weight"][-1] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(save, "write_tokenizer", change_a_weight)
+    with pytest.raises(ExportError, match="'embeddings.position_embeddings.weight' differs from the trained one"):
+        save.save_encoder(encoder, str(tmp_path / "out"), state_dict=encoder.state_dict() if how == "gathered" else None)
 
 
 def test_refusing_leaves_the_mode_as_it_was(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from hf_embed.checkpoint.files import OLD_WEIGHTS, is_old
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
+from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder
 from hf_embed.disk import nearest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -81,7 +81,6 @@ def save_encoder(
     if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
         encoder = full_encoder(encoder, verify)
     if verify:
-        verify_layers(encoder, encoder.config)
         warn_of_servers(served_otherwise(encoder))
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
@@ -199,7 +198,7 @@ def write_checkpoint(
     if type(backbone).__module__.startswith("transformers_modules."):
         type(backbone).register_for_auto_class("AutoModel")  # so that its code is saved, whichever auto class loaded it
     with quiet_libraries():
-        backbone.save_pretrained(folder, state_dict=tensors)
+        backbone.save_pretrained(folder, state_dict=None if tensors is None else {**tensors})  # it empties the dict
     config = own_config(backbone)
     for key, value in settings.items():
         setattr(config, key, value)

@@ -155,13 +155,12 @@ def verify_loadable(encoder: Encoder) -> None:
     This check runs before training, so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: as `load_saved_tokenizer` and `verify_layers` do.
+        InputError: as `load_saved_tokenizer` does.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         load_saved_tokenizer(encoder, folder)
-        verify_layers(encoder, AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code))
 
 
 def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
@@ -170,7 +169,8 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
     AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
 
     Raises:
-        InputError: if the model or the tokenizer would load as another class, or if the model needs a processor.
+        InputError: if the model or the tokenizer would load as another class, if the model would have other weights than those
+            that are saved, or if it needs a processor.
     """
     trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
     with quiet():
@@ -186,7 +186,7 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor of texts and something else
             tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
-        verify_class(encoder.base, config)
+        verify_layers(encoder, config)
         verify_tokenizer(encoder, tokenizer)
     return tokenizer
 
@@ -208,11 +208,10 @@ def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
 
     It has others if layers were removed, added, replaced or shared in Python, but not in the configuration.
     """
-    backbone = encoder.backbone
+    backbone, kind = encoder.backbone, verify_class(encoder.base, config)
     if in_4_bits(backbone) or any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
         return  # in memory, the shapes are not those that are saved
     base = merged_shape(backbone) if has_adapters(backbone) else encoder.base
-    kind = verify_class(base, config)
     weights = base.state_dict()
     with torch.device("meta"):
         made = kind(copy.deepcopy(config)).state_dict()
