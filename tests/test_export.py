@@ -311,7 +311,7 @@ def test_nothing_but_the_files_remains(tmp_path):
 
 @pytest.mark.parametrize("how", ["plain", "folded", "gathered"])
 def test_every_saved_tensor_is_compared(tmp_path, monkeypatch, how):
-    """BUG: no tensor was compared if TempScale was folded, or if FSDP had gathered the tensors: transformers empties their dict."""
+    """BUG: none was compared if TempScale was folded, or FSDP had gathered the tensors: transformers empties their dict."""
     encoder, write = tiny_encoder(), save.write_tokenizer
     if how == "folded":
         apply_tempscale(encoder.backbone, TempScaleConfig(0.9))

@@ -27,7 +27,7 @@ from hf_embed.checkpoint.files import OLD_WEIGHTS, is_old
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder
+from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
 from hf_embed.disk import nearest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -89,6 +89,8 @@ def save_encoder(
             write_sentence_transformers_files(encoder, new, weights | tensors)  # the pooler and the dense layers
             if verify:
                 tokenizer = load_saved_tokenizer(encoder, new)
+                if state_dict is None:  # gathered tensors come from a training, which has checked the layers at its start
+                    verify_layers(encoder, new)
                 if not runtime:  # other loaders do not apply TempScale at runtime
                     verify_folder(encoder, new, weights, tokenizer)
             put_in_place(Path(new), place)

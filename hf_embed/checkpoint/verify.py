@@ -1,7 +1,6 @@
 """Check a saved folder: every loader must give the weights and the vectors of the encoder in memory."""
 
 import contextlib
-import copy
 import gc
 import importlib.util
 import tempfile
@@ -155,12 +154,13 @@ def verify_loadable(encoder: Encoder) -> None:
     This check runs before training, so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: as `load_saved_tokenizer` does.
+        InputError: as `load_saved_tokenizer` and `verify_layers` do.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         load_saved_tokenizer(encoder, folder)
+        verify_layers(encoder, folder)
 
 
 def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
@@ -169,8 +169,7 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
     AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
 
     Raises:
-        InputError: if the model or the tokenizer would load as another class, if the model would have other weights than those
-            that are saved, or if it needs a processor.
+        InputError: if the model or the tokenizer would load as another class, or if the model needs a processor.
     """
     trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
     with quiet():
@@ -186,7 +185,7 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor of texts and something else
             tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
-        verify_layers(encoder, config)
+        verify_class(encoder.base, config)
         verify_tokenizer(encoder, tokenizer)
     return tokenizer
 
@@ -203,18 +202,18 @@ def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTra
     return next((kind for kind in classes if isinstance(base, kind)), type(base))
 
 
-def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
-    """Raise InputError unless a model that is made from `config` has the weights that would be saved.
+def verify_layers(encoder: Encoder, folder: str) -> None:
+    """Raise InputError unless a model that is made from the configuration in `folder` has the weights that would be saved.
 
     It has others if layers were removed, added, replaced or shared in Python, but not in the configuration.
     """
-    backbone, kind = encoder.backbone, verify_class(encoder.base, config)
+    backbone = encoder.backbone
     if in_4_bits(backbone) or any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
         return  # in memory, the shapes are not those that are saved
     base = merged_shape(backbone) if has_adapters(backbone) else encoder.base
-    weights = base.state_dict()
+    config, weights = AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code), base.state_dict()
     with torch.device("meta"):
-        made = kind(copy.deepcopy(config)).state_dict()
+        made = verify_class(base, config)(config).state_dict()
     # A part that is None, such as a pooler that was left out, may be missing.
     missing = [name for name in made if name not in weights and getattr(base, name.split(".")[0], None) is not None]
     other = [name for name in weights if name not in made or weights[name].shape != made[name].shape]
