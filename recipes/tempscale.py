@@ -42,7 +42,9 @@ class Arguments(EncodingArguments):
     folds: int = field(default=calibrate.FOLDS, metadata={"help": "Number of folds of the cross-validation."})
     pairs: str | None = field(default=None, metadata={"help": "File of pairs: each anchor is a query for its positive."})
     texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt, or a file with a column text."})
-    max_texts: int = field(default=1000, metadata={"help": "Number of texts to use from --texts, from the first."})
+    max_texts: int = field(
+        default=calibrate.MAX_TEXTS, metadata={"help": "Number of texts to use from --texts, from the first."}
+    )
     output_dir: str = field(default="outputs/tempscale", metadata={"help": "Folder for the model."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the files in the output folder."})
 
@@ -59,6 +61,7 @@ def main() -> None:
         tasks = joined(tasks, {"pairs": pairs_to_retrieval(read_pairs(read_file(args.pairs), args.pairs))}, "--pairs")
     if args.texts:
         tasks = joined(tasks, {"halves": calibrate.halves(read_texts(args.texts)[: args.max_texts])}, "--texts")
+    calibrate.check_max_texts(args.max_texts, args.texts, needed=not tasks and args.temperature is None)
     folder = Path(args.output_dir)
     calibrate.check_request(args.temperature, tasks, folder, Path(args.model_name_or_path), args.overwrite_output_dir)
     if not tasks and args.temperature is None:

@@ -180,6 +180,7 @@ def test_recipe_with_a_given_temperature(run, encoder):
 def test_recipe_searches_on_pairs(run, capsys):
     rows = [{"anchor": text, "positive": f"{text} {text}"} for text in TEXTS[:8]] + [{"anchor": TEXTS[0], "positive": "again"}]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "--max_texts has no effect" in error_of(run, "model", "--pairs", "pairs.jsonl", "--max_texts", "5")
     run("model", "--pairs", "pairs.jsonl", "--grid", "0.5", "--folds", "2")
     curve = json.loads(Path("outputs/tempscale/results.json").read_text())["tempscale"]["curve"]
     assert [row["temperature"] for row in curve] == [0.5, 1.0] and 0 < curve[0]["pairs"] <= 100
@@ -202,6 +203,7 @@ def test_recipe_says_what_is_wrong(run):
         (["--texts", "absent.txt"], "absent.txt: this file does not exist"),
         (["--temperature", "0.9", "--folds", "3"], "--folds has no effect with --temperature"),
         (["--temperature", "0.9", "--grid", "0.5"], "--grid has no effect with --temperature"),
+        (["--temperature", "0.9", "--max_texts", "5"], "--max_texts has no effect without --texts"),
         (["--texts", "texts.txt", "--eval_code_search", "halves=json"], "--texts: two sets are named 'halves'"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

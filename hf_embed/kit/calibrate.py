@@ -39,6 +39,7 @@ from hf_embed.tempscale.fold import folded
 
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 FOLDS = 5
+MAX_TEXTS = 1000
 STEP = 0.05  # distance of the two additional temperatures from the best of these
 
 
@@ -215,6 +216,12 @@ def check_temperatures(temperature: float | None, grid: Sequence[float], folds: 
     for flag, changed in {"grid": tuple(grid) != TEMPERATURES, "folds": folds != FOLDS}.items():
         if changed and temperature is not None:
             raise InputError(f"--{flag} has no effect with --temperature, which needs no search; remove one of them")
+
+
+def check_max_texts(most: int, texts: str | None, needed: bool) -> None:
+    """Raise InputError if --max_texts is given, but neither --texts nor the built-in texts, which may be `needed`, are read."""
+    if most != MAX_TEXTS and texts is None and not needed:
+        raise InputError("--max_texts has no effect without --texts if there is other data or a temperature; remove it")
 
 
 def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: Path, model: Path, overwrite: bool) -> None:
