@@ -42,9 +42,7 @@ class Arguments(EncodingArguments):
     folds: int = field(default=calibrate.FOLDS, metadata={"help": "Number of folds of the cross-validation."})
     pairs: str | None = field(default=None, metadata={"help": "File of pairs: each anchor is a query for its positive."})
     texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt, or a file with a column text."})
-    max_texts: int = field(
-        default=calibrate.MAX_TEXTS, metadata={"help": "Number of texts to use from --texts, from the first."}
-    )
+    max_texts: int = field(default=calibrate.MAX_TEXTS, metadata={"help": "Number of texts to use from --texts."})
     output_dir: str = field(default="outputs/tempscale", metadata={"help": "Folder for the model."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the files in the output folder."})
 
