@@ -305,7 +305,7 @@ def train(make) -> None:
         compare(loss.view(1, 1), expected.view(1, 1), "training's loss")
         loss.backward()
         without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        if without and not args.ddp_find_unused_parameters:
+        if without and not trainer.args.ddp_find_unused_parameters:
             raise Wrong(f"DDP would wait for the gradients of {len(without)} parameters: {', '.join(without[:3])}")
         model.zero_grad()
         trainer.train()

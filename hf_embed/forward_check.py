@@ -241,21 +241,25 @@ def influences(encoder: "Encoder", names: list[str]) -> list[str]:
     frozen = [parameters[name] for name in names if name in parameters and not parameters[name].requires_grad]
     for parameter in frozen:  # the graph contains only tensors that require gradients
         parameter.requires_grad_(True)
-    used = touched(encoder)
+    used = set().union(*touched(encoder))
     for parameter in frozen:
         parameter.requires_grad_(False)
     return sorted(name for name in names if name not in parameters or parameters[name] in used)  # the rest are buffers
 
 
-def touched(encoder: "Encoder") -> set[Tensor]:
-    """Return the trainable parameters that the vectors of a few texts depend on.
+def touched(encoder: "Encoder") -> list[set[Tensor]]:
+    """Return, for each of a few texts, the trainable parameters that its vector depends on.
 
-    They are the leaves of the autograd graph behind the vectors. No gradient is computed, so no gradient needs memory or
+    They are the leaves of the autograd graph behind the vector. No gradient is computed, so no gradient needs memory or
     changes.
     """
     with undisturbed(encoder), torch.enable_grad(), without_flash(encoder.backbone):
-        nodes = [alone(encoder, row, ()).grad_fn for row in probe_rows(encoder)]
-    seen, leaves = set(), set()
+        return [leaves_of(alone(encoder, row, ())) for row in probe_rows(encoder)]
+
+
+def leaves_of(vector: Tensor) -> set[Tensor]:
+    """Return the leaves of the autograd graph behind a tensor."""
+    nodes, seen, leaves = [vector.grad_fn], set(), set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

@@ -2,14 +2,15 @@
 
 Examples are BERT's pooler under mean pooling, Longformer's global attention and LUKE's entities. DDP waits for a gradient of
 every trainable parameter, and these parameters never get one. To find them, a few texts are embedded once, without dropout. The
-autograd graph of this computation contains the parameters that took part. Any other parameter is frozen, whatever its name is,
-except if another batch may use it:
+autograd graph of this computation contains the parameters that took part. A parameter that no text uses is frozen, whatever
+its name is, except if another batch may use it:
 
 - a parameter of a module in a list of similar modules, if another module of the list took part. An example is an expert to
   which no token was routed.
 - any parameter, if whole layers are dropped at random in training (`layerdrop`).
 
-In these cases DDP has to search for unused parameters itself in every step: `ddp_find_unused_parameters`.
+In these cases, and if only some of the texts use a parameter, DDP has to search for unused parameters itself in every step:
+`ddp_find_unused_parameters`.
 """
 
 import logging
@@ -44,12 +45,14 @@ def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
     sharded = any(p.is_meta or hasattr(p, "ds_id") for p in encoder.backbone.parameters())
     if any(gather_objects(sharded)) or not trainable:
         return
-    reached = touched(encoder)
+    by_text = [{name for name, p in trainable.items() if p in reached} for reached in touched(encoder)]
     # Random weights may differ between ranks until DDP makes them equal, so the ranks' results are joined: all freeze the same.
-    used: set[str] = set().union(*gather_objects({name for name, p in trainable.items() if p in reached}))
+    by_text = [names for of_rank in gather_objects(by_text) for names in of_rank]
+    used: set[str] = set().union(*by_text)
     unused = [name for name in trainable if name not in used]
-    sometimes = used_by_others(unused, used, encoder.backbone)
-    never = [name for name in unused if name not in sometimes]
+    others = used_by_others(unused, used, encoder.backbone)
+    never = [name for name in unused if name not in others]
+    sometimes = others + [name for name in trainable if 0 < sum(name in names for names in by_text) < len(by_text)]
     for name in never:
         trainable[name].requires_grad_(False)
     FROZEN[encoder.backbone] = never

@@ -143,6 +143,21 @@ def test_parameters_that_other_batches_touch_are_trained(tmp_path):
     assert frozen(model, tmp_path)[1].ddp_find_unused_parameters is False
 
 
+def test_parameters_that_only_long_texts_use():
+    """BUG: DDP would have waited for their gradients in a batch of short texts."""
+    model, args = tiny_model(), ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
+    embed, late = model.embeddings.forward, torch.nn.Parameter(torch.zeros(32))
+    model.embeddings.register_parameter("late", late)
+
+    def forward(*inputs, **named):
+        states = embed(*inputs, **named)
+        return torch.cat([states[:, :8], states[:, 8:] + late], dim=1) if states.shape[1] > 8 else states
+
+    model.embeddings.forward = forward
+    settle_unused(Encoder(model, small_tokenizer()), args)
+    assert late.requires_grad and args.ddp_find_unused_parameters is True
+
+
 def test_experts_in_one_tensor_need_no_search(tmp_path):
     config = AutoConfig.for_model(
         "qwen2_moe", vocab_size=12000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
