@@ -12,7 +12,7 @@ from conftest import error_of, small_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertForMaskedLM, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import BertForMaskedLM, GPT2Config, GPT2Model, GPTNeoConfig, GPTNeoModel, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
@@ -334,3 +334,16 @@ def test_an_empty_text_that_is_no_token_is_refused(folder):
     encoder = Encoder(tiny_model("bert"), tokenizer)
     assert "the tokenizer returns no tokens for text 2," in error_of(encoder.encode, ["rain", ""])
     assert Encoder(tiny_model("bert"), small_tokenizer()).encode(["rain", ""]).shape == (2, 32)
+
+
+def test_masks_that_are_not_saved_do_not_count_as_weights(tmp_path):
+    """BUG: a small GPT-Neo could not be loaded again, because its causal masks hold more numbers than its weights."""
+    sizes = {"vocab_size": 3000, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
+    model = GPTNeoModel(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    tokenizer = small_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    Encoder(model, tokenizer, "last").save_pretrained(str(tmp_path / "out"), verify=False)
+    assert Encoder.from_pretrained(str(tmp_path / "out")).encode("a cat").shape == (16,)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 100_000}))
+    assert "so they do not belong together" in error_of(Encoder.from_pretrained, str(tmp_path / "out"))

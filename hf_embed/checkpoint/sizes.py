@@ -20,6 +20,8 @@ MOST: dict[re.Pattern[str], int] = {
 }
 # A model with fewer numbers than this needs little memory, whatever its weights file holds.
 SMALL = 5_000_000
+# The same for buffers that are not saved, such as GPT-Neo's causal masks: their size says nothing of that of the weights.
+SMALL_BUFFERS = 2**30
 
 
 def check_counts(files: Files, stated: dict[str, Any]) -> None:
@@ -50,9 +52,11 @@ def check_size(files: Files, model_class: Any, config: PretrainedConfig) -> None
     own = copy.deepcopy(config)  # because the model changes its config
     with torch.device("meta"):
         model = model_class.from_config(own) if hasattr(model_class, "from_config") else model_class(own)
-    numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    saved, buffers = model.state_dict().keys(), dict(model.named_buffers())
+    numbers = sum(tensor.numel() for tensor in [*model.parameters(), *buffers.values()])
+    unsaved = sum(tensor.numel() for name, tensor in buffers.items() if name not in saved)
     stored = sum(map(os.path.getsize, paths))
-    if numbers > max(stored, SMALL):
+    if numbers - unsaved > max(stored, SMALL) or unsaved > SMALL_BUFFERS:
         raise InputError(
             f"model '{files.name}': config.json describes {numbers:,} numbers, but the weights have {stored:,} bytes, so they "
             "do not belong together; use the complete folder that save_pretrained wrote"
