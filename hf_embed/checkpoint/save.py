@@ -81,6 +81,8 @@ def save_encoder(
     if has_adapters(encoder.backbone) and in_4_bits(encoder.backbone):
         encoder = full_encoder(encoder, verify)
     if verify:
+        if state_dict is None:  # gathered tensors come from a training, which has checked the layers at its start
+            verify_layers(encoder, encoder.config)
         warn_of_servers(served_otherwise(encoder))
     with renewed(Path(folder), clear=results == {}) as place:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
@@ -89,8 +91,6 @@ def save_encoder(
             write_sentence_transformers_files(encoder, new, weights | tensors)  # the pooler and the dense layers
             if verify:
                 tokenizer = load_saved_tokenizer(encoder, new)
-                if state_dict is None:  # gathered tensors come from a training, which has checked the layers at its start
-                    verify_layers(encoder, new)
                 if not runtime:  # other loaders do not apply TempScale at runtime
                     verify_folder(encoder, new, weights, tokenizer)
             put_in_place(Path(new), place)

@@ -1,6 +1,7 @@
 """Check a saved folder: every loader must give the weights and the vectors of the encoder in memory."""
 
 import contextlib
+import copy
 import gc
 import importlib.util
 import tempfile
@@ -160,7 +161,7 @@ def verify_loadable(encoder: Encoder) -> None:
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         load_saved_tokenizer(encoder, folder)
-        verify_layers(encoder, folder)
+        verify_layers(encoder, AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code))
 
 
 def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
@@ -202,8 +203,8 @@ def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTra
     return next((kind for kind in classes if isinstance(base, kind)), type(base))
 
 
-def verify_layers(encoder: Encoder, folder: str) -> None:
-    """Raise InputError unless a model that is made from the configuration in `folder` has the weights that would be saved.
+def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
+    """Raise InputError unless a model that is made from `config` has the weights that would be saved.
 
     It has others if layers were removed, added, replaced or shared in Python, but not in the configuration.
     """
@@ -211,9 +212,9 @@ def verify_layers(encoder: Encoder, folder: str) -> None:
     if in_4_bits(backbone) or any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
         return  # in memory, the shapes are not those that are saved
     base = merged_shape(backbone) if has_adapters(backbone) else encoder.base
-    config, weights = AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code), base.state_dict()
-    with torch.device("meta"):
-        made = verify_class(base, config)(config).state_dict()
+    weights = base.state_dict()
+    with torch.device("meta"), without_flash(backbone):  # no model with flash attention is made on a machine without it
+        made = verify_class(base, config)(copy.deepcopy(config)).state_dict()
     # A part that is None, such as a pooler that was left out, may be missing.
     missing = [name for name in made if name not in weights and getattr(base, name.split(".")[0], None) is not None]
     other = [name for name in weights if name not in made or weights[name].shape != made[name].shape]
