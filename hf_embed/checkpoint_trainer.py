@@ -148,9 +148,9 @@ class CheckpointTrainer(HubTrainer):
             super().save_model(output_dir, _internal_call)
 
     def use_final_weights(self) -> None:
-        """Let an optimizer that trains other weights than those of the final model, such as schedulefree's, put in the latter.
+        """Give the model its final weights, if the optimizer trains other weights (schedulefree does).
 
-        Trainer puts back the weights to train at the next step.
+        At the next step, Trainer gives it the weights to train again.
 
         Raises:
             InputError: if there is no model, because a hyperparameter search ends without one.
