@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from hf_embed.progress import table_bars
 
 logger = logging.getLogger(__name__)
 
+# What stands between words for every tokenizer. Python also splits words at control characters, which BERT's tokenizer removes.
+SPACES = re.compile(r"[ \t\r\n]+")
 # If the share of truncated texts is above this value, a warning is logged.
 TRUNCATION_WARNING = 0.05
 
@@ -43,7 +46,7 @@ def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) ->
     words = 4 * max_length
     if len(text) < 10 * words or tokenizer.truncation_side == "left":
         return text
-    parts = text.split(None, words)
+    parts = SPACES.split(text, words)
     if len(parts) <= words:
         return text
     part = text[: len(text) - len(parts[-1])]
