@@ -142,7 +142,7 @@ def test_adapters_that_are_switched_off_are_left_out(put, tmp_path):
     assert apart(on, vectors(encoder)) > 1e-3  # control: the adapters change the vectors
 
 
-# BUG: transformers, which had loaded the adapters, saved all weights under the names that adapters have, and the save was refused.
+# BUG: transformers had loaded the adapters and saved all weights under the names that adapters have, and the save was refused.
 @pytest.mark.parametrize("auto", [True, False])
 def test_adapters_that_transformers_loads_are_merged(auto, tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")

@@ -45,7 +45,7 @@ def snippets(card: str) -> list[str]:
 def test_every_snippet_gives_the_encoders_vectors(tmp_path, pooling, normalize):
     model = tiny_model()
     model.config.return_dict = not normalize  # BUG: with False, the first snippet read attributes of a tuple
-    prompts = {"query": "\U0001f600 \"`é:\n"}  # BUG: with an emoji, the first snippet raised an error
+    prompts = {"query": '\U0001f600 "`é:\n'}  # BUG: with an emoji, the first snippet raised an error
     encoder = Encoder(model, small_tokenizer(), pooling, None, normalize, prompts, default_prompt_name="query").eval()
     encoder.save_pretrained(tmp_path)
     expected = encoder.encode(["a cat", "a dog sleeping by the fire"])

@@ -199,7 +199,7 @@ def test_the_check_disturbs_nothing():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# BUG: with autocast the model was refused ("depends on the other texts of its batch"), and with inference_mode it "cannot encode".
+# BUG: with autocast the model was refused ("depends on the other texts of its batch"), and with inference_mode too.
 @pytest.mark.parametrize("context", [torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)])
 def test_an_encoder_is_made_saved_and_loaded_in_every_context(tmp_path, context):
     model, tokenizer = tiny_model(), small_tokenizer()
