@@ -307,14 +307,14 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
 
 def run_changes(then: Facts, now: Facts) -> list[str]:
     """Describe the changes that `allow_changed` must permit: those of the model, the objective and the rows."""
-    changes = [change for key in ("encoder", "objective") for change in changes_of(then.get(key, {}), now.get(key, {}))]
-    config, present_config = then.get("config", {}), now["config"]
+    changes = [change for key in ("encoder", "objective") for change in changes_of(then[key], now[key])]
+    config, present_config = then["config"], now["config"]
     common = config.keys() & present_config.keys()  # another version of transformers may have added or removed entries
     changes += changes_of({key: config[key] for key in common}, {key: present_config[key] for key in common})
-    retokenized = {"max_length", "prompts"} & changed_keys(then.get("encoder", {}), now.get("encoder", {}))
-    data, present_data = (without_content(facts.get("data", {}), bool(retokenized)) for facts in (then, now))
+    retokenized = {"max_length", "prompts"} & changed_keys(then["encoder"], now["encoder"])
+    data, present_data = (without_content(facts["data"], bool(retokenized)) for facts in (then, now))
     changes += changes_of(data, present_data)
-    if not changes and same_draws(then, now) and then.get("order") != now.get("order"):
+    if not changes and same_draws(then, now) and then["order"] != now["order"]:
         changes.append("the order of the rows: this version draws a different order from the same seed")
     return changes
 
@@ -325,7 +325,7 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
     If parameters differ, the message also lists the other `changes`, because they may be the cause.
     """
     besides = f" ({'; '.join(changes)})" if changes else ""
-    before, present = then.get("parameters", {}), now.get("parameters", {})
+    before, present = then["parameters"], now["parameters"]
     if before != present:
         other = sorted(changed_keys(before, present))
         shown = f"for example {other[0]} was {shape(before.get(other[0]))} and is {shape(present.get(other[0]))}"
@@ -333,11 +333,11 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
             f"{checkpoint}: the checkpoint belongs to another model: {len(other):,} trained parameters differ, {shown}{besides}"
             "; use the model, the objective and the adapters of its run"
         )
-    if then.get("base") != now.get("base"):
+    if then["base"] != now["base"]:
         raise InputError(f"{checkpoint}: the adapters were trained on another base model; use the base model of its run")
-    if then.get("optimizer") != now.get("optimizer"):
+    if then["optimizer"] != now["optimizer"]:
         raise InputError(
-            f"{checkpoint}: the optimizer was {then.get('optimizer')} and is {now.get('optimizer')}, so its saved state cannot "
+            f"{checkpoint}: the optimizer was {then['optimizer']} and is {now['optimizer']}, so its saved state cannot "
             "be loaded; use the earlier one, or start again in another folder"
         )
 
@@ -359,7 +359,7 @@ def without_content(data: Facts, leave_out: bool) -> Facts:
 def same_draws(then: Facts, now: Facts) -> bool:
     """Return whether both runs should draw the same rows: seed, global batch size and `dataloader_drop_last` are equal."""
     last = "dataloader_drop_last"
-    seeds, drops = then.get("seed_of_rows") == now["seed_of_rows"], then["settings"].get(last) == now["settings"][last]
+    seeds, drops = then["seed_of_rows"] == now["seed_of_rows"], then["settings"].get(last) == now["settings"][last]
     return seeds and drops and global_batch(then) == global_batch(now)
 
 

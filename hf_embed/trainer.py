@@ -27,8 +27,9 @@ from hf_embed import trainer_rows
 from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.layout import strip_prefix
 from hf_embed.checkpoint.save import save_encoder
-from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
+from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
 from hf_embed.checkpoint.whole import ASIDE
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.mixture import Mixture
@@ -325,15 +326,15 @@ class ContrastiveTrainer(GuardedTrainer):
         folder = str(output_dir or args.output_dir)
         final = not Path(folder).name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", ASIDE))
         results = (final and training_results(self)) or ({} if self.drops_results else None)
-        of_encoder = None if state_dict is None else with_file_names(state_dict)
+        of_encoder = None if state_dict is None else strip_prefix(state_dict, "encoder.")
         verify = final and state_dict is None
         save_encoder(self.encoder, folder, verify, of_encoder, results=results, unsharded=self.unsharded)
         if not final:
-            save_training_tensors(folder, self.step, self.encoder, state_dict or self.step.state_dict())
+            save_training_tensors(folder, self.step, state_dict or self.step.state_dict())
         torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_training_state(resume_from_checkpoint, self.step, self.encoder)
+            load_training_state(resume_from_checkpoint, self.step)

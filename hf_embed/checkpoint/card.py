@@ -158,18 +158,17 @@ def is_generated(text: str) -> bool:
 def with_repository(text: str, repository: str, title: str | None = None) -> str:
     """Return a generated card as it is uploaded to `repository`, OWNER/NAME. An edited card is returned unchanged.
 
-    The snippets load the repository. If `title` is given, and the card has this title or the default title of earlier versions,
-    then the name of the repository replaces it.
+    The snippets load the repository. If the card has the given `title`, the name of the repository replaces it.
     """
     if not is_generated(text):
         return text
     body = text.rpartition(MARK.partition("{")[0])[0]
     body = body.replace(FOLDER_NOTE, "").replace(json.dumps(FOLDER), json.dumps(repository))
     name = repository.rpartition("/")[2]
-    for heading in [f"\n# {plain(default)}\n" for default in (title, TITLE)] if title else []:
-        if heading in body:
-            body = body.replace(heading, f"\n# {plain(name)}\n", 1)
-            return with_mark(MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1))
+    heading = f"\n# {plain(title or '')}\n"
+    if title and heading in body:
+        body = body.replace(heading, f"\n# {plain(name)}\n", 1)
+        body = MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1)
     return with_mark(body)
 
 

@@ -168,11 +168,8 @@ def shown_objective(objective: dict[str, Any]) -> str:
 
 
 def inner_name(objective: dict[str, Any]) -> str:
-    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none.
-
-    Results of versions before 0.1.0 do not have the name, because the recipes had only one such objective.
-    """
-    return objective["objective"].get("name", "ImprovedContrastive") if objective.get("objective") else ""
+    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none."""
+    return objective["objective"]["name"] if objective.get("objective") else ""
 
 
 def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
