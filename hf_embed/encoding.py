@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
 # For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
-_evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+_evaluated: dict[nn.Module, tuple[int, set[nn.Module]]] = {}
 _lock = Lock()
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
@@ -196,8 +196,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     If several threads are inside with the same model, the last one to leave restores the modes.
     """
     with _lock:
-        users, training = _evaluated.get(model, (0, []))
-        _evaluated[model] = users + 1, training + [module for module in model.modules() if module.training]
+        users, training = _evaluated.get(model, (0, set()))
+        _evaluated[model] = users + 1, training | {module for module in model.modules() if module.training}
         model.eval()
     try:
         yield
@@ -207,8 +207,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             if users > 1:
                 _evaluated[model] = users - 1, training
             else:
-                for module in training:
-                    module.training = True
+                for module in model.modules():
+                    module.training = module in training
 
 
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_embed.encoding import evaluating
 from hf_embed.errors import InputError
 from hf_embed.exact import exact_products, in_float32
 from hf_embed.library_internals import attention_backend, plain_attention
@@ -371,15 +372,9 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
 
     Afterwards the training modes, the random states and the precision of products are as before.
     """
-    modes = {module: module.training for module in encoder.modules()}
     devices = [encoder.device] if encoder.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), exact_products():
-        encoder.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.random.fork_rng(devices=devices), exact_products(), evaluating(encoder):
+        yield
 
 
 def check_vocabulary(encoder: "Encoder") -> None:

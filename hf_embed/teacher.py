@@ -20,20 +20,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.data.cache import cache_folder
-from hf_embed.data.collator import VectorRows
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_objects, get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import called
-from hf_embed.read_files import read_array
 from hf_embed.safe_files import BUSY
 from hf_embed.vector_files import identity_of, read_vectors, write_vectors
 
@@ -41,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"normalize": True, "precision": "float32"}  # of `Encoder.encode`
 WAIT = 2  # seconds between two looks at a file that another run writes
-SAMPLE = 20_000  # the principal directions are those of about this many evenly spaced vectors
 ROWS_AT_ONCE = 10_000  # rows of a table that are read at a time
 
 
@@ -67,7 +64,7 @@ class Teacher:
         encoder.default_prompt_name = None
         return encoder
 
-    def add_to(self, tables: Sequence[Dataset], needs: Sequence[Sequence[str]]) -> tuple[list[Dataset], dict[str, VectorRows]]:
+    def add_to(self, tables: Sequence[Dataset], needs: Sequence[Sequence[str]]) -> tuple[list[Dataset], dict[str, VectorFile]]:
         """Replace the column `texts` of tables by what their objectives need. Every rank calls this.
 
         Args:
@@ -91,7 +88,7 @@ class Teacher:
                 table = table.add_column("vectors", of_table)
             made.append(table)
         wanted = {name for needed in needs for name in needed}
-        found: dict[str, VectorRows] = {"teacher": vectors} if "teacher" in wanted else {}
+        found: dict[str, VectorFile] = {"teacher": vectors} if "teacher" in wanted else {}
         if "target" in wanted:
             found["target"] = VectorFile(file, self.width)
         return made, found
@@ -120,7 +117,7 @@ def teacher_of(args: ContrastiveTrainingArguments, encoder: Encoder) -> Teacher 
 
 def with_teacher(
     tables: list[Any], objectives: list[Objective], teacher: Teacher | None
-) -> tuple[list[Any], dict[str, VectorRows]]:
+) -> tuple[list[Any], dict[str, VectorFile]]:
     """Add to each table what its objective needs of the teacher.
 
     Args:
@@ -148,53 +145,6 @@ def with_teacher(
     found, vectors = teacher.add_to([tables[i] for i in waiting], [objectives[i].needs for i in waiting])
     made = dict(zip(waiting, found))
     return [made.get(i, table) for i, table in enumerate(tables)], vectors
-
-
-class VectorFile:
-    """The vectors of a file, looked up by row number. With a width D, they are turned into vectors of D numbers.
-
-    If E is larger than D, the vectors are projected on their D leading principal directions. The directions are not centered,
-    so the projection keeps dot products as well as D numbers can. If E is smaller than D, the vectors are filled up with zeros,
-    which keeps all dot products.
-    """
-
-    def __init__(self, path: Path, width: int | None = None):
-        self.path, self.width = path, width
-        self.directions = None if width is None else directions_of(self.rows, width)  # (E, D)
-
-    @property
-    def identity(self) -> str:
-        """A hash of the teacher and the texts."""
-        return self.path.stem
-
-    @cached_property
-    def rows(self) -> np.ndarray:
-        """The memory map, (M, E)."""
-        return read_array(self.path)
-
-    def __getstate__(self) -> dict:
-        """Leave the memory map out. The workers of a data loader open the file themselves."""
-        return {key: value for key, value in vars(self).items() if key != "rows"}
-
-    def __getitem__(self, numbers: list[int]) -> np.ndarray:
-        """Return the vectors with these numbers, (len(numbers), E or D)."""
-        found = np.array(self.rows[numbers])
-        return found if self.directions is None else found @ self.directions
-
-
-def directions_of(rows: np.ndarray, width: int) -> np.ndarray:
-    """Return the matrix (E, D) that turns vectors (M, E) into vectors of D = `width` numbers; see `VectorFile`."""
-    own = rows.shape[1]
-    if own <= width:
-        return np.eye(own, width, dtype=rows.dtype)
-    sample = np.asarray(rows[:: max(1, len(rows) // SAMPLE)], dtype=np.float64)
-    _, vectors = np.linalg.eigh(sample.T @ sample)  # the eigenvalues rise
-    directions = vectors[:, ::-1][:, :width]
-    kept = np.square(sample @ directions).sum() / np.square(sample).sum()
-    if get_rank() == 0:
-        logger.info(f"{width} directions keep {kept:.1%} of the squared length of the teacher's vectors of {own} numbers")
-    # Ranks on different hardware may find other signs, so all of them use the directions of the main process.
-    return gather_objects(directions.astype(rows.dtype))[0]
 
 
 def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[list[str], list[list[list[int]]]]:

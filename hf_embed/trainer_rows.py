@@ -11,12 +11,12 @@ from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.data.collator import VectorRows
 from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Mixture, Stream
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
 from hf_embed.evaluation.sts import STS
@@ -123,7 +123,7 @@ class TrainingRows(NamedTuple):
     tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
     views: list[int]  # the largest number of texts in a row
     objectives: list[Objective]
-    vectors: dict[str, VectorRows]  # a teacher's vectors; see `RaggedCollator`
+    vectors: dict[str, VectorFile]  # a teacher's vectors; see `RaggedCollator`
 
 
 def read_training_rows(

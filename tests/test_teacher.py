@@ -29,8 +29,9 @@ from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.resume import facts_of
-from hf_embed.teacher import OPTIONS, Teacher, VectorFile, number_texts
+from hf_embed.teacher import OPTIONS, Teacher, number_texts
 from hf_embed.vector_files import identity_of
 from hf_embed.work_files import work_folder
 

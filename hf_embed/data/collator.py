@@ -4,26 +4,13 @@ The collator does not pad. Each chunk of the batch is padded later, when the who
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_rows
-
-
-class VectorRows(Protocol):
-    """Vectors (texts, E) that can be looked up by their row numbers."""
-
-    @property
-    def identity(self) -> str:
-        """A hash of everything that the vectors depend on."""
-        ...
-
-    def __getitem__(self, numbers: list[int]) -> np.ndarray:
-        """Return the vectors with these numbers, (len(numbers), E), as a new float32 array."""
-        ...
 
 
 class RaggedCollator:
@@ -61,7 +48,7 @@ class RaggedCollator:
         vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 
-    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorRows] | None = None):
+    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorFile] | None = None):
         self.views, self.once, self.vectors = views, once, vectors or {}
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_embed.data.collator import RaggedCollator, VectorRows, to_rows, used_columns
+from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.tokenization import most_texts
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
 from hf_embed.objectives.base import Objective
@@ -66,7 +67,7 @@ class HeldOutLoss(HeldOut):
     chunk_tokens: int | None = None
     sharded: bool = False
     temperature: Tensor | None = None
-    vectors: Mapping[str, VectorRows] | None = None
+    vectors: Mapping[str, VectorFile] | None = None
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the mean loss over all rows, the same on every rank.

@@ -9,8 +9,9 @@ metrics mean the same: `triplet_accuracy` is not the `accuracy` of zero-shot cla
 Shapes: N texts, embeddings of dimension D.
 """
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +21,8 @@ from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 THRESHOLD = "_threshold"  # ends the names of reported cosine thresholds, which are not scores
 NO_ORDER = "all cosines are equal, or some are not finite; the model has collapsed, or its vectors are zero, NaN or infinite"
@@ -112,6 +115,12 @@ def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
     for key, values in by_metric.items():
         metrics[key] = float(np.mean([v for v in values if math.isfinite(v)] or [math.nan]))
     return metrics
+
+
+def unranked(metrics: Iterable[str], what: str) -> dict[str, float]:
+    """Return NaN for each metric, and warn that cosines cannot be ranked: `what` says which metric is NaN, and for how many."""
+    logger.warning(f"{what}: {NO_ORDER}")
+    return dict.fromkeys(metrics, math.nan)
 
 
 def score_table(scores: Mapping[str, float], tasks: Mapping[str, Task]) -> list[str]:
