@@ -37,11 +37,11 @@ from hf_embed.checkpoint.tables import (
     results_section,
     slug,
     sweep_table,
+    task_lines,
     training_rows,
 )
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import task_lines
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.read_files import first_line, read_json, read_text

@@ -101,6 +101,12 @@ def swept_columns(sweep: dict[str, Any]) -> list[str]:
     return names if len(names) > 2 else names[:1]
 
 
+def task_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each task and split of MTEB, from the rows of `hf_embed.kit.mteb_runs.run_mteb`."""
+    width = max((len(row["task"]) for row in rows), default=0)
+    return [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
+
+
 def labeled(scores: Scores) -> dict[str, float]:
     """Return the scores of a model under the labels that tables show."""
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
