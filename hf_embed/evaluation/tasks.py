@@ -24,6 +24,7 @@ from hf_embed.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+BATCH = 1024  # texts that are encoded, or pairs that are compared, at a time
 THRESHOLD = "_threshold"  # ends the names of reported cosine thresholds, which are not scores
 NO_ORDER = "all cosines are equal, or some are not finite; the model has collapsed, or its vectors are zero, NaN or infinite"
 
@@ -182,25 +183,25 @@ def check_names(tasks: Mapping[str, Task]) -> None:
             taken.add(f"{name}_{metric}")
 
 
-def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> Iterator[Tensor]:
+def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None) -> Iterator[Tensor]:
     """Yield the embeddings of this rank's texts, which have the indices rank, rank + ranks, rank + 2 * ranks ...
 
-    Each yielded tensor has the shape (up to `batch`, D).
+    Each yielded tensor has the shape (up to `BATCH`, D).
     """
     rank, ranks = get_rank(), get_world_size()
     own = texts[rank::ranks]
     # Every rank makes the same number of calls, because with FSDP each call runs collectives.
-    calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
+    calls = math.ceil(math.ceil(len(texts) / ranks) / BATCH)
     with progress_bar(total=len(own), desc="Encoding", unit="text") as bar:
         for i in range(calls):
-            part = own[i * batch : (i + 1) * batch]
+            part = own[i * BATCH : (i + 1) * BATCH]
             yield embed(part or texts[:1], prompt_name)[: len(part)]
             bar.update(len(part))
 
 
-def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> np.ndarray:
+def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None) -> np.ndarray:
     """Return the embeddings (N, D) of all texts on every rank. Each rank encodes its share."""
-    vectors = np.concatenate([part.cpu().numpy() for part in embed_own_share(texts, embed, prompt_name, batch)])
+    vectors = np.concatenate([part.cpu().numpy() for part in embed_own_share(texts, embed, prompt_name)])
     everyone = np.empty((len(texts), vectors.shape[1]), vectors.dtype)
     for rank, part in enumerate(gather_objects(vectors)):
         everyone[rank :: get_world_size()] = part
@@ -222,13 +223,12 @@ def pair_cosines(
     second: Sequence[str],
     first_vectors: Callable[[Sequence[str]], np.ndarray],
     second_vectors: Callable[[Sequence[str]], np.ndarray],
-    block: int = 4096,
 ) -> np.ndarray:
     """Return the cosines (P,) of P pairs of texts, computed block by block.
 
     `first_vectors` and `second_vectors` map texts to their normalized embeddings, as the functions from `embed_once` do.
     """
     parts = []
-    for i in range(0, len(first), block):
-        parts.append(cosines_of(first_vectors(first[i : i + block]), second_vectors(second[i : i + block])))
+    for i in range(0, len(first), BATCH):
+        parts.append(cosines_of(first_vectors(first[i : i + BATCH]), second_vectors(second[i : i + BATCH])))
     return np.concatenate(parts)
