@@ -19,10 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.chunking import encode_in_chunks
-from hf_embed.data.tokenization import beginning, room_for_text
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
     Tokens,
+    beginning,
     check_arguments,
     check_output,
     check_prompt,
@@ -31,6 +31,7 @@ from hf_embed.encoding import (
     encode_by_length,
     evaluating,
     on_devices,
+    room_for_text,
     text_list,
 )
 from hf_embed.errors import InputError

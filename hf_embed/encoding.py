@@ -1,4 +1,4 @@
-"""The parts of `Encoder.encode` that do not depend on the model: check arguments, sort by length, use one or several devices.
+"""The parts of `Encoder.encode` around the model: check arguments and lengths, sort texts, use one or several devices.
 
 All texts are sorted by length before they are cut into batches. So the texts of a batch have similar lengths, and its chunks
 have hardly any padding. Only the tokens of the current batches are in memory.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from hf_embed.adapters import copy_of
 from hf_embed.errors import InputError, utf8
@@ -119,6 +120,44 @@ def text_list(texts: Any) -> list[str]:
         if not text.isascii():
             utf8(text)
     return texts
+
+
+def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the part of a very long text that decides its first `max_length` tokens.
+
+    Tokenizing a megabyte of text takes seconds. No tokenizer looks ahead further than a word or two, and nearly all words have
+    a token. So the text after four words per token has no influence on the first tokens. The returned part ends between two
+    words, and has more than `max_length` tokens. The whole text is returned if there is no such part, for example because most
+    words are zero-width characters, which many tokenizers remove.
+    """
+    words = 4 * max_length
+    if len(text) < 10 * words or tokenizer.truncation_side == "left":
+        return text
+    parts = text.split(None, words)
+    if len(parts) <= words:
+        return text
+    part = text[: len(text) - len(parts[-1])]
+    tokens = tokenizer(part, truncation=True, max_length=max_length + 1)["input_ids"]
+    return part if len(tokens) > max_length else text
+
+
+def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_length: int) -> int:
+    """Return how many of `max_length` tokens the longest of these prompts leaves for the text, with its special tokens.
+
+    Raises:
+        InputError: if no room is left for a text, so that all texts would have the same vector.
+    """
+    lengths = {prompt: len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) for prompt in prompts}
+    longest = max(lengths, key=lambda prompt: lengths[prompt])
+    left = max_length - lengths[longest]
+    if left <= tokenizer.num_special_tokens_to_add():
+        if not lengths[longest]:
+            raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
+        raise InputError(
+            f"the prompt {longest[:40]!r} has {lengths[longest]} tokens, so max_length {max_length} leaves no room for a text; "
+            "shorten the prompt, or increase max_length"
+        )
+    return left
 
 
 def encode_by_length(

@@ -24,13 +24,13 @@ import pyarrow.compute
 import torch
 import xxhash
 from datasets import Dataset
-from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
-from hf_embed.adapters import has_adapters
+from hf_embed.adapters import configs_of, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, Stream, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.dropout import dropout_rates
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective
@@ -210,7 +210,7 @@ def name_of(function: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def config_facts(backbone: nn.Module) -> Facts:
+def config_facts(backbone: PreTrainedModel) -> Facts:
     """Return the entries in the configs of a model and its adapters that decide what the model computes."""
     configs = configs_of(backbone)
     entries = [(key, value) for config in configs for key, value in config.items()]
@@ -218,17 +218,9 @@ def config_facts(backbone: nn.Module) -> Facts:
     return {key: value for key, value in facts.items() if not IGNORED_CONFIG_KEYS.search(key)}
 
 
-def configs_of(backbone: nn.Module) -> list[Facts]:
-    """Return the config of a model and the configs of its adapters, as dicts."""
-    configs = [backbone.config.to_dict()]  # type: ignore[operator, union-attr]
-    if has_adapters(backbone):  # type: ignore[arg-type]
-        configs += [config.to_dict() for config in backbone.peft_config.values()]  # type: ignore[operator]
-    return configs
-
-
-def base_model_hash(backbone: nn.Module) -> str | None:
+def base_model_hash(backbone: PreTrainedModel) -> str | None:
     """Return a hash of the frozen base weights under adapters, which a checkpoint does not hold. None without adapters."""
-    if not has_adapters(backbone):  # type: ignore[arg-type]
+    if not has_adapters(backbone):
         return None
     digest = xxhash.xxh3_128()
     for name, parameter in sorted(backbone.named_parameters()):
@@ -251,12 +243,6 @@ def optimizer_class(trainer: "ContrastiveTrainer") -> str:
         return name
     made_by = Trainer.get_optimizer_cls_and_kwargs(trainer.args)[0]
     return made_by.__name__ if isinstance(made_by, type) else name
-
-
-def dropout_rates(backbone: nn.Module) -> Facts:
-    """Return the dropout rates in the configs of a model and its adapters, by name."""
-    rates = {key: value for config in configs_of(backbone) for key, value in config.items() if "drop" in key}
-    return {key: value for key, value in rates.items() if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 # ---- the ranks of a run ----

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from hf_embed.data.columns import ALIKE
+from hf_embed.data.columns import ALIKE, plain
 from hf_embed.data.labeled import LABELS, check_label_names
-from hf_embed.data.sources import first_cells, plain_rows, read_file
+from hf_embed.data.sources import cell_text, first_cells, plain_rows, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import as_list, cell_text, hub_rows, label_number, plain, text_lists
+from hf_embed.evaluation.rows import as_list, hub_rows, label_number, text_lists
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, pair_cosines, unranked
 
 # Names of columns, in the form that `plain` returns: those of labeled training pairs, and one more pair of names.
