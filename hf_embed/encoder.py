@@ -22,7 +22,6 @@ from hf_embed.chunking import encode_in_chunks
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
     Tokens,
-    beginning,
     check_arguments,
     check_output,
     check_prompt,
@@ -33,6 +32,7 @@ from hf_embed.encoding import (
     on_devices,
     room_for_text,
     text_list,
+    tokenize_texts,
 )
 from hf_embed.errors import InputError
 from hf_embed.forward_check import check_kernel, measure
@@ -463,24 +463,6 @@ class Encoder(nn.Module):
         from hf_embed.checkpoint.load import load_encoder
 
         return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
-
-
-def tokenize_texts(encoder: Encoder, texts: list[str], numbers: Sequence[int] | None = None) -> Tokens:
-    """Return the token ids of each text.
-
-    `numbers` are the positions of the texts in the user's list, from 0. Only the error message uses them.
-
-    Raises:
-        InputError: if a text has no token.
-    """
-    texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
-    rows = encoder.tokenizer(
-        texts, truncation=True, max_length=encoder.max_length, return_attention_mask=False, return_token_type_ids=False
-    )["input_ids"]
-    if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
-        number = empty[0] if numbers is None else min(numbers[i] for i in empty)
-        raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
-    return rows
 
 
 def embed_tokens(

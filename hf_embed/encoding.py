@@ -160,6 +160,24 @@ def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], ma
     return left
 
 
+def tokenize_texts(encoder: "Encoder", texts: list[str], numbers: Sequence[int] | None = None) -> Tokens:
+    """Return the token ids of each text.
+
+    `numbers` are the positions of the texts in the user's list, from 0. Only the error message uses them.
+
+    Raises:
+        InputError: if a text has no token.
+    """
+    texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
+    rows = encoder.tokenizer(
+        texts, truncation=True, max_length=encoder.max_length, return_attention_mask=False, return_token_type_ids=False
+    )["input_ids"]
+    if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
+        number = empty[0] if numbers is None else min(numbers[i] for i in empty)
+        raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
+    return rows
+
+
 def encode_by_length(
     models: list[Model],
     tokenize: Callable[[list[str], Sequence[int]], Tokens],
