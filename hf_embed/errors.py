@@ -63,7 +63,7 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def said_of(what: str) -> Iterator[None]:
+def errors_of(what: str) -> Iterator[None]:
     """Let the message of an `InputError` in the `with` block begin with `what` it is about: a file, a source, a flag."""
     try:
         yield

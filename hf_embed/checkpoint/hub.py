@@ -307,7 +307,7 @@ def with_retries(upload: Callable[[], Result], repo: str, command: str) -> Resul
         try:
             return upload()
         except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-            raise InputError(f"push to {repo}: {' '.join(str(error).split())}") from error
+            raise InputError(f"push to {repo}: {error}") from error
         except Exception as error:  # for large files, the client wraps it in other errors
             why = reason(error)
             if why is None:

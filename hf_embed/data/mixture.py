@@ -35,7 +35,7 @@ from hf_embed.data.tokenization import (
     truncated_share,
     warn_of_truncation,
 )
-from hf_embed.errors import InputError, RankError, said_of
+from hf_embed.errors import InputError, RankError, errors_of
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
@@ -100,7 +100,7 @@ class Source:
             raise InputError(f"{self.label}: objective is {self.objective!r}; give an instance, for example CoSENT()")
         self.rows = as_rows(self.rows, self.label)
         if columns is not None:
-            with said_of(self.label):
+            with errors_of(self.label):
                 self.rows = take_columns(self.rows, columns)
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
@@ -314,7 +314,7 @@ def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bo
         )
     own = {"query": source.query_prompt, "document": source.document_prompt}
     query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())
-    with said_of(source.label):
+    with errors_of(source.label):
         return RowTokenizer(encoder.tokenizer, max_length, query, document, *reading)
 
 
