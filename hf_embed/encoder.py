@@ -465,12 +465,10 @@ class Encoder(nn.Module):
         return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
 
 
-def embed_tokens(
-    model: nn.Module, encoder: Encoder, tokens: Tokens, chunk_tokens: int | None = None, sharded: bool = False
-) -> Tensor:
+def embed_tokens(model: nn.Module, encoder: Encoder, tokens: Tokens, chunk_tokens: int | None = None) -> Tensor:
     """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
     flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
-    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
+    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens)["embeddings"]
 
 
 def default_chunk_tokens(device: torch.device, kept: bool = False) -> int:

@@ -163,6 +163,7 @@ class ContrastiveTrainer(GuardedTrainer):
             callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
             optimizers=optimizers,
         )
+        self.step.sharded = self.sharded
         if self.sharded and in_4_bits(self.encoder.backbone):
             raise InputError("weights in 4 bits cannot be sharded (FSDP, DeepSpeed); train on one GPU or with DDP")
         adapted = self.sharded and has_adapters(self.encoder.backbone)
@@ -180,7 +181,7 @@ class ContrastiveTrainer(GuardedTrainer):
         """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
         model = super().call_model_init(trial)
         self.step = make_step(*inputs.as_model(model, self.tokenizer_of_models, self.args), self.args, self.main_objective)
-        self.encoder = self.step.encoder
+        self.encoder, self.step.sharded = self.step.encoder, self.sharded
         return self.step
 
     # ---- the step ----
@@ -212,8 +213,8 @@ class ContrastiveTrainer(GuardedTrainer):
         """
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
         mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
-        outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.caching, mlm, self.sharded)
-        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, args.same_dropout_mask)  # (B, V, D)
+        outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.caching, mlm)
+        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
@@ -279,7 +280,7 @@ class ContrastiveTrainer(GuardedTrainer):
         memory = memory_tracker(self)
         memory.start()
         with self.evaluating():
-            scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
+            scores = score_tasks(with_model(tasks, self.model), self._embed)
         if eval_dataset is None:
             check_metric(self.args, tasks, scored=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
@@ -310,7 +311,7 @@ class ContrastiveTrainer(GuardedTrainer):
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""
         tokens = tokenize_texts(self.encoder, [self.encoder.prompt(prompt_name) + text for text in texts])
-        embeddings = embed_tokens(self.model, self.encoder, tokens, self.args.chunk_tokens, self.sharded)
+        embeddings = embed_tokens(self.model, self.encoder, tokens, self.args.chunk_tokens)
         return self.encoder.finish(embeddings.float())
 
     # ---- saving and loading ----

@@ -117,14 +117,14 @@ def used_columns(ids: Tensor) -> Tensor:
     return ids[:, : int((ids != 0).any(0).sum())]
 
 
-def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:
+def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
     """Put embeddings (texts, D) into their slots of a tensor (B, V, D), in float32 or more precise. Missing texts become zeros.
 
-    With `twice`, each embedding becomes both views of its row: the model ran once, with one dropout mask.
+    If each text has two slots, its embedding becomes both views of its row: the model ran once, with one dropout mask.
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         embeddings = embeddings.float()
-    if twice:
+    if len(slots) > len(embeddings):
         embeddings = embeddings.repeat_interleave(2, 0)
     rows, views = shape
     empty = embeddings.new_zeros(rows * views, embeddings.shape[1])

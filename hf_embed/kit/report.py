@@ -106,7 +106,7 @@ def learned_temperature(trainer: ContrastiveTrainer) -> Tensor | None:
         return None
     ids = torch.tensor(trainer.encoder.tokenizer("a")["input_ids"], device=trainer.encoder.device)
     with torch.inference_mode():
-        return trainer.model(ids, [len(ids)], sharded=trainer.sharded)["temperature"]
+        return trainer.model(ids, [len(ids)])["temperature"]
 
 
 def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], results: dict[str, Any]) -> None:
