@@ -64,6 +64,8 @@ class ContrastiveObjective:
         temperature: the number that similarities are divided by. If the temperature is learned, this is its initial value.
         learn_temperature: whether the trainer learns the temperature and passes it to each call.
         mlm_weight: the weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss.
+        guide_margin: leave out candidates that a teacher scores above its score of the positive minus this number. None: no
+            teacher guides the choice of negatives.
     """
 
     equation: ClassVar[str] = ""
@@ -71,11 +73,12 @@ class ContrastiveObjective:
     temperature: float = 1.0
     learn_temperature: bool = False
     mlm_weight: float = 0.0
+    guide_margin: float | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The names of further arguments that the call needs, each one of `NEEDS`."""
-        return ()
+        return () if self.guide_margin is None else ("teacher",)
 
     @property
     def takes_other_ids(self) -> bool:

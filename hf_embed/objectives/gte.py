@@ -117,11 +117,6 @@ class ImprovedContrastive(ContrastiveObjective):
                     "positive_once needs partition_mode joint, because each softmax of per_direction needs its positive"
                 )
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The vectors of the teacher, if it guides the choice of negatives."""
-        return () if self.guide_margin is None else ("teacher",)
-
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the own rows, a scalar.
 

@@ -76,11 +76,6 @@ class SimCSE(ContrastiveObjective):
         ranges = {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0), "guide_margin": FINITE}
         check_ranges(self, ranges)
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The vectors of the teacher, if it guides the choice of negatives."""
-        return () if self.guide_margin is None else ("teacher",)
-
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse a weight of hard negatives if no row has a hard negative.
 
