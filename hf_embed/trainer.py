@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed import trainer_rows
 from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint import hub
 from hf_embed.checkpoint.layout import strip_prefix
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
@@ -333,7 +333,7 @@ class ContrastiveTrainer(GuardedTrainer):
         save_encoder(self.encoder, folder, verify, of_encoder, results=results, unsharded=self.unsharded)
         if not final:
             save_training_tensors(folder, self.step, state_dict or self.step.state_dict())
-        torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))
+        torch.save(without_secrets(args), Path(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

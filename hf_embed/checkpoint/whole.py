@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed.errors import InputError
@@ -26,7 +26,7 @@ VERSION = 1  # format version of the manifest
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 ASIDE = f"{SAVING}{PREFIX_CHECKPOINT_DIR}-"  # prefix of a checkpoint that is being written
 # Files that are not in the manifest: no resumed run reads them, and users edit them or a push leaves them out.
-LEFT_OUT = {MANIFEST, "README.md", "training_args.bin"}
+LEFT_OUT = {MANIFEST, "README.md", TRAINING_ARGS_NAME}
 # Files that a resumed run would read, even if the manifest does not list them.
 READ = re.compile(r"(model|pytorch_model|training\.safetensors|optimizer|scheduler|scaler|rng_state)[._-]?.*")
 
