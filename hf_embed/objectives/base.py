@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_embed.errors import InputError
 
+GUIDE_HELP = "With --teacher: ignore candidates that it scores above the positive minus this."  # of the flag --guide_margin
 # Further arguments that an objective may need, for the N rows of all ranks. They are 0 where a text is absent.
 NEEDS = {
     "scores": "(N, V - 1) scores of the texts after the anchor, from columns of the data or from a teacher model",
