@@ -114,8 +114,14 @@ def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
             by_metric.setdefault(key, []).append(value)
     check_names(tasks)  # again, because `compute_metrics` may have named further metrics
     for key, values in by_metric.items():
-        metrics[key] = float(np.mean([v for v in values if math.isfinite(v)] or [math.nan]))
+        metrics[key] = finite_mean(values)
     return metrics
+
+
+def finite_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are finite, or NaN if there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def unranked(metrics: Iterable[str], what: str) -> dict[str, float]:
