@@ -254,8 +254,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     with _lock:
         users, training = _evaluated.get(model, (0, set()))
-        _evaluated[model] = users + 1, training | {module for module in model.modules() if module.training}
-        model.eval()
+        switched = {module for module in model.modules() if module.training}
+        _evaluated[model] = users + 1, training | switched
+        if switched:
+            model.eval()
     try:
         yield
     finally:
@@ -263,7 +265,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             users, training = _evaluated.pop(model)
             if users > 1:
                 _evaluated[model] = users - 1, training
-            else:
+            elif training or model.training:  # the forward check switches a model to training mode
                 for module in model.modules():
                     module.training = module in training
 
