@@ -154,8 +154,8 @@ class Retrieval(EvaluationTask):
         found = {}
         for query, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
             ranked = sorted((-score, place) for score, number in zip(*row) for place in places[texts[number]][: k + 1])
-            documents = [ids[place] for _, place in ranked]
-            found[query] = [document for document in documents if not (document == query and query in self.itself)][:k]
+            nearest = [ids[place] for _, place in ranked]
+            found[query] = [document for document in nearest if not (document == query and query in self.itself)][:k]
         return torch.cat([scores, lowest], dim=1), found
 
 
