@@ -134,10 +134,7 @@ class Retrieval(EvaluationTask):
         """
         rank, ranks = get_rank(), get_world_size()
         ids = sorted(self.corpus, key=str, reverse=True)  # of equal scores, the search takes the first
-        places: dict[str, list[int]] = {}  # for each different text its ids, so that their cosines are exactly equal
-        for place, name in enumerate(ids):
-            places.setdefault(self.corpus[name], []).append(place)
-        texts = list(places)
+        texts = list(dict.fromkeys(map(self.corpus.__getitem__, ids)))  # so the cosines of equal documents are exactly equal
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
         smallest = [queries.new_empty(len(queries), 0, dtype=torch.float32)]
 
@@ -151,6 +148,10 @@ class Retrieval(EvaluationTask):
         scores, numbers = exact_search(F.normalize(queries.float(), dim=-1), blocks, k + 1, cosines)
         parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank, torch.cat(smallest, dim=1)))
         scores, numbers, lowest = (torch.cat(part, dim=1) for part in zip(*parts))
+        places: dict[str, list[int]] = {texts[number]: [] for number in numbers.unique().tolist()}
+        for place, name in enumerate(ids):
+            if self.corpus[name] in places:
+                places[self.corpus[name]].append(place)
         found = {}
         for query, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
             ranked = sorted((-score, place) for score, number in zip(*row) for place in places[texts[number]][: k + 1])
