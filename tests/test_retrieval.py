@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import zlib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from hf_embed import Retrieval, ZeroShot
 from hf_embed.distributed import gather_objects
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.tasks import embed_own_share, main_metric, score_tasks
+from hf_embed.evaluation.tasks import main_metric, score_tasks
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit.code_search import read_code_search
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
@@ -182,7 +181,7 @@ def test_equal_cosines_are_ranked_by_the_id_at_the_cut_too(documents):
 @pytest.mark.parametrize("block", [1, 3, 1024])
 def test_equal_documents_are_ranked_by_the_id_however_their_vectors_are_rounded(block, monkeypatch):
     """BUG: each copy of a document was encoded, so rounding errors, which depend on the batches, decided between the copies."""
-    monkeypatch.setattr("hf_embed.evaluation.retrieval.embed_own_share", partial(embed_own_share, batch=block))
+    monkeypatch.setattr("hf_embed.evaluation.tasks.BATCH", block)
     task = Retrieval({"q": "question"}, {f"d{i}": "same" for i in range(7)} | {"y": "far"}, {"q": {"d3": 1}}, cutoffs=(10,))
     calls = itertools.count()
 
