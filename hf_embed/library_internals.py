@@ -32,6 +32,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_save_checkpoint": ("model", "trial"),
+    "_determine_best_metric": ("metrics", "trial"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_rng_state": ("checkpoint",),
     "_init_training_state": (
@@ -49,6 +50,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
 # fmt: on
 # Methods of `Trainer` that `ContrastiveTrainer` never calls, and what a subclass can define in their place.
 NOT_CALLED = {
+    "create_optimizer_and_scheduler": "create_optimizer and create_scheduler",
     "_get_train_sampler": "get_train_dataloader",
     "_get_eval_sampler": "evaluate",
     "get_eval_dataloader": "evaluate",
