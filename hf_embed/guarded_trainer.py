@@ -61,6 +61,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.activations = Activations()
         self.losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
+        self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
         super().__init__(*args, **kwargs)
         self.made_with, self.made_of = self._read_once(), self._parts()
         self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
@@ -162,7 +163,7 @@ class GuardedTrainer(CheckpointTrainer):
             DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained, self.losses = 0, FiniteLosses()
+        self.rows_trained, self.losses, self.source_losses = 0, FiniteLosses(), {}
         # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
         # NaN or infinite one. `FiniteLosses` leaves these out.
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False

@@ -46,7 +46,9 @@ def test_a_script_that_trains_evaluates_and_saves(tmp_path):
     before = run.evaluate()
     run.train()
     after = run.evaluate()
+    run.save_model(str(tmp_path / "checkpoint-final"))  # BUG: such a folder had no results, and was not compared
     run.save_model()
+    assert stored(tmp_path) == stored(tmp_path / "checkpoint-final")
     text, results = card(tmp_path), stored(tmp_path)
     for scores, found in ((before, results["before"]), (after, results["after"])):
         assert found["sts"] == {"dev": round(scores["eval_dev_spearman"], 2)}

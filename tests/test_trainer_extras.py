@@ -9,7 +9,7 @@ import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from scipy.stats import pearsonr
-from transformers import AutoModel, EarlyStoppingCallback
+from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 from worker import NO_DROPOUT
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
@@ -72,6 +72,16 @@ def test_model_init_that_cannot_be(tmp_path):
     assert "it may have one, the trial of a search" in error_of(trainer, tmp_path, model_init=lambda a, b: tiny_model())
     optimizer = torch.optim.SGD(tiny_model().parameters(), 0.1)
     assert "optimizers= cannot be given" in error_of(trainer, tmp_path, model_init=new_model, optimizers=(optimizer, None))
+
+
+def test_models_of_model_init_must_read_the_same_tokens(tmp_path):
+    """BUG: the rows were tokenized for the first model, and a later one was trained on them and evaluated in its own way."""
+    settings = {"max_length": 32}
+    made = trainer(tmp_path, model_init=lambda: Encoder(new_model(), small_tokenizer(), **settings), processing_class=None)
+    made.train()
+    for name, value in (("max_length", 4), ("prompts", {"query": "find: "})):
+        settings.update({"max_length": 32, name: value})
+        assert f"model_init returns models with different {name}" in error_of(made.train)
 
 
 def test_hyperparameter_search(tmp_path):
@@ -302,7 +312,7 @@ def test_evaluation_sets_have_no_dataloader(tmp_path, name, sets):
     assert error_of(getattr(trainer(tmp_path), name), *sets) == expected
 
 
-@pytest.mark.parametrize("name", ["_get_train_sampler", "evaluation_loop"])
+@pytest.mark.parametrize("name", ["_get_train_sampler", "evaluation_loop", "create_optimizer_and_scheduler"])
 def test_methods_that_are_never_called_are_refused(tmp_path, name):
     """BUG: a subclass with its own order of the rows, or its own evaluation loop, was ignored."""
 
@@ -321,9 +331,12 @@ def test_methods_that_are_never_called_are_refused(tmp_path, name):
 
 
 def test_predict_embeds(tmp_path):
+    told = []
     made = trainer(tmp_path)
+    made.add_callback(type("Told", (TrainerCallback,), {"on_predict": lambda *_, metrics, **kwargs: told.append(metrics)})())
     texts = Dataset.from_dict({"text": WORDS})
     found = made.predict(texts)
+    assert told == [found.metrics]  # BUG: callbacks were not called
     assert np.abs(found.predictions - made.encoder.encode(WORDS)).max() < 1e-5 and found.label_ids is None
     pairs = made.predict(PAIRS).predictions
     assert pairs.shape == (len(WORDS), 2, 32)
