@@ -179,7 +179,7 @@ def check_after(args: TrainingArguments) -> None:
     check_recomputing(args)
     check_compiling(args)
     check_optimizer(args)
-    check_schedule(args)
+    check_schedule(args, args.max_steps if args.max_steps > 0 else None)
 
 
 def check_recomputing(args: TrainingArguments) -> None:
@@ -228,8 +228,10 @@ def check_optimizer(args: TrainingArguments) -> None:
             raise InputError(f"optim {name}: {' '.join(str(error).split())}") from error
 
 
-def check_schedule(args: TrainingArguments) -> None:
+def check_schedule(args: TrainingArguments, steps: int | None = None) -> None:
     """Check the settings of the learning-rate schedule by building the schedule for a single weight.
+
+    `steps` is the number of steps of the run, if it is known.
 
     Raises:
         InputError: if the schedule does not accept the settings.
@@ -237,10 +239,12 @@ def check_schedule(args: TrainingArguments) -> None:
     name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs is {given!r}, but {name} does not use it; remove it")
-    steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    warmup = args.get_warmup_steps(steps or 1000)
     try:
-        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
+        get_scheduler(name, optimizer, warmup, steps or 1000, given)
+        if name == "polynomial" and warmup == steps:  # the last step would divide by 0
+            raise ValueError(f"warmup_steps is {args.warmup_steps:g}, which are all steps of the run; set it to less")
     except Exception as error:
         raise InputError(f"lr_scheduler_type {name}: {' '.join(str(error).split())}") from error
 
@@ -347,6 +351,7 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
         )
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    check_schedule(args, steps)
     end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[IntervalStrategy(args.eval_strategy).value]
     if args.eval_delay > end:
         raise InputError(

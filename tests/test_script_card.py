@@ -41,6 +41,17 @@ def card(folder: Path) -> str:
     return text
 
 
+def test_a_second_training_has_no_scores_from_before_the_first(tmp_path):
+    """BUG: the card showed the scores of the untrained model as those from before the second training."""
+    run = make(tmp_path, SETS)
+    run.evaluate()
+    for expected in (True, False):
+        run.train()
+        run.evaluate()
+        run.save_model()
+        assert bool(stored(tmp_path)["before"]) == expected and stored(tmp_path)["after"]
+
+
 def test_a_script_that_trains_evaluates_and_saves(tmp_path):
     run = make(tmp_path, SETS, seed=7, gradient_accumulation_steps=2)
     before = run.evaluate()
