@@ -28,6 +28,7 @@ from hf_embed.evaluation.tasks import logged_by, main_metric
 from hf_embed.library_internals import first_step, run_folder, save_checkpoint
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
+from hf_embed.step import own_parameters_without
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
 from hf_embed.trainer_inputs import refuse_uncalled
 from hf_embed.trainer_rows import own_tasks
@@ -111,6 +112,21 @@ class GuardedTrainer(CheckpointTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 check_reader(self.args, type(callback).__name__)
+
+    def _prepare_for_training(self, *args: Any, **named: Any) -> tuple[nn.Module, Any]:
+        """Prepare as `Trainer` does.
+
+        Raises:
+            InputError: if an optimizer that a subclass has made does not train what the trainer created.
+        """
+        prepared = super()._prepare_for_training(*args, **named)
+        if not self.sharded:
+            for what in own_parameters_without(cast(Any, self.optimizer), cast("ContrastiveTrainer", self).step):
+                raise InputError(
+                    f"create_optimizer leaves out the {what}, which would not be trained; give the optimizer all parameters of "
+                    "self.model"
+                )
+        return prepared
 
     def _renew_optimizer(self, step: nn.Module) -> None:
         """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.

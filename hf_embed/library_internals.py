@@ -35,6 +35,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_determine_best_metric": ("metrics", "trial"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_rng_state": ("checkpoint",),
+    "_prepare_for_training": (),
     "_init_training_state": (
         "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
     ),

@@ -12,7 +12,7 @@ from scipy.stats import pearsonr
 from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 from worker import NO_DROPOUT
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, ImprovedContrastive, SimCSE
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} there"} for word in WORDS])
@@ -325,6 +325,21 @@ def test_methods_that_are_never_called_are_refused(tmp_path, name):
     assert message.startswith(f"Mine defines {name}, which ContrastiveTrainer never calls; define ")
     kind = type("Mine", (ContrastiveTrainer,), {"evaluate": define, "get_train_dataloader": define})
     kind(tiny_model(), args, processing_class=small_tokenizer())
+
+
+@pytest.mark.parametrize("pooling, part", [("mean", "learned temperature"), ("cls_mlp_train", "training head")])
+def test_an_optimizer_of_a_subclass_must_train_what_the_trainer_created(tmp_path, pooling, part):
+    """BUG: an optimizer for the backbone alone left them as they were."""
+
+    class Mine(ContrastiveTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.encoder.backbone.parameters(), 0.1)
+            return self.optimizer
+
+    args = ContrastiveTrainingArguments(tmp_path, report_to=[], use_cpu=True, max_steps=1, pooling=pooling)
+    objective = ImprovedContrastive(learn_temperature=pooling == "mean")
+    made = Mine(tiny_model(), args, objective, PAIRS, processing_class=small_tokenizer())
+    assert error_of(made.train).startswith(f"create_optimizer leaves out the {part}, which would not be trained; ")
 
 
 # ---- predict ----
