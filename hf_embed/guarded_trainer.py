@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EarlyStoppingCallback
+from transformers.optimization import GreedyLR
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -131,11 +133,14 @@ class GuardedTrainer(CheckpointTrainer):
     def _renew_optimizer(self, step: nn.Module) -> None:
         """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
 
+        The same if a schedule that reads the metric has lowered its learning rates.
+
         An optimizer that the user gave stays.
         """
         now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
         now["weights"] = [name for name, parameter in step.named_parameters() if parameter.requires_grad]
-        if self.optimizer_of is not None and self.optimizer_of != now:
+        lowered = isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR)  # such a schedule changes the rates themselves
+        if self.optimizer_of is not None and (lowered or self.optimizer_of != now):
             self.optimizer = None
         if self.optimizer_of is not None or self.optimizer is None:
             self.optimizer_of = now

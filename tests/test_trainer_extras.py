@@ -207,6 +207,19 @@ def test_a_second_training_takes_the_present_settings_and_weights(tmp_path):
     assert getattr(made.optimizer, "optimizer", made.optimizer) is given
 
 
+def test_a_second_training_begins_with_the_learning_rate_again(tmp_path):
+    """BUG: after a schedule that reads the metric, it began with the rate to which the first training was lowered."""
+    never = {"patience": 0, "threshold": 1e6, "threshold_mode": "abs"}
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": never, "eval_strategy": "steps",
+                "eval_steps": 1, "logging_steps": 1, "learning_rate": 1e-3}  # fmt: skip
+    made = trainer(tmp_path, settings=settings)
+    for schedule in ("reduce_lr_on_plateau", "reduce_lr_on_plateau", "constant"):
+        made.args.lr_scheduler_type = schedule
+        made.args.lr_scheduler_kwargs = never if schedule != "constant" else None
+        made.train()
+        assert made.state.log_history[0]["learning_rate"] == 1e-3
+
+
 def test_evaluation_sets_and_metrics_may_be_replaced(tmp_path):
     """BUG: other sets in `eval_dataset` ended in an AttributeError."""
     made = trainer(tmp_path, settings={"eval_strategy": "steps", "eval_steps": 1})
