@@ -223,8 +223,10 @@ class CheckpointTrainer(HubTrainer):
 
         `_mark_best` does not read it from the log, where a callback may have logged other sets, or a subclass other names.
         """
-        self.scores[self.state.global_step] = metrics.get(self._best_key(), math.nan)
-        return super()._determine_best_metric(metrics, trial)
+        better = super()._determine_best_metric(metrics, trial)
+        if self.args.metric_for_best_model is not None:
+            self.scores[self.state.global_step] = metrics[self._best_key()]
+        return better
 
     def _best_key(self) -> str:
         """Return the name under which the metric that chooses the best model is logged."""

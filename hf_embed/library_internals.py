@@ -127,13 +127,28 @@ def use_one_gpu(args: TrainingArguments) -> None:
 @contextlib.contextmanager
 def same_accelerator() -> Iterator[None]:
     """Keep accelerate's state of this process in a `with` block in which `TrainingArguments` are made, which empty it."""
-    kept = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    kept = accelerate_state()
     try:
         yield
     finally:
-        for kind, state in kept:
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
+        set_accelerate_state(kept)
+
+
+def accelerate_state() -> list[dict[str, Any]]:
+    """Return accelerate's state of this process, for example its mixed precision."""
+    return [dict(kind._shared_state) for kind in (PartialState, AcceleratorState)]
+
+
+def clear_accelerator_state() -> None:
+    """Let the next `Accelerator` of this process have its own settings, for example another mixed precision."""
+    AcceleratorState._reset_state()
+
+
+def set_accelerate_state(states: list[dict[str, Any]]) -> None:
+    """Set accelerate's state of this process to what `accelerate_state` returned earlier."""
+    for kind, state in zip((PartialState, AcceleratorState), states):
+        kind._shared_state.clear()
+        kind._shared_state.update(state)
 
 
 def train_batch_size(trainer: "Trainer") -> int:
@@ -149,6 +164,11 @@ def first_step(trainer: "Trainer") -> int:
 def run_folder(trainer: "Trainer", trial: Any) -> str:
     """Return the folder of a training's checkpoints: a folder for each trial of a search, or the output folder."""
     return trainer._get_output_dir(trial)
+
+
+def made_schedule(trainer: "Trainer") -> bool:
+    """Return whether Trainer itself has made the learning-rate schedule. For some optimizers it is one without effect."""
+    return trainer._created_lr_scheduler
 
 
 def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":

@@ -229,11 +229,7 @@ def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[tor
         raise InputError(f"optimizers: {described(pair[0])} is not an optimizer; give an object of torch.optim, or None")
     if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
         raise InputError(f"optimizers: {described(pair[1])} is not a learning-rate schedule; give one of torch.optim, or None")
-    scheduled = pair[1].optimizer.param_groups if isinstance(pair[1], LRScheduler | GreedyLR) else None
-    if scheduled is not None and (pair[0] is None or scheduled is not pair[0].param_groups):
-        raise InputError(
-            "optimizers: the schedule was made for another optimizer, so it would have no effect; give that one with it"
-        )
+    check_schedule_of(*pair)
     if isinstance(pair[1], ReduceLROnPlateau | GreedyLR):
         kind, wanted = f"optimizers: {type(pair[1]).__name__}", "max" if args.greater_is_better else "min"
         check_reader(args, kind)
@@ -243,6 +239,16 @@ def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[tor
                 f"mode={wanted!r}"
             )
     return cast(tuple[torch.optim.Optimizer | None, Any], pair)
+
+
+def check_schedule_of(optimizer: Any, schedule: Any) -> None:
+    """Raise InputError if a learning-rate schedule was made for another optimizer: it would be logged, and have no effect."""
+    scheduled = schedule.optimizer.param_groups if isinstance(schedule, LRScheduler | GreedyLR) else None
+    if scheduled is not None and (optimizer is None or scheduled is not optimizer.param_groups):
+        raise InputError(
+            "the learning-rate schedule was made for another optimizer, so it would have no effect; give optimizers= both, or "
+            "neither"
+        )
 
 
 # ---- the model and its tokenizer ----

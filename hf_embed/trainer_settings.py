@@ -97,6 +97,8 @@ OTHERS = {
 RECOMPUTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}
 RECOMPUTING |= {"early_stop"}
 
+OF_GEOMETRY = ("alignment", "uniformity")  # the ends of metric names of which transformers would take the greatest value
+LOWER_IS_BETTER = ("loss", *OF_GEOMETRY)  # the ends of all metric names of which a smaller value is better
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning-rate schedules that read the evaluation metric
 NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that need the model, so Trainer checks them later
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimizers that ignore `optim_args`
@@ -296,6 +298,8 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
         args.metric_for_best_model = main_metric(tasks)
         if args.metric_for_best_model == "loss":
             args.greater_is_better = False
+    if args.greater_is_better is None:  # a script has set the metric after the arguments were made
+        args.greater_is_better = not args.metric_for_best_model.endswith(LOWER_IS_BETTER)
     names = metric_names(tasks)
     unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
     if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
@@ -323,6 +327,8 @@ def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     ):
         if wanted and not tasks:
             raise InputError(f"{what}, but there is no evaluation set; give one, or remove this setting")
+    if args.load_best_model_at_end:
+        check_reader(args, "load_best_model_at_end")
 
 
 def check_reader(args: TrainingArguments, reader: str) -> None:

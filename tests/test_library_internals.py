@@ -127,9 +127,16 @@ def test_same_accelerator(tmp_path):
     with internals.same_accelerator():
         TrainingArguments(str(tmp_path), use_cpu=True)
     assert accelerator.distributed_type == DistributedType.NO and accelerator.state.initialized
+    kept = internals.accelerate_state()
     TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(AttributeError):  # control
         accelerator.distributed_type  # noqa: B018
+    internals.set_accelerate_state(kept)
+    assert accelerator.distributed_type == DistributedType.NO
+    with pytest.raises(ValueError, match="already been initialized"):  # control
+        Accelerator(cpu=True, mixed_precision="bf16")
+    internals.clear_accelerator_state()
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
 
 
 def test_train_batch_size(tmp_path):
@@ -189,6 +196,13 @@ def test_first_step(tmp_path):
     trainer._initial_global_step = 7  # the name that Trainer.train sets
     assert internals.first_step(trainer) == 7
     assert "self._initial_global_step = self.state.global_step" in inspect.getsource(type(trainer)._inner_training_loop)
+
+
+def test_made_schedule(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    assert not internals.made_schedule(trainer)
+    trainer.create_optimizer_and_scheduler(4)
+    assert internals.made_schedule(trainer)
 
 
 def test_memory_tracker(tmp_path):

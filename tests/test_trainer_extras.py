@@ -220,6 +220,35 @@ def test_a_second_training_begins_with_the_learning_rate_again(tmp_path):
         assert made.state.log_history[0]["learning_rate"] == 1e-3
 
 
+def test_other_arguments_may_be_made_before_the_training(tmp_path):
+    """BUG: this emptied accelerate's state, and the training ended in an AttributeError, as that of a plain Trainer does."""
+    made = trainer(tmp_path)
+    args = ContrastiveTrainingArguments(tmp_path / "other", use_cpu=True, bf16=True)
+    assert made.train().global_step == 2
+    ContrastiveTrainer(tiny_model(), args, processing_class=small_tokenizer())  # it sets the state to its own precision
+    made.train()
+    assert made.accelerator.state.mixed_precision == "no"
+
+
+def test_a_metric_that_is_set_later_has_a_direction(tmp_path):
+    """BUG: the smallest Spearman was the best one, and `load_best_model_at_end` without a metric did nothing."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 5e-2}
+    made = trainer(tmp_path, settings=settings)
+    made.args.load_best_model_at_end = True
+    assert error_of(made.train).endswith("reads the evaluation metric, but there is none; set metric_for_best_model")
+    made.args.metric_for_best_model = "spearman"
+    made.train()
+    scores = [entry["eval_spearman"] for entry in made.state.log_history if "eval_spearman" in entry]
+    assert made.state.best_metric == max(scores) != min(scores)
+
+
+def test_a_schedule_of_another_optimizer_that_is_set_later(tmp_path):
+    made = trainer(tmp_path)
+    other = torch.optim.SGD(made.model.parameters(), 0.3)
+    made.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(other)
+    assert error_of(made.train).startswith("the learning-rate schedule was made for another optimizer")
+
+
 def test_evaluation_sets_and_metrics_may_be_replaced(tmp_path):
     """BUG: other sets in `eval_dataset` ended in an AttributeError."""
     made = trainer(tmp_path, settings={"eval_strategy": "steps", "eval_steps": 1})

@@ -262,8 +262,8 @@ class OwnWeights(torch.nn.Module):
         ({"optimizers": ("adamw", None)}, ["a str is not an optimizer"]),
         ({"optimizers": (None, "linear")}, ["a str is not a learning-rate schedule"]),
         # BUG: the logged learning rate was that of the schedule, and the optimizer never had it.
-        ({"optimizers": (None, plateau()[1])}, ["the schedule was made for another optimizer"]),
-        ({"optimizers": (plateau()[0], plateau()[1])}, ["the schedule was made for another optimizer"]),
+        ({"optimizers": (None, plateau()[1])}, ["the learning-rate schedule was made for another optimizer"]),
+        ({"optimizers": (plateau()[0], plateau()[1])}, ["the learning-rate schedule was made for another optimizer"]),
         # BUG: these weights were not trained.
         ({"objective": OwnWeights()}, ["OwnWeights has weights of its own (scale), which would not be trained"]),
         ({"train_dataset": [Source("a", ROWS, objective=Matryoshka(OwnWeights().requires_grad_(False), [8])),
