@@ -28,10 +28,12 @@ from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
     first_step,
+    in_mixed_precision,
     keep_counts,
     run_folder,
     save_optimization,
     save_without_push,
+    set_accelerate_state,
     set_base_rates,
     train_batch_size,
 )
@@ -60,6 +62,7 @@ class CheckpointTrainer(HubTrainer):
     args: ContrastiveTrainingArguments
     check_unchanged: Callable[[], None]  # see `GuardedTrainer`
     facts: resume.Facts  # the description of this run; set when the training begins
+    accelerate_state: list[dict[str, Any]]  # that of this trainer; see `set_accelerate_state`
     scores: dict[int, float]  # the metric that chooses the best model, by step; set when the training begins
 
     @property
@@ -163,9 +166,13 @@ class CheckpointTrainer(HubTrainer):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside a `with` block, compute embeddings as the final model would: without dropout and without gradients."""
+        """Inside a `with` block, compute embeddings without dropout and without gradients, in the precision of the training."""
         self.use_final_weights()
-        cast(nn.Module, self.model).eval()
+        model = cast(nn.Module, self.model)
+        if self.accelerator.native_amp and not self.sharded and not in_mixed_precision(model):  # before the first training
+            set_accelerate_state(self.accelerate_state)
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
         with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             yield
 

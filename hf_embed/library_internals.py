@@ -139,6 +139,11 @@ def accelerate_state() -> list[dict[str, Any]]:
     return [dict(kind._shared_state) for kind in (PartialState, AcceleratorState)]
 
 
+def in_mixed_precision(model: nn.Module) -> bool:
+    """Return whether accelerate has prepared a model, so that it computes in mixed precision."""
+    return hasattr(model, "_original_forward")
+
+
 def clear_accelerator_state() -> None:
     """Let the next `Accelerator` of this process have its own settings, for example another mixed precision."""
     AcceleratorState._reset_state()

@@ -136,7 +136,9 @@ def test_same_accelerator(tmp_path):
     with pytest.raises(ValueError, match="already been initialized"):  # control
         Accelerator(cpu=True, mixed_precision="bf16")
     internals.clear_accelerator_state()
-    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    model, accelerator = torch.nn.Linear(1, 1), Accelerator(cpu=True, mixed_precision="bf16")
+    assert accelerator.mixed_precision == "bf16" and not internals.in_mixed_precision(model)
+    assert internals.in_mixed_precision(accelerator.prepare_model(model, evaluation_mode=True))
 
 
 def test_train_batch_size(tmp_path):

@@ -318,6 +318,15 @@ def test_mlm_needs_a_head(tmp_path):
         trainer(tmp_path, objective=SimCSE(mlm_weight=0.1))
 
 
+def test_evaluation_before_the_training_is_in_its_precision(tmp_path):
+    """BUG: with bf16, it was in float32, so the scores from before and after a training differed by the precision."""
+    texts = [{"text": word} for word in WORDS]
+    runs = [trainer(tmp_path, bf16=bf16, learning_rate=0.0, max_steps=1) for bf16 in (True, False)]
+    before = [run.predict(texts).predictions for run in runs]
+    runs[0].train()
+    assert np.array_equal(before[0], runs[0].predict(texts).predictions) and not np.array_equal(*before)
+
+
 def test_bf16_trains_float32_weights(tmp_path):
     run = trainer(tmp_path, bf16=True)
     run.train()
