@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-PREFIX = "hf_embed_tests_"
-if not Path(os.environ.get("HF_HOME", "")).name.startswith(PREFIX):  # workers and launched ranks inherit the variable
-    CACHES = TemporaryDirectory(prefix=PREFIX)  # tables of the tests do not stay in the user's caches
+if "hf_embed_tests_" not in os.environ.get("HF_HOME", ""):  # workers and launched ranks inherit the variable
+    CACHES = TemporaryDirectory(prefix="hf_embed_tests_")  # tables of the tests do not stay in the user's caches
     os.environ["HF_HOME"] = CACHES.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
