@@ -227,7 +227,7 @@ def check_optimizer(args: TrainingArguments) -> None:
             made_by([torch.nn.Parameter(torch.zeros(1))], **kwargs)
     except Exception as error:
         if isinstance(error, ImportError) or not name.startswith(NEED_A_MODEL):
-            raise InputError(f"optim {name}: {' '.join(str(error).split())}") from error
+            raise InputError(f"optim {name}: {error}") from error
 
 
 def check_schedule(args: TrainingArguments, steps: int | None = None) -> None:
@@ -248,7 +248,7 @@ def check_schedule(args: TrainingArguments, steps: int | None = None) -> None:
         if name == "polynomial" and warmup == steps:  # the last step would divide by 0
             raise ValueError(f"warmup_steps is {args.warmup_steps:g}, which are all steps of the run; set it to less")
     except Exception as error:
-        raise InputError(f"lr_scheduler_type {name}: {' '.join(str(error).split())}") from error
+        raise InputError(f"lr_scheduler_type {name}: {error}") from error
 
 
 def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
