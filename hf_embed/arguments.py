@@ -16,7 +16,7 @@ from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranks import limit_waiting
 from hf_embed.read_files import parse_json
-from hf_embed.trainer_settings import METRIC_SCHEDULES, check_after, check_before, refuse_other_fields
+from hf_embed.trainer_settings import METRIC_SCHEDULES, OF_GEOMETRY, check_after, check_before, refuse_other_fields
 
 
 @dataclass
@@ -97,7 +97,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         chosen = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in METRIC_SCHEDULES
         if chosen and self.metric_for_best_model is None:
             self.metric_for_best_model = "auto"  # the trainer resolves it, because it knows the evaluation sets
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("alignment", "uniformity")):
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(OF_GEOMETRY):
             self.greater_is_better = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
@@ -134,9 +134,10 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
         The trainer checks the result.
 
-        Values stay as they are, and derived values are not derived again. There are two exceptions. An unset
+        Values stay as they are, and derived values are not derived again. There are three exceptions. An unset
         `ddp_find_unused_parameters` becomes False. If the loss would choose the best model, which is the default of
-        transformers, but no evaluation set logs a loss, then the main metric of the evaluation sets chooses it.
+        transformers, but no evaluation set logs a loss, then the main metric of the evaluation sets chooses it. If alignment or
+        uniformity chooses it, a smaller value is better, where transformers would take the greatest.
 
         Args:
             args: `TrainingArguments`, or a subclass whose additional fields are at their defaults.
@@ -155,6 +156,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
             made.ddp_find_unused_parameters = False
         if made.metric_for_best_model in ("loss", "eval_loss") and not has_loss:
             made.metric_for_best_model, made.greater_is_better = "auto", True
+        elif str(made.metric_for_best_model).endswith(OF_GEOMETRY):
+            made.greater_is_better = False
         join_ranks(made)
         return made
 

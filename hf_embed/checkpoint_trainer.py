@@ -28,10 +28,12 @@ from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
     first_step,
+    in_mixed_precision,
     keep_counts,
     run_folder,
     save_optimization,
     save_without_push,
+    set_accelerate_state,
     set_base_rates,
     train_batch_size,
 )
@@ -60,6 +62,8 @@ class CheckpointTrainer(HubTrainer):
     args: ContrastiveTrainingArguments
     check_unchanged: Callable[[], None]  # see `GuardedTrainer`
     facts: resume.Facts  # the description of this run; set when the training begins
+    accelerate_state: list[dict[str, Any]]  # that of this trainer; see `set_accelerate_state`
+    scores: dict[int, float]  # the metric that chooses the best model, by step; set when the training begins
 
     @property
     def sharded(self) -> bool:
@@ -161,9 +165,13 @@ class CheckpointTrainer(HubTrainer):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside a `with` block, compute embeddings as the final model would: without dropout and without gradients."""
+        """Inside a `with` block, compute embeddings without dropout and without gradients, in the precision of the training."""
         self.use_final_weights()
-        cast(nn.Module, self.model).eval()
+        model = cast(nn.Module, self.model)
+        if self.accelerator.native_amp and not self.sharded and not in_mixed_precision(model):  # before the first training
+            set_accelerate_state(self.accelerate_state)
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
         with torch.inference_mode(), hidden_bars(bool(self.args.disable_tqdm)):
             yield
 
@@ -209,14 +217,26 @@ class CheckpointTrainer(HubTrainer):
         """
         if self.stopping:
             return
-        metric, marked = str(self.args.metric_for_best_model), self.state.best_model_checkpoint
-        key = metric if metric.startswith("eval_") else f"eval_{metric}"
-        scores = {entry["step"]: entry[key] for entry in self.state.log_history if key in entry}
-        now = scores.get(self.state.global_step, math.nan)
-        best = math.nan if marked is None else scores.get(whole.step_of(marked) or 0, math.nan)
+        marked = self.state.best_model_checkpoint
+        now = self.scores.get(self.state.global_step, math.nan)
+        best = math.nan if marked is None else self.scores.get(whole.step_of(marked) or 0, math.nan)
         better = now > best if self.args.greater_is_better else now < best
         if better or (math.isnan(best) and not math.isnan(now)):
             self.state.best_model_checkpoint = str(checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Note the score of this step, and return whether it is the best so far.
+
+        `_mark_best` does not read it from the log, where a callback may have logged other sets, or a subclass other names.
+        """
+        better = super()._determine_best_metric(metrics, trial)
+        if self.args.metric_for_best_model is not None:
+            self.scores[self.state.global_step] = metrics[self._best_key()]
+        return better
+
+    def _best_key(self) -> str:
+        """Return the name under which the metric that chooses the best model is logged."""
+        return f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
 
     def _note_callbacks(self) -> None:
         """Store the states of stateful callbacks in the trainer's state; several callbacks of one class become a list."""
@@ -244,6 +264,8 @@ class CheckpointTrainer(HubTrainer):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
+        key = self._best_key()
+        self.scores = {int(entry["step"]): entry[key] for entry in self.state.log_history if key in entry}
         if resume_from_checkpoint is not None:
             # The current flags, and not those in the checkpoint, set the batch size and when to log, evaluate and save.
             self.state.compute_steps(self.args, max_steps)

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EarlyStoppingCallback
+from transformers.optimization import GreedyLR
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -25,11 +27,20 @@ from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
 from hf_embed.evaluation.tasks import logged_by, main_metric
-from hf_embed.library_internals import first_step, run_folder, save_checkpoint
+from hf_embed.library_internals import (
+    accelerate_state,
+    clear_accelerator_state,
+    first_step,
+    made_schedule,
+    run_folder,
+    save_checkpoint,
+    set_accelerate_state,
+)
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
+from hf_embed.step import own_parameters_without
 from hf_embed.stop import Stopped, StopRequests, how_to_go_on
-from hf_embed.trainer_inputs import refuse_uncalled
+from hf_embed.trainer_inputs import check_schedule_of, refuse_uncalled
 from hf_embed.trainer_rows import own_tasks
 from hf_embed.trainer_settings import check_batch, check_reader, check_settings
 from hf_embed.training_record import ends_training
@@ -61,8 +72,11 @@ class GuardedTrainer(CheckpointTrainer):
         self.activations = Activations()
         self.losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
+        self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
+        clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
         super().__init__(*args, **kwargs)
         self.made_with, self.made_of = self._read_once(), self._parts()
+        self.accelerate_state = accelerate_state()
         self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
         self.check_caching()
@@ -111,14 +125,35 @@ class GuardedTrainer(CheckpointTrainer):
             if isinstance(callback, EarlyStoppingCallback):
                 check_reader(self.args, type(callback).__name__)
 
+    def _prepare_for_training(self, *args: Any, **named: Any) -> tuple[nn.Module, Any]:
+        """Prepare as `Trainer` does.
+
+        Raises:
+            InputError: if an optimizer that a subclass has made does not train what the trainer created, or if the schedule
+                belongs to another optimizer.
+        """
+        prepared = super()._prepare_for_training(*args, **named)
+        if not self.sharded:
+            if not made_schedule(self):
+                check_schedule_of(self.optimizer, self.lr_scheduler)
+            for what in own_parameters_without(cast(Any, self.optimizer), cast("ContrastiveTrainer", self).step):
+                raise InputError(
+                    f"create_optimizer leaves out the {what}, which would not be trained; give the optimizer all parameters of "
+                    "self.model"
+                )
+        return prepared
+
     def _renew_optimizer(self, step: nn.Module) -> None:
         """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
+
+        The same if a schedule that reads the metric has lowered its learning rates.
 
         An optimizer that the user gave stays.
         """
         now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
         now["weights"] = [name for name, parameter in step.named_parameters() if parameter.requires_grad]
-        if self.optimizer_of is not None and self.optimizer_of != now:
+        lowered = isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR)  # such a schedule changes the rates themselves
+        if self.optimizer_of is not None and (lowered or self.optimizer_of != now):
             self.optimizer = None
         if self.optimizer_of is not None or self.optimizer is None:
             self.optimizer_of = now
@@ -161,8 +196,9 @@ class GuardedTrainer(CheckpointTrainer):
                 with a single text at a time.
             DiskError: if the disk is full, or if something cannot be written. Earlier checkpoints stay complete.
         """
+        set_accelerate_state(self.accelerate_state)  # other arguments or trainers may have emptied or replaced it
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained, self.losses = 0, FiniteLosses()
+        self.rows_trained, self.losses, self.source_losses = 0, FiniteLosses(), {}
         # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
         # NaN or infinite one. `FiniteLosses` leaves these out.
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False

@@ -32,8 +32,10 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_save_checkpoint": ("model", "trial"),
+    "_determine_best_metric": ("metrics", "trial"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_rng_state": ("checkpoint",),
+    "_prepare_for_training": (),
     "_init_training_state": (
         "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
     ),
@@ -49,6 +51,7 @@ REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
 # fmt: on
 # Methods of `Trainer` that `ContrastiveTrainer` never calls, and what a subclass can define in their place.
 NOT_CALLED = {
+    "create_optimizer_and_scheduler": "create_optimizer and create_scheduler",
     "_get_train_sampler": "get_train_dataloader",
     "_get_eval_sampler": "evaluate",
     "get_eval_dataloader": "evaluate",
@@ -125,13 +128,33 @@ def use_one_gpu(args: TrainingArguments) -> None:
 @contextlib.contextmanager
 def same_accelerator() -> Iterator[None]:
     """Keep accelerate's state of this process in a `with` block in which `TrainingArguments` are made, which empty it."""
-    kept = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    kept = accelerate_state()
     try:
         yield
     finally:
-        for kind, state in kept:
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
+        set_accelerate_state(kept)
+
+
+def accelerate_state() -> list[dict[str, Any]]:
+    """Return accelerate's state of this process, for example its mixed precision."""
+    return [dict(kind._shared_state) for kind in (PartialState, AcceleratorState)]
+
+
+def in_mixed_precision(model: nn.Module) -> bool:
+    """Return whether accelerate has prepared a model, so that it computes in mixed precision."""
+    return hasattr(model, "_original_forward")
+
+
+def clear_accelerator_state() -> None:
+    """Let the next `Accelerator` of this process have its own settings, for example another mixed precision."""
+    AcceleratorState._reset_state()
+
+
+def set_accelerate_state(states: list[dict[str, Any]]) -> None:
+    """Set accelerate's state of this process to what `accelerate_state` returned earlier."""
+    for kind, state in zip((PartialState, AcceleratorState), states):
+        kind._shared_state.clear()
+        kind._shared_state.update(state)
 
 
 def train_batch_size(trainer: "Trainer") -> int:
@@ -147,6 +170,11 @@ def first_step(trainer: "Trainer") -> int:
 def run_folder(trainer: "Trainer", trial: Any) -> str:
     """Return the folder of a training's checkpoints: a folder for each trial of a search, or the output folder."""
     return trainer._get_output_dir(trial)
+
+
+def made_schedule(trainer: "Trainer") -> bool:
+    """Return whether Trainer itself has made the learning-rate schedule. For some optimizers it is one without effect."""
+    return trainer._created_lr_scheduler
 
 
 def memory_tracker(trainer: "Trainer") -> "TrainerMemoryTracker":

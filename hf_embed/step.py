@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Lower limit of a learned temperature. Below it, training steps are dominated by noise. (CLIP's limit is 0.01.)
 MIN_TEMPERATURE = 0.001
+TEMPERATURE = "learned temperature"  # what messages call it
 
 
 class TrainingStep(nn.Module):
@@ -324,18 +325,22 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(step.parameters()):
         raise InputError("optimizers: the optimizer has none of the model's parameters; create it for the model that you train")
-    head = [] if step.train_head is None else list(step.train_head.parameters())
-    temperature = [] if step.log_temperature is None else [step.log_temperature]
-    made: list[tuple[str, list[nn.Parameter], dict[str, float]]] = [
-        ("training head", head, {}),
-        ("learned temperature", temperature, {"weight_decay": 0.0}),
-    ]
-    for what, parameters, settings in made:
-        parameters = [parameter for parameter in parameters if parameter not in held]
-        if parameters and scheduler is not None:
+    for what, parameters in own_parameters_without(optimizer, step).items():
+        if scheduler is not None:
             raise InputError(
                 f"optimizers: the scheduler was created before the {what} and cannot set its learning rate; give only the "
                 "optimizer, (optimizer, None), and set lr_scheduler_type"
             )
-        if parameters:
-            optimizer.add_param_group({"params": parameters, **settings})
+        optimizer.add_param_group({"params": parameters, **({"weight_decay": 0.0} if what == TEMPERATURE else {})})
+
+
+def own_parameters_without(optimizer: torch.optim.Optimizer, step: TrainingStep) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that the trainer created and that the optimizer does not hold, by their name in messages."""
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    head = [] if step.train_head is None else list(step.train_head.parameters())
+    temperature = [] if step.log_temperature is None else [step.log_temperature]
+    missing = {
+        what: [parameter for parameter in parameters if parameter not in held]
+        for what, parameters in (("training head", head), (TEMPERATURE, temperature))
+    }
+    return {what: parameters for what, parameters in missing.items() if parameters}

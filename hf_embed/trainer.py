@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from transformers.trainer_utils import PredictionOutput
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed import trainer_rows
@@ -30,7 +30,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import strip_prefix
 from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
-from hf_embed.checkpoint.whole import ASIDE
+from hf_embed.checkpoint.whole import ASIDE, step_of
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
@@ -172,7 +172,6 @@ class ContrastiveTrainer(GuardedTrainer):
         self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
         self.compute_metrics = cast(Any, compute_metrics)
         self.temperature: Tensor | None = None  # the learned temperature at the last step
-        self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
             logger.info("\n".join(self.preview()))
         self.lines = show_lines(self, tasks)
@@ -181,6 +180,7 @@ class ContrastiveTrainer(GuardedTrainer):
         """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
         model = super().call_model_init(trial)
         self.step = make_step(*inputs.as_model(model, self.tokenizer_of_models, self.args), self.args, self.main_objective)
+        trainer_rows.check_same_tokens(self.encoder, self.step.encoder)
         self.encoder, self.step.sharded = self.step.encoder, self.sharded
         return self.step
 
@@ -300,7 +300,9 @@ class ContrastiveTrainer(GuardedTrainer):
     ) -> PredictionOutput:
         """Embed the texts of a dataset; see `hf_embed.trainer_rows.predict`. `ignore_keys` is not used here."""
         with self.evaluating():
-            return trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
+            output = trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        return output
 
     def get_eval_dataloader(self, *sets: Any) -> DataLoader:
         """Raise InputError, because an evaluation set is a task that encodes its own texts, and not batches for the model."""
@@ -326,7 +328,7 @@ class ContrastiveTrainer(GuardedTrainer):
         if not args.should_save:
             return
         folder = str(output_dir or args.output_dir)
-        final = not Path(folder).name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", ASIDE))
+        final = step_of(folder) is None and not Path(folder).name.startswith(ASIDE)
         results = (final and training_results(self)) or ({} if self.drops_results else None)
         of_encoder = None if state_dict is None else strip_prefix(state_dict, "encoder.")
         verify = final and state_dict is None

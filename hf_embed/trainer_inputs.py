@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.optimization import GreedyLR
 
@@ -139,11 +139,33 @@ def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> C
     if args is None:
         return ContrastiveTrainingArguments("tmp_trainer")
     if isinstance(args, ContrastiveTrainingArguments):
-        return copy.copy(args)
+        return settled(copy.copy(args))
     if isinstance(args, TrainingArguments):
-        return ContrastiveTrainingArguments.of(args, any(task.kind == HeldOut.kind for task in tasks.values()))
+        return settled(ContrastiveTrainingArguments.of(args, any(task.kind == HeldOut.kind for task in tasks.values())))
     text = f'ContrastiveTrainingArguments("{args}")' if isinstance(args, str | Path) else "ContrastiveTrainingArguments(...)"
     raise InputError(f"args is {described(args)}; give {text}, or plain TrainingArguments")
+
+
+def settled(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
+    """Return the copied arguments, without what Trainer would change in the caller's object or count wrongly.
+
+    Raises:
+        InputError: if two settings accumulate gradients.
+    """
+    accelerate: Any = args.accelerator_config
+    given = dict(accelerate.gradient_accumulation_kwargs or {})  # Trainer writes to it
+    steps = given.pop("num_steps", args.gradient_accumulation_steps)
+    if args.gradient_accumulation_steps not in (1, steps):
+        raise InputError(
+            f"accelerator_config: num_steps is {steps!r}, but gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps}; remove one of them"
+        )
+    args.gradient_accumulation_steps = steps
+    args.accelerator_config = replace(accelerate, gradient_accumulation_kwargs=given or None)
+    if args.include_num_input_tokens_seen == "non_padding":
+        # A batch has no padding. Trainer would not count tokens that are also the tokenizer's padding token.
+        args.include_num_input_tokens_seen = "all"
+    return args
 
 
 def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Objective:
@@ -207,6 +229,7 @@ def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[tor
         raise InputError(f"optimizers: {described(pair[0])} is not an optimizer; give an object of torch.optim, or None")
     if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
         raise InputError(f"optimizers: {described(pair[1])} is not a learning-rate schedule; give one of torch.optim, or None")
+    check_schedule_of(*pair)
     if isinstance(pair[1], ReduceLROnPlateau | GreedyLR):
         kind, wanted = f"optimizers: {type(pair[1]).__name__}", "max" if args.greater_is_better else "min"
         check_reader(args, kind)
@@ -216,6 +239,16 @@ def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[tor
                 f"mode={wanted!r}"
             )
     return cast(tuple[torch.optim.Optimizer | None, Any], pair)
+
+
+def check_schedule_of(optimizer: Any, schedule: Any) -> None:
+    """Raise InputError if a learning-rate schedule was made for another optimizer: it would be logged, and have no effect."""
+    scheduled = schedule.optimizer.param_groups if isinstance(schedule, LRScheduler | GreedyLR) else None
+    if scheduled is not None and (optimizer is None or scheduled is not optimizer.param_groups):
+        raise InputError(
+            "the learning-rate schedule was made for another optimizer, so it would have no effect; give optimizers= both, or "
+            "neither"
+        )
 
 
 # ---- the model and its tokenizer ----

@@ -17,10 +17,12 @@ from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.data.vector_file import VectorFile
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Embed, Task, embed_on_all_ranks
+from hf_embed.fingerprint import tokenizer_facts
 from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars
 from hf_embed.step import TrainingStep
@@ -114,6 +116,21 @@ def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -
     if seen := seen_in_training(rows, [table for table in tables if isinstance(table, Dataset)]):
         logger.warning(
             f"{name}: {seen:,} of {len(rows):,} held-out rows are also training rows; remove them from one of the two"
+        )
+
+
+def check_same_tokens(first: Encoder, encoder: Encoder) -> None:
+    """Raise InputError if a model of `model_init` needs other tokens than the first one, for which the rows were tokenized."""
+    same = {
+        "max_length": first.max_length == encoder.max_length,
+        "prompts": first.prompts == encoder.prompts,
+        "tokenizer": first.tokenizer is encoder.tokenizer
+        or tokenizer_facts(first.tokenizer) == tokenizer_facts(encoder.tokenizer),
+    }
+    if other := [name for name, unchanged in same.items() if not unchanged]:
+        raise InputError(
+            f"model_init returns models with different {other[0]}, but the rows are tokenized once, when the trainer is made; "
+            "make a trainer for each"
         )
 
 

@@ -97,6 +97,8 @@ OTHERS = {
 RECOMPUTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}
 RECOMPUTING |= {"early_stop"}
 
+OF_GEOMETRY = ("alignment", "uniformity")  # the ends of metric names of which transformers would take the greatest value
+LOWER_IS_BETTER = ("loss", *OF_GEOMETRY)  # the ends of all metric names of which a smaller value is better
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning-rate schedules that read the evaluation metric
 NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that need the model, so Trainer checks them later
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimizers that ignore `optim_args`
@@ -179,7 +181,7 @@ def check_after(args: TrainingArguments) -> None:
     check_recomputing(args)
     check_compiling(args)
     check_optimizer(args)
-    check_schedule(args)
+    check_schedule(args, args.max_steps if args.max_steps > 0 else None)
 
 
 def check_recomputing(args: TrainingArguments) -> None:
@@ -228,8 +230,10 @@ def check_optimizer(args: TrainingArguments) -> None:
             raise InputError(f"optim {name}: {error}") from error
 
 
-def check_schedule(args: TrainingArguments) -> None:
+def check_schedule(args: TrainingArguments, steps: int | None = None) -> None:
     """Check the settings of the learning-rate schedule by building the schedule for a single weight.
+
+    `steps` is the number of steps of the run, if it is known.
 
     Raises:
         InputError: if the schedule does not accept the settings.
@@ -237,10 +241,12 @@ def check_schedule(args: TrainingArguments) -> None:
     name, given = SchedulerType(args.lr_scheduler_type).value, cast(dict, args.lr_scheduler_kwargs or {})
     if given and name in ("constant", "constant_with_warmup"):
         raise InputError(f"lr_scheduler_kwargs is {given!r}, but {name} does not use it; remove it")
-    steps = args.max_steps if args.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    warmup = args.get_warmup_steps(steps or 1000)
     try:
-        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
+        get_scheduler(name, optimizer, warmup, steps or 1000, given)
+        if name == "polynomial" and warmup == steps:  # the last step would divide by 0
+            raise ValueError(f"warmup_steps is {args.warmup_steps:g}, which are all steps of the run; set it to less")
     except Exception as error:
         raise InputError(f"lr_scheduler_type {name}: {error}") from error
 
@@ -292,6 +298,8 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
         args.metric_for_best_model = main_metric(tasks)
         if args.metric_for_best_model == "loss":
             args.greater_is_better = False
+    if args.greater_is_better is None:  # a script has set the metric after the arguments were made
+        args.greater_is_better = not args.metric_for_best_model.endswith(LOWER_IS_BETTER)
     names = metric_names(tasks)
     unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
     if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
@@ -319,6 +327,8 @@ def check_evaluation(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     ):
         if wanted and not tasks:
             raise InputError(f"{what}, but there is no evaluation set; give one, or remove this setting")
+    if args.load_best_model_at_end:
+        check_reader(args, "load_best_model_at_end")
 
 
 def check_reader(args: TrainingArguments, reader: str) -> None:
@@ -347,6 +357,7 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
         )
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    check_schedule(args, steps)
     end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[IntervalStrategy(args.eval_strategy).value]
     if args.eval_delay > end:
         raise InputError(

@@ -26,6 +26,7 @@ from hf_embed.evaluation.tasks import THRESHOLD, Task, finite_mean, main_metric
 from hf_embed.library_internals import same_accelerator
 from hf_embed.objectives import Matryoshka, Objective
 from hf_embed.objectives.base import FunctionObjective
+from hf_embed.trainer_settings import LOWER_IS_BETTER
 from hf_embed.version import __version__
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scor
     metric = (args.metric_for_best_model or main_metric(tasks)).removeprefix("eval_") if tasks else None
     greater = args.greater_is_better
     if args.metric_for_best_model is None:
-        greater = not str(metric).endswith(("loss", "alignment", "uniformity"))
+        greater = not str(metric).endswith(LOWER_IS_BETTER)
     of_one = any(str(metric).startswith(f"{name}_") for name in tasks)
     keys = [f"eval_{metric}"] if of_one else [f"eval_{name}_{metric}" for name in tasks]
     score = finite_mean([scores[key] for key in keys if key in scores])

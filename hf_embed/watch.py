@@ -109,7 +109,7 @@ class Watch(TrainerCallback):
         self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
         # True while all losses since the last check were finite. A tensor, because reading it makes the step wait for the GPU.
         self.finite: Tensor | None = None
-        self.history: list[dict] = []  # all log entries, including those from before the first step
+        self.history: list[dict] = []  # the log entries of a training, including those from before its first step
         self.warned = False
         self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
         self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
@@ -135,6 +135,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Clear the values of an earlier training, which may have ended because of a NaN or infinite value."""
+        if not state.global_step and any(entry["step"] for entry in self.history):
+            self.history = []
         self.last = self.finite = self.norm = None
         self.skipped = self.skipped_in_a_row = 0
 

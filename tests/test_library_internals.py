@@ -127,9 +127,18 @@ def test_same_accelerator(tmp_path):
     with internals.same_accelerator():
         TrainingArguments(str(tmp_path), use_cpu=True)
     assert accelerator.distributed_type == DistributedType.NO and accelerator.state.initialized
+    kept = internals.accelerate_state()
     TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(AttributeError):  # control
         accelerator.distributed_type  # noqa: B018
+    internals.set_accelerate_state(kept)
+    assert accelerator.distributed_type == DistributedType.NO
+    with pytest.raises(ValueError, match="already been initialized"):  # control
+        Accelerator(cpu=True, mixed_precision="bf16")
+    internals.clear_accelerator_state()
+    model, accelerator = torch.nn.Linear(1, 1), Accelerator(cpu=True, mixed_precision="bf16")
+    assert accelerator.mixed_precision == "bf16" and not internals.in_mixed_precision(model)
+    assert internals.in_mixed_precision(accelerator.prepare_model(model, evaluation_mode=True))
 
 
 def test_train_batch_size(tmp_path):
@@ -191,6 +200,13 @@ def test_first_step(tmp_path):
     assert "self._initial_global_step = self.state.global_step" in inspect.getsource(type(trainer)._inner_training_loop)
 
 
+def test_made_schedule(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    assert not internals.made_schedule(trainer)
+    trainer.create_optimizer_and_scheduler(4)
+    assert internals.made_schedule(trainer)
+
+
 def test_memory_tracker(tmp_path):
     assert isinstance(internals.memory_tracker(plain_trainer(tmp_path)), TrainerMemoryTracker)
     tracker, found = TrainerMemoryTracker(skip_memory_metrics=False), {}
@@ -237,7 +253,7 @@ def test_compile_modes():
 
 def test_methods_that_are_never_called_exist():
     for name, mend in internals.NOT_CALLED.items():
-        assert callable(getattr(Trainer, name)) and callable(getattr(Trainer, mend))
+        assert all(callable(getattr(Trainer, method)) for method in (name, *mend.split(" and ")))
 
 
 def test_run_folder(tmp_path):

@@ -180,6 +180,15 @@ def test_trainer_takes_a_dict_and_logs_each_source(tmp_path):
     assert mean == pytest.approx(log["loss"], abs=1e-3)
 
 
+def test_a_second_training_does_not_log_losses_of_the_first(tmp_path):
+    """BUG: the losses after the last log of a training were part of the means of the next one."""
+    run = trainer(tmp_path, {"only": Dataset.from_list(pairs("a", 40))}, logging_steps=2, max_steps=3)
+    for _ in range(2):
+        run.train()
+        (log,) = (log for log in run.state.log_history if "loss" in log)
+        assert log["loss_only"] == pytest.approx(log["loss"], abs=1e-4)
+
+
 def test_resume_is_exact(tmp_path):
     rows = {"first": Dataset.from_list(pairs("a", 14)), "second": Dataset.from_list(pairs("b", 9, negatives=2))}
 

@@ -172,6 +172,16 @@ def test_a_function_that_returns_no_loss_is_refused(result, what):
             objective(embeddings(3).requires_grad_(), distinct(3))
 
 
+def test_a_loss_of_one_number_may_have_dimensions():
+    """BUG: Trainer cannot add a loss of the shape (1,) to the sum of the losses."""
+    z, ids = embeddings(3), distinct(3)
+    for objective in (
+        as_objective(lambda z, *others: z.sum().view(1, 1)),
+        Matryoshka(lambda z, *others: z.sum().view(1), (2,)),
+    ):
+        assert objective(z, ids).shape == ()
+
+
 def test_what_a_callable_says_of_itself_is_kept():
     class Loss:
         temperature, learn_temperature, mlm_weight = 0.3, True, 0.1

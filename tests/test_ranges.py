@@ -131,6 +131,8 @@ def test_arguments_out_of_range(name):
         ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim sgd: Invalid momentum"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr: One of min_lr"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        # BUG: the run ended in a ZeroDivisionError after its last step.
+        ({"lr_scheduler_type": "polynomial", "warmup_steps": 7, "max_steps": 7}, "warmup_steps is 7, which are all steps"),
         ({"lr_scheduler_type": "cosin"}, "cosin"),
         ({"lr_scheduler_kwargs": {"cycles": 2}, "lr_scheduler_type": "cosine"}, "'cycles'"),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "constant"}, "constant does not use it"),

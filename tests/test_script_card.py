@@ -41,12 +41,25 @@ def card(folder: Path) -> str:
     return text
 
 
+def test_a_second_training_has_no_scores_from_before_the_first(tmp_path):
+    """BUG: the card showed the scores of the untrained model as those from before the second training."""
+    run = make(tmp_path, SETS)
+    run.evaluate()
+    for expected in (True, False):
+        run.train()
+        run.evaluate()
+        run.save_model()
+        assert bool(stored(tmp_path)["before"]) == expected and stored(tmp_path)["after"]
+
+
 def test_a_script_that_trains_evaluates_and_saves(tmp_path):
     run = make(tmp_path, SETS, seed=7, gradient_accumulation_steps=2)
     before = run.evaluate()
     run.train()
     after = run.evaluate()
+    run.save_model(str(tmp_path / "checkpoint-final"))  # BUG: such a folder had no results, and was not compared
     run.save_model()
+    assert stored(tmp_path) == stored(tmp_path / "checkpoint-final")
     text, results = card(tmp_path), stored(tmp_path)
     for scores, found in ((before, results["before"]), (after, results["after"])):
         assert found["sts"] == {"dev": round(scores["eval_dev_spearman"], 2)}

@@ -9,10 +9,10 @@ import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
 from scipy.stats import pearsonr
-from transformers import AutoModel, EarlyStoppingCallback
+from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 from worker import NO_DROPOUT
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, ImprovedContrastive, SimCSE
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = Dataset.from_list([{"anchor": f"the {word}", "positive": f"a {word} there"} for word in WORDS])
@@ -72,6 +72,16 @@ def test_model_init_that_cannot_be(tmp_path):
     assert "it may have one, the trial of a search" in error_of(trainer, tmp_path, model_init=lambda a, b: tiny_model())
     optimizer = torch.optim.SGD(tiny_model().parameters(), 0.1)
     assert "optimizers= cannot be given" in error_of(trainer, tmp_path, model_init=new_model, optimizers=(optimizer, None))
+
+
+def test_models_of_model_init_must_read_the_same_tokens(tmp_path):
+    """BUG: the rows were tokenized for the first model, and a later one was trained on them and evaluated in its own way."""
+    settings = {"max_length": 32}
+    made = trainer(tmp_path, model_init=lambda: Encoder(new_model(), small_tokenizer(), **settings), processing_class=None)
+    made.train()
+    for name, value in (("max_length", 4), ("prompts", {"query": "find: "})):
+        settings.update({"max_length": 32, name: value})
+        assert f"model_init returns models with different {name}" in error_of(made.train)
 
 
 def test_hyperparameter_search(tmp_path):
@@ -197,6 +207,48 @@ def test_a_second_training_takes_the_present_settings_and_weights(tmp_path):
     assert getattr(made.optimizer, "optimizer", made.optimizer) is given
 
 
+def test_a_second_training_begins_with_the_learning_rate_again(tmp_path):
+    """BUG: after a schedule that reads the metric, it began with the rate to which the first training was lowered."""
+    never = {"patience": 0, "threshold": 1e6, "threshold_mode": "abs"}
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": never, "eval_strategy": "steps",
+                "eval_steps": 1, "logging_steps": 1, "learning_rate": 1e-3}  # fmt: skip
+    made = trainer(tmp_path, settings=settings)
+    for schedule in ("reduce_lr_on_plateau", "reduce_lr_on_plateau", "constant"):
+        made.args.lr_scheduler_type = schedule
+        made.args.lr_scheduler_kwargs = never if schedule != "constant" else None
+        made.train()
+        assert made.state.log_history[0]["learning_rate"] == 1e-3
+
+
+def test_other_arguments_may_be_made_before_the_training(tmp_path):
+    """BUG: this emptied accelerate's state, and the training ended in an AttributeError, as that of a plain Trainer does."""
+    made = trainer(tmp_path)
+    args = ContrastiveTrainingArguments(tmp_path / "other", use_cpu=True, bf16=True)
+    assert made.train().global_step == 2
+    ContrastiveTrainer(tiny_model(), args, processing_class=small_tokenizer())  # it sets the state to its own precision
+    made.train()
+    assert made.accelerator.state.mixed_precision == "no"
+
+
+def test_a_metric_that_is_set_later_has_a_direction(tmp_path):
+    """BUG: the smallest Spearman was the best one, and `load_best_model_at_end` without a metric did nothing."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 5e-2}
+    made = trainer(tmp_path, settings=settings)
+    made.args.load_best_model_at_end = True
+    assert error_of(made.train).endswith("reads the evaluation metric, but there is none; set metric_for_best_model")
+    made.args.metric_for_best_model = "spearman"
+    made.train()
+    scores = [entry["eval_spearman"] for entry in made.state.log_history if "eval_spearman" in entry]
+    assert made.state.best_metric == max(scores) != min(scores)
+
+
+def test_a_schedule_of_another_optimizer_that_is_set_later(tmp_path):
+    made = trainer(tmp_path)
+    other = torch.optim.SGD(made.model.parameters(), 0.3)
+    made.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(other)
+    assert error_of(made.train).startswith("the learning-rate schedule was made for another optimizer")
+
+
 def test_evaluation_sets_and_metrics_may_be_replaced(tmp_path):
     """BUG: other sets in `eval_dataset` ended in an AttributeError."""
     made = trainer(tmp_path, settings={"eval_strategy": "steps", "eval_steps": 1})
@@ -302,7 +354,7 @@ def test_evaluation_sets_have_no_dataloader(tmp_path, name, sets):
     assert error_of(getattr(trainer(tmp_path), name), *sets) == expected
 
 
-@pytest.mark.parametrize("name", ["_get_train_sampler", "evaluation_loop"])
+@pytest.mark.parametrize("name", ["_get_train_sampler", "evaluation_loop", "create_optimizer_and_scheduler"])
 def test_methods_that_are_never_called_are_refused(tmp_path, name):
     """BUG: a subclass with its own order of the rows, or its own evaluation loop, was ignored."""
 
@@ -317,13 +369,31 @@ def test_methods_that_are_never_called_are_refused(tmp_path, name):
     kind(tiny_model(), args, processing_class=small_tokenizer())
 
 
+@pytest.mark.parametrize("pooling, part", [("mean", "learned temperature"), ("cls_mlp_train", "training head")])
+def test_an_optimizer_of_a_subclass_must_train_what_the_trainer_created(tmp_path, pooling, part):
+    """BUG: an optimizer for the backbone alone left them as they were."""
+
+    class Mine(ContrastiveTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.encoder.backbone.parameters(), 0.1)
+            return self.optimizer
+
+    args = ContrastiveTrainingArguments(tmp_path, report_to=[], use_cpu=True, max_steps=1, pooling=pooling)
+    objective = ImprovedContrastive(learn_temperature=pooling == "mean")
+    made = Mine(tiny_model(), args, objective, PAIRS, processing_class=small_tokenizer())
+    assert error_of(made.train).startswith(f"create_optimizer leaves out the {part}, which would not be trained; ")
+
+
 # ---- predict ----
 
 
 def test_predict_embeds(tmp_path):
+    told = []
     made = trainer(tmp_path)
+    made.add_callback(type("Told", (TrainerCallback,), {"on_predict": lambda *_, metrics, **kwargs: told.append(metrics)})())
     texts = Dataset.from_dict({"text": WORDS})
     found = made.predict(texts)
+    assert told == [found.metrics]  # BUG: callbacks were not called
     assert np.abs(found.predictions - made.encoder.encode(WORDS)).max() < 1e-5 and found.label_ids is None
     pairs = made.predict(PAIRS).predictions
     assert pairs.shape == (len(WORDS), 2, 32)

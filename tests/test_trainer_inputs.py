@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from transformers import BertModel, DataCollatorWithPadding, EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
 from worker import STS, WORDS
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, Source
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Matryoshka, SimCSE, Source
 from hf_embed.data.python_rows import as_rows
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.resume import facts_of, same_settings
@@ -221,6 +221,15 @@ def plateau() -> tuple:
     return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
 
+class OwnWeights(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, embeddings, text_ids, all_embeddings, all_text_ids, first_row):
+        return self.scale * embeddings.sum()
+
+
 @pytest.mark.parametrize(
     "given, parts",
     [
@@ -252,6 +261,13 @@ def plateau() -> tuple:
         ({"optimizers": (None, None, None)}, ["optimizers is a tuple"]),
         ({"optimizers": ("adamw", None)}, ["a str is not an optimizer"]),
         ({"optimizers": (None, "linear")}, ["a str is not a learning-rate schedule"]),
+        # BUG: the logged learning rate was that of the schedule, and the optimizer never had it.
+        ({"optimizers": (None, plateau()[1])}, ["the learning-rate schedule was made for another optimizer"]),
+        ({"optimizers": (plateau()[0], plateau()[1])}, ["the learning-rate schedule was made for another optimizer"]),
+        # BUG: these weights were not trained.
+        ({"objective": OwnWeights()}, ["OwnWeights has weights of its own (scale), which would not be trained"]),
+        ({"train_dataset": [Source("a", ROWS, objective=Matryoshka(OwnWeights().requires_grad_(False), [8])),
+                            Source("b", ROWS, objective=OwnWeights())]}, ["OwnWeights has weights of its own"]),
         ({"optimizers": plateau()}, ["ReduceLROnPlateau reads the evaluation metric, but there is none; set eval_strategy"]),
     ],
     ids=lambda given: ",".join(f"{key}={value}"[:30] for key, value in given.items()) if isinstance(given, dict) else "",
@@ -301,8 +317,20 @@ def test_plain_arguments_are_checked_as_ours_are(tmp_path):
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha is 5"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches is True"),
         ({"per_device_train_batch_size": 1}, "no negatives"),
-    ):
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}, "gradient_accumulation_steps": 4},
+         "num_steps is 2, but gradient_accumulation_steps is 4; remove one of them"),
+    ):  # fmt: skip
         assert part in error_of(make, tmp_path, args=TrainingArguments(str(tmp_path), **(QUIET | settings)))
+
+
+@pytest.mark.parametrize("given, kept", [({"num_steps": 2}, None), ({"sync_each_batch": True}, {"sync_each_batch": True})])
+def test_arguments_serve_several_trainers(tmp_path, given, kept):
+    """BUG: Trainer wrote to accelerate's settings in the caller's arguments: a second trainer did not accumulate, or failed."""
+    steps = {} if "num_steps" in given else {"gradient_accumulation_steps": 2}
+    args = TrainingArguments(str(tmp_path), **QUIET, **steps, accelerator_config={"gradient_accumulation_kwargs": dict(given)})
+    for _ in range(2):
+        assert make(tmp_path, args=args).args.gradient_accumulation_steps == 2
+    assert args.accelerator_config.gradient_accumulation_kwargs == given
 
 
 def test_the_best_model_of_plain_arguments(tmp_path):

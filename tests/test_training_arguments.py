@@ -347,6 +347,17 @@ def test_warned_of_by_name_and_not_in_the_card(tmp_path, caplog, field):
     assert changed(plan) == {"max_steps": 3, "weight_decay": 0.5}
 
 
+def test_tokens_that_are_also_the_padding_token_are_counted(tmp_path):
+    """BUG: Trainer compares token ids with the padding token, and a batch here has no padding."""
+    tokenizer = small_tokenizer()
+    tokenizer.pad_token = tokenizer.sep_token
+    args = ContrastiveTrainingArguments(tmp_path, **(DEFAULTS | {"max_steps": 1}), include_num_input_tokens_seen="non_padding")
+    rows = [{"anchor": "the cat", "positive": "a dog"}] * 4  # [CLS], two words and [SEP] in each text
+    run = ContrastiveTrainer(tiny_model(), args, train_dataset=rows, processing_class=tokenizer)
+    run.train()
+    assert run.state.num_input_tokens_seen == 4 * 2 * 4
+
+
 def test_torch_compile_says_that_it_does_not_pay(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_embed"):
         ours(tmp_path, torch_compile_backend="eager")  # this sets torch_compile

@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_embed.errors import InputError
 
@@ -172,7 +172,7 @@ class FunctionObjective(ContrastiveObjective):
                 f"the objective {called(self)} returns a {type(loss).__name__}{shape}; return the mean loss of the rows, a "
                 "tensor of one number that is computed from the embeddings"
             )
-        return loss
+        return loss.view(())
 
 
 def has_parameter(function: Callable[..., Tensor], name: str) -> bool:
@@ -210,5 +210,15 @@ def check_other_positives(objective: Objective, name: str) -> None:
 
 
 def as_objective(loss: Callable[..., Tensor]) -> Objective:
-    """Return `loss` itself if it is an objective; otherwise wrap the callable in a `FunctionObjective`."""
+    """Return `loss` itself if it is an objective; otherwise wrap the callable in a `FunctionObjective`.
+
+    Raises:
+        InputError: if it is a module with weights to train, because only the weights of the model are trained.
+    """
+    weights = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    if trained := [name for name, weight in weights if weight.requires_grad]:
+        raise InputError(
+            f"the objective {type(loss).__name__} has weights of its own ({trained[0]}), which would not be trained; freeze "
+            "them (requires_grad_(False)), or set learn_temperature=True in place of a temperature among them"
+        )
     return loss if isinstance(loss, Objective) else FunctionObjective(loss)
