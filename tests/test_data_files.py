@@ -22,10 +22,11 @@ from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
 from hf_embed.data import files
+from hf_embed.data.cache import content_of
 from hf_embed.data.labeled import read_pairs
 from hf_embed.data.mixture import Stream
 from hf_embed.data.source_files import read_sources
-from hf_embed.data.sources import is_list, read_file, read_texts, row_texts, text_columns
+from hf_embed.data.sources import is_list, read_file, read_hub, read_texts, row_texts, text_columns
 from hf_embed.data.tokenization import RowTokenizer, beginning
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
@@ -515,7 +516,18 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
     jsonl(tmp_path / "a.jsonl", [{"text": "newer"}])
     assert read_file(path)["text"][:] == ["newer"]
     first = read_file(path)
-    assert first._fingerprint == read_file(path)._fingerprint  # the same fingerprint, so cached tokens are found
+    assert content_of(first) == content_of(read_file(path))  # so cached tokens are found
+
+
+@pytest.mark.parametrize("read", [read_file, lambda path: read_hub(os.path.dirname(path))], ids=["file", "folder"])
+def test_a_parquet_file_that_has_changed_is_read_again(read, tmp_path):
+    """BUG: a file that another one with the same time of change had replaced was not read."""
+    path = str(tmp_path / "data" / "a.parquet")
+    os.mkdir(os.path.dirname(path))
+    for texts in (["old"], ["new"], ["new", "newer"]):
+        pandas.DataFrame({"text": texts}).to_parquet(path)
+        os.utime(path, (1, 1))
+        assert read(path)["text"][:] == texts
 
 
 # ---- encodings and odd bytes ----

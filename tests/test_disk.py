@@ -18,7 +18,8 @@ import pyarrow
 import pytest
 import torch
 from conftest import error_of, small_tokenizer, tiny_model
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from safetensors.torch import save_file
 from test_recipes import ROOT, flags, load_recipe, make_files, sup
@@ -327,7 +328,30 @@ def test_a_transform_is_applied_anew(tmp_path, monkeypatch):
         module.WORD = word
         made.append(unformatted(rows.with_transform(module.mark)))
         assert made[-1]["text"][:] == [f"{word} {text}" for text in STORED["anchor"]]
-    assert made[0]._fingerprint == made[1]._fingerprint != made[2]._fingerprint  # so cached tokens are found
+    assert cache.content_of(made[0]) == cache.content_of(made[1]) != cache.content_of(made[2])  # so cached tokens are found
+
+
+@pytest.mark.parametrize("change", ["rename_column", "select", "in memory"])
+def test_the_content_of_the_rows_decides_what_is_used_again(tmp_path, monkeypatch, change):
+    """BUG: rows of an imported function that had changed had the fingerprint of the earlier rows, and got their tokens."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "FEW_ROWS", 1)
+    found = []
+    for words in (["a", "b"], ["a", "b"], ["a", "bbb"]):
+        if change == "in memory":
+            rows = Dataset(pyarrow.table({"anchor": words}), fingerprint="same")
+        else:
+            (tmp_path / "rows.arrow").unlink(missing_ok=True)
+            with ArrowWriter(path=str(tmp_path / "rows.arrow"), features=Features({"text": Value("string")})) as writer:
+                writer.write_batch({"text": words})
+                writer.finalize()
+            os.utime(tmp_path / "rows.arrow", (1, 1))
+            rows = Dataset.from_file(str(tmp_path / "rows.arrow")).rename_column("text", "anchor")
+        if change == "select":
+            rows = rows.select([1], new_fingerprint="same")
+        found.append((count_of(rows, made := []), len(made)))
+    expected = {"select": [([1], 1), ([1], 0), ([3], 1)]}.get(change, [([1, 1], 2), ([1, 1], 0), ([1, 3], 2)])
+    assert found == expected
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
