@@ -317,6 +317,13 @@ def test_fewer_than_two_rows(texts, tokenizer):
     assert message.startswith(f"file.txt: there are {kept} row(s), ") and "at least 2" in message
 
 
+def test_no_row_of_several_positives_is_left(tokenizer):
+    """BUG: it was a KeyError."""
+    rows = Dataset.from_dict({"query": ["a", ""], "pos": [["b", ""], ["c", "d"]]})
+    message = error_of(tokenize_rows, rows, tokenizer, 16, "a.jsonl", drop_empty_rows=True)
+    assert message.startswith("a.jsonl: there are 0 row(s), ")
+
+
 # ---- batches ----
 
 

@@ -255,6 +255,7 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
     Raises:
         InputError: if fewer than two rows are left.
     """
+    others = others if len(tokens) else 0  # a table without rows has no column `row`
     kept = different_rows(tokens) if others else len(tokens)
     if kept < rows:
         logger.warning(f"{name}: {rows - kept:,} of {rows:,} rows had an empty text and were dropped")

@@ -17,6 +17,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from transformers import EvalPrediction
 
+from hf_embed.data.labeled import check_label_names
 from hf_embed.data.sources import cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity
@@ -87,6 +88,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
             f"{name}: there is no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
             "an STS dataset has sentence1, sentence2 and score; rename the columns"
         )
+    check_label_names(rows, "score", name)
     rows = rows[:]
     for i, (first, second, score) in enumerate(zip(rows["sentence1"], rows["sentence2"], rows["score"]), 1):
         if not is_number(score) or not math.isfinite(float(score)):
