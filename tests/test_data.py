@@ -87,6 +87,9 @@ def test_read_file_keeps_every_text(kind, gz, tmp_path):
 def test_read_file_without_header(tmp_path):
     rows = read_file(written(tmp_path / "a.tsv", "5\tx\n007\tNA\n"), header=False)
     assert rows.to_dict() == {"0": ["5", "007"], "1": ["x", "NA"]}
+    # BUG: the numbers that pandas writes above columns without names were a row, for example a pair of an STS set.
+    rows = read_file(written(tmp_path / "b.csv", "0,1\n5,x\n0,1\n"), header=False)
+    assert rows.to_dict() == {"0": ["5", "0"], "1": ["x", "1"]}
 
 
 GZIPPED = gzip.compress("".join(f"{i},{i * i}\n" for i in range(2000)).encode())

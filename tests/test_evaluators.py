@@ -331,7 +331,8 @@ def test_labels_that_are_named_the_other_way_round(tmp_path, tokenizer):
             scored = tokenize_table(labeled, RowTokenizer(tokenizer, 16, scored=True), "rows")["scores"][:]
             assert scored == [[label] for label in labeled["label"]]
             assert check_sts(labeled.rename_column("label", "score"), "rows")["score"][:] == labeled["label"][:]
-            absent = labeled.map(lambda row, i: {"label": -1 if i == 1 else 0}, with_indices=True).rename_column("label", "score")
+            absent = labeled.rename_column("label", "score")
+            absent = absent.map(lambda row, i: {"score": -1 if i == 1 else 0}, with_indices=True)
             for read in (check_sts, lambda rows, name: tokenize_table(rows, RowTokenizer(tokenizer, 16, scored=True), name)):
                 assert "rows, row 2, column 'score': -1 stands for no label" in error_of(read, absent, "rows")
         else:
