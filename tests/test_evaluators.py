@@ -337,9 +337,7 @@ def test_labels_that_are_named_the_other_way_round(tmp_path, tokenizer):
                 assert "rows, row 2, column 'score': -1 stands for no label" in error_of(read, absent, "rows")
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
-            assert (
-                f"the label 0 of column 'label' is named {names[0]}, but a higher number must mean that two texts" in message
-            )
+            assert f"the label 0 of column 'label' is named {names[0]}, but a higher number must mean that two texts" in message
             documents = labeled.rename_columns({"sentence1": "query", "sentence2": "document"})
             assert f"the label 0 of column 'label' is named {names[0]}" in error_of(Reranking, documents)
             message = error_of(tokenize_table, labeled, RowTokenizer(tokenizer, 16, scored=True), "rows")
