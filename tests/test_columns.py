@@ -215,6 +215,14 @@ def test_values_of_ids_of_single_texts_and_beside_scores_judge_nothing(tokenizer
     assert "may judge" not in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_scores_of_a_teacher_stay_beside_named_columns(streaming):
+    """BUG: they were left out in silence, so that the teacher's model scored the texts again, or there were no scores."""
+    rows = Dataset.from_list([{"q": "a", "p": "b", "n": ["c"], "pos_scores": [1.0], "neg_scores": [0.5], "id": 1}] * 2)
+    taken = take_columns(rows.to_iterable_dataset() if streaming else rows, {"anchor": "q", "positive": "p", "negative": "n"})
+    assert list(taken) == [{"anchor": "a", "positive": "b", "negative": ["c"], "pos_scores": [1.0], "neg_scores": [0.5]}] * 2
+
+
 def test_a_table_without_rows_has_no_values(tokenizer):
     rows = Dataset.from_list(pairs_with([0, 1])).select([])
     assert "there are 0 row(s)" in error_of(tokenize_rows, rows, tokenizer, 16)

@@ -164,6 +164,7 @@ LAYOUTS = [
     (["Sentence", "id"], None, ["Sentence"]),
     (["id", " text"], None, [" text"]),
     (["whatever"], None, ["whatever"]),
+    (["positive"], False, ["positive"]),
     (["sent0", "sent1"], None, ["sent0", "sent1"]),
     (["hard_neg", "sent1", "sent0"], None, ["sent0", "sent1", "hard_neg"]),
     (["anchor", "positive"], True, ["anchor", "positive"]),
@@ -193,6 +194,7 @@ def test_columns(found, paired, taken, caplog):
         (["anchor", "label"], None, ACCEPTED),
         (["anchor", "positive"], False, "text and sentence"),
         (["text"], True, "anchor, positive[, negative...]"),
+        (["positive"], None, "a pair needs two columns of texts"),  # BUG: the advice was to name it anchor and positive
         (["frage", "antwort", "negative"], True, "query, positive[, negative...]"),
     ],
 )

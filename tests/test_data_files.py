@@ -730,6 +730,10 @@ def test_mistyped_values_of_a_source(line, expected, tmp_path):
         ("- name: 7\n  file: a.csv", "source 1 has the name 7; give it a text as its name"),
         ("- name: a\n  file: [a.csv, 3]", "file is ['a.csv', 3]"),
         ("- name: a\n  file: {a: b}", "file is {'a': 'b'}"),
+        (
+            "- name: a\n  file: a-*.csv",
+            "a-*.csv: no file matches this pattern; check the path",
+        ),  # BUG: "patterns are not supported"
         ("- name: a\n  dataset: 3", "dataset is 3; give a name"),
         ("- name: a\n  dataset: x/y\n  config: 1.0", "config is 1.0; give a name"),
         ("- name: a\n  dataset: x/y\n  split: [train]", "split is ['train']; give a name"),
@@ -738,6 +742,16 @@ def test_mistyped_values_of_a_source(line, expected, tmp_path):
 )
 def test_mistyped_files_and_datasets(content, expected, tmp_path):
     assert expected in error_of(read_sources, written(tmp_path / "s.yaml", content))
+
+
+def test_paths_of_a_source_begin_at_the_file_or_at_home(tmp_path, monkeypatch):
+    """BUG: "~" was a folder beside the file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path, tmp_path / "lists"):
+        written(folder / "a[1].csv", f"anchor,positive\na,{folder.name}\nc,d\n")
+    names = ["a[1].csv", "~/a[1].csv", "../a*.csv"]
+    sources = read_sources(listed(tmp_path / "lists", *({"name": name, "file": name} for name in names)))
+    assert [source.rows["positive"][0] for source in sources] == ["lists", tmp_path.name, tmp_path.name]
 
 
 # ---- numbers where texts belong, in mining ----
@@ -754,6 +768,18 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
     assert "the separator seems to be ';'" in error_of(recipe.read_pairs, args)
     args.corpus_file, args.ignore_columns = None, []
     assert "'label' judges the pairs" in error_of(recipe.read_pairs, args)
+
+
+def test_judged_pairs_with_an_empty_text_are_left_out(tmp_path, monkeypatch, caplog):
+    """BUG: a pair with an empty query was written, and the training refused the file."""
+    monkeypatch.syspath_prepend("recipes")
+    recipe = __import__("mine_hard_negatives")
+    jsonl(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "one"}, {"_id": "b", "text": " "}])
+    jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "two"}, {"_id": "r", "text": " "}])
+    written(tmp_path / "qrels" / "test.tsv", "q\ta\t1\nq\tb\t1\nr\ta\t1\n")
+    args = recipe.Arguments("model", "out.jsonl", retrieval_dir=str(tmp_path))
+    assert recipe.read_pairs(args)[0] == [("two", "one")]
+    assert caplog.messages == [f"{tmp_path}: 2 of 3 judged pairs have an empty text; they are left out"]
 
 
 def test_reading_parquet_shows_no_bar_in_a_log_file(tmp_path, capsys, monkeypatch):

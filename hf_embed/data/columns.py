@@ -115,7 +115,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
     """
     found = {plain(column): column for column in reversed(names)}
     single = next((found[column] for column in SINGLE if column in found), None)
-    if single is None and len(names) == 1:
+    if single is None and len(names) == 1 and (paired is False or plain(names[0]) not in POSITIVES):
         single = names[0]
         if separator := other_separator(single):
             raise InputError(
@@ -320,7 +320,7 @@ def read_columns(given: list[str]) -> dict[str, str | list[str]]:
 def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | IterableDataset:
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), or text.
 
-    If it maps only a score, the columns of texts are recognized by their names.
+    If it maps only a score, the columns of texts are recognized by their names. Columns of a teacher's scores are kept.
 
     Raises:
         InputError: if a role is unknown, a role is given under both of its names, a column does not exist, the roles do not
@@ -344,7 +344,8 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
         refuse_judgements(unused, "columns")
         if unused and "score" not in roles:
             warn_of_judgements(rows if isinstance(rows, Dataset) else list(islice(rows, FIRST_ROWS)), unused, "columns")
-    rows = rows.select_columns(list(names))
+    scores = [column for column in found if TEACHER.fullmatch(column) and column not in names and len(names) > 1]
+    rows = rows.select_columns([*names, *scores])
     # Rename in two steps, because a stream cannot swap two names in one step.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
     return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})

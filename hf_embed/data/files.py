@@ -186,13 +186,8 @@ def table_columns(path: str, table: Table) -> list[str]:
             f"but {kind_of(path)} files need {SEPARATOR_NAMES[own]}; {mend}"
         )
     if not table.header:
-        return numbered(len(cells))
+        return list(map(str, range(len(cells))))
     return [cell or f"Unnamed: {i}" for i, cell in enumerate(cells)]  # the name that pandas gives to such a column
-
-
-def numbered(width: int) -> list[str]:
-    """Return the names of columns without a header: 0, 1, 2 ..."""
-    return [str(i) for i in range(width)]
 
 
 def other_separator(header: str, own: str = "") -> str | None:
@@ -235,7 +230,7 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
     for first, last, cells in rows:
         if not width:
             width = len(cells)
-            if table.header or cells == numbered(width):  # pandas writes such a header for columns without names
+            if table.header or cells == list(map(str, range(width))):  # by pandas, for columns without names
                 continue
         if len(cells) > width:
             separator = SEPARATOR_NAMES[SEPARATORS[kind_of(path)]]
