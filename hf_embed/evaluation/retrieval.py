@@ -304,7 +304,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def judged_pairs(task: Retrieval, name: str) -> list[tuple[str, str]]:
-    """Return the (query, relevant document) pairs of a task. Leave out those with an empty text, and count them in a warning."""
+    """Return the (query, relevant document) pairs of a task. Leave out those with an empty text, and say how many."""
     judged = [(task.queries[query], task.corpus[document]) for query, found in task.qrels.items() for document in found]
     pairs = [(query, document) for query, document in judged if query.strip() and document.strip()]
     if left_out := len(judged) - len(pairs):
