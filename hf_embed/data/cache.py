@@ -67,36 +67,34 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
             writer.finalize()
 
     identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
-    return stored(cache_folder(), "", identity, write_to)
+    return stored(identity, write_to)
 
 
 def cached_map(rows: Dataset, function: Callable[..., Any], anew: bool = False, **settings: Any) -> Dataset:
     """Return `rows.map(function, **settings)`, and check the cached result before it is used again.
 
-    The result is stored beside the file that holds the rows, as `datasets` does it. If that folder is not writable, or if the
-    rows are in memory, the result goes into the cache of `datasets`. Nothing is cached for fewer than `FEW_ROWS` rows in
-    memory, or in a process that has disabled caching.
+    The result is stored in the cache of `datasets`. (`datasets` itself would put it beside the file that holds the rows. But
+    `load_dataset` takes each Arrow file in the folder of a saved dataset for a part of the data.) Nothing is cached for fewer
+    than `FEW_ROWS` rows in memory, or in a process that has disabled caching.
 
-    With `anew`, the result is made in each call, always in the cache of `datasets`. This is for a function whose results may
-    change although its hash does not.
+    With `anew`, the result is made in each call. This is for a function whose results may change although its hash does not.
     """
     if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
         named = {"new_fingerprint": generate_random_fingerprint(), **settings}  # else `datasets` hashes the tokenizer
         with disk_errors():
             return rows.map(function, **named)
-    beside = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else cache_folder()
-    folder = cache_folder() if anew or not os.access(beside, os.W_OK) else beside
     identity = None if anew else identity_of(rows, function, settings)
     named = {"new_fingerprint": "not-used", "load_from_cache_file": False, **settings}
-    return stored(folder, "cache-", identity, lambda path: rows.map(function, cache_file_name=str(path), **named))
+    return stored(identity, lambda path: rows.map(function, cache_file_name=str(path), **named))
 
 
-def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Path], Any]) -> Dataset:
-    """Return the table with this identity from a file in `folder`. Call `write` first if there is no such file.
+def stored(identity: str | None, write: Callable[[Path], Any]) -> Dataset:
+    """Return the table with this identity from a file in the cache. Call `write` first if there is no such file.
 
     Without an identity, `write` is always called, and the hash of the file that it writes becomes the identity.
     """
-    path = folder / f"{prefix}{identity}.arrow" if identity else folder
+    folder = cache_folder()
+    path = folder / f"{identity}.arrow" if identity else folder
     if not identity or not found(path):
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +103,7 @@ def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Pat
                 made = Path(new, "rows.arrow")
                 write(made)
                 identity = identity or hash_of(made)
-                put(made, path := folder / f"{prefix}{identity}.arrow")
+                put(made, path := folder / f"{identity}.arrow")
             seal(path)
     return Dataset.from_file(str(path))
 
