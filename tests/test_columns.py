@@ -1,12 +1,13 @@
 """Tests of the choice of columns: layouts known by their names, ambiguous tables, and columns that the user names."""
 
 import shlex
+from decimal import Decimal
 
 import pandas
 import pytest
 import yaml
 from conftest import error_of, tokenize_rows
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from test_data_files import datasets_cache, jsonl, listed, streamed, written  # noqa: F401  (a fixture)
 
 from hf_embed import Source
@@ -203,6 +204,16 @@ def test_values_that_may_judge_pairs_are_named(kind, values, shown, tmp_path, to
     if shown is not None and not (kind == "csv" and any(value != value or value is None for value in values)):
         assert f"the column 'x' is not used, but its values ({shown}) may judge the pairs" in found[0]
         assert "--columns score=x" in found[0] and "--ignore_columns x" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"), [(["no", "yes"], "no, yes"), (["0", "1"], "0, 1"), (["news", "sport"], None), (None, "0, 1")]
+)
+def test_names_of_labels_and_decimal_numbers_may_judge_pairs(names, shown, tokenizer, caplog):
+    """BUG: only plain numbers, texts and truth values were looked at."""
+    rows = Dataset.from_list(pairs_with([None, -1, *[0, 1] * 6] if names else [Decimal(i % 2) for i in range(12)]))
+    tokenize_rows(rows.cast_column("x", ClassLabel(names=names)) if names else rows, tokenizer, 16)
+    assert (f"its values ({shown}) may judge the pairs" in caplog.text) == ("may judge" in caplog.text) == (shown is not None)
 
 
 def test_values_of_ids_of_single_texts_and_beside_scores_judge_nothing(tokenizer, caplog):

@@ -14,9 +14,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from itertools import islice
+from numbers import Number
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
 from hf_embed.errors import InputError
@@ -239,16 +240,19 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
     """
     unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
     if isinstance(rows, Dataset):
-        unused = [column for column in unused if isinstance(rows.features[column], Value) and not has_times(rows, column)]
+        kinds = {column: rows.features[column] for column in unused if not has_times(rows, column)}
+        unused = [column for column, kind in kinds.items() if isinstance(kind, Value | ClassLabel)]
         if not unused:  # a table with an order of its own (after `shuffle`) cannot be read without columns
             return {}
         step = max(1, -(-len(rows) // LOOKED_AT))
         table = rows.select_columns(unused).select(range(0, len(rows), step))[:]
+        named = {column: ["", *kind.names] for column, kind in kinds.items() if isinstance(kind, ClassLabel)}  # -1: no label
+        table |= {column: [names[0 if cell is None else cell + 1] for cell in table[column]] for column, names in named.items()}
     else:
         table = {column: [row.get(column) for row in rows] for column in unused}
     found = {}
     for column, cells in table.items():
-        words = [str(cell).strip().lower() for cell in cells if isinstance(cell, str | int | float)]
+        words = [str(cell).strip().lower() for cell in cells if isinstance(cell, str | Number)]
         words = [word for word in words if word not in ("", "nan")]
         values = sorted(set(words))
         numbers = all(re.fullmatch(r"-?\d{1,3}(\.\d+)?", value) and abs(float(value)) <= 100 for value in values)
