@@ -106,6 +106,8 @@ def test_a_datasets_only_column_with_a_separator_in_its_name():
     message = error_of(text_columns, ["anchor;positive"], "org/pairs")
     assert "org/pairs: there is only one column, 'anchor;positive', and its name contains ';'" in message
     assert text_columns(["whatever it is"], "rows") == ["whatever it is"]
+    # BUG: the first text of a file without a header was lost in silence.
+    assert "if this is a text, add a header above it" in error_of(text_columns, ["a text of five words"], "a.csv", False)
 
 
 def test_separators_within_texts_are_texts(tmp_path):

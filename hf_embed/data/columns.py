@@ -123,6 +123,11 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
                 f"{name}: there is only one column, '{shortened(single)}', and its name contains {SEPARATOR_NAMES[separator]}, "
                 "which may be the separator of the file; write the file again, or rename the column"
             )
+        if len(single.split()) > NAME_WORDS:
+            raise InputError(
+                f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for example "
+                "text; otherwise rename the column"
+            )
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
         columns = pair + negative_columns(names)
