@@ -125,8 +125,8 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
             )
         if len(single.split()) > NAME_WORDS:
             raise InputError(
-                f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for example "
-                "text; otherwise rename the column"
+                f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for "
+                "example text; otherwise rename the column"
             )
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
