@@ -197,8 +197,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     with _lock:
         users, training = _evaluated.get(model, (0, []))
-        _evaluated[model] = users + 1, training + [module for module in model.modules() if module.training]
-        model.eval()
+        switched = [module for module in model.modules() if module.training]
+        _evaluated[model] = users + 1, training + switched
+        if switched:
+            model.eval()
     try:
         yield
     finally:
