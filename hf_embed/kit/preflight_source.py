@@ -22,8 +22,9 @@ from hf_embed.data.columns import column_names, judging_values
 from hf_embed.data.files import as_column, features_of, kind_of, opened
 from hf_embed.data.labeled import NEGATIVE, POSITIVE, Layout, hashable, labeled_layout, meanings_of
 from hf_embed.data.mixture import Source, Stream, source_rows, source_tokenizer, what_to_read
-from hf_embed.data.tokenization import RowTokenizer, beginning, columns_to_read, text_id, too_few_rows
+from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, too_few_rows
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import beginning
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch, uses_batch
 from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
 from hf_embed.kit.similar import similar_pairs
