@@ -769,6 +769,9 @@ def test_corpus_file_of_numbers(tmp_path, monkeypatch):
     assert f"{corpus}, row 1, column 'text': the text is not a string (1)" in error_of(recipe.read_pairs, args)
     args.corpus_file = written(tmp_path / "corpus.csv", "text;id\na;1\n")
     assert "the separator seems to be ';'" in error_of(recipe.read_pairs, args)
+    # BUG: the message advised --columns, which is not for this file.
+    args.corpus_file = written(tmp_path / "other.csv", "nr,body\n1,a\n")
+    assert error_of(recipe.read_pairs, args).endswith("found the columns nr, body; rename the column of the texts to text")
     args.corpus_file, args.ignore_columns = None, []
     assert "'label' judges the pairs" in error_of(recipe.read_pairs, args)
 
