@@ -290,14 +290,9 @@ def set_group_timeout(timeout: timedelta) -> None:
     set_timeout(timeout)
 
 
-def set_fingerprint(rows: datasets.Dataset, fingerprint: str) -> None:
-    """Set the fingerprint that names the cache files of `Dataset.map`, so that the same file is not tokenized twice."""
-    rows._fingerprint = fingerprint
-
-
-def fingerprint_of(rows: datasets.Dataset) -> str:
-    """Return the fingerprint that names the cache files of `Dataset.map` for these rows."""
-    return rows._fingerprint
+def indices_of(rows: datasets.Dataset) -> "datasets.table.Table | None":
+    """Return the numbers of the rows of `rows.data` that a table consists of, in order, or None if it has all of them."""
+    return rows._indices
 
 
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

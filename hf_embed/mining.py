@@ -50,7 +50,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.data.labeled import as_pairs, pair_columns
-from hf_embed.data.python_rows import RowData, as_rows
+from hf_embed.data.python_rows import RowData, as_rows, refuse_paths
 from hf_embed.data.sources import FILL_IN, texts_of
 from hf_embed.distributed import get_rank, get_world_size
 from hf_embed.encoder import Encoder
@@ -256,6 +256,7 @@ def distinct_texts(pairs: Pairs, corpus: Iterable[str]) -> tuple[list[str], list
     """Return the distinct queries, and the distinct documents of the pairs and the corpus, in order."""
     queries = list(dict.fromkeys(query for query, _ in pairs))
     given = as_list(corpus, "corpus")
+    refuse_paths(given, "corpus")
     if odd := [number for number, text in enumerate(given, 1) if not isinstance(text, str | None)]:
         raise InputError(f"corpus, row {odd[0]}: the text is not a string ({given[odd[0] - 1]!r}); {FILL_IN}")
     texts = [text for text in given if text and text.strip()]  # an empty text cannot be a negative

@@ -23,7 +23,7 @@ from hf_embed.data.labeled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
 from hf_embed.disk import check_file
 from hf_embed.errors import InputError
-from hf_embed.evaluation.retrieval import read_retrieval
+from hf_embed.evaluation.retrieval import judged_pairs, read_retrieval
 from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
@@ -53,9 +53,7 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
         if args.columns or args.ignore_columns:
             raise InputError("--columns and --ignore_columns apply to --train_file only; remove them with --retrieval_dir")
         task = read_retrieval(args.retrieval_dir)
-        judged = [(query, document) for query, documents in task.qrels.items() for document in documents]
-        pairs = [(task.queries[query], task.corpus[document]) for query, document in judged if task.corpus[document]]
-        corpus = list(task.corpus.values())
+        pairs, corpus = judged_pairs(task, args.retrieval_dir), list(task.corpus.values())
     elif args.train_file is not None:
         rows = leave_out(read_file(args.train_file), args.ignore_columns, args.train_file)
         pairs = positive_pairs(named_columns(rows, args.columns, args.train_file), args.train_file)

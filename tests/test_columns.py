@@ -1,12 +1,13 @@
 """Tests of the choice of columns: layouts known by their names, ambiguous tables, and columns that the user names."""
 
 import shlex
+from decimal import Decimal
 
 import pandas
 import pytest
 import yaml
 from conftest import error_of, tokenize_rows
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from test_data_files import datasets_cache, jsonl, listed, streamed, written  # noqa: F401  (a fixture)
 
 from hf_embed import Source
@@ -205,6 +206,16 @@ def test_values_that_may_judge_pairs_are_named(kind, values, shown, tmp_path, to
         assert "--columns score=x" in found[0] and "--ignore_columns x" in found[0]
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"), [(["no", "yes"], "no, yes"), (["0", "1"], "0, 1"), (["news", "sport"], None), (None, "0, 1")]
+)
+def test_names_of_labels_and_decimal_numbers_may_judge_pairs(names, shown, tokenizer, caplog):
+    """BUG: only plain numbers, texts and truth values were looked at."""
+    rows = Dataset.from_list(pairs_with([None, -1, *[0, 1] * 6] if names else [Decimal(i % 2) for i in range(12)]))
+    tokenize_rows(rows.cast_column("x", ClassLabel(names=names)) if names else rows, tokenizer, 16)
+    assert (f"its values ({shown}) may judge the pairs" in caplog.text) == ("may judge" in caplog.text) == (shown is not None)
+
+
 def test_values_of_ids_of_single_texts_and_beside_scores_judge_nothing(tokenizer, caplog):
     rows = Dataset.from_list(pairs_with([0, 1] * 6))
     tokenize_rows(rows.rename_column("x", "lang_id"), tokenizer, 16)
@@ -213,6 +224,14 @@ def test_values_of_ids_of_single_texts_and_beside_scores_judge_nothing(tokenizer
     tokenize_table(scored, RowTokenizer(tokenizer, 16, scored=True), "rows")
     take_columns(scored.rename_column("score", "points"), {"query": "question", "positive": "answer", "score": "points"})
     assert "may judge" not in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_scores_of_a_teacher_stay_beside_named_columns(streaming):
+    """BUG: they were left out in silence, so that the teacher's model scored the texts again, or there were no scores."""
+    rows = Dataset.from_list([{"q": "a", "p": "b", "n": ["c"], "pos_scores": [1.0], "neg_scores": [0.5], "id": 1}] * 2)
+    taken = take_columns(rows.to_iterable_dataset() if streaming else rows, {"anchor": "q", "positive": "p", "negative": "n"})
+    assert list(taken) == [{"anchor": "a", "positive": "b", "negative": ["c"], "pos_scores": [1.0], "neg_scores": [0.5]}] * 2
 
 
 def test_a_table_without_rows_has_no_values(tokenizer):

@@ -87,6 +87,9 @@ def test_read_file_keeps_every_text(kind, gz, tmp_path):
 def test_read_file_without_header(tmp_path):
     rows = read_file(written(tmp_path / "a.tsv", "5\tx\n007\tNA\n"), header=False)
     assert rows.to_dict() == {"0": ["5", "007"], "1": ["x", "NA"]}
+    # BUG: the numbers that pandas writes above columns without names were a row, for example a pair of an STS set.
+    rows = read_file(written(tmp_path / "b.csv", "0,1\n5,x\n0,1\n"), header=False)
+    assert rows.to_dict() == {"0": ["5", "0"], "1": ["x", "1"]}
 
 
 GZIPPED = gzip.compress("".join(f"{i},{i * i}\n" for i in range(2000)).encode())
@@ -161,6 +164,7 @@ LAYOUTS = [
     (["Sentence", "id"], None, ["Sentence"]),
     (["id", " text"], None, [" text"]),
     (["whatever"], None, ["whatever"]),
+    (["positive"], False, ["positive"]),
     (["sent0", "sent1"], None, ["sent0", "sent1"]),
     (["hard_neg", "sent1", "sent0"], None, ["sent0", "sent1", "hard_neg"]),
     (["anchor", "positive"], True, ["anchor", "positive"]),
@@ -190,6 +194,7 @@ def test_columns(found, paired, taken, caplog):
         (["anchor", "label"], None, ACCEPTED),
         (["anchor", "positive"], False, "text and sentence"),
         (["text"], True, "anchor, positive[, negative...]"),
+        (["positive"], None, "a pair needs two columns of texts"),  # BUG: the advice was to name it anchor and positive
         (["frage", "antwort", "negative"], True, "query, positive[, negative...]"),
     ],
 )
@@ -315,6 +320,13 @@ def test_fewer_than_two_rows(texts, tokenizer):
     message = error_of(tokenize_rows, rows, tokenizer, 16, "file.txt", drop_empty_rows=True)
     kept = sum(bool(text.strip()) for text in texts)
     assert message.startswith(f"file.txt: there are {kept} row(s), ") and "at least 2" in message
+
+
+def test_no_row_of_several_positives_is_left(tokenizer):
+    """BUG: it was a KeyError."""
+    rows = Dataset.from_dict({"query": ["a", ""], "pos": [["b", ""], ["c", "d"]]})
+    message = error_of(tokenize_rows, rows, tokenizer, 16, "a.jsonl", drop_empty_rows=True)
+    assert message.startswith("a.jsonl: there are 0 row(s), ")
 
 
 # ---- batches ----

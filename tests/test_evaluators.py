@@ -47,7 +47,7 @@ from hf_embed.evaluation import rows as rows_module
 from hf_embed.evaluation.judged import Judged
 from hf_embed.evaluation.pair_classification import read_pair_classification
 from hf_embed.evaluation.reranking import read_reranking
-from hf_embed.evaluation.sts import STS, read_named_sts
+from hf_embed.evaluation.sts import STS, check_sts, read_named_sts
 from hf_embed.evaluation.tasks import main_metric, metric_names, score_table, score_tasks
 from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
@@ -318,8 +318,10 @@ def test_labels_that_are_named_the_other_way_round(tmp_path, tokenizer):
         (["not_duplicate", "duplicate"], True),
         (["0", "1"], True),
         (["1", "2", "10"], True),
+        (["-1.5", "2.0", "10"], True),
         (["entailment", "not_entailment"], False),
         (["1", "0"], False),
+        (["0.0", "10.0", "2.0"], False),  # the order of class_encode_column
         (["relevant", "irrelevant"], False),
     ):
         labeled = rows.cast_column("label", ClassLabel(names=names))
@@ -328,15 +330,20 @@ def test_labels_that_are_named_the_other_way_round(tmp_path, tokenizer):
             assert read_pair_classification(str(tmp_path / "a.parquet")) == READ_PAIRS
             scored = tokenize_table(labeled, RowTokenizer(tokenizer, 16, scored=True), "rows")["scores"][:]
             assert scored == [[label] for label in labeled["label"]]
+            assert check_sts(labeled.rename_column("label", "score"), "rows")["score"][:] == labeled["label"][:]
+            absent = labeled.rename_column("label", "score")
+            absent = absent.map(lambda row, i: {"score": -1 if i == 1 else 0}, with_indices=True)
+            for read in (check_sts, lambda rows, name: tokenize_table(rows, RowTokenizer(tokenizer, 16, scored=True), name)):
+                assert "rows, row 2, column 'score': -1 stands for no label" in error_of(read, absent, "rows")
         else:
             message = error_of(read_pair_classification, str(tmp_path / "a.parquet"))
-            assert (
-                f"the label 0 of column 'label' is named {names[0]}, but 1 must mean that two texts belong together" in message
-            )
+            assert f"the label 0 of column 'label' is named {names[0]}, but a higher number must mean that two texts" in message
             documents = labeled.rename_columns({"sentence1": "query", "sentence2": "document"})
             assert f"the label 0 of column 'label' is named {names[0]}" in error_of(Reranking, documents)
             message = error_of(tokenize_table, labeled, RowTokenizer(tokenizer, 16, scored=True), "rows")
             assert f"rows: the label 0 of column 'label' is named {names[0]}" in message
+            message = error_of(check_sts, labeled.rename_column("label", "score"), "rows")
+            assert f"rows: the label 0 of column 'score' is named {names[0]}" in message
 
 
 def pairs_with(*labels):

@@ -307,13 +307,10 @@ def test_set_group_timeout():
         dist.destroy_process_group()
 
 
-def test_set_fingerprint():
-    rows = [Dataset.from_dict({"text": ["a", "b"]}) for _ in range(2)]
-    for table in rows:
-        internals.set_fingerprint(table, "0123456789abcdef")
-    first, second = (table.map(dict, keep_in_memory=True) for table in rows)
-    internals.set_fingerprint(rows[1], "another")
-    assert first._fingerprint == second._fingerprint != rows[1].map(dict, keep_in_memory=True)._fingerprint
+def test_indices_of():
+    rows = Dataset.from_dict({"text": ["a", "b", "c"]})
+    assert internals.indices_of(rows) is None and rows.select([2, 0]).data.num_rows == 3
+    assert internals.indices_of(rows.select([2, 0])).column(0).to_pylist() == [2, 0]
 
 
 def test_metric_methods():

@@ -202,6 +202,9 @@ def test_bad_settings(settings, message):
 
 def test_nothing_to_choose_from(tmp_path):
     assert "there are 1 document(s), too few to choose" in error_of(mined, tmp_path / "a.jsonl", pairs=[("a", "b")], corpus=[])
+    assert "test_mining.py' is a file, but each string" in error_of(
+        mined, tmp_path / "a.jsonl", corpus=__file__
+    )  # BUG: a negative
     (tmp_path / "a.jsonl").write_text("mine")
     assert "a.jsonl already exists" in error_of(mined, tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl").read_text() == "mine"

@@ -364,7 +364,7 @@ def test_empty_rows_of_a_stream_are_dropped_on_request(tmp_path, caplog):
     assert len(set(ids_of(rows[:6]))) == 6
     assert "1 of 7 rows had an empty text and were dropped" in caplog.text
     message = error_of(stream, [str(tmp_path / "a.jsonl")])
-    assert message.startswith("source 'web' (part-*.jsonl), the row {'query': 'b'") and "column 'positive'" in message
+    assert message.startswith("source 'web' (part-*.jsonl), row 4, ") and "column 'positive'" in message
     (tmp_path / "b.jsonl").write_text(2 * (lines[3] + "\n"))
     message = error_of(stream([str(tmp_path / "b.jsonl")], drop=True).__getitems__, [0])
     assert "there are no rows for this process" in message and "2 of 2 rows had an empty text" in caplog.text

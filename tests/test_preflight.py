@@ -20,9 +20,9 @@ from conftest import error_of, tokenize_rows
 from datasets import Dataset, IterableDataset
 from test_recipes import QUIET, RECIPES, load_recipe
 
-from hf_embed import Encoder, ImprovedContrastive, Matryoshka, SimCSE
+from hf_embed import ContrastiveTrainingArguments, CoSENT, Encoder, ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.data.columns import text_columns
-from hf_embed.data.mixture import Source
+from hf_embed.data.mixture import Source, make_mixture
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import rows_of_texts
 from hf_embed.errors import InputError
@@ -391,12 +391,12 @@ def test_columns_and_a_byte_order_mark(tmp_path, capsys):
 
 def test_labeled_pairs(encoder):
     pairs = [("p", "yes", "entailment"), ("p", "no", "contradiction"), ("p", "may", "neutral"), ("q", "so", "entailment"),
-             ("q", "not", "contradiction"), ("q", "", "entailment"), ("r", "x", "-")]  # fmt: skip
+             ("q", "not", "contradiction"), ("q", "", "entailment"), ("r", "", "-"), ("q", " ", "neutral")]  # fmt: skip
     rows = [{"premise": a, "hypothesis": b, "gold_label": c} for a, b, c in pairs]
     source = report_of(rows, encoder)["sources"]["mine"]
-    assert source["labels"] == dict(Counter(label for *_, label in pairs)) and source["rows"] == source["labeled_pairs"] == 7
+    assert source["labels"] == dict(Counter(label for *_, label in pairs)) and source["rows"] == source["labeled_pairs"] == 8
     assert (source["training_rows"], source["texts"]) == (2, 6)
-    assert source["empty"] == {"count": 1, "rows": [6]}
+    assert source["empty"] == {"count": 1, "rows": [6]}  # BUG: empty texts of pairs that the training does not use counted
     assert source["columns"] == {"premise": "anchor", "hypothesis": "positive", "gold_label": "label"}
 
 
@@ -424,6 +424,46 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     before = good.read_text()
     assert "has other content than a report, which would be lost" in error_of(run, good, "--output_file", good)
     assert good.read_text() == before
+
+
+ROWS = {
+    "pairs": [{"anchor": f"a{i}", "positive": f"p{i}"} for i in range(9)],
+    "triplets": [{"anchor": f"a{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(9)],
+    "many": [{"anchor": f"a{i}", "positive": [f"p{i} {j}" for j in range(65)]} for i in range(9)],
+    "labels": [{"sentence1": f"a{i // 2}", "sentence2": f"p{i}", "label": i % 2} for i in range(9)],
+    "scores": [{"sentence1": f"a{i}", "sentence2": f"p{i}", "score": i / 9} for i in range(9)],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        *((name, {}) for name in ROWS),
+        *((name, {"objective": CoSENT()}) for name in ("pairs", "scores")),
+        *((name, {"negatives": 1}) for name in ("pairs", "triplets")),
+    ],
+)
+def test_sources_are_refused_as_in_training(rows, settings, streaming, tmp_path, encoder):
+    """BUG: the preflight of a stream accepted labels and negatives that its training refuses, and refused pairs with scores."""
+    table = Dataset.from_list(ROWS[rows])
+    source = Source("mine", table.to_iterable_dataset() if streaming else table, size=9, **settings)
+    args = ContrastiveTrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to="none")
+    found = []
+    for examine in (
+        lambda: make_mixture([source], encoder, args, SimCSE()),
+        lambda: found.append(preflight([(source, None, None)], encoder, Settings(batches=(4,)), {})),
+    ):
+        try:
+            examine()
+        except InputError as error:
+            found.append(str(error))
+    if isinstance(found[0], dict):
+        columns = found[0]["sources"]["mine"]["columns"]
+        assert len(found) == 1 and (columns.get("score") == "score") == ("objective" in settings)
+        assert bool(found[0]["sources"]["mine"]["batches"]) == ("objective" not in settings)
+    else:
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -394,6 +394,8 @@ def test_zero_shot_of_arrays():
         ("text\tcategory\nx\ta\ny\tb\n", "{label}", None, "found the columns text, category; expected label and text"),
         ("".join(f"text {i}\ta\n" for i in range(30)), "{label}", None, "few labels occur twice"),
         ("label\ttext\na\tx\nb\t\n", "{label}", None, "row 2, column 'text': the text is empty"),
+        ("a_b\tx\na b \ty\n", "is {label}", None, "two labels have the text 'is a b'"),  # BUG: the second was never predicted
+        ("a\tx\nb\ty\n", "{label}", '{"a": "one", "b": "one"}', "two labels have the text 'one'"),
     ],
 )
 def test_bad_zero_shot(tmp_path, content, template, names, expected):

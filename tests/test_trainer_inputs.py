@@ -108,6 +108,7 @@ def generator():
         (pandas.DataFrame([["a", "b"]], columns=["anchor", "anchor"]), ["two columns are named 'anchor'"]),
         ([*ROWS, "a text"], ["row 13", "a str", "row 1 is a dict"]),
         ([1, 2], ["row 1 is 1, a int", "list of dicts"]),
+        ([__file__, __file__], ["test_trainer_inputs.py' is a file, but each string of a list is a text"]),  # BUG: a text
         ([("a", "b"), ("c",)], ["row 2 is a tuple of length 1", "anchor and a positive"]),
         ([*ROWS, ROWS[0] | {"positive": 3}], ["row 13, column 'positive': 3 has the type int"]),
         (ROWS[0], ["'anchor' holds texts", "Dataset.from_dict"]),

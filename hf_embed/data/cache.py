@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,12 +22,13 @@ import datasets
 import pyarrow
 import tokenizers
 import transformers
+import xxhash
 from datasets import Dataset, Features, is_caching_enabled
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
 from hf_embed.disk import SAVING, check_folder, disk_errors
-from hf_embed.library_internals import fingerprint_of, set_fingerprint
+from hf_embed.library_internals import indices_of
 from hf_embed.progress import table_bars
 from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of
 from hf_embed.version import __version__
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TRUNCATED = "Expected to be able to read"  # part of the error message about a truncated table
 FEW_ROWS = 100_000  # the results for fewer rows in memory stay in memory too; each process computes them again
+HASHED = 10_000  # rows that are hashed at a time
 OLD = 24 * 3600  # seconds without a write, after which a temporary file counts as abandoned
 
 
@@ -64,37 +67,34 @@ def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter
             writer.finalize()
 
     identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
-    return stored(cache_folder(), "", identity, write_to)
+    return stored(identity, write_to)
 
 
 def cached_map(rows: Dataset, function: Callable[..., Any], anew: bool = False, **settings: Any) -> Dataset:
     """Return `rows.map(function, **settings)`, and check the cached result before it is used again.
 
-    The result is stored beside the file that holds the rows, as `datasets` does it. If that folder is not writable, or if the
-    rows are in memory, the result goes into the cache of `datasets`. Nothing is cached for fewer than `FEW_ROWS` rows in
-    memory, or in a process that has disabled caching.
+    The result is stored in the cache of `datasets`. (`datasets` itself would put it beside the file that holds the rows. But
+    `load_dataset` takes each Arrow file in the folder of a saved dataset for a part of the data.) Nothing is cached for fewer
+    than `FEW_ROWS` rows in memory, or in a process that has disabled caching.
 
-    With `anew`, the result is made in each call, always in the cache of `datasets`. This is for a function whose results may
-    change although its hash does not. The fingerprint of the result is the hash of its content, so tables made from it can be
-    cached.
+    With `anew`, the result is made in each call. This is for a function whose results may change although its hash does not.
     """
     if len(rows) < (1 if rows.cache_files else FEW_ROWS) or not is_caching_enabled():
         named = {"new_fingerprint": generate_random_fingerprint(), **settings}  # else `datasets` hashes the tokenizer
         with disk_errors():
             return rows.map(function, **named)
-    beside = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else cache_folder()
-    folder = cache_folder() if anew or not os.access(beside, os.W_OK) else beside
     identity = None if anew else identity_of(rows, function, settings)
     named = {"new_fingerprint": "not-used", "load_from_cache_file": False, **settings}
-    return stored(folder, "cache-", identity, lambda path: rows.map(function, cache_file_name=str(path), **named))
+    return stored(identity, lambda path: rows.map(function, cache_file_name=str(path), **named))
 
 
-def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Path], Any]) -> Dataset:
-    """Return the table with this identity from a file in `folder`. Call `write` first if there is no such file.
+def stored(identity: str | None, write: Callable[[Path], Any]) -> Dataset:
+    """Return the table with this identity from a file in the cache. Call `write` first if there is no such file.
 
     Without an identity, `write` is always called, and the hash of the file that it writes becomes the identity.
     """
-    path = folder / f"{prefix}{identity}.arrow" if identity else folder
+    folder = cache_folder()
+    path = folder / f"{identity}.arrow" if identity else folder
     if not identity or not found(path):
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -103,29 +103,41 @@ def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Pat
                 made = Path(new, "rows.arrow")
                 write(made)
                 identity = identity or hash_of(made)
-                put(made, path := folder / f"{prefix}{identity}.arrow")
+                put(made, path := folder / f"{identity}.arrow")
             seal(path)
-    loaded = Dataset.from_file(str(path))
-    set_fingerprint(loaded, identity)
-    return loaded
+    return Dataset.from_file(str(path))
 
 
-def checked_load(path: str, **settings: Any) -> Any:
-    """Return `datasets.load_dataset(path, **settings)`. Make its cached tables again if they are damaged."""
+def checked_load(path: str, split: str, streaming: bool, **settings: Any) -> Any:
+    """Return `datasets.load_dataset` of these arguments. Make its cached tables again if they are damaged or out of date."""
     with disk_errors(datasets.config.HF_DATASETS_CACHE), table_bars():
+        if not streaming and (path == "parquet" or os.path.isdir(path)):
+            settings["description"] = hash_of_files(path, **settings)
+        load = partial(datasets.load_dataset, path, split=split, streaming=streaming, **settings)
         try:
-            rows = datasets.load_dataset(path, **settings)
+            rows = load()
             whole = all(found(file) for file in files_of(rows) if seal_of(file).is_file())
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and TRUNCATED not in str(error):
                 raise
             whole = False
         if not whole:
-            rows = datasets.load_dataset(path, download_mode="reuse_cache_if_exists", **settings)
+            rows = load(download_mode="reuse_cache_if_exists")
         for file in files_of(rows):
             if os.access(file.parent, os.W_OK) and not (whole and seal_of(file).is_file()):
                 seal(file)
     return rows
+
+
+def hash_of_files(path: str, **settings: Any) -> str:
+    """Return a hash of the content of a dataset's local files.
+
+    `datasets` itself recognizes a file by its path and its time of change. Each part of a configuration, such as this hash as
+    its description, gets a cached table of its own.
+    """
+    files = datasets.load_dataset_builder(path, **settings).config.data_files or {}
+    hashes = [hash_of(Path(file)) for split in files.values() for file in split if "://" not in file]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
 def files_of(rows: Any) -> list[Path]:
@@ -137,9 +149,24 @@ def identity_of(rows: Dataset, function: Callable[..., Any], settings: dict[str,
     """Return a hash of the rows, the function, the settings and the versions, or a random one if the function has no hash."""
     try:
         named = sorted((name, value) for name, value in settings.items() if name != "desc")
-        return Hasher.hash([fingerprint_of(rows), Hasher.hash(function), Hasher.hash(named), *versions()])
+        return Hasher.hash([content_of(rows), Hasher.hash(function), Hasher.hash(named), *versions()])
     except Exception:  # pickling the objects that the function holds can raise anything
         return generate_random_fingerprint()
+
+
+def content_of(rows: Dataset) -> str:
+    """Return a hash of the values in a table, and of their order.
+
+    The fingerprint of `datasets` would not do: it stands for how a table was made, by functions that may have changed since.
+    """
+    hashed = xxhash.xxh3_128()
+    for table in (rows.data, indices_of(rows)):
+        for batch in table.to_batches(max_chunksize=HASHED) if table is not None else []:
+            part = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(part, batch.schema) as stream:  # with the types, and the values of a categorical column
+                stream.write_batch(batch)
+            hashed.update(part.getvalue())
+    return hashed.hexdigest()
 
 
 def versions() -> list[str]:

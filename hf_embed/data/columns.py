@@ -14,9 +14,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from itertools import islice
+from numbers import Number
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
 from hf_embed.errors import InputError, errors_of
@@ -115,12 +116,17 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
     """
     found = {plain(column): column for column in reversed(names)}
     single = next((found[column] for column in SINGLE if column in found), None)
-    if single is None and len(names) == 1:
+    if single is None and len(names) == 1 and (paired is False or plain(names[0]) not in POSITIVES):
         single = names[0]
         if separator := other_separator(single):
             raise InputError(
                 f"{name}: there is only one column, '{shortened(single)}', and its name contains {SEPARATOR_NAMES[separator]}, "
                 "which may be the separator of the file; write the file again, or rename the column"
+            )
+        if len(single.split()) > NAME_WORDS:
+            raise InputError(
+                f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for "
+                "example text; otherwise rename the column"
             )
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
@@ -239,16 +245,19 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
     """
     unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
     if isinstance(rows, Dataset):
-        unused = [column for column in unused if isinstance(rows.features[column], Value) and not has_times(rows, column)]
+        kinds = {column: rows.features[column] for column in unused if not has_times(rows, column)}
+        unused = [column for column, kind in kinds.items() if isinstance(kind, Value | ClassLabel)]
         if not unused:  # a table with an order of its own (after `shuffle`) cannot be read without columns
             return {}
         step = max(1, -(-len(rows) // LOOKED_AT))
         table = rows.select_columns(unused).select(range(0, len(rows), step))[:]
+        named = {column: ["", *kind.names] for column, kind in kinds.items() if isinstance(kind, ClassLabel)}  # -1: no label
+        table |= {column: [names[0 if cell is None else cell + 1] for cell in table[column]] for column, names in named.items()}
     else:
         table = {column: [row.get(column) for row in rows] for column in unused}
     found = {}
     for column, cells in table.items():
-        words = [str(cell).strip().lower() for cell in cells if isinstance(cell, str | int | float)]
+        words = [str(cell).strip().lower() for cell in cells if isinstance(cell, str | Number)]
         words = [word for word in words if word not in ("", "nan")]
         values = sorted(set(words))
         numbers = all(re.fullmatch(r"-?\d{1,3}(\.\d+)?", value) and abs(float(value)) <= 100 for value in values)
@@ -320,7 +329,7 @@ def read_columns(given: list[str]) -> dict[str, str | list[str]]:
 def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | IterableDataset:
     """Select and rename the columns that `columns` maps: query (or anchor), positive, negative (one, or a list), or text.
 
-    If it maps only a score, the columns of texts are recognized by their names.
+    If it maps only a score, the columns of texts are recognized by their names. Columns of a teacher's scores are kept.
 
     Raises:
         InputError: if a role is unknown, a role is given under both of its names, a column does not exist, the roles do not
@@ -344,7 +353,8 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
         refuse_judgements(unused, "columns")
         if unused and "score" not in roles:
             warn_of_judgements(rows if isinstance(rows, Dataset) else list(islice(rows, FIRST_ROWS)), unused, "columns")
-    rows = rows.select_columns(list(names))
+    scores = [column for column in found if TEACHER.fullmatch(column) and column not in names and len(names) > 1]
+    rows = rows.select_columns([*names, *scores])
     # Rename in two steps, because a stream cannot swap two names in one step.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})
     return rows.rename_columns({f"{new} of {old}": new for old, new in names.items()})

@@ -186,7 +186,7 @@ def table_columns(path: str, table: Table) -> list[str]:
             f"but {kind_of(path)} files need {SEPARATOR_NAMES[own]}; {mend}"
         )
     if not table.header:
-        return [str(i) for i in range(len(cells))]
+        return list(map(str, range(len(cells))))
     return [cell or f"Unnamed: {i}" for i, cell in enumerate(cells)]  # the name that pandas gives to such a column
 
 
@@ -230,7 +230,7 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
     for first, last, cells in rows:
         if not width:
             width = len(cells)
-            if table.header:
+            if table.header or cells == list(map(str, range(width))):  # by pandas, for columns without names
                 continue
         if len(cells) > width:
             separator = SEPARATOR_NAMES[SEPARATORS[kind_of(path)]]

@@ -218,19 +218,27 @@ def written_as(label: Any, feature: Any) -> str:
 
 
 def check_label_names(rows: Dataset, column: str, name: str) -> None:
-    """Raise InputError if a `ClassLabel` gives its lowest number to texts that belong together, as GLUE's RTE to entailment.
+    """Check that the numbers of a `ClassLabel` can be used as scores: 0 is the lowest, and -1 stands for no label.
 
-    Names that are numbers, such as 1 to 5, must be in ascending order.
+    Raises:
+        InputError: if a row has no label, if names that are numbers (such as 1 to 5) are not in ascending order, or if the
+            lowest number means that texts belong together, as in GLUE's RTE, where it is entailment.
     """
     kind = rows.features[column]
     if not isinstance(kind, ClassLabel):
         return
     first = kind.names[0]
-    numbers = all(map(str.isdecimal, kind.names))
-    if kind.names != sorted(kind.names, key=int) if numbers else plain(first) in (*MATCHES, "relevant"):
+    numbers = [float(name) for name in kind.names if re.fullmatch(r"-?\d+(\.\d+)?", name)]
+    all_numbers = len(numbers) == len(kind.names)
+    if numbers != sorted(numbers) if all_numbers else plain(first) in (*MATCHES, "relevant"):
         raise InputError(
-            f"{name}: the label 0 of column '{column}' is named {first}, but 1 must mean that two texts belong "
-            "together, and 0 that they do not; exchange the two labels"
+            f"{name}: the label 0 of column '{column}' is named {first}, but a higher number must mean that two texts belong "
+            "together more; write scores, or 0 and 1, in place of the names"
+        )
+    labels = rows[column][:]
+    if -1 in labels:
+        raise InputError(
+            f"{name}, row {labels.index(-1) + 1}, column '{column}': -1 stands for no label; fill it in or delete the row"
         )
 
 

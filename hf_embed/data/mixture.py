@@ -162,7 +162,7 @@ class Stream:
             warn_of_judgements(first, list(unused), self.label)
         # Whether the cells of positives are lists.
         self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
-        probe = [texts for row in first for texts, _ in self.texts(row)]
+        probe = [texts for number, row in enumerate(first, 1) for texts, _ in self.texts(row, f"row {number}")]
         if max(len(first), len(probe)) < 2:
             raise too_few_rows(len(probe), source.label)
         tokens = tokenizer(probe)
@@ -224,9 +224,12 @@ class Stream:
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors
             raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
 
-    def texts(self, row: dict) -> list[tuple[list[str], list[str]]]:
-        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped."""
-        where = f"{self.label}, the row {str(row)[:60]}..."
+    def texts(self, row: dict, place: str = "") -> list[tuple[list[str], list[str]]]:
+        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped.
+
+        `place` is what messages call the row. Default: its first characters, because the rows are shuffled.
+        """
+        where = f"{self.label}, {place or f'the row {str(row)[:60]}...'}"
         made = kept_rows(row, self.columns, where, self.drop)
         if len(made) > (MOST_POSITIVES if self.several else 1):
             most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
@@ -330,21 +333,33 @@ def tokenize_source(
     """
     reading = what_to_read(source.own_objective or objective, column_names(source.rows), args.teacher)
     tokenizer = source_tokenizer(source, encoder, reading)
-    rows = source.rows if tokenizer.scored else as_pairs(source.rows, source.label, None, args.drop_empty_rows)
-    if source.negatives and not negative_columns(column_names(rows)):
-        raise InputError(
-            f"{source.label}: negatives is {source.negatives}, but there is no column of negatives; remove this setting"
-        )
+    rows = source_rows(source, tokenizer, source.label, None, args.drop_empty_rows)
     if isinstance(rows, Dataset):
         with hidden_bars(), table_bars():  # none for each of many sources
             return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
-    if tokenizer.scored or tokenizer.keeps_texts:
-        raise InputError(
-            f"{source.label}: a streaming dataset cannot have scores or a teacher, because both belong to stored rows; remove "
-            "streaming: true"
-        )
     rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
     return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
+
+
+def source_rows(
+    source: Source, tokenizer: RowTokenizer, name: str, paired: bool | None, drop_empty_rows: bool
+) -> Dataset | IterableDataset:
+    """Return the rows of a source, with labeled pairs as positives and negatives.
+
+    `tokenizer` says whether the scores of the rows are read; for the other arguments, see `hf_embed.data.labeled.as_pairs`.
+
+    Raises:
+        InputError: if the setting `negatives` or streaming does not suit the rows, or labeled pairs cannot be read.
+    """
+    rows = source.rows if tokenizer.scored else as_pairs(source.rows, name, paired, drop_empty_rows)
+    if source.negatives and not negative_columns(column_names(rows)):
+        raise InputError(f"{name}: negatives is {source.negatives}, but there is no column of negatives; remove this setting")
+    if not isinstance(rows, Dataset) and (tokenizer.scored or tokenizer.keeps_texts):
+        raise InputError(
+            f"{name}: a streaming dataset cannot have scores or a teacher, because both belong to stored rows; remove "
+            "streaming: true"
+        )
+    return rows
 
 
 def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") -> None:

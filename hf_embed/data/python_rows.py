@@ -9,6 +9,7 @@
 None, NaN and the missing values of pandas (NA, NaT) are read as missing values.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -100,6 +101,7 @@ def columns_of(rows: list, name: str) -> dict[str, list]:
             )
     assert first is not None
     if first is str:
+        refuse_paths(rows, name)
         return {"text": rows}
     if first is dict:
         names = list(dict.fromkeys(key for row in rows for key in row))
@@ -114,6 +116,15 @@ def columns_of(rows: list, name: str) -> dict[str, list]:
     return columns | {
         f"negative_{i - 1}": [row[i] if i < len(row) else None for row in rows] for i in range(2, max(map(len, rows)))
     }
+
+
+def refuse_paths(texts: list[str], name: str) -> None:
+    """Raise InputError if all texts of a list are the paths of files, which would be taken for the texts themselves."""
+    if texts and all(isinstance(text, str) and os.path.isfile(text) for text in texts):
+        raise InputError(
+            f"{name}: {texts[0]!r} is a file, but each string of a list is a text; read the file, for example with "
+            "datasets.load_dataset"
+        )
 
 
 def table_of(columns: dict[str, list], name: str) -> Dataset:

@@ -162,9 +162,17 @@ def late_negatives(entry: dict) -> list[str] | None:
 
 
 def expand(files: str | list[str], folder: Path) -> list[str]:
-    """List the files that are given by path, pattern or URL. Paths are relative to `folder`."""
+    """List the files that are given by path, pattern or URL. Paths are relative to `folder`.
+
+    Raises:
+        InputError: if no file matches a pattern.
+    """
     found = []
     for file in [files] if isinstance(files, str) else files:
-        full = file if "://" in file else str(folder / file)
-        found += ([] if os.path.exists(full) else sorted(glob.glob(full))) or [full]  # a name may contain brackets
+        full = file if "://" in file else str(folder / os.path.expanduser(file))
+        is_pattern = glob.escape(full) != full and "://" not in full and not os.path.exists(full)  # a name may contain brackets
+        matching = sorted(glob.glob(full)) if is_pattern else [full]
+        if not matching:
+            raise InputError(f"{full}: no file matches this pattern; check the path")
+        found += matching
     return found

@@ -136,14 +136,10 @@ def tokenize_table(
     Raises:
         InputError: if the columns are not recognized, a text is empty, a score is wrong, or there are too few rows.
     """
-    scores = score_columns(rows.column_names, name) if tokenizer.scored else []
-    for column in scores:
-        check_label_names(rows, column, name)
-    columns = text_columns(rows.column_names, name, paired, scores)
+    columns, scores = columns_to_read(rows, tokenizer.scored, name, paired)
     if len(columns) > 1 and not scores:
         warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)
     rows = rows.select_columns(columns + scores)  # cells of other columns may hold values that Python cannot represent
-    refuse_lists(islice(rows, 20), columns, name)
     others = most_positives(rows, columns) - 1
     most = None if negatives is None else 2 + negatives
 
@@ -164,6 +160,26 @@ def tokenize_table(
         tokens = cached_map(rows, convert, **settings)
     report_rows(tokens, len(rows), others, name)
     return tokens
+
+
+def columns_to_read(rows: Dataset, scored: bool, name: str, paired: bool | None = None) -> tuple[list[str], list[str]]:
+    """Return the columns of the texts of a table, in the order anchor, positive, negatives, and the columns of its scores.
+
+    Args:
+        rows: the table.
+        scored: whether the scores of the rows are read.
+        name: the name of the rows in messages.
+        paired: see `hf_embed.data.columns.text_columns`.
+
+    Raises:
+        InputError: if the columns are not recognized, if texts look like lists, or if a `ClassLabel` cannot be a score.
+    """
+    scores = score_columns(rows.column_names, name) if scored else []
+    for column in scores:
+        check_label_names(rows, column, name)
+    columns = text_columns(rows.column_names, name, paired, scores)
+    refuse_lists(islice(rows.select_columns(columns), 20), columns, name)
+    return columns, scores
 
 
 class Row(NamedTuple):
@@ -218,6 +234,7 @@ def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
     Raises:
         InputError: if fewer than two rows are left.
     """
+    others = others if len(tokens) else 0  # a table without rows has no column `row`
     kept = different_rows(tokens) if others else len(tokens)
     if kept < rows:
         logger.warning(f"{name}: {rows - kept:,} of {rows:,} rows had an empty text and were dropped")

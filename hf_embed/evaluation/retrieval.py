@@ -307,6 +307,15 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
+def judged_pairs(task: Retrieval, name: str) -> list[tuple[str, str]]:
+    """Return the (query, relevant document) pairs of a task. Leave out those with an empty text, and say how many."""
+    judged = [(task.queries[query], task.corpus[document]) for query, found in task.qrels.items() for document in found]
+    pairs = [(query, document) for query, document in judged if query.strip() and document.strip()]
+    if left_out := len(judged) - len(pairs):
+        logger.warning(f"{name}: {left_out:,} of {len(judged):,} judged pairs have an empty text; they are left out")
+    return pairs
+
+
 def pairs_to_retrieval(pairs: Sequence[Sequence[str]]) -> Retrieval:
     """Make a task from (query, document) pairs: each query searches for its documents among those of all pairs.
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from transformers import EvalPrediction
 
+from hf_embed.data.labeled import check_label_names
 from hf_embed.data.sources import cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity
@@ -70,6 +71,11 @@ def read_sts(path: str) -> Dataset:
                 f"{path}: the first row does not name score, sentence1 and sentence2, so the first column should hold the "
                 f"scores, but it begins with {first!r}; add a header with these names"
             )
+        if all(map(is_number, rows[names["sentence1"]][:])):
+            raise InputError(
+                f"{path}: the columns of a file without a header are score, sentence1 and sentence2, but the second one holds "
+                "only numbers; remove a column of row numbers, or add a header with these names"
+            )
     if all(c in names for c in COLUMNS):
         rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
     return check_sts(rows, path)
@@ -87,6 +93,7 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
             f"{name}: there is no column {', '.join(missing)}; found {', '.join(rows.column_names)}; "
             "an STS dataset has sentence1, sentence2 and score; rename the columns"
         )
+    check_label_names(rows, "score", name)
     rows = rows[:]
     for i, (first, second, score) in enumerate(zip(rows["sentence1"], rows["sentence2"], rows["score"]), 1):
         if not is_number(score) or not math.isfinite(float(score)):

@@ -50,6 +50,9 @@ class ZeroShot(EvaluationTask):
                 "ZeroShot: labels must have one number for each text, and at least one, from 0 to the number of label texts "
                 "minus 1"
             )
+        texts = [" ".join(str(text).split()) for text in self.label_texts]
+        if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
+            raise InputError(f"ZeroShot: two labels have the text {twice[0]!r}, so no model can tell them apart; make them one")
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return accuracy and f1 of `embed`, x 100. f1 is the mean over the labels that texts have or that are predicted.

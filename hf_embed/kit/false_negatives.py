@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from hf_embed.kit.row_hashes import counts_of, mixed
-from hf_embed.objectives import ImprovedContrastive, Matryoshka, Objective
+from hf_embed.objectives import ImprovedContrastive, Matryoshka, Objective, SimCSE
 
 
 def equal_candidates(anchors: np.ndarray, positives: np.ndarray, negatives: np.ndarray, owners: np.ndarray) -> tuple[int, int]:
@@ -52,6 +52,11 @@ def in_a_batch(pairs: int, rows: int, batch: int) -> float:
     """Return how many of the `pairs` among all `rows` a batch of random rows has on average."""
     batch = min(batch, rows)
     return pairs * batch * (batch - 1) / (rows * (rows - 1)) if rows > 1 else 0.0
+
+
+def uses_batch(objective: Objective) -> bool:
+    """Return whether an objective takes the texts of other rows as negatives."""
+    return not objective.needs or isinstance(objective, SimCSE | ImprovedContrastive | Matryoshka)
 
 
 def guessing(objective: Objective, batch: int, negatives: float) -> float:

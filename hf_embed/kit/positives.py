@@ -196,14 +196,14 @@ def read_synonyms(path: str | None) -> dict[str, list[str]]:
         raise InputError(
             "positive synonym needs --synonyms FILE; each line holds a word, a tab, and its synonyms, separated by commas"
         )
-    table = {}
+    table: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path, f"--synonyms {path}").splitlines(), 1):
         word, _, listed = line.partition("\t")
         others = [other.strip() for other in listed.split(",") if other.strip()]
         if line.strip() and not (word.strip() and others):
             raise InputError(f"--synonyms {path}, line {number}: expected a word, a tab, and synonyms separated by commas")
         if others:
-            table[word.strip().lower()] = others
+            table.setdefault(word.strip().lower(), []).extend(others)
     if not table:
         raise InputError(f"--synonyms {path}: the file has no words; give another file")
     return table

@@ -21,10 +21,10 @@ from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.kit.eval_flags import joined
+from hf_embed.kit.false_negatives import uses_batch
 from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
-from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.read_files import read_json
 from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
@@ -90,7 +90,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
         return {}
     check_outputs(plan.run.preflight_file)
     check_batch(plan.args)
-    if plan.objective.needs and not isinstance(plan.objective, SimCSE | ImprovedContrastive | Matryoshka):
+    if not uses_batch(plan.objective):
         raise InputError(
             f"--preflight looks for false negatives among the texts of a batch, which {type(plan.objective).__name__} does not "
             "use as negatives; remove the flag"
@@ -104,6 +104,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
         batches=(plan.args.per_device_train_batch_size * plan.args.world_size,),
         sample=plan.run.preflight_sample,
         masks_answers=masks_answers(plan.objective),
+        teacher=plan.args.teacher,
     )
     given = as_given(plan.rows, plan.source, None, plan.source, plan.paired)
     report = preflight(given, encoder, settings, plan.tasks)

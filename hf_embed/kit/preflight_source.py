@@ -2,7 +2,7 @@
 
 All rows are read and compared by hashes (`hf_embed.kit.row_hashes`). A random sample of the rows is tokenized, and the texts
 of the sample are compared piece by piece. Rows are read as the training reads them, and what the training refuses is refused
-here too, with one exception: rows with an empty text are counted.
+here too, with two exceptions: rows with an empty text are counted, and scores are not read.
 
 Shapes: R training rows, M negatives of all rows, T texts.
 """
@@ -18,18 +18,17 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 
-from hf_embed.data.columns import judging_values, text_columns
+from hf_embed.data.columns import column_names, judging_values
 from hf_embed.data.files import as_column, features_of, kind_of, opened
-from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
-from hf_embed.data.mixture import Source, source_tokenizer
-from hf_embed.data.sources import refuse_lists
-from hf_embed.data.tokenization import RowTokenizer, text_id, too_few_rows
+from hf_embed.data.labeled import NEGATIVE, POSITIVE, Layout, hashable, labeled_layout, meanings_of
+from hf_embed.data.mixture import Source, Stream, source_rows, source_tokenizer, what_to_read
+from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, too_few_rows
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import beginning
-from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch
+from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch, uses_batch
 from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
 from hf_embed.kit.similar import similar_pairs
-from hf_embed.objectives import Objective
+from hf_embed.objectives import Objective, SimCSE
 from hf_embed.progress import progress_bar
 
 SAMPLE, CHARACTERS = 20_000, 20_000_000  # a sample has so many rows or, if texts are long, about so many characters
@@ -52,12 +51,14 @@ class Settings:
         sample: number of rows to tokenize. 0 means all. None means `SAMPLE` or, if texts are long, as many rows as have
             about `CHARACTERS` characters.
         masks_answers: whether the loss masks other positives of the same anchor.
+        teacher: the model that scores texts whose source has no scores.
     """
 
     objectives: Mapping[str, Objective] = field(default_factory=dict)
     batches: tuple[int, ...] = (64,)
     sample: int | None = None
     masks_answers: bool = True
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Subject:
         tokenizer: tokenizer with the source's prompts and maximum length.
         negatives: how many negatives of each row are used. None means all.
         about: the part of the report that is known before the texts are read.
+        in_batch: whether the texts of other rows are negatives.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Subject:
     tokenizer: RowTokenizer
     negatives: int | None
     about: dict[str, Any]
+    in_batch: bool
 
     def texts(self, rows: Dataset) -> Iterator[Texts]:
         """Read the texts of `rows`, a part of the source or all of it."""
@@ -104,26 +107,29 @@ def make_subject(
         InputError: if the training would refuse the rows for any reason other than empty texts.
     """
     where, rows = where or source.label, source.rows
+    objective = source.own_objective or next(iter(settings.objectives.values()), SimCSE())
+    tokenizer = source_tokenizer(source, encoder, what_to_read(objective, column_names(rows), settings.teacher))
+    taken = source_rows(source, tokenizer, where, paired, drop_empty_rows=True)
     about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
+    scores: list[str] = []
     if not isinstance(rows, Dataset):
+        columns = Stream(source, tokenizer, rank=0, ranks=1, seed=0, buffer_size=1, drop=True).columns
         limit = SAMPLE if settings.sample is None else settings.sample or None  # None: all rows
-        rows = in_memory(list(islice(rows, limit)))
+        taken = rows = in_memory(list(islice(rows, limit)))
         if limit is not None:
             about["first_rows_of_a_stream"] = len(rows)
-    pairs = None if paired is False else labeled_layout(rows.column_names, where)
-    taken = cast(Dataset, as_pairs(rows, where, paired, drop_empty_rows=True))
-    columns = text_columns(taken.column_names, where, paired)
-    refuse_lists(islice(taken.select_columns(columns), 20), columns, where)
+    else:
+        columns, scores = columns_to_read(cast(Dataset, taken), tokenizer.scored, where, paired)
     known = columns
-    if taken is not rows and pairs is not None:
-        known = list(pairs)
-        about |= about_labels(rows, pairs, where)
-    about["columns"] = {column: role(i, len(columns)) for i, column in enumerate(known)}
+    if taken is not rows:
+        layout = cast(Layout, labeled_layout(rows.column_names, where))
+        known, about = list(layout), about | about_labels(rows, layout, where)
+    about["columns"] = {column: role(i, len(columns)) for i, column in enumerate(known)} | dict.fromkeys(scores, "score")
     if known is not columns:
         about["columns"][known[-1]] = "label"
-    about["unused"] = [column for column in rows.column_names if column not in known]
-    about["judged"] = judging_values(rows, about["unused"]) if len(columns) > 1 and known is columns else {}
-    return Subject(source.name, where, taken, columns, source_tokenizer(source, encoder), source.negatives, about)
+    about["unused"] = [column for column in rows.column_names if column not in about["columns"]]
+    about["judged"] = judging_values(rows, about["unused"]) if len(columns) > 1 and known is columns and not scores else {}
+    return Subject(source.name, where, taken, columns, tokenizer, source.negatives, about, uses_batch(objective))
 
 
 def in_memory(rows: list[dict]) -> Dataset:
@@ -139,10 +145,11 @@ def role(place: int, columns: int) -> str:
 
 
 def about_labels(rows: Dataset, layout: Layout, where: str) -> dict[str, Any]:
-    """Count labeled pairs and their labels, and list the numbers of the pairs with an empty text, from 0."""
-    labels = Counter(map(str, rows[layout.label][:]))
+    """Count labeled pairs and their labels, and list the numbers, from 0, of the pairs that an empty text excludes."""
+    labels, meanings = rows[layout.label][:], meanings_of(rows, layout, where).of
     empty = [number for texts in batches(rows, [layout.first, layout.second], where) for number in texts.empty.tolist()]
-    return {"labeled_pairs": len(rows), "labels": dict(sorted(labels.items())), "empty_pairs": empty}
+    used = [number for number in empty if meanings[hashable(labels[number])] in (POSITIVE, NEGATIVE)]
+    return {"labeled_pairs": len(rows), "labels": dict(sorted(Counter(map(str, labels)).items())), "empty_pairs": used}
 
 
 def has_mark(path: str | None) -> bool:
@@ -188,7 +195,7 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
         else settings.sample
     )
     found["sample"] = check_sample(subject, size)
-    found["batches"] = check_batches(subject, ids, settings) if len(ids.origins) > 1 else []
+    found["batches"] = check_batches(subject, ids, settings) if subject.in_batch and len(ids.origins) > 1 else []
     return found, whole, ids
 
 
